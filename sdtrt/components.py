@@ -1,0 +1,146 @@
+"""The I/O contract of each component: tensor names, dtypes, dynamic axes and their bounds.
+
+Written once, here; read by export, build, sessions and facades.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sdtrt.errors import ModelError
+from sdtrt.specs import SIZE_MULTIPLE, Component, Precision, Profile, Sizes
+
+# Dimension names: ONNX's dim_param, the keys of TensorRT profiles and of error messages.
+BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS = "batch", "latent_height", "latent_width", "tokens"
+SDXL_TIME_IDS = 6  # original size, crop, target size: two numbers each
+
+DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: its name, dtype (`float16`, as torch and NumPy spell it) and dimensions (names or sizes)."""
+
+    name: str
+    dtype: str
+    dims: tuple[str | int, ...]
+
+    def shape(self, values: Mapping[str, int]) -> tuple[int, ...]:
+        """The concrete shape for the given values of the symbolic dimensions."""
+        return tuple(values[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+    @property
+    def dynamic_axes(self) -> dict[int, str]:
+        """Axis → dimension name, for each axis that may change."""
+        return {axis: dim for axis, dim in enumerate(self.dims) if isinstance(dim, str)}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a component takes and gives."""
+
+    component: Component
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Tensor name → dynamic axes, in the form that `torch.onnx.export` takes."""
+        return {spec.name: spec.dynamic_axes for spec in (*self.inputs, *self.outputs)}
+
+    def input_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """The shape of each input at one size."""
+        return {spec.name: spec.shape(dimension_values(sizes)) for spec in self.inputs}
+
+    def output_shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """The shape of each output at one size."""
+        return {spec.name: spec.shape(dimension_values(sizes)) for spec in self.outputs}
+
+    def profile_shapes(self, profile: Profile) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Input name → (smallest, optimal, largest) shape, in the form that TensorRT takes."""
+        low, best, high = (self.input_shapes(size) for size in (profile.minimum, profile.optimum, profile.maximum))
+        return {name: (low[name], best[name], high[name]) for name in low}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for sidecars."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Contract:
+        """The inverse of `to_json`."""
+
+        def tensors(items: Any) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(item["name"], item["dtype"], tuple(item["dims"])) for item in items)
+
+        return cls(data["component"], data["precision"], tensors(data["inputs"]), tensors(data["outputs"]))
+
+
+def dimension_values(sizes: Sizes) -> dict[str, int]:
+    """The value of each symbolic dimension at one size."""
+    return {
+        BATCH: sizes.batch,
+        LATENT_HEIGHT: sizes.height // SIZE_MULTIPLE,
+        LATENT_WIDTH: sizes.width // SIZE_MULTIPLE,
+        TOKENS: sizes.tokens,
+    }
+
+
+def unet_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
+    """The contract of a `UNet2DConditionModel`.
+
+    Args:
+        config: the UNet's diffusers configuration.
+        precision: of the weights; all tensors but `timestep` and `time_ids` have its dtype.
+
+    Returns:
+        `sample [B,C,H,W]`, `timestep [B]` (float32: fractional timesteps exist, and TensorRT 8.6 narrows int64),
+        `encoder_hidden_states [B,S,D]`, with SDXL `text_embeds [B,P]` and `time_ids [B,6]` → `out_sample [B,C,H,W]`.
+
+    Raises:
+        ModelError: for a UNet that takes inputs beyond these.
+    """
+    _check_supported(config)
+    dtype = DTYPES[precision]
+    width = config["cross_attention_dim"]
+    if isinstance(width, (list, tuple)):
+        width = width[0]
+    inputs = [
+        TensorSpec("sample", dtype, (BATCH, config["in_channels"], LATENT_HEIGHT, LATENT_WIDTH)),
+        TensorSpec("timestep", "float32", (BATCH,)),
+        TensorSpec("encoder_hidden_states", dtype, (BATCH, TOKENS, width)),
+    ]
+    if config.get("addition_embed_type") == "text_time":
+        time_width = SDXL_TIME_IDS * config["addition_time_embed_dim"]
+        pooled = config["projection_class_embeddings_input_dim"] - time_width
+        inputs += [
+            TensorSpec("text_embeds", dtype, (BATCH, pooled)),
+            TensorSpec("time_ids", "float32", (BATCH, SDXL_TIME_IDS)),
+        ]
+    output = TensorSpec("out_sample", dtype, (BATCH, config["out_channels"], LATENT_HEIGHT, LATENT_WIDTH))
+    return Contract("unet", precision, tuple(inputs), (output,))
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet whose forward needs inputs that the contract does not have."""
+    class_name = config.get("_class_name", "UNet2DConditionModel")
+    if class_name != "UNet2DConditionModel":
+        raise ModelError(
+            f"the model's unet is a {class_name}, not a UNet2DConditionModel",
+            hint="use a Stable Diffusion 1.x, 2.x or XL model, or --backend torch",
+        )
+    allowed = {
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim_type": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "time_cond_proj_dim": (None,),
+    }
+    for name, values in allowed.items():
+        if config.get(name) not in values:
+            raise ModelError(
+                f"the model's unet has {name} = {config[name]!r}, which sdtrt can't put into an engine",
+                hint="use --backend torch for this model",
+            )

@@ -1,0 +1,53 @@
+"""The exception tree: what a user can mend, with the mend in it.
+
+A message has the offending value, a hint the command that mends it. Anything that is not an `SdtrtError` is a bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class SdtrtError(Exception):
+    """A failure that its reader can mend.
+
+    Args:
+        message: what is wrong, with the offending value, in one line.
+        hint: what to do about it, a command where there is one.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(" ".join(message.split()))
+        self.message = " ".join(message.split())
+        self.hint = " ".join(hint.split())
+
+
+class UsageError(SdtrtError):
+    """The request itself is wrong: an option's value, or options that don't go together."""
+
+    exit_code = 2
+
+
+class ModelError(SdtrtError):
+    """A model that can't be found, read or used."""
+
+
+class ExportError(SdtrtError):
+    """A component that couldn't be turned into a correct ONNX graph."""
+
+
+class BuildError(SdtrtError):
+    """An ONNX graph that couldn't be turned into a correct engine."""
+
+
+class EngineError(SdtrtError):
+    """An engine that can't be found, loaded or run."""
+
+
+class CacheError(SdtrtError):
+    """An engine directory that can't be used."""
+
+
+class OutputError(SdtrtError):
+    """A result that can't be written where it was asked for."""

@@ -1,0 +1,379 @@
+"""Every request, its defaults and its validation, once. All frozen: a spec says what is wanted and never changes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from sdtrt.errors import UsageError
+
+Component = Literal["unet"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
+BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
+Exporter = Literal["torchscript", "dynamo"]
+SchedulerName = Literal["pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun"]
+
+COMPONENTS: tuple[str, ...] = get_args(Component)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+BACKENDS: tuple[str, ...] = get_args(BackendChoice)
+EXPORTERS: tuple[str, ...] = get_args(Exporter)
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+
+DEFAULT_MODEL = "tiny"
+DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE_SCALE = 7.5
+DEFAULT_STRENGTH = 0.8
+DEFAULT_TOKENS = 77
+SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
+MAX_SEED = 2**63 - 1
+
+# The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
+# exporter writes with a LayerNormalization of its own; the dynamo exporter starts at 18.
+DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless `value` is one of `choices`; the hint names the closest one."""
+    if value in choices:
+        return
+    from difflib import get_close_matches
+
+    close = get_close_matches(value, choices, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UsageError(f"unknown {option}: {value!r}", hint=f"{hint}choose one of {', '.join(choices)}")
+
+
+def check_size(name: str, pixels: int) -> None:
+    """Raise `UsageError` unless `pixels` is a positive multiple of 8."""
+    if pixels > 0 and pixels % SIZE_MULTIPLE == 0:
+        return
+    nearest = max(SIZE_MULTIPLE, round(pixels / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+    raise UsageError(f"{name} must be a multiple of {SIZE_MULTIPLE}, got {pixels}", hint=f"use --{name} {nearest}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of one dimension, and the value that an engine is tuned for: `min <= opt <= max`, all at least 1."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UsageError(
+                f"a range must satisfy 1 <= MIN <= OPT <= MAX, got {self.min}:{self.opt}:{self.max}",
+                hint="write it as N or MIN:OPT:MAX, as in --height 512 or --height 384:512:768",
+            )
+
+    @classmethod
+    def of(cls, value: int) -> Range:
+        """The range of one value."""
+        return cls(value, value, value)
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Range:
+        """Read `N` or `MIN:OPT:MAX`; `option` names what is parsed in the error."""
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+            raise UsageError(f"{option} must be N or MIN:OPT:MAX, got {text!r}", hint=f"as in {option} 512:512:768")
+        numbers = [int(part) for part in parts]
+        return cls.of(numbers[0]) if len(numbers) == 1 else cls(*numbers)
+
+    def scaled(self, factor: int) -> Range:
+        """The range with every bound multiplied by `factor`."""
+        return Range(self.min * factor, self.opt * factor, self.max * factor)
+
+    def __contains__(self, value: int) -> bool:
+        return self.min <= value <= self.max
+
+    def __str__(self) -> str:
+        return str(self.opt) if self.min == self.max else f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One concrete size of a UNet call: `batch` rows (with guidance: two an image), pixels, prompt tokens."""
+
+    batch: int
+    height: int
+    width: int
+    tokens: int = DEFAULT_TOKENS
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.width}x{self.height} pixels, {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes that an engine accepts: ranges of UNet batch rows, pixels and prompt tokens."""
+
+    batch: Range
+    height: Range
+    width: Range
+    tokens: Range = field(default_factory=lambda: Range.of(DEFAULT_TOKENS))
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            bounds: Range = getattr(self, name)
+            for pixels in (bounds.min, bounds.opt, bounds.max):
+                check_size(name, pixels)
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> Profile:
+        """The profile of exactly one size (the fastest engines are those)."""
+        return cls(Range.of(sizes.batch), Range.of(sizes.height), Range.of(sizes.width), Range.of(sizes.tokens))
+
+    @classmethod
+    def parse(cls, text: str, default: Profile) -> Profile:
+        """Read `batch=2,height=512,width=512:512:768`; what is left out is taken from `default`."""
+        ranges = {"batch": default.batch, "height": default.height, "width": default.width, "tokens": default.tokens}
+        for item in text.split(","):
+            name, equals, bounds = item.partition("=")
+            if not equals or name.strip() not in ranges:
+                raise UsageError(
+                    f"--profile takes {', '.join(f'{known}=RANGE' for known in ranges)}; got {item!r}",
+                    hint="as in --profile batch=2,height=512,width=512:512:768",
+                )
+            ranges[name.strip()] = Range.parse(bounds, f"--profile {name.strip()}")
+        return cls(**ranges)
+
+    def __contains__(self, sizes: Sizes) -> bool:
+        return (
+            sizes.batch in self.batch
+            and sizes.height in self.height
+            and sizes.width in self.width
+            and sizes.tokens in self.tokens
+        )
+
+    @property
+    def minimum(self) -> Sizes:
+        """The smallest size inside."""
+        return Sizes(self.batch.min, self.height.min, self.width.min, self.tokens.min)
+
+    @property
+    def optimum(self) -> Sizes:
+        """The size that an engine is tuned for."""
+        return Sizes(self.batch.opt, self.height.opt, self.width.opt, self.tokens.opt)
+
+    @property
+    def maximum(self) -> Sizes:
+        """The largest size inside."""
+        return Sizes(self.batch.max, self.height.max, self.width.max, self.tokens.max)
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, height {self.height}, width {self.width}, tokens {self.tokens}"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and what may be done to get it.
+
+    Args:
+        name: `tiny`, a diffusers folder, a hub id, or a single-file checkpoint.
+        revision: hub revision (branch, tag or commit).
+        variant: weight variant such as `fp16` (as in `diffusion_pytorch_model.fp16.safetensors`).
+        config: diffusers folder or hub id that holds the configuration of a single-file checkpoint.
+        allow_pickle: name of the pickle file that the user trusts (pickle runs code when it is read).
+        offline: never ask the hub.
+    """
+
+    name: str = DEFAULT_MODEL
+    revision: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    allow_pickle: str | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """A component to be written as ONNX.
+
+    Args:
+        opset: None for the exporter's default (`DEFAULT_OPSETS`).
+        output: a `.onnx` file to write instead of an entry in the engine directory.
+        force: export again even if the engine directory has it.
+    """
+
+    model: ModelSpec = ModelSpec()
+    component: Component = "unet"
+    precision: Precision = "fp16"
+    exporter: Exporter = "torchscript"
+    opset: int | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("component", self.component, COMPONENTS)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("exporter", self.exporter, EXPORTERS)
+        lowest, highest = {"torchscript": (14, 20), "dynamo": (18, 23)}[self.exporter]
+        if not lowest <= self.resolved_opset <= highest:
+            raise UsageError(
+                f"the {self.exporter} exporter writes opsets {lowest} to {highest}, got {self.opset}",
+                hint=f"use --opset {DEFAULT_OPSETS[self.exporter]}",
+            )
+
+    @property
+    def resolved_opset(self) -> int:
+        """The opset that is written."""
+        return self.opset if self.opset is not None else DEFAULT_OPSETS[self.exporter]
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """An engine to be built.
+
+    Args:
+        export: what the engine is made from.
+        backend: what runs it (`torch` has no engines).
+        profiles: the sizes it accepts; one entry a profile. Empty for a backend that takes any size (ONNX Runtime).
+        optimization_level: TensorRT's builder effort, 0 to 5; None for the version's own default.
+        workspace_bytes: cap on the builder's scratch memory; None for no cap.
+        compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
+        version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
+        force: build again even if the engine directory has it.
+    """
+
+    export: ExportSpec
+    backend: Backend
+    profiles: tuple[Profile, ...] = ()
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    version_compatible: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, BACKENDS)
+        if self.backend == "torch":
+            raise UsageError("the torch backend has no engines to build", hint="use --backend onnxruntime or tensorrt")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise UsageError(
+                f"optimization level must be 0 to 5, got {self.optimization_level}", hint="use --optimization-level 3"
+            )
+        if self.workspace_bytes is not None and self.workspace_bytes <= 0:
+            raise UsageError(f"workspace must be positive, got {self.workspace_bytes}", hint="use --workspace-gib 8")
+        if self.compute_capability is not None and self.backend != "tensorrt-rtx":
+            raise UsageError(
+                f"{self.backend} builds for the GPU it runs on, not for a named compute capability",
+                hint="use --backend tensorrt-rtx, or leave --compute-capability out",
+            )
+        if self.backend == "onnxruntime" and self.export.precision == "bf16":
+            raise UsageError(
+                "ONNX Runtime's CPU provider does not compute in bf16", hint="use --precision fp32 with this backend"
+            )
+        tuned = self.optimization_level is not None or self.workspace_bytes is not None or self.version_compatible
+        if self.backend == "onnxruntime" and tuned:
+            raise UsageError(
+                "ONNX Runtime engines have no optimization level, workspace or version compatibility",
+                hint="leave those options out, or use --backend tensorrt",
+            )
+        if self.backend != "onnxruntime" and not self.profiles:
+            raise UsageError(f"{self.backend} engines need a profile", hint="use --height 512 --width 512")
+
+
+@dataclass(frozen=True)
+class GenerateSpec:
+    """Images to be made from text, or from an image and text.
+
+    Args:
+        prompts: one or more prompts; each gives `num_images` images.
+        precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
+        height, width: pixels; None for the init image's size, else the model's own.
+        seed: of each prompt's first image (the next ones count up from it); None for a random one.
+        scheduler: None for the model's own.
+        init_image: start from this image instead of from noise (img2img).
+        strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
+        output: a file, or a folder where every image gets a new name; None for the current folder.
+        overwrite: replace the file `output`; in a folder nothing is ever replaced.
+        allow_build: export and build a missing engine on the spot.
+    """
+
+    prompts: tuple[str, ...]
+    model: ModelSpec = ModelSpec()
+    backend: BackendChoice = "auto"
+    precision: Precision | None = None
+    negative_prompt: str = ""
+    steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    height: int | None = None
+    width: int | None = None
+    seed: int | None = None
+    num_images: int = 1
+    scheduler: SchedulerName | None = None
+    init_image: Path | None = None
+    strength: float = DEFAULT_STRENGTH
+    output: Path | None = None
+    overwrite: bool = False
+    allow_build: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("backend", self.backend, BACKENDS)
+        if self.precision is not None:
+            check_choice("precision", self.precision, PRECISIONS)
+        if self.scheduler is not None:
+            check_choice("scheduler", self.scheduler, SCHEDULERS)
+        self._check_prompts()
+        self._check_numbers()
+        for name in ("height", "width"):
+            pixels = getattr(self, name)
+            if pixels is not None:
+                check_size(name, pixels)
+
+    def _check_prompts(self) -> None:
+        if not self.prompts:
+            raise UsageError("no prompt was given", hint='use --prompt "a red circle on a blue background"')
+        for text in (*self.prompts, self.negative_prompt):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of other bytes in argv
+                raise UsageError(f"a prompt must be valid UTF-8, got {text!r}", hint="check the terminal's encoding")
+
+    def _check_numbers(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"steps must be at least 1, got {self.steps}", hint=f"use --steps {DEFAULT_STEPS}")
+        if self.num_images < 1:
+            raise UsageError(f"num-images must be at least 1, got {self.num_images}", hint="use --num-images 1")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise UsageError(
+                f"guidance scale must be a number from 0 up, got {self.guidance_scale}",
+                hint=f"use --guidance-scale {DEFAULT_GUIDANCE_SCALE}",
+            )
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
+            raise UsageError(f"seed must be from 0 to 2^63 - 1, got {self.seed}", hint="use --seed 42")
+        if self.init_image is not None and not 0 < self.strength <= 1:
+            raise UsageError(
+                f"strength must be above 0 and at most 1, got {self.strength}",
+                hint=f"use --strength {DEFAULT_STRENGTH}",
+            )
+        if self.init_image is not None and int(self.steps * self.strength) < 1:
+            raise UsageError(
+                f"strength {self.strength} of {self.steps} steps leaves no step to run",
+                hint=f"use --steps {math.ceil(1 / self.strength)} or a higher --strength",
+            )
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether classifier-free guidance doubles the UNet's batch (diffusers' own rule)."""
+        return self.guidance_scale > 1
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """Which entries of the engine directory to remove.
+
+    Args:
+        older_than_days: those not used for so long.
+        keep_bytes: the least recently used ones, until the rest fits.
+        foreign: those that this machine can't load (another GPU or library version).
+        dry_run: only say what would go.
+    """
+
+    older_than_days: float | None = None
+    keep_bytes: int | None = None
+    foreign: bool = False
+    dry_run: bool = False

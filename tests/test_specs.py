@@ -1,0 +1,141 @@
+"""Requests: ranges, sizes, profiles, and what each spec refuses."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdtrt.errors import UsageError
+from sdtrt.specs import (
+    BuildSpec,
+    ExportSpec,
+    GenerateSpec,
+    Profile,
+    Range,
+    Sizes,
+    check_choice,
+    check_size,
+)
+
+STATIC = Profile.of(Sizes(2, 512, 512))
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=3, max_size=3).map(sorted))
+def test_range_survives_printing_and_parsing(bounds):
+    wanted = Range(*bounds)
+    assert Range.parse(str(wanted), "--height") == wanted
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:2", "3:2:1", "0", "-8", "1:2:3:4", "5.5", "²"])
+def test_bad_range_is_refused_with_its_text(text):
+    with pytest.raises(UsageError) as caught:
+        Range.parse(text, "--batch")
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+
+
+@given(st.text(max_size=30))
+def test_range_parse_raises_nothing_but_usage_errors(text):
+    with contextlib.suppress(UsageError):
+        Range.parse(text, "--batch")
+
+
+def test_size_error_names_the_value_and_a_size_that_works():
+    with pytest.raises(UsageError) as caught:
+        check_size("height", 500)
+    assert caught.value.message == "height must be a multiple of 8, got 500"
+    assert caught.value.hint in ("use --height 496", "use --height 504")
+
+
+def test_unknown_choice_suggests_the_closest():
+    with pytest.raises(UsageError) as caught:
+        check_choice("scheduler", "eulr", ("pndm", "euler", "heun"))
+    assert "did you mean euler?" in caught.value.hint
+
+
+def test_profile_holds_exactly_what_its_ranges_allow():
+    profile = Profile(Range(1, 2, 4), Range(384, 512, 768), Range.of(512))
+    assert Sizes(4, 768, 512) in profile
+    assert Sizes(5, 768, 512) not in profile
+    assert Sizes(2, 512, 520) not in profile
+    assert Sizes(2, 512, 512, tokens=154) not in profile
+    assert profile.minimum in profile
+    assert profile.maximum in profile
+    assert profile.optimum == Sizes(2, 512, 512)
+
+
+def test_profile_parse_takes_what_is_left_out_from_the_default():
+    profile = Profile.parse("height=512:512:768,batch=4", STATIC)
+    assert profile == Profile(Range.of(4), Range(512, 512, 768), Range.of(512))
+
+
+@pytest.mark.parametrize("text", ["", "depth=3", "height", "height=500", "height=1:2"])
+def test_bad_profile_is_refused(text):
+    with pytest.raises(UsageError):
+        Profile.parse(text, STATIC)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"prompts": ()}, "no prompt"),
+        ({"steps": 0}, "0"),
+        ({"num_images": 0}, "0"),
+        ({"guidance_scale": float("nan")}, "nan"),
+        ({"guidance_scale": -1.0}, "-1"),
+        ({"seed": -1}, "-1"),
+        ({"height": 500}, "500"),
+        ({"scheduler": "nope"}, "nope"),
+        ({"backend": "nope"}, "nope"),
+        ({"precision": "int3"}, "int3"),
+    ],
+)
+def test_generate_refuses(wrong, named):
+    with pytest.raises(UsageError) as caught:
+        GenerateSpec(**({"prompts": ("a circle",)} | wrong))
+    assert named in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.0, 50), (1.5, 50), (-0.1, 50), (0.5, 1), (float("nan"), 50)])
+def test_img2img_refuses_strengths_that_run_no_step(tmp_path, strength, steps):
+    with pytest.raises(UsageError):
+        GenerateSpec(("a circle",), init_image=tmp_path / "x.png", strength=strength, steps=steps)
+
+
+def test_strength_does_not_matter_without_an_init_image():
+    assert GenerateSpec(("a circle",), strength=0.0).init_image is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"backend": "torch"},
+        {"backend": "nope"},
+        {"backend": "tensorrt"},  # no profile
+        {"backend": "tensorrt", "profiles": (STATIC,), "optimization_level": 6},
+        {"backend": "tensorrt", "profiles": (STATIC,), "workspace_bytes": 0},
+        {"backend": "tensorrt", "profiles": (STATIC,), "compute_capability": (8, 9)},
+        {"backend": "onnxruntime", "optimization_level": 3},
+    ],
+)
+def test_build_refuses(wrong):
+    with pytest.raises(UsageError):
+        BuildSpec(ExportSpec(), **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"component": "vea"}, {"precision": "fp8"}, {"exporter": "x"}, {"opset": 9}, {"exporter": "dynamo", "opset": 17}],
+)
+def test_export_refuses(wrong):
+    with pytest.raises(UsageError):
+        ExportSpec(**wrong)
+
+
+def test_guidance_doubles_the_batch_only_above_one():
+    assert GenerateSpec(("x",), guidance_scale=1.01).uses_guidance
+    assert not GenerateSpec(("x",), guidance_scale=1.0).uses_guidance
