@@ -1,0 +1,119 @@
+"""Facts of this machine: processor, GPU, driver, library versions. Read on demand, never at import."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "pycuda", "numpy")
+CUDA_SUCCESS = 0
+MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*: stable driver ABI
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU: its name, compute capability as (9, 0), memory in bytes."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        major, minor = self.compute_capability
+        return f"{self.name} (compute capability {major}.{minor}, {self.memory_bytes / 2**30:.0f} GiB)"
+
+
+def library_version(name: str) -> str | None:
+    """The installed version of a distribution, None if it is not installed. Imports nothing."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the installed libraries that sdtrt uses."""
+    return {name: version for name in LIBRARIES if (version := library_version(name)) is not None}
+
+
+def processor() -> str:
+    """The processor's name and how many of its cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{_processor_name()}, {cores} cores"
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that the driver shows to this process; empty without a driver. Makes no CUDA context."""
+    driver = _driver()
+    if driver is None:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)) != CUDA_SUCCESS:
+        return ()
+    return tuple(_gpu(driver, index) for index in range(count.value))
+
+
+@lru_cache(maxsize=1)
+def driver_cuda_version() -> str | None:
+    """The newest CUDA version that the driver supports, as `13.0`; None without a driver."""
+    driver = _driver()
+    version = ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != CUDA_SUCCESS:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU with a working driver."""
+    return bool(gpus())
+
+
+def facts() -> dict[str, Any]:
+    """All facts, as plain data for reports and sidecars."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "processor": processor(),
+        "gpus": [asdict(gpu) for gpu in gpus()],
+        "driver_cuda": driver_cuda_version(),
+        "versions": library_versions(),
+    }
+
+
+def _driver() -> ctypes.CDLL | None:
+    """The CUDA driver library, initialised; None where there is no driver or no GPU behind it."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        return driver if driver.cuInit(0) == CUDA_SUCCESS else None
+    return None
+
+
+def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
+    """Ask the driver for the facts of one device."""
+    device, memory = ctypes.c_int(), ctypes.c_size_t()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR_ATTRIBUTE, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR_ATTRIBUTE, device)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    return Gpu(name.value.decode(), (major.value, minor.value), memory.value)
