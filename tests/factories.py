@@ -1,0 +1,351 @@
+"""Small random-weight models in the real on-disk formats: what the tests run on.
+
+Everything is seeded: one seed gives the same bytes. Widths are tiny, the structure (blocks, attention, file and key
+names) is that of Stable Diffusion 1.x, 2.x and XL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+Kind = Literal["sd1", "sd2", "sdxl"]
+
+TEXT_WIDTH = 32  # hidden size of each text encoder
+SDXL_TIME_WIDTH = 8  # addition_time_embed_dim
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = ("r e", "re d</w>", "b l", "u e</w>", "bl ue</w>", "c i", "o n</w>", "o f</w>")
+
+_SD1 = {
+    "sample_size": 16,
+    "block_out_channels": (32, 32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": 2,  # number of heads, as in SD 1.x's own configuration
+}
+_SD2 = {
+    **_SD1,
+    "attention_head_dim": [2, 4, 4, 4],
+    "use_linear_projection": True,
+}
+_SDXL = {
+    "sample_size": 16,
+    "block_out_channels": (32, 32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2 * TEXT_WIDTH,
+    "attention_head_dim": [2, 4, 4],
+    "transformer_layers_per_block": [1, 2, 3],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": SDXL_TIME_WIDTH,
+    "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * SDXL_TIME_WIDTH,
+}
+UNET_CONFIGS: dict[Kind, dict[str, Any]] = {"sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside the block, and restore it after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def small_unet(kind: Kind, *, seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
+    """A float32 UNet of the kind's structure with random weights, 1 to 3 M parameters, in eval mode without gradients.
+
+    Args:
+        overrides: configuration values, such as `upcast_attention=True`.
+    """
+    with seeded(seed):
+        unet = UNet2DConditionModel(**{**UNET_CONFIGS[kind], **overrides})
+    return unet.eval().requires_grad_(False)
+
+
+def small_vae(*, seed: int = 0, **overrides: Any) -> AutoencoderKL:
+    """A float32 VAE of factor 8 with random weights."""
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 8,
+        "latent_channels": 4,
+        "sample_size": 128,
+    }
+    with seeded(seed):
+        return AutoencoderKL(**{**config, **overrides}).eval().requires_grad_(False)
+
+
+def small_text_encoder(*, seed: int = 0, projection: bool = False, **overrides: Any) -> CLIPTextModel:
+    """A float32 CLIP text encoder with random weights (`projection`: SDXL's second one)."""
+    vocabulary = clip_vocabulary()
+    config: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "projection_dim": TEXT_WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "bos_token_id": vocabulary[START],
+        "eos_token_id": vocabulary[END],
+        "pad_token_id": vocabulary[END],
+    }
+    cls = CLIPTextModelWithProjection if projection else CLIPTextModel
+    with seeded(seed):
+        return cls(CLIPTextConfig(**{**config, **overrides})).eval().requires_grad_(False)
+
+
+def clip_vocabulary() -> dict[str, int]:
+    """A CLIP vocabulary: every byte, alone and at a word's end, a few merges, and the two special tokens last."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(code) for code in printable] + [chr(256 + index) for index in range(len(others))]
+    words = letters + [f"{letter}</w>" for letter in letters] + [merge.replace(" ", "") for merge in MERGES]
+    return {word: index for index, word in enumerate([*words, START, END])}
+
+
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Write the four files of a CLIP tokenizer as Stable Diffusion 1.x has them, and load them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    config = {**special, "model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(), ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def sd1_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:
+    """Write a complete diffusers folder in SD 1.x format with random weights; returns `path`.
+
+    Args:
+        unet_overrides: UNet configuration values (`**UNET_CONFIGS["sd2"]` makes it one of SD 2.x).
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=small_vae(seed=seed),
+        text_encoder=small_text_encoder(seed=seed),
+        tokenizer=write_tokenizer(path / "tokenizer"),
+        unet=small_unet("sd1", seed=seed, **unet_overrides),
+        scheduler=PNDMScheduler(**_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _save(pipeline, path, dtype, tokenizers=("tokenizer",))
+
+
+def sdxl_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:
+    """Write a complete diffusers folder in SDXL format with random weights; returns `path`."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=small_vae(seed=seed, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=small_text_encoder(seed=seed),
+        text_encoder_2=small_text_encoder(seed=seed + 1, projection=True, hidden_act="gelu"),
+        tokenizer=write_tokenizer(path / "tokenizer"),
+        tokenizer_2=write_tokenizer(path / "tokenizer_2"),
+        unet=small_unet("sdxl", seed=seed, **unet_overrides),
+        scheduler=EulerDiscreteScheduler(**_SCHEDULE),
+    )
+    return _save(pipeline, path, dtype, tokenizers=("tokenizer", "tokenizer_2"))
+
+
+_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def _save(pipeline: Any, path: Path, dtype: torch.dtype, tokenizers: tuple[str, ...]) -> Path:
+    """Save as diffusers does, then give tokenizers and the text encoder the form of Stable Diffusion's own folders."""
+    with _quietly():
+        pipeline.to(dtype=dtype).save_pretrained(path, safe_serialization=True)
+    weights = path / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    for name in tokenizers:
+        for file in (path / name).iterdir():
+            file.unlink()
+        write_tokenizer(path / name)
+    return path
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bars and warnings of diffusers and transformers."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            library.enable_progress_bar()
+
+
+def sd1_single_file(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:
+    """Write the model of `sd1_folder` as one checkpoint with the original (LDM) key names; returns `path`."""
+    tensors = _ldm_tensors(small_unet("sd1", seed=seed, **unet_overrides), small_vae(seed=seed))
+    tensors |= _clip_tensors(small_text_encoder(seed=seed), "cond_stage_model.transformer.")
+    return _save_single_file(tensors, path, dtype)
+
+
+def sdxl_single_file(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:
+    """Write the model of `sdxl_folder` as one checkpoint with the original key names; returns `path`."""
+    vae = small_vae(seed=seed, scaling_factor=0.13025, force_upcast=True)
+    tensors = _ldm_tensors(small_unet("sdxl", seed=seed, **unet_overrides), vae)
+    tensors |= _clip_tensors(small_text_encoder(seed=seed), "conditioner.embedders.0.transformer.")
+    second = small_text_encoder(seed=seed + 1, projection=True, hidden_act="gelu")
+    tensors |= open_clip_tensors(second, "conditioner.embedders.1.model.")
+    return _save_single_file(tensors, path, dtype)
+
+
+def _save_single_file(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> Path:
+    """Save with the leftovers that the original files have."""
+    tensors = {
+        key: value.to(dtype).contiguous() if value.is_floating_point() else value for key, value in tensors.items()
+    }
+    tensors["alphas_cumprod"] = torch.linspace(1, 0, 1000)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def _ldm_tensors(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+    tensors = {
+        f"model.diffusion_model.{ldm_unet_key(key, unet.config)}": value for key, value in unet.state_dict().items()
+    }
+    for key, value in vae.state_dict().items():
+        tensors[f"first_stage_model.{ldm_vae_key(key)}"] = _ldm_vae_value(key, value)
+    return tensors
+
+
+def _clip_tensors(encoder: CLIPTextModel, prefix: str) -> dict[str, torch.Tensor]:
+    tensors = {f"{prefix}text_model.{key.removeprefix('text_model.')}": v for key, v in encoder.state_dict().items()}
+    tensors[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return tensors
+
+
+def open_clip_tensors(encoder: CLIPTextModel, prefix: str) -> dict[str, torch.Tensor]:
+    """A CLIP encoder's tensors as OpenCLIP stores them: fused projections, own names."""
+    state = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
+    names = {
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.token_embedding": "token_embedding",
+        "final_layer_norm": "ln_final",
+        "encoder.layers": "transformer.resblocks",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn": "attn",
+    }
+    tensors: dict[str, torch.Tensor] = {f"{prefix}logit_scale": torch.tensor(4.6)}
+    for key, value in state.items():
+        name = key
+        for new, old in names.items():
+            name = name.replace(new, old)
+        if key == "text_projection.weight":
+            tensors[f"{prefix}text_projection"] = value.T
+        elif "q_proj" in key:
+            fused = torch.cat([state[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+            tensors[prefix + name.replace("q_proj.", "in_proj_")] = fused
+        elif "k_proj" not in key and "v_proj" not in key:
+            tensors[prefix + name] = value
+    return tensors
+
+
+def ldm_unet_key(key: str, config: Any) -> str:
+    """The original name of a diffusers UNet key."""
+    for new, old in _UNET_TOP.items():
+        if key.startswith(f"{new}."):
+            return key.replace(new, old, 1)
+    layers = config["layers_per_block"]
+    block, *rest = key.split(".", 1)
+    if block == "mid_block":
+        kind, index, tail = rest[0].split(".", 2)
+        return f"middle_block.{2 * int(index) + (kind == 'attentions')}.{_ldm_resnet(tail, kind)}"
+    number, kind, index, tail = rest[0].split(".", 3)
+    first = int(number) * (layers + 1) + int(index)
+    if block == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{(int(number) + 1) * (layers + 1)}.0.op.{tail.removeprefix('conv.')}"
+        return f"input_blocks.{first + 1}.{int(kind == 'attentions')}.{_ldm_resnet(tail, kind)}"
+    if kind == "upsamplers":
+        slot = 2 if config["up_block_types"][int(number)].startswith("CrossAttn") else 1
+        return f"output_blocks.{int(number) * (layers + 1) + layers}.{slot}.{tail}"
+    return f"output_blocks.{first}.{int(kind == 'attentions')}.{_ldm_resnet(tail, kind)}"
+
+
+_UNET_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _ldm_resnet(tail: str, kind: str) -> str:
+    """The original name of a key inside a residual block; attention blocks keep theirs."""
+    name, _, rest = tail.partition(".")
+    return f"{_RESNET[name]}.{rest}" if kind == "resnets" else tail
+
+
+def ldm_vae_key(key: str) -> str:
+    """The original name of a diffusers VAE key (of a VAE of four resolutions)."""
+    key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    for index in range(4):
+        key = key.replace(f"down_blocks.{index}.resnets.", f"down.{index}.block.")
+        key = key.replace(f"down_blocks.{index}.downsamplers.0.", f"down.{index}.downsample.")
+        key = key.replace(f"up_blocks.{index}.resnets.", f"up.{3 - index}.block.")
+        key = key.replace(f"up_blocks.{index}.upsamplers.0.", f"up.{3 - index}.upsample.")
+    key = key.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
+    for new, old in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        key = key.replace(f"mid_block.attentions.0.{new}.", f"mid.attn_1.{old}.")
+    return key
+
+
+def _ldm_vae_value(key: str, value: torch.Tensor) -> torch.Tensor:
+    """The original attention projections are 1x1 convolutions."""
+    is_projection = "attentions" in key and key.endswith("weight") and value.ndim == 2
+    return value[:, :, None, None] if is_projection else value

@@ -1,0 +1,99 @@
+"""Weight files: headers, damaged files, and pickle's rules."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdtrt.errors import ModelError
+from sdtrt.weights import TensorInfo, read_header, read_pickle, read_tensors
+
+TENSORS = {"a.weight": torch.arange(12, dtype=torch.float16).reshape(3, 4), "ids": torch.arange(5)}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_header_tells_names_dtypes_and_shapes(file):
+    header = read_header(file)
+    assert header == {"a.weight": TensorInfo("float16", (3, 4), 24), "ids": TensorInfo("int64", (5,), 40)}
+    assert header["a.weight"].elements == 12
+    assert {name: info.is_floating_point for name, info in header.items()} == {"a.weight": True, "ids": False}
+
+
+def test_reads_only_what_is_named(file):
+    tensors = read_tensors(file, ["a.weight"])
+    assert list(tensors) == ["a.weight"]
+    assert torch.equal(tensors["a.weight"], TENSORS["a.weight"])
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.7, 0.999])
+def test_says_that_a_file_is_truncated(file, kept):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ModelError, match=r"model\.safetensors is truncated: its header promises \d+ bytes, it has \d+"):
+        read_header(file)
+
+
+def header_of(entries: dict) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\x00" * 4, "not a safetensors file"),
+        (b"GIF89a" * 100, "not a safetensors file"),
+        (struct.pack("<Q", 2**60) + b"{", "not a safetensors file"),
+        (struct.pack("<Q", 20) + b"{this is no JSON    }", "not a safetensors file"),
+        (header_of({"a": {"dtype": "F32"}}), "not a safetensors file"),
+        (header_of({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 8]}}) + b"12345678", "not a safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + b"\x00" * 100, "pickle file"),
+        (b"<!DOCTYPE html><title>Sign in</title>" + b" " * 100, "web page"),
+    ],
+)
+def test_says_what_a_wrong_file_is(tmp_path, content, message):
+    path = tmp_path / "wrong.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message) as caught:
+        read_header(path)
+    assert "wrong.safetensors" in caught.value.message
+    assert caught.value.hint
+
+
+def test_says_why_a_file_cannot_be_read(tmp_path):
+    with pytest.raises(ModelError, match=r"can't read .*: Is a directory"):
+        read_header(tmp_path)
+
+
+def test_reads_a_pickle_without_running_its_code_where_it_can(tmp_path):
+    torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / "model.ckpt")
+    tensors = read_pickle(tmp_path / "model.ckpt")
+    assert torch.equal(tensors["ids"], TENSORS["ids"])
+
+
+class TrainingState:
+    """What old checkpoints drag along: an object of the framework that trained them."""
+
+
+def test_reads_an_old_pickle_with_foreign_objects(tmp_path):
+    torch.save({"state_dict": TENSORS, "callbacks": TrainingState()}, tmp_path / "model.ckpt")
+    assert list(read_pickle(tmp_path / "model.ckpt")) == list(TENSORS)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x80\x02}q\x00."])
+def test_a_pickle_without_weights_is_refused(tmp_path, content):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.ckpt"):
+        read_pickle(path)
