@@ -1,0 +1,86 @@
+"""Schedulers by their usual names, made from the model's own scheduler configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+
+from sdtrt.errors import UsageError
+from sdtrt.specs import SchedulerName
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How one scheduler is made.
+
+    Args:
+        class_name: the diffusers class.
+        sampler: what Stable Diffusion web UIs call it.
+        forced: configuration that the name stands for, whatever the model's own says.
+        defaults: configuration for where the model's own says nothing, and the class's default is not meant for
+            Stable Diffusion.
+    """
+
+    class_name: str
+    sampler: str
+    forced: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Stable Diffusion's latents are not bounded by 1 (no clipping), its PNDM has no Runge-Kutta warm-up (PLMS), and its
+# last step goes to the first alpha rather than to 1.
+_KINDS: dict[SchedulerName, _Kind] = {
+    "pndm": _Kind("PNDMScheduler", "PLMS", defaults={"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "ddim": _Kind("DDIMScheduler", "DDIM", defaults={"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": _Kind("EulerDiscreteScheduler", "Euler"),
+    "euler-a": _Kind("EulerAncestralDiscreteScheduler", "Euler a"),
+    "dpm++": _Kind("DPMSolverMultistepScheduler", "DPM++ 2M", forced={"algorithm_type": "dpmsolver++"}),
+    "unipc": _Kind("UniPCMultistepScheduler", "UniPC"),
+    "lcm": _Kind("LCMScheduler", "LCM", defaults={"clip_sample": False}),
+    "heun": _Kind("HeunDiscreteScheduler", "Heun", defaults={"clip_sample": False}),
+}
+
+_SPACINGS = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "Exponential", "use_beta_sigmas": "Beta"}
+
+
+def make_scheduler(name: SchedulerName | None, own: Any) -> Any:
+    """The scheduler called `name`, with the noise schedule and prediction type of the model's `own`.
+
+    Returns:
+        A diffusers scheduler; `own` itself for None.
+    """
+    if name is None:
+        return own
+    kind = _KINDS[name]
+    config = own.config
+    changes = {key: config.get(key, value) for key, value in kind.defaults.items()}
+    return getattr(diffusers, kind.class_name).from_config(config, **{**changes, **kind.forced})
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Raise `UsageError` for more steps than the scheduler has (diffusers would repeat timesteps, or fail late)."""
+    config = scheduler.config
+    most = config.get("num_train_timesteps", steps)
+    if type(scheduler).__name__ == _KINDS["lcm"].class_name:
+        most = min(most, config.original_inference_steps)
+    if steps > most:
+        raise UsageError(
+            f"{type(scheduler).__name__} runs at most {most} steps, got {steps}", hint=f"use --steps {most}"
+        )
+
+
+def sampler_name(scheduler: Any) -> str:
+    """What Stable Diffusion web UIs call this scheduler; the class's own name for one that they don't know."""
+    class_name = type(scheduler).__name__
+    for kind in _KINDS.values():
+        if kind.class_name == class_name:
+            return kind.sampler
+    return class_name.removesuffix("Scheduler")
+
+
+def schedule_type(scheduler: Any) -> str | None:
+    """What web UIs call the spacing of the noise levels, where it is a special one."""
+    return next((name for key, name in _SPACINGS.items() if scheduler.config.get(key)), None)

@@ -1,0 +1,496 @@
+"""Images in and out: where they go, what they carry, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import stat
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdtrt import images
+from sdtrt.errors import OutputError, UsageError
+from sdtrt.images import (
+    Metadata,
+    encode_image,
+    format_parameters,
+    parse_parameters,
+    plan_output,
+    read_init_image,
+    read_metadata,
+    read_parameters,
+    slug,
+)
+
+FIELDS = {"Steps": 50, "Sampler": "PLMS", "CFG scale": 7.5, "Seed": 42, "Size": "128x96", "Version": "sdtrt 0.1.0"}
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+
+
+def metadata(prompt="a red circle", negative=""):
+    return Metadata(format_parameters(prompt, negative, FIELDS), {"prompt": prompt, "seed": 42})
+
+
+def save(plan, prompt="a red circle", seed=42, picture=PICTURE):
+    return plan.save(picture, metadata(prompt), prompt=prompt, seed=seed)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+def names(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir())
+
+
+# Where images go
+
+
+def test_without_output_they_go_into_the_current_folder(folder):
+    assert save(plan_output(None, count=1, overwrite=False)) == Path("a-red-circle-42.png")
+    assert names(folder) == ["a-red-circle-42.png"]
+
+
+def test_taken_names_get_a_number_and_nothing_is_overwritten(folder):
+    plan = plan_output(None, count=3, overwrite=False)
+    first = save(plan)
+    before = first.read_bytes()
+    others = [save(plan, picture=Image.new("RGB", (8, 8))) for _ in range(2)]
+    assert [path.name for path in others] == ["a-red-circle-42-2.png", "a-red-circle-42-3.png"]
+    assert first.read_bytes() == before
+
+
+def test_overwrite_does_not_make_two_images_of_one_run_share_a_name(folder):
+    plan = plan_output(Path("out"), count=2, overwrite=True)
+    assert save(plan) != save(plan)
+
+
+def test_a_missing_folder_is_made_with_its_parents_when_the_first_image_is_there(folder):
+    plan = plan_output(Path("new/deep/out"), count=2, overwrite=False)
+    assert names(folder) == []
+    assert save(plan) == Path("new/deep/out/a-red-circle-42.png")
+
+
+def test_the_missing_parent_of_a_file_is_made(folder):
+    assert save(plan_output(Path("new/one.png"), count=1, overwrite=False)) == Path("new/one.png")
+
+
+def test_a_folder_may_have_a_name_like_a_file(folder):
+    (folder / "v1.5").mkdir()
+    assert save(plan_output(Path("v1.5"), count=2, overwrite=False)).parent == Path("v1.5")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "image_format"), [("png", "PNG"), ("PNG", "PNG"), ("jpg", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP")]
+)
+def test_the_suffix_decides_the_format(suffix, image_format, folder):
+    path = save(plan_output(Path(f"one.{suffix}"), count=1, overwrite=False))
+    with Image.open(path) as image:
+        assert image.format == image_format
+        assert image.size == PICTURE.size
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_png_and_webp_keep_every_pixel(suffix, folder):
+    path = save(plan_output(Path(f"one.{suffix}"), count=1, overwrite=False))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), PIXELS)
+
+
+def test_an_existing_file_is_an_error_that_names_overwrite(folder):
+    (folder / "one.png").write_text("precious")
+    with pytest.raises(OutputError, match=re.escape("one.png exists")) as caught:
+        plan_output(Path("one.png"), count=1, overwrite=False)
+    assert "--overwrite" in caught.value.hint
+    assert (folder / "one.png").read_text() == "precious"
+
+
+def test_overwrite_replaces_a_file(folder):
+    (folder / "one.png").write_text("old")
+    save(plan_output(Path("one.png"), count=1, overwrite=True))
+    assert Image.open("one.png").size == PICTURE.size
+    assert names(folder) == ["one.png"]
+
+
+def test_a_file_that_came_into_being_meanwhile_is_not_overwritten(folder):
+    plan = plan_output(Path("one.png"), count=1, overwrite=False)
+    (folder / "one.png").write_text("precious")
+    with pytest.raises(OutputError, match="exists"):
+        save(plan)
+    assert (folder / "one.png").read_text() == "precious"
+    assert names(folder) == ["one.png"]
+
+
+def test_a_file_made_between_the_last_look_and_the_rename_is_not_overwritten(folder, monkeypatch):
+    plan = plan_output(Path("one.png"), count=1, overwrite=False)
+    monkeypatch.setattr(images, "_is_taken", lambda path: False)  # the look is too early
+    (folder / "one.png").write_text("precious")
+    with pytest.raises(OutputError, match="exists"):
+        save(plan)
+    assert (folder / "one.png").read_text() == "precious"
+
+
+def test_without_hard_links_nothing_is_overwritten_either(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    plan = plan_output(None, count=2, overwrite=False)
+    first = save(plan)
+    before = first.read_bytes()
+    monkeypatch.setattr(images, "_is_taken", lambda path: False)
+    assert save(plan, picture=Image.new("RGB", (8, 8))).name == "a-red-circle-42-2.png"
+    assert first.read_bytes() == before
+    assert len(names(folder)) == 2
+
+
+def test_a_link_with_a_generated_name_is_not_followed(folder, tmp_path):
+    for name, target in (("a-red-circle-42.png", "outside.png"), ("a-red-circle-42-2.png", "nowhere.png")):
+        (folder / name).symlink_to(tmp_path / target)
+    (tmp_path / "outside.png").write_text("precious")
+    assert save(plan_output(None, count=1, overwrite=False)).name == "a-red-circle-42-3.png"
+    assert (tmp_path / "outside.png").read_text() == "precious"
+    assert not (tmp_path / "nowhere.png").exists()
+
+
+def test_a_dangling_link_counts_as_existing(folder, tmp_path):
+    (folder / "one.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(OutputError, match="exists"):
+        plan_output(Path("one.png"), count=1, overwrite=False)
+
+
+def test_several_images_need_a_folder(folder):
+    with pytest.raises(UsageError, match="3 images"):
+        plan_output(Path("one.png"), count=3, overwrite=False)
+
+
+def test_an_unknown_format_is_a_usage_error(folder):
+    with pytest.raises(UsageError, match="gif") as caught:
+        plan_output(Path("one.gif"), count=1, overwrite=False)
+    assert "--output one.png" in caught.value.hint
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(folder):
+    (folder / "out").write_text("a file")
+    with pytest.raises(OutputError, match="is a file"):
+        plan_output(Path("out"), count=1, overwrite=False)
+    with pytest.raises(OutputError, match="not a folder"):
+        plan_output(Path("out/one.png"), count=1, overwrite=False)
+
+
+@pytest.mark.parametrize("output", ["/proc/one.png", "/proc/new/out", "x" * 300 + ".png", "x" * 300 + "/one.png"])
+def test_a_place_that_cannot_be_written_is_found_before_any_work(output, folder):
+    if output.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    with pytest.raises(OutputError) as caught:
+        plan_output(Path(output), count=1, overwrite=True)
+    assert "--output" in caught.value.hint
+    assert names(folder) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_found_before_any_work(folder):
+    folder.chmod(0o500)
+    with pytest.raises(OutputError, match="can't write"):
+        plan_output(None, count=1, overwrite=False)
+
+
+@pytest.mark.parametrize("output", [None, "one.png"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failed_write_leaves_nothing(output, overwrite, folder, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    plan = plan_output(None if output is None else Path(output), count=1, overwrite=overwrite)
+    with pytest.raises(OutputError, match="no space"):
+        save(plan)
+    assert names(folder) == []
+
+
+def test_an_interrupted_write_leaves_nothing(folder, monkeypatch):
+    def interrupt(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(plan_output(None, count=1, overwrite=False))
+    assert names(folder) == []
+
+
+def test_files_have_the_usual_permissions(folder):
+    (folder / "usual").write_text("")
+    path = save(plan_output(None, count=1, overwrite=False))
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((folder / "usual").stat().st_mode)
+
+
+def test_planning_leaves_no_trace(folder):
+    plan_output(Path("a/b/one.png"), count=1, overwrite=False)
+    assert names(folder) == []
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("A red circle, on blue!", "a-red-circle-on-blue"),
+        ("", "image"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("🦊🦊", "image"),
+        ("кот и пёс", "кот-и-пёс"),
+        ("a\nb\0c\x1b[31m", "a-b-c-31m"),
+        ("x" * 1000, "x" * images.SLUG_LENGTH),
+    ],
+)
+def test_slugs(prompt, expected):
+    assert slug(prompt) == expected
+
+
+@given(st.text())
+def test_any_prompt_makes_a_safe_file_name(prompt):
+    name = slug(prompt)
+    assert name
+    assert len(name.encode()) <= images.SLUG_BYTES
+    assert not set(name) & set("/\\\0. \n")
+    assert not name.startswith("-")
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=0x10000, categories=["Lo", "Nd"]), min_size=60))
+def test_prompts_in_wide_scripts_still_fit_a_file_system(prompt):
+    assert len(f"{slug(prompt)}-{2**63 - 1}-999.png".encode()) < 255
+
+
+# What they carry
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
+PROMPTS = TEXT.filter(lambda text: not any(line.startswith("Negative prompt:") for line in text.split("\n")))
+FIELD_NAMES = st.from_regex(r"[A-Za-z][A-Za-z \-/]+[a-z]", fullmatch=True)
+
+
+@given(PROMPTS, TEXT, st.dictionaries(FIELD_NAMES, TEXT, min_size=3, max_size=6))
+def test_parameters_survive_a_round_trip(prompt, negative, fields):
+    parsed = parse_parameters(format_parameters(prompt, negative, fields))
+    assert (parsed.prompt, parsed.negative_prompt, dict(parsed.fields)) == (prompt, negative, fields)
+
+
+def test_parameters_have_the_form_that_web_uis_write():
+    text = format_parameters("a cat, asleep", "blurry", {**FIELDS, "CFG scale": 7.0, "Model": "a, b", "VAE": None})
+    assert text == (
+        "a cat, asleep\n"
+        "Negative prompt: blurry\n"
+        'Steps: 50, Sampler: PLMS, CFG scale: 7, Seed: 42, Size: 128x96, Version: sdtrt 0.1.0, Model: "a, b"'
+    )
+
+
+def test_parameters_without_a_negative_prompt_have_no_line_for_it():
+    assert format_parameters("a cat", "", {"Steps": 5}) == "a cat\nSteps: 5"
+
+
+def test_reads_what_a_web_ui_wrote():
+    parsed = parse_parameters(
+        "masterpiece, (cat:1.2)\nsecond line\nNegative prompt: lowres, bad\nmore\n"
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x512, "
+        'Model hash: c35782bad8, Model: realistic, Lora hashes: "add: 1, b: 2", Version: v1.10.1'
+    )
+    assert parsed.prompt == "masterpiece, (cat:1.2)\nsecond line"
+    assert parsed.negative_prompt == "lowres, bad\nmore"
+    assert parsed.fields["Schedule type"] == "Karras"
+    assert parsed.fields["Lora hashes"] == "add: 1, b: 2"
+    assert parsed.fields["Size"] == "512x512"
+
+
+def test_text_that_is_a_prompt_alone():
+    assert parse_parameters("steps: one, two").prompt == "steps: one, two"
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@given(prompt=PROMPTS, negative=TEXT)
+def test_every_format_carries_any_prompt(image_format, prompt, negative):
+    data = encode_image(PICTURE, image_format, metadata(prompt, negative))
+    file = io.BytesIO(data)
+    parsed = parse_parameters(read_metadata(file).parameters)
+    assert (parsed.prompt, parsed.negative_prompt) == (prompt, negative)
+    assert read_metadata(file).details == {"prompt": prompt, "seed": 42}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("prompt", ["", "plain", "🦊 fox", "a\x00b\x1b[0m\r\n", "x" * 5000], ids=len)
+def test_files_carry_any_prompt(suffix, prompt, folder):
+    path = save(plan_output(Path(f"one.{suffix}"), count=1, overwrite=False, texts=[prompt]), prompt=prompt)
+    assert read_parameters(path).prompt == prompt.replace("\0", "")
+    assert read_metadata(path).details["prompt"] == prompt
+
+
+@pytest.mark.parametrize(("letter", "most"), [("x", 19_999), ("ä", 7_499), ("🦊", 3_749)])
+def test_a_prompt_too_long_for_a_jpeg_is_found_before_any_work(letter, most, folder):
+    longest = letter * most
+    plan = plan_output(Path("fits.jpg"), count=1, overwrite=False, texts=[longest])
+    assert read_parameters(save(plan, prompt=longest)).prompt == longest
+    with pytest.raises(UsageError, match=re.escape("one.jpg")) as caught:
+        plan_output(Path("one.jpg"), count=1, overwrite=False, texts=["short", letter + longest])
+    assert "one.png" in caught.value.hint
+    plan_output(Path("one.png"), count=1, overwrite=False, texts=[letter * 10 * most])
+
+
+def test_web_uis_find_the_text_where_they_look_for_it(folder):
+    for suffix in ("png", "jpg", "webp"):
+        save(plan_output(Path(f"one.{suffix}"), count=1, overwrite=False))
+    with Image.open("one.png") as image:
+        assert image.text["parameters"].startswith("a red circle\nSteps: 50, ")
+        assert json.loads(image.text["sdtrt"])["seed"] == 42
+    for suffix in ("jpg", "webp"):
+        with Image.open(f"one.{suffix}") as image:
+            comment = image.getexif().get_ifd(0x8769)[0x9286]
+        assert comment[:8] == b"UNICODE\0"
+        assert comment[8:].decode("utf-16-be").startswith("a red circle\nSteps: 50, ")
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_the_same_image_is_the_same_bytes(image_format):
+    assert encode_image(PICTURE, image_format, metadata()) == encode_image(PICTURE.copy(), image_format, metadata())
+
+
+def test_an_image_without_text_has_none(folder):
+    for suffix in ("png", "jpg"):
+        PICTURE.save(f"bare.{suffix}")
+        assert read_metadata(Path(f"bare.{suffix}")) is None
+        assert read_parameters(Path(f"bare.{suffix}")) is None
+
+
+# The init image
+
+
+def init(path, picture, **options):
+    picture.save(path, **options)
+    return read_init_image(path)
+
+
+def test_init_image_is_read_as_rgb_with_its_digest(tmp_path):
+    image = init(tmp_path / "a.png", PICTURE)
+    np.testing.assert_array_equal(np.asarray(image.pixels), PIXELS)
+    assert len(image.sha256) == 64
+
+
+def test_transparency_is_flattened_on_white(tmp_path):
+    for name, picture in (
+        ("rgba", Image.new("RGBA", (8, 8), (255, 0, 0, 0))),
+        ("la", Image.new("LA", (8, 8), (0, 0))),
+        ("half", Image.new("RGBA", (8, 8), (0, 0, 0, 128))),
+    ):
+        value = init(tmp_path / f"{name}.png", picture).pixels.getpixel((0, 0))
+        assert value == ((127, 127, 127) if name == "half" else (255, 255, 255))
+
+
+def test_a_transparent_palette_colour_is_flattened(tmp_path):
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([0, 0, 0, 200, 0, 0])
+    assert init(tmp_path / "p.png", picture, transparency=1).pixels.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "I;16", "RGB"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    suffix = "tif" if mode in ("CMYK", "YCbCr") else "png"
+    picture = Image.new("RGB", (8, 8), "white").convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
+    image = init(tmp_path / f"a.{suffix}", picture).pixels
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == ((128, 128, 128) if mode == "I;16" else (255, 255, 255))
+
+
+def test_the_exif_orientation_is_honoured(tmp_path):
+    picture = Image.new("RGB", (16, 8), "blue")
+    picture.paste("red", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned a quarter clockwise
+    pixels = init(tmp_path / "a.png", picture, exif=exif).pixels
+    assert pixels.size == (8, 16)
+    assert pixels.getpixel((4, 2)) == (255, 0, 0)
+
+
+def test_sizes_come_from_the_image_or_from_the_request(tmp_path):
+    image = init(tmp_path / "a.png", Image.new("RGB", (99, 41)))
+    assert image.result_size(None, None) == (40, 96)
+    assert image.result_size(64, None) == (64, 96)
+    assert image.result_size(64, 72) == (64, 72)
+    assert image.fitted(64, 72).size == (72, 64)
+
+
+def test_an_image_of_the_right_size_is_not_resampled(tmp_path):
+    image = init(tmp_path / "a.png", PICTURE)
+    np.testing.assert_array_equal(np.asarray(image.fitted(24, 16)), PIXELS)
+
+
+def test_an_image_too_small_for_a_latent_is_a_usage_error(tmp_path):
+    image = init(tmp_path / "a.png", Image.new("RGB", (64, 7)))
+    with pytest.raises(UsageError, match="height of 7"):
+        image.result_size(None, None)
+    assert image.result_size(64, 64) == (64, 64)
+
+
+def bomb(width, height):
+    """A PNG whose header promises more pixels than anyone wants."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+def png_bytes():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("folder", "is not a file"),
+        (b"", "no image format"),
+        (b"not an image", "no image format"),
+        (png_bytes()[:500], "can't be read"),
+        (png_bytes()[:100] + bytes(200) + png_bytes()[300:], "can't be read"),
+        (bomb(60000, 60000), "too large"),
+        (bomb(10000, 10000), "too large"),
+        (bomb(0, 10), "can't be read|no image format"),
+    ],
+    ids=["missing", "folder", "empty", "text", "truncated", "damaged", "bomb", "large", "zero size"],
+)
+def test_an_init_image_that_cannot_be_used_is_a_usage_error(content, message, tmp_path):
+    path = tmp_path / "init.png"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_init_image(path)
+    assert "init.png" in caught.value.message
+    assert caught.value.hint
+
+
+@given(st.binary(max_size=200), st.integers(0, 400))
+def test_damaged_images_never_raise_anything_else(noise, position):
+    good = png_bytes()
+    data = good[:position] + noise + good[position + len(noise) :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "init.png"
+        path.write_bytes(data)
+        with contextlib.suppress(UsageError):
+            read_init_image(path)

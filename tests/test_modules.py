@@ -1,0 +1,229 @@
+"""The UNet facade inside diffusers' own pipelines, against the same pipelines untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
+from PIL import Image
+
+from sdtrt.components import unet_contract
+from sdtrt.errors import EngineError
+from sdtrt.export import write_onnx
+from sdtrt.modules import UNetFacade
+from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.runtime.session import check_feeds
+
+CPU = torch.device("cpu")
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small are slower on several, much so where other processes run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TorchSession:
+    """A session that runs a PyTorch UNet, with the checks of a real one; remembers what it was fed."""
+
+    def __init__(self, unet, precision="fp32"):
+        self.unet = unet
+        self.contract = unet_contract(dict(unet.config), precision)
+        self.fed: list[Mapping[str, torch.Tensor]] = []
+
+    @property
+    def inputs(self):
+        return self.contract.inputs
+
+    @property
+    def outputs(self):
+        return self.contract.outputs
+
+    def run(self, feeds):
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in feeds.items()}
+        check_feeds(self.inputs, {name: tuple(tensor.shape) for name, tensor in feeds.items()}, dtypes)
+        self.fed.append(feeds)
+        added = {name: feeds[name] for name in ("text_embeds", "time_ids") if name in feeds}
+        states = feeds["encoder_hidden_states"]
+        with torch.no_grad():
+            result = self.unet(feeds["sample"], feeds["timestep"], states, added_cond_kwargs=added or None).sample
+        return {"out_sample": result}
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def facade_of(unet, precision="fp32"):
+    session = TorchSession(unet, precision)
+    return UNetFacade(session, session.contract, dict(unet.config), CPU)
+
+
+@pytest.fixture(scope="module")
+def unets():
+    return {kind: small_unet(kind) for kind in ("sd1", "sd2", "sdxl")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_pipeline(unet, tokenizer, *, img2img=False, scheduler=None):
+    """diffusers' own pipeline for what kind of UNet it is given."""
+    scheduler = scheduler or diffusers.PNDMScheduler(**SCHEDULE, skip_prk_steps=True)
+    parts = {"vae": small_vae(), "text_encoder": small_text_encoder(), "tokenizer": tokenizer, "unet": unet}
+    if unet.config.addition_embed_type == "text_time":
+        parts |= {"text_encoder_2": small_text_encoder(seed=1, projection=True), "tokenizer_2": tokenizer}
+        name = "StableDiffusionXLImg2ImgPipeline" if img2img else "StableDiffusionXLPipeline"
+        parts |= {"add_watermarker": False}
+    else:
+        name = "StableDiffusionImg2ImgPipeline" if img2img else "StableDiffusionPipeline"
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, name)(scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe, *, img2img=False, **overrides):
+    """A seeded call of a pipeline, as floats."""
+    arguments = {"prompt": "red on blue", "negative_prompt": "blue", "num_inference_steps": 4, "output_type": "np"}
+    arguments["generator"] = torch.Generator().manual_seed(7)
+    if img2img:
+        pixels = np.random.default_rng(0).integers(0, 255, (72, 88, 3), dtype=np.uint8)
+        arguments |= {"image": Image.fromarray(pixels), "strength": 0.6}
+    else:
+        arguments |= {"height": 72, "width": 88}
+    return pipe(**{**arguments, **overrides}).images
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_pipeline_with_facade_equals_the_untouched_pipeline(kind, img2img, unets, tokenizer):
+    untouched = picture(make_pipeline(unets[kind], tokenizer, img2img=img2img), img2img=img2img)
+    swapped = picture(make_pipeline(facade_of(unets[kind]), tokenizer, img2img=img2img), img2img=img2img)
+    assert untouched.std() > 0.01  # a picture, not one colour
+    np.testing.assert_allclose(swapped, untouched, atol=1e-4)  # convolutions round by memory layout
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler"])
+def test_fractional_and_other_timesteps_reach_the_engine_as_float32(name, unets, tokenizer):
+    scheduler = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    facade = facade_of(unets["sd1"])
+    untouched = picture(make_pipeline(unets["sd1"], tokenizer, scheduler=copy.deepcopy(scheduler)))
+    swapped = picture(make_pipeline(facade, tokenizer, scheduler=scheduler))
+    np.testing.assert_allclose(swapped, untouched, atol=1e-5)
+    assert all(feeds["timestep"].dtype == torch.float32 for feeds in facade.session.fed)
+    assert all(feeds["timestep"].shape == (2,) for feeds in facade.session.fed)
+
+
+def test_without_guidance_the_batch_is_one(unets, tokenizer):
+    facade = facade_of(unets["sd1"])
+    picture(make_pipeline(facade, tokenizer), guidance_scale=1.0)
+    assert {tuple(feeds["sample"].shape) for feeds in facade.session.fed} == {(1, 4, 9, 11)}
+
+
+def test_an_onnx_runtime_session_gives_the_same_picture(unets, tokenizer, tmp_path):
+    unet, path = unets["sd1"], tmp_path / "unet.onnx"
+    contract = unet_contract(unet.config, "fp32")
+    write_onnx(unet, contract, path)
+    with OnnxRuntimeSession(path, contract, threads=1, optimized=False) as session:
+        facade = UNetFacade(session, contract, unet.config, CPU)
+        for img2img in (False, True):
+            untouched = picture(make_pipeline(unet, tokenizer, img2img=img2img), img2img=img2img)
+            swapped = picture(make_pipeline(facade, tokenizer, img2img=img2img), img2img=img2img)
+            np.testing.assert_allclose(swapped, untouched, atol=1e-3)
+
+
+def test_casts_to_the_engine_and_back(unets):
+    session = TorchSession(unets["sd1"], "bf16")
+    session.unet = copy.deepcopy(unets["sd1"]).bfloat16()
+    facade = UNetFacade(session, session.contract, unets["sd1"].config, CPU)
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32)
+    noise = facade(sample, 3, states, return_dict=False)[0]
+    assert noise.dtype == torch.float32
+    fed = session.fed[0]
+    assert (fed["sample"].dtype, fed["encoder_hidden_states"].dtype) == (torch.bfloat16, torch.bfloat16)
+    assert fed["timestep"].dtype == torch.float32
+    assert facade.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [981, 980.5, torch.tensor(981), torch.tensor(980.5, dtype=torch.float64), torch.tensor([7]), torch.tensor([7, 9])],
+    ids=["int", "float", "scalar int64", "scalar float64", "one", "one a row"],
+)
+def test_takes_every_form_of_timestep(timestep, unets):
+    sample, states = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    expected = unets["sd1"](sample, timestep, states).sample
+    torch.testing.assert_close(facade_of(unets["sd1"])(sample, timestep, states).sample, expected)
+
+
+def test_returns_a_tuple_or_an_output_with_sample(unets):
+    arguments = (torch.randn(1, 4, 8, 8), 5, torch.randn(1, 77, 32))
+    facade = facade_of(unets["sd1"])
+    assert isinstance(facade(*arguments, return_dict=False), tuple)
+    torch.testing.assert_close(facade(*arguments).sample, facade(*arguments, return_dict=False)[0])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"class_labels": torch.zeros(1)},
+        {"timestep_cond": torch.zeros(1, 8)},
+        {"attention_mask": torch.ones(1, 77)},
+        {"encoder_attention_mask": torch.ones(1, 77)},
+        {"cross_attention_kwargs": {"scale": 0.5}},
+        {"down_block_additional_residuals": (torch.zeros(1),)},
+        {"mid_block_additional_residual": torch.zeros(1)},
+        {"down_intrablock_additional_residuals": (torch.zeros(1),)},
+        {"added_cond_kwargs": {"image_embeds": torch.zeros(1)}},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_refuses_by_name_what_the_engine_has_no_input_for(argument, unets):
+    name = "image_embeds" if "added_cond_kwargs" in argument else next(iter(argument))
+    with pytest.raises(EngineError, match=name) as caught:
+        facade_of(unets["sd1"])(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 77, 32), **argument)
+    assert "--backend torch" in caught.value.hint
+
+
+def test_sdxl_without_its_added_conditioning_is_refused(unets):
+    embeds = {"text_embeds": torch.zeros(1, 32)}
+    with pytest.raises(EngineError, match="time_ids"):
+        facade_of(unets["sdxl"])(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 77, 64), added_cond_kwargs=embeds)
+
+
+def test_latents_that_the_engine_does_not_take_are_refused(unets):
+    with pytest.raises(EngineError, match="sample"):
+        facade_of(unets["sd1"])(torch.zeros(1, 9, 8, 8), 5, torch.zeros(1, 77, 32))
+
+
+def test_old_configurations_get_the_defaults_of_the_class(unets):
+    session = TorchSession(unets["sd1"])
+    old = {"in_channels": 4, "sample_size": 64, "_diffusers_version": "0.2.2"}  # SD 1.4's file has no newer entries
+    config = UNetFacade(session, session.contract, old, CPU).config
+    assert config.time_cond_proj_dim is None
+    assert config.addition_embed_type is None
+    assert config.sample_size == 64
+    assert config["_diffusers_version"] == "0.2.2"
+
+
+def test_holds_no_weights(unets):
+    facade = facade_of(unets["sd1"])
+    assert list(facade.parameters()) == []
+    assert list(facade.state_dict()) == []

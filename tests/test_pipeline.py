@@ -1,0 +1,515 @@
+"""Requests to images: seeds, schedulers, files, and diffusers' own pipelines as the reference."""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from factories import sd1_folder, sdxl_folder
+from PIL import Image
+
+from sdtrt import engines, images, models, pipeline
+from sdtrt.cache import EngineDirectory
+from sdtrt.console import QUIET, Console
+from sdtrt.errors import EngineError, OutputError, UsageError
+from sdtrt.images import read_metadata, read_parameters
+from sdtrt.pipeline import generate
+from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec
+
+# Two resolutions instead of four: a third of the time to export and to run.
+SMALL = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "sample_size": 8,
+}
+
+
+class Recorder(Console):
+    """A console that remembers what it was told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.notes, self.warnings, self.bars = [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    @contextmanager
+    def bar(self, name, total):
+        entry = {"name": name, "total": total, "done": 0}
+        self.bars.append(entry)
+
+        def advance():
+            entry["done"] += 1
+
+        yield advance
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small are slower on several, much so where other processes run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request, monkeypatch):
+    """The same tests everywhere: a GPU is used by those that ask for one."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    return sd1_folder(tmp_path_factory.mktemp("models") / "sd1", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return EngineDirectory(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def spec(sd1, tmp_path):
+    return GenerateSpec(
+        ("red on blue",), ModelSpec(str(sd1)), backend="torch", steps=3, seed=5, output=tmp_path / "out"
+    )
+
+
+@pytest.fixture
+def init_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+    path = tmp_path / "init.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def made(spec, directory, console=QUIET):
+    """The report's paths."""
+    return [image.path for image in generate(spec, directory, console).images]
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def own_pipeline(folder, *, img2img=False):
+    """The untouched pipeline, loaded by diffusers itself."""
+    cls = diffusers.AutoPipelineForImage2Image if img2img else diffusers.AutoPipelineForText2Image
+    pipe = cls.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# The same picture as diffusers' own
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_txt2img_is_the_picture_of_diffusers_own_pipeline(kind, spec, directory, request):
+    folder = request.getfixturevalue(kind)
+    spec = replace(spec, model=ModelSpec(str(folder)), negative_prompt="green", height=72, width=88)
+    expected = own_pipeline(folder)(
+        "red on blue",
+        negative_prompt="green",
+        num_inference_steps=3,
+        guidance_scale=7.5,
+        height=72,
+        width=88,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    np.testing.assert_array_equal(pixels_of(made(spec, directory)[0]), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_img2img_is_the_picture_of_diffusers_own_pipeline(kind, spec, directory, init_image, request):
+    folder = request.getfixturevalue(kind)
+    spec = replace(spec, model=ModelSpec(str(folder)), init_image=init_image, strength=0.7, height=64, width=96)
+    expected = own_pipeline(folder, img2img=True)(
+        "red on blue",
+        image=Image.open(init_image).convert("RGB").resize((96, 64), Image.Resampling.LANCZOS),
+        strength=0.7,
+        num_inference_steps=3,
+        guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    np.testing.assert_array_equal(pixels_of(made(spec, directory)[0]), np.asarray(expected))
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_an_engine_gives_the_picture_of_the_native_pipeline(img2img, spec, directory, init_image):
+    spec = replace(spec, init_image=init_image if img2img else None)
+    native = pixels_of(made(spec, directory)[0])
+    swapped = pixels_of(made(replace(spec, backend="onnxruntime"), directory)[0])
+    assert native.std() > 1
+    assert np.abs(native - swapped).max() <= 1
+
+
+def test_with_an_engine_the_unet_is_not_loaded(spec, directory, monkeypatch):
+    spec = replace(spec, backend="onnxruntime")
+    expected = pixels_of(made(spec, directory)[0])
+    loaded = []
+    real = models.load_parts
+
+    def watch(model, names, dtype):
+        loaded.extend(names)
+        return real(model, names, dtype)
+
+    monkeypatch.setattr(models, "load_parts", watch)
+    np.testing.assert_array_equal(pixels_of(made(spec, directory)[0]), expected)
+    assert sorted(loaded) == ["scheduler", "text_encoder", "tokenizer", "vae"]
+
+
+def test_a_missing_engine_is_not_built_against_the_users_will(spec, tmp_path):
+    with pytest.raises(EngineError, match="no onnxruntime") as caught:
+        generate(replace(spec, backend="onnxruntime", allow_build=False), EngineDirectory(tmp_path / "engines"), QUIET)
+    assert caught.value.hint.startswith("sdtrt build ")
+    assert not (tmp_path / "engines").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_native_pipeline_runs_in_the_precision_asked_for(spec, directory):
+    report = generate(replace(spec, precision="bf16"), directory, QUIET)
+    full = pixels_of(made(spec, directory)[0])
+    assert report.settings["precision"] == "bf16"
+    assert 0 < np.abs(pixels_of(report.images[0].path) - full).mean() < 8
+
+
+# Seeds
+
+
+def test_images_of_a_prompt_count_up_and_each_prompt_starts_again(spec, directory):
+    report = generate(replace(spec, prompts=("red", "blue"), num_images=2), directory, QUIET)
+    assert [(image.prompt, image.seed) for image in report.images] == [
+        ("red", 5),
+        ("red", 6),
+        ("blue", 5),
+        ("blue", 6),
+    ]
+    assert len({image.path.read_bytes() for image in report.images}) == 4
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_seed_gives_the_same_image_whatever_the_batch(scheduler, spec, directory):
+    spec = replace(spec, scheduler=scheduler)
+    batch = made(replace(spec, prompts=("blue", "red on blue"), num_images=2), directory)
+    alone = made(replace(spec, seed=6, output=spec.output / "alone"), directory)
+    assert batch[3].read_bytes() == alone[0].read_bytes()
+
+
+def test_two_runs_with_one_seed_give_identical_files(spec, directory):
+    one, two = made(spec, directory)[0], made(spec, directory)[0]
+    assert one != two
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_without_a_seed_it_is_random_and_told(spec, directory):
+    console = Recorder()
+    report = generate(replace(spec, seed=None), directory, console)
+    seed = report.images[0].seed
+    assert 0 <= seed < 2**32
+    assert any(f"seed {seed}" in note for note in console.notes)
+    assert generate(replace(spec, seed=None), directory, QUIET).images[0].seed != seed
+    again = made(replace(spec, seed=seed), directory)[0]
+    assert again.read_bytes() == report.images[0].path.read_bytes()
+
+
+def test_global_random_state_neither_matters_nor_changes(spec, directory):
+    torch.manual_seed(1)
+    random.seed(1)
+    one = made(spec, directory)[0]
+    before = torch.random.get_rng_state()
+    two = made(spec, directory)[0]
+    assert one.read_bytes() == two.read_bytes()
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# What images and reports say
+
+
+def test_an_image_says_how_to_make_it_again(spec, directory, init_image):
+    spec = replace(
+        spec,
+        prompts=("red, on\nblue",),
+        negative_prompt="green: no",
+        scheduler="dpm++",
+        guidance_scale=4.25,
+        init_image=init_image,
+        strength=0.75,
+    )
+    path = made(spec, directory)[0]
+    details = read_metadata(path).details
+    assert details["init_image"]["sha256"] == images.sha256_file(init_image)
+    again = GenerateSpec(
+        prompts=(details["prompt"],),
+        model=ModelSpec(details["model"]["name"]),
+        backend=details["backend"],
+        precision=details["precision"],
+        negative_prompt=details["negative_prompt"],
+        steps=details["steps"],
+        guidance_scale=details["guidance_scale"],
+        height=details["height"],
+        width=details["width"],
+        seed=details["seed"],
+        scheduler=details["scheduler"]["name"],
+        init_image=init_image,
+        strength=details["strength"],
+        output=spec.output,
+    )
+    assert made(again, directory)[0].read_bytes() == path.read_bytes()
+
+
+def test_an_image_has_the_parameters_that_web_uis_read(spec, directory, init_image):
+    parsed = read_parameters(made(replace(spec, negative_prompt="green"), directory)[0])
+    assert (parsed.prompt, parsed.negative_prompt) == ("red on blue", "green")
+    wanted = {"Steps": "3", "Sampler": "PLMS", "CFG scale": "7.5", "Seed": "5", "Size": "64x64", "Model": "sd1"}
+    assert wanted.items() <= parsed.fields.items()
+    assert parsed.fields["Version"].startswith("sdtrt ")
+    assert "Denoising strength" not in parsed.fields
+    parsed = read_parameters(made(replace(spec, init_image=init_image, scheduler="euler-a"), directory)[0])
+    wanted = {"Sampler": "Euler a", "Denoising strength": "0.8", "Size": "64x40"}
+    assert wanted.items() <= parsed.fields.items()
+
+
+def test_the_report_is_plain_data_with_everything(spec, directory):
+    data = generate(replace(spec, backend="onnxruntime", num_images=2), directory, QUIET).to_json()
+    data = json.loads(json.dumps(data))
+    assert [image["seed"] for image in data["images"]] == [5, 6]
+    assert set(data["images"][0]) == {"path", "seed", "prompt", "negative_prompt", "width", "height"}
+    assert data["model"]["name"] == str(spec.model.name)
+    assert (data["backend"], data["precision"], data["steps"]) == ("onnxruntime", "fp32", 3)
+    assert data["scheduler"] == {"name": None, "class": "PNDMScheduler"}
+    assert (data["guidance_scale"], data["strength"], data["init_image"]) == (7.5, None, None)
+    assert directory.entries("engine")[0].digest == data["engine"]["digest"]
+    assert data["versions"]["diffusers"] == diffusers.__version__
+    assert len(data["seconds"]["generate"]) == 2
+
+
+def test_the_torch_backend_has_no_engine(spec, directory):
+    assert generate(spec, directory, QUIET).to_json()["engine"] is None
+
+
+# Sizes
+
+
+def test_img2img_takes_the_size_of_its_image_and_says_so(spec, directory, init_image):
+    console = Recorder()
+    image = generate(replace(spec, init_image=init_image), directory, console).images[0]
+    assert (image.width, image.height) == (64, 40)
+    assert any("70x45 to 64x40" in note for note in console.notes)
+    assert Image.open(image.path).size == (64, 40)
+
+
+def test_a_size_far_above_the_models_own_is_warned_of(spec, directory):
+    console = Recorder()
+    image = generate(replace(spec, height=72, width=256), directory, console).images[0]
+    assert (image.width, image.height) == (256, 72)
+    assert any("64x64" in warning for warning in console.warnings)
+
+
+# Progress
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "img2img", "calls"),
+    [("pndm", False, 5), ("heun", False, 7), ("euler", False, 4), ("ddim", True, 2), ("heun", True, 3)],
+)
+def test_the_bar_has_one_step_for_each_unet_call(scheduler, img2img, calls, spec, directory, init_image):
+    console = Recorder()
+    spec = replace(spec, scheduler=scheduler, steps=4, init_image=init_image if img2img else None, strength=0.5)
+    generate(spec, directory, console)
+    assert [(bar["total"], bar["done"]) for bar in console.bars] == [(calls, calls)]
+
+
+def test_a_quiet_run_says_nothing(spec, directory, capfd):
+    generate(replace(spec, scheduler="lcm"), directory, QUIET)
+    assert capfd.readouterr() == ("", "")
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("prompt", ["", "🦊", "  ", "a\x00b\x1b[31m\r\n", "кот", "x" * 3000], ids=ascii)
+def test_any_prompt_makes_an_image(prompt, spec, directory):
+    path = made(replace(spec, prompts=(prompt,)), directory)[0]
+    assert read_metadata(path).details["prompt"] == prompt
+    assert path.parent == spec.output
+
+
+def test_the_part_of_a_prompt_that_is_ignored_is_named(spec, directory):
+    console = Recorder()
+    words = " ".join(["blue"] * 75 + ["on", "red"])
+    generate(replace(spec, prompts=(words, words)), directory, console)
+    assert len(console.warnings) == 1
+    assert "77 tokens" in console.warnings[0]
+    assert console.warnings[0].endswith("'on red'")
+    console = Recorder()
+    generate(replace(spec, prompts=(" ".join(["blue"] * 75),)), directory, console)
+    assert console.warnings == []
+
+
+def test_a_prompt_that_is_no_text_is_a_usage_error(spec):
+    with pytest.raises(UsageError, match="UTF-8"):
+        replace(spec, prompts=("caf\udce9",))
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of(spec, directory):
+    console = Recorder()
+    generate(replace(spec, negative_prompt="green", guidance_scale=1.0), directory, console)
+    assert "negative prompt" in console.warnings[0]
+
+
+def test_guidance_and_negative_prompt_matter(spec, directory):
+    plain = made(spec, directory)[0]
+    for change in ({"guidance_scale": 1.0}, {"negative_prompt": "green"}, {"scheduler": "euler"}):
+        assert not np.array_equal(pixels_of(made(replace(spec, **change), directory)[0]), pixels_of(plain))
+
+
+# Failures
+
+
+def test_a_wrong_output_is_found_before_the_model_is_looked_for(spec, directory):
+    spec.output.write_text("a file")
+    with pytest.raises(OutputError):
+        generate(replace(spec, model=ModelSpec("no/such/model/anywhere")), directory, QUIET)
+
+
+def test_a_wrong_init_image_is_found_before_the_model_is_looked_for(spec, directory, tmp_path):
+    wrong = replace(spec, model=ModelSpec("no/such/model/anywhere"), init_image=tmp_path / "none.png")
+    with pytest.raises(UsageError, match="does not exist"):
+        generate(wrong, directory, QUIET)
+
+
+def test_too_many_steps_are_refused_before_an_engine_is_built(spec, directory, monkeypatch):
+    monkeypatch.setattr(engines, "ensure_engine", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(UsageError, match="at most 50 steps, got 51"):
+        generate(replace(spec, backend="onnxruntime", scheduler="lcm", steps=51), directory, QUIET)
+
+
+def test_tensorrt_without_a_gpu_is_a_clear_error(spec, directory):
+    with pytest.raises(EngineError, match="GPU") as caught:
+        generate(replace(spec, backend="tensorrt"), directory, QUIET)
+    assert "sdtrt doctor" in caught.value.hint
+
+
+def test_a_unet_that_overflows_is_an_error_with_the_step_and_no_image(spec, directory, monkeypatch):
+    real = models.load_unet
+
+    def damaged(model, dtype):
+        unet = real(model, dtype)
+        calls = iter(range(10))
+        unet.conv_out.register_forward_hook(lambda _m, _i, output: output * (1e38 if next(calls) >= 1 else 1.0) * 1e9)
+        return unet
+
+    monkeypatch.setattr(models, "load_unet", damaged)
+    with pytest.raises(EngineError, match="denoising step 2 of 4") as caught:
+        generate(spec, directory, QUIET)
+    assert "--scheduler" in caught.value.hint
+    assert not spec.output.exists()
+
+
+def test_a_vae_that_overflows_is_an_error_and_no_image(spec, directory, monkeypatch):
+    real = models.load_parts
+
+    def damaged(model, names, dtype):
+        parts = real(model, names, dtype)
+        if "vae" in parts:
+            parts["vae"].decoder.conv_in.register_forward_hook(lambda _m, _i, output: output * float("inf"))
+        return parts
+
+    monkeypatch.setattr(models, "load_parts", damaged)
+    with pytest.raises(EngineError, match="VAE") as caught:
+        generate(replace(spec, precision="bf16"), directory, QUIET)
+    assert caught.value.hint == "use --precision fp32"
+    assert not spec.output.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+    ids=["gpu", "cpu"],
+)
+def test_too_little_memory_is_a_clear_error(error, spec, directory, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", fail)
+    with pytest.raises(EngineError, match="out of memory at 64x64") as caught:
+        generate(spec, directory, QUIET)
+    assert "--height" in caught.value.hint
+
+
+def test_a_bug_keeps_its_traceback(spec, directory, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        generate(spec, directory, QUIET)
+
+
+def test_an_interrupt_keeps_the_images_that_are_done(spec, directory):
+    class Impatient(Recorder):
+        @contextmanager
+        def bar(self, name, total):
+            with super().bar(name, total) as advance:
+
+                def interrupt():
+                    advance()
+                    if len(self.bars) == 2:
+                        raise KeyboardInterrupt
+
+                yield interrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(replace(spec, num_images=3), directory, Impatient())
+    assert [path.name for path in spec.output.iterdir()] == ["red-on-blue-5.png"]
+    assert pixels_of(spec.output / "red-on-blue-5.png").shape == (64, 64, 3)
+
+
+# Loading
+
+
+def test_a_pipeline_can_be_opened_for_other_uses(spec, directory):
+    model = models.resolve_model(spec.model)
+    plan = pipeline.Plan(model, "torch", "fp32", pipeline.Sizes(2, 64, 64), steps=2, scheduler="euler")
+    with pipeline.open_pipeline(plan, directory, QUIET) as opened:
+        result = opened.pipe("red", num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert result.shape == (1, 64, 64, 3)
+    assert type(opened.pipe) is diffusers.StableDiffusionPipeline
+    assert opened.entry is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_native_pipeline_on_a_gpu_makes_the_picture_of_the_cpu(
+    kind, img2img, spec, directory, init_image, monkeypatch, request
+):
+    folder = request.getfixturevalue(kind)
+    spec = replace(spec, model=ModelSpec(str(folder)), init_image=init_image if img2img else None, num_images=2)
+    report = generate(spec, directory, QUIET)
+    assert report.settings["precision"] == "fp16"
+    alone = made(replace(spec, seed=6, num_images=1), directory)[0]
+    np.testing.assert_array_equal(pixels_of(report.images[1].path), pixels_of(alone))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = pixels_of(made(spec, directory)[0])
+    assert np.abs(pixels_of(report.images[0].path) - on_cpu).mean() < 4

@@ -1,0 +1,151 @@
+"""Schedulers by name: made from the model's own configuration, and each one denoises."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from factories import small_unet
+
+from sdtrt.errors import UsageError
+from sdtrt.schedulers import check_steps, make_scheduler, sampler_name, schedule_type
+from sdtrt.specs import SCHEDULERS
+
+SD1 = diffusers.PNDMScheduler(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    skip_prk_steps=True,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+SAMPLERS = {
+    "pndm": "PLMS",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "dpm++": "DPM++ 2M",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "heun": "Heun",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small are slower on several, much so where other processes run too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class PointScore:
+    """The perfect noise prediction for data that is a single point: any sound scheduler walks to that point."""
+
+    def __init__(self, scheduler, target):
+        self.alphas, self.target = scheduler.alphas_cumprod, target
+
+    def __call__(self, latents, timestep):
+        low = int(timestep)
+        share = float(timestep) - low
+        high = min(low + 1, len(self.alphas) - 1)
+        alpha = self.alphas[low] * (1 - share) + self.alphas[high] * share
+        return (latents - alpha.sqrt() * self.target) / (1 - alpha).sqrt()
+
+
+def denoise(scheduler, steps, predict, *, seed=0, shape=(1, 4, 8, 8)):
+    """A pipeline's loop, without the pipeline."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(steps)
+    latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    seeded = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+    for timestep in scheduler.timesteps:
+        noise = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(noise, timestep, latents, **seeded).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_name_denoises_to_what_the_model_predicts(name):
+    target = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2
+    scheduler = make_scheduler(name, SD1)
+    result = denoise(scheduler, 20, PointScore(scheduler, target))
+    # these two end at the first noise level, the others at none
+    tolerance = 0.15 if name in ("pndm", "ddim") else 1e-4
+    assert (result - target).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_number_of_steps_runs_and_stays_finite(name, steps):
+    result = denoise(make_scheduler(name, SD1), steps, lambda latents, _: latents * 0.5)
+    assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_name_runs_a_real_unet(name):
+    unet, states = small_unet("sd1"), torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        result = denoise(make_scheduler(name, SD1), 3, lambda latents, t: unet(latents, t, states).sample)
+    assert torch.isfinite(result).all()
+    assert result.std() > 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_noise_schedule_and_prediction_are_the_models_own(name):
+    own = diffusers.DDIMScheduler(
+        beta_start=0.001, beta_end=0.02, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+    scheduler = make_scheduler(name, own)
+    torch.testing.assert_close(scheduler.alphas_cumprod, own.alphas_cumprod)
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_without_a_name_it_is_the_models_own_scheduler():
+    assert make_scheduler(None, SD1) is SD1
+
+
+def test_dpm_is_never_the_stochastic_one():
+    own = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    assert make_scheduler("dpm++", own).config.algorithm_type == "dpmsolver++"
+
+
+def test_latents_are_never_clipped_unless_the_model_says_so():
+    assert make_scheduler("ddim", SD1).config.clip_sample is False
+    assert make_scheduler("ddim", diffusers.DDIMScheduler(clip_sample=True)).config.clip_sample is True
+
+
+def test_pndm_for_another_models_scheduler_has_no_warm_up():
+    scheduler = make_scheduler("pndm", diffusers.EulerDiscreteScheduler())
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps) == 51
+
+
+def test_heun_calls_the_unet_twice_a_step():
+    scheduler = make_scheduler("heun", SD1)
+    scheduler.set_timesteps(10)
+    assert len(scheduler.timesteps) == 19
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_web_uis_know_the_names(name):
+    assert sampler_name(make_scheduler(name, SD1)) == SAMPLERS[name]
+
+
+def test_an_unknown_scheduler_keeps_its_class_name():
+    assert sampler_name(diffusers.DDPMScheduler()) == "DDPM"
+
+
+def test_special_spacings_have_a_name():
+    assert schedule_type(diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)) == "Karras"
+    assert schedule_type(SD1) is None
+
+
+@pytest.mark.parametrize(("name", "most"), [("lcm", 50), ("ddim", 1000), ("pndm", 1000), ("euler", 1000)])
+def test_more_steps_than_there_are_is_a_usage_error(name, most):
+    scheduler = make_scheduler(name, SD1)
+    check_steps(scheduler, most)
+    with pytest.raises(UsageError, match=str(most + 1)) as caught:
+        check_steps(scheduler, most + 1)
+    assert caught.value.hint == f"use --steps {most}"
