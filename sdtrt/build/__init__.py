@@ -1,0 +1,114 @@
+"""ONNX → engine: one function, one module for each backend that has engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdtrt import host
+from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.components import Contract
+from sdtrt.console import QUIET, Console
+from sdtrt.errors import BuildError
+from sdtrt.export import export_component, export_key
+from sdtrt.models import Model
+from sdtrt.specs import Backend, BuildSpec
+
+
+def backend_version(backend: Backend) -> str:
+    """The installed version of a backend. Raises `BuildError` where it is not installed."""
+    if backend == "onnxruntime":
+        version = host.library_version("onnxruntime")
+        if version is None:
+            raise BuildError("ONNX Runtime is not installed", hint="pip install onnxruntime")
+        return version
+    from sdtrt import trt_api
+
+    return trt_api.version(backend)
+
+
+def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What an engine is bound to on this machine: the GPU; for ONNX Runtime the processor, which decides its layouts.
+
+    Args:
+        backend: that runs the engine.
+        compute_capability: the GPU that is built for ahead of time, if it is not this machine's.
+    """
+    if backend == "onnxruntime":
+        return {"processor": host.processor().rsplit(",", 1)[0]}
+    if compute_capability is not None:
+        return {"compute_capability": list(compute_capability)}
+    gpus = host.gpus()
+    if not gpus:
+        raise BuildError(
+            f"{backend} needs an NVIDIA GPU, and the driver shows none",
+            hint="check nvidia-smi; without a GPU use --backend onnxruntime",
+        )
+    return {"gpu": gpus[0].name, "compute_capability": list(gpus[0].compute_capability)}
+
+
+def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
+    """The key of an engine: all that its bytes depend on. The export's own key stands for the weights."""
+    return {
+        "component": spec.export.component,
+        "precision": spec.export.precision,
+        "backend": spec.backend,
+        "backend_version": backend_version(spec.backend),
+        "host": host_key(spec.backend, spec.compute_capability),
+        "profiles": [asdict(profile) for profile in spec.profiles],
+        "options": {
+            "optimization_level": spec.optimization_level,
+            "workspace_bytes": spec.workspace_bytes,
+            "version_compatible": spec.version_compatible,
+        },
+        "export": export_key(model, spec.export, directory),
+    }
+
+
+def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
+    """Find or build an engine; exports the component first if that is missing.
+
+    Returns:
+        The entry of kind `engine`. Its `info` has the contract, the model's name, and what the build measured.
+
+    Raises:
+        BuildError: where the engine can't be built, or is not right; nothing is left of it then.
+    """
+    key = engine_key(model, spec, directory)
+    return directory.obtain("engine", key, partial(_make, model, spec, directory, console), console, force=spec.force)
+
+
+def _make(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console, folder: Path) -> dict[str, Any]:
+    """Fill an entry's folder, and return what is known of the engine."""
+    onnx = export_component(model, spec.export, directory, console)
+    start = time.perf_counter()
+    measured = _build(onnx, spec, directory, console, folder)
+    return {
+        "contract": onnx.info["contract"],
+        "model": model.spec.name,
+        "onnx": onnx.name,
+        "seconds": round(time.perf_counter() - start, 3),
+        **measured,
+    }
+
+
+def _build(
+    onnx: Entry, spec: BuildSpec, directory: EngineDirectory, console: Console, folder: Path
+) -> Mapping[str, Any]:
+    """Let the backend build."""
+    contract = Contract.from_json(onnx.info["contract"])
+    source = onnx.file("model.onnx")
+    if spec.backend == "onnxruntime":
+        from sdtrt.build.onnxruntime import optimize
+
+        return optimize(source, folder, contract, console)
+    from sdtrt.build.tensorrt import build_plan
+
+    gpu = host_key(spec.backend, spec.compute_capability)
+    words = (spec.backend, backend_version(spec.backend), gpu.get("gpu", "sm"), *gpu["compute_capability"])
+    cache = directory.timing_cache("-".join(str(word) for word in words))
+    return build_plan(source, folder, contract, spec, timing_cache=cache, console=console)

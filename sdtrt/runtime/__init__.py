@@ -1,0 +1,41 @@
+"""Running engines: one protocol (`session`), one module for each backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdtrt.cache import Entry
+from sdtrt.components import Contract
+from sdtrt.errors import EngineError
+from sdtrt.runtime.session import Session
+
+if TYPE_CHECKING:
+    import torch
+
+ONNXRUNTIME_FILE = "engine.onnx"
+TENSORRT_FILE = "engine.plan"
+
+
+def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
+    """Open an engine of the engine directory.
+
+    Args:
+        entry: an entry of the kind `engine`.
+        device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
+
+    Raises:
+        EngineError: where it can't be loaded on this machine, saying why and how to rebuild it.
+    """
+    contract = Contract.from_json(entry.info["contract"])
+    backend = entry.key["backend"]
+    if backend == "onnxruntime":
+        from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+
+        return OnnxRuntimeSession(entry.file(ONNXRUNTIME_FILE), contract)
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        from sdtrt.runtime.tensorrt import TensorRTSession
+
+        compatible = bool(entry.key.get("options", {}).get("version_compatible"))
+        plan = entry.file(TENSORRT_FILE)
+        return TensorRTSession(plan, contract, backend=backend, device=device, allow_host_code=compatible)
+    raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=f"sdtrt engines rm {entry.name}")

@@ -1,0 +1,164 @@
+"""Which backend and which engine serve a request."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from sdtrt import engines, host
+from sdtrt.build.onnxruntime import seeded_feeds
+from sdtrt.cache import EngineDirectory
+from sdtrt.components import Contract
+from sdtrt.console import Console
+from sdtrt.errors import BuildError, EngineError, UsageError
+from sdtrt.models import load_unet, resolve_model
+from sdtrt.runtime import open_session
+from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
+
+CPU = torch.device("cpu")
+SMALL = Sizes(2, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def model(sd1):
+    return resolve_model(ModelSpec(str(sd1)))
+
+
+@pytest.fixture(scope="module")
+def directory(engine_dir):
+    return EngineDirectory(engine_dir)
+
+
+@pytest.fixture(scope="module")
+def entry(model, directory):
+    return engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, directory)
+
+
+def test_without_a_gpu_auto_is_onnxruntime_and_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    assert engines.choose_backend("auto", Console()) == "onnxruntime"
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_a_named_backend_is_taken_as_it_is(capsys):
+    assert engines.choose_backend("torch", Console()) == "torch"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_engine_is_built_once_and_serves_other_sizes(model, directory, entry):
+    assert engines.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
+    assert engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
+    assert engines.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
+
+
+def test_the_engine_computes_what_pytorch_computes(model, entry):
+    contract = Contract.from_json(entry.info["contract"])
+    feeds = seeded_feeds(contract, Sizes(3, 72, 104, 154))
+    unet = load_unet(model, torch.float32)
+    with torch.inference_mode():
+        wanted = unet(feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"]).sample
+    with open_session(entry, CPU) as session:
+        got = session.run(feeds)["out_sample"]
+    assert torch.linalg.vector_norm(got - wanted) < 1e-4 * torch.linalg.vector_norm(wanted)
+
+
+def test_outputs_of_a_session_do_not_alias(entry):
+    contract = Contract.from_json(entry.info["contract"])
+    with open_session(entry, CPU) as session:
+        first = session.run(seeded_feeds(contract, SMALL, seed=1))["out_sample"]
+        kept = first.clone()
+        session.run(seeded_feeds(contract, SMALL, seed=2))
+        assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("wrong", ["name", "dtype", "rank", "channels", "batch"])
+def test_wrong_inputs_are_named_before_anything_runs(entry, wrong):
+    contract = Contract.from_json(entry.info["contract"])
+    feeds = seeded_feeds(contract, SMALL)
+    if wrong == "name":
+        feeds["smaple"] = feeds.pop("sample")
+    elif wrong == "dtype":
+        feeds["sample"] = feeds["sample"].double()
+    elif wrong == "rank":
+        feeds["timestep"] = feeds["timestep"][0]
+    elif wrong == "channels":
+        feeds["sample"] = feeds["sample"][:, :3]
+    elif wrong == "batch":
+        feeds["timestep"] = feeds["timestep"][:1]
+    with open_session(entry, CPU) as session, pytest.raises(EngineError):
+        session.run(feeds)
+
+
+def test_a_closed_session_says_so(entry):
+    session = open_session(entry, CPU)
+    session.close()
+    session.close()
+    with pytest.raises(EngineError, match="closed"):
+        session.run(seeded_feeds(Contract.from_json(entry.info["contract"]), SMALL))
+
+
+def test_a_garbled_engine_is_an_error_with_the_rebuild(entry, tmp_path):
+    from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+
+    (tmp_path / "engine.onnx").write_bytes(b"not a model")
+    with pytest.raises(EngineError) as caught:
+        OnnxRuntimeSession(tmp_path / "engine.onnx", Contract.from_json(entry.info["contract"]))
+    assert "sdtrt build" in caught.value.hint
+
+
+def test_no_build_names_the_command_that_builds(model, tmp_path):
+    empty = EngineDirectory(tmp_path / "empty folder")
+    with pytest.raises(EngineError) as caught:
+        engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, empty, allow_build=False)
+    words = shlex.split(caught.value.hint)
+    assert words[:2] == ["sdtrt", "build"]
+    assert words[words.index("--engine-dir") + 1] == str(empty.path)
+    assert not empty.path.exists()
+
+
+def test_bf16_is_refused_on_onnxruntime(model, directory):
+    with pytest.raises(UsageError, match="bf16"):
+        engines.ensure_engine(model, "onnxruntime", "bf16", SMALL, directory)
+
+
+@pytest.mark.skipif(host.has_gpu(), reason="needs a machine without a GPU")
+def test_tensorrt_without_a_gpu_says_what_to_use_instead(model, directory):
+    with pytest.raises(BuildError) as caught:
+        engines.ensure_engine(model, "tensorrt-rtx", "fp16", SMALL, directory)
+    assert "onnxruntime" in caught.value.hint
+
+
+def test_the_tightest_profile_wins():
+    static = Profile.of(Sizes(2, 512, 512))
+    wide = Profile(Range(1, 2, 8), Range(256, 512, 1024), Range(256, 512, 1024))
+    elsewhere = Profile(Range(1, 2, 8), Range(256, 768, 1024), Range(256, 768, 1024))
+
+    def slack(*profiles, sizes=Sizes(2, 512, 512)):
+        return engines.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
+
+    assert slack(static) == 0
+    assert slack() == 0  # takes any size
+    assert slack(static) < slack(wide) < slack(elsewhere)
+    assert slack(elsewhere, static) == 0
+    assert slack(static, sizes=Sizes(2, 512, 520)) is None
+
+
+def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkeypatch):
+    assert not engines.is_foreign(entry)
+    monkeypatch.setattr(engines, "backend_version", lambda backend: "0.0")
+    assert engines.is_foreign(entry)
+    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+
+
+def test_export_and_build_options_are_part_of_the_key(model, directory):
+    from sdtrt.build import engine_key
+
+    keys = [
+        engine_key(model, BuildSpec(ExportSpec(model.spec, precision=precision, opset=opset), "onnxruntime"), directory)
+        for precision, opset in (("fp32", None), ("fp16", None), ("fp32", 16))
+    ]
+    assert keys[0] != keys[1]
+    assert keys[0] != keys[2]
