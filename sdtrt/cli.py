@@ -1,0 +1,353 @@
+"""The command line: parse → spec → one call → render. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer import Argument, Option
+
+from sdtrt import __version__
+from sdtrt.console import print_table
+from sdtrt.errors import SdtrtError, UsageError
+from sdtrt.options import (
+    BackendOptions,
+    DirectoryOptions,
+    ExporterOptions,
+    GenerateOptions,
+    ModelOptions,
+    OutputOptions,
+    ProfileOptions,
+    grouped,
+)
+from sdtrt.specs import (
+    BACKENDS,
+    DEFAULT_STRENGTH,
+    PRECISIONS,
+    Backend,
+    BuildSpec,
+    GenerateSpec,
+    PruneSpec,
+    Sizes,
+    check_choice,
+)
+
+if TYPE_CHECKING:
+    from sdtrt.inspection import EngineReport, ModelReport
+
+INTERRUPTED = 130  # what shells expect after Ctrl-C
+GIB = 2**30
+DAY = 86400
+
+app = typer.Typer(
+    name="sdtrt",
+    help="Stable Diffusion, fast on your own GPU: TensorRT engines inside unmodified diffusers pipelines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+engines_app = typer.Typer(help="The engine directory: list, remove, prune.", invoke_without_command=True)
+app.add_typer(engines_app, name="engines")
+
+
+@app.callback()
+def root(version: Annotated[bool, Option("--version", help="show the version", is_eager=True)] = False) -> None:
+    """Options before the command."""
+    if version:
+        print(f"sdtrt {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@grouped
+def txt2img(
+    generate: GenerateOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Make images from text."""
+    _generate(generate.spec(model.spec(), backend), directory, output)
+
+
+@app.command()
+@grouped
+def img2img(
+    init_image: Annotated[Path, Option("--init-image", "-i", help="the image to start from")],
+    strength: Annotated[float, Option(help="how much of it is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
+    *,
+    generate: GenerateOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Make images from an image and text."""
+    _generate(generate.spec(model.spec(), backend, init_image=init_image, strength=strength), directory, output)
+
+
+def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
+    """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
+    from sdtrt.pipeline import generate
+
+    report = generate(spec, directory.directory(), output.console())
+    _render([str(image.path) for image in report.images], report.to_json(), output)
+
+
+@app.command()
+@grouped
+def export(
+    precision: Annotated[str, Option(help=f"one of {', '.join(PRECISIONS)}")] = "fp16",
+    target: Annotated[
+        Path | None, Option("--output", "-o", help="an .onnx file to write; by default the engine directory")
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False,
+    *,
+    exporter: ExporterOptions,
+    model: ModelOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Write the UNet as ONNX with dynamic batch, height, width and token axes, checked against PyTorch."""
+    spec = exporter.spec(model.spec(), precision, output=target, overwrite=overwrite)
+    engines, console = directory.directory(), output.console()
+    from sdtrt.export import FILE_NAME, export_component, export_file
+    from sdtrt.models import resolve_model
+
+    resolved = resolve_model(spec.model, console)
+    if spec.output is not None:
+        path = export_file(resolved, spec, console)
+        _render([str(path)], {"path": str(path), "precision": precision}, output)
+        return
+    entry = export_component(resolved, spec, engines, console)
+    _render([str(entry.file(FILE_NAME))], {"path": str(entry.path), **entry.to_json()}, output)
+
+
+@app.command()
+@grouped
+def build(
+    optimization_level: Annotated[int | None, Option(help="TensorRT's builder effort, 0 to 5")] = None,
+    workspace_gib: Annotated[float | None, Option(help="cap on the builder's scratch memory")] = None,
+    compute_capability: Annotated[
+        str | None, Option(metavar="X.Y", help="build ahead of time for this GPU (tensorrt-rtx)")
+    ] = None,
+    version_compatible: Annotated[
+        bool, Option("--version-compatible", help="a plan that later TensorRT versions can load too")
+    ] = False,
+    *,
+    sizes: ProfileOptions,
+    exporter: ExporterOptions,
+    backend: BackendOptions,
+    model: ModelOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Build an engine from the exported UNet, exporting it first if that is missing."""
+    check_choice("backend", backend.backend, BACKENDS)
+    capability = _compute_capability(compute_capability)
+    engines, console = directory.directory(), output.console()
+    from sdtrt.build import build_engine
+    from sdtrt.engines import choose_backend, default_precision
+    from sdtrt.models import resolve_model
+
+    chosen: Backend = choose_backend(backend.backend, console)  # type: ignore[arg-type]  # checked above
+    resolved = resolve_model(model.spec(), console)
+    native = Sizes(2, *resolved.default_size())
+    spec = BuildSpec(
+        export=exporter.spec(model.spec(), backend.precision or default_precision(chosen)),
+        backend=chosen,
+        profiles=() if chosen == "onnxruntime" else sizes.profiles(native),
+        optimization_level=optimization_level,
+        workspace_bytes=None if workspace_gib is None else int(workspace_gib * GIB),
+        compute_capability=capability,
+        version_compatible=version_compatible,
+        force=exporter.force,
+    )
+    entry = build_engine(resolved, spec, engines, console)
+    _render([str(entry.path)], {"path": str(entry.path), **entry.to_json()}, output)
+
+
+def _compute_capability(text: str | None) -> tuple[int, int] | None:
+    """`8.9` → (8, 9)."""
+    if text is None:
+        return None
+    major, dot, minor = text.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
+    return int(major), int(minor)
+
+
+@app.command()
+@grouped
+def inspect(
+    engine: Annotated[str | None, Option("--engine", "-e", help="an engine of the engine directory, by name")] = None,
+    part: Annotated[str | None, Option(help="one part of the model, such as text_encoder")] = None,
+    tree: Annotated[bool, Option("--tree", help="the part's whole PyTorch module tree")] = False,
+    *,
+    model: ModelOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Show a model's parts and sizes, or an engine's inputs, outputs and profiles."""
+    from sdtrt.inspection import inspect_engine, inspect_model
+
+    report: EngineReport | ModelReport
+    if engine is not None:
+        report = inspect_engine(directory.directory().named(engine))
+    else:
+        from sdtrt.models import resolve_model
+
+        report = inspect_model(resolve_model(model.spec(), output.console()), part, tree=tree)
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+
+
+@app.command()
+@grouped
+def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
+    """Say what this machine can run, what is missing, and the command that mends it."""
+    from sdtrt.doctor import diagnose
+
+    diagnosis = diagnose(directory.directory())
+    if output.as_json:
+        print(json.dumps(diagnosis.to_json(), indent=2))
+    else:
+        rows = [(finding.state, finding.name, finding.detail, finding.mend) for finding in diagnosis.findings]
+        print_table(("", "what", "seen", "to mend"), rows)
+        print(f"\nthis machine can run: {', '.join(diagnosis.backends) or 'nothing yet'}")
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+@engines_app.callback()
+@grouped
+def engines(context: typer.Context, directory: DirectoryOptions, output: OutputOptions) -> None:
+    """The engine directory: list, remove, prune."""
+    if context.invoked_subcommand is None:
+        _list(directory, output)
+
+
+@engines_app.command("list")
+@grouped
+def list_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
+    """List exports and engines, with their sizes and when they were last used."""
+    _list(directory, output)
+
+
+@engines_app.command("rm")
+@grouped
+def remove_entries(
+    names: Annotated[list[str], Argument(help="names, or their beginnings")],
+    *,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Remove entries by name."""
+    found = directory.directory()
+    entries = {entry.name: entry for entry in (found.named(name) for name in names)}
+    for entry in entries.values():
+        found.remove(entry)
+    _render(list(entries), {"removed": list(entries)}, output)
+
+
+@engines_app.command("prune")
+@grouped
+def prune_entries(
+    older_than_days: Annotated[float | None, Option(help="remove what was not used for so many days")] = None,
+    keep_gib: Annotated[float | None, Option(help="remove the least recently used until the rest fits")] = None,
+    foreign: Annotated[bool, Option("--foreign", help="remove engines that this machine can't load")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only say what would go")] = False,
+    *,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Remove entries by age, size or host, and what killed builds left behind."""
+    keep_bytes = None if keep_gib is None else int(keep_gib * GIB)
+    spec = PruneSpec(older_than_days, keep_bytes, foreign, dry_run)
+    from sdtrt.engines import is_foreign
+
+    found = directory.directory()
+    leftovers = len(found.abandoned()) if spec.dry_run else found.sweep()
+    chosen = found.prunable(spec, is_foreign)
+    for entry in () if spec.dry_run else chosen:
+        found.remove(entry)
+    freed = sum(entry.size_bytes for entry in chosen)
+    console = output.console()
+    verb = "would remove" if spec.dry_run else "removed"
+    console.note(f"{verb} {len(chosen)} entries, {freed / GIB:.2f} GiB, and {leftovers} unfinished builds")
+    names = [entry.name for entry in chosen]
+    _render(names, {"removed": names, "freed_bytes": freed, "leftovers": leftovers, "dry_run": dry_run}, output)
+
+
+def _list(directory: DirectoryOptions, output: OutputOptions) -> None:
+    """Show all entries."""
+    found = directory.directory()
+    entries = found.entries()
+    if output.as_json:
+        print(json.dumps({"directory": str(found.path), "entries": [entry.to_json() for entry in entries]}, indent=2))
+        return
+    rows = [
+        (entry.name, str(entry.info.get("model", "")), f"{entry.size_bytes / 2**20:.1f} MiB", _age(entry.last_used))
+        for entry in entries
+    ]
+    if rows:
+        print_table(("name", "model", "size", "last used"), rows)
+    else:
+        output.console().note(f"{found.path} has no engines yet: sdtrt build makes one")
+
+
+def _age(moment: float) -> str:
+    """How long ago a moment was, roughly."""
+    seconds = max(0.0, time.time() - moment)
+    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
+
+
+def _render(lines: Sequence[str], document: Mapping[str, Any], output: OutputOptions) -> None:
+    """Print a command's result on stdout: lines, or one JSON document."""
+    print(json.dumps(document, indent=2) if output.as_json else "\n".join(lines))
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure that its reader can mend is an `error:` and a `hint:` line on stderr."""
+    try:
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except SdtrtError as error:
+        code = _fail(error.message, error.hint, error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", "nothing half-done was left; finished images were kept", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
+        code = 1
+    except _CLICK_EXCEPTION as error:
+        code = _fail(error.format_message(), f"{_command_path(error)} --help shows the options", error.exit_code)
+    sys.exit(code)
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    """Say what is wrong and what mends it."""
+    print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+    return code
+
+
+# Typer's errors derive from click's class of this name, which newer versions carry inside typer.
+_CLICK_EXCEPTION: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def _command_path(error: Any) -> str:
+    """The command that a usage error is about, as typed."""
+    context = getattr(error, "ctx", None)
+    return context.command_path if context is not None else "sdtrt"

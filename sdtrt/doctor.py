@@ -1,0 +1,139 @@
+"""What this machine can run, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sdtrt import host, trt_api
+from sdtrt.cache import EngineDirectory
+from sdtrt.models import TINY
+from sdtrt.specs import Backend
+
+State = Literal["ok", "optional", "missing"]
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: whether it is there, what was seen, and the command that mends it."""
+
+    name: str
+    state: State
+    detail: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, and which backends can run here."""
+
+    findings: tuple[Finding, ...]
+    backends: tuple[Backend, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is missing that every user needs."""
+        return all(finding.state != "missing" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"healthy": self.healthy, "host": host.facts(), **asdict(self)}
+
+
+def diagnose(directory: EngineDirectory) -> Diagnosis:
+    """Look at this machine and at the engine directory; changes nothing."""
+    findings = (*_libraries(), _gpu(), *_tensorrt(), _pycuda(), _directory(directory), _tiny())
+    return Diagnosis(findings, tuple(_backends()))
+
+
+def _libraries() -> Iterable[Finding]:
+    """What the base installation brings."""
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript"):
+        version = host.library_version(name)
+        if version is None:
+            yield Finding(name, "missing", "not installed", f"pip install {name}")
+        else:
+            yield Finding(name, "ok", version)
+
+
+def _gpu() -> Finding:
+    """The GPU and its driver, and whether PyTorch can use it."""
+    gpus = host.gpus()
+    if not gpus:
+        return Finding(
+            "GPU", "optional", "no NVIDIA GPU or driver: images are made on the CPU", "install NVIDIA's driver"
+        )
+    detail = f"{'; '.join(map(str, gpus))}; driver for CUDA {host.driver_cuda_version()}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", "optional", f"{detail}; this PyTorch can't use it", "pip install --force-reinstall torch")
+    return Finding("GPU", "ok", detail)
+
+
+def _tensorrt() -> Iterable[Finding]:
+    """Both TensorRTs, installed or not, and whether they serve this GPU."""
+    gpus = host.gpus()
+    backends: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+    for backend in backends:
+        if not trt_api.is_installed(backend):
+            yield Finding(backend, "optional", "not installed", f"pip install 'sdtrt[{backend}]'")
+        elif gpus and not trt_api.supports(backend, gpus[0].compute_capability):
+            yield Finding(
+                backend, "optional", f"{trt_api.version(backend)} does not serve this GPU", "use another backend"
+            )
+        else:
+            yield Finding(backend, "ok", trt_api.version(backend))
+
+
+def _pycuda() -> Finding:
+    """What the torch-free runner needs."""
+    version = host.library_version("pycuda")
+    if version is None:
+        return Finding(
+            "pycuda", "optional", "not installed (only the torch-free runner needs it)", "pip install 'sdtrt[pycuda]'"
+        )
+    return Finding("pycuda", "ok", version)
+
+
+def _directory(directory: EngineDirectory) -> Finding:
+    """Whether the engine directory can be written, how much it holds and how much room is left."""
+    nearest = next(path for path in (directory.path, *directory.path.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        return Finding("engine directory", "missing", f"{directory.path} can't be written", "use --engine-dir FOLDER")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        return Finding("engine directory", "missing", f"{directory.path}: {error.strerror}", "use --engine-dir FOLDER")
+    entries = directory.entries()
+    held = sum(entry.size_bytes for entry in entries) / GIB
+    free = shutil.disk_usage(nearest).free / GIB
+    return Finding(
+        "engine directory", "ok", f"{directory.path}: {len(entries)} entries, {held:.2f} GiB; {free:.0f} GiB free"
+    )
+
+
+def _tiny() -> Finding:
+    """The built-in miniature."""
+    if (TINY / "model_index.json").is_file():
+        return Finding("tiny", "ok", "the built-in miniature model is there")
+    return Finding("tiny", "missing", f"{TINY} is incomplete", "pip install --force-reinstall sdtrt")
+
+
+def _backends() -> Iterable[Backend]:
+    """The backends that can run here."""
+    gpus = host.gpus()
+    backends: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+    for backend in backends:
+        if gpus and trt_api.is_installed(backend) and trt_api.supports(backend, gpus[0].compute_capability):
+            yield backend
+    if host.library_version("onnxruntime"):
+        yield "onnxruntime"
+    if host.library_version("torch"):
+        yield "torch"

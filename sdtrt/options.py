@@ -1,0 +1,225 @@
+"""The command line's options, each written once, in groups; a group becomes the part of a spec that it stands for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
+
+from typer import Option
+
+from sdtrt.cache import EngineDirectory, default_directory
+from sdtrt.console import Console
+from sdtrt.specs import (
+    BACKENDS,
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_MODEL,
+    DEFAULT_OPSETS,
+    DEFAULT_STEPS,
+    DEFAULT_TOKENS,
+    EXPORTERS,
+    PRECISIONS,
+    SCHEDULERS,
+    BackendChoice,
+    Component,
+    Exporter,
+    ExportSpec,
+    GenerateSpec,
+    ModelSpec,
+    Precision,
+    Profile,
+    Range,
+    SchedulerName,
+    Sizes,
+)
+
+RANGE = "N or MIN:OPT:MAX"
+OPSETS = " or ".join(str(opset) for opset in DEFAULT_OPSETS.values())
+
+CommandT = TypeVar("CommandT", bound=Callable[..., None])
+
+
+def grouped(command: CommandT) -> CommandT:
+    """Let a command take dataclasses of options: typer sees their fields, the command gets the dataclasses."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        own = parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += _field_parameters(groups[name]) if name in groups else [own]
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        taken = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **taken)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return cast(CommandT, flat)
+
+
+def _field_parameters(group: Any) -> list[inspect.Parameter]:
+    """One keyword parameter for each field of a group."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a command speaks."""
+
+    as_json: Annotated[bool, Option("--json", help="print one JSON document on stdout")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="no progress, no notes")] = False
+    verbose: Annotated[bool, Option("--verbose", help="more details on stderr")] = False
+
+    def console(self) -> Console:
+        """The console for stderr."""
+        return Console(quiet=self.quiet, verbose=self.verbose)
+
+
+@dataclass(frozen=True)
+class DirectoryOptions:
+    """Where engines are kept."""
+
+    engine_dir: Annotated[
+        Path | None,
+        Option(metavar="FOLDER", help="where engines are kept; else $SDTRT_ENGINE_DIR, else ./engines"),
+    ] = None
+
+    def directory(self) -> EngineDirectory:
+        """The engine directory."""
+        return EngineDirectory(self.engine_dir or default_directory())
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model."""
+
+    model: Annotated[
+        str, Option("--model", "-m", help="tiny (built in), a diffusers folder, a hub id, or a .safetensors checkpoint")
+    ] = DEFAULT_MODEL
+    revision: Annotated[str | None, Option(help="hub revision: branch, tag or commit")] = None
+    variant: Annotated[str | None, Option(help="weight variant, such as fp16")] = None
+    config: Annotated[str | None, Option(help="folder or hub id with a single-file checkpoint's configuration")] = None
+    allow_pickle: Annotated[
+        str | None, Option(metavar="FILE", help="trust the pickle file of this name (reading it runs its code)")
+    ] = None
+    offline: Annotated[bool, Option("--offline", help="never ask the hub")] = False
+
+    def spec(self) -> ModelSpec:
+        """The model that is asked for."""
+        return ModelSpec(self.model, self.revision, self.variant, self.config, self.allow_pickle, self.offline)
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What computes, and how finely."""
+
+    backend: Annotated[str, Option("--backend", "-b", help=f"one of {', '.join(BACKENDS)}")] = "auto"
+    precision: Annotated[
+        str | None, Option(help=f"one of {', '.join(PRECISIONS)}; by default fp16 on a GPU, fp32 on a CPU")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ExporterOptions:
+    """How the ONNX graph is written."""
+
+    component: Annotated[str, Option(help="the part of the model")] = "unet"
+    exporter: Annotated[str, Option(help=f"PyTorch exporter: {' or '.join(EXPORTERS)}")] = "torchscript"
+    opset: Annotated[int | None, Option(help=f"ONNX opset; by default {OPSETS}, by exporter")] = None
+    force: Annotated[bool, Option("--force", help="make it again even if it is there")] = False
+
+    def spec(
+        self, model: ModelSpec, precision: str, *, output: Path | None = None, overwrite: bool = False
+    ) -> ExportSpec:
+        """The export that is asked for."""
+        return ExportSpec(
+            model=model,
+            component=cast(Component, self.component),
+            precision=cast(Precision, precision),
+            exporter=cast(Exporter, self.exporter),
+            opset=self.opset,
+            output=output,
+            overwrite=overwrite,
+            force=self.force,
+        )
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """The sizes that an engine accepts."""
+
+    batch: Annotated[str, Option(help=f"UNet batch, {RANGE}; guidance makes it twice the images")] = "2"
+    height: Annotated[str | None, Option("--height", "-H", help=f"pixels, {RANGE}; by default the model's own")] = None
+    width: Annotated[str | None, Option("--width", "-W", help=f"pixels, {RANGE}; by default the model's own")] = None
+    tokens: Annotated[str, Option(help=f"prompt tokens, {RANGE}")] = str(DEFAULT_TOKENS)
+    profile: Annotated[
+        list[str] | None, Option(help="as batch=2,height=512,width=512:512:768; give it again for several profiles")
+    ] = None
+
+    def profiles(self, native: Sizes) -> tuple[Profile, ...]:
+        """The profiles that are asked for; `native` is the model's own size."""
+        base = Profile(
+            batch=Range.parse(self.batch, "--batch"),
+            height=Range.parse(self.height or str(native.height), "--height"),
+            width=Range.parse(self.width or str(native.width), "--width"),
+            tokens=Range.parse(self.tokens, "--tokens"),
+        )
+        return tuple(Profile.parse(text, base) for text in self.profile or ()) or (base,)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What to generate."""
+
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="what the image shows; give it again for more images")
+    ] = None
+    negative_prompt: Annotated[str, Option("--negative-prompt", "-n", help="what the image must not show")] = ""
+    steps: Annotated[int, Option("--steps", "--num-inference-steps", help="denoising steps")] = DEFAULT_STEPS
+    guidance_scale: Annotated[
+        float, Option("--guidance-scale", "--cfg-scale", help="how closely the prompt is followed; up to 1 is off")
+    ] = DEFAULT_GUIDANCE_SCALE
+    height: Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")] = None
+    width: Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")] = None
+    seed: Annotated[int | None, Option(help="of the first image, the next ones count up; by default random")] = None
+    num_images: Annotated[int, Option(help="images for each prompt")] = 1
+    scheduler: Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")] = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
+    no_build: Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")] = False
+
+    def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
+        """The images that are asked for; `image` holds what only img2img has."""
+        return GenerateSpec(
+            prompts=tuple(self.prompt or ()),
+            model=model,
+            backend=cast(BackendChoice, backend.backend),
+            precision=cast("Precision | None", backend.precision),
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            num_images=self.num_images,
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            output=self.output,
+            overwrite=self.overwrite,
+            allow_build=not self.no_build,
+            **image,
+        )
