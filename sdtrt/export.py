@@ -1,0 +1,303 @@
+"""Component → ONNX: written by either PyTorch exporter, made plain, checked, and only then published."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxscript.optimizer
+import torch
+
+from sdtrt import onnx_graph
+from sdtrt.cache import EngineDirectory, Entry, sha256_file
+from sdtrt.components import Contract, unet_contract
+from sdtrt.console import QUIET, Console
+from sdtrt.errors import ExportError, OutputError, UsageError
+from sdtrt.models import Model, load_unet
+from sdtrt.onnx_graph import Weights
+from sdtrt.parity import ParityReport, check_onnx
+from sdtrt.specs import Exporter, ExportSpec
+from sdtrt.tracing import UNetCall, example_inputs, traceable
+
+__all__ = ["check_onnx", "export_component", "export_file", "export_key", "write_onnx"]
+
+FORMAT = 1  # of exports: raise it when this module writes something else for the same request
+FILE_NAME = "model.onnx"
+OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
+
+
+def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> dict[str, Any]:
+    """What an export is identified by: the component's configuration and weights, and how it is written.
+
+    The versions of PyTorch and diffusers are not in it: an export is checked against them when it is made, and computes
+    the same ever after. They are in the entry's `info`.
+    """
+    return {
+        "component": spec.component,
+        "precision": spec.precision,
+        "exporter": spec.exporter,
+        "opset": spec.resolved_opset,
+        "format": FORMAT,
+        "fingerprint": model.fingerprint(spec.component, directory.file_digest),
+    }
+
+
+def export_component(model: Model, spec: ExportSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
+    """Find or make the ONNX export of a component.
+
+    Returns:
+        The entry of kind `onnx`: `model.onnx`, with `model.onnx.data` beside it where the weights take 2 GiB or more.
+        Its `info` has the contract, the parity report, and the versions that made it.
+
+    Raises:
+        ExportError: the component can't be exported, or the graph does not compute what the component computes.
+    """
+    key = export_key(model, spec, directory)
+    return directory.obtain("onnx", key, partial(_make, model, spec, console), console, force=spec.force)
+
+
+def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Path:
+    """Export a component to the file `spec.output`: complete and checked, or not at all.
+
+    Raises:
+        UsageError: `spec.output` is no `.onnx` file name, or there is such a file and `spec.overwrite` is off.
+        OutputError: it can't be written there.
+        ExportError: as of `export_component`.
+    """
+    if spec.output is None:
+        raise ValueError("export_file needs spec.output")
+    target = spec.output.absolute()
+    _check_target(target, overwrite=spec.overwrite)
+    with _draft_folder(target) as folder:
+        _make(model, spec, console, folder, name=target.name)
+        _move_into_place(folder, target)
+    return spec.output
+
+
+def _make(
+    model: Model, spec: ExportSpec, console: Console, folder: Path, *, name: str = FILE_NAME
+) -> Mapping[str, Any]:
+    """Write and check `folder/name`; returns what is known of it."""
+    start = time.perf_counter()
+    contract = unet_contract(model.config(spec.component), spec.precision)
+    path = folder / name
+    with console.stage(f"loading {spec.component}"):
+        module = load_unet(model, getattr(torch, contract.outputs[0].dtype))
+    write_onnx(module, contract, path, exporter=spec.exporter, opset=spec.resolved_opset, console=console)
+    parity = check_onnx(path, module, contract, console=console)
+    return _info(model, contract, path, parity) | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _info(model: Model, contract: Contract, path: Path, parity: ParityReport) -> dict[str, Any]:
+    return {
+        "contract": contract.to_json(),
+        "model": model.spec.name,
+        "parity": parity.to_json(),
+        "sha256": {file.name: sha256_file(file) for file in sorted(path.parent.iterdir())},
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+
+def write_onnx(
+    module: torch.nn.Module,
+    contract: Contract,
+    path: Path,
+    *,
+    exporter: Exporter = "torchscript",
+    opset: int = 17,
+    console: Console = QUIET,
+) -> None:
+    """Write a UNet as ONNX. The same module gives the same bytes each time.
+
+    Args:
+        module: a `UNet2DConditionModel` on the CPU, in the contract's precision.
+        contract: names, dtypes and axes of the graph.
+        path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
+
+    Raises:
+        ExportError: the module's weights are not finite, or the exporter fails.
+    """
+    _check_weights(module, contract)
+    with (
+        console.stage(f"exporting {contract.component} as {contract.precision} ONNX ({exporter}, opset {opset})"),
+        tempfile.TemporaryDirectory(prefix=".raw-", dir=path.parent) as folder,
+    ):
+        raw = Path(folder) / FILE_NAME
+        model, weights = _trace(module, contract, raw, exporter, opset)
+        onnx_graph.simplify(model, weights)
+        onnx_graph.apply_contract(model, contract, metadata(contract))
+        onnx_graph.save(model, weights, path)
+
+
+def metadata(contract: Contract) -> dict[str, str]:
+    """What an ONNX file says of itself (`metadata_props`)."""
+    return {
+        "sdtrt.component": contract.component,
+        "sdtrt.precision": contract.precision,
+        "sdtrt.contract": json.dumps(contract.to_json(), sort_keys=True, separators=(",", ":")),
+    }
+
+
+def _check_weights(module: torch.nn.Module, contract: Contract) -> None:
+    """Refuse weights that are not in the contract's dtype, or not finite (an fp32 checkpoint that overflows fp16)."""
+    dtype = getattr(torch, contract.outputs[0].dtype)
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != dtype or parameter.device.type != "cpu":
+            raise ValueError(f"{name} is {parameter.dtype} on {parameter.device}, not {dtype} on the CPU")
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
+            raise ExportError(
+                f"the weight {name} has infinite or NaN values in {contract.precision}",
+                hint="use --precision fp32; if that fails too, the model's weights are damaged: download it again",
+            )
+
+
+def _trace(
+    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int
+) -> tuple[onnx.ModelProto, Weights]:
+    """The raw graph, as one of PyTorch's exporters writes it; `path` is a temporary file."""
+    call = UNetCall(module).eval()
+    write = _torchscript if exporter == "torchscript" else _dynamo
+    try:
+        with traceable(module), _silenced(), torch.no_grad():
+            return write(call, contract, path, opset)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the {exporter} exporter failed: {_root_cause(error)}", hint=f"try --exporter {OTHER[exporter]}"
+        ) from error
+
+
+def _torchscript(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
+    """The graph alone by the exporter, the weights straight from the module: none is copied, all keep their names."""
+    torch.onnx.export(
+        call,
+        example_inputs(contract),
+        str(path),
+        dynamo=False,
+        export_params=False,
+        do_constant_folding=False,
+        opset_version=opset,
+        input_names=[spec.name for spec in contract.inputs],
+        output_names=[spec.name for spec in contract.outputs],
+        dynamic_axes=contract.dynamic_axes,
+    )
+    model, weights = onnx_graph.load_split(path)
+    onnx_graph.attach(model, weights, {name: _array(parameter) for name, parameter in call.named_parameters()})
+    return model, weights
+
+
+def _array(parameter: torch.Tensor) -> tuple[tuple[int, ...], npt.NDArray[np.uint8]]:
+    """A parameter's shape and bytes, not copied."""
+    return tuple(parameter.shape), parameter.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _dynamo(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
+    names = {name for axes in contract.dynamic_axes.values() for name in axes.values()}
+    dims = {name: torch.export.Dim(name, min=1) for name in sorted(names)}
+    program = torch.onnx.export(
+        call,
+        example_inputs(contract),
+        dynamo=True,
+        opset_version=opset,
+        input_names=[spec.name for spec in contract.inputs],
+        output_names=[spec.name for spec in contract.outputs],
+        dynamic_shapes=tuple({axis: dims[dim] for axis, dim in spec.dynamic_axes.items()} for spec in contract.inputs),
+        optimize=False,  # most of the time would go there; `simplify` does what the rest of it does
+        verbose=False,
+    )
+    # Resolves sequences of tensors, which `simplify` does not know. Kept off the weights: it would lose their names.
+    onnxscript.optimizer.fold_constants(
+        program.model, should_fold=lambda node: False if node.op_type == "Transpose" else None
+    )
+    program.save(path, external_data=True)
+    return onnx_graph.load_split(path)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep back what the exporters say to developers: that a trace keeps branches (those are dealt with, and the result
+    is checked), that an exporter is old, that torchvision is missing, that axes share a name."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.onnx\.")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the first error in a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is no `.onnx` file name, or that is there already."""
+    if target.suffix != ".onnx" or target.is_dir():
+        raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {target / 'unet.onnx'}")
+    for path in (target, _data_file(target)):
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists", hint="use --overwrite, or another --output")
+
+
+def _data_file(target: Path) -> Path:
+    return target.with_name(target.name + ".data")
+
+
+@contextmanager
+def _draft_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target; made before the work starts, so that an unwritable place costs no time."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(
+            f"can't write {target}: {error.strerror}", hint="name another file: --output FOLDER/unet.onnx"
+        ) from error
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(
+            f"can't write {target}: {error.strerror}", hint="free some space there, or name another file with --output"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_into_place(folder: Path, target: Path) -> None:
+    """Rename the draft's files to the target's; the graph last, as it refers to the data."""
+    data = _data_file(target)
+    has_data = (folder / data.name).exists()
+    try:
+        if has_data:
+            (folder / data.name).replace(data)
+        (folder / target.name).replace(target)
+        if not has_data:
+            data.unlink(missing_ok=True)  # of the export that was overwritten
+    except OSError as error:
+        raise OutputError(f"can't write {target}: {error.strerror}", hint="name another file with --output") from error

@@ -1,0 +1,421 @@
+"""Export: the graph is the contract's, plain and reproducible; it is right at every size; bad input leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import factories
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from onnx import numpy_helper
+
+from sdtrt import export, onnx_graph, tracing
+from sdtrt.cache import EngineDirectory
+from sdtrt.components import Contract, unet_contract
+from sdtrt.console import Console
+from sdtrt.errors import ExportError, OutputError, UsageError
+from sdtrt.export import check_onnx, export_component, export_file, export_key, write_onnx
+from sdtrt.models import resolve_model
+from sdtrt.parity import TOLERANCES, check_inputs
+from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = tuple(factories.UNET_CONFIGS)
+# Exporters' time goes by the number of layers. Two layers a block are no different from one; the slow dynamo exporter
+# gets two blocks in place of three or four as well.
+SMALLER = {"layers_per_block": 1}
+SMALLEST = {
+    **SMALLER,
+    "block_out_channels": (32, 64),
+    "attention_head_dim": [2, 4],
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SMALLEST_SDXL = {
+    **SMALLEST,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2],
+}
+FEW_SIZES = (Sizes(1, 128, 128), Sizes(5, 72, 104, tokens=154))
+NAMES = ["torchscript", "dynamo"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: Path
+    unet: UNet2DConditionModel
+    contract: Contract
+
+    @property
+    def model(self):
+        return onnx.load(self.path)
+
+
+def make(folder, kind="sd1", precision="fp16", exporter="torchscript", **overrides):
+    unet = factories.small_unet(kind, **{**SMALLER, **overrides})
+    torch.nn.Module.to(unet, DTYPES[precision])
+    contract = unet_contract(unet.config, precision)
+    path = folder / "model.onnx"
+    write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
+    return Exported(path, unet, contract)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Exports by kind, precision and exporter, each made once; tests must not change them."""
+    made = {}
+
+    def get(kind="sd1", precision="fp16", exporter="torchscript"):
+        key = (kind, precision, exporter)
+        if key not in made:
+            smallest = SMALLEST_SDXL if kind == "sdxl" else SMALLEST
+            overrides = smallest if exporter == "dynamo" else {}
+            made[key] = make(tmp_path_factory.mktemp("-".join(key)), *key, **overrides)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small models are slower on many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- right at every size ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16_graph_computes_what_pytorch_does(exported, kind, exporter):
+    it = exported(kind, "fp16", exporter)
+    report = check_onnx(it.path, it.unet, it.contract)
+    assert {check.sizes.batch for check in report.checks} == {1, 2, 5}
+    assert any(check.sizes.tokens > 77 for check in report.checks)
+    assert any(check.sizes.height % 64 and check.sizes.width % 64 for check in report.checks)
+    assert report.worst.relative_l2 < 2e-3  # PyTorch's own fp16 is 1.5e-3 from fp32
+    assert report.worst.cosine > 0.999995
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_precisions(exported, precision):
+    it = exported("sd1", precision)
+    report = check_onnx(it.path, it.unet, it.contract, FEW_SIZES)
+    assert report.worst.relative_l2 < {"fp32": 1e-5, "bf16": 5e-4}[precision]
+
+
+# 4 levels: the sides leave every remainder modulo 8, in both directions and in different pairs.
+LATENTS = [(8, 9), (9, 16), (10, 15), (11, 12), (12, 33), (13, 13), (14, 10), (15, 64), (18, 8), (40, 20), (64, 64)]
+
+
+def test_fp32_graph_is_right_at_every_remainder(exported):
+    it = exported("sd1", "fp32")
+    sizes = [Sizes(1 + i % 3, 8 * h, 8 * w, tokens=1 + 30 * i) for i, (h, w) in enumerate(LATENTS)]
+    assert check_onnx(it.path, it.unet, it.contract, sizes).worst.relative_l2 < 5e-5
+
+
+def test_a_graph_for_even_sizes_only_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracing, "ALWAYS_FORWARD_SIZES", 0)  # the branch that upsamples by two, whatever the size
+    monkeypatch.setattr(tracing, "TRACE_SIZES", {"batch": 2, "latent_height": 16, "latent_width": 24, "tokens": 7})
+    it = make(tmp_path, precision="fp32")
+    check_onnx(it.path, it.unet, it.contract, [Sizes(1, 128, 192)])
+    with pytest.raises(ExportError):
+        check_onnx(it.path, it.unet, it.contract, [Sizes(1, 136, 192)])
+
+
+def test_a_wrong_graph_is_caught(tmp_path):
+    it = make(tmp_path, precision="fp32", **SMALLEST)
+    model = it.model
+    tensor = next(t for t in model.graph.initializer if t.name == "unet.conv_in.weight")
+    tensor.CopyFrom(numpy_helper.from_array(1.001 * numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    onnx.save(model, it.path)
+    with pytest.raises(ExportError, match="off by") as caught:
+        check_onnx(it.path, it.unet, it.contract, FEW_SIZES)
+    assert "--exporter" in caught.value.hint
+
+
+def test_fp16_overflow_is_said_so(tmp_path):
+    unet = factories.small_unet("sd1", **SMALLEST)
+    unet.conv_in.weight.mul_(6e4)  # finite in fp16, but the activations are not
+    contract = unet_contract(unet.config, "fp16")
+    torch.nn.Module.to(unet, torch.float16)
+    path = tmp_path / "model.onnx"
+    write_onnx(unet, contract, path)
+    with pytest.raises(ExportError, match="infinite or NaN") as caught:
+        check_onnx(path, unet, contract, FEW_SIZES)
+    assert "--precision fp32" in caught.value.hint
+
+
+def test_checking_leaves_the_module_as_it_was(exported):
+    it = exported()
+    before = {name: value.clone() for name, value in it.unet.state_dict().items()}
+    check_onnx(it.path, it.unet, it.contract, FEW_SIZES[:1])
+    after = it.unet.state_dict()
+    assert all(after[name].dtype == torch.float16 and torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_inputs_of_the_check_are_those_of_a_denoising_loop(exported):
+    inputs = check_inputs(exported("sdxl").contract, Sizes(5, 80, 96), seed=0)
+    assert inputs["timestep"].dtype == torch.float32
+    assert (inputs["timestep"] % 1 != 0).any()
+    assert inputs["timestep"].max() > 900
+    assert inputs["time_ids"][0].tolist() == [80, 96, 0, 0, 80, 96]
+    assert set(TOLERANCES) == set(DTYPES)
+
+
+# --- the contract's, and plain ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_and_outputs_are_the_contracts(exported, kind, exporter):
+    it = exported(kind, "fp16", exporter)
+    for values, specs in ((it.model.graph.input, it.contract.inputs), (it.model.graph.output, it.contract.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            tensor = value.type.tensor_type
+            assert value.name == spec.name
+            assert onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) == np.dtype(spec.dtype)
+            assert tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim) == spec.dims
+
+
+def test_the_file_says_what_it_is(exported):
+    it = exported("sdxl")
+    said = {item.key: item.value for item in it.model.metadata_props}
+    assert (said["sdtrt.component"], said["sdtrt.precision"]) == ("unet", "fp16")
+    assert Contract.from_json(json.loads(said["sdtrt.contract"])) == it.contract
+    assert [(entry.domain, entry.version) for entry in it.model.opset_import] == [("", 17)]
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+def test_nothing_of_this_machine_is_in_the_file(exported, exporter):
+    it = exported("sd1", "fp16", exporter)
+    content = it.path.read_bytes()
+    for trace in (b"site-packages", b".py", str(Path(torch.__file__).parent).encode(), str(it.path.parent).encode()):
+        assert trace not in content
+    items = (*it.model.graph.node, *it.model.graph.initializer, *it.model.graph.input, *it.model.graph.output)
+    assert not any(item.doc_string or item.metadata_props for item in items)
+    assert not it.model.graph.value_info
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_is_plain(exported, kind, exporter):
+    it = exported(kind, "fp16", exporter)
+    operators = [node.op_type for node in it.model.graph.node]
+    # The timestep's embedding is computed in fp32 and cast once; SDXL's added one likewise, with the pooled text.
+    assert operators.count("Cast") == (3 if kind == "sdxl" else 1)
+    assert not {"Identity", "CastLike", "Sqrt", "SequenceAt", "SplitToSequence", "If", "Loop"} & set(operators)
+    assert operators.count("Resize") == sum(1 for name, _ in it.unet.named_modules() if name.endswith("upsamplers.0"))
+    parameters = dict(it.unet.named_parameters())
+    stored = sum(len(tensor.raw_data) for tensor in it.model.graph.initializer)
+    assert stored <= sum(2 * value.numel() for value in parameters.values()) + 4096
+    names = {tensor.name.removeprefix("unet.").removesuffix(".T") for tensor in it.model.graph.initializer}
+    assert {name for name, value in parameters.items() if value.dim() > 1} <= names
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_and_keys_are_scaled_before_their_product(exported, kind, exporter):
+    graph = exported(kind, "fp16", exporter).model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    assert softmaxes
+    for softmax in softmaxes:
+        product = makers[softmax.input[0]]
+        assert product.op_type == "MatMul"
+        assert [makers[name].op_type for name in product.input] == ["Mul", "Mul"]
+        for name in product.input:
+            scale = next(i for i in makers[name].input if i not in makers or makers[i].op_type == "Constant")
+            assert scale
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+def test_exporting_twice_gives_the_same_bytes_and_says_nothing(tmp_path, exported, exporter, capfd):
+    before = exported("sd1", "fp16", exporter)
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = make(tmp_path, exporter=exporter, **(SMALLEST if exporter == "dynamo" else {}))
+    assert digest(again.path) == digest(before.path)
+    assert [str(warning.message) for warning in caught] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_large_weights_go_into_one_file_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT_BYTES", 2**20)
+    it = make(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert it.path.stat().st_size < 2**20
+    graph = onnx.load(it.path, load_external_data=False).graph
+    external = [{e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data]
+    assert {entry["location"] for entry in external} == {"model.onnx.data"}
+    assert all(int(entry["offset"]) % 4096 == 0 for entry in external)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (it.path, tmp_path / "model.onnx.data"):
+        path.rename(moved / path.name)
+    check_onnx(moved / "model.onnx", it.unet, it.contract, FEW_SIZES)
+
+
+def test_export_leaves_diffusers_and_the_module_as_they_were(exported):
+    unet = exported().unet
+    assert unet.num_upsamplers == 3
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
+# --- what can't be exported ------------------------------------------------------------------------------------------
+
+
+def test_infinite_weights_are_named(tmp_path):
+    unet = factories.small_unet("sd1", **SMALLEST)
+    unet.conv_out.weight[0, 0, 0, 0] = 1e6
+    torch.nn.Module.to(unet, torch.float16)
+    with pytest.raises(ExportError, match=r"conv_out\.weight") as caught:
+        write_onnx(unet, unet_contract(unet.config, "fp16"), tmp_path / "model.onnx")
+    assert "--precision fp32" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("exporter", "other"), [("torchscript", "dynamo"), ("dynamo", "torchscript")])
+def test_a_failing_exporter_names_cause_and_other_exporter(tmp_path, exporter, other):
+    unet = factories.small_unet("sd1", **SMALLEST)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such operator")
+
+    unet.mid_block.forward = broken
+    with pytest.raises(ExportError, match="no such operator") as caught:
+        write_onnx(
+            unet,
+            unet_contract(unet.config, "fp32"),
+            tmp_path / "m.onnx",
+            exporter=exporter,
+            opset=DEFAULT_OPSETS[exporter],
+        )
+    assert other in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+    assert unet.num_upsamplers == 1
+
+
+# --- entries and files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder whose UNet is the smallest that has everything."""
+    folder = factories.sd1_folder(tmp_path_factory.mktemp("models") / "smallest", **SMALLEST)
+    return resolve_model(ModelSpec(str(folder)))
+
+
+@pytest.fixture
+def spec(tiny_model):
+    return ExportSpec(tiny_model.spec)
+
+
+def test_an_entry_is_made_once(tmp_path, tiny_model, spec, monkeypatch):
+    directory = EngineDirectory(tmp_path / "engines")
+    entry = export_component(tiny_model, spec, directory)
+    assert entry.kind == "onnx"
+    assert list(entry.files) == ["model.onnx"]
+    assert Contract.from_json(entry.info["contract"]) == unet_contract(tiny_model.config("unet"), "fp16")
+    assert entry.info["parity"]["checks"][1]["sizes"] == {"batch": 2, "height": 72, "width": 104, "tokens": 77}
+    assert entry.info["sha256"] == {"model.onnx": digest(entry.file("model.onnx"))}
+    json.dumps(entry.info)
+    monkeypatch.setattr(export, "write_onnx", None)  # a second export would fail
+    assert export_component(tiny_model, spec, directory).path == entry.path
+
+
+@pytest.mark.parametrize(
+    "change", [{"precision": "fp32"}, {"exporter": "dynamo"}, {"opset": 16}], ids=lambda change: next(iter(change))
+)
+def test_what_changes_the_graph_changes_the_key(tmp_path, tiny_model, spec, change):
+    directory = EngineDirectory(tmp_path)
+    assert export_key(tiny_model, replace(spec, **change), directory) != export_key(tiny_model, spec, directory)
+
+
+def test_the_key_goes_by_weights_not_by_name(tmp_path, tiny_model, spec):
+    directory = EngineDirectory(tmp_path / "engines")
+    keys = []
+    for name, seed in (("same", 0), ("other", 1)):
+        folder = factories.sd1_folder(tmp_path / name, seed=seed, **SMALLEST)
+        keys.append(export_key(resolve_model(ModelSpec(str(folder))), spec, directory))
+    assert keys[0] == export_key(tiny_model, spec, directory)
+    assert keys[1] != keys[0]
+
+
+def test_a_failed_check_publishes_nothing(tmp_path, tiny_model, spec, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ExportError("off", hint="none")
+
+    monkeypatch.setattr(export, "check_onnx", fail)
+    directory = EngineDirectory(tmp_path / "engines")
+    with pytest.raises(ExportError):
+        export_component(tiny_model, spec, directory)
+    assert directory.entries() == []
+    with pytest.raises(ExportError):
+        export_file(tiny_model, replace(spec, output=tmp_path / "out" / "unet.onnx"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_export_to_a_file(tmp_path, tiny_model, spec, monkeypatch, capfd):
+    spec = replace(spec, output=tmp_path / "new" / "unet.onnx")
+    assert export_file(tiny_model, spec, Console()) == spec.output
+    assert [path.name for path in spec.output.parent.iterdir()] == ["unet.onnx"]
+    onnx.checker.check_model(str(spec.output))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "exporting unet as fp16 ONNX" in err
+    assert " s\n" in err  # elapsed times
+    assert "relative L2" in err
+
+    before = digest(spec.output)
+    with pytest.raises(UsageError, match="exists") as caught:
+        export_file(tiny_model, spec)
+    assert "--overwrite" in caught.value.hint
+
+    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT_BYTES", 0)
+    export_file(tiny_model, replace(spec, overwrite=True))
+    assert sorted(path.name for path in spec.output.parent.iterdir()) == ["unet.onnx", "unet.onnx.data"]
+    monkeypatch.undo()
+    export_file(tiny_model, replace(spec, overwrite=True))  # the data file of the one before goes with it
+    assert [path.name for path in spec.output.parent.iterdir()] == ["unet.onnx"]
+    assert digest(spec.output) == before
+
+
+def test_a_full_disk_is_an_output_error(tmp_path, tiny_model, spec, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_graph, "save", full)
+    with pytest.raises(OutputError, match="No space left"):
+        export_file(tiny_model, replace(spec, output=tmp_path / "unet.onnx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_outputs_are_refused_before_any_work(tmp_path, tiny_model, spec, monkeypatch):
+    monkeypatch.setattr(export, "load_unet", None)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OutputError) as caught:
+        export_file(tiny_model, replace(spec, output=file / "unet.onnx"))
+    assert "--output" in caught.value.hint
+    for wrong in (tmp_path, tmp_path / "unet.pb"):
+        with pytest.raises(UsageError, match=r"\.onnx file"):
+            export_file(tiny_model, replace(spec, output=wrong))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
