@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""Run a TensorRT engine from NumPy, without PyTorch. Usage: python scripts/run_engine_pycuda.py [ENGINE_DIR [NAME]]"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from sdtrt.cache import EngineDirectory, default_directory
+from sdtrt.components import Contract
+from sdtrt.runtime.pycuda import PyCudaSession
+from sdtrt.specs import Sizes
+
+folder = Path(sys.argv[1]) if len(sys.argv) > 1 else default_directory()
+entries = [entry for entry in EngineDirectory(folder).entries("engine") if entry.key["backend"] == "tensorrt"]
+entry = next((entry for entry in entries if entry.name in (sys.argv[2:] or [entry.name])), None)
+if entry is None:
+    sys.exit(f"no such TensorRT engine in {folder}; build one: sdtrt build --backend tensorrt --engine-dir {folder}")
+
+contract = Contract.from_json(entry.info["contract"])
+sizes = Sizes(**{name: bounds["opt"] for name, bounds in entry.key["profiles"][0].items()})
+random, shapes = np.random.default_rng(0), contract.input_shapes(sizes)
+feeds = {spec.name: random.standard_normal(shapes[spec.name]).astype(spec.dtype) for spec in contract.inputs}
+feeds["timestep"][:] = 500  # from 999 (noise) down to 0
+
+with PyCudaSession(entry.file("engine.plan"), contract) as session:
+    for name, array in session.run(feeds).items():
+        print(f"{entry.name}: {name} {array.dtype} {list(array.shape)}, std {array.std(dtype=float):.6f}")

@@ -1,0 +1,414 @@
+"""ONNX → TensorRT plan: parse, build, then load it and run it against its ONNX before anyone may use it.
+
+The build runs in a process of its own. TensorRT's builder is one C++ call of minutes, which 8.6 can't be asked to
+leave: there, a process can be ended at once (Ctrl-C) and all its memory comes back; and should the builder crash, it
+takes nothing with it. The parent sends the request through the child's stdin and keeps that open: when the parent
+dies, however it dies, the child sees the end of stdin and goes too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sdtrt import errors, host, trt_api
+from sdtrt.components import Contract
+from sdtrt.console import Console
+from sdtrt.errors import BuildError, SdtrtError
+from sdtrt.runtime import TENSORRT_FILE
+from sdtrt.specs import BuildSpec, Profile
+from sdtrt.trt_api import Draft, Library
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdtrt.runtime.tensorrt import TensorRTSession
+
+LOG_FILE = "build.log"
+LAYERS_FILE = "layers.json"  # the engine inspector's words
+SHOW_SECONDS = 0.2  # between two lines of progress
+# What an engine may differ from its ONNX by, as relative L2 error: a wrong engine is far beyond, rounding far below.
+# fp16: 0.007 was measured for Stable Diffusion 1.5's UNet on 8.6. fp32 is without TF32.
+TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2}
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the building process needs to know."""
+
+    onnx: Path
+    folder: Path
+    contract: Contract
+    spec: BuildSpec
+    timing_cache: Path | None
+    verbose: bool
+
+    @property
+    def plan(self) -> Path:
+        """Where the plan goes."""
+        return self.folder / TENSORRT_FILE
+
+    @property
+    def log(self) -> Path:
+        """Where TensorRT's messages go."""
+        return self.folder / LOG_FILE
+
+
+def build_plan(
+    onnx_path: Path,
+    folder: Path,
+    contract: Contract,
+    spec: BuildSpec,
+    *,
+    timing_cache: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Build a plan into `folder/engine.plan`, TensorRT's messages into `folder/build.log`, and check the plan.
+
+    Args:
+        onnx_path: the exported ONNX model; external data lies beside it.
+        folder: an entry's folder.
+        contract: of the model.
+        timing_cache: kernel timings of earlier builds, read and then replaced; None for none.
+
+    Returns:
+        What is known of the engine: `precision` (computing layers by precision, and where that was read), `parity`
+        with the ONNX for each profile, `unchecked` (why the engine was not run, else None), `build_seconds`, ...
+
+    Raises:
+        BuildError, EngineError: where it can't be built or is not right. `folder` is then to be thrown away.
+    """
+    request = Request(onnx_path.resolve(), folder.resolve(), contract, spec, timing_cache, console.verbose)
+    check_request(request)
+    console.note(f"{spec.backend} {spec.export.precision} engine for {'; '.join(map(str, spec.profiles))}")
+    with console.activity("building the engine") as show:
+        return _build_in_child(request, console, show)
+
+
+def check_request(request: Request) -> None:
+    """Raise what can be known before any work: no GPU, a precision that the library lacks."""
+    spec = request.spec
+    library = trt_api.open_library(spec.backend)
+    if library.family == "tensorrt_lean":
+        raise BuildError(
+            f"{library.name} runs engines and builds none", hint='pip install "sdtrt[tensorrt]" to build engines'
+        )
+    if spec.export.precision == "bf16" and not library.has("bfloat16"):
+        raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
+    if not library.has("named compute capability"):
+        trt_api.require_gpu(library)
+
+
+def _build_in_child(request: Request, console: Console, show: Callable[[str], None]) -> dict[str, Any]:
+    """Run `serve` in a process of its own and follow it; end it whenever this function is left."""
+    code = "from sdtrt.build.tensorrt import serve; serve()"
+    paths = os.pathsep.join(path for path in sys.path if path)  # the child finds what this process finds
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    with (
+        request.log.open("ab") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", f"import sys; sys.path[:] = [p for p in sys.path if p]; {code}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C at the terminal is for the parent to handle
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            _send(request, child.stdin)
+            result = _follow(child.stdout, console, show)
+        except SdtrtError:
+            _keep_log(request.log, console)
+            raise
+        finally:
+            child.kill()
+    if result is None:
+        _keep_log(request.log, console)
+        raise _crash(child.returncode, request.log)
+    return result
+
+
+def _keep_log(log: Path, console: Console) -> None:
+    """Save the log of a failed build from the folder that is about to go, and say where it is."""
+    with tempfile.NamedTemporaryFile("wb", prefix="sdtrt-build-", suffix=".log", delete=False) as kept:
+        kept.write(log.read_bytes())
+    console.warn(f"the build failed; TensorRT's log is in {kept.name}")
+
+
+def _send(request: Request, pipe: IO[bytes]) -> None:
+    """Give the child its request; a child that has died already tells why on its stderr."""
+    try:
+        pickle.dump(request, pipe)
+        pipe.flush()
+    except BrokenPipeError:
+        pass
+
+
+def _follow(pipe: IO[bytes], console: Console, show: Callable[[str], None]) -> dict[str, Any] | None:
+    """Show what the child reports; returns its result, None if it ends without one."""
+    for line in pipe:
+        message = json.loads(line)
+        if "show" in message:
+            show(message["show"])
+        elif "warn" in message:
+            console.warn(message["warn"])
+        elif "error" in message:
+            raise getattr(errors, message["error"])(message["message"], hint=message["hint"])
+        elif "bug" in message:
+            raise RuntimeError(f"the build process failed:\n{message['bug']}")
+        elif "result" in message:
+            return dict(message["result"])
+    return None
+
+
+def _crash(code: int, log: Path) -> BuildError:
+    """The error for a build process that ended without a word."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = " | ".join(lines[-3:])[-600:]
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    killed = " (the system ends processes that use too much memory this way)" if name == "SIGKILL" else ""
+    return BuildError(
+        f"TensorRT's builder died ({name}){killed}; its last words: {last or 'none'}",
+        hint="try a lower --batch, --height or --optimization-level, or update TensorRT and the driver",
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the child's side
+
+
+def serve() -> None:
+    """Read a request from stdin, build, and report in JSON lines on stdout. What libraries print goes to stderr."""
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def report(message: Mapping[str, Any]) -> None:
+        with lock:
+            reports.write(json.dumps(message) + "\n")
+
+    request: Request = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        report({"result": build_here(request, report)})
+    except SdtrtError as error:
+        report({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    except Exception:
+        report({"bug": traceback.format_exc()})
+    reports.flush()
+    os._exit(0)  # the result is out: no tidying by TensorRT's and CUDA's destructors, which crash at times
+
+
+def _die_with_parent() -> None:
+    """End this process when stdin ends: the parent is gone."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
+
+
+def build_here(request: Request, report: Report) -> dict[str, Any]:
+    """Build and check a plan in this process."""
+    library = trt_api.open_library(request.spec.backend)
+    with request.log.open("a") as file, library.log.copied_to(file, verbose=request.verbose):
+        info = _build(library, request, report)
+        report({"show": "checking"})
+        start = time.perf_counter()
+        info |= _check(library, request, report, info["precision"])
+        return info | {"check_seconds": round(time.perf_counter() - start, 3)}
+
+
+def _build(library: Library, request: Request, report: Report) -> dict[str, Any]:
+    """Parse and build; write the plan file and the timing cache. The builder's memory is free again after this."""
+    report({"show": "reading the ONNX"})
+    spec, contract = request.spec, request.contract
+    draft = trt_api.parse_onnx(library, request.onnx)
+    _check_inputs(draft, contract)
+    config = trt_api.configure(draft, spec, [contract.profile_shapes(profile) for profile in spec.profiles])
+    for warning in draft.warnings:
+        report({"warn": warning})
+    if not trt_api.read_timing_cache(config, request.timing_cache):
+        report({"warn": f"{request.timing_cache} is of another TensorRT or GPU: starting a new timing cache"})
+    report({"show": "optimising"})  # all that 8.6 tells until it is done
+    monitor = trt_api.watch_progress(library, config, _throttled(report))
+    start = time.perf_counter()
+    plan = trt_api.serialize(draft, config)
+    seconds = time.perf_counter() - start
+    del monitor
+    with request.plan.open("wb") as file:
+        file.write(plan)
+    _keep_timings(request.timing_cache, trt_api.timing_cache_bytes(config))
+    return {
+        "library": library.name,
+        "profiles": [str(profile) for profile in spec.profiles],
+        "plan_bytes": request.plan.stat().st_size,
+        "build_seconds": round(seconds, 3),
+        "precision": _network_precision(draft),
+    }
+
+
+def _throttled(report: Report) -> Callable[[str], bool]:
+    """Report the builder's steps, at most a few a second. Never asks it to stop: the parent ends the process."""
+    last = 0.0
+
+    def show(text: str) -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SHOW_SECONDS:
+            last = now
+            report({"show": text})
+        return True
+
+    return show
+
+
+def _check_inputs(draft: Draft, contract: Contract) -> None:
+    """Hold the network's inputs against the contract."""
+    wanted = {spec.name: spec.dtype for spec in contract.inputs}
+    found = trt_api.network_inputs(draft)
+    if found != wanted:
+        raise BuildError(f"the ONNX takes {found}, and not {wanted}", hint="export it again: sdtrt export --force")
+
+
+def _network_precision(draft: Draft) -> dict[str, Any]:
+    """What a strongly typed network computes in; nothing is known of a weakly typed one before it is built."""
+    if not draft.library.has("strong typing"):
+        return {}
+    return {"layers": trt_api.network_precisions(draft), "read_from": "network"}
+
+
+def _keep_timings(file: Path | None, data: bytes) -> None:
+    """Replace the timing cache in one step; one that can't be written costs time, nothing else."""
+    if file is None or not data:
+        return
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(data)
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+
+def why_not_runnable(library: Library, spec: BuildSpec) -> str | None:
+    """Why an engine that was built here can't be run here; None if it can."""
+    gpus = host.gpus()
+    if not gpus:
+        return "there is no NVIDIA GPU here"
+    target, here = spec.compute_capability, gpus[0].compute_capability
+    if target is not None and target != here:
+        return f"it is for compute capability {target[0]}.{target[1]}, and this GPU has {here[0]}.{here[1]}"
+    if not trt_api.serves(library, here):
+        return f"{library.name} does not serve {gpus[0].name}"
+    return None
+
+
+def _check(library: Library, request: Request, report: Report, precision: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the plan, read its precision back, run it once at each profile's optimum against the ONNX."""
+    reason = why_not_runnable(library, request.spec)
+    if reason is not None:
+        report({"warn": f"the engine was built but not run: {reason}"})
+        check_precision(request.spec, precision.get("layers", {}))
+        return {"unchecked": reason, "parity": []}
+    from sdtrt.runtime.tensorrt import TensorRTSession
+
+    spec, device = request.spec, _current_gpu()
+    compatible = spec.version_compatible
+    with TensorRTSession(
+        request.plan, request.contract, backend=spec.backend, device=device, allow_host_code=compatible
+    ) as session:
+        layers = _read_precision(request, session.information())
+        parity = [_run_once(request, session, profile) for profile in spec.profiles]
+    if spec.export.precision == "bf16":
+        report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
+    return {"unchecked": None, "parity": parity, "precision": {"layers": layers, "read_from": "inspector"}}
+
+
+def _current_gpu() -> torch.device:
+    import torch
+
+    return torch.device("cuda")
+
+
+def _read_precision(request: Request, information: Mapping[str, Any]) -> dict[str, int]:
+    """How many computing layers of the built engine have each precision; the inspector's words are kept in a file."""
+    (request.folder / LAYERS_FILE).write_text(json.dumps(information, indent=1))
+    layers = trt_api.layer_precisions(information)
+    check_precision(request.spec, layers)
+    return layers
+
+
+def check_precision(spec: BuildSpec, layers: Mapping[str, int]) -> None:
+    """Raise `BuildError` for an engine that does not compute in what it was built for.
+
+    fp16 quietly becoming fp32 is a known failure elsewhere; this is what finds it.
+    """
+    wanted, found = spec.export.precision, ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
+    if not layers.get(wanted) or (wanted == "fp32" and any(layers.get(name) for name in ("fp16", "bf16"))):
+        raise BuildError(
+            f"an engine in {wanted} was asked for, and its computing layers are: {found or 'unknown'}",
+            hint=f"export it again: sdtrt export --precision {wanted} --force",
+        )
+
+
+def _run_once(request: Request, session: TensorRTSession, profile: Profile) -> dict[str, Any]:
+    """Run the engine on seeded inputs and compare with ONNX Runtime on the CPU."""
+    from sdtrt.build.onnxruntime import seeded_feeds
+
+    sizes = profile.optimum
+    feeds = seeded_feeds(request.contract, sizes)
+    outputs = {name: tensor.cpu() for name, tensor in session.run(feeds).items()}
+    for name, tensor in outputs.items():
+        if not bool(tensor.isfinite().all()):
+            raise BuildError(
+                f"the engine's {name} has values that are not finite at {sizes}", hint="use --precision fp32"
+            )
+    return {"sizes": str(sizes), **_compare(request, feeds, outputs)}
+
+
+def _compare(
+    request: Request, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Worst figures over all outputs, against ONNX Runtime; nothing for bf16, which its CPU kernels lack."""
+    from sdtrt.metrics import cosine, max_abs, relative_l2
+    from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+
+    if request.spec.export.precision == "bf16":
+        return {}
+    with OnnxRuntimeSession(request.onnx, request.contract, optimized=False) as session:
+        expected = session.run(feeds)
+    pairs = [(outputs[name].float().numpy(), expected[name].float().numpy()) for name in expected]
+    figures = {
+        "relative_l2": max(relative_l2(*pair) for pair in pairs),
+        "cosine": min(cosine(*pair) for pair in pairs),
+        "max_abs": max(max_abs(*pair) for pair in pairs),
+    }
+    check_parity(request.spec, figures)
+    return figures
+
+
+def check_parity(spec: BuildSpec, figures: Mapping[str, float]) -> None:
+    """Raise `BuildError` for an engine that computes something else than its ONNX."""
+    allowed = TOLERANCES[spec.export.precision]
+    if not figures["relative_l2"] <= allowed:  # also where it is not a number
+        raise BuildError(
+            f"the engine differs from its ONNX: relative L2 error {figures['relative_l2']:.2e}, {allowed} is allowed",
+            hint="try --precision fp32 or another --optimization-level, and report the model and TensorRT version",
+        )

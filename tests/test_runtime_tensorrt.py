@@ -1,0 +1,335 @@
+"""TensorRT sessions: on fakes of the GPU's side that compute with real memory, one of each version's API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import trt_fakes
+from trt_fakes import CHANNELS, WIDTH, FakeCuda, FakePyCuda, expected, fake_library, profile_shapes, write_plan
+
+from sdtrt import host, trt_api
+from sdtrt.components import Contract, unet_contract
+from sdtrt.errors import EngineError
+from sdtrt.runtime import plan as plan_module
+from sdtrt.runtime import pycuda as pycuda_module
+from sdtrt.runtime import tensorrt as session_module
+from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
+from sdtrt.runtime.pycuda import PyCudaSession
+from sdtrt.runtime.tensorrt import TensorRTSession
+
+CONFIG = {"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}
+CONTRACT = unet_contract(CONFIG, "fp16")
+WIDE = profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))
+TALL = profile_shapes((1, 2, 2), (24, 32, 40), (12, 16, 24))
+LABELS = ["tensorrt 8.6.1", "tensorrt 10.0.1", "tensorrt 10.1.0", "tensorrt 11.4.0.106"]
+LABELS += ["tensorrt_lean 10.15.1.29", "tensorrt_rtx 1.7.1.116"]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A GPU made of the CPU."""
+    fake = FakeCuda()
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
+    monkeypatch.setattr(session_module, "torch", trt_fakes.fake_torch(fake))
+    monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
+    return fake
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return write_plan(tmp_path / "engine.plan", [WIDE])
+
+
+def feeds(batch=2, height=16, width=16, tokens=77, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample": torch.randn(batch, CHANNELS, height, width, generator=generator).half(),
+        "timestep": torch.rand(batch, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, tokens, WIDTH, generator=generator).half(),
+    }
+
+
+def wanted(arrays):
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return expected(arrays["sample"], arrays["timestep"], arrays["encoder_hidden_states"])
+
+
+def session_on(plan, label="tensorrt 8.6.1", **options):
+    return TensorRTSession(plan, CONTRACT, device=torch.device("cuda"), library=fake_library(label), **options)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_runs_are_right_first_second_and_later(label, cuda, plan):
+    """From the stream, while the graph is captured, and from the graph: with each version's API."""
+    with session_on(plan, label) as session:
+        for seed in range(5):
+            given = feeds(seed=seed)
+            outputs = session.run(given)
+            np.testing.assert_array_equal(outputs["out_sample"], wanted(given))
+        assert session.graph_count == 1
+
+
+@pytest.mark.parametrize("runs", [1, 2, 4])
+def test_outputs_never_alias(runs, cuda, plan):
+    with session_on(plan) as session:
+        for seed in range(runs):
+            kept = session.run(feeds(seed=seed))["out_sample"]
+        copy = kept.clone()
+        later = [session.run(feeds(seed=9))["out_sample"] for _ in range(3)]
+    assert torch.equal(kept, copy)
+    assert len({tensor.data_ptr() for tensor in (kept, *later)}) == 4
+
+
+def test_shapes_take_turns_in_a_bounded_number_of_graphs(cuda, plan):
+    sizes = [(1, 12, 12), (2, 16, 16), (4, 24, 24), (3, 13, 17)]
+    with session_on(plan, graphs=2) as session:
+        for seed in range(4):
+            for batch, height, width in sizes:
+                given = feeds(batch, height, width, seed=seed)
+                np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
+            assert session.graph_count == (2 if seed else 0)
+
+
+def test_no_graphs_on_request(cuda, plan):
+    with session_on(plan, graphs=0) as session:
+        for seed in range(3):
+            given = feeds(seed=seed)
+            np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
+        assert session.graph_count == 0
+
+
+def test_a_failed_capture_is_said_once_and_the_session_goes_on(cuda, plan, capsys):
+    cuda.fail_capture = True
+    with session_on(plan) as session:
+        for seed in range(4):
+            given = feeds(seed=seed)
+            np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
+        assert session.graph_count == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: no CUDA graph for") == 1
+    assert "not permitted when stream is capturing" in said.replace("\n", " ")
+
+
+def test_the_default_stream_is_left_to_others(cuda, plan):
+    """TensorRT runs on a stream of the session's own then, in order with the default one; else on the caller's."""
+    with session_on(plan, graphs=0) as session:
+        session.run(feeds())
+        (used,) = session._context._streams
+        assert used == session._stream.cuda_stream != 0
+        assert cuda.current in session._stream.waited_for
+        assert session._stream in cuda.current.waited_for
+        cuda.current = cuda.Stream()
+        session.run(feeds())
+        assert session._context._streams[-1] == cuda.current.cuda_stream
+        assert session._done in cuda.current.waited_for, "buffers may still be in use on the stream before"
+
+
+def test_the_profile_tuned_for_the_size_is_used(cuda, tmp_path):
+    plan = write_plan(tmp_path / "engine.plan", [WIDE, TALL])
+    with session_on(plan, graphs=0) as session:
+        for height, profile in ((20, 0), (40, 1), (16, 0)):
+            given = feeds(2, height, 16)
+            np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
+            assert session._context.active_optimization_profile == profile
+
+
+def test_out_of_profile_says_what_fits_and_how_to_get_there(cuda, plan):
+    with session_on(plan) as session, pytest.raises(EngineError) as caught:
+        session.run(feeds(2, 32, 16))
+    assert "height 96 to 192" in caught.value.message
+    assert "got height 256" in caught.value.message
+    assert "sdtrt build --backend tensorrt --height 96:128:256" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": torch.zeros(2, CHANNELS, 16, 16)}, "sample must be float16"),
+        ({"timestep": torch.zeros(3)}, "timestep must have the shape"),
+        ({"extra": torch.zeros(1)}, "the engine takes sample, timestep"),
+    ],
+)
+def test_wrong_feeds_never_reach_the_engine(change, message, cuda, plan):
+    with session_on(plan) as session:
+        with pytest.raises(EngineError, match=message):
+            session.run(feeds() | change)
+        assert not session._context._streams
+
+
+def test_a_failing_run_names_the_cause(cuda, plan):
+    with session_on(plan) as session:
+        session._library.module._fail = "1: [executionContext.cpp] Error Code 1: Cuda Runtime (out of memory)"
+        with pytest.raises(EngineError, match="too little free memory"):
+            session.run(feeds())
+
+
+def test_non_contiguous_feeds(cuda, plan):
+    given = feeds()
+    given["sample"] = given["sample"].transpose(2, 3)
+    with session_on(plan) as session:
+        np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
+
+
+def test_close_frees_and_may_come_twice(cuda, plan):
+    session = session_on(plan)
+    session.run(feeds())
+    session.close()
+    session.close()
+    with pytest.raises(EngineError, match="closed"):
+        session.run(feeds())
+
+
+def test_sessions_share_the_engine_and_not_the_context(cuda, plan):
+    library = fake_library("tensorrt 8.6.1")
+    options = {"device": torch.device("cuda"), "library": library}
+    first = TensorRTSession(plan, CONTRACT, **options)
+    second = TensorRTSession(plan, CONTRACT, **options)
+    assert first._loaded is second._loaded
+    assert first._context is not second._context
+    first.close()
+    given = feeds()
+    np.testing.assert_array_equal(second.run(given)["out_sample"], wanted(given))
+    second.close()
+    assert not [loaded for loaded in plan_module._LOADED.values() if loaded.library is library]
+
+
+def test_a_replaced_plan_is_loaded_anew(cuda, plan):
+    library = fake_library("tensorrt 8.6.1")
+    first = load_plan(plan, CONTRACT, library, 0)
+    write_plan(plan, [WIDE, TALL])
+    assert len(load_plan(plan, CONTRACT, library, 0).profiles) == 2
+    assert len(first.profiles) == 1
+
+
+def test_threads_load_one_engine(cuda, plan):
+    library, loaded = fake_library("tensorrt 8.6.1"), []
+    threads = [threading.Thread(target=lambda: loaded.append(load_plan(plan, CONTRACT, library, 0))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(one) for one in loaded}) == 1
+
+
+def test_a_plan_of_another_component_is_refused(cuda, plan):
+    other = unet_contract({**CONFIG, "cross_attention_dim": WIDTH}, "fp32")
+    with pytest.raises(EngineError, match=r"takes .*sample \(float16\).* and not .*sample \(float32\)"):
+        TensorRTSession(plan, other, device=torch.device("cuda"), library=fake_library("tensorrt 8.6.1"))
+
+
+def test_a_damaged_plan_says_how_to_rebuild(cuda, plan):
+    data = plan.read_bytes()
+    plan.write_bytes(data[:-20] + bytes(20))
+    with pytest.raises(EngineError, match="damaged") as caught:
+        session_on(plan)
+    assert "sdtrt build --backend tensorrt --force" in caught.value.hint
+
+
+def test_half_a_plan_is_found_by_its_sidecar(cuda, plan):
+    """Before TensorRT reads it, which may crash on it."""
+    sidecar = {"files": {plan.name: {"size_bytes": plan.stat().st_size}}}
+    (plan.parent / "entry.json").write_text(json.dumps(sidecar))
+    with session_on(plan):
+        pass
+    plan.write_bytes(plan.read_bytes()[:40])
+    with pytest.raises(EngineError, match=f"cut short: 40 of {sidecar['files'][plan.name]['size_bytes']} bytes"):
+        session_on(plan)
+
+
+def test_a_plan_of_another_version_says_which(cuda, tmp_path):
+    plan = write_plan(tmp_path / "engine.plan", "not for this version", version=(10, 3, 0, 26))
+    plan.write_bytes(plan.read_bytes() + b"\xff")
+    with pytest.raises(EngineError, match=r"built by TensorRT 10\.3\.0\.26, and this is 8\.6\.1"):
+        session_on(plan)
+
+
+def test_a_cpu_is_no_place_for_tensorrt(plan):
+    with pytest.raises(EngineError, match="not on cpu") as caught:
+        TensorRTSession(plan, CONTRACT, device=torch.device("cpu"), library=fake_library("tensorrt 8.6.1"))
+    assert "onnxruntime" in caught.value.hint
+
+
+def test_profiles_from_shapes_and_the_nearest_one():
+    wide, tall = (profile_of(CONTRACT, shapes) for shapes in (WIDE, TALL))
+    assert wide.bounds["latent_height"] == (12, 16, 24)
+    assert wide.bounds["tokens"] == (77, 77, 77)
+    sizes = {"batch": 2, "latent_height": 24, "latent_width": 16, "tokens": 77}
+    assert choose_profile([wide, tall], sizes) == 1, "24 is nearer to 32 than to 16, by ratio"
+    assert choose_profile([wide, tall], {**sizes, "latent_height": 20}) == 0
+    with pytest.raises(EngineError, match=r"tokens 77 .*of 2 profiles.*got tokens 154"):
+        choose_profile([wide, tall], {**sizes, "tokens": 154})
+
+
+def test_exact_profiles_come_first():
+    exact, loose = PlanProfile({"batch": (2, 2, 2)}), PlanProfile({"batch": (1, 1, 8)})
+    assert choose_profile([loose, exact], {"batch": 2}) == 1
+    assert choose_profile([loose, exact], {"batch": 3}) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- PyCUDA
+
+
+@pytest.fixture
+def driver(cuda, monkeypatch):
+    fake = FakePyCuda()
+    monkeypatch.setattr(pycuda_module, "_driver", lambda: fake)
+    pycuda_module._primary_context.cache_clear()
+    yield fake
+    pycuda_module._primary_context.cache_clear()
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Make a fake library the usual one."""
+
+    def choose(label):
+        library = fake_library(label)
+        monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
+
+    return choose
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_pycuda_session(label, driver, use, plan):
+    use(label)
+    with PyCudaSession(plan, CONTRACT) as session:
+        results = []
+        for batch, height in ((2, 16), (4, 24), (1, 12)):
+            given = {name: tensor.numpy() for name, tensor in feeds(batch, height).items()}
+            results.append((session.run(given)["out_sample"], wanted(given)))
+        assert driver.active == 0, "the context is current only while it is needed"
+    for result, right in results:
+        np.testing.assert_array_equal(result, right)
+    assert driver.freed == 4
+    with pytest.raises(EngineError, match="closed"):
+        session.run(given)
+
+
+def test_pycuda_leaves_the_context_as_it_was_after_an_error(driver, use, plan):
+    use("tensorrt 8.6.1")
+    plan.write_bytes(plan.read_bytes()[:-20] + bytes(20))
+    with pytest.raises(EngineError, match="damaged"):
+        PyCudaSession(plan, CONTRACT)
+    assert driver.active == 0
+
+
+def test_numpy_has_no_bfloat16(plan):
+    contract: Contract = unet_contract(CONFIG, "bf16")
+    with pytest.raises(EngineError, match="NumPy has no bfloat16, which sample is"):
+        PyCudaSession(plan, contract)
+
+
+def test_the_torch_free_path_imports_no_torch():
+    """Opening an engine of the engine directory with PyCUDA, up to the missing library."""
+    code = (
+        "import sys, pathlib, sdtrt.runtime.pycuda, sdtrt.cache, sdtrt.components, sdtrt.runtime\n"
+        "sdtrt.cache.EngineDirectory(pathlib.Path('none')).entries('engine')\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
