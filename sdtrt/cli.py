@@ -57,12 +57,20 @@ engines_app = typer.Typer(help="The engine directory: list, remove, prune.", inv
 app.add_typer(engines_app, name="engines")
 
 
-@app.callback()
-def root(version: Annotated[bool, Option("--version", help="show the version", is_eager=True)] = False) -> None:
-    """Options before the command."""
-    if version:
+def _show_version(wanted: bool) -> None:
+    """Print the version and end, before a command is asked for."""
+    if wanted:
         print(f"sdtrt {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, Option("--version", help="show the version", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()
@@ -333,7 +341,9 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
         code = 1
     except _CLICK_EXCEPTION as error:
-        code = _fail(error.format_message(), f"{_command_path(error)} --help shows the options", error.exit_code)
+        message = error.format_message()  # empty where the help was shown instead, for want of arguments
+        hint = f"{_command_path(error)} --help shows the options"
+        code = _fail(message, hint, error.exit_code) if message else error.exit_code
     sys.exit(code)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import time
 from dataclasses import asdict
 
 import pytest
@@ -90,6 +92,24 @@ def test_wrong_inputs_are_named_before_anything_runs(entry, wrong):
         feeds["timestep"] = feeds["timestep"][:1]
     with open_session(entry, CPU) as session, pytest.raises(EngineError):
         session.run(feeds)
+
+
+def test_the_engine_is_at_least_as_fast_as_pytorch(model, entry):
+    """Best of several runs each, in turns, one thread each, in processor time: other processes don't matter."""
+    from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+
+    contract = Contract.from_json(entry.info["contract"])
+    feeds = seeded_feeds(contract, Sizes(2, 128, 128))
+    unet = load_unet(model, torch.float32)
+    best = {"engine": math.inf, "torch": math.inf}
+    with OnnxRuntimeSession(entry.file("engine.onnx"), contract, threads=1) as session, torch.inference_mode():
+        calls = {"engine": lambda: session.run(feeds), "torch": lambda: unet(*feeds.values(), return_dict=False)}
+        for _ in range(8):
+            for name, call in calls.items():
+                start = time.process_time()
+                call()
+                best[name] = min(best[name], time.process_time() - start)
+    assert best["engine"] <= best["torch"], best
 
 
 def test_a_closed_session_says_so(entry):

@@ -1,0 +1,269 @@
+"""The command line as people meet it: the real one, in a process and a folder of its own, with the real miniature."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pixel_checker import Scene, Shape, judge
+
+from sdtrt import __version__
+from sdtrt.cli import main
+
+PROMPT = "a red circle on a blue background"
+RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
+REPOSITORY = Path(__file__).resolve().parents[1]
+FAST = ("--steps", "2", "--seed", "1", "--quiet")  # pictures that nobody looks at
+
+
+@pytest.fixture
+def folder(tmp_path, engine_dir, monkeypatch):
+    """An empty working folder; the engine directory is the tests' shared one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return tmp_path
+
+
+def process(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """Run `python -m sdtrt` in a process of its own."""
+    command = [sys.executable, "-m", "sdtrt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, **options)
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of the child processes that have ended: what a command costs, whatever else runs here."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command in this process (torch is loaded already); returns exit code, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_the_first_command_makes_the_picture_and_a_second_one_the_same(folder):
+    first = process("txt2img", "-p", PROMPT, "--seed", "1", "-o", "circle.png")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == "circle.png\n"
+    assert "backend: " in first.stderr
+    assert judge(Image.open("circle.png"), RED_ON_BLUE).all_right
+
+    before = cpu_seconds()
+    second = process("txt2img", "-p", PROMPT, "--seed", "1", "-o", "again.png", "--no-build")
+    seconds = cpu_seconds() - before
+    assert second.returncode == 0, second.stderr
+    assert Path("again.png").read_bytes() == Path("circle.png").read_bytes()
+    assert seconds < 15
+
+
+def test_help_is_quick_and_loads_neither_torch_nor_diffusers(folder):
+    start = time.monotonic()
+    assert process("--help").returncode == 0
+    assert time.monotonic() - start < 2  # 0.3 s; a loaded machine is slower
+    code = (
+        "import sys; sys.argv = ['sdtrt', 'txt2img', '--help']\n"
+        "from sdtrt.cli import main\n"
+        "try: main()\nexcept SystemExit as end: code = end.code\n"
+        "sys.exit(code or len({'torch', 'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_json_is_one_document_with_all_that_repeats_the_images(folder, run):
+    code, out, _ = run("txt2img", "-p", PROMPT, "-p", "a star", "--num-images", "2", "-o", "out", "--json", *FAST)
+    assert code == 0
+    report = json.loads(out)
+    assert [(image["prompt"], image["seed"]) for image in report["images"]] == [
+        (PROMPT, 1),
+        (PROMPT, 2),
+        ("a star", 1),
+        ("a star", 2),
+    ]
+    assert all(Path(image["path"]).is_file() for image in report["images"])
+    assert report["steps"] == 2
+    assert report["backend"] in ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+
+
+def test_one_seed_gives_one_image_whatever_else_is_made(folder, run):
+    assert run("txt2img", "-p", PROMPT, "--num-images", "2", "-o", "many", *FAST)[0] == 0
+    code, out, _ = run("txt2img", "-p", PROMPT, "-o", "alone.png", "--steps", "2", "--seed", "2", "--quiet")
+    assert code == 0
+    assert out == "alone.png\n"
+    twin = next(path for path in Path("many").iterdir() if path.stem.endswith("2"))
+    assert np.array_equal(np.asarray(Image.open(twin)), np.asarray(Image.open("alone.png")))
+
+
+def test_img2img_keeps_the_size_and_starts_from_the_image(folder, run):
+    Image.new("RGB", (136, 104), (40, 70, 230)).save("init.png")
+    code, out, _ = run("img2img", "-i", "init.png", "-p", PROMPT, "--strength", "0.5", "-o", "out.png", "--steps", "4")
+    assert (code, out) == (0, "out.png\n")
+    assert Image.open("out.png").size == (136, 104)
+
+
+def test_torch_and_engine_draw_the_same(folder, run):
+    for backend in ("torch", "onnxruntime"):
+        arguments = ("--steps", "10", "--seed", "3", "-b", backend, "-o", f"{backend}.png")
+        assert run("txt2img", "-p", PROMPT, *arguments)[0] == 0
+    one, other = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("torch", "onnxruntime"))
+    assert np.abs(one - other).max() <= 2
+
+
+def test_nothing_is_overwritten_unasked(folder, run):
+    Path("mine.png").write_bytes(b"precious")
+    code, out, err = run("txt2img", "-p", PROMPT, "-o", "mine.png", *FAST)
+    assert (code, out) == (1, "")
+    assert "--overwrite" in err
+    assert Path("mine.png").read_bytes() == b"precious"
+    assert run("txt2img", "-p", PROMPT, "-o", "mine.png", "--overwrite", *FAST)[0] == 0
+    assert Image.open("mine.png").size == (128, 128)
+
+
+def test_no_build_names_the_command_that_builds(folder, run):
+    code, out, err = run("txt2img", "-p", PROMPT, "--no-build", "--engine-dir", "none", "-o", "x.png")
+    assert (code, out) == (1, "")
+    assert "hint: sdtrt build --model tiny --backend onnxruntime" in err
+    assert not Path("none").exists()
+    assert not Path("x.png").exists()
+
+
+def truncated(folder: Path) -> str:
+    source = next((REPOSITORY / "sdtrt" / "tiny" / "unet").glob("*.safetensors"))
+    (folder / "cut.safetensors").write_bytes(source.read_bytes()[:100_000])
+    return "cut.safetensors"
+
+
+def foreign(folder: Path) -> str:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"some.weight": torch.zeros(3)}, folder / "foreign.safetensors")
+    return "foreign.safetensors"
+
+
+BAD_INPUT = {
+    "no prompt": (2, ("txt2img",)),
+    "unknown option": (2, ("txt2img", "-p", "x", "--stepz", "3")),
+    "not a number": (2, ("txt2img", "-p", "x", "--steps", "many")),
+    "unknown command": (2, ("text2img",)),
+    "height 500": (2, ("txt2img", "-p", "x", "--height", "500")),
+    "steps 0": (2, ("txt2img", "-p", "x", "--steps", "0")),
+    "scheduler": (2, ("txt2img", "-p", "x", "--scheduler", "eulr")),
+    "backend": (2, ("txt2img", "-p", "x", "--backend", "tensort")),
+    "build backend": (2, ("build", "--backend", "tensort")),
+    "profile": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--height", "1:2")),
+    "compute capability": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "x")),
+    "strength 0": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "0")),
+    "strength 1.5": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "1.5")),
+    "no init image": (2, ("img2img", "-p", "x")),
+    "missing init image": (None, ("img2img", "-p", "x", "-i", "missing.png")),
+    "unreadable init image": (None, ("img2img", "-p", "x", "-i", "text.png")),
+    "unknown model": (None, ("txt2img", "-p", "x", "--model", "tinny")),
+    "missing model folder": (None, ("txt2img", "-p", "x", "--model", "./nowhere")),
+    "truncated checkpoint": (1, ("txt2img", "-p", "x", "--model", truncated)),
+    "foreign checkpoint": (1, ("txt2img", "-p", "x", "--model", foreign)),
+    "engine directory is a file": (1, ("txt2img", "-p", "x", "--engine-dir", "text.png")),
+    "output can't be written": (1, ("txt2img", "-p", "x", "-o", "/proc/nowhere/x.png")),
+    "no such engine": (1, ("inspect", "--engine", "nothing")),
+    "no such entry": (1, ("engines", "rm", "nothing")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_with_an_error_and_a_hint_and_leaves_nothing(folder, run, name):
+    expected, arguments = BAD_INPUT[name]
+    Path("text.png").write_text("no picture")
+    Image.new("RGB", (64, 64)).save("init.png")
+    arguments = [word if isinstance(word, str) else word(folder) for word in arguments]
+    before = sorted(Path().iterdir())
+    code, out, err = run(*arguments)
+    lines = err.splitlines()
+    assert code == expected if expected is not None else code in (1, 2)
+    assert out == ""
+    assert [line.split(":")[0] for line in lines if not line.startswith("backend:")] == ["error", "hint"], err
+    assert all(line.split(":", 1)[1].strip() for line in lines)
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(folder):
+    command = f"'{sys.executable}' -m sdtrt engines --json | true"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in ended.stderr
+
+
+def test_export_to_a_file(folder, run):
+    code, out, err = run("export", "--precision", "fp32", "-o", "unet.onnx")
+    assert (code, out) == (0, "unet.onnx\n")
+    assert "exporting unet" in err
+    import onnx
+
+    dims = onnx.load("unet.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 4, "latent_height", "latent_width"]
+    code, _, err = run("export", "--precision", "fp32", "-o", "unet.onnx")
+    assert code != 0
+    assert "--overwrite" in err
+
+
+def test_build_list_inspect_remove(folder, run, sd1):
+    arguments = ("--model", str(sd1), "--engine-dir", "own")
+    code, out, _ = run("build", *arguments, "--backend", "onnxruntime")
+    assert code == 0
+    engine = Path(out.strip())
+    assert engine.is_dir()
+    code, out, _ = run("engines", "list", "--engine-dir", "own", "--json")
+    names = [entry["name"] for entry in json.loads(out)["entries"]]
+    assert engine.name in names
+    assert len(names) == 2  # the export and the engine
+    assert engine.name in run("engines", "--engine-dir", "own")[1]
+    code, out, _ = run("inspect", "--engine", engine.name, "--engine-dir", "own")
+    assert "encoder_hidden_states" in out
+    assert run("engines", "prune", "--keep-gib", "100", "--engine-dir", "own", "--quiet")[1].strip() == ""
+    assert run("engines", "rm", engine.name, "--engine-dir", "own")[:2] == (0, f"{engine.name}\n")
+    assert not engine.exists()
+    code, out, _ = run("engines", "prune", "--keep-gib", "0", "--engine-dir", "own")
+    assert out.split() == [name for name in names if name != engine.name]
+
+
+def test_inspect_shows_parts_and_a_whole_tree(folder, run):
+    code, out, _ = run("inspect", "--json")
+    assert code == 0
+    assert {part["name"] for part in json.loads(out)["parts"]} >= {"unet", "text_encoder", "vae"}
+    code, out, _ = run("inspect", "--part", "text_encoder", "--tree")
+    assert code == 0
+    assert "self_attn" in out
+
+
+def test_doctor_names_what_can_run(folder, run):
+    code, out, _ = run("doctor", "--json")
+    diagnosis = json.loads(out)
+    assert code == (0 if diagnosis["healthy"] else 1)
+    assert "onnxruntime" in diagnosis["backends"]
+    code, out, _ = run("doctor")
+    assert "this machine can run: " in out
+
+
+def test_no_arguments_show_the_help(folder, run):
+    code, out, err = run()
+    assert code == 2
+    assert "txt2img" in out + err
+    assert "error:" not in err
+
+
+def test_version(folder, run):
+    assert run("--version") == (0, f"sdtrt {__version__}\n", "")
