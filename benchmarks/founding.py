@@ -1,0 +1,184 @@
+"""The founding table: whole pipeline calls, PyTorch fp32 beside the TensorRT fp16 UNet, in one run on one GPU.
+
+    python scripts/make_random_model.py sd15
+    python benchmarks/founding.py --model sd15 --output benchmarks/founding.json
+
+The call that is timed is the diffusers pipeline's own, from the prompt to the PIL image, after warm-up calls; the GPU
+is waited for before and after. TF32 is off for PyTorch. Weights are random, which speed does not depend on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sdtrt import host, trt_api
+from sdtrt.build.onnxruntime import seeded_feeds
+from sdtrt.cache import EngineDirectory, default_directory
+from sdtrt.console import Console
+from sdtrt.models import resolve_model
+from sdtrt.pipeline import OpenPipeline, Plan, open_pipeline
+from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
+
+STEPS, STRENGTH = 50, 0.8
+PROMPT = "a red circle on a blue background"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row's request; `height` and `width` in pixels."""
+
+    name: str
+    height: int
+    width: int
+
+    @property
+    def img2img(self) -> bool:
+        """Whether it starts from an image."""
+        return self.name == "img2img"
+
+
+TASKS = (Task("txt2img", 512, 512), Task("img2img", 512, 512), Task("img2img", 512, 768))
+BACKENDS: tuple[tuple[Backend, Precision, int], ...] = (("torch", "fp32", 4), ("tensorrt", "fp16", 12))
+
+
+def timed(call: Callable[[], Any], repeats: int, warmups: int = 2) -> list[float]:
+    """Seconds of each of `repeats` calls, the GPU idle before and after each."""
+    samples = []
+    for number in range(warmups + repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if number >= warmups:
+            samples.append(time.perf_counter() - start)
+    return samples
+
+
+def pipeline_call(opened: OpenPipeline, task: Task) -> Callable[[], Any]:
+    """The diffusers call of a task."""
+    generator = torch.Generator().manual_seed(0)
+    common = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": 7.5, "generator": generator}
+    if not task.img2img:
+        return lambda: opened.pipe(**common, height=task.height, width=task.width)
+    image = Image.effect_noise((task.width, task.height), 64).convert("RGB")
+    return lambda: opened.pipe(**common, image=image, strength=STRENGTH)
+
+
+def unet_step_ms(opened: OpenPipeline) -> dict[str, Any]:
+    """GPU milliseconds of one UNet call with guidance (CUDA events): median of 50 after 5 warm-ups."""
+    unet, sizes, device = opened.pipe.unet, opened.plan.sizes, opened.plan.device
+    if opened.entry is None:
+        dtype = opened.plan.parts_dtype
+        sample = torch.randn(sizes.batch, 4, sizes.height // 8, sizes.width // 8, device=device, dtype=dtype)
+        states = torch.randn(sizes.batch, sizes.tokens, 768, device=device, dtype=dtype)
+        moment = torch.full((sizes.batch,), 500.0, device=device)
+        step = lambda: unet(sample, moment, states, return_dict=False)  # noqa: E731
+    else:
+        feeds = {name: tensor.to(device) for name, tensor in seeded_feeds(unet.contract, sizes).items()}
+        step = lambda: unet.session.run(feeds)  # noqa: E731
+    samples = []
+    for number in range(55):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        if number >= 5:
+            samples.append(begin.elapsed_time(end))
+    return {"median": statistics.median(samples), "samples": samples}
+
+
+def measure(
+    task: Task, backend: Backend, precision: Precision, repeats: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row."""
+    torch.cuda.reset_peak_memory_stats()
+    plan = Plan(
+        model=resolve_model(ModelSpec(str(args.model))),
+        backend=backend,
+        precision=precision,
+        sizes=Sizes(2, task.height, task.width),
+        steps=STEPS,
+        img2img=task.img2img,
+    )
+    with open_pipeline(plan, EngineDirectory(args.engine_dir), Console(), allow_build=args.build) as opened:
+        samples = timed(pipeline_call(opened, task), repeats)
+        step = unet_step_ms(opened)
+        engine = None if opened.entry is None else {"name": opened.entry.name, "key": opened.entry.key}
+    ordered = sorted(samples)
+    return {
+        "task": task.name,
+        "backend": backend,
+        "precision": precision,
+        "steps": STEPS if not task.img2img else int(STEPS * STRENGTH),
+        "height": task.height,
+        "width": task.width,
+        "batch": 1,
+        "latency_s": {
+            "median": statistics.median(ordered),
+            "p90": ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))],
+            "samples": samples,
+        },
+        "unet_step_ms": step,
+        "peak_torch_bytes": torch.cuda.max_memory_allocated(),
+        "engine": engine,
+    }
+
+
+def driver_version() -> str:
+    """What nvidia-smi says."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def with_speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with its speed relative to PyTorch fp32 on the same task."""
+    base = {(r["task"], r["width"]): r["latency_s"]["median"] for r in rows if r["backend"] == "torch"}
+    return [row | {"speedup": base[row["task"], row["width"]] / row["latency_s"]["median"]} for row in rows]
+
+
+def main() -> None:
+    """Measure every row and write the JSON; nothing is written if anything fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--engine-dir", type=Path, default=default_directory())
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--build", action="store_true", help="build missing engines")
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    rows = []
+    for task in TASKS:
+        for backend, precision, repeats in BACKENDS:
+            row = measure(task, backend, precision, repeats, args)
+            rows.append(row)
+            print(
+                f"{task.name} {task.width}x{task.height} {backend} {precision}: {row['latency_s']['median']:.4f} s,"
+                f" UNet {row['unet_step_ms']['median']:.2f} ms",
+                file=sys.stderr,
+                flush=True,
+            )
+    versions = host.library_versions() | {"tensorrt": trt_api.version("tensorrt"), "driver": driver_version()}
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "host": host.facts(),
+        "versions": versions,
+        "rows": with_speedups(rows),
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
