@@ -9,6 +9,7 @@ TensorRT objects have one name each: `trt`, `builder`, `network`, `parser`, `con
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -93,6 +94,8 @@ FEATURES: dict[str, Feature] = {
         until=(10,),
     ),
     "strong typing": Feature(("NetworkDefinitionCreationFlag.STRONGLY_TYPED",), BUILDERS, since=(10,)),
+    # 8.6.0 normalises natively unasked.
+    "parser flags": Feature(("OnnxParser.set_flag", "OnnxParserFlag.NATIVE_INSTANCENORM"), BUILDERS, since=(8, 6, 1)),
     # cuBLAS and cuDNN tactics are on by default up to 8.6, need libraries of their own, and make plans depend on them.
     "external tactics by default": Feature(("TacticSource.CUBLAS", "TacticSource.CUDNN"), FULL, until=(10,)),
     # Several contexts on one profile: asked for in 8.6, a matter of course later.
@@ -275,11 +278,22 @@ def library_of(module_name: str, family: Family) -> Library:
             hint=f"pip install --force-reinstall {module_name.replace('_', '-')}",
         ) from error
     found = parse_version(module.__version__)
+    if family == "tensorrt" and found < (10,):
+        found = min(found, _loaded_version() or found)
     if family != "tensorrt_rtx" and found < OLDEST:
         raise EngineError(
             f"TensorRT {module.__version__} is too old: sdtrt needs 8.6 or newer", hint="pip install -U tensorrt"
         )
     return Library(module, family, found)
+
+
+def _loaded_version() -> Version | None:
+    """The version of the 8.x library itself; its bindings, which are packaged apart, may be newer."""
+    try:
+        number = int(ctypes.CDLL("libnvinfer.so.8").getInferLibVersion())
+    except (OSError, AttributeError):
+        return None
+    return number // 1000, number % 1000 // 100, number % 100
 
 
 def parse_version(text: str) -> Version:
@@ -343,6 +357,10 @@ class Draft:
     warnings: list[str] = field(default_factory=list)
 
 
+# Parsers of 8.6.0 under the bindings of 8.6.1: virtual functions came in before the destructor, which would miss.
+_NEVER_FREED: list[Any] = []
+
+
 def parse_onnx(library: Library, onnx: Path) -> Draft:
     """Read an ONNX file (external data beside it) into a network.
 
@@ -357,7 +375,10 @@ def parse_onnx(library: Library, onnx: Path) -> Draft:
         raise explain(library, library.log.errors(mark), "the TensorRT builder can't start") from error
     network = builder.create_network(_network_flags(library))
     parser = trt.OnnxParser(network, library.logger)
-    parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # norm statistics in fp32; needed for portable plans
+    if library.has("parser flags"):
+        parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # norm statistics in fp32; needed for portable plans
+    else:
+        _NEVER_FREED.append(parser)
     if not parser.parse_from_file(str(onnx)):
         problems = [parser.get_error(index) for index in range(parser.num_errors)]
         reasons = [_describe_problem(library, problem, onnx) for problem in problems] or library.log.errors(mark)
@@ -637,7 +658,8 @@ def read_header(plan: Path) -> PlanHeader | None:
     """The header of a plan file, None if it is no plan.
 
     Both libraries begin with four letters, a layout number (32 bits, 0 so far) and have the version in 4 bytes at byte
-    24 (where trtexec --getPlanVersionOnly reads it); TensorRT for RTX has the file's length in 64 bits at byte 16.
+    24 (where trtexec --getPlanVersionOnly reads it). TensorRT for RTX and TensorRT 8.6 have the file's length in 64
+    bits at byte 16; of later TensorRTs no plan was at hand to look at.
     """
     with plan.open("rb") as file:
         head = file.read(HEADER_BYTES)
@@ -645,8 +667,9 @@ def read_header(plan: Path) -> PlanHeader | None:
         return None
     if head[4:8] != bytes(4):  # another layout than the one known
         return PlanHeader((), None)
-    length = int.from_bytes(head[16:24], "little") if head[:4] == RTX_MAGIC else None
-    return PlanHeader(tuple(head[24:28]), length)
+    version = tuple(head[24:28])
+    has_length = head[:4] == RTX_MAGIC or version[:2] == (8, 6)
+    return PlanHeader(version, int.from_bytes(head[16:24], "little") if has_length else None)
 
 
 def load_engine(library: Library, plan: Path, *, allow_host_code: bool = False) -> tuple[Any, Any]:
@@ -662,8 +685,10 @@ def load_engine(library: Library, plan: Path, *, allow_host_code: bool = False) 
     Raises:
         EngineError: when it can't be loaded: cut short, of another version or GPU, a plugin or memory missing.
     """
-    _check_plan_file(plan)
+    header = _check_plan_file(plan)
     require_gpu(library)
+    if not allow_host_code and _is_of_another_version(library, header):  # 8.6 reads such a plan and may go wrong later
+        raise explain(library, (), f"{plan} can't be loaded", EngineError, header)
     trt = library.module
     mark = library.log.mark()
     runtime = trt.Runtime(library.logger)
@@ -671,13 +696,18 @@ def load_engine(library: Library, plan: Path, *, allow_host_code: bool = False) 
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        header = None if allow_host_code else read_header(plan)
-        raise explain(library, library.log.errors(mark), f"{plan} can't be loaded", EngineError, header)
+        raise explain(library, library.log.errors(mark), f"{plan} can't be loaded")
     return runtime, engine
 
 
-def _check_plan_file(plan: Path) -> None:
-    """Find what is wrong with a plan before TensorRT reads it (it may crash on rubbish)."""
+def _is_of_another_version(library: Library, header: PlanHeader) -> bool:
+    """Whether a plan was built by another minor version. Plans of TensorRT for RTX may run in later ones."""
+    known = library.family != "tensorrt_rtx" and bool(header.version)
+    return known and header.version[:2] != library.version[:2]
+
+
+def _check_plan_file(plan: Path) -> PlanHeader:
+    """Find what is wrong with a plan before TensorRT reads it (it may crash on rubbish); returns its header."""
     if not plan.is_file():
         raise EngineError(f"there is no engine at {plan}", hint="build it: sdtrt build --backend tensorrt")
     header, size = read_header(plan), plan.stat().st_size
@@ -685,6 +715,7 @@ def _check_plan_file(plan: Path) -> None:
         raise EngineError(f"{plan} is no TensorRT plan ({size} bytes)", hint=REBUILD)
     if header.size_bytes is not None and size < header.size_bytes:
         raise EngineError(f"{plan} is cut short: {size} of {header.size_bytes} bytes are there", hint=REBUILD)
+    return header
 
 
 def engine_tensors(library: Library, engine: Any) -> tuple[dict[str, str], dict[str, str]]:
@@ -800,10 +831,11 @@ def _expect(library: Library, accepted: bool, what: str, mark: int) -> None:
         raise explain(library, library.log.errors(mark), f"TensorRT refuses {what}", EngineError)
 
 
-def inspect(library: Library, engine: Any) -> dict[str, Any]:
-    """What the engine inspector tells (`Layers`, `Bindings`)."""
+def inspect(library: Library, engine: Any, context: Any) -> dict[str, Any]:
+    """What the engine inspector tells (`Layers`, `Bindings`); of dynamic shapes, as they are set in `context`."""
     trt = library.module
     inspector = engine.create_engine_inspector()
+    inspector.execution_context = context  # without it, 8.6 says "N/A due to dynamic shapes" in place of data types
     return dict(json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON), strict=False))
 
 
@@ -912,7 +944,7 @@ def explain(
         header: of the plan that was loaded.
     """
     said = f" (TensorRT: {errors[-1].strip()[:300]})" if errors else ""
-    if header is not None and header.version and header.version[:2] != library.version[:2]:
+    if header is not None and _is_of_another_version(library, header):
         ours, theirs = (".".join(map(str, version)) for version in (library.version, header.version))
         return kind(f"{what}: it was built by TensorRT {theirs}, and this is {ours}{said}", hint=REBUILD)
     text = "\n".join(errors)

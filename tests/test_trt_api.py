@@ -439,7 +439,9 @@ def test_damaged_plans_are_found_before_tensorrt_reads_them(tmp_path):
     library = fake_library("tensorrt_rtx 1.7.1.116")
     shapes = [profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))]
     plan = write_plan(tmp_path / "engine.plan", shapes)
-    assert trt_api.read_header(plan) == trt_api.PlanHeader((8, 6, 1, 6), None)
+    assert trt_api.read_header(plan) == trt_api.PlanHeader((8, 6, 1, 6), plan.stat().st_size)
+    write_plan(plan, shapes, version=(10, 13, 3, 9))
+    assert trt_api.read_header(plan) == trt_api.PlanHeader((10, 13, 3, 9), None)
     write_plan(plan, shapes, version=(1, 7, 1, 116), magic=b"vtrt")
     assert trt_api.read_header(plan) == trt_api.PlanHeader((1, 7, 1, 116), plan.stat().st_size)
     plan.write_bytes(plan.read_bytes()[:-10])

@@ -334,8 +334,8 @@ def _check(library: Library, request: Request, report: Report, precision: Mappin
     with TensorRTSession(
         request.plan, request.contract, backend=spec.backend, device=device, allow_host_code=compatible
     ) as session:
-        layers = _read_precision(request, session.information())
         parity = [_run_once(request, session, profile) for profile in spec.profiles]
+        layers = _read_precision(request, session.information())
     if spec.export.precision == "bf16":
         report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
     return {"unchecked": None, "parity": parity, "precision": {"layers": layers, "read_from": "inspector"}}

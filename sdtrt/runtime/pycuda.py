@@ -6,6 +6,7 @@ GPU's primary context.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -157,6 +158,7 @@ class PyCudaSession:
 def _driver() -> Any:
     """PyCUDA's driver module, initialised."""
     try:
+        ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)  # not every build of PyCUDA says that it needs it
         import pycuda.driver as cuda
     except ImportError as error:
         raise EngineError(f"PyCUDA can't be loaded: {error}", hint='pip install "sdtrt[pycuda]"') from error

@@ -126,7 +126,7 @@ class TensorRTSession:
         """What TensorRT's inspector tells of the engine: its layers, their data types and tactics."""
         if self._loaded is None:
             raise EngineError("the session is closed", hint="open a new one")
-        return trt_api.inspect(self._library, self._loaded.engine)
+        return trt_api.inspect(self._library, self._loaded.engine, self._context)
 
     def close(self) -> None:
         """Free the engine's contexts, graphs and memory, once the GPU has finished with them."""

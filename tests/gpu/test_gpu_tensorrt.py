@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -265,7 +266,7 @@ def test_truncated_plan(entry, tmp_path):
 
 
 def test_plan_of_another_version(entry, tmp_path):
-    """The version in the header is another one: TensorRT refuses it, and we say which it was."""
+    """The version in the header is another one: refused, with both versions named (8.6 itself does not look)."""
     data = bytearray(entry.file("engine.plan").read_bytes())
     data[24:28] = bytes((10, 3, 0, 26))
     plan = tmp_path / "engine.plan"
@@ -398,7 +399,18 @@ def test_the_example_runs(entry):
 
 @pytest.fixture(scope="session")
 def compatible(directory):
+    library = trt_api.open_library("tensorrt")
+    if library.version < (10,) and not lean_library_is_here(library.version):
+        pytest.skip(f"{library.name} embeds libnvinfer_lean in such a plan, and that library is not here")
     return gpu_engines.engine("compatible", directory)[1]
+
+
+def lean_library_is_here(version):
+    try:
+        ctypes.CDLL(f"libnvinfer_lean.so.{version[0]}")
+    except OSError:
+        return False
+    return True
 
 
 def test_compatible_plan_runs_only_where_it_is_allowed_to(compatible, reference, tmp_path):
