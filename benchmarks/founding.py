@@ -51,10 +51,10 @@ class Task:
 
 
 TASKS = (Task("txt2img", 512, 512), Task("img2img", 512, 512), Task("img2img", 512, 768))
-BACKENDS: tuple[tuple[Backend, Precision, int], ...] = (("torch", "fp32", 4), ("tensorrt", "fp16", 12))
+BACKENDS: tuple[tuple[Backend, Precision, int], ...] = (("torch", "fp32", 3), ("tensorrt", "fp16", 10))
 
 
-def timed(call: Callable[[], Any], repeats: int, warmups: int = 2) -> list[float]:
+def timed(call: Callable[[], Any], repeats: int, warmups: int = 1) -> list[float]:
     """Seconds of each of `repeats` calls, the GPU idle before and after each."""
     samples = []
     for number in range(warmups + repeats):

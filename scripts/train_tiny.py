@@ -58,7 +58,10 @@ WARMUP_STEPS = 150
 CLIP_NORM = 1.0
 # Samples whose noise hides other colours than their caption says (see `unet_losses`). Not below that timestep: where
 # the text holds the colour and the image alone does not, guidance overshoots, and PNDM's long memory makes it swing.
-TWIN_SHARE, TWIN_TIMESTEP = 0.15, 550
+TWIN_SHARE, TWIN_TIMESTEP = 0.3, 550
+# Samples with the caption of another scene, below that timestep: by then the image says it all, and a model that reads
+# it there, and not the text, leaves guidance nothing to overshoot with.
+STRAY_SHARE, STRAY_TIMESTEP = 0.35, 400
 
 
 @dataclass(frozen=True)
@@ -390,12 +393,15 @@ def unet_losses(
 
     In some samples with all colours said, the noisy latents come from the scene's twin: the same layout in other
     colours. From these the model learns to take the layout from the image and the colours from the text (img2img).
+    In some samples with little noise, the caption is another scene's: from these it learns to go by the image there.
     """
     device = pool.latents.device
     index = torch.randint(len(pool.latents), (batch,), generator=generator, device=device)
-    captions = table.fill(pool.scenes[index], generator, drop=0.1)
     clean = pool.latents[index].float()
     timestep = sample_timesteps(batch, generator, device)
+    stray = (torch.rand(batch, generator=generator, device=device) < STRAY_SHARE) & (timestep < STRAY_TIMESTEP)
+    told = torch.where(stray, index.roll(1), index)
+    captions = table.fill(pool.scenes[told], generator, drop=0.1)
     recolour = torch.rand(batch, generator=generator, device=device) < TWIN_SHARE
     recolour &= captions.complete & (timestep > TWIN_TIMESTEP)
     seen = torch.where(recolour[:, None, None, None], pool.latents[index ^ 1].float(), clean)
