@@ -81,7 +81,7 @@ def request_for(tiny_onnx, folder, spec=None, **values):
     ("kind", "exporter"),
     [
         ("sd1", "torchscript"),
-        ("sd1", "dynamo"),
+        pytest.param("sd1", "dynamo", marks=pytest.mark.slow),
         ("sd2", "torchscript"),
         pytest.param("sd2", "dynamo", marks=pytest.mark.slow),
         ("sdxl", "torchscript"),

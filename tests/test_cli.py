@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
-from sdtrt import __version__
+from sdtrt import __version__, host
 from sdtrt.cli import main
 
 PROMPT = "a red circle on a blue background"
@@ -238,6 +239,17 @@ def test_build_list_inspect_remove(folder, run, sd1):
     assert not engine.exists()
     code, out, _ = run("engines", "prune", "--keep-gib", "0", "--engine-dir", "own")
     assert out.split() == [name for name in names if name != engine.name]
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
+@pytest.mark.parametrize("exporter", ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)])
+def test_the_miniature_builds_ahead_of_time_for_a_gpu_that_is_not_here(folder, run, exporter):
+    arguments = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--precision", "fp16")
+    code, out, err = run("build", *arguments, "--exporter", exporter, "--height", "96:128:192", "--batch", "1:2:4")
+    assert code == 0, err
+    assert "built but not run" in err or host.has_gpu()
+    report = json.loads(run("inspect", "--engine", Path(out.strip()).name, "--json")[1])
+    assert [tensor["name"] for tensor in report["inputs"]] == ["sample", "timestep", "encoder_hidden_states"]
 
 
 def test_inspect_shows_parts_and_a_whole_tree(folder, run):
