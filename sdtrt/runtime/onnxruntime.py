@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
-from sdtrt.components import Contract, TensorSpec
+from sdtrt.components import Contract
 from sdtrt.errors import EngineError
-from sdtrt.runtime.session import check_feeds
+from sdtrt.runtime.session import Session, check_feeds
 
 REBUILD = "build it again: sdtrt build --backend onnxruntime --force"
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Session[torch.Tensor]):
     """Runs an optimised ONNX model on the CPU.
 
     Args:
@@ -41,17 +40,7 @@ class OnnxRuntimeSession:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime can't load {model}: {error}", hint=REBUILD) from error
-        self._contract = contract
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._contract.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` returns."""
-        return self._contract.outputs
+        self.contract = contract
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on CPU tensors; the outputs are new tensors."""
@@ -70,11 +59,3 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Free the model."""
         self._session = None
-
-    def __enter__(self) -> OnnxRuntimeSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

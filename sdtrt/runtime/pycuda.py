@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,14 @@ from sdtrt import trt_api
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.errors import EngineError
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, load_plan, output_shape
-from sdtrt.runtime.session import check_feeds
+from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
 from sdtrt.trt_api import Shape
 
 Array = npt.NDArray[Any]
 
 
-class PyCudaSession:
+class PyCudaSession(Session[Array]):
     """Runs a TensorRT plan on NumPy arrays.
 
     A run copies the inputs to the GPU through page-locked memory, runs the engine on a stream of the session's own,
@@ -55,7 +54,7 @@ class PyCudaSession:
         allow_host_code: bool = False,
     ) -> None:
         _check_dtypes(contract)
-        self._contract, self._backend = contract, backend
+        self.contract, self._backend = contract, backend
         self._library = trt_api.open_library(backend)
         trt_api.require_gpu(self._library)
         self._cuda = _driver()
@@ -67,16 +66,6 @@ class PyCudaSession:
             self._stream = self._cuda.Stream()
             self._host = {spec.name: self._pinned(self._loaded, spec) for spec in self.inputs + self.outputs}
             self._gpu = {name: self._cuda.mem_alloc(max(array.nbytes, 1)) for name, array in self._host.items()}
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._contract.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` returns."""
-        return self._contract.outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the engine once; the outputs are new arrays."""
@@ -110,14 +99,6 @@ class PyCudaSession:
                 memory.free()
             self._gpu.clear()
             del self._stream
-
-    def __enter__(self) -> PyCudaSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from sdtrt.components import TensorSpec
+from sdtrt.components import Contract, TensorSpec
 from sdtrt.errors import EngineError
 
 ArrayT = TypeVar("ArrayT")
+SessionT = TypeVar("SessionT", bound="Session[Any]")
 
 
 class Session(Protocol[ArrayT]):
     """Runs one engine: named arrays in, named arrays out.
 
     A session is a context manager; `close` frees its memory and may be called twice. Outputs never alias a buffer that
-    a later run overwrites. A session serves one thread at a time; other threads open their own.
+    a later run overwrites. A session serves one thread at a time; other threads open their own. Backends derive from
+    this class, which has what they share.
     """
+
+    contract: Contract
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What `run` takes: names, dtypes and symbolic shapes."""
+        return self.contract.inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """What `run` returns."""
+        return self.contract.outputs
 
     def run(self, feeds: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Run the engine once. Raises `EngineError` where a name, dtype or shape does not fit."""
@@ -33,11 +39,13 @@ class Session(Protocol[ArrayT]):
     def close(self) -> None:
         """Free everything that the session holds."""
 
-    def __enter__(self) -> Session[ArrayT]: ...
+    def __enter__(self: SessionT) -> SessionT:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def check_feeds(

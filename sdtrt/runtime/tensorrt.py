@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, load_plan, output_shape
-from sdtrt.runtime.session import check_feeds
+from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
 from sdtrt.trt_api import Library, Shape
 
@@ -38,7 +37,7 @@ class _Graph:
     outputs: dict[str, torch.Tensor]
 
 
-class TensorRTSession:
+class TensorRTSession(Session[torch.Tensor]):
     """Runs a TensorRT plan on torch tensors.
 
     The work is put on the caller's current stream, in order with what else is there; nothing waits for the GPU. A
@@ -70,7 +69,7 @@ class TensorRTSession:
         allow_host_code: bool = False,
         library: Library | None = None,
     ) -> None:
-        self._contract, self._backend, self._max_graphs = contract, backend, graphs
+        self.contract, self._backend, self._max_graphs = contract, backend, graphs
         self._library = library or trt_api.open_library(backend)
         self._device = _cuda_device(device, self._library)
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
@@ -86,16 +85,6 @@ class TensorRTSession:
             self._context = self._new_context(self._loaded)
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` takes."""
-        return self._contract.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What `run` returns."""
-        return self._contract.outputs
 
     @property
     def graph_count(self) -> int:
@@ -138,14 +127,6 @@ class TensorRTSession:
         self._buffers.clear()
         self._scratch = torch.empty(0)
         self._loaded = None
-
-    def __enter__(self) -> TensorRTSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _replay(self, key: Key) -> dict[str, torch.Tensor] | None:
         """Run a shape's CUDA graph, if there is one."""
