@@ -1,0 +1,69 @@
+"""What the doctor finds: present, optional or missing, each with the command that mends it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdtrt import doctor, host, trt_api
+from sdtrt.cache import EngineDirectory
+
+RTX = host.Gpu("Some RTX", (8, 9), 24 * 2**30)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return EngineDirectory(tmp_path / "engines")
+
+
+def finding(diagnosis, name):
+    return next(found for found in diagnosis.findings if found.name == name)
+
+
+def test_a_cpu_alone_is_healthy(directory, monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    diagnosis = doctor.diagnose(directory)
+    assert diagnosis.healthy
+    assert diagnosis.backends == ("onnxruntime", "torch")
+    assert finding(diagnosis, "GPU").state == "optional"
+    assert not directory.path.exists(), "looking makes nothing"
+
+
+def test_a_missing_library_is_named_with_its_install(directory, monkeypatch):
+    real = host.library_version
+    monkeypatch.setattr(host, "library_version", lambda name: None if name == "onnxruntime" else real(name))
+    diagnosis = doctor.diagnose(directory)
+    assert not diagnosis.healthy
+    assert finding(diagnosis, "onnxruntime").mend == "pip install onnxruntime"
+    assert "onnxruntime" not in diagnosis.backends
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(host, "gpus", lambda: (RTX,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = finding(doctor.diagnose(directory), "GPU")
+    assert "Some RTX (compute capability 8.9, 24 GiB)" in found.detail
+    assert "torch" in found.mend
+
+
+@pytest.mark.skipif(not trt_api.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
+@pytest.mark.parametrize(("capability", "state"), [((8, 9), "ok"), ((9, 0), "optional")])
+def test_tensorrt_for_rtx_serves_the_gpus_that_it_serves(directory, monkeypatch, capability, state):
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("A GPU", capability, 2**34),))
+    diagnosis = doctor.diagnose(directory)
+    assert finding(diagnosis, "tensorrt-rtx").state == state
+    assert ("tensorrt-rtx" in diagnosis.backends) == (state == "ok")
+
+
+def test_an_engine_directory_that_cannot_be_written_is_not_healthy(monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    diagnosis = doctor.diagnose(EngineDirectory(doctor.TINY.parent / "engines"))
+    assert finding(diagnosis, "engine directory").state == "missing"
+    assert "--engine-dir" in finding(diagnosis, "engine directory").mend
+    assert not diagnosis.healthy
+
+
+def test_json_has_the_host(directory):
+    report = doctor.diagnose(directory).to_json()
+    assert report["host"]["versions"]["torch"] == host.library_version("torch")

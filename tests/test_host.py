@@ -1,0 +1,86 @@
+"""Facts of this machine, and the driver's answers read right."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+
+import pytest
+
+from sdtrt import host
+
+
+class FakeDriver:
+    """CUDA's driver as far as it is asked, with one GPU; it answers through pointers as the real one does."""
+
+    def cuInit(self, flags):  # noqa: N802
+        return 0
+
+    def cuDeviceGetCount(self, count):  # noqa: N802
+        count._obj.value = 1
+        return 0
+
+    def cuDriverGetVersion(self, version):  # noqa: N802
+        version._obj.value = 12040
+        return 0
+
+    def cuDeviceGet(self, device, index):  # noqa: N802
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name, size, device):  # noqa: N802
+        name.value = b"NVIDIA Something"
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, size, device):  # noqa: N802
+        size._obj.value = 80 * 2**30
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    host.gpus.cache_clear()
+    host.driver_cuda_version.cache_clear()
+
+
+def use(monkeypatch, driver):
+    host.gpus.cache_clear()
+    host.driver_cuda_version.cache_clear()
+    monkeypatch.setattr(host, "_driver", lambda: driver)
+
+
+def test_gpus_as_the_driver_tells(monkeypatch):
+    use(monkeypatch, FakeDriver())
+    assert host.gpus() == (host.Gpu("NVIDIA Something", (9, 0), 80 * 2**30),)
+    assert host.driver_cuda_version() == "12.4"
+    assert host.has_gpu()
+
+
+def test_no_driver_no_gpu(monkeypatch):
+    use(monkeypatch, None)
+    assert host.gpus() == ()
+    assert host.driver_cuda_version() is None
+    assert not host.has_gpu()
+
+
+def test_a_driver_that_is_not_there_is_none(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert host._driver() is None
+
+
+def test_versions_of_what_is_installed():
+    versions = host.library_versions()
+    assert versions["torch"]
+    assert host.library_version("no-such-distribution") is None
+
+
+def test_facts_are_plain_data():
+    assert json.loads(json.dumps(host.facts()))["processor"].endswith(("core", "cores"))
