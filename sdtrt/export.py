@@ -19,7 +19,6 @@ import diffusers
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxscript.optimizer
 import torch
 
 from sdtrt import onnx_graph
@@ -207,6 +206,8 @@ def _array(parameter: torch.Tensor) -> tuple[tuple[int, ...], npt.NDArray[np.uin
 
 
 def _dynamo(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
+    import onnxscript.optimizer  # a fifth of a second, which every picture would pay for
+
     names = {name for axes in contract.dynamic_axes.values() for name in axes.values()}
     dims = {name: torch.export.Dim(name, min=1) for name in sorted(names)}
     program = torch.onnx.export(
