@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdtrt import engines, host
+from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract
@@ -164,6 +165,13 @@ def test_the_tightest_profile_wins():
     assert slack(static) < slack(wide) < slack(elsewhere)
     assert slack(elsewhere, static) == 0
     assert slack(static, sizes=Sizes(2, 512, 520)) is None
+
+
+def test_an_engine_is_bound_to_what_its_backend_needs(monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
+    assert host_key("tensorrt") == {"gpu": "Some RTX", "compute_capability": [8, 9]}
+    assert host_key("tensorrt-rtx") == host_key("tensorrt-rtx", (8, 9)), "built ahead of time elsewhere, it serves here"
+    assert set(host_key("onnxruntime")) == {"processor"}
 
 
 def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkeypatch):

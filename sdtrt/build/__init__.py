@@ -48,7 +48,9 @@ def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None
             f"{backend} needs an NVIDIA GPU, and the driver shows none",
             hint="check nvidia-smi; without a GPU use --backend onnxruntime",
         )
-    return {"gpu": gpus[0].name, "compute_capability": list(gpus[0].compute_capability)}
+    capability = {"compute_capability": list(gpus[0].compute_capability)}
+    # TensorRT for RTX finishes its kernels at run time: an engine serves every GPU of its compute capability.
+    return capability if backend == "tensorrt-rtx" else {"gpu": gpus[0].name, **capability}
 
 
 def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
