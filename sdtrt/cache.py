@@ -7,7 +7,8 @@
       .digests.json               sha256 of large weight files, by path, size and time
 
 An entry is found by its key alone, and only if everything in its sidecar fits; what is wrong, partial or foreign is
-never loaded. It is made in `.building`, flushed to disk, then renamed: readers see all of it or nothing.
+never loaded, and a file is loaded only if its content is what was published. An entry is made in `.building`, flushed
+to disk, then renamed: readers see all of it or nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +40,8 @@ SIDECAR = "entry.json"
 ENVIRONMENT_VARIABLE = "SDTRT_ENGINE_DIR"
 MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
 
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 
 Make = Callable[[Path], Mapping[str, Any]]
 
@@ -84,6 +88,7 @@ class Entry:
         key: what it was made for (plain JSON data).
         info: what is known of it (plain JSON data): contract, parity, times.
         files: name → size in bytes.
+        digests: name → sha256 (hex) of the content that was published.
         created: seconds since the epoch.
     """
 
@@ -92,6 +97,7 @@ class Entry:
     key: Mapping[str, Any]
     info: Mapping[str, Any]
     files: Mapping[str, int]
+    digests: Mapping[str, str]
     created: float
 
     @property
@@ -112,7 +118,10 @@ class Entry:
     @property
     def last_used(self) -> float:
         """Seconds since the epoch (the sidecar's time stamp, which every use renews)."""
-        return (self.path / SIDECAR).stat().st_mtime
+        try:
+            return (self.path / SIDECAR).stat().st_mtime
+        except OSError:  # another process has removed the entry meanwhile
+            return self.created
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
@@ -122,20 +131,50 @@ class Entry:
     def file(self, name: str) -> Path:
         """The path of one of its files."""
         if name not in self.files:
-            raise CacheError(f"{self.path} has no {name}", hint=f"remove it: sdtrt engines rm {self.name}")
+            raise CacheError(f"{self.path} has no {name}", hint=self._mend)
         return self.path / name
+
+    def verified(self, name: str) -> Path:
+        """The path of one of its files, once its content and that of its companions (`NAME.data`) is proven.
+
+        Reads them whole: about a second for 2 GB.
+
+        Raises:
+            CacheError: when one can't be read, or is not what was published.
+        """
+        path = self.file(name)
+        for companion in sorted(other for other in self.files if other.startswith(name)):
+            self._verify(self.path / companion)
+        return path
+
+    def _verify(self, path: Path) -> None:
+        """Compare a file's content with its digest."""
+        try:
+            intact = sha256_file(path) == self.digests[path.name]
+        except OSError as error:
+            raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
+        if not intact:
+            raise CacheError(f"{path} is damaged: its content is not what was published", hint=self._mend)
+
+    @property
+    def _mend(self) -> str:
+        """What to do about an entry that is not right."""
+        command = shlex.join(["sdtrt", "engines", "rm", self.name, "--engine-dir", str(self.path.parent)])
+        return f"{command}; the next run makes it again"
 
 
 class EngineDirectory:
     """The one directory that holds exports and engines. Nothing is created before something is published.
 
     Raises:
-        CacheError: when `path` is no directory, or can't be written where it must.
+        CacheError: when `path` is no directory, or can't be read or written where it must.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        if self.path.exists() and not self.path.is_dir():
+        with self._reading():
+            status = _status(self.path)
+        if status is not None and not stat.S_ISDIR(status.st_mode):
             raise CacheError(
                 f"the engine directory {path} is a file",
                 hint="name a folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR",
@@ -143,7 +182,11 @@ class EngineDirectory:
 
     def find(self, kind: str, key: Mapping[str, Any]) -> Entry | None:
         """The entry of a key, or None. Marks it as used."""
-        entry = self._read(self.path / _entry_name(kind, key))
+        folder = self.path / _entry_name(kind, key)
+        with self._reading():
+            if _status(folder, follow=False) is None:
+                return None
+        entry = self._read(folder)
         if entry is None or entry.digest != key_digest(kind, key):
             return None
         self.touch(entry)
@@ -151,21 +194,23 @@ class EngineDirectory:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All whole entries (of one kind), by name."""
-        if not self.path.is_dir():
-            return []
-        folders = sorted(path for path in self.path.iterdir() if path.is_dir() and not path.name.startswith("."))
+        with self._reading():
+            folders = [path for path in _listing(self.path) if not path.name.startswith(".")]
+            folders = [folder for folder in folders if _status(folder, follow=False)]  # a refusal is no empty directory
         found = (self._read(folder) for folder in folders)
         return [entry for entry in found if entry is not None and kind in (None, entry.kind)]
 
     def named(self, name: str) -> Entry:
         """The entry with this name, or the only one whose name begins so. Raises `CacheError`."""
         entries = self.entries()
-        found = [entry for entry in entries if entry.name == name] or [e for e in entries if e.name.startswith(name)]
+        found = [entry for entry in entries if entry.name == name]
+        if name and not found:
+            found = [entry for entry in entries if entry.name.startswith(name)]
         if len(found) == 1:
             return found[0]
-        wrong = "no entry" if not found else f"{len(found)} entries"
+        wrong = f"{len(found)} entries that begin with" if found else "no entry named"
         raise CacheError(
-            f"{self.path} has {wrong} named {name!r}",
+            f"{self.path} has {wrong} {name!r}",
             hint=f"sdtrt engines list --engine-dir {self.path} shows the names",
         )
 
@@ -196,7 +241,7 @@ class EngineDirectory:
             os.utime(entry.path / SIDECAR)
 
     def remove(self, entry: Entry) -> None:
-        """Delete an entry. It vanishes at once (renamed first), then its space is freed."""
+        """Delete an entry, if it is still there. It vanishes at once (renamed first), then its space is freed."""
         with self._writing():
             self._discard(entry.path)
 
@@ -214,16 +259,19 @@ class EngineDirectory:
         return chosen
 
     def abandoned(self) -> list[Path]:
-        """Folders that a killed build left behind: those of no process that still holds its lock."""
-        building = self.path / ".building"
-        folders = building.iterdir() if building.is_dir() else iter(())
-        return [folder for folder in folders if not self._is_locked(folder.name.split("-")[0])]
+        """What killed builds left behind: all that belongs to no process that still holds its lock. Changes nothing."""
+        with self._reading():
+            leftovers = _listing(self.path / ".building")
+            return [path for path in leftovers if not self._is_locked(path.name.split("-")[0])]
 
     def sweep(self) -> int:
-        """Delete what killed builds left behind; returns how many folders that were."""
+        """Delete what killed builds left behind; returns how many folders and files that were."""
         leftovers = self.abandoned()
-        for folder in leftovers:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in leftovers:
+            try:
+                _delete(path)
+            except OSError as error:
+                raise self._refusal(error, "written") from error
         return len(leftovers)
 
     def timing_cache(self, name: str) -> Path:
@@ -236,10 +284,11 @@ class EngineDirectory:
     def file_digest(self, path: Path) -> str:
         """sha256 of a file; that of a large one is remembered for as long as its path, size and times stay the same."""
         path = path.resolve()
-        stat = path.stat()
-        if stat.st_size < MEMO_BYTES:
+        status = path.stat()
+        if status.st_size < MEMO_BYTES:
             return sha256_file(path)
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        # The time of the last change, too: whoever rewrites a file can set back its modification time, but not that.
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         memo = self._read_digests()
         known = memo.get(str(path))
         if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
@@ -266,7 +315,9 @@ class EngineDirectory:
         """The entry in a folder; None unless its sidecar is of this format and all its files are there at full size."""
         try:
             data = json.loads((folder / SIDECAR).read_text())
-            entry = Entry(folder, data["kind"], data["key"], data["info"], _sizes(data["files"]), data["created"])
+            sizes, digests = _sizes(data["files"]), _digests(data["files"])
+            created = float(data["created"])
+            entry = Entry(folder, data["kind"], data["key"], data["info"], sizes, digests, created)
             whole = data["format"] == FORMAT and folder.name == _entry_name(entry.kind, entry.key)
             return entry if whole and all(_has_size(folder / n, size) for n, size in entry.files.items()) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -281,9 +332,8 @@ class EngineDirectory:
         try:
             info = make(draft)
             _seal(draft, kind, key, info)
-            if target.exists():
-                self._discard(target)
-            draft.rename(target)
+            draft.chmod(stat.S_IMODE(self.path.stat().st_mode))  # as readable as the directory that it goes into
+            _replace(target, draft)
             _fsync(self.path)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -294,11 +344,20 @@ class EngineDirectory:
         return entry
 
     def _discard(self, folder: Path) -> None:
-        """Rename a folder out of sight, then delete it."""
+        """Rename a folder out of sight, then delete it; one that another process has removed is gone already."""
         trash = self.path / ".building" / f"trash-{time.time_ns()}"
         trash.parent.mkdir(exist_ok=True)
-        folder.rename(trash)
+        with suppress(FileNotFoundError):
+            folder.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn failures to look into the directory into an error that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise self._refusal(error, "read") from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -306,18 +365,21 @@ class EngineDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self._refusal(error) from error
+            raise self._refusal(error, "written") from error
         try:
             yield
         except OSError as error:
-            if error.errno not in REFUSALS or not str(error.filename or self.path).startswith(str(self.path)):
+            inside = Path(str(error.filename or self.path)).is_relative_to(self.path)
+            if error.errno not in REFUSALS or not inside:
                 raise
-            raise self._refusal(error) from error
+            raise self._refusal(error, "written") from error
 
-    def _refusal(self, error: OSError) -> CacheError:
+    def _refusal(self, error: OSError, wanted: str) -> CacheError:
+        """The error for what the directory refuses: to be `read` or `written`."""
+        space = "free some space there, or " if error.errno in FULL else ""
         return CacheError(
-            f"the engine directory {self.path} can't be written: {error.strerror}",
-            hint="free some space there, or name another folder: --engine-dir FOLDER",
+            f"the engine directory {self.path} can't be {wanted}: {error.strerror}",
+            hint=f"{space}name another folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR",
         )
 
     @contextmanager
@@ -325,7 +387,9 @@ class EngineDirectory:
         """Hold the key's lock; if another process holds it, say so and wait. The system frees a dead holder's lock."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self._lock_file(digest), timeout=0)
+        file = self._lock_file(digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -337,19 +401,20 @@ class EngineDirectory:
             lock.release()
 
     def _is_locked(self, digest: str) -> bool:
-        """Whether some process is making the entry of this key."""
-        from filelock import FileLock, Timeout
+        """Whether some process is making the entry of this key. Creates nothing."""
+        from filelock import FileLock
 
+        file = self._lock_file(digest)
+        if _status(file) is None:
+            return False
         try:
-            with FileLock(self._lock_file(digest), timeout=0):
+            with FileLock(file, timeout=0):
                 return False
-        except Timeout:
+        except OSError:  # `Timeout` is one; a lock that this user may not even try may be held
             return True
 
     def _lock_file(self, digest: str) -> Path:
-        folder = self.path / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{digest}.lock"
+        return self.path / ".locks" / f"{digest}.lock"
 
 
 def _entry_name(kind: str, key: Mapping[str, Any]) -> str:
@@ -363,6 +428,53 @@ def _sizes(files: Mapping[str, Any]) -> dict[str, int]:
     if any(name in ("", ".", "..") or Path(name).name != name for name in files):
         raise ValueError("a sidecar names a file outside its folder")
     return {name: int(facts["size_bytes"]) for name, facts in files.items()}
+
+
+def _digests(files: Mapping[str, Any]) -> dict[str, str]:
+    """File digests of a sidecar."""
+    return {name: str(facts["sha256"]) for name, facts in files.items()}
+
+
+def _status(path: Path, *, follow: bool = True) -> os.stat_result | None:
+    """What is known of a path, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
+    try:
+        return path.stat(follow_symlinks=follow)
+    except FileNotFoundError:
+        return None
+
+
+def _listing(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where there is no folder."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:  # another process is deleting it, too
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(target: Path, draft: Path) -> None:
+    """Rename a draft into place. What was there is moved aside first, and comes back if that fails."""
+    old = draft.with_name(f"{draft.name}-old")  # its key's lock is held, so no other process takes it for a leftover
+    try:
+        with suppress(FileNotFoundError):
+            target.rename(old)
+        draft.rename(target)
+    except BaseException:
+        with suppress(OSError):  # nothing to put back; the first failure is the one to tell
+            old.rename(target)
+        raise
+    with suppress(OSError):  # the new entry is in place: what is left of the old one is swept later
+        _delete(old)
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -398,6 +510,11 @@ def _fsync(path: Path) -> None:
 def _write_atomically(path: Path, text: str) -> None:
     """Replace a small file in one step."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -29,12 +30,14 @@ from sdtrt.options import (
 from sdtrt.specs import (
     BACKENDS,
     DEFAULT_STRENGTH,
+    GIB,
     PRECISIONS,
     Backend,
     BuildSpec,
     GenerateSpec,
     PruneSpec,
     Sizes,
+    bytes_of,
     check_choice,
 )
 
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from sdtrt.inspection import EngineReport, ModelReport
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
-GIB = 2**30
 DAY = 86400
 
 app = typer.Typer(
@@ -161,20 +163,23 @@ def build(
     """Build an engine from the exported UNet, exporting it first if that is missing."""
     check_choice("backend", backend.backend, BACKENDS)
     capability = _compute_capability(compute_capability)
+    exporter.spec(model.spec(), backend.precision or "fp16")  # refuses what is wrong before anything heavy is loaded
+    sizes.profiles(Sizes(2, 512, 512))
     engines, console = directory.directory(), output.console()
     from sdtrt.build import build_engine
     from sdtrt.engines import choose_backend, default_precision
     from sdtrt.models import resolve_model
 
     chosen: Backend = choose_backend(backend.backend, console)  # type: ignore[arg-type]  # checked above
+    if chosen == "onnxruntime":
+        sizes.refuse("ONNX Runtime engines take any size")
     resolved = resolve_model(model.spec(), console)
-    native = Sizes(2, *resolved.default_size())
     spec = BuildSpec(
         export=exporter.spec(model.spec(), backend.precision or default_precision(chosen)),
         backend=chosen,
-        profiles=() if chosen == "onnxruntime" else sizes.profiles(native),
+        profiles=() if chosen == "onnxruntime" else sizes.profiles(Sizes(2, *resolved.default_size())),
         optimization_level=optimization_level,
-        workspace_bytes=None if workspace_gib is None else int(workspace_gib * GIB),
+        workspace_bytes=None if workspace_gib is None else bytes_of("--workspace-gib", workspace_gib),
         compute_capability=capability,
         version_compatible=version_compatible,
         force=exporter.force,
@@ -209,6 +214,8 @@ def inspect(
 
     report: EngineReport | ModelReport
     if engine is not None:
+        if part is not None or tree:
+            raise UsageError("--part and --tree are about a model, not an engine", hint="leave --engine out, or those")
         report = inspect_engine(directory.directory().named(engine))
     else:
         from sdtrt.models import resolve_model
@@ -280,7 +287,7 @@ def prune_entries(
     output: OutputOptions,
 ) -> None:
     """Remove entries by age, size or host, and what killed builds left behind."""
-    keep_bytes = None if keep_gib is None else int(keep_gib * GIB)
+    keep_bytes = None if keep_gib is None else bytes_of("--keep-gib", keep_gib)
     spec = PruneSpec(older_than_days, keep_bytes, foreign, dry_run)
     from sdtrt.engines import is_foreign
 
@@ -325,26 +332,43 @@ def _age(moment: float) -> str:
 
 def _render(lines: Sequence[str], document: Mapping[str, Any], output: OutputOptions) -> None:
     """Print a command's result on stdout: lines, or one JSON document."""
-    print(json.dumps(document, indent=2) if output.as_json else "\n".join(lines))
+    if output.as_json:
+        print(json.dumps(document, indent=2))
+    elif lines:
+        print("\n".join(lines))
 
 
 def main() -> NoReturn:
     """Run the command line; every failure that its reader can mend is an `error:` and a `hint:` line on stderr."""
+    if sys.stdout is None:  # started with stdout closed
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     try:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except SdtrtError as error:
         code = _fail(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", "nothing half-done was left; finished images were kept", INTERRUPTED)
+        code = INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
+        _drop_stdout()
         code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+            raise
+        _drop_stdout()
+        code = _fail(f"can't write to stdout: {error.strerror}", "free some space, or send it elsewhere", 1)
     except _CLICK_EXCEPTION as error:
         message = error.format_message()  # empty where the help was shown instead, for want of arguments
         hint = f"{_command_path(error)} --help shows the options"
         code = _fail(message, hint, error.exit_code) if message else error.exit_code
+    if code == INTERRUPTED:  # newer typers turn the exception into this code themselves
+        _fail("interrupted", "nothing half-done was left; finished images were kept", INTERRUPTED)
     sys.exit(code)
+
+
+def _drop_stdout() -> None:
+    """Let what is left in stdout's buffer go nowhere, so that the interpreter's own flush is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, hint: str, code: int) -> int:

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sdtrt import host, trt_api
+from sdtrt import engines, host, trt_api
 from sdtrt.cache import EngineDirectory
+from sdtrt.errors import SdtrtError
 from sdtrt.models import TINY
-from sdtrt.specs import Backend
+from sdtrt.specs import GIB, Backend
 
 State = Literal["ok", "optional", "missing"]
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ def _gpu() -> Finding:
 
 
 def _tensorrt() -> Iterable[Finding]:
-    """Both TensorRTs, installed or not, and whether they serve this GPU."""
-    gpus = host.gpus()
-    backends: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
-    for backend in backends:
-        if not trt_api.is_installed(backend):
-            yield Finding(backend, "optional", "not installed", f"pip install 'sdtrt[{backend}]'")
-        elif gpus and not trt_api.supports(backend, gpus[0].compute_capability):
-            yield Finding(
-                backend, "optional", f"{trt_api.version(backend)} does not serve this GPU", "use another backend"
-            )
+    """Both TensorRTs: installed or not, whole or not, and whether they serve this GPU."""
+    for backend in engines.TENSORRT_BACKENDS:
+        try:
+            version = trt_api.version(backend)
+        except SdtrtError as error:
+            yield Finding(backend, "optional", error.message, error.hint)
+            continue
+        problem = engines.why_not(backend) if host.gpus() else None
+        if problem is None:
+            yield Finding(backend, "ok", version)
         else:
-            yield Finding(backend, "ok", trt_api.version(backend))
+            yield Finding(backend, "optional", f"{version}: {problem.message}", problem.hint)
 
 
 def _pycuda() -> Finding:
@@ -111,7 +111,10 @@ def _directory(directory: EngineDirectory) -> Finding:
             pass
     except OSError as error:
         return Finding("engine directory", "missing", f"{directory.path}: {error.strerror}", "use --engine-dir FOLDER")
-    entries = directory.entries()
+    try:
+        entries = directory.entries()
+    except SdtrtError as error:
+        return Finding("engine directory", "missing", error.message, error.hint)
     held = sum(entry.size_bytes for entry in entries) / GIB
     free = shutil.disk_usage(nearest).free / GIB
     return Finding(
@@ -128,11 +131,8 @@ def _tiny() -> Finding:
 
 def _backends() -> Iterable[Backend]:
     """The backends that can run here."""
-    gpus = host.gpus()
-    backends: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
-    for backend in backends:
-        if gpus and trt_api.is_installed(backend) and trt_api.supports(backend, gpus[0].compute_capability):
-            yield backend
+    if host.gpus() and engines.torch_sees_gpu():
+        yield from (backend for backend in engines.TENSORRT_BACKENDS if engines.why_not(backend) is None)
     if host.library_version("onnxruntime"):
         yield "onnxruntime"
     if host.library_version("torch"):

@@ -14,6 +14,8 @@ from sdtrt.export import export_key
 from sdtrt.models import Model
 from sdtrt.specs import Backend, BackendChoice, BuildSpec, ExportSpec, Precision, Profile, Range, Sizes
 
+TENSORRT_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+
 
 def choose_backend(choice: BackendChoice, console: Console = QUIET) -> Backend:
     """The backend that serves a request; for `auto`, say on stderr which and why.
@@ -23,24 +25,38 @@ def choose_backend(choice: BackendChoice, console: Console = QUIET) -> Backend:
     """
     if choice != "auto":
         return choice
-    backend, reason = _automatic()
+    backend, reason = _automatic(console)
     console.note(f"backend: {backend} ({reason})")
     return backend
 
 
-def _automatic() -> tuple[Backend, str]:
+def _automatic(console: Console) -> tuple[Backend, str]:
     """The best backend of this machine, and why it is."""
-    from sdtrt import trt_api
-
     gpus = host.gpus()
     if not gpus:
         return "onnxruntime", "no NVIDIA GPU here"
-    for backend in ("tensorrt", "tensorrt-rtx"):
-        if trt_api.is_installed(backend) and trt_api.supports(backend, gpus[0].compute_capability):
-            return backend, f"{gpus[0].name}, TensorRT {trt_api.version(backend)}"
-    if torch_sees_gpu():
-        return "torch", f"{gpus[0].name}, but TensorRT is not installed: pip install 'sdtrt[tensorrt]'"
-    return "onnxruntime", f"{gpus[0].name}, but neither TensorRT nor a CUDA build of PyTorch is installed"
+    if not torch_sees_gpu():
+        return "onnxruntime", f"{gpus[0].name}, but this PyTorch can't use it: see sdtrt doctor"
+    for backend in TENSORRT_BACKENDS:
+        problem = why_not(backend)
+        if problem is None:
+            return backend, f"{gpus[0].name}, TensorRT {backend_version(backend)}"
+        console.detail(f"not {backend}: {problem.message}")
+    return "torch", f"{gpus[0].name}, but no TensorRT for it: see sdtrt doctor"
+
+
+def why_not(backend: Backend) -> SdtrtError | None:
+    """Why a TensorRT can't build and run engines on this machine's first GPU; None if it can."""
+    from sdtrt import trt_api
+
+    try:
+        library = trt_api.open_library(backend)
+        trt_api.require_gpu(library)
+    except SdtrtError as error:
+        return error
+    if library.family == "tensorrt_lean":
+        return EngineError(f"{library.name} runs engines and builds none", hint="pip install 'sdtrt[tensorrt]'")
+    return None
 
 
 def torch_sees_gpu() -> bool:
@@ -60,7 +76,7 @@ def default_precision(backend: Backend) -> Precision:
 def find_engine(
     model: Model, backend: Backend, precision: Precision, sizes: Sizes, directory: EngineDirectory
 ) -> Entry | None:
-    """The engine that fits a request on this machine: the one with the tightest profile, None if there is none."""
+    """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none."""
     wanted = {
         "component": "unet",
         "precision": precision,
@@ -76,7 +92,7 @@ def find_engine(
         and _same_weights(entry.key["export"], export)
         and slack(entry.key, sizes) is not None
     ]
-    best = min(fitting, key=lambda entry: slack(entry.key, sizes) or 0.0, default=None)
+    best = min(fitting, key=lambda entry: (slack(entry.key, sizes) or 0.0, -entry.created), default=None)
     if best is not None:
         directory.touch(best)
     return best
@@ -100,6 +116,8 @@ def ensure_engine(
     """
     entry = find_engine(model, backend, precision, sizes, directory)
     if entry is not None:
+        if reason := entry.info.get("unchecked"):
+            console.warn(f"{entry.name} was built but never checked ({reason}): sdtrt engines rm {entry.name} drops it")
         return entry
     if not allow_build:
         raise EngineError(
@@ -132,8 +150,13 @@ def build_command(
     words = ["sdtrt", "build", "--model", model.spec.name, "--backend", backend, "--precision", precision]
     if backend != "onnxruntime":
         words += ["--batch", str(sizes.batch), "--height", str(sizes.height), "--width", str(sizes.width)]
-    words += ["--engine-dir", str(directory.path)]
-    return shlex.join(words)
+        words += ["--tokens", str(sizes.tokens)]
+    spec = model.spec
+    options = (spec.revision, spec.variant, spec.config, spec.allow_pickle)
+    for name, value in zip(("revision", "variant", "config", "allow-pickle"), options, strict=True):
+        words += [f"--{name}", value] if value is not None else []
+    words += ["--offline"] if spec.offline else []
+    return shlex.join([*words, "--engine-dir", str(directory.path)])
 
 
 def slack(key: Mapping[str, Any], sizes: Sizes) -> float | None:

@@ -258,7 +258,9 @@ def _root_cause(error: BaseException) -> str:
 def _check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse an output that is no `.onnx` file name, or that is there already."""
     if target.suffix != ".onnx" or target.is_dir():
-        raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {target / 'unet.onnx'}")
+        is_folder = target.is_dir() or not (target.suffix or target.exists())
+        better = target / "unet.onnx" if is_folder else target.with_suffix(".onnx")
+        raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {better}")
     for path in (target, _data_file(target)):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists", hint="use --overwrite, or another --output")

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "pycuda", "numpy")
+VECTOR_FLAGS = frozenset({"avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "asimd", "sve"})
 CUDA_SUCCESS = 0
 MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*: stable driver ABI
 
@@ -44,16 +45,27 @@ def library_versions() -> dict[str, str]:
 def processor() -> str:
     """The processor's name and how many of its cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{_processor_name()}, {cores} cores"
+    return f"{processor_name()}, {cores} cores"
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's own name where the system tells, else its architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The vector instructions that models are laid out for; a virtual machine's processor name does not tell them."""
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return (platform.machine(), *sorted(flags & VECTOR_FLAGS))
+
+
+def _cpuinfo(field: str) -> str:
+    """One field of the first processor, as Linux tells it; empty elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-            return next(names, platform.machine())
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(field)), "")
     except OSError:
-        return platform.processor() or platform.machine()
+        return ""
 
 
 @lru_cache(maxsize=1)

@@ -80,7 +80,7 @@ class InitImage:
             if side == 0:
                 raise UsageError(
                     f"init image {self.path} has a {name} of {own} pixels, less than {SIZE_MULTIPLE}",
-                    hint="use --height 512 --width 512 to enlarge it",
+                    hint="give --height and --width to enlarge it, best to the model's own size",
                 )
             sides.append(side)
         return sides[0], sides[1]
@@ -340,7 +340,8 @@ def read_init_image(path: Path) -> InitImage:
     """Read an init image as RGB: upright as its EXIF says, transparency flattened on white, first frame.
 
     Raises:
-        UsageError: for a file that is missing, no image, damaged, or larger than `MAX_INIT_PIXELS`.
+        UsageError: for a file that is missing, no image, damaged, larger than `MAX_INIT_PIXELS`, or of floating-point
+            pixels.
     """
     hint = "give --init-image a PNG, JPEG or WebP file"
     try:
@@ -350,7 +351,7 @@ def read_init_image(path: Path) -> InitImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                _check_pixels(path, image)
+                _check_header(path, image)
                 return InitImage(path, sha256_file(path), _to_rgb(ImageOps.exif_transpose(image)))
     except UsageError:
         raise
@@ -364,8 +365,13 @@ def read_init_image(path: Path) -> InitImage:
         raise UsageError(f"init image {path} can't be read: {error}", hint=hint) from error
 
 
-def _check_pixels(path: Path, image: Image.Image) -> None:
+def _check_header(path: Path, image: Image.Image) -> None:
     """Refuse an image by its header, before its pixels are decoded."""
+    if image.mode == "F":  # white may be 1, 255 or anything: Pillow clips to 0 to 255, black where it is 1
+        raise UsageError(
+            f"init image {path} has floating-point pixels, whose range is unknown",
+            hint="save it with 8 or 16 bits a channel first, as PNG for instance",
+        )
     width, height = image.size
     if width * height > MAX_INIT_PIXELS:
         raise UsageError(

@@ -13,6 +13,7 @@ from typer import Option
 
 from sdtrt.cache import EngineDirectory, default_directory
 from sdtrt.console import Console
+from sdtrt.errors import UsageError
 from sdtrt.specs import (
     BACKENDS,
     DEFAULT_GUIDANCE_SCALE,
@@ -168,6 +169,11 @@ class ProfileOptions:
     profile: Annotated[
         list[str] | None, Option(help="as batch=2,height=512,width=512:512:768; give it again for several profiles")
     ] = None
+
+    def refuse(self, why: str) -> None:
+        """Raise `UsageError` if any size was given."""
+        if self != ProfileOptions():
+            raise UsageError(f"{why}: sizes have no effect", hint="leave --batch, --height, --width and the like out")
 
     def profiles(self, native: Sizes) -> tuple[Profile, ...]:
         """The profiles that are asked for; `native` is the model's own size."""

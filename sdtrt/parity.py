@@ -20,6 +20,7 @@ from sdtrt.components import Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ExportError
 from sdtrt.metrics import cosine, max_abs, relative_l2
+from sdtrt.runtime.onnxruntime import LOG_SEVERITY
 from sdtrt.specs import Precision, Sizes
 from sdtrt.tracing import UNetCall
 
@@ -104,7 +105,7 @@ def check_onnx(
     start = time.perf_counter()
     with console.stage(f"checking {contract.component} against PyTorch at {len(sizes)} sizes"):
         _check_format(path, contract)
-        inputs = [check_inputs(contract, size, seed) for seed, size in enumerate(sizes)]
+        inputs = [seeded_feeds(contract, size, seed) for seed, size in enumerate(sizes)]
         expected = _reference(module, inputs)
         with _runnable(path, contract) as (runnable, dtypes):
             session = _open(runnable)
@@ -120,8 +121,11 @@ def check_onnx(
     return report
 
 
-def check_inputs(contract: Contract, sizes: Sizes, seed: int) -> dict[str, torch.Tensor]:
-    """Seeded inputs of the kind that a denoising loop gives: noise, timesteps over the whole range, some fractional."""
+def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of the kind that a denoising loop gives, the same for the same seed, on the CPU.
+
+    Noise; timesteps over the whole range, some fractional; SDXL's `time_ids` of an uncropped image of this size.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in contract.input_shapes(sizes).items():
@@ -190,7 +194,7 @@ def _open(path: Path) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are PyTorch's too
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_SEVERITY
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:

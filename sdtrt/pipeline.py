@@ -48,7 +48,7 @@ class GenerateReport:
     """What was made, and everything needed to make each image again.
 
     Args:
-        settings: what all the images have in common, as plain data: model, backend, precision, scheduler, steps, …
+        settings: what all the images have in common, as plain data: model, backend, device, precision, scheduler, …
         engine: name and digest of the engine's entry; None for the torch backend.
         load_seconds: from the request to a pipeline that is ready, with the building of an engine.
     """
@@ -149,7 +149,9 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         with open_pipeline(plan, directory, console, allow_build=spec.allow_build) as opened:
             for text in dict.fromkeys((*spec.prompts, spec.negative_prompt)):
                 _warn_truncated(opened.pipe, text, console)
-            run = _Run(spec, opened, output, init, console, _settings(spec, opened, init, directory))
+            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
+                settings = _settings(spec, opened, init, directory)
+            run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
             made = tuple(run.make(number, len(jobs), prompt, seed) for number, (prompt, seed) in enumerate(jobs, 1))
     return GenerateReport(made, run.settings, _engine_facts(opened.entry), load_seconds)
@@ -393,8 +395,9 @@ def _settings(
     """What all images of a request have in common, as plain data."""
     plan, scheduler = opened.plan, opened.pipe.scheduler
     return {
-        "model": _model_facts(plan.model, directory, hash_weights=opened.entry is not None),
+        "model": _model_facts(plan.model, directory),
         "backend": plan.backend,
+        "device": _device_name(plan.device),
         "precision": plan.precision,
         "scheduler": {"name": spec.scheduler, "class": type(scheduler).__name__},
         "steps": spec.steps,
@@ -405,15 +408,23 @@ def _settings(
     }
 
 
-def _model_facts(model: Model, directory: EngineDirectory, *, hash_weights: bool) -> dict[str, Any]:
-    """Which model it was. An engine's key has hashed the weights; for the torch backend it isn't worth the seconds."""
+def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
+    """Which model it was: its name, and the fingerprints of the parts with weights (the name alone may change hands).
+
+    A single file's own sha256 is there too: web UIs show its beginning as the model's hash.
+    """
     spec = model.spec
     facts: dict[str, Any] = {"name": spec.name, "revision": spec.revision, "variant": spec.variant}
-    if hash_weights:
-        facts["unet"] = model.fingerprint("unet", directory.file_digest)
-        if model.layout == "single-file":
-            facts["sha256"] = directory.file_digest(model.source)
+    for part in ("unet", *_encoders(model), "vae"):
+        facts[part] = model.fingerprint(part, directory.file_digest)
+    if model.layout == "single-file":
+        facts["sha256"] = directory.file_digest(model.source)
     return facts
+
+
+def _device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _model_title(model: Model) -> str:

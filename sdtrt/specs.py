@@ -28,7 +28,9 @@ DEFAULT_GUIDANCE_SCALE = 7.5
 DEFAULT_STRENGTH = 0.8
 DEFAULT_TOKENS = 77
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
+MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
+GIB = 2**30
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
 # exporter writes with a LayerNormalization of its own; the dynamo exporter starts at 18.
@@ -46,11 +48,30 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     raise UsageError(f"unknown {option}: {value!r}", hint=f"{hint}choose one of {', '.join(choices)}")
 
 
+def check_precision(backend: str, precision: str | None) -> None:
+    """Raise `UsageError` for a precision that a backend never computes in."""
+    if (backend, precision) == ("onnxruntime", "bf16"):
+        raise UsageError(
+            "ONNX Runtime's CPU provider does not compute in bf16", hint="use --precision fp32 with this backend"
+        )
+
+
+def bytes_of(option: str, gib: float) -> int:
+    """GiB → bytes. Raises `UsageError` unless it is a finite number from 0 up."""
+    if not (math.isfinite(gib) and gib >= 0):
+        raise UsageError(f"{option} must be a number of GiB from 0 up, got {gib}", hint=f"as in {option} 8")
+    return int(gib * GIB)
+
+
 def check_size(name: str, pixels: int) -> None:
-    """Raise `UsageError` unless `pixels` is a positive multiple of 8."""
+    """Raise `UsageError` unless `pixels` is a positive multiple of 8, and no more than any model can draw."""
+    if pixels > MAX_PIXELS:
+        raise UsageError(
+            f"{name} must be at most {MAX_PIXELS}, got {pixels}", hint=f"use --{name} {MAX_PIXELS} or less"
+        )
     if pixels > 0 and pixels % SIZE_MULTIPLE == 0:
         return
-    nearest = max(SIZE_MULTIPLE, round(pixels / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+    nearest = max(SIZE_MULTIPLE, (pixels + SIZE_MULTIPLE // 2) // SIZE_MULTIPLE * SIZE_MULTIPLE)
     raise UsageError(f"{name} must be a multiple of {SIZE_MULTIPLE}, got {pixels}", hint=f"use --{name} {nearest}")
 
 
@@ -258,16 +279,13 @@ class BuildSpec:
                 f"optimization level must be 0 to 5, got {self.optimization_level}", hint="use --optimization-level 3"
             )
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
-            raise UsageError(f"workspace must be positive, got {self.workspace_bytes}", hint="use --workspace-gib 8")
+            raise UsageError("the workspace must be more than nothing", hint="use --workspace-gib 8")
         if self.compute_capability is not None and self.backend != "tensorrt-rtx":
             raise UsageError(
                 f"{self.backend} builds for the GPU it runs on, not for a named compute capability",
                 hint="use --backend tensorrt-rtx, or leave --compute-capability out",
             )
-        if self.backend == "onnxruntime" and self.export.precision == "bf16":
-            raise UsageError(
-                "ONNX Runtime's CPU provider does not compute in bf16", hint="use --precision fp32 with this backend"
-            )
+        check_precision(self.backend, self.export.precision)
         tuned = self.optimization_level is not None or self.workspace_bytes is not None or self.version_compatible
         if self.backend == "onnxruntime" and tuned:
             raise UsageError(
@@ -317,6 +335,7 @@ class GenerateSpec:
         check_choice("backend", self.backend, BACKENDS)
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
+            check_precision(self.backend, self.precision)
         if self.scheduler is not None:
             check_choice("scheduler", self.scheduler, SCHEDULERS)
         self._check_prompts()
@@ -344,7 +363,8 @@ class GenerateSpec:
                 hint=f"use --guidance-scale {DEFAULT_GUIDANCE_SCALE}",
             )
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
-            raise UsageError(f"seed must be from 0 to 2^63 - 1, got {self.seed}", hint="use --seed 42")
+            most = MAX_SEED - self.num_images + 1
+            raise UsageError(f"seed must be from 0 to {most}, got {self.seed}", hint="use --seed 42")
         if self.init_image is not None and not 0 < self.strength <= 1:
             raise UsageError(
                 f"strength must be above 0 and at most 1, got {self.strength}",
@@ -377,3 +397,8 @@ class PruneSpec:
     keep_bytes: int | None = None
     foreign: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        days = self.older_than_days
+        if days is not None and not (math.isfinite(days) and days >= 0):
+            raise UsageError(f"--older-than-days must be a number from 0 up, got {days}", hint="as in 30")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -45,10 +47,33 @@ def test_obtain_makes_once_then_finds(directory):
     assert directory.find("onnx", KEY | {"weights": "abd"}) is None
 
 
+def test_an_entry_is_as_readable_as_its_directory(directory):
+    directory.path.mkdir(mode=0o755)
+    directory.path.chmod(0o755)
+    assert directory.obtain("onnx", KEY, write()).path.stat().st_mode & 0o777 == 0o755
+
+
 def test_force_replaces(directory):
     directory.obtain("onnx", KEY, write(b"old"))
     assert directory.obtain("onnx", KEY, write(b"new!"), force=True).file("model.onnx").read_bytes() == b"new!"
     assert len(directory.entries()) == 1
+
+
+def test_force_keeps_the_old_entry_until_the_new_one_is_in_place(directory, monkeypatch):
+    entry = directory.obtain("onnx", KEY, write(b"old"))
+    real = Path.rename
+
+    def failing(path, target):
+        if (path / "model.onnx").read_bytes() == b"new":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        directory.obtain("onnx", KEY, write(b"new"), force=True)
+    assert directory.find("onnx", KEY) == entry
+    assert entry.verified("model.onnx").read_bytes() == b"old"
+    assert list((directory.path / ".building").iterdir()) == []
 
 
 def test_failure_leaves_nothing(directory):
@@ -91,6 +116,152 @@ def test_a_damaged_entry_is_never_found(directory, damage):
     assert directory.find("onnx", KEY) is None
     assert directory.entries() == []
     assert directory.obtain("onnx", KEY, write(b"again")).file("model.onnx").read_bytes() == b"again"
+
+
+def flip(path):
+    """Change one bit; size and everything that the sidecar says of it but the digest stay the same."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def write_two(folder):
+    (folder / "model.onnx").write_bytes(b"graph")
+    (folder / "model.onnx.data").write_bytes(b"weights")
+    (folder / "build.log").write_bytes(b"log")
+    return {}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_flipped_bit_is_seen_before_a_file_is_used(tmp_path, name):
+    entry = EngineDirectory(tmp_path / "my engines").obtain("onnx", KEY, write_two)
+    assert entry.verified("model.onnx") == entry.file("model.onnx")
+    flip(entry.path / "build.log")
+    assert entry.verified("model.onnx").read_bytes() == b"graph"
+    flip(entry.path / name)
+    with pytest.raises(CacheError, match="is damaged: its content is not what was published") as caught:
+        entry.verified("model.onnx")
+    assert str(entry.path / name) in caught.value.message
+    words = shlex.split(caught.value.hint.split(";")[0])
+    assert words == ["sdtrt", "engines", "rm", entry.name, "--engine-dir", str(tmp_path / "my engines")]
+
+
+def test_a_file_that_cannot_be_read_is_an_error_with_the_mend(directory):
+    entry = directory.obtain("onnx", KEY, write())
+    entry.file("model.onnx").unlink()
+    with pytest.raises(CacheError, match=r"model.onnx can't be read") as caught:
+        entry.verified("model.onnx")
+    assert "sdtrt engines rm" in caught.value.hint
+    with pytest.raises(CacheError, match=r"has no engine.plan"):
+        entry.verified("engine.plan")
+
+
+def test_a_sidecar_without_digests_is_foreign(directory):
+    entry = directory.obtain("onnx", KEY, write())
+    data = json.loads((entry.path / SIDECAR).read_text())
+    del data["files"]["model.onnx"]["sha256"]
+    (entry.path / SIDECAR).write_text(json.dumps(data))
+    assert directory.find("onnx", KEY) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "damaged"),
+    [
+        ("onnxruntime", "engine.onnx", "engine.onnx"),
+        ("onnxruntime", "engine.onnx", "engine.onnx.data"),
+        ("tensorrt", "engine.plan", "engine.plan"),
+    ],
+)
+def test_a_damaged_engine_is_not_opened(directory, backend, name, damaged):
+    import torch
+
+    from sdtrt.runtime import open_session
+
+    def make(folder):
+        for file in {name, damaged}:
+            (folder / file).write_bytes(b"engine")
+        contract = {"component": "unet", "precision": "fp32", "inputs": [], "outputs": []}
+        return {"contract": contract}
+
+    entry = directory.obtain("engine", KEY | {"backend": backend}, make)
+    flip(entry.path / damaged)
+    with pytest.raises(CacheError, match=f"{damaged} is damaged"):
+        open_session(entry, torch.device("cpu"))
+
+
+def refuse(monkeypatch, owner, name, code, below):
+    """Let a function fail as the system would, for paths below `below` (these tests may run as root)."""
+    real = getattr(owner, name)
+
+    def refusing(path, *args, **options):
+        if Path(path).is_relative_to(below):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(owner, name, refusing)
+
+
+@pytest.mark.parametrize("look", ["find", "entries", "named", "abandoned", "prunable"])
+def test_a_directory_that_cannot_be_read_is_an_error_with_a_hint(directory, monkeypatch, look):
+    directory.obtain("onnx", KEY, write())
+    for name in ("iterdir", "stat"):
+        refuse(monkeypatch, Path, name, errno.EACCES, directory.path)
+    calls = {
+        "find": lambda: directory.find("onnx", KEY),
+        "entries": directory.entries,
+        "named": lambda: directory.named("unet"),
+        "abandoned": directory.abandoned,
+        "prunable": lambda: directory.prunable(PruneSpec(), lambda entry: False),
+    }
+    with pytest.raises(CacheError, match="can't be read: Permission denied") as caught:
+        calls[look]()
+    assert str(directory.path) in caught.value.message
+    assert "--engine-dir FOLDER" in caught.value.hint
+
+
+def test_a_listed_directory_that_cannot_be_searched_is_not_empty(directory, monkeypatch):
+    entry = directory.obtain("onnx", KEY, write())
+    refuse(monkeypatch, Path, "stat", errno.EACCES, entry.path)
+    with pytest.raises(CacheError, match="can't be read"):
+        directory.entries()
+    with pytest.raises(CacheError, match="can't be read"):
+        directory.find("onnx", KEY)
+
+
+def test_a_directory_in_a_folder_that_cannot_be_searched(tmp_path, monkeypatch):
+    refuse(monkeypatch, Path, "stat", errno.EACCES, tmp_path)
+    with pytest.raises(CacheError, match="can't be read: Permission denied") as caught:
+        EngineDirectory(tmp_path / "engines")
+    assert "--engine-dir FOLDER" in caught.value.hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows says that nothing is there")
+def test_a_path_below_a_file_is_not_about_space(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CacheError, match="Not a directory") as caught:
+        EngineDirectory(tmp_path / "file" / "engines").obtain("onnx", KEY, write())
+    assert "--engine-dir FOLDER" in caught.value.hint
+    assert "space" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("code", "space"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False), (errno.EROFS, False)]
+)
+def test_only_a_full_disk_is_about_space(directory, code, space):
+    def make(folder):
+        raise OSError(code, os.strerror(code), str(folder / "model.onnx"))
+
+    with pytest.raises(CacheError, match="can't be written") as caught:
+        directory.obtain("onnx", KEY, make)
+    assert ("space" in caught.value.hint) == space
+
+
+def test_failures_in_a_folder_whose_name_only_begins_the_same_are_not_the_directorys(directory):
+    def make(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{directory.path}2/weights.safetensors")
+
+    with pytest.raises(PermissionError):
+        directory.obtain("onnx", KEY, make)
 
 
 def test_a_file_is_no_engine_directory(tmp_path):
@@ -148,14 +319,71 @@ def test_sweep_removes_what_dead_builds_left(directory):
     assert len(directory.entries()) == 1
 
 
+def contents(path):
+    return sorted(path.rglob("*"))
+
+
+def test_looking_for_what_was_left_behind_changes_nothing(directory):
+    directory.obtain("onnx", KEY, write())
+    (directory.path / ".building" / (key_digest("onnx", KEY | {"weights": "z"}) + "-dead")).mkdir()
+    before = contents(directory.path)
+    assert len(directory.abandoned()) == 1
+    assert contents(directory.path) == before
+
+
+def test_sweep_removes_files_too(directory):
+    directory.obtain("onnx", KEY, write())
+    junk = directory.path / ".building" / "junk"
+    junk.write_text("x")
+    assert directory.sweep() == 1
+    assert not junk.exists()
+    assert directory.sweep() == 0
+
+
+def test_a_build_under_way_is_not_swept(directory):
+    def make(folder):
+        assert EngineDirectory(directory.path).abandoned() == []
+        return write()(folder)
+
+    directory.obtain("onnx", KEY, make)
+    directory.obtain("onnx", KEY, make, force=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks are opened another way there")
+def test_a_lock_that_may_not_be_tried_may_be_held(directory, monkeypatch):
+    directory.obtain("onnx", KEY, write())
+    (directory.path / ".building" / (key_digest("onnx", KEY) + "-dead")).mkdir()
+    (directory.path / ".locks").mkdir(exist_ok=True)
+    (directory.path / ".locks" / f"{key_digest('onnx', KEY)}.lock").touch()
+    refuse(monkeypatch, os, "open", errno.EROFS, directory.path)
+    assert directory.abandoned() == []
+
+
+def test_what_cannot_be_swept_is_an_error_with_a_hint(directory, monkeypatch):
+    (directory.path / ".building").mkdir(parents=True)
+    (directory.path / ".building" / "junk").touch()
+    refuse(monkeypatch, Path, "unlink", errno.EROFS, directory.path)
+    with pytest.raises(CacheError, match="can't be written: Read-only file system") as caught:
+        directory.sweep()
+    assert "--engine-dir FOLDER" in caught.value.hint
+
+
 def test_named_takes_an_unambiguous_beginning(directory):
     one = directory.obtain("onnx", KEY, write())
     directory.obtain("onnx", KEY | {"weights": "z"}, write())
     assert directory.named(one.name) == one
     assert directory.named(one.name[:-4]) == one
-    for name in ("unet", "nothing"):
-        with pytest.raises(CacheError):
+    with pytest.raises(CacheError, match="has 2 entries that begin with 'unet'"):
+        directory.named("unet")
+    for name in ("nothing", ""):
+        with pytest.raises(CacheError, match=f"has no entry named '{name}'"):
             directory.named(name)
+
+
+def test_an_empty_name_is_not_the_only_entry(directory):
+    directory.obtain("onnx", KEY, write())
+    with pytest.raises(CacheError):
+        directory.named("")
 
 
 def test_remove(directory):
@@ -163,6 +391,15 @@ def test_remove(directory):
     directory.remove(entry)
     assert directory.entries() == []
     assert not entry.path.exists()
+
+
+def test_an_entry_that_another_process_removes_meanwhile(directory):
+    entry, other = (directory.obtain("onnx", KEY | {"weights": w}, write()) for w in "ab")
+    EngineDirectory(directory.path).remove(entry)
+    assert entry.last_used == entry.created
+    assert entry.to_json()["last_used"] == entry.created
+    directory.remove(entry)
+    assert directory.entries() == [other]
 
 
 def test_prune_goes_by_last_use_then_size(directory):
@@ -188,6 +425,26 @@ def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_pa
     monkeypatch.undo()
     weights.write_bytes(b"another")
     assert directory.file_digest(weights) != first
+
+
+def test_a_large_file_with_its_old_time_put_back_is_hashed_again(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"one")
+    before = weights.stat()
+    first = directory.file_digest(weights)
+    time.sleep(0.05)  # longer than the steps of a file system's clock
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert directory.file_digest(weights) != first
+
+
+def test_a_memo_that_cannot_be_written_leaves_nothing(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    (tmp_path / "weights").write_bytes(b"one")
+    refuse(monkeypatch, Path, "replace", errno.ENOSPC, directory.path)
+    directory.file_digest(tmp_path / "weights")
+    assert list(directory.path.iterdir()) == []
 
 
 def test_canonical_json_does_not_depend_on_order():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -169,6 +171,14 @@ BAD_INPUT = {
     "build backend": (2, ("build", "--backend", "tensort")),
     "profile": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--height", "1:2")),
     "compute capability": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "x")),
+    "height beyond all": (2, ("txt2img", "-p", "x", "--height", "9223372036854775800")),
+    "keep nan": (2, ("engines", "prune", "--keep-gib", "nan")),
+    "keep negative": (2, ("engines", "prune", "--keep-gib", "-1")),
+    "age negative": (2, ("engines", "prune", "--older-than-days", "-5")),
+    "workspace nan": (2, ("build", "--backend", "tensorrt-rtx", "--workspace-gib", "nan")),
+    "sizes that have no effect": (2, ("build", "--backend", "onnxruntime", "--height", "512")),
+    "part of an engine": (2, ("inspect", "--engine", "x", "--part", "unet")),
+    "component": (2, ("build", "--component", "vea")),
     "strength 0": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "0")),
     "strength 1.5": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "1.5")),
     "no init image": (2, ("img2img", "-p", "x")),
@@ -205,6 +215,30 @@ def test_a_reader_that_leaves_early_is_no_traceback(folder):
     command = f"'{sys.executable}' -m sdtrt engines --json | true"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in ended.stderr
+
+
+def test_a_closed_or_full_stdout_is_no_traceback(folder):
+    for target, code in ((">&-", 0), (">/dev/full", 1)):
+        command = f"'{sys.executable}' -m sdtrt --version {target}"
+        ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+        assert "Traceback" not in ended.stderr
+        assert ended.returncode == code, ended.stderr
+
+
+def test_ctrl_c_says_so_and_keeps_what_is_done(folder):
+    command = [sys.executable, "-m", "sdtrt", "txt2img", "-p", PROMPT, "--num-images", "50", "-o", "out", "--no-build"]
+    assert process("build", "-q").returncode == 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        while not list(Path().glob("out/*.png")):
+            assert running.poll() is None, running.stderr.read()
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        err = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert err.splitlines()[-2].startswith("error: interrupted")
+    assert err.splitlines()[-1].startswith("hint: ")
+    for path in Path("out").iterdir():
+        Image.open(path).load()
 
 
 def test_export_to_a_file(folder, run):

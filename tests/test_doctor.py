@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sdtrt import doctor, host, trt_api
+from sdtrt import doctor, engines, host, trt_api
 from sdtrt.cache import EngineDirectory
+from sdtrt.errors import EngineError
 
 RTX = host.Gpu("Some RTX", (8, 9), 24 * 2**30)
 
@@ -51,9 +52,22 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):
 @pytest.mark.parametrize(("capability", "state"), [((8, 9), "ok"), ((9, 0), "optional")])
 def test_tensorrt_for_rtx_serves_the_gpus_that_it_serves(directory, monkeypatch, capability, state):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("A GPU", capability, 2**34),))
+    monkeypatch.setattr(engines, "torch_sees_gpu", lambda: True)
     diagnosis = doctor.diagnose(directory)
     assert finding(diagnosis, "tensorrt-rtx").state == state
     assert ("tensorrt-rtx" in diagnosis.backends) == (state == "ok")
+
+
+def test_a_tensorrt_that_cannot_be_loaded_is_a_finding_and_no_end(directory, monkeypatch):
+    def broken(backend):
+        raise EngineError(
+            f"{backend} is installed but can't be loaded: no libcublas", hint="pip install --force-reinstall"
+        )
+
+    monkeypatch.setattr(trt_api, "open_library", broken)
+    found = finding(doctor.diagnose(directory), "tensorrt")
+    assert (found.state, found.mend) == ("optional", "pip install --force-reinstall")
+    assert "no libcublas" in found.detail
 
 
 def test_an_engine_directory_that_cannot_be_written_is_not_healthy(monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_without_a_gpu_auto_is_onnxruntime_and_says_why(capsys, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: ())
     assert engines.choose_backend("auto", Console()) == "onnxruntime"
     assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_auto_goes_by_what_pytorch_and_tensorrt_can_do_here(capsys, monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
+    assert engines.choose_backend("auto", Console()) == "onnxruntime"
+    assert "this PyTorch can't use it" in capsys.readouterr().err
+    monkeypatch.setattr(engines, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(engines, "why_not", lambda backend: EngineError("it is broken", hint="mend it"))
+    assert engines.choose_backend("auto", Console(verbose=True)) == "torch"
+    assert "not tensorrt: it is broken" in capsys.readouterr().err
+    monkeypatch.setattr(engines, "why_not", lambda backend: None)
+    monkeypatch.setattr(engines, "backend_version", lambda backend: "10.13.3")
+    assert engines.choose_backend("auto", Console()) == "tensorrt"
+    assert "Some RTX, TensorRT 10.13.3" in capsys.readouterr().err
 
 
 def test_a_named_backend_is_taken_as_it_is(capsys):
@@ -127,7 +142,7 @@ def test_a_garbled_engine_is_an_error_with_the_rebuild(entry, tmp_path):
     (tmp_path / "engine.onnx").write_bytes(b"not a model")
     with pytest.raises(EngineError) as caught:
         OnnxRuntimeSession(tmp_path / "engine.onnx", Contract.from_json(entry.info["contract"]))
-    assert "sdtrt build" in caught.value.hint
+    assert "sdtrt engines rm" in caught.value.hint
 
 
 def test_no_build_names_the_command_that_builds(model, tmp_path):
@@ -138,6 +153,36 @@ def test_no_build_names_the_command_that_builds(model, tmp_path):
     assert words[:2] == ["sdtrt", "build"]
     assert words[words.index("--engine-dir") + 1] == str(empty.path)
     assert not empty.path.exists()
+
+
+def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
+    found = EngineDirectory(tmp_path / "engines")
+    first = engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, found)
+    options = dict(first.key["options"])
+    for level in range(3):  # whichever way their names sort
+        made = found.obtain("engine", dict(first.key) | {"options": options | {"level": level}}, _empty)
+        assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
+
+
+def _empty(folder):
+    (folder / "engine.onnx").write_bytes(b"")
+    return {}
+
+
+def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
+    found = EngineDirectory(tmp_path / "engines")
+    first = engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, found)
+    found.obtain("engine", first.key, lambda folder: {"unchecked": "no GPU there"}, force=True)
+    engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, found, console=Console())
+    assert "never checked (no GPU there)" in capsys.readouterr().err
+
+
+def test_the_build_command_names_all_that_the_model_needs(model):
+    named = replace(model, spec=ModelSpec("some/model", revision="main", variant="fp16", offline=True))
+    words = engines.build_command(named, "tensorrt", "fp16", SMALL, EngineDirectory(Path("my engines")))
+    assert "--revision main --variant fp16 --offline" in words
+    assert "--batch 2 --height 64 --width 64 --tokens 77" in words
+    assert shlex.split(words)[-1].endswith("my engines")
 
 
 def test_bf16_is_refused_on_onnxruntime(model, directory):
@@ -171,7 +216,7 @@ def test_an_engine_is_bound_to_what_its_backend_needs(monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
     assert host_key("tensorrt") == {"gpu": "Some RTX", "compute_capability": [8, 9]}
     assert host_key("tensorrt-rtx") == host_key("tensorrt-rtx", (8, 9)), "built ahead of time elsewhere, it serves here"
-    assert set(host_key("onnxruntime")) == {"processor"}
+    assert set(host_key("onnxruntime")) == {"processor", "instructions"}
 
 
 def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkeypatch):

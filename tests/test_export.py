@@ -24,7 +24,7 @@ from sdtrt.console import Console
 from sdtrt.errors import ExportError, OutputError, UsageError
 from sdtrt.export import check_onnx, export_component, export_file, export_key, write_onnx
 from sdtrt.models import resolve_model
-from sdtrt.parity import TOLERANCES, check_inputs
+from sdtrt.parity import TOLERANCES, seeded_feeds
 from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -171,7 +171,7 @@ def test_checking_leaves_the_module_as_it_was(exported):
 
 
 def test_inputs_of_the_check_are_those_of_a_denoising_loop(exported):
-    inputs = check_inputs(exported("sdxl").contract, Sizes(5, 80, 96), seed=0)
+    inputs = seeded_feeds(exported("sdxl").contract, Sizes(5, 80, 96))
     assert inputs["timestep"].dtype == torch.float32
     assert (inputs["timestep"] % 1 != 0).any()
     assert inputs["timestep"].max() > 900
@@ -419,3 +419,20 @@ def test_bad_outputs_are_refused_before_any_work(tmp_path, tiny_model, spec, mon
         with pytest.raises(UsageError, match=r"\.onnx file"):
             export_file(tiny_model, replace(spec, output=wrong))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "better"),
+    [
+        ("foo.txt", "foo.onnx"),
+        ("new", "new/unet.onnx"),
+        ("folder.onnx", "folder.onnx/unet.onnx"),
+        ("file", "file.onnx"),
+    ],
+)
+def test_the_hint_for_a_bad_output_is_one_that_works(wrong, better, tmp_path, tiny_model, spec):
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"\.onnx file") as caught:
+        export_file(tiny_model, replace(spec, output=tmp_path / wrong))
+    assert caught.value.hint == f"use --output {tmp_path / better}"

@@ -440,9 +440,20 @@ def test_an_image_of_the_right_size_is_not_resampled(tmp_path):
 
 def test_an_image_too_small_for_a_latent_is_a_usage_error(tmp_path):
     image = init(tmp_path / "a.png", Image.new("RGB", (64, 7)))
-    with pytest.raises(UsageError, match="height of 7"):
+    with pytest.raises(UsageError, match="height of 7") as caught:
         image.result_size(None, None)
+    assert "--height" in caught.value.hint
+    assert "512" not in caught.value.hint, "not every model's size"
     assert image.result_size(64, 64) == (64, 64)
+
+
+def test_floating_point_pixels_are_refused_rather_than_clipped_to_black(tmp_path):
+    path = tmp_path / "float.tif"
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(path)
+    with pytest.raises(UsageError, match="floating-point") as caught:
+        read_init_image(path)
+    assert "float.tif" in caught.value.message
+    assert "PNG" in caught.value.hint
 
 
 def bomb(width, height):

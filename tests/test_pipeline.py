@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, sdxl_folder
+from factories import sd1_folder, sd1_single_file, sdxl_folder
 from PIL import Image
 
 from sdtrt import engines, images, models, pipeline
@@ -303,6 +303,32 @@ def test_the_report_is_plain_data_with_everything(spec, directory):
     assert len(data["seconds"]["generate"]) == 2
 
 
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_images_say_which_weights_on_which_device(backend, spec, directory):
+    facts = read_metadata(made(replace(spec, backend=backend), directory)[0]).details
+    model = models.resolve_model(spec.model)
+    for part in ("unet", "text_encoder", "vae"):
+        assert facts["model"][part] == model.fingerprint(part, directory.file_digest)
+    assert facts["device"] == "cpu"
+
+
+def test_both_text_encoders_are_fingerprinted(spec, sdxl, directory):
+    facts = generate(replace(spec, model=ModelSpec(str(sdxl))), directory, QUIET).settings["model"]
+    fingerprints = {facts[part] for part in ("unet", "text_encoder", "text_encoder_2", "vae")}
+    assert len(fingerprints) == 4
+
+
+def test_a_single_file_has_the_hash_that_web_uis_show(spec, sd1, tmp_path, directory):
+    path = sd1_single_file(tmp_path / "one.safetensors", **SMALL)
+    made_path = made(replace(spec, model=ModelSpec(str(path), config=str(sd1))), directory)[0]
+    assert read_parameters(made_path).fields["Model hash"] == images.sha256_file(path)[:10]
+
+
+def test_the_device_of_a_gpu_is_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Some RTX {device}")
+    assert pipeline._device_name(torch.device("cuda")) == "Some RTX cuda"
+
+
 def test_the_torch_backend_has_no_engine(spec, directory):
     assert generate(spec, directory, QUIET).to_json()["engine"] is None
 
@@ -452,6 +478,20 @@ def test_too_little_memory_is_a_clear_error(error, spec, directory, monkeypatch)
         raise error
 
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", fail)
+    with pytest.raises(EngineError, match="out of memory at 64x64") as caught:
+        generate(spec, directory, QUIET)
+    assert "--height" in caught.value.hint
+
+
+def test_too_little_memory_in_onnx_runtime_is_a_clear_error(spec, directory, monkeypatch):
+    import onnxruntime
+
+    def fail(*_, **__):
+        raise onnxruntime.capi.onnxruntime_pybind11_state.Fail("Failed to allocate memory for requested buffer")
+
+    spec = replace(spec, backend="onnxruntime")
+    generate(spec, directory, QUIET)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", fail)
     with pytest.raises(EngineError, match="out of memory at 64x64") as caught:
         generate(spec, directory, QUIET)
     assert "--height" in caught.value.hint

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 from sdtrt.errors import UsageError
 from sdtrt.specs import (
+    MAX_SEED,
     BuildSpec,
     ExportSpec,
     GenerateSpec,
     Profile,
+    PruneSpec,
     Range,
     Sizes,
+    bytes_of,
     check_choice,
     check_size,
 )
@@ -47,7 +50,26 @@ def test_size_error_names_the_value_and_a_size_that_works():
     with pytest.raises(UsageError) as caught:
         check_size("height", 500)
     assert caught.value.message == "height must be a multiple of 8, got 500"
-    assert caught.value.hint in ("use --height 496", "use --height 504")
+    assert caught.value.hint == "use --height 504"
+
+
+@pytest.mark.parametrize("pixels", [-8, 0, 7, 16392, 2**63 - 8])
+def test_sizes_that_no_model_draws_are_refused(pixels):
+    with pytest.raises(UsageError, match=str(pixels)):
+        check_size("width", pixels)
+
+
+@pytest.mark.parametrize("gib", [float("nan"), float("inf"), -1.0])
+def test_gib_must_be_a_number_from_0_up(gib):
+    with pytest.raises(UsageError, match=str(gib)):
+        bytes_of("--keep-gib", gib)
+    assert bytes_of("--keep-gib", 0.5) == 2**29
+
+
+@pytest.mark.parametrize("days", [float("nan"), float("inf"), -5.0])
+def test_prune_refuses_ages_that_would_take_everything(days):
+    with pytest.raises(UsageError, match=str(days)):
+        PruneSpec(older_than_days=days)
 
 
 def test_unknown_choice_suggests_the_closest():
@@ -91,6 +113,8 @@ def test_bad_profile_is_refused(text):
         ({"scheduler": "nope"}, "nope"),
         ({"backend": "nope"}, "nope"),
         ({"precision": "int3"}, "int3"),
+        ({"backend": "onnxruntime", "precision": "bf16"}, "bf16"),
+        ({"seed": MAX_SEED, "num_images": 2}, str(MAX_SEED - 1)),
     ],
 )
 def test_generate_refuses(wrong, named):

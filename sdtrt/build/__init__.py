@@ -18,6 +18,8 @@ from sdtrt.export import export_component, export_key
 from sdtrt.models import Model
 from sdtrt.specs import Backend, BuildSpec
 
+FORMAT = 1  # of builds: raise it when the same request makes another engine than before
+
 
 def backend_version(backend: Backend) -> str:
     """The installed version of a backend. Raises `BuildError` where it is not installed."""
@@ -39,7 +41,7 @@ def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None
         compute_capability: the GPU that is built for ahead of time, if it is not this machine's.
     """
     if backend == "onnxruntime":
-        return {"processor": host.processor().rsplit(",", 1)[0]}
+        return {"processor": host.processor_name(), "instructions": list(host.instruction_sets())}
     if compute_capability is not None:
         return {"compute_capability": list(compute_capability)}
     gpus = host.gpus()
@@ -56,6 +58,7 @@ def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None
 def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
     """The key of an engine: all that its bytes depend on. The export's own key stands for the weights."""
     return {
+        "format": FORMAT,
         "component": spec.export.component,
         "precision": spec.export.precision,
         "backend": spec.backend,
@@ -103,7 +106,7 @@ def _build(
 ) -> Mapping[str, Any]:
     """Let the backend build."""
     contract = Contract.from_json(onnx.info["contract"])
-    source = onnx.file("model.onnx")
+    source = onnx.verified("model.onnx")
     if spec.backend == "onnxruntime":
         from sdtrt.build.onnxruntime import optimize
 

@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from sdtrt.components import Contract, dimension_values
+from sdtrt.components import Contract
 from sdtrt.console import Console
-from sdtrt.errors import BuildError
+from sdtrt.errors import BuildError, EngineError
 from sdtrt.metrics import relative_l2
+from sdtrt.parity import seeded_feeds
 from sdtrt.runtime import ONNXRUNTIME_FILE
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.runtime.onnxruntime import LOG_SEVERITY, OnnxRuntimeSession, is_out_of_memory, remove_command
 from sdtrt.specs import Sizes
+
+__all__ = ["optimize", "seeded_feeds"]
 
 EXTERNAL_BYTES = 2**30  # protobuf holds 2 GiB; weights beyond half of that go to a file beside the graph
 # Fusions reorder sums: fp32 results differ in the last bits, fp16 ones where ONNX Runtime keeps fp32 between casts.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 CHECK_SIZES = Sizes(batch=2, height=128, width=128)
+REPORT = "use --backend torch, and report this model and your onnxruntime version"
 
 
 def optimize(source: Path, folder: Path, contract: Contract, console: Console) -> dict[str, Any]:
@@ -34,16 +37,23 @@ def optimize(source: Path, folder: Path, contract: Contract, console: Console) -
         What was measured: `parity` with the relative L2 difference to the unoptimised model.
 
     Raises:
-        BuildError: where ONNX Runtime can't optimise it, or the result differs from the original.
+        BuildError: where ONNX Runtime can't optimise or run it, or the result differs from the original.
     """
     target = folder / ONNXRUNTIME_FILE
-    with console.stage("optimising for ONNX Runtime"):
-        _save_optimized(source, target)
-        difference = _difference(source, target, contract)
+    try:
+        with console.stage("optimising for ONNX Runtime"):
+            _save_optimized(source, target)
+            difference = _difference(source, target, contract)
+    except MemoryError as error:
+        raise BuildError(
+            f"too little memory to optimise {source}", hint="end other programs, or use --precision fp16"
+        ) from error
+    except EngineError as error:  # its hint names the draft, which is gone by then
+        raise BuildError(f"the optimised model can't be used: {error.message}", hint=REPORT) from error
     if not difference <= TOLERANCES[contract.precision]:
         raise BuildError(
             f"the optimised model differs from its ONNX: relative L2 {difference:.2e}",
-            hint="use --backend torch, and report this model and your onnxruntime version",
+            hint=REPORT,
         )
     return {"parity": {"relative_l2": difference}}
 
@@ -53,7 +63,7 @@ def _save_optimized(source: Path, target: Path) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_SEVERITY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(target)
     if sum(path.stat().st_size for path in source.parent.glob(f"{source.name}*")) > EXTERNAL_BYTES:
@@ -62,8 +72,11 @@ def _save_optimized(source: Path, target: Path) -> None:
     try:
         onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         raise BuildError(
-            f"ONNX Runtime can't optimise {source}: {error}", hint="export it again: sdtrt export --force"
+            f"ONNX Runtime can't optimise {source}: {error}",
+            hint=f"remove the export: {remove_command(source)}; the next build makes it again",
         ) from error
 
 
@@ -78,16 +91,3 @@ def _difference(source: Path, target: Path, contract: Contract) -> float:
         relative_l2(results[1][name].numpy().astype(np.float64), results[0][name].numpy().astype(np.float64))
         for name in results[0]
     )
-
-
-def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Plausible inputs for one run, the same for the same seed: noise, timesteps spread over 0 to 999."""
-    generator = torch.Generator().manual_seed(seed)
-    values = dimension_values(sizes)
-    feeds = {}
-    for spec in contract.inputs:
-        data = torch.randn(spec.shape(values), generator=generator)
-        if spec.name == "timestep":
-            data = torch.linspace(999, 1, sizes.batch)
-        feeds[spec.name] = data.to(getattr(torch, spec.dtype))
-    return feeds

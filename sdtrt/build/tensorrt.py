@@ -392,8 +392,14 @@ def _compare(
 
     if request.spec.export.precision == "bf16":
         return {}
-    with OnnxRuntimeSession(request.onnx, request.contract, optimized=False) as session:
-        expected = session.run(feeds)
+    try:
+        with OnnxRuntimeSession(request.onnx, request.contract, optimized=False) as session:
+            expected = session.run(feeds)
+    except MemoryError as error:
+        raise BuildError(
+            "too little memory on the CPU to check the engine against its ONNX",
+            hint="end other programs, or build for a smaller --batch, --height and --width",
+        ) from error
     pairs = [(outputs[name].float().numpy(), expected[name].float().numpy()) for name in expected]
     figures = {
         "relative_l2": max(relative_l2(*pair) for pair in pairs),

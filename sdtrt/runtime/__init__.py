@@ -24,6 +24,7 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
         device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
 
     Raises:
+        CacheError: where a file of it is not what was published.
         EngineError: where it can't be loaded on this machine, saying why and how to rebuild it.
     """
     contract = Contract.from_json(entry.info["contract"])
@@ -31,11 +32,11 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
     if backend == "onnxruntime":
         from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(entry.file(ONNXRUNTIME_FILE), contract)
+        return OnnxRuntimeSession(entry.verified(ONNXRUNTIME_FILE), contract)
     if backend in ("tensorrt", "tensorrt-rtx"):
         from sdtrt.runtime.tensorrt import TensorRTSession
 
         compatible = bool(entry.key.get("options", {}).get("version_compatible"))
-        plan = entry.file(TENSORRT_FILE)
+        plan = entry.verified(TENSORRT_FILE)
         return TensorRTSession(plan, contract, backend=backend, device=device, allow_host_code=compatible)
     raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=f"sdtrt engines rm {entry.name}")

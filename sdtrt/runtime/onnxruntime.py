@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from sdtrt.components import Contract
 from sdtrt.errors import EngineError
 from sdtrt.runtime.session import Session, check_feeds
 
-REBUILD = "build it again: sdtrt build --backend onnxruntime --force"
+LOG_SEVERITY = 4  # fatal only: errors are raised as well, and would reach the user twice
+# How ONNX Runtime says that memory is short: its arena, C++'s own allocator, and sizes that no 64-bit number counts.
+OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation", "SafeIntOnOverflow")
 
 
 class OnnxRuntimeSession(Session[torch.Tensor]):
@@ -24,14 +27,14 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         optimized: the file is a saved optimised model, which needs no second optimisation.
 
     Raises:
-        EngineError: when ONNX Runtime can't load the file.
+        EngineError: when ONNX Runtime can't load the file, or there is too little memory for it.
     """
 
     def __init__(self, model: Path, contract: Contract, *, threads: int | None = None, optimized: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: they reach the user as exceptions
+        options.log_severity_level = LOG_SEVERITY
         if optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
@@ -39,11 +42,21 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         try:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise EngineError(f"ONNX Runtime can't load {model}: {error}", hint=REBUILD) from error
+            if is_out_of_memory(error):
+                raise EngineError(
+                    f"too little memory to load {model}", hint="end other programs, or use --precision fp16"
+                ) from error
+            raise EngineError(f"ONNX Runtime can't load {model}: {error}", hint=_mend(model)) from error
         self.contract = contract
+        self._model = model
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the engine on CPU tensors; the outputs are new tensors."""
+        """Run the engine on CPU tensors; the outputs are new tensors.
+
+        Raises:
+            EngineError: for inputs that don't fit the contract, a closed session, or a model that fails.
+            MemoryError: where they need more memory than there is.
+        """
         if self._session is None:
             raise EngineError("the session is closed", hint="open a new one")
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
@@ -53,9 +66,27 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         try:
             results = self._session.run(names, arrays)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed at {shapes}: {error}", hint=REBUILD) from error
+            if is_out_of_memory(error):
+                raise MemoryError(f"ONNX Runtime has too little memory at {shapes}") from error
+            raise EngineError(f"ONNX Runtime failed at {shapes}: {error}", hint=_mend(self._model)) from error
         return {name: torch.from_numpy(array) for name, array in zip(names, results, strict=True)}
 
     def close(self) -> None:
         """Free the model."""
         self._session = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of ONNX Runtime's means too little memory; it has no type of its own for that."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def remove_command(file: Path) -> str:
+    """The command that removes the entry that `file` is of."""
+    folder = file.parent
+    return shlex.join(["sdtrt", "engines", "rm", folder.name, "--engine-dir", str(folder.parent)])
+
+
+def _mend(model: Path) -> str:
+    """A hint that is right for every model and precision: the session knows its file's place only."""
+    return f"remove it: {remove_command(model)}; the next run, or sdtrt build, makes it again"

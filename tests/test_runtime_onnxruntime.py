@@ -1,0 +1,155 @@
+"""ONNX Runtime: what it says when a file is damaged or memory is short, and that it says it once."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from sdtrt import parity
+from sdtrt.build import onnxruntime as build
+from sdtrt.components import Contract, TensorSpec, unet_contract
+from sdtrt.console import QUIET
+from sdtrt.errors import BuildError, EngineError
+from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.specs import Sizes
+
+# x [1] expanded to any size: one node that asks for as much memory as the test wants.
+EXPAND = Contract(
+    "unet",
+    "fp32",
+    (TensorSpec("x", "float32", (1,)), TensorSpec("shape", "int64", (2,))),
+    (TensorSpec("y", "float32", ("rows", "columns")),),
+)
+PETABYTE = (2**24, 2**24)  # elements of four bytes
+OVERFLOW = (2**34, 2**34)  # more bytes than 64 bits count
+
+
+@pytest.fixture
+def entry_file(tmp_path):
+    """`EXPAND` as an entry's model, in a folder that a shell would split."""
+    folder = tmp_path / "my engines" / "unet-onnxruntime-fp32-0123456789abcdef"
+    folder.mkdir(parents=True)
+    values = {
+        "x": helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]),
+        "shape": helper.make_tensor_value_info("shape", TensorProto.INT64, [2]),
+        "y": helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", "columns"]),
+    }
+    node = helper.make_node("Expand", ["x", "shape"], ["y"])
+    graph = helper.make_graph([node], "expand", [values["x"], values["shape"]], [values["y"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "engine.onnx")
+    return folder / "engine.onnx"
+
+
+def feeds(shape):
+    return {"x": torch.ones(1), "shape": torch.tensor(shape)}
+
+
+def command_in(hint):
+    """The words of the command in a hint."""
+    return shlex.split(hint.split(": ", 1)[1].split(";")[0])
+
+
+def removal(file):
+    return ["sdtrt", "engines", "rm", file.parent.name, "--engine-dir", str(file.parent.parent)]
+
+
+@pytest.mark.parametrize("shape", [PETABYTE, OVERFLOW], ids=["allocation", "overflow"])
+def test_too_little_memory_is_a_memory_error_and_no_log_line(shape, entry_file, capfd):
+    with OnnxRuntimeSession(entry_file, EXPAND) as session:
+        assert session.run(feeds((2, 3)))["y"].shape == (2, 3)
+        with pytest.raises(MemoryError, match="x"):
+            session.run(feeds(shape))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_failure_is_an_engine_error_and_no_log_line(entry_file, capfd):
+    with OnnxRuntimeSession(entry_file, EXPAND) as session, pytest.raises(EngineError) as caught:
+        session.run(feeds((-1, -1)))
+    assert command_in(caught.value.hint) == removal(entry_file)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_engine_is_removed_by_its_own_name(entry_file, capfd):
+    entry_file.write_bytes(b"not a model")
+    with pytest.raises(EngineError) as caught:
+        OnnxRuntimeSession(entry_file, EXPAND)
+    assert command_in(caught.value.hint) == removal(entry_file)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_little_memory_to_load_does_not_blame_the_file(entry_file, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", raising(RuntimeError("std::bad_alloc")))
+    with pytest.raises(EngineError, match="too little memory") as caught:
+        OnnxRuntimeSession(entry_file, EXPAND)
+    assert "rm" not in caught.value.hint.split()
+
+
+def test_a_damaged_export_is_removed_by_its_own_name(entry_file, tmp_path):
+    entry_file.write_bytes(b"not a model")
+    with pytest.raises(BuildError, match="can't optimise") as caught:
+        build.optimize(entry_file, tmp_path, EXPAND, QUIET)
+    assert command_in(caught.value.hint) == removal(entry_file)
+
+
+def test_too_little_memory_to_build_does_not_blame_the_export(entry_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", raising(RuntimeError("Failed to allocate memory")))
+    with pytest.raises(BuildError, match="too little memory") as caught:
+        build.optimize(entry_file, tmp_path, EXPAND, QUIET)
+    assert "rm" not in caught.value.hint.split()
+
+
+def test_a_draft_that_does_not_run_is_not_named_in_a_hint(entry_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "seeded_feeds", lambda contract, sizes: feeds((-1, -1)))
+    with pytest.raises(BuildError, match="can't be used") as caught:
+        build.optimize(entry_file, tmp_path, EXPAND, QUIET)
+    assert "--backend torch" in caught.value.hint
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("place", ["runtime", "build", "parity"])
+def test_onnx_runtime_logs_nothing_that_it_raises(place, entry_file, tmp_path, monkeypatch):
+    levels = []
+    real = onnxruntime.InferenceSession
+
+    def watch(path, options, **rest):
+        levels.append(options.log_severity_level)
+        return real(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watch)
+    if place == "runtime":
+        OnnxRuntimeSession(entry_file, EXPAND).close()
+    elif place == "build":
+        build._save_optimized(entry_file, tmp_path / "engine.onnx")
+    else:
+        parity._open(entry_file)
+    assert levels == [4]
+
+
+def test_inputs_of_checks_are_one_function_and_plausible_for_sdxl():
+    assert build.seeded_feeds is parity.seeded_feeds
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    }
+    made = build.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96))
+    assert made["time_ids"].tolist() == [[128, 96, 0, 0, 128, 96]] * 2
+    assert made["sample"].dtype == torch.float16
+    again = build.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96), seed=0)
+    assert all(np.array_equal(made[name], again[name]) for name in made)
