@@ -81,14 +81,15 @@ def find_engine(
         "component": "unet",
         "precision": precision,
         "backend": backend,
-        "backend_version": backend_version(backend),
         "host": host_key(backend),
     }
+    version = backend_version(backend)
     export = export_key(model, ExportSpec(model.spec, precision=precision), directory)
     fitting = [
         entry
         for entry in directory.entries("engine")
         if all(entry.key.get(name) == value for name, value in wanted.items())
+        and _runs_in(version, entry.key)
         and _same_weights(entry.key["export"], export)
         and slack(entry.key, sizes) is not None
     ]
@@ -134,11 +135,22 @@ def is_foreign(entry: Entry) -> bool:
     """Whether an engine was built for another GPU, processor or library version than this machine's."""
     if entry.kind != "engine":
         return False
+    backend: Backend = entry.key["backend"]
     try:
-        here = {"backend_version": backend_version(entry.key["backend"]), "host": host_key(entry.key["backend"])}
+        return entry.key["host"] != host_key(backend) or not _runs_in(backend_version(backend), entry.key)
     except SdtrtError:  # the backend is not there at all
         return True
-    return any(entry.key[name] != value for name, value in here.items())
+
+
+def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
+    """Whether a version runs an engine: the one that built it; where the plan is version-compatible, later ones too."""
+    built = key["backend_version"]
+    return built == version or (key["options"]["version_compatible"] and _numbers(built) < _numbers(version))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`10.13.3.9.post1` → (10, 13, 3, 9)."""
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
 
 
 def build_command(

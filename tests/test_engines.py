@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrt import engines, host
+from sdtrt import build, engines, host
 from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
@@ -224,6 +224,21 @@ def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkey
     monkeypatch.setattr(engines, "backend_version", lambda backend: "0.0")
     assert engines.is_foreign(entry)
     assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+
+
+@pytest.mark.parametrize(("version", "runs"), [("8.6.1", True), ("10.15.1.29", True), ("8.5.3", False)])
+def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp_path, version, runs):
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
+    found = EngineDirectory(tmp_path / "engines")
+    export = ExportSpec(model.spec)
+    for compatible in (True, False):
+        spec = BuildSpec(export, "tensorrt", (Profile.of(SMALL),), version_compatible=compatible)
+        monkeypatch.setattr(build, "backend_version", lambda backend: "8.6.1")
+        made = found.obtain("engine", build.engine_key(model, spec, found), _empty)
+        monkeypatch.setattr(engines, "backend_version", lambda backend: version)
+        assert engines.is_foreign(made) != (runs if compatible else version == "8.6.1")
+    best = engines.find_engine(model, "tensorrt", "fp16", SMALL, found)
+    assert (best is not None) == runs
 
 
 def test_export_and_build_options_are_part_of_the_key(model, directory):
