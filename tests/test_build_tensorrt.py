@@ -298,6 +298,15 @@ def test_a_dead_builder_leaves_its_last_words(tiny_onnx, tmp_path, monkeypatch):
         build._build_in_child(request_for(tiny_onnx, tmp_path), QUIET, lambda text: None)
 
 
+def test_a_builder_that_died_before_its_request_is_no_broken_pipe(tmp_path, tiny_onnx):
+    """Whether the request still gets through is a matter of microseconds; here it never does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        build._send(request_for(tiny_onnx, tmp_path), pipe)
+    assert pipe.closed
+
+
 @needs_rtx
 def test_errors_and_bugs_of_the_child_come_back(tiny_onnx, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -103,10 +104,7 @@ def check_request(request: Request) -> None:
     """Raise what can be known before any work: no GPU, a precision that the library lacks."""
     spec = request.spec
     library = trt_api.open_library(spec.backend)
-    if library.family == "tensorrt_lean":
-        raise BuildError(
-            f"{library.name} runs engines and builds none", hint='pip install "sdtrt[tensorrt]" to build engines'
-        )
+    trt_api.require_builder(library)
     if spec.export.precision == "bf16" and not library.has("bfloat16"):
         raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
     if not library.has("named compute capability"):
@@ -158,7 +156,8 @@ def _send(request: Request, pipe: IO[bytes]) -> None:
         pickle.dump(request, pipe)
         pipe.flush()
     except BrokenPipeError:
-        pass
+        with suppress(BrokenPipeError):
+            pipe.close()  # now: what is left in its buffer would fail again when `Popen` closes it
 
 
 def _follow(pipe: IO[bytes], console: Console, show: Callable[[str], None]) -> dict[str, Any] | None:
