@@ -54,34 +54,31 @@ class Console:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show `name` with a running clock, then how long it took (`name: 3.2 s`)."""
-        if self.quiet:
+        with self._clock(name):
             yield
-            return
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        start = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        # Without a terminal there is nothing to animate, and a transient display would leave an empty line.
-        with Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal) as progress:
-            progress.add_task(name, total=None)
-            yield
-        self.note(f"{name}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager
     def activity(self, name: str) -> Iterator[Callable[[str], None]]:
         """Like `stage`, with a word on what goes on just now: call what it yields to change that."""
+        if not self.quiet and not self.rich.is_terminal:  # nothing is animated; minutes without a word look like a hang
+            self.note(f"{name} ...")
+        with self._clock(name) as describe:
+            yield lambda text: describe(f"{name}: {text}")
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[Callable[[str], None]]:
+        """A running clock behind a description, which what it yields changes; then the time that it took."""
         if self.quiet:
-            yield lambda text: None
+            yield lambda description: None
             return
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         start = time.perf_counter()
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        if not self.rich.is_terminal:  # nothing to animate; but minutes without a word look like a hang
-            self.note(f"{name} ...")
+        # Without a terminal there is nothing to animate, and a transient display would leave an empty line.
         with Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal) as progress:
             task = progress.add_task(name, total=None)
-            yield lambda text: progress.update(task, description=f"{name}: {text}")
+            yield lambda description: progress.update(task, description=description)
         self.note(f"{name}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtrt import host
-from sdtrt.build import backend_version, build_engine, host_key
+from sdtrt.build import FORMAT, backend_version, build_engine, host_key
 from sdtrt.cache import EngineDirectory, Entry
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, SdtrtError
 from sdtrt.export import export_key
 from sdtrt.models import Model
-from sdtrt.specs import Backend, BackendChoice, BuildSpec, ExportSpec, Precision, Profile, Range, Sizes
+from sdtrt.specs import Backend, BackendChoice, BuildSpec, ExportSpec, Precision, Profile, Sizes
 
 TENSORRT_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -52,10 +52,9 @@ def why_not(backend: Backend) -> SdtrtError | None:
     try:
         library = trt_api.open_library(backend)
         trt_api.require_gpu(library)
+        trt_api.require_builder(library)
     except SdtrtError as error:
         return error
-    if library.family == "tensorrt_lean":
-        return EngineError(f"{library.name} runs engines and builds none", hint="pip install 'sdtrt[tensorrt]'")
     return None
 
 
@@ -78,6 +77,7 @@ def find_engine(
 ) -> Entry | None:
     """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none."""
     wanted = {
+        "format": FORMAT,
         "component": "unet",
         "precision": precision,
         "backend": backend,
@@ -86,16 +86,17 @@ def find_engine(
     version = backend_version(backend)
     export = export_key(model, ExportSpec(model.spec, precision=precision), directory)
     fitting = [
-        entry
+        (looseness, -entry.created, entry)
         for entry in directory.entries("engine")
         if all(entry.key.get(name) == value for name, value in wanted.items())
         and _runs_in(version, entry.key)
         and _same_weights(entry.key["export"], export)
-        and slack(entry.key, sizes) is not None
+        and (looseness := slack(entry.key, sizes)) is not None
     ]
-    best = min(fitting, key=lambda entry: (slack(entry.key, sizes) or 0.0, -entry.created), default=None)
-    if best is not None:
-        directory.touch(best)
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda fit: fit[:2])[2]
+    directory.touch(best)
     return best
 
 
@@ -173,7 +174,7 @@ def build_command(
 
 def slack(key: Mapping[str, Any], sizes: Sizes) -> float | None:
     """How loosely an engine's profiles fit a size: 0 for exactly, None for not at all."""
-    profiles = [_profile(data) for data in key["profiles"]]
+    profiles = [Profile.from_json(data) for data in key["profiles"]]
     if not profiles:
         return 0.0
     fitting = [profile for profile in profiles if sizes in profile]
@@ -189,11 +190,6 @@ def _looseness(profile: Profile, sizes: Sizes) -> float:
         (profile.tokens, sizes.tokens),
     )
     return sum(abs(bounds.opt - value) / value + (bounds.max - bounds.min) / bounds.max for bounds, value in pairs)
-
-
-def _profile(data: Mapping[str, Mapping[str, int]]) -> Profile:
-    """A profile from its plain data."""
-    return Profile(**{name: Range(**bounds) for name, bounds in data.items()})
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

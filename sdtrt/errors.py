@@ -51,3 +51,8 @@ class CacheError(SdtrtError):
 
 class OutputError(SdtrtError):
     """A result that can't be written where it was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import ModelError, UsageError
+from sdtrt.errors import ModelError, UsageError, first_line
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
@@ -108,7 +108,7 @@ class Repo:
             )
         if self.cache_only:
             return self.not_cached(what)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return ModelError(
             f"{what} of {name}: not in the hub cache, and the download failed: {reason}",
             hint="check the network connection and the free disk space, or pass a folder as --model",

@@ -16,7 +16,7 @@ from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import print_table
 from sdtrt.errors import UsageError
 from sdtrt.models import Model, empty_part, part_infos
-from sdtrt.specs import Profile, Range, check_choice
+from sdtrt.specs import Profile, check_choice
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -265,14 +265,9 @@ def inspect_engine(entry: Entry) -> EngineReport:
         host=entry.key.get("host", {}),
         inputs=contract.inputs,
         outputs=contract.outputs,
-        profiles=tuple(_profile(data) for data in entry.key.get("profiles", ())),
+        profiles=tuple(Profile.from_json(data) for data in entry.key.get("profiles", ())),
         files=entry.files,
     )
-
-
-def _profile(data: Mapping[str, Mapping[str, int]]) -> Profile:
-    """A profile from a key's plain data."""
-    return Profile(**{name: Range(**bounds) for name, bounds in data.items()})
 
 
 def human_bytes(size: int | None) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrt.checkpoints import PREFIXES, Layout, check_checkpoint, convert, inferred_repo, meta_tensors
 from sdtrt.console import QUIET, Console, quiet_libraries
-from sdtrt.errors import ModelError, UsageError
+from sdtrt.errors import ModelError, UsageError, first_line
 from sdtrt.hub import Repo, is_repo_id
 from sdtrt.specs import DEFAULT_MODEL, ModelSpec
 from sdtrt.weights import (
@@ -495,7 +495,7 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
             NotImplementedError,
             RuntimeError,
         ) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ModelError(
                 f"the configuration of the {part} of {model.name} makes no {model.class_name(part)}: {reason}",
                 hint=f"check {model.config_folder / part / 'config.json'}, or download the model again",
@@ -634,7 +634,7 @@ def _load_tokenizer(model: Model, name: str) -> Any:
         try:
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exceptions
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ModelError(
                 f"can't read the tokenizer in {folder}: {reason}", hint="download or copy the model again"
             ) from error

@@ -229,12 +229,7 @@ def _without_bfloat16(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
     for tensor in _tensors(copy.graph):
         if tensor.data_type == narrow:
             tensor.data_type = stand_in
-    for value in (*copy.graph.input, *copy.graph.output):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = stand_in
-    for attribute in _cast_targets(copy.graph):
-        if attribute.i == narrow:
-            attribute.i = stand_in
+    _retype(copy.graph, narrow, stand_in)
     return copy, True
 
 
@@ -435,12 +430,17 @@ def widen_bfloat16(model: onnx.ModelProto, weights: Weights) -> None:
         else:
             values = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    for attribute in _cast_targets(model.graph):
-        if attribute.i == narrow:
-            attribute.i = wide
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
+    _retype(model.graph, narrow, wide)
+
+
+def _retype(graph: onnx.GraphProto, old: int, new: int) -> None:
+    """Change a data type wherever the graph names it: inputs, outputs, and what casts make."""
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == old:
+            value.type.tensor_type.elem_type = new
+    for attribute in _cast_targets(graph):
+        if attribute.i == old:
+            attribute.i = new
 
 
 def _widen(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

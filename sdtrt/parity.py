@@ -18,7 +18,7 @@ import torch
 from sdtrt import onnx_graph
 from sdtrt.components import Contract
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import ExportError
+from sdtrt.errors import ExportError, first_line
 from sdtrt.metrics import cosine, max_abs, relative_l2
 from sdtrt.runtime.onnxruntime import LOG_SEVERITY
 from sdtrt.specs import Precision, Sizes
@@ -148,7 +148,7 @@ def _check_format(path: Path, contract: Contract) -> None:
         onnx.checker.check_model(str(path), full_check=contract.precision != "bf16")
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"the exported graph is not valid ONNX: {_first_line(error)}",
+            f"the exported graph is not valid ONNX: {first_line(error)[:300]}",
             hint="try the other exporter: --exporter torchscript or --exporter dynamo",
         ) from error
 
@@ -199,7 +199,7 @@ def _open(path: Path) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime can't load the exported graph: {_first_line(error)}",
+            f"ONNX Runtime can't load the exported graph: {first_line(error)[:300]}",
             hint="try the other exporter: --exporter torchscript or --exporter dynamo",
         ) from error
 
@@ -211,7 +211,7 @@ def _run(session: Any, tensors: dict[str, torch.Tensor], dtypes: dict[str, str])
     except Exception as error:
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ExportError(
-            f"ONNX Runtime can't run the exported graph on {shapes}: {_first_line(error)}",
+            f"ONNX Runtime can't run the exported graph on {shapes}: {first_line(error)[:300]}",
             hint="try the other exporter: --exporter torchscript or --exporter dynamo",
         ) from error
     return output
@@ -242,7 +242,3 @@ def _judge(report: ParityReport, contract: Contract) -> None:
             f"at most {report.tolerance:.0e} is right) at {report.worst.sizes}",
             hint="try the other exporter, --exporter torchscript or --exporter dynamo, or --precision fp32",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -147,6 +148,11 @@ class Profile:
     def of(cls, sizes: Sizes) -> Profile:
         """The profile of exactly one size (the fastest engines are those)."""
         return cls(Range.of(sizes.batch), Range.of(sizes.height), Range.of(sizes.width), Range.of(sizes.tokens))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Mapping[str, int]]) -> Profile:
+        """The profile of an engine's key, where it is plain data (`dataclasses.asdict`)."""
+        return cls(**{name: Range(**bounds) for name, bounds in data.items()})
 
     @classmethod
     def parse(cls, text: str, default: Profile) -> Profile:

@@ -301,11 +301,6 @@ def parse_version(text: str) -> Version:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))  # type: ignore[index]
 
 
-def supports(backend: Backend, compute_capability: tuple[int, int]) -> bool:
-    """Whether a backend's installed version serves GPUs of a compute capability."""
-    return serves(open_library(backend), compute_capability)
-
-
 def serves(library: Library, compute_capability: tuple[int, int]) -> bool:
     """Whether a library serves GPUs of a compute capability (NVIDIA's support matrices)."""
     if library.has("named compute capability"):
@@ -340,6 +335,14 @@ def require_gpu(library: Library) -> None:
         raise EngineError(
             f"{library.name} does not serve {gpus[0].name} (compute capability {capability[0]}.{capability[1]})",
             hint="use --backend tensorrt" if library.family == "tensorrt_rtx" else "pip install -U tensorrt",
+        )
+
+
+def require_builder(library: Library) -> None:
+    """Raise `BuildError` for a lean runtime."""
+    if library.family == "tensorrt_lean":
+        raise BuildError(
+            f"{library.name} runs engines and builds none", hint='pip install "sdtrt[tensorrt]" to build engines'
         )
 
 

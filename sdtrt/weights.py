@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.errors import ModelError
+from sdtrt.errors import ModelError, first_line
 from sdtrt.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         except pickle.UnpicklingError:  # old checkpoints hold objects of their training framework
             data = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # unpickling may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(
             f"can't read {path}: {reason}", hint="convert it to safetensors, or download it again"
         ) from error

@@ -164,6 +164,12 @@ def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
         assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
 
 
+def test_an_engine_of_an_older_build_format_is_not_used(model, directory, entry, monkeypatch):
+    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
+    monkeypatch.setattr(engines, "FORMAT", entry.key["format"] + 1)
+    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+
+
 def _empty(folder):
     (folder / "engine.onnx").write_bytes(b"")
     return {}

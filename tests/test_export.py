@@ -85,15 +85,6 @@ def exported(tmp_path_factory):
     return get
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small models are slower on many threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

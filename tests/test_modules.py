@@ -23,15 +23,6 @@ CPU = torch.device("cpu")
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors this small are slower on several, much so where other processes run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class TorchSession:
     """A session that runs a PyTorch UNet, with the checks of a real one; remembers what it was fed."""
 

@@ -56,15 +56,6 @@ class Recorder(Console):
         yield advance
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors this small are slower on several, much so where other processes run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request, monkeypatch):
     """The same tests everywhere: a GPU is used by those that ask for one."""

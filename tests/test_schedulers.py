@@ -31,15 +31,6 @@ SAMPLERS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors this small are slower on several, much so where other processes run too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class PointScore:
     """The perfect noise prediction for data that is a single point: any sound scheduler walks to that point."""
 
