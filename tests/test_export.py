@@ -221,6 +221,16 @@ def test_the_graph_is_plain(exported, kind, exporter):
 
 
 @pytest.mark.parametrize("exporter", NAMES)
+def test_the_timestep_is_embedded_in_fp32(exported, exporter):
+    """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
+    made = exported("sd1", exporter=exporter)
+    operators = {node.name: node.op_type for node in made.model.graph.node}
+    kept = onnx_graph.float32_nodes(made.path)
+    assert sorted(operators[name] for name in kept) == ["Cos", "Mul", "Sin"]
+    assert not onnx_graph.float32_nodes(made.path) - set(operators)
+
+
+@pytest.mark.parametrize("exporter", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_queries_and_keys_are_scaled_before_their_product(exported, kind, exporter):
     graph = exported(kind, "fp16", exporter).model.graph
