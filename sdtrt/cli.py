@@ -25,6 +25,7 @@ from sdtrt.options import (
     ModelOptions,
     OutputOptions,
     ProfileOptions,
+    VerifyOptions,
     grouped,
 )
 from sdtrt.specs import (
@@ -196,6 +197,27 @@ def _compute_capability(text: str | None) -> tuple[int, int] | None:
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
     return int(major), int(minor)
+
+
+@app.command()
+@grouped
+def verify(
+    options: VerifyOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
+    spec = options.spec(model.spec(), backend)
+    from sdtrt.verify import verify
+
+    report = verify(spec, directory.directory(), output.console())
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+    report.raise_on_failure()
 
 
 @app.command()

@@ -168,8 +168,9 @@ def tampered_engine(
     """A copy of an ONNX Runtime engine with one weight of it changed, whole and published as if it were right.
 
     Args:
+        directory: where the copy goes; in the engine's own directory it replaces the engine.
         change: alters the largest weight in place.
-        key: what differs in the copy's key; nothing to put it into the engine's own place.
+        key: what differs in the copy's key.
     """
 
     def make(folder: Path) -> Any:
