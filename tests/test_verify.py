@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, tampered_engine
+from factories import sd1_folder, sdxl_folder, tampered_engine
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -126,6 +126,15 @@ def test_pytorch_itself_is_verified_as_any_backend(spec, directory):
     assert report.image.ssim == 1
     assert report.engine is None
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["engine"] is None
+
+
+def test_an_sdxl_model_in_half_precision_is_its_own_noise_floor(spec, directory, tmp_path):
+    model = ModelSpec(str(sdxl_folder(tmp_path / "sdxl")))
+    image = replace(spec.image, model=model, backend="torch", precision="fp16", steps=2)
+    report = verify(replace(spec, image=image, thresholds=Thresholds(None, None, None, None, None)), directory, QUIET)
+    assert report.passed
+    for error in report.timesteps:
+        assert 0 < error.relative_l2 == error.reference_relative_l2 < 1e-2
 
 
 @pytest.mark.parametrize("scheduler", ["euler-a", "heun", "unipc"])
