@@ -30,11 +30,11 @@ from sdtrt.models import Model, load_unet
 from sdtrt.onnx_graph import Weights
 from sdtrt.parity import ParityReport, check_onnx
 from sdtrt.specs import Exporter, ExportSpec
-from sdtrt.tracing import UNetCall, example_inputs, traceable
+from sdtrt.tracing import WIDE_LEVELS, UNetCall, example_inputs, traceable
 
 __all__ = ["check_onnx", "export_component", "export_file", "export_key", "write_onnx"]
 
-FORMAT = 2  # of exports: raise it when this module writes something else for the same request
+FORMAT = 3  # of exports: raise it when this module writes something else for the same request
 FILE_NAME = "model.onnx"
 OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
 
@@ -118,6 +118,7 @@ def write_onnx(
     *,
     exporter: Exporter = "torchscript",
     opset: int = 17,
+    wide_levels: int = WIDE_LEVELS,
     console: Console = QUIET,
 ) -> None:
     """Write a UNet as ONNX. The same module gives the same bytes each time.
@@ -126,6 +127,7 @@ def write_onnx(
         module: a `UNet2DConditionModel` on the CPU, in the contract's precision.
         contract: names, dtypes and axes of the graph.
         path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
+        wide_levels: on how many resolutions an fp16 module's convolutions compute in fp32 (see `tracing`).
 
     Raises:
         ExportError: the module's weights are not finite, or the exporter fails.
@@ -136,7 +138,7 @@ def write_onnx(
         tempfile.TemporaryDirectory(prefix=".raw-", dir=path.parent) as folder,
     ):
         raw = Path(folder) / FILE_NAME
-        model, weights = _trace(module, contract, raw, exporter, opset)
+        model, weights = _trace(module, contract, raw, exporter, opset, wide_levels)
         onnx_graph.simplify(model, weights)
         onnx_graph.apply_contract(model, contract, metadata(contract))
         onnx_graph.save(model, weights, path)
@@ -165,13 +167,13 @@ def _check_weights(module: torch.nn.Module, contract: Contract) -> None:
 
 
 def _trace(
-    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int
+    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int, wide_levels: int
 ) -> tuple[onnx.ModelProto, Weights]:
     """The raw graph, as one of PyTorch's exporters writes it; `path` is a temporary file."""
     call = UNetCall(module).eval()
     write = _torchscript if exporter == "torchscript" else _dynamo
     try:
-        with traceable(module), _silenced(), torch.no_grad():
+        with traceable(module, wide_levels=wide_levels), _silenced(), torch.no_grad():
             return write(call, contract, path, opset)
     except (MemoryError, OSError):
         raise
@@ -223,7 +225,7 @@ def _dynamo(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple
     )
     # Resolves sequences of tensors, which `simplify` does not know. Kept off the weights: it would lose their names.
     onnxscript.optimizer.fold_constants(
-        program.model, should_fold=lambda node: False if node.op_type == "Transpose" else None
+        program.model, should_fold=lambda node: False if node.op_type in ("Transpose", "Cast") else None
     )
     program.save(path, external_data=True)
     return onnx_graph.load_split(path)

@@ -173,6 +173,7 @@ def simplify(model: onnx.ModelProto, weights: Weights) -> None:
         _drop_no_ops(model, weights)
         _merge_equal(model.graph)
         _fold_transposes(model.graph, weights)
+        _fold_widening(model.graph, weights)
         _drop_unused(model.graph, weights)
         if model.graph.SerializeToString(deterministic=True) == before:
             break
@@ -401,6 +402,29 @@ def _fold_transposes(graph: onnx.GraphProto, weights: Weights) -> None:
             tensor.name += ".T"
             tensor.dims[:] = [columns, rows]
             weights[tensor.name] = np.ascontiguousarray(items.T).reshape(-1).view(np.uint8)
+            node.CopyFrom(onnx.helper.make_node("Identity", [tensor.name], node.output, name=node.name))
+
+
+def _fold_widening(graph: onnx.GraphProto, weights: Weights) -> None:
+    """Store in fp32 those fp16 weights that the graph takes in fp32 only; their names then end in `.fp32`.
+
+    TensorRT 8.6 takes a convolution's weights from the file, not from a cast.
+    """
+    uses = Counter(name for node in graph.node for name in node.input)
+    halves = {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if tensor.name in weights and tensor.data_type == onnx.TensorProto.FLOAT16
+    }
+    for node in graph.node:
+        if node.op_type != "Cast" or node.input[0] not in halves or uses[node.input[0]] != 1:
+            continue
+        if node.attribute[0].i == onnx.TensorProto.FLOAT:
+            tensor = halves[node.input[0]]
+            data = weights.pop(tensor.name)
+            tensor.name += ".fp32"
+            tensor.data_type = onnx.TensorProto.FLOAT
+            weights[tensor.name] = data.view(np.float16).astype(np.float32).view(np.uint8)
             node.CopyFrom(onnx.helper.make_node("Identity", [tensor.name], node.output, name=node.name))
 
 

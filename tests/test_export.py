@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,15 +252,22 @@ def test_nothing_of_this_machine_is_in_the_file(exported, exporter):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_is_plain(exported, kind, exporter):
     it = exported(kind, "fp16", exporter)
-    operators = [node.op_type for node in it.model.graph.node]
-    # The timestep's embedding is computed in fp32 and cast once; SDXL's added one likewise, with the pooled text.
-    assert operators.count("Cast") == (3 if kind == "sdxl" else 1)
+    graph = it.model.graph
+    operators = [node.op_type for node in graph.node]
+    # The timestep's embedding is computed in fp32 and cast once; SDXL's added one likewise, with the pooled text. The
+    # others are of the convolutions in fp32: their inputs and outputs, no weights.
+    wide = [node for node in graph.node if node.op_type == "Conv" and node.input[1].endswith(".fp32")]
+    around = {node.output[0] for node in wide} | {node.input[0] for node in wide}
+    casts = [node for node in graph.node if node.op_type == "Cast" and not around & {node.input[0], node.output[0]}]
+    assert len(casts) == (3 if kind == "sdxl" else 1)
     assert not {"Identity", "CastLike", "Sqrt", "SequenceAt", "SplitToSequence", "If", "Loop"} & set(operators)
     assert operators.count("Resize") == sum(1 for name, _ in it.unet.named_modules() if name.endswith("upsamplers.0"))
     parameters = dict(it.unet.named_parameters())
-    stored = sum(len(tensor.raw_data) for tensor in it.model.graph.initializer)
-    assert stored <= sum(2 * value.numel() for value in parameters.values()) + 4096
-    names = {tensor.name.removeprefix("unet.").removesuffix(".T") for tensor in it.model.graph.initializer}
+    stored = sum(len(tensor.raw_data) for tensor in graph.initializer)
+    widened = sum(2 * module.weight.numel() for module in tracing.wide_convolutions(it.unet).values())
+    assert stored <= sum(2 * value.numel() for value in parameters.values()) + widened + 4096
+    suffixes = re.compile(r"\.(T|fp32)$")
+    names = {suffixes.sub("", tensor.name.removeprefix("unet.")) for tensor in graph.initializer}
     assert {name for name, value in parameters.items() if value.dim() > 1} <= names
 
 
@@ -269,8 +277,41 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     made = exported("sd1", exporter=exporter)
     operators = {node.name: node.op_type for node in made.model.graph.node}
     kept = onnx_graph.float32_nodes(made.path)
-    assert sorted(operators[name] for name in kept) == ["Cos", "Mul", "Sin"]
-    assert not onnx_graph.float32_nodes(made.path) - set(operators)
+    assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+def test_convolutions_near_the_latents_compute_in_fp32(exported, exporter):
+    """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
+    made = exported("sd1", exporter=exporter)
+    weights = {tensor.name: tensor for tensor in made.model.graph.initializer}
+    kept = onnx_graph.float32_nodes(made.path)
+    wide = {node.input[1] for node in made.model.graph.node if node.op_type == "Conv" and node.name in kept}
+    expected = tracing.wide_convolutions(made.unet)
+    assert wide == {f"unet.{name}.weight.fp32" for name in expected}
+    last = len(made.unet.up_blocks) - 1
+    assert {"conv_in", "down_blocks.0.resnets.0.conv1", f"up_blocks.{last}.resnets.0.conv2", "conv_out"} <= set(
+        expected
+    )
+    assert f"up_blocks.{last - 1}.upsamplers.0.conv" in expected  # what it makes has the latents' size
+    assert "down_blocks.0.downsamplers.0.conv" not in expected  # what it makes has not
+    assert not [name for name in expected if "attentions" in name]
+    for name, module in expected.items():
+        stored = numpy_helper.to_array(weights[f"unet.{name}.weight.fp32"])
+        assert stored.dtype == np.float32
+        assert np.array_equal(stored, module.weight.detach().float().numpy())
+
+
+def test_more_or_no_levels_in_fp32(tmp_path, exported):
+    made = exported("sd1")
+    counts = []
+    for levels in (0, 1, 9):
+        path = tmp_path / f"{levels}.onnx"
+        write_onnx(made.unet, made.contract, path, wide_levels=levels)
+        operators = {node.name: node.op_type for node in onnx.load(path).graph.node}
+        counts.append(sum(operators[name] == "Conv" for name in onnx_graph.float32_nodes(path)))
+    assert counts[0] == 0 < counts[1] < counts[2]
+    assert not tracing.wide_convolutions(exported("sd1", "bf16").unet)
 
 
 @pytest.mark.parametrize("exporter", NAMES)
