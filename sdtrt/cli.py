@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from sdtrt.console import print_table
 from sdtrt.errors import SdtrtError, UsageError
 from sdtrt.options import (
     BackendOptions,
+    BenchOptions,
     DirectoryOptions,
     ExporterOptions,
     GenerateOptions,
@@ -196,6 +198,27 @@ def _compute_capability(text: str | None) -> tuple[int, int] | None:
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
     return int(major), int(minor)
+
+
+@app.command()
+@grouped
+def bench(
+    bench: BenchOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
+    spec = bench.spec(model.spec(), backend)
+    from sdtrt.bench import run_bench
+
+    report = run_bench(spec, directory.directory(), output.console(), shlex.join(["sdtrt", *sys.argv[1:]]))
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+    report.check()
 
 
 @app.command()

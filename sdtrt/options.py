@@ -16,15 +16,21 @@ from sdtrt.console import Console
 from sdtrt.errors import UsageError
 from sdtrt.specs import (
     BACKENDS,
+    BASELINES,
+    BENCH_TASKS,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_MODEL,
     DEFAULT_OPSETS,
     DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
     DEFAULT_TOKENS,
     EXPORTERS,
     PRECISIONS,
     SCHEDULERS,
     BackendChoice,
+    BaselineName,
+    BenchSpec,
+    BenchTask,
     Component,
     Exporter,
     ExportSpec,
@@ -229,3 +235,67 @@ class GenerateOptions:
             allow_build=not self.no_build,
             **image,
         )
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time, and beside what."""
+
+    task: Annotated[str, Option(help=f"{', '.join(BENCH_TASKS)} or both")] = "both"
+    baselines: Annotated[
+        str, Option(metavar="all|none|NAME,NAME", help=f"what to compare with: {', '.join(BASELINES)}")
+    ] = "all"
+    steps: Annotated[int, Option("--steps", "--num-inference-steps", help="denoising steps")] = DEFAULT_STEPS
+    guidance_scale: Annotated[
+        float, Option("--guidance-scale", "--cfg-scale", help="up to 1 is off, which halves the UNet's batch")
+    ] = DEFAULT_GUIDANCE_SCALE
+    strength: Annotated[float, Option(help="of img2img: the share of the steps that run")] = DEFAULT_STRENGTH
+    height: Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")] = None
+    width: Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")] = None
+    batch_size: Annotated[str, Option(metavar="N,N,N", help="images in one call; several are compared")] = "1"
+    repeats: Annotated[int, Option(help="timed calls of each row")] = 5
+    warmups: Annotated[int, Option(help="calls before them that are not timed")] = 1
+    scheduler: Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")] = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
+    no_build: Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")] = False
+
+    def spec(self, model: ModelSpec, backend: BackendOptions) -> BenchSpec:
+        """The measurements that are asked for."""
+        return BenchSpec(
+            model=model,
+            backend=cast(BackendChoice, backend.backend),
+            precision=cast("Precision | None", backend.precision),
+            tasks=cast("tuple[BenchTask, ...]", BENCH_TASKS if self.task == "both" else (self.task,)),
+            baselines=self._baselines(),
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            strength=self.strength,
+            height=self.height,
+            width=self.width,
+            batch_sizes=_numbers("--batch-size", self.batch_size),
+            repeats=self.repeats,
+            warmups=self.warmups,
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            output=self.output,
+            overwrite=self.overwrite,
+            allow_build=not self.no_build,
+        )
+
+    def _baselines(self) -> tuple[BaselineName, ...] | None:
+        """`all` → None, `none` → nothing, else the names."""
+        if self.baselines in ("all", "none"):
+            return None if self.baselines == "all" else ()
+        return cast("tuple[BaselineName, ...]", tuple(dict.fromkeys(self.baselines.replace(" ", "").split(","))))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """`1,2,4` → (1, 2, 4)."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(
+            f"{option} must be a number, or several with commas, got {text!r}", hint=f"as in {option} 1,2,4"
+        )
+    return tuple(dict.fromkeys(int(word) for word in words))

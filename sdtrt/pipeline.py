@@ -168,11 +168,16 @@ def _plan(spec: GenerateSpec, model: Model, init: images.InitImage | None, conso
     backend = engines.choose_backend(spec.backend, console)
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
-    tokens = model.config(_encoders(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
-    sizes = Sizes(2 if spec.uses_guidance else 1, height, width, tokens)
+    sizes = unet_sizes(model, 1, height, width, guidance=spec.uses_guidance)
     plan = Plan(model, backend, precision, sizes, spec.steps, img2img=init is not None, scheduler=spec.scheduler)
-    _check_plan(plan)
+    check_plan(plan)
     return plan
+
+
+def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
+    """The size of the UNet calls that make so many images at once."""
+    tokens = model.config(_encoders(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
+    return Sizes(images * (2 if guidance else 1), height, width, tokens)
 
 
 def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
@@ -193,7 +198,7 @@ def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None,
     return height, width
 
 
-def _check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Refuse what no engine can run, before anything is exported."""
     if plan.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
@@ -320,7 +325,7 @@ class _Run:
         """One call of the pipeline."""
         pipe, finite = self.opened.pipe, _Finite()
         steps = len(self._timesteps())
-        with self.console.bar(name, steps) as advance, _out_of_memory(self.opened.plan):
+        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan):
 
             def on_step_end(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 finite.add(tensors["latents"])
@@ -439,7 +444,7 @@ def _engine_facts(entry: Entry | None) -> dict[str, str] | None:
 
 
 @contextmanager
-def _out_of_memory(plan: Plan) -> Iterator[None]:
+def out_of_memory(plan: Plan) -> Iterator[None]:
     """Turn PyTorch's failures to allocate into an `EngineError` (the CPU's is a bare `RuntimeError`)."""
     try:
         yield
