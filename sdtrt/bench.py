@@ -363,7 +363,7 @@ class _Bench:
         sizes = unet_sizes(self.model, batch, spec.height or own_height, spec.width or own_width, guidance=guidance)
         backend: Backend = runner.backend if runner.asked else "torch"  # type: ignore[assignment]  # a backend's name
         img2img = task == "img2img"
-        return Plan(self.model, backend, runner.precision, sizes, spec.steps, img2img, spec.scheduler)
+        return Plan(self.model, backend, runner.precision, sizes, spec.steps, img2img, spec.scheduler, batch)
 
     def _measure(self, task: BenchTask, runner: Runner, plan: Plan, batch: int) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""

@@ -208,6 +208,7 @@ class GenerateOptions:
     width: Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")] = None
     seed: Annotated[int | None, Option(help="of the first image, the next ones count up; by default random")] = None
     num_images: Annotated[int, Option(help="images for each prompt")] = 1
+    batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
     scheduler: Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")] = None
     output: Annotated[
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
@@ -229,6 +230,7 @@ class GenerateOptions:
             width=self.width,
             seed=self.seed,
             num_images=self.num_images,
+            batch_size=self.batch_size,
             scheduler=cast("SchedulerName | None", self.scheduler),
             output=self.output,
             overwrite=self.overwrite,

@@ -324,6 +324,7 @@ class GenerateSpec:
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
         height, width: pixels; None for the init image's size, else the model's own.
         seed: of each prompt's first image (the next ones count up from it); None for a random one.
+        batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
         init_image: start from this image instead of from noise (img2img).
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
@@ -343,6 +344,7 @@ class GenerateSpec:
     width: int | None = None
     seed: int | None = None
     num_images: int = 1
+    batch_size: int = 1
     scheduler: SchedulerName | None = None
     init_image: Path | None = None
     strength: float = DEFAULT_STRENGTH
@@ -376,6 +378,8 @@ class GenerateSpec:
             raise UsageError(f"steps must be at least 1, got {self.steps}", hint=f"use --steps {DEFAULT_STEPS}")
         if self.num_images < 1:
             raise UsageError(f"num-images must be at least 1, got {self.num_images}", hint="use --num-images 1")
+        if self.batch_size < 1:
+            raise UsageError(f"batch size must be at least 1, got {self.batch_size}", hint="use --batch-size 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(
                 f"guidance scale must be a number from 0 up, got {self.guidance_scale}",
