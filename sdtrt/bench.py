@@ -362,8 +362,16 @@ class _Bench:
         guidance = spec.request(task).uses_guidance
         sizes = unet_sizes(self.model, batch, spec.height or own_height, spec.width or own_width, guidance=guidance)
         backend: Backend = runner.backend if runner.asked else "torch"  # type: ignore[assignment]  # a backend's name
-        img2img = task == "img2img"
-        return Plan(self.model, backend, runner.precision, sizes, spec.steps, img2img, spec.scheduler, batch)
+        return Plan(
+            model=self.model,
+            backend=backend,
+            precision=runner.precision,
+            sizes=sizes,
+            steps=spec.steps,
+            img2img=task == "img2img",
+            scheduler=spec.scheduler,
+            images=batch,
+        )
 
     def _measure(self, task: BenchTask, runner: Runner, plan: Plan, batch: int) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""

@@ -42,6 +42,7 @@ from sdtrt.specs import (
     bytes_of,
     check_choice,
 )
+from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
     from sdtrt.inspection import EngineReport, ModelReport
@@ -108,7 +109,8 @@ def img2img(
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
-    from sdtrt.pipeline import generate
+    with quick_imports():
+        from sdtrt.pipeline import generate
 
     report = generate(spec, directory.directory(), output.console())
     _render([str(image.path) for image in report.images], report.to_json(), output)
@@ -211,7 +213,8 @@ def bench(
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
     spec = bench.spec(model.spec(), backend)
-    from sdtrt.bench import run_bench
+    with quick_imports():
+        from sdtrt.bench import run_bench
 
     report = run_bench(spec, directory.directory(), output.console(), shlex.join(["sdtrt", *sys.argv[1:]]))
     if output.as_json:
