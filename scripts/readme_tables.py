@@ -20,7 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
-VERSIONS = ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch", "diffusers")
 UNMEASURED = "Not measured yet.\n"
 
 Row = Mapping[str, Any]
@@ -65,6 +64,7 @@ def table(rows: Sequence[Row]) -> str:
     """
     runners = list(dict.fromkeys(runner_of(row) for row in rows))
     subject = next((runner for runner in reversed(runners) if runner[0] != "torch"), runners[-1])
+    runners.sort(key=subject.__eq__)  # it comes last
     batched = any(row["batch"] != 1 for row in rows)
     head = ["task", "size", "steps", *(["batch"] if batched else []), *(f"{title(runner)}, s" for runner in runners)]
     lines = [[*head, "speed-up", "UNet step, ms"]]
@@ -86,7 +86,8 @@ def origin(report: Mapping[str, Any], path: str) -> str:
     host, versions = report["host"], report["versions"]
     machine = ", ".join(gpu["name"] for gpu in host.get("gpus", ())) or host["processor"]
     driver = [f"driver {versions['driver']}"] if versions.get("driver") else []
-    shown = [f"{name} {versions[name]}" for name in VERSIONS if versions.get(name)]
+    used = [*dict.fromkeys([*(row["backend"] for row in report["rows"]), "torch"]), "diffusers"]
+    shown = [f"{name} {versions[name]}" for name in used if versions.get(name)]
     return f"Medians. {', '.join([machine, *driver, *shown])}; `{report['command']}`; [raw figures]({path}).\n"
 
 

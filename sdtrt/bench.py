@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,6 +244,7 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     """
     if spec.output is not None:
         images.check_files(spec.output, FILES, overwrite=spec.overwrite)
+    facts = host.facts() | _state()
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = models.resolve_model(spec.model, console)
@@ -255,7 +257,6 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
             for row in _with_speedups([bench.row(task, runner, batch) for runner in runners])
         ]
     versions = _versions(runners[0])
-    facts = host.facts() | {"torch_threads": torch.get_num_threads()}
     report = BenchReport(tuple(rows), facts, versions, command, spec.model.name)
     if spec.output is not None:
         for path in images.write_files(spec.output, _files(report), overwrite=spec.overwrite):
@@ -290,6 +291,12 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
     why = "it tunes for many minutes" if on_gpu else "they are for GPUs, but for torch-compile, which takes long"
     console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines NAME,NAME asks for them")
     return chosen
+
+
+def _state() -> dict[str, Any]:
+    """What the machine is like now: PyTorch's threads, and how busy it is before anything is measured."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"torch_threads": torch.get_num_threads(), "load_average": load}
 
 
 def _versions(asked: Runner) -> dict[str, str]:

@@ -94,6 +94,7 @@ def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
     report = run_bench(replace(spec, batch_sizes=(1, 2)), directory, QUIET, "sdtrt bench")
     data = json.loads(json.dumps(report.to_json()))
     assert {"host", "versions", "rows", "command"} <= data.keys()
+    assert data["host"]["torch_threads"] == torch.get_num_threads()
     assert [(row["task"], row["batch"], row["backend"]) for row in data["rows"]] == [
         (task, batch, backend)
         for task in ("txt2img", "img2img")

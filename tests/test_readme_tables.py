@@ -34,7 +34,7 @@ def report(*rows):
     return {
         "command": "python benchmarks/founding.py",
         "host": {"gpus": [{"name": "NVIDIA Made Up"}], "processor": "Some CPU, 2 cores"},
-        "versions": {"torch": "2.0", "tensorrt": "8.6.1", "driver": "580.1"},
+        "versions": {"torch": "2.0", "tensorrt": "8.6.1", "onnxruntime": "1.0", "driver": "580.1"},
         "rows": list(rows),
     }
 
@@ -72,7 +72,7 @@ def test_a_report_becomes_a_table_which_then_agrees(project):
     text = readme(project)
     assert "| task | size | steps | PyTorch fp32, s | TensorRT fp16, s | speed-up | UNet step, ms |\n" in text
     assert "| txt2img | 512×512 | 50 | 3.900 | 0.500 | 7.8× | 10.00 |\n" in text
-    assert "NVIDIA Made Up, driver 580.1, tensorrt 8.6.1, torch 2.0; `python benchmarks/founding.py`" in text
+    assert "NVIDIA Made Up, driver 580.1, torch 2.0, tensorrt 8.6.1; `python benchmarks/founding.py`" in text
     assert "(benchmarks/founding.json)" in text
     assert text.endswith("<!-- /table -->\n\nThe rest.\n")
     assert run(project, "--check").returncode == 0
@@ -101,6 +101,12 @@ def test_several_baselines_have_a_column_each_and_failed_ones_say_so(project):
     assert "| PyTorch fp32, s | PyTorch fp32 TF32 on, s | PyTorch fp16 compiled, s | TensorRT fp16, s |" in text
     assert "| txt2img | 512×512 | 50 | 3.900 | 2.000 | failed | 0.500 | 7.8× | 8.12 |" in text
     assert "| img2img | 768×512 | 50 | – | – | – | 0.800 | 4.9× | 9.00 |" in text
+
+
+def test_what_sdtrt_bench_reports_first_stands_last(project):
+    write(project, report(row("tensorrt", "fp16", 0.5), row("torch", "fp32", 3.9)))
+    run(project)
+    assert "| txt2img | 512×512 | 50 | 3.900 | 0.500 | 7.8× | 10.00 |" in readme(project)
 
 
 def test_without_a_report_nothing_is_claimed(project):
