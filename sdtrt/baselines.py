@@ -25,6 +25,7 @@ from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import BaselineName, ExportSpec, Precision
 
 WARMUPS_BEFORE_CAPTURE = 3  # PyTorch's own recipe: libraries choose algorithms and allocate workspaces at first
+CUDA_PROVIDER = "CUDAExecutionProvider"
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -176,7 +177,8 @@ def capture_graph(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None],
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may use the GPU meanwhile (the one that watches its memory does).
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call()
     return graph.replay, output
 
@@ -198,7 +200,7 @@ def compiled_forward(forward: Callable[..., Any], name: BaselineName, device: to
 def _open_onnxruntime(plan: Plan, directory: EngineDirectory, console: Console) -> Iterator[OpenPipeline]:
     """The pipeline with its UNet in ONNX Runtime's CUDA provider, from the same ONNX file as the engines."""
     contract = unet_contract(plan.model.config("unet"), plan.precision)
-    require_provider("CUDAExecutionProvider")
+    require_provider(CUDA_PROVIDER)
     entry = export_component(plan.model, ExportSpec(plan.model.spec, precision=plan.precision), directory, console)
     with open_pipeline(plan, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
@@ -207,11 +209,16 @@ def _open_onnxruntime(plan: Plan, directory: EngineDirectory, console: Console) 
             yield opened
 
 
-def require_provider(provider: str) -> None:
-    """Raise `EngineError` unless the installed ONNX Runtime has an execution provider."""
+def has_provider(provider: str) -> bool:
+    """Whether the installed ONNX Runtime has an execution provider."""
     import onnxruntime
 
-    if provider not in onnxruntime.get_available_providers():
+    return provider in onnxruntime.get_available_providers()
+
+
+def require_provider(provider: str) -> None:
+    """Raise `EngineError` unless the installed ONNX Runtime has an execution provider."""
+    if not has_provider(provider):
         raise EngineError(
             f"the installed ONNX Runtime has no {provider}", hint="pip install onnxruntime-gpu in place of onnxruntime"
         )
@@ -231,7 +238,7 @@ class BoundSession(Session[torch.Tensor]):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_SEVERITY
-        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+        provider = CUDA_PROVIDER if device.type == "cuda" else "CPUExecutionProvider"
         self.contract, self._device = contract, device
         try:
             self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=[provider])

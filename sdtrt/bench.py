@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from sdtrt import __version__, charts, engines, host, images, meters, models
-from sdtrt.baselines import BASELINES, Baseline, open_baseline, tf32
+from sdtrt.baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline, tf32
 from sdtrt.build import backend_version
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
@@ -284,11 +284,13 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
     """Those that were named; else those that this machine has a use for, and a word on the others."""
     if spec.baselines is not None:
         return [BASELINES[name] for name in spec.baselines]
-    on_gpu = engines.torch_sees_gpu()
-    usual = [found for found in BASELINES.values() if found.name != "torch-compile-max"]
-    chosen = [found for found in usual if on_gpu or (found.needs_gpu is None and found.name != "torch-compile")]
+    on_gpu, why = engines.torch_sees_gpu(), "they are for GPUs, but for torch-compile, which takes long"
+    chosen = [BASELINES["torch-fp32"]]
+    if on_gpu:
+        missing = {"torch-compile-max"} | (set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"})
+        chosen = [found for found in BASELINES.values() if found.name not in missing]
+        why = "tuning takes many minutes; ONNX Runtime's CUDA baseline needs onnxruntime-gpu"
     left_out = [found.name for found in BASELINES.values() if found not in chosen]
-    why = "it tunes for many minutes" if on_gpu else "they are for GPUs, but for torch-compile, which takes long"
     console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines NAME,NAME asks for them")
     return chosen
 
@@ -350,9 +352,9 @@ class _Bench:
         plan = self._plan(task, runner, batch)
         sizes = plan.sizes
         row = Row(task, runner, self.spec.steps_run(task), sizes.height, sizes.width, batch)
+        self.console.note(f"{task}, batch {batch}: {runner.title} ...")
         try:
-            with self.console.stage(f"{task}, batch {batch}, {runner.title}"):
-                measured = self._measure(task, runner, plan, batch)
+            measured = self._measure(task, runner, plan, batch)
         except UsageError:
             raise
         except Exception as error:
