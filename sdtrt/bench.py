@@ -33,7 +33,8 @@ MIB = 2**20
 # How long one component is timed, in seconds, and between how many calls: a UNet on a CPU takes seconds a call.
 COMPONENT_SECONDS, MIN_CALLS, MAX_CALLS = 2.0, 3, 50
 FILES = ("bench.json", "bench.md", "bench.png")
-COLUMNS = ("task", "what", "size", "steps", "batch", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "speed-up")
+COLUMNS = ("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "speed-up")
+SHARED = 3  # columns that all rows of a task have in common
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row of a table, in the order of `COLUMNS`."""
         size = f"{self.width}×{self.height}"
-        head = (self.task, self.runner.title, size, str(self.steps), str(self.batch))
+        head = (self.task, size, str(self.steps), str(self.batch), self.runner.title)
         found = self.measured
         if found is None:
             return (*head, "failed", *[""] * (len(COLUMNS) - len(head) - 1))
@@ -215,8 +216,12 @@ class BenchReport:
         return charts.bar_chart([charts.Group(title, tuple(bars)) for title, bars in groups.items()])
 
     def print(self) -> None:
-        """The table on stdout."""
-        print_table(COLUMNS, (row.cells() for row in self.rows))
+        """One table for each task on stdout: what all its rows have in common stands above it."""
+        first = {row.task: row for row in reversed(self.rows)}
+        for task in dict.fromkeys(row.task for row in self.rows):
+            title = f"{self.model}: {task}, {first[task].width}×{first[task].height}, {first[task].steps} steps"
+            rows = (row.cells() for row in self.rows if row.task == task)
+            print_table(COLUMNS[SHARED:], (cells[SHARED:] for cells in rows), title)
         for line in self.remarks():
             print(line)
 

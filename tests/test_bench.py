@@ -414,7 +414,10 @@ FAST = ("--steps", "2", "--repeats", "1", "--height", "64", "--width", "64", "--
 def test_the_command_prints_a_table_or_json(run):
     code, out, err = run(*FAST, "--task", "txt2img")
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["txt2img", "onnxruntime"], ["txt2img", "torch"]]
+    title, head, *rows = out.splitlines()
+    assert title.strip() == "tiny: txt2img, 64×64, 2 steps"
+    assert head.split()[:3] == ["batch", "what", "median"]
+    assert [line.split()[:2] for line in rows] == [["1", "onnxruntime"], ["1", "torch"]]
     code, out, err = run(*FAST, "--json", "--baselines", "none", "--batch-size", "1,2")
     assert (code, err) == (0, "")
     report = json.loads(out)
@@ -430,7 +433,7 @@ def test_the_command_prints_a_table_or_json(run):
 def test_a_backend_that_can_not_run_is_exit_1_with_the_table(run):
     code, out, err = run(*FAST, "--task", "txt2img", "--backend", "tensorrt")
     assert code == 1
-    assert "failed" in out.splitlines()[1]
+    assert "failed" in out.splitlines()[2]
     assert err.splitlines()[-2].startswith("error: tensorrt fp16 was not measured")
 
 
