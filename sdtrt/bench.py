@@ -25,7 +25,7 @@ from sdtrt.errors import EngineError, SdtrtError, UsageError, first_line
 from sdtrt.meters import MemoryMeter, Timing, time_calls, time_queued_calls
 from sdtrt.models import Model
 from sdtrt.parity import seeded_feeds
-from sdtrt.pipeline import OpenPipeline, Plan, check_plan, open_pipeline, out_of_memory, unet_sizes
+from sdtrt.pipeline import OpenPipeline, Plan, check_plan, hooked, open_pipeline, out_of_memory, unet_sizes
 from sdtrt.specs import BENCH_PROMPT, Backend, BenchSpec, BenchTask, Precision
 from sdtrt.tracing import UNetCall
 
@@ -452,11 +452,8 @@ def _count_calls(module: torch.nn.Module, call: Callable[[], object]) -> int:
         nonlocal count
         count += 1
 
-    handle = module.register_forward_hook(note)
-    try:
+    with hooked(module, note):
         call()
-    finally:
-        handle.remove()
     return count
 
 

@@ -27,6 +27,7 @@ from sdtrt.options import (
     ModelOptions,
     OutputOptions,
     ProfileOptions,
+    VerifyOptions,
     grouped,
 )
 from sdtrt.specs import (
@@ -204,15 +205,37 @@ def _compute_capability(text: str | None) -> tuple[int, int] | None:
 
 @app.command()
 @grouped
+def verify(
+    options: VerifyOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
+    spec = options.spec(model.spec(), backend)
+    with quick_imports():
+        from sdtrt.verify import verify
+
+    report = verify(spec, directory.directory(), output.console())
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+    report.raise_on_failure()
+
+
+@app.command()
+@grouped
 def bench(
-    bench: BenchOptions,
+    options: BenchOptions,
     model: ModelOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = bench.spec(model.spec(), backend)
+    spec = options.spec(model.spec(), backend)
     with quick_imports():
         from sdtrt.bench import run_bench
 

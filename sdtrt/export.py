@@ -34,7 +34,7 @@ from sdtrt.tracing import UNetCall, example_inputs, traceable
 
 __all__ = ["check_onnx", "export_component", "export_file", "export_key", "write_onnx"]
 
-FORMAT = 1  # of exports: raise it when this module writes something else for the same request
+FORMAT = 2  # of exports: raise it when this module writes something else for the same request
 FILE_NAME = "model.onnx"
 OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
 

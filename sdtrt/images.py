@@ -233,6 +233,19 @@ def _is_taken(path: Path) -> bool:
     return True
 
 
+def save_new(data: bytes, folder: Path, stem: str, suffix: str = ".png") -> Path:
+    """Write a file whole or not at all under a new name that begins with `stem`, and return its path.
+
+    Raises:
+        OutputError: where it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _publish_fresh(data, folder, stem, suffix)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def _publish_fresh(data: bytes, folder: Path, stem: str, suffix: str) -> Path:
     """Write under the first free name of `stem`, `stem-2`, `stem-3`, … in `folder`."""
     number = 1

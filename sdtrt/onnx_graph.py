@@ -38,6 +38,10 @@ ELEM_TYPES = {
     "bfloat16": onnx.TensorProto.BFLOAT16,
 }
 # fmt: off
+MOVING = frozenset((
+    "Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice",
+    "Split", "Squeeze", "Transpose", "Unsqueeze", "Where"
+))
 FOLDABLE = frozenset((
     "Abs", "Add", "Cast", "Ceil", "Concat", "ConstantOfShape", "Cos", "Div", "Equal", "Exp", "Expand", "Floor",
     "Gather", "Identity", "Mod", "Mul", "Neg", "Not", "Pow", "Range", "Reciprocal", "Reshape", "Sin", "Slice",
@@ -416,6 +420,14 @@ def _drop_unused(graph: onnx.GraphProto, weights: Weights) -> None:
         if graph.initializer[index].name not in needed:
             weights.pop(graph.initializer[index].name, None)
             del graph.initializer[index]
+
+
+def float32_nodes(path: Path) -> frozenset[str]:
+    """The names of a file's nodes that compute in fp32: arithmetic, not the moving about of its results."""
+    model, weights = load_split(path)
+    types = _Facts(model, weights).types
+    computing = (node for node in model.graph.node if node.op_type not in MOVING)
+    return frozenset(node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT)
 
 
 def widen_bfloat16(model: onnx.ModelProto, weights: Weights) -> None:

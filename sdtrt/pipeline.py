@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from PIL import Image
 
@@ -165,13 +164,18 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
             made = [image for first in range(0, len(jobs), plan.images) for image in run.make(jobs, first)]
-    return GenerateReport(tuple(made), run.settings, _engine_facts(opened.entry), load_seconds)
+    return GenerateReport(tuple(made), run.settings, engine_facts(opened.entry), load_seconds)
 
 
 def _jobs(spec: GenerateSpec) -> list[Job]:
     """Every prompt starts at the seed and counts up from it."""
     first = spec.seed if spec.seed is not None else secrets.randbelow(RANDOM_SEEDS)
     return [Job(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
+
+
+def plan_image(spec: GenerateSpec, model: Model, console: Console) -> Plan:
+    """How a request from text alone runs: backend, precision and size. Refuses what can't run."""
+    return _plan(spec, model, None, console)
 
 
 def _plan(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> Plan:
@@ -236,18 +240,26 @@ def _encoders(model: Model) -> list[str]:
 
 @contextmanager
 def open_pipeline(
-    plan: Plan, directory: EngineDirectory, console: Console, *, allow_build: bool = True
+    plan: Plan,
+    directory: EngineDirectory,
+    console: Console,
+    *,
+    allow_build: bool = True,
+    unet_engine: Entry | None = None,
 ) -> Iterator[OpenPipeline]:
     """Load what a plan needs and no more, with the engine's facade as the UNet.
 
     The scheduler comes first, so that too many steps are refused before an engine is built.
+
+    Args:
+        unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
     parts = models.load_parts(plan.model, ["scheduler"], torch.float32)
     parts["scheduler"] = schedulers.make_scheduler(plan.scheduler, parts["scheduler"])
     schedulers.check_steps(parts["scheduler"], plan.steps)
     encoders = _encoders(plan.model)
     names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *encoders, "vae"]
-    with _open_unet(plan, directory, console, allow_build) as (unet, entry), torch.no_grad():
+    with _open_unet(plan, directory, console, allow_build, unet_engine) as (unet, entry), torch.no_grad():
         with console.stage("loading the pipeline"):
             parts |= models.load_parts(plan.model, names, plan.parts_dtype)
             for part in parts.values():
@@ -258,13 +270,13 @@ def open_pipeline(
 
 @contextmanager
 def _open_unet(
-    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool
+    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
 ) -> Iterator[tuple[torch.nn.Module, Entry | None]]:
     """The model's own UNet for the torch backend; else the facade of an engine, and the engine's entry."""
     if plan.backend == "torch":
         yield models.load_unet(plan.model, plan.parts_dtype).to(plan.device), None
         return
-    entry = engines.ensure_engine(
+    entry = unet_engine or engines.ensure_engine(
         plan.model, plan.backend, plan.precision, plan.sizes, directory, allow_build=allow_build, console=console
     )
     config = plan.model.config("unet")
@@ -298,19 +310,60 @@ def _warn_truncated(pipe: Any, text: str, console: Console) -> None:
 
 
 class _Finite:
-    """Watches the latents after each denoising step. It asks the device nothing until the end: no step waits for it."""
+    """Watches what the parts of a pipeline give each other: the UNet's inputs and outputs, and the VAE's decoding.
+
+    It asks the device nothing until the end: no step waits for it. (Pixels would be too late: their clamping turns
+    infinities into white and black.)
+    """
 
     def __init__(self) -> None:
         self.flags: list[torch.Tensor] = []
+        self.sources: list[str] = []
+        self.step = 0
 
-    def add(self, latents: torch.Tensor) -> None:
-        """Note one step's latents."""
-        self.flags.append(torch.isfinite(latents).all())
+    @contextmanager
+    def watching(self, pipe: Any) -> Iterator[None]:
+        """Note what the parts of a pipeline give, for the time of a `with`."""
+        decode = pipe.vae.decode
 
-    def first_bad(self) -> int | None:
-        """The first step (from 1) whose latents were not finite."""
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = decode(*args, **kwargs)
+            self._add("vae_decoder", result[0])
+            return result
+
+        pipe.vae.decode = watched
+        try:
+            with hooked(pipe.unet, self._add_step):
+                yield
+        finally:
+            del pipe.vae.decode
+
+    def _add_step(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note one call of the UNet: its output, and before the first step what other parts have made for it."""
+        if self.step == 0:
+            self._add("text_encoder", kwargs["encoder_hidden_states"])
+            self._add("vae_encoder", args[0])
+        self.step += 1
+        self._add(f"unet at denoising step {self.step}", output[0])
+
+    def _add(self, source: str, tensor: torch.Tensor) -> None:
+        self.sources.append(source)
+        self.flags.append(torch.isfinite(tensor).all())
+
+    def first_bad(self) -> str | None:
+        """The first source of values that were not finite."""
         finite = torch.stack(self.flags).tolist() if self.flags else []
-        return finite.index(False) + 1 if False in finite else None
+        return self.sources[finite.index(False)] if False in finite else None
+
+
+@contextmanager
+def hooked(module: torch.nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Call `hook` after each forward of a module, with its arguments and its output, for the time of a `with`."""
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -345,16 +398,16 @@ class _Run:
         """One call of the pipeline."""
         pipe, finite = self.opened.pipe, _Finite()
         steps = len(self._timesteps())
-        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan):
+        watching = finite.watching(pipe)
+        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan), watching:
 
-            def on_step_end(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                finite.add(tensors["latents"])
+            def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
                 advance()
                 return {}
 
             arguments = self._arguments(self._filled(batch))
             pixels = pipe(**arguments, callback_on_step_end=on_step_end, output_type="np").images[: len(batch)]
-        self._check_finite(finite.first_bad(), steps, pixels)
+        self._check_finite(finite.first_bad(), steps)
         made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
         return made
 
@@ -388,15 +441,17 @@ class _Run:
             return {**common, "height": sizes.height, "width": sizes.width}
         return {**common, "image": self.init.fitted(sizes.height, sizes.width), "strength": spec.strength}
 
-    def _check_finite(self, bad_step: int | None, steps: int, pixels: np.ndarray[Any, Any]) -> None:
+    def _check_finite(self, bad: str | None, steps: int) -> None:
         """Refuse an image that would come out black."""
-        if bad_step is None and bool(np.isfinite(pixels).all()):
+        if bad is None:
             return
         plan = self.opened.plan
-        where = f"denoising step {bad_step} of {steps}" if bad_step is not None else "the VAE's decoding"
+        where = f"{bad} of {steps}" if bad.startswith("unet") else bad
         hint = "use --precision fp32"
         if plan.precision == "fp32":
             hint = "the model's weights may be damaged; try another --scheduler or --guidance-scale, or --backend torch"
+        if plan.backend != "torch" and bad.startswith("unet"):
+            hint += "; sdtrt verify holds the engine against PyTorch"
         raise EngineError(
             f"{where} gave values that are not finite ({plan.backend}, {plan.precision}): no image was made", hint=hint
         )
@@ -476,7 +531,7 @@ def _model_title(model: Model) -> str:
     return path.stem if model.layout == "single-file" else path.name or path.resolve().name
 
 
-def _engine_facts(entry: Entry | None) -> dict[str, str] | None:
+def engine_facts(entry: Entry | None) -> dict[str, str] | None:
     """Which engine it was."""
     return None if entry is None else {"name": entry.name, "digest": entry.digest}
 

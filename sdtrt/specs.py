@@ -44,6 +44,9 @@ BENCH_PROMPT = "a red circle on a blue background"
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
+MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
+DEFAULT_VERIFY_PROMPT = "a red circle on a blue background"
+DEFAULT_VERIFY_SEED = 0
 GIB = 2**30
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
@@ -473,6 +476,74 @@ class BenchSpec:
     def steps_run(self, task: BenchTask) -> int:
         """Denoising steps that run: img2img leaves the first ones out."""
         return self.steps if task == "txt2img" else min(int(self.steps * self.strength), self.steps)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What `verify` asks of an engine; None asks nothing.
+
+    Args:
+        min_cosine: of each timestep's output with the fp32 reference's, in the worse of the two guidance rows.
+        max_noise_ratio: most relative L2 error, as a multiple of the error that PyTorch itself has in half precision.
+        max_relative_l2: most relative L2 error.
+        min_psnr_db: of the final image.
+        min_ssim: of the final image.
+    """
+
+    min_cosine: float | None = 0.9999
+    max_noise_ratio: float | None = 2.0
+    max_relative_l2: float | None = None
+    min_psnr_db: float | None = 35.0
+    min_ssim: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest, highest in (
+            ("min_cosine", -1, 1),
+            ("max_noise_ratio", 0, math.inf),
+            ("max_relative_l2", 0, math.inf),
+            ("min_psnr_db", -math.inf, math.inf),
+            ("min_ssim", -1, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
+                option = f"--{name.removesuffix('_db').replace('_', '-')}"
+                bounds = f" from {lowest} to {highest}" if highest == 1 else " from 0 up" if lowest == 0 else ""
+                raise UsageError(
+                    f"{option} must be a number{bounds}, got {value}",
+                    hint=f"sdtrt verify --help shows {option}'s default",
+                )
+
+
+@dataclass(frozen=True)
+class VerifySpec:
+    """An engine to be held against the fp32 model, over the denoising of one image.
+
+    Args:
+        image: the image that is denoised: one prompt, one image, no init image.
+        engine: an engine of the engine directory by name, whatever weights it was built from; it decides backend and
+            precision. None for the one that would make the image.
+        timesteps: how many of the run's timesteps are compared, spread evenly; None for all.
+        output: the folder that the two pictures go into; None for the current one.
+    """
+
+    image: GenerateSpec
+    engine: str | None = None
+    timesteps: int | None = None
+    thresholds: Thresholds = Thresholds()
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.image.init_image is not None or self.image.num_images * len(self.image.prompts) != 1:
+            raise UsageError("verify makes one image from one prompt", hint="give --prompt once")
+        if self.timesteps is not None and self.timesteps < 1:
+            raise UsageError(f"timesteps must be at least 1, got {self.timesteps}", hint="use --timesteps 10")
+        for name in ("height", "width"):
+            pixels = getattr(self.image, name)
+            if pixels is not None and pixels < MIN_SSIM_PIXELS:
+                raise UsageError(
+                    f"verify needs a {name} of at least {MIN_SSIM_PIXELS}, got {pixels}",
+                    hint=f"use --{name} {MIN_SSIM_PIXELS}",
+                )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
@@ -62,10 +63,12 @@ def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
 
 @contextmanager
 def traceable(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The UNet, for the time of a `with` such that its trace is right at every size."""
+    """The UNet, for the time of a `with` such that its trace is right at every size, and in half precision finite."""
     with ExitStack() as stack:
         stack.enter_context(_attribute(unet, "num_upsamplers", ALWAYS_FORWARD_SIZES))
         for module in unet.modules():
+            if _overflows(module):
+                stack.enter_context(_attribute(module, "processor", _attend_in_fp32))
             if _is_plain(module):
                 stack.enter_context(_attribute(module, "forward", partial(_upsample, module)))
         yield unet
@@ -106,3 +109,37 @@ def _upsample(module: Any, hidden_states: Tensor, output_size: Any = None) -> Te
         return hidden_states
     convolved: Tensor = (module.conv if module.name == "conv" else module.Conv2d_0)(hidden_states)
     return convolved
+
+
+def _overflows(module: torch.nn.Module) -> bool:
+    """Whether a module is an attention whose QKᵀ leaves fp16, as its model's `upcast_attention` says (SD 2.1)."""
+    if not (isinstance(module, Attention) and module.upcast_attention) or module.to_q.weight.dtype == torch.float32:
+        return False
+    extras = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
+    return not any(getattr(module, extra) for extra in extras)  # those of transformer blocks have none of them
+
+
+def _attend_in_fp32(
+    attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
+) -> Tensor:
+    """Attention `[B,S,C]` with QKᵀ and softmax in fp32; all else, and so most of the work, in the module's precision.
+
+    diffusers' own processor ignores `upcast_attention`, as PyTorch's fused kernels sum in fp32 anyway. In a graph there
+    is no fused kernel: the product is a tensor of its own, and infinite beyond 65504.
+    """
+    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    batch, heads = hidden_states.shape[0], attention.heads
+    width = attention.to_q.weight.shape[0] // heads
+    query, key, value = (
+        projection(states).view(batch, -1, heads, width).transpose(1, 2)
+        for projection, states in (
+            (attention.to_q, hidden_states),
+            (attention.to_k, context),
+            (attention.to_v, context),
+        )
+    )
+    scores = (query.float() * attention.scale) @ key.float().transpose(-1, -2)
+    attended = scores.softmax(dim=-1).to(value.dtype) @ value
+    output: Tensor = attention.to_out[0](attended.transpose(1, 2).reshape(batch, -1, heads * width))
+    output = output / attention.rescale_output_factor
+    return output

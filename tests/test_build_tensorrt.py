@@ -148,6 +148,21 @@ def test_several_profiles_and_external_data(tmp_path, tiny_onnx):
 
 
 @needs_rtx
+@pytest.mark.slow
+def test_attention_that_overflows_builds_with_fp32_inside(tmp_path):
+    """SD 2.1's kind: the casts around QKᵀ and softmax are there in the built plan's layers."""
+    layers = {}
+    for upcast in (False, True):
+        folder = tmp_path / str(upcast)
+        folder.mkdir()
+        path, contract = export_to(folder, "sd2", upcast_attention=upcast)
+        info = build_here(Request(path, folder, contract, rtx_spec(), None, False), lambda message: None)
+        layers[upcast] = info["precision"]["layers"]
+    assert layers[True]["fp32"] > layers[False]["fp32"]
+    assert layers[True]["fp16"] > layers[True]["fp32"]
+
+
+@needs_rtx
 def test_fp32_computes_in_fp32(tmp_path):
     path, contract = export_to(
         tmp_path,

@@ -15,7 +15,9 @@ import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from sdtrt import export, onnx_graph, tracing
 from sdtrt.cache import EngineDirectory
@@ -23,6 +25,7 @@ from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
 from sdtrt.errors import ExportError, OutputError, UsageError
 from sdtrt.export import check_onnx, export_component, export_file, export_key, write_onnx
+from sdtrt.metrics import relative_l2
 from sdtrt.models import resolve_model
 from sdtrt.parity import TOLERANCES, seeded_feeds
 from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
@@ -153,6 +156,46 @@ def test_fp16_overflow_is_said_so(tmp_path):
     assert "--precision fp32" in caught.value.hint
 
 
+def overflowing_unet():
+    """A UNet of SD 2.1's kind whose self-attention leaves fp16: every token attends to itself, by far.
+
+    Queries and keys are one scaled rotation of the (normalised) tokens, so |QKᵀ| is about 127 000, yet the softmax is
+    so clear that the rounding of fp16 changes nothing.
+    """
+    unet = factories.small_unet("sd2", upcast_attention=True, **{**SMALLEST, "attention_head_dim": 1})
+    generator = torch.Generator().manual_seed(0)
+    for name, module in unet.named_modules():
+        if name.endswith("attn1"):
+            rotation = torch.nn.init.orthogonal_(torch.empty(module.to_q.weight.shape), generator=generator)
+            module.to_q.weight.copy_(150 * rotation)
+            module.to_k.weight.copy_(150 * rotation)
+    return unet
+
+
+@pytest.mark.parametrize(
+    ("exporter", "upcast"),
+    [("torchscript", False), ("torchscript", True), pytest.param("dynamo", True, marks=pytest.mark.slow)],
+)
+def test_attention_that_overflows_is_computed_in_fp32(tmp_path, monkeypatch, exporter, upcast):
+    unet = overflowing_unet()
+    contract = unet_contract(unet.config, "fp16")
+    torch.nn.Module.to(unet, torch.float16)
+    if not upcast:
+        monkeypatch.setattr(tracing, "_overflows", lambda module: False)
+    path = tmp_path / "model.onnx"
+    write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
+    feeds = {name: tensor.numpy() for name, tensor in seeded_feeds(contract, Sizes(2, 64, 72, tokens=8)).items()}
+    with np.errstate(all="ignore"):
+        # ONNX's own evaluator rounds each tensor to its type; ONNX Runtime keeps fp32 between fp16 nodes on a CPU.
+        actual = ReferenceEvaluator(str(path)).run(None, feeds)[0]
+    expected = tracing.UNetCall(unet.float())(*(torch.from_numpy(array).float() for array in feeds.values())).numpy()
+    if not upcast:
+        assert not np.isfinite(actual).all()
+        return
+    assert relative_l2(actual, expected) < TOLERANCES["fp16"]
+    check_onnx(path, unet.half(), contract, FEW_SIZES)  # ONNX Runtime runs the graph with the casts in it, too
+
+
 def test_checking_leaves_the_module_as_it_was(exported):
     it = exported()
     before = {name: value.clone() for name, value in it.unet.state_dict().items()}
@@ -221,6 +264,16 @@ def test_the_graph_is_plain(exported, kind, exporter):
 
 
 @pytest.mark.parametrize("exporter", NAMES)
+def test_the_timestep_is_embedded_in_fp32(exported, exporter):
+    """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
+    made = exported("sd1", exporter=exporter)
+    operators = {node.name: node.op_type for node in made.model.graph.node}
+    kept = onnx_graph.float32_nodes(made.path)
+    assert sorted(operators[name] for name in kept) == ["Cos", "Mul", "Sin"]
+    assert not onnx_graph.float32_nodes(made.path) - set(operators)
+
+
+@pytest.mark.parametrize("exporter", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_queries_and_keys_are_scaled_before_their_product(exported, kind, exporter):
     graph = exported(kind, "fp16", exporter).model.graph
@@ -268,6 +321,21 @@ def test_export_leaves_diffusers_and_the_module_as_they_were(exported):
     unet = exported().unet
     assert unet.num_upsamplers == 3
     assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def test_export_leaves_attention_as_it_was(tmp_path):
+    it = make(tmp_path, "sd2", upcast_attention=True, **SMALLEST)
+    processors = {type(module.processor).__name__ for module in it.unet.modules() if isinstance(module, Attention)}
+    assert processors == {"AttnProcessor2_0"}
+
+
+def test_attention_is_upcast_only_where_the_model_asks_for_it_in_half_precision(tmp_path, exported):
+    operators = {"plain": [node.op_type for node in exported("sd2").model.graph.node]}
+    for precision in ("fp16", "fp32"):
+        it = make(tmp_path, "sd2", upcast_attention=True, precision=precision, **SMALLEST)
+        operators[precision] = [node.op_type for node in it.model.graph.node]
+    casts = {name: found.count("Cast") for name, found in operators.items()}
+    assert casts == {"plain": 1, "fp32": 0, "fp16": 1 + 3 * operators["fp16"].count("Softmax")}
 
 
 # --- what can't be exported ------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, sd1_single_file, sdxl_folder
+import transformers
+from factories import sd1_folder, sd1_single_file, sdxl_folder, tampered_engine
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, images, models, pipeline
 from sdtrt.cache import EngineDirectory
@@ -31,6 +33,10 @@ SMALL = {
     "layers_per_block": 1,
     "sample_size": 8,
 }
+
+
+# Of CLIP's text encoder, whose modules lie one level deeper before transformers 5.
+LAST_NORM = "final_layer_norm" if int(transformers.__version__.split(".")[0]) >= 5 else "text_model.final_layer_norm"
 
 
 class Recorder(Console):
@@ -501,20 +507,76 @@ def test_a_unet_that_overflows_is_an_error_with_the_step_and_no_image(spec, dire
     assert not spec.output.exists()
 
 
-def test_a_vae_that_overflows_is_an_error_and_no_image(spec, directory, monkeypatch):
+def test_an_engine_with_a_nan_weight_is_an_error_with_the_step_and_no_image(spec, sd1, tmp_path):
+    directory = EngineDirectory(tmp_path / "engines")
+    spec = replace(spec, backend="onnxruntime")
+    generate(replace(spec, steps=1, output=tmp_path / "before"), directory, QUIET)
+    (entry,) = directory.entries("engine")
+
+    def spoil(weight):
+        weight.flat[0] = np.nan
+
+    tampered_engine(directory, entry, spoil)
+    with pytest.raises(EngineError, match=r"unet at denoising step 1 of 4 .*\(onnxruntime, fp32\)") as caught:
+        generate(replace(spec, allow_build=False), directory, QUIET)
+    assert "sdtrt verify" in caught.value.hint
+    assert not spec.output.exists()
+
+
+@pytest.mark.parametrize("source", ["text_encoder", "vae_encoder", "vae_decoder"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_part_that_overflows_is_named_and_makes_no_image(source, value, spec, directory, init_image, monkeypatch):
     real = models.load_parts
+
+    def spoil(_module, _inputs, output):
+        output[(0,) * output.ndim] = float(value)  # one pixel, which clamping would hide if it is infinite
+        return output
 
     def damaged(model, names, dtype):
         parts = real(model, names, dtype)
         if "vae" in parts:
-            parts["vae"].decoder.conv_in.register_forward_hook(lambda _m, _i, output: output * float("inf"))
+            vae = parts["vae"]
+            layers = {"vae_encoder": vae.encoder.conv_out, "vae_decoder": vae.decoder.conv_out}
+            layers["text_encoder"] = dict(parts["text_encoder"].named_modules())[LAST_NORM]
+            layers[source].register_forward_hook(spoil)
         return parts
 
     monkeypatch.setattr(models, "load_parts", damaged)
-    with pytest.raises(EngineError, match="VAE") as caught:
-        generate(replace(spec, precision="bf16"), directory, QUIET)
+    with pytest.raises(EngineError, match=f"{source} gave values that are not finite") as caught:
+        generate(replace(spec, precision="bf16", init_image=init_image, height=64, width=64), directory, QUIET)
     assert caught.value.hint == "use --precision fp32"
     assert not spec.output.exists()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["upcast", "not upcast"])
+def overflowing_vae(request, tmp_path_factory):
+    """An SDXL folder whose VAE leaves fp16 on the way in and out, as SDXL's does; its output is as before."""
+    folder = sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": request.param}))
+    weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    for name in ("encoder.conv_in", "decoder.conv_in"):  # what follows is normalised
+        for kind in ("weight", "bias"):
+            weights[f"{name}.{kind}"] = (weights[f"{name}.{kind}"].float() * 2e5).half()
+    save_file(weights, folder / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder, request.param
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_sdxls_vae_is_computed_in_fp32(overflowing_vae, img2img, spec, directory, init_image, tmp_path):
+    folder, upcast = overflowing_vae
+    spec = replace(spec, model=ModelSpec(str(folder)), height=64, width=64, steps=2)
+    if img2img:
+        spec = replace(spec, init_image=init_image)
+    half = replace(spec, precision="fp16")
+    if not upcast:
+        with pytest.raises(EngineError, match="vae_encoder" if img2img else "vae_decoder") as caught:
+            generate(half, directory, QUIET)
+        assert caught.value.hint == "use --precision fp32"
+        return
+    (path,) = made(half, directory)
+    (expected,) = made(replace(spec, precision="fp32", output=tmp_path / "fp32"), directory)
+    assert np.abs(pixels_of(path) - pixels_of(expected)).mean() < 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sdtrt.export import export_component, export_key
 from sdtrt.models import Model
 from sdtrt.specs import Backend, BuildSpec
 
-FORMAT = 1  # of builds: raise it when the same request makes another engine than before
+FORMAT = 2  # of builds: raise it when the same request makes another engine than before
 
 
 def backend_version(backend: Backend) -> str:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sdtrt import errors, host, trt_api
+from sdtrt import errors, host, onnx_graph, trt_api
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
@@ -238,7 +238,8 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     spec, contract = request.spec, request.contract
     draft = trt_api.parse_onnx(library, request.onnx)
     _check_inputs(draft, contract)
-    config = trt_api.configure(draft, spec, [contract.profile_shapes(profile) for profile in spec.profiles])
+    shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
+    config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
     for warning in draft.warnings:
         report({"warn": warning})
     if not trt_api.read_timing_cache(config, request.timing_cache):
@@ -259,6 +260,13 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
         "build_seconds": round(seconds, 3),
         "precision": _network_precision(draft),
     }
+
+
+def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
+    """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
+    if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
+        return frozenset()
+    return onnx_graph.float32_nodes(request.onnx)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:
