@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from sdtrt.console import print_table
 from sdtrt.errors import SdtrtError, UsageError
 from sdtrt.options import (
     BackendOptions,
+    BenchOptions,
     DirectoryOptions,
     ExporterOptions,
     GenerateOptions,
@@ -41,6 +43,7 @@ from sdtrt.specs import (
     bytes_of,
     check_choice,
 )
+from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
     from sdtrt.inspection import EngineReport, ModelReport
@@ -107,7 +110,8 @@ def img2img(
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
-    from sdtrt.pipeline import generate
+    with quick_imports():
+        from sdtrt.pipeline import generate
 
     report = generate(spec, directory.directory(), output.console())
     _render([str(image.path) for image in report.images], report.to_json(), output)
@@ -210,7 +214,8 @@ def verify(
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
     spec = options.spec(model.spec(), backend)
-    from sdtrt.verify import verify
+    with quick_imports():
+        from sdtrt.verify import verify
 
     report = verify(spec, directory.directory(), output.console())
     if output.as_json:
@@ -218,6 +223,28 @@ def verify(
     else:
         report.print()
     report.raise_on_failure()
+
+
+@app.command()
+@grouped
+def bench(
+    options: BenchOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
+    spec = options.spec(model.spec(), backend)
+    with quick_imports():
+        from sdtrt.bench import run_bench
+
+    report = run_bench(spec, directory.directory(), output.console(), shlex.join(["sdtrt", *sys.argv[1:]]))
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+    report.check()
 
 
 @app.command()

@@ -16,10 +16,13 @@ from sdtrt.console import Console
 from sdtrt.errors import UsageError
 from sdtrt.specs import (
     BACKENDS,
+    BASELINES,
+    BENCH_TASKS,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_MODEL,
     DEFAULT_OPSETS,
     DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
     DEFAULT_TOKENS,
     DEFAULT_VERIFY_PROMPT,
     DEFAULT_VERIFY_SEED,
@@ -27,6 +30,9 @@ from sdtrt.specs import (
     PRECISIONS,
     SCHEDULERS,
     BackendChoice,
+    BaselineName,
+    BenchSpec,
+    BenchTask,
     Component,
     Exporter,
     ExportSpec,
@@ -216,6 +222,7 @@ class GenerateOptions:
     width: Width = None
     seed: Annotated[int | None, Option(help="of the first image, the next ones count up; by default random")] = None
     num_images: Annotated[int, Option(help="images for each prompt")] = 1
+    batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
     scheduler: Scheduler = None
     output: Annotated[
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
@@ -237,6 +244,7 @@ class GenerateOptions:
             width=self.width,
             seed=self.seed,
             num_images=self.num_images,
+            batch_size=self.batch_size,
             scheduler=cast("SchedulerName | None", self.scheduler),
             output=self.output,
             overwrite=self.overwrite,
@@ -295,3 +303,65 @@ class VerifyOptions:
             self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
         )
         return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time, and beside what."""
+
+    task: Annotated[str, Option(help=f"{', '.join(BENCH_TASKS)} or both")] = "both"
+    baselines: Annotated[
+        str, Option(metavar="all|none|NAME,NAME", help=f"what to compare with: {', '.join(BASELINES)}")
+    ] = "all"
+    steps: Steps = DEFAULT_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    strength: Annotated[float, Option(help="of img2img: the share of the steps that run")] = DEFAULT_STRENGTH
+    height: Height = None
+    width: Width = None
+    batch_size: Annotated[str, Option(metavar="N,N,N", help="images in one call; several are compared")] = "1"
+    repeats: Annotated[int, Option(help="timed calls of each row")] = 5
+    warmups: Annotated[int, Option(help="calls before them that are not timed")] = 1
+    scheduler: Scheduler = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
+    no_build: NoBuild = False
+
+    def spec(self, model: ModelSpec, backend: BackendOptions) -> BenchSpec:
+        """The measurements that are asked for."""
+        return BenchSpec(
+            model=model,
+            backend=cast(BackendChoice, backend.backend),
+            precision=cast("Precision | None", backend.precision),
+            tasks=cast("tuple[BenchTask, ...]", BENCH_TASKS if self.task == "both" else (self.task,)),
+            baselines=self._baselines(),
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            strength=self.strength,
+            height=self.height,
+            width=self.width,
+            batch_sizes=_numbers("--batch-size", self.batch_size),
+            repeats=self.repeats,
+            warmups=self.warmups,
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            output=self.output,
+            overwrite=self.overwrite,
+            allow_build=not self.no_build,
+        )
+
+    def _baselines(self) -> tuple[BaselineName, ...] | None:
+        """`all` → None, `none` → nothing, else the names."""
+        if self.baselines in ("all", "none"):
+            return None if self.baselines == "all" else ()
+        return cast("tuple[BaselineName, ...]", tuple(dict.fromkeys(self.baselines.replace(" ", "").split(","))))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """`1,2,4` → (1, 2, 4)."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(
+            f"{option} must be a number, or several with commas, got {text!r}", hint=f"as in {option} 1,2,4"
+        )
+    return tuple(dict.fromkeys(int(word) for word in words))

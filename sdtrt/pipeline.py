@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One image that was made; `seconds` from its noise to its file."""
+    """One image that was made; `seconds` from its noise to its file, a batch's shared equally by its images."""
 
     path: Path
     seed: int
@@ -79,6 +79,14 @@ class GenerateReport:
 
 
 @dataclass(frozen=True)
+class Job:
+    """One image to be made."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one model runs: settled before anything heavy is loaded.
 
@@ -87,6 +95,7 @@ class Plan:
         steps: denoising steps, all of them (img2img runs a part).
         img2img: start from an image.
         scheduler: None for the model's own.
+        images: made by one pipeline call.
     """
 
     model: Model
@@ -96,6 +105,7 @@ class Plan:
     steps: int
     img2img: bool = False
     scheduler: SchedulerName | None = None
+    images: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +133,11 @@ class OpenPipeline:
 
 
 def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -> GenerateReport:
-    """Make the images of a request, one after the other; each is saved as soon as it is done.
+    """Make the images of a request, batch after batch; each is saved as soon as it is done.
 
-    Every image is a pipeline call of its own with a generator of its own on the CPU: a seed gives the same image
-    whatever else is asked for, on a CPU and on a GPU alike up to rounding.
+    Every image has a generator of its own on the CPU: a seed gives the same image whatever else is asked for, on a CPU
+    and on a GPU alike up to rounding. Alone in its pipeline call (`batch_size` 1) it is the same to the last bit; in a
+    larger batch sums may be rounded in another order.
 
     Raises:
         UsageError, OutputError: for a wrong request, before any heavy work.
@@ -152,14 +163,14 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 settings = _settings(spec, opened, init, directory)
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
-            made = tuple(run.make(number, len(jobs), prompt, seed) for number, (prompt, seed) in enumerate(jobs, 1))
-    return GenerateReport(made, run.settings, engine_facts(opened.entry), load_seconds)
+            made = [image for first in range(0, len(jobs), plan.images) for image in run.make(jobs, first)]
+    return GenerateReport(tuple(made), run.settings, engine_facts(opened.entry), load_seconds)
 
 
-def _jobs(spec: GenerateSpec) -> list[tuple[str, int]]:
-    """(prompt, seed) of each image: every prompt starts at the seed and counts up from it."""
+def _jobs(spec: GenerateSpec) -> list[Job]:
+    """Every prompt starts at the seed and counts up from it."""
     first = spec.seed if spec.seed is not None else secrets.randbelow(RANDOM_SEEDS)
-    return [(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
+    return [Job(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
 
 
 def plan_image(spec: GenerateSpec, model: Model, console: Console) -> Plan:
@@ -168,15 +179,22 @@ def plan_image(spec: GenerateSpec, model: Model, console: Console) -> Plan:
 
 
 def _plan(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> Plan:
-    """Backend, precision and size of a request."""
+    """Backend, precision and size of a request. No batch is larger than there are images to make."""
     backend = engines.choose_backend(spec.backend, console)
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
-    tokens = model.config(_encoders(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
-    sizes = Sizes(2 if spec.uses_guidance else 1, height, width, tokens)
-    plan = Plan(model, backend, precision, sizes, spec.steps, img2img=init is not None, scheduler=spec.scheduler)
-    _check_plan(plan)
+    count = min(spec.batch_size, len(spec.prompts) * spec.num_images)
+    sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
+    img2img = init is not None
+    plan = Plan(model, backend, precision, sizes, spec.steps, img2img=img2img, scheduler=spec.scheduler, images=count)
+    check_plan(plan)
     return plan
+
+
+def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
+    """The size of the UNet calls that make so many images at once."""
+    tokens = model.config(_encoders(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
+    return Sizes(images * (2 if guidance else 1), height, width, tokens)
 
 
 def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
@@ -197,7 +215,7 @@ def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None,
     return height, width
 
 
-def _check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Refuse what no engine can run, before anything is exported."""
     if plan.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
@@ -359,17 +377,24 @@ class _Run:
     console: Console
     settings: Mapping[str, Any]
 
-    def make(self, number: int, count: int, prompt: str, seed: int) -> GeneratedImage:
-        """Make one image, and save it."""
+    def make(self, jobs: Sequence[Job], first: int) -> list[GeneratedImage]:
+        """Make the batch that starts at the job `first`, and save its images."""
         start = time.perf_counter()
-        name = f"seed {seed}" if count == 1 else f"image {number} of {count}, seed {seed}"
-        image = self._denoise(name, prompt, seed)
-        path = self.output.save(image, self._metadata(prompt, seed), prompt=prompt, seed=seed)
-        self.console.note(f"{name}: {path}")
-        seconds = time.perf_counter() - start
-        return GeneratedImage(path, seed, prompt, self.spec.negative_prompt, image.width, image.height, seconds)
+        batch = jobs[first : first + self.opened.plan.images]
+        made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch)
+        found = []
+        for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
+            path = self.output.save(image, self._metadata(job.prompt, job.seed), prompt=job.prompt, seed=job.seed)
+            self.console.note(f"{_batch_name([job], number, len(jobs))}: {path}")
+            found.append((path, job, image))
+        seconds = (time.perf_counter() - start) / len(batch)
+        negative = self.spec.negative_prompt
+        return [
+            GeneratedImage(path, job.seed, job.prompt, negative, image.width, image.height, seconds)
+            for path, job, image in found
+        ]
 
-    def _denoise(self, name: str, prompt: str, seed: int) -> Image.Image:
+    def _denoise(self, name: str, batch: Sequence[Job]) -> list[Image.Image]:
         """One call of the pipeline."""
         pipe, finite = self.opened.pipe, _Finite()
         steps = len(self._timesteps())
@@ -380,10 +405,19 @@ class _Run:
                 advance()
                 return {}
 
-            pixels = pipe(**self._arguments(prompt, seed), callback_on_step_end=on_step_end, output_type="np").images
+            arguments = self._arguments(self._filled(batch))
+            pixels = pipe(**arguments, callback_on_step_end=on_step_end, output_type="np").images[: len(batch)]
         self._check_finite(finite.first_bad(), steps)
-        image: Image.Image = pipe.image_processor.numpy_to_pil(pixels)[0]
-        return image
+        made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
+        return made
+
+    def _filled(self, batch: Sequence[Job]) -> Sequence[Job]:
+        """The last batch, filled up with what is made in vain, where the engine takes full batches only."""
+        plan, entry = self.opened.plan, self.opened.entry
+        rows = plan.sizes.batch // plan.images * len(batch)
+        if entry is None or engines.slack(entry.key, replace(plan.sizes, batch=rows)) is not None:
+            return batch
+        return [*batch, *[batch[-1]] * (plan.images - len(batch))]
 
     def _timesteps(self) -> Any:
         """The timesteps that the pipeline will run: PNDM has one more than steps, Heun nearly twice as many."""
@@ -393,15 +427,15 @@ class _Run:
             return pipe.scheduler.timesteps
         return pipe.get_timesteps(spec.steps, spec.strength, self.opened.plan.device)[0]
 
-    def _arguments(self, prompt: str, seed: int) -> dict[str, Any]:
+    def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
         """The pipeline's arguments."""
         spec, sizes = self.spec, self.opened.plan.sizes
         common = {
-            "prompt": prompt,
-            "negative_prompt": spec.negative_prompt or None,
+            "prompt": [job.prompt for job in batch],
+            "negative_prompt": [spec.negative_prompt] * len(batch) if spec.negative_prompt else None,
             "num_inference_steps": spec.steps,
             "guidance_scale": spec.guidance_scale,
-            "generator": torch.Generator().manual_seed(seed),
+            "generator": [torch.Generator().manual_seed(job.seed) for job in batch],
         }
         if self.init is None:
             return {**common, "height": sizes.height, "width": sizes.width}
@@ -444,6 +478,14 @@ class _Run:
         return images.Metadata(parameters, {**own, **settings})
 
 
+def _batch_name(batch: Sequence[Job], number: int, count: int) -> str:
+    """What a batch is called while it is made; `number` is that of its first image."""
+    seeds = ", ".join(f"{job.seed}" for job in batch)
+    if len(batch) > 1:
+        return f"images {number} to {number + len(batch) - 1} of {count}, seeds {seeds}"
+    return f"seed {seeds}" if count == 1 else f"image {number} of {count}, seed {seeds}"
+
+
 def _settings(
     spec: GenerateSpec, opened: OpenPipeline, init: images.InitImage | None, directory: EngineDirectory
 ) -> dict[str, Any]:
@@ -459,6 +501,7 @@ def _settings(
         "guidance_scale": spec.guidance_scale,
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
+        "batch_size": plan.images,
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
 
@@ -503,7 +546,8 @@ def out_of_memory(plan: Plan) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(text in str(error) for text in texts):
             raise
+        size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {plan.images} at once," * (plan.images > 1)
         raise EngineError(
-            f"out of memory at {plan.sizes.width}x{plan.sizes.height} pixels with {plan.backend} in {plan.precision}",
-            hint="use a smaller --height and --width",
+            f"out of memory at {size} with {plan.backend} in {plan.precision}",
+            hint="use a smaller --height and --width" + ", or --batch-size" * (plan.images > 1),
         ) from error

@@ -15,6 +15,16 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
 BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
 Exporter = Literal["torchscript", "dynamo"]
+BenchTask = Literal["txt2img", "img2img"]
+BaselineName = Literal[
+    "torch-fp32",
+    "torch-tf32",
+    "torch-fp16",
+    "torch-graph",
+    "torch-compile",
+    "torch-compile-max",
+    "onnxruntime-cuda",
+]
 SchedulerName = Literal["pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun"]
 
 COMPONENTS: tuple[str, ...] = get_args(Component)
@@ -22,12 +32,15 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 BACKENDS: tuple[str, ...] = get_args(BackendChoice)
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+BENCH_TASKS: tuple[str, ...] = get_args(BenchTask)
+BASELINES: tuple[str, ...] = get_args(BaselineName)
 
 DEFAULT_MODEL = "tiny"
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 7.5
 DEFAULT_STRENGTH = 0.8
 DEFAULT_TOKENS = 77
+BENCH_PROMPT = "a red circle on a blue background"
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
@@ -314,6 +327,7 @@ class GenerateSpec:
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
         height, width: pixels; None for the init image's size, else the model's own.
         seed: of each prompt's first image (the next ones count up from it); None for a random one.
+        batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
         init_image: start from this image instead of from noise (img2img).
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
@@ -333,6 +347,7 @@ class GenerateSpec:
     width: int | None = None
     seed: int | None = None
     num_images: int = 1
+    batch_size: int = 1
     scheduler: SchedulerName | None = None
     init_image: Path | None = None
     strength: float = DEFAULT_STRENGTH
@@ -366,6 +381,8 @@ class GenerateSpec:
             raise UsageError(f"steps must be at least 1, got {self.steps}", hint=f"use --steps {DEFAULT_STEPS}")
         if self.num_images < 1:
             raise UsageError(f"num-images must be at least 1, got {self.num_images}", hint="use --num-images 1")
+        if self.batch_size < 1:
+            raise UsageError(f"batch size must be at least 1, got {self.batch_size}", hint="use --batch-size 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(
                 f"guidance scale must be a number from 0 up, got {self.guidance_scale}",
@@ -389,6 +406,76 @@ class GenerateSpec:
     def uses_guidance(self) -> bool:
         """Whether classifier-free guidance doubles the UNet's batch (diffusers' own rule)."""
         return self.guidance_scale > 1
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """What to time.
+
+    Args:
+        precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
+        tasks: whole pipeline calls, each of them with all batch sizes.
+        baselines: what to compare with; None for all that this machine has a use for.
+        height, width: pixels; None for the model's own.
+        strength: of img2img; `strength * steps` steps run.
+        batch_sizes: images made in one call.
+        repeats: timed calls, after `warmups` that are not.
+        allow_build: export and build a missing engine on the spot (not timed).
+        output: a folder for the report as JSON and Markdown, and a chart.
+        overwrite: replace such files of an earlier run.
+    """
+
+    model: ModelSpec = ModelSpec()
+    backend: BackendChoice = "auto"
+    precision: Precision | None = None
+    tasks: tuple[BenchTask, ...] = ("txt2img",)
+    baselines: tuple[BaselineName, ...] | None = None
+    steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    strength: float = DEFAULT_STRENGTH
+    height: int | None = None
+    width: int | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    repeats: int = 5
+    warmups: int = 1
+    scheduler: SchedulerName | None = None
+    allow_build: bool = True
+    output: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            check_choice("task", task, BENCH_TASKS)
+        for baseline in self.baselines or ():
+            check_choice("baseline", baseline, BASELINES)
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UsageError(f"batch sizes must be at least 1, got {self.batch_sizes}", hint="use --batch-size 1,2,4")
+        if self.repeats < 1:
+            raise UsageError(f"repeats must be at least 1, got {self.repeats}", hint="use --repeats 5")
+        if self.warmups < 1:  # the first call captures graphs, compiles, and fills caches
+            raise UsageError(f"warmups must be at least 1, got {self.warmups}", hint="use --warmups 1")
+        for task in self.tasks:
+            self.request(task)  # what a generation would refuse, a benchmark refuses
+
+    def request(self, task: BenchTask) -> GenerateSpec:
+        """The generation that is timed."""
+        return GenerateSpec(
+            prompts=(BENCH_PROMPT,),
+            model=self.model,
+            backend=self.backend,
+            precision=self.precision,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            scheduler=self.scheduler,
+            init_image=Path("init.png") if task == "img2img" else None,
+            strength=self.strength,
+        )
+
+    def steps_run(self, task: BenchTask) -> int:
+        """Denoising steps that run: img2img leaves the first ones out."""
+        return self.steps if task == "txt2img" else min(int(self.steps * self.strength), self.steps)
 
 
 @dataclass(frozen=True)

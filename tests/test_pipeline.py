@@ -22,6 +22,7 @@ from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, OutputError, UsageError
 from sdtrt.images import read_metadata, read_parameters
 from sdtrt.pipeline import generate
+from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec
 
 # Two resolutions instead of four: a third of the time to export and to run.
@@ -210,6 +211,63 @@ def test_a_seed_gives_the_same_image_whatever_the_batch(scheduler, spec, directo
     batch = made(replace(spec, prompts=("blue", "red on blue"), num_images=2), directory)
     alone = made(replace(spec, seed=6, output=spec.output / "alone"), directory)
     assert batch[3].read_bytes() == alone[0].read_bytes()
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "euler-a", "lcm", "heun"])
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_images_made_at_once_are_those_made_alone(img2img, scheduler, spec, directory, init_image):
+    spec = replace(spec, prompts=("blue", "red on blue"), num_images=2, negative_prompt="green", scheduler=scheduler)
+    spec = replace(spec, init_image=init_image if img2img else None)
+    alone = generate(spec, directory, QUIET).images
+    report = generate(replace(spec, batch_size=3), directory, QUIET)
+    assert [(image.prompt, image.seed) for image in report.images] == [(image.prompt, image.seed) for image in alone]
+    assert report.settings["batch_size"] == 3
+    for one, other in zip(alone, report.images, strict=True):
+        assert np.abs(pixels_of(one.path) - pixels_of(other.path)).max() <= 1
+    assert len({pixels_of(image.path).tobytes() for image in alone}) == 4
+
+
+def test_an_engine_makes_batches_too(spec, directory):
+    spec = replace(spec, num_images=3, guidance_scale=1.0)
+    native = made(spec, directory)
+    swapped = made(replace(spec, backend="onnxruntime", batch_size=2), directory)
+    for one, other in zip(native, swapped, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+
+
+def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monkeypatch):
+    """As TensorRT's are, built for exactly the batch that is asked for."""
+    spec = replace(spec, backend="onnxruntime", num_images=3)
+    expected = made(spec, directory)
+    rows, real = [], OnnxRuntimeSession.run
+
+    def note(session, feeds):
+        rows.append(feeds["sample"].shape[0])
+        return real(session, feeds)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", note)
+    monkeypatch.setattr(engines, "slack", lambda _key, sizes: 0.0 if sizes.batch == 4 else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "ensure_engine", lambda *_, **__: directory.entries("engine")[0])
+        filled = made(replace(spec, batch_size=2), directory)
+    assert set(rows) == {4}
+    assert len(filled) == 3
+    for one, other in zip(expected, filled, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+    monkeypatch.setattr(engines, "slack", lambda _key, _sizes: 0.0)
+    rows.clear()
+    made(replace(spec, batch_size=2), directory)
+    assert set(rows) == {4, 2}
+
+
+def test_a_batch_has_no_more_images_than_were_asked_for(spec, directory):
+    console = Recorder()
+    report = generate(replace(spec, num_images=2, batch_size=8), directory, console)
+    assert report.settings["batch_size"] == 2
+    assert [bar["name"] for bar in console.bars] == ["images 1 to 2 of 2, seeds 5, 6"]
+    assert [note.split(":")[0] for note in console.notes[-2:]] == ["image 1 of 2, seed 5", "image 2 of 2, seed 6"]
+    with pytest.raises(UsageError, match="batch size"):
+        replace(spec, batch_size=0)
 
 
 def test_two_runs_with_one_seed_give_identical_files(spec, directory):
