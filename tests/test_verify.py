@@ -137,7 +137,7 @@ def test_an_sdxl_model_in_half_precision_is_its_own_noise_floor(spec, directory,
         assert 0 < error.relative_l2 == error.reference_relative_l2 < 1e-2
 
 
-@pytest.mark.parametrize("scheduler", ["euler-a", "heun", "unipc"])
+@pytest.mark.parametrize("scheduler", ["euler-a", "heun"])
 def test_any_scheduler_and_no_guidance(spec, directory, scheduler):
     image = replace(spec.image, scheduler=scheduler, guidance_scale=1.0, steps=2)
     report = verify(replace(spec, image=image, timesteps=None), directory, QUIET)
