@@ -208,17 +208,17 @@ class EncodedText:
     @property
     def hidden_states(self) -> _HiddenStates:
         """Each layer's states, of which SDXL's pipelines take the last but one."""
-        return _HiddenStates(self.tensors.get("penultimate_hidden_state"))
+        return _HiddenStates(self.tensors["penultimate_hidden_state"])
 
 
 @dataclass(frozen=True)
 class _HiddenStates:
     """Stands in for a tuple of all layers' states, of which an engine gives one."""
 
-    penultimate: torch.Tensor | None
+    penultimate: torch.Tensor
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if index != -2 or self.penultimate is None:
+        if index != -2:
             raise _no_state(f"hidden states {index}")
         return self.penultimate
 
