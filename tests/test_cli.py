@@ -261,7 +261,7 @@ def test_export_to_a_file(folder, run):
     assert "--overwrite" in err
     Path("vae_encoder.onnx").mkdir()
     code, _, err = run("export", "--component", "vae_encoder", "-o", "vae_encoder.onnx")
-    assert (code, "use --output vae_encoder.onnx/vae_encoder.onnx" in err) == (2, True)
+    assert (code, "vae_encoder.onnx/vae_encoder.onnx" in err) == (2, True)
 
 
 def test_build_list_inspect_remove(folder, run, sd1):
