@@ -32,7 +32,8 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
     if backend == "onnxruntime":
         from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(entry.verified(ONNXRUNTIME_FILE), contract)
+        path, is_loop = entry.verified(ONNXRUNTIME_FILE), contract.component == "unet"
+        return OnnxRuntimeSession(path, contract, spinning=is_loop)
     if backend in ("tensorrt", "tensorrt-rtx"):
         from sdtrt.runtime.tensorrt import TensorRTSession
 

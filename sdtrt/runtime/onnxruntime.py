@@ -25,18 +25,30 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         contract: its inputs and outputs; tensors are on the CPU.
         threads: for one operator; None for one a core that this process may use.
         optimized: the file is a saved optimised model, which needs no second optimisation.
+        spinning: let threads wait busily for the next run. Right for what runs again at once; what runs once would keep
+            cores from what comes after it.
 
     Raises:
         EngineError: when ONNX Runtime can't load the file, or there is too little memory for it.
     """
 
-    def __init__(self, model: Path, contract: Contract, *, threads: int | None = None, optimized: bool = True) -> None:
+    def __init__(
+        self,
+        model: Path,
+        contract: Contract,
+        *,
+        threads: int | None = None,
+        optimized: bool = True,
+        spinning: bool = True,
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_SEVERITY
         if optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
