@@ -16,7 +16,7 @@ from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import print_table
 from sdtrt.errors import UsageError
 from sdtrt.models import Model, empty_part, part_infos
-from sdtrt.specs import Profile, check_choice
+from sdtrt.specs import Component, Precision, Profile, check_choice
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ class EngineReport:
     name: str
     path: Path
     kind: str
-    component: str
-    precision: str
+    component: Component
+    precision: Precision
     model: str | None
     backend: str | None
     backend_version: str | None
@@ -147,10 +147,14 @@ class EngineReport:
     profiles: tuple[Profile, ...]
     files: Mapping[str, int]
 
+    @property
+    def contract(self) -> Contract:
+        """Its inputs and outputs."""
+        return Contract(self.component, self.precision, self.inputs, self.outputs)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `--json`; each profile with the shapes that it stands for."""
-        contract = Contract("unet", "fp32", self.inputs, self.outputs)
-        shapes = [{"shapes": contract.profile_shapes(profile)} for profile in self.profiles]
+        shapes = [{"shapes": self.contract.profile_shapes(profile)} for profile in self.profiles]
         data = _plain(self)
         data["profiles"] = [profile | shape for profile, shape in zip(data["profiles"], shapes, strict=True)]
         return data
@@ -167,7 +171,7 @@ class EngineReport:
         print_table(("", "tensor", "dtype", "shape"), cells)
         print("\nprofiles:" if self.profiles else "\nprofiles: none, it takes any size")
         for number, profile in enumerate(self.profiles):
-            print(f"  {number}: {profile}")
+            print(f"  {number}: {self.contract.describe(profile)}")
 
 
 def inspect_model(model: Model, part: str | None = None, *, tree: bool = False) -> ModelReport:

@@ -36,6 +36,7 @@ ELEM_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int32": onnx.TensorProto.INT32,
 }
 # fmt: off
 MOVING = frozenset((
@@ -138,7 +139,7 @@ def _apply_tensors(kind: str, values: Iterable[onnx.ValueInfoProto], specs: tupl
     if list(found) != [spec.name for spec in specs]:
         raise ExportError(
             f"the exported graph has {kind}s {list(found)}, not {[spec.name for spec in specs]}",
-            hint="this model's unet does not use all of its inputs; use --backend torch for it",
+            hint="this part of the model does not use all of its inputs; use --backend torch for it",
         )
     for spec in specs:
         tensor = found[spec.name]

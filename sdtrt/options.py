@@ -18,6 +18,7 @@ from sdtrt.specs import (
     BACKENDS,
     BASELINES,
     BENCH_TASKS,
+    COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_MODEL,
     DEFAULT_OPSETS,
@@ -147,18 +148,26 @@ class BackendOptions:
 class ExporterOptions:
     """How the ONNX graph is written."""
 
-    component: Annotated[str, Option(help="the part of the model")] = "unet"
+    component: Annotated[
+        list[str] | None, Option(help=f"one of {', '.join(COMPONENTS)}; give it again for more; by default all")
+    ] = None
     exporter: Annotated[str, Option(help=f"PyTorch exporter: {' or '.join(EXPORTERS)}")] = "torchscript"
     opset: Annotated[int | None, Option(help=f"ONNX opset; by default {OPSETS}, by exporter")] = None
     force: Annotated[bool, Option("--force", help="make it again even if it is there")] = False
 
     def spec(
-        self, model: ModelSpec, precision: str, *, output: Path | None = None, overwrite: bool = False
+        self,
+        model: ModelSpec,
+        precision: str,
+        component: str = "unet",
+        *,
+        output: Path | None = None,
+        overwrite: bool = False,
     ) -> ExportSpec:
-        """The export that is asked for."""
+        """The export of one component that is asked for."""
         return ExportSpec(
             model=model,
-            component=cast(Component, self.component),
+            component=cast(Component, component),
             precision=cast(Precision, precision),
             exporter=cast(Exporter, self.exporter),
             opset=self.opset,
@@ -229,6 +238,10 @@ class GenerateOptions:
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
     no_build: NoBuild = False
+    component: Annotated[
+        list[str] | None,
+        Option(help=f"a part that an engine runs ({', '.join(COMPONENTS)}); give it again for more"),
+    ] = None
 
     def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
         """The images that are asked for; `image` holds what only img2img has."""
@@ -249,6 +262,7 @@ class GenerateOptions:
             output=self.output,
             overwrite=self.overwrite,
             allow_build=not self.no_build,
+            components=cast("tuple[Component, ...]", tuple(self.component or ())),
             **image,
         )
 

@@ -6,8 +6,8 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,23 @@ from PIL import Image
 
 from sdtrt import __version__, engines, host, images, models, schedulers
 from sdtrt.cache import EngineDirectory, Entry
-from sdtrt.components import DTYPES, unet_contract
+from sdtrt.components import DTYPES
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.errors import EngineError, ModelError
 from sdtrt.models import Model
-from sdtrt.modules import UNetFacade
+from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
+from sdtrt.parts import (
+    TEXT_ENCODERS,
+    VAE_HALVES,
+    choose_components,
+    components_of,
+    contract_of,
+    part_of,
+    sizes_of,
+)
 from sdtrt.runtime import open_session
-from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, GenerateSpec, Precision, SchedulerName, Sizes
+from sdtrt.runtime.session import Session
+from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, Component, GenerateSpec, Precision, SchedulerName, Sizes
 
 RANDOM_SEEDS = 2**32
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
@@ -48,14 +58,19 @@ class GenerateReport:
 
     Args:
         settings: what all the images have in common, as plain data: model, backend, device, precision, scheduler, …
-        engine: name and digest of the engine's entry; None for the torch backend.
+        engines: name and digest of the engine's entry, for each component that an engine ran.
         load_seconds: from the request to a pipeline that is ready, with the building of an engine.
     """
 
     images: tuple[GeneratedImage, ...]
     settings: Mapping[str, Any]
-    engine: Mapping[str, str] | None
+    engines: Mapping[Component, Mapping[str, str]]
     load_seconds: float
+
+    @property
+    def engine(self) -> Mapping[str, str] | None:
+        """The UNet's engine; None where PyTorch ran it."""
+        return self.engines.get("unet")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -74,8 +89,8 @@ class GenerateReport:
             "load": round(self.load_seconds, 3),
             "generate": [round(image.seconds, 3) for image in self.images],
         }
-        engine = None if self.engine is None else dict(self.engine)
-        return {"images": made, **self.settings, "engine": engine, "seconds": seconds}
+        facts = {name: dict(engine) for name, engine in self.engines.items()}
+        return {"images": made, **self.settings, "engine": facts.get("unet"), "engines": facts, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,7 @@ class Plan:
         steps: denoising steps, all of them (img2img runs a part).
         img2img: start from an image.
         scheduler: None for the model's own.
+        components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
     """
 
@@ -105,7 +121,16 @@ class Plan:
     steps: int
     img2img: bool = False
     scheduler: SchedulerName | None = None
+    components: tuple[Component, ...] | None = None
     images: int = 1
+
+    @property
+    def in_engines(self) -> tuple[Component, ...]:
+        """The components that engines run: of those that are wanted, what the pipeline calls at all."""
+        if self.backend == "torch":
+            return ()
+        wanted = components_of(self.model) if self.components is None else self.components
+        return tuple(name for name in wanted if self.img2img or name != "vae_encoder")
 
     @property
     def device(self) -> torch.device:
@@ -125,11 +150,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class OpenPipeline:
-    """A diffusers pipeline that is ready to run, and the engine in it (None for the torch backend)."""
+    """A diffusers pipeline that is ready to run, and the engines in it."""
 
     pipe: Any
     plan: Plan
-    entry: Entry | None
+    entries: Mapping[Component, Entry]
+
+    @property
+    def entry(self) -> Entry | None:
+        """The UNet's engine; None where PyTorch runs it."""
+        return self.entries.get("unet")
 
 
 def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -> GenerateReport:
@@ -164,7 +194,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
             made = [image for first in range(0, len(jobs), plan.images) for image in run.make(jobs, first)]
-    return GenerateReport(tuple(made), run.settings, engine_facts(opened.entry), load_seconds)
+    facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
+    return GenerateReport(tuple(made), run.settings, facts, load_seconds)
 
 
 def _jobs(spec: GenerateSpec) -> list[Job]:
@@ -184,9 +215,17 @@ def _plan(spec: GenerateSpec, model: Model, init: images.InitImage | None, conso
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
     count = min(spec.batch_size, len(spec.prompts) * spec.num_images)
-    sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
-    img2img = init is not None
-    plan = Plan(model, backend, precision, sizes, spec.steps, img2img=img2img, scheduler=spec.scheduler, images=count)
+    plan = Plan(
+        model,
+        backend,
+        precision,
+        unet_sizes(model, count, height, width, guidance=spec.uses_guidance),
+        spec.steps,
+        img2img=init is not None,
+        scheduler=spec.scheduler,
+        components=choose_components(model, spec.components) if spec.components else None,
+        images=count,
+    )
     check_plan(plan)
     return plan
 
@@ -224,7 +263,8 @@ def check_plan(plan: Plan) -> None:
         )
     if plan.backend == "torch":
         return
-    unet_contract(plan.model.config("unet"), plan.precision)
+    for component in plan.in_engines:
+        contract_of(plan.model, component, plan.precision)
     if plan.model.vae_scale_factor != SIZE_MULTIPLE:
         raise ModelError(
             f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {plan.model.spec.name} has"
@@ -247,7 +287,7 @@ def open_pipeline(
     allow_build: bool = True,
     unet_engine: Entry | None = None,
 ) -> Iterator[OpenPipeline]:
-    """Load what a plan needs and no more, with the engine's facade as the UNet.
+    """Load what a plan needs and no more, with the engines' facades as the parts that they replace.
 
     The scheduler comes first, so that too many steps are refused before an engine is built.
 
@@ -257,34 +297,82 @@ def open_pipeline(
     parts = models.load_parts(plan.model, ["scheduler"], torch.float32)
     parts["scheduler"] = schedulers.make_scheduler(plan.scheduler, parts["scheduler"])
     schedulers.check_steps(parts["scheduler"], plan.steps)
-    encoders = _encoders(plan.model)
-    names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *encoders, "vae"]
-    with _open_unet(plan, directory, console, allow_build, unet_engine) as (unet, entry), torch.no_grad():
+    with _open_engines(plan, directory, console, allow_build, unet_engine) as running, torch.no_grad():
         with console.stage("loading the pipeline"):
-            parts |= models.load_parts(plan.model, names, plan.parts_dtype)
-            for part in parts.values():
-                if isinstance(part, torch.nn.Module):
-                    part.to(plan.device).eval()
-        yield OpenPipeline(_assemble(plan, unet, parts), plan, entry)
+            parts |= _load_parts(plan, running)
+            parts |= _facades(plan, running, parts.get("vae"))
+        yield OpenPipeline(_assemble(plan, parts), plan, running.entries)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The engines of a pipeline, and the sessions that run them."""
+
+    entries: dict[Component, Entry] = field(default_factory=dict)
+    sessions: dict[Component, Session[torch.Tensor]] = field(default_factory=dict)
+
+    def covers(self, part: str, img2img: bool) -> bool:
+        """Whether engines do all that the pipeline asks of a part."""
+        names = (VAE_HALVES if img2img else VAE_HALVES[:1]) if part == "vae" else (part,)
+        return all(name in self.sessions for name in names)
 
 
 @contextmanager
-def _open_unet(
+def _open_engines(
     plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
-) -> Iterator[tuple[torch.nn.Module, Entry | None]]:
-    """The model's own UNet for the torch backend; else the facade of an engine, and the engine's entry."""
-    if plan.backend == "torch":
-        yield models.load_unet(plan.model, plan.parts_dtype).to(plan.device), None
+) -> Iterator[_Running]:
+    """Find or build the engines of a plan, then open all of them."""
+    if not plan.in_engines:
+        yield _Running()
         return
-    entry = unet_engine or engines.ensure_engine(
-        plan.model, plan.backend, plan.precision, plan.sizes, directory, allow_build=allow_build, console=console
+    given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
+    entries = given | engines.ensure_engines(
+        plan.model,
+        plan.backend,
+        plan.precision,
+        plan.sizes,
+        directory,
+        [name for name in plan.in_engines if name not in given],
+        images=plan.images,
+        allow_build=allow_build,
+        console=console,
     )
-    config = plan.model.config("unet")
-    with open_session(entry, plan.device) as session:
-        yield UNetFacade(session, unet_contract(config, plan.precision), config, plan.device), entry
+    with ExitStack() as stack:
+        sessions = {name: stack.enter_context(open_session(entry, plan.device)) for name, entry in entries.items()}
+        yield _Running(entries, sessions)
 
 
-def _assemble(plan: Plan, unet: torch.nn.Module, parts: Mapping[str, Any]) -> Any:
+def _load_parts(plan: Plan, running: _Running) -> dict[str, Any]:
+    """What PyTorch runs, on the plan's device, and the tokenizers."""
+    encoders = _encoders(plan.model)
+    modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, plan.img2img)]
+    names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *modules]
+    parts = {"unet": models.load_unet(plan.model, plan.parts_dtype)} if "unet" in names else {}
+    parts |= models.load_parts(plan.model, [name for name in names if name != "unet"], plan.parts_dtype)
+    for half in VAE_HALVES:
+        if "vae" in modules and half in running.sessions:
+            setattr(parts["vae"], half.removeprefix("vae_"), None)
+    for name in modules:
+        parts[name].to(plan.device).eval()
+    return parts
+
+
+def _facades(plan: Plan, running: _Running, vae: Any) -> dict[str, torch.nn.Module]:
+    """What stands in for the parts that engines run; `vae` is PyTorch's, where a half of it has no engine."""
+    facades: dict[str, torch.nn.Module] = {}
+    for name, session in running.sessions.items():
+        config = plan.model.config(part_of(name))
+        if name == "unet":
+            facades[name] = UNetFacade(session, session.contract, config, plan.device)
+        elif name in TEXT_ENCODERS:
+            facades[name] = TextEncoderFacade(session, config, plan.device, plan.parts_dtype)
+        else:
+            decoder, encoder = (running.sessions.get(half) for half in VAE_HALVES)
+            facades["vae"] = VaeFacade(config, plan.device, decoder=decoder, encoder=encoder, rest=vae)
+    return facades
+
+
+def _assemble(plan: Plan, parts: Mapping[str, Any]) -> Any:
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
     if plan.model.is_sdxl:
@@ -294,7 +382,7 @@ def _assemble(plan: Plan, unet: torch.nn.Module, parts: Mapping[str, Any]) -> An
     else:
         cls = diffusers.StableDiffusionImg2ImgPipeline if plan.img2img else diffusers.StableDiffusionPipeline
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = cls(unet=unet, **parts, **options)
+    pipe = cls(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -412,10 +500,14 @@ class _Run:
         return made
 
     def _filled(self, batch: Sequence[Job]) -> Sequence[Job]:
-        """The last batch, filled up with what is made in vain, where the engine takes full batches only."""
-        plan, entry = self.opened.plan, self.opened.entry
-        rows = plan.sizes.batch // plan.images * len(batch)
-        if entry is None or engines.slack(entry.key, replace(plan.sizes, batch=rows)) is not None:
+        """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
+        plan, count = self.opened.plan, len(batch)
+        unet = replace(plan.sizes, batch=plan.sizes.batch // plan.images * count)
+        fits = (
+            engines.slack(entry.key, sizes_of(name, unet, count)) is not None
+            for name, entry in self.opened.entries.items()
+        )
+        if all(fits):
             return batch
         return [*batch, *[batch[-1]] * (plan.images - len(batch))]
 
@@ -531,9 +623,9 @@ def _model_title(model: Model) -> str:
     return path.stem if model.layout == "single-file" else path.name or path.resolve().name
 
 
-def engine_facts(entry: Entry | None) -> dict[str, str] | None:
+def engine_facts(entry: Entry) -> dict[str, str]:
     """Which engine it was."""
-    return None if entry is None else {"name": entry.name, "digest": entry.digest}
+    return {"name": entry.name, "digest": entry.digest}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from sdtrt.errors import UsageError
 
-Component = Literal["unet"]
+Component = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
 BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
@@ -329,6 +329,7 @@ class GenerateSpec:
         seed: of each prompt's first image (the next ones count up from it); None for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
+        components: the parts that engines run, the others stay PyTorch's; none for the backend's default.
         init_image: start from this image instead of from noise (img2img).
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
         output: a file, or a folder where every image gets a new name; None for the current folder.
@@ -354,9 +355,14 @@ class GenerateSpec:
     output: Path | None = None
     overwrite: bool = False
     allow_build: bool = True
+    components: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
+        for component in self.components:
+            check_choice("component", component, COMPONENTS)
+        if self.backend == "torch" and self.components:
+            raise UsageError("the torch backend has no engines", hint="leave --component out, or use another --backend")
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
             check_precision(self.backend, self.precision)

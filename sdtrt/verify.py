@@ -177,7 +177,8 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     files = _draw(output.folder, errors, pixels, reference.pixels, plan)
     settings = _settings(spec, plan)
     failures = judge(spec.thresholds, errors, image)
-    return VerifyReport(settings, spec.thresholds, errors, image, failures, files, engine_facts(entry), same_weights)
+    engine = None if entry is None else engine_facts(entry)
+    return VerifyReport(settings, spec.thresholds, errors, image, failures, files, engine, same_weights)
 
 
 def _require_extras() -> None:

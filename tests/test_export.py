@@ -509,7 +509,7 @@ def test_a_full_disk_is_an_output_error(tmp_path, tiny_model, spec, monkeypatch)
 
 
 def test_bad_outputs_are_refused_before_any_work(tmp_path, tiny_model, spec, monkeypatch):
-    monkeypatch.setattr(export, "load_unet", None)
+    monkeypatch.setattr(export, "load_component", None)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(OutputError) as caught:

@@ -161,19 +161,61 @@ def test_an_engine_gives_the_picture_of_the_native_pipeline(img2img, spec, direc
     assert np.abs(native - swapped).max() <= 1
 
 
-def test_with_an_engine_the_unet_is_not_loaded(spec, directory, monkeypatch):
-    spec = replace(spec, backend="onnxruntime")
+# What a pipeline asks of PyTorch, by the components that engines run.
+LEFT_TO_PYTORCH = [
+    ((), False, []),
+    ((), True, []),
+    (("unet",), False, ["text_encoder", "vae"]),
+    (("text_encoder", "vae_decoder"), False, ["unet"]),
+    (("unet", "text_encoder", "vae_decoder"), True, ["vae"]),
+    (("unet", "text_encoder", "vae_encoder"), True, ["vae"]),
+    (("vae_encoder",), False, ["text_encoder", "unet", "vae"]),
+]
+
+
+@pytest.mark.parametrize(("components", "img2img", "rest"), LEFT_TO_PYTORCH)
+def test_what_engines_replace_is_not_loaded(components, img2img, rest, spec, directory, init_image, monkeypatch):
+    """Not a tensor of it is read; and the picture is that of the native pipeline, whatever engines run."""
+    spec = replace(spec, init_image=init_image if img2img else None)
     expected = pixels_of(made(spec, directory)[0])
-    loaded = []
-    real = models.load_parts
+    spec = replace(spec, backend="onnxruntime", components=components)
+    made(spec, directory)  # builds what is missing
+    read = []
+    real = models.read_tensors
 
-    def watch(model, names, dtype):
-        loaded.extend(names)
-        return real(model, names, dtype)
+    def watch(path, names):
+        read.append(path.parent.name)
+        return real(path, names)
 
-    monkeypatch.setattr(models, "load_parts", watch)
-    np.testing.assert_array_equal(pixels_of(made(spec, directory)[0]), expected)
-    assert sorted(loaded) == ["scheduler", "text_encoder", "tokenizer", "vae"]
+    monkeypatch.setattr(models, "read_tensors", watch)
+    report = generate(spec, directory, QUIET)
+    assert sorted(read) == rest
+    assert np.abs(pixels_of(report.images[0].path) - expected).max() <= 1
+    used = set(components or ("unet", "text_encoder", "vae_decoder", "vae_encoder"))
+    assert set(report.engines) == used - (set() if img2img else {"vae_encoder"})
+    assert len({engine["digest"] for engine in report.engines.values()}) == len(report.engines)
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_both_of_sdxls_text_encoders_run_in_engines(img2img, spec, sdxl, directory, init_image):
+    init = init_image if img2img else None
+    spec = replace(spec, model=ModelSpec(str(sdxl)), negative_prompt="green", init_image=init, height=64, width=88)
+    native = pixels_of(made(spec, directory)[0])
+    every = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
+    swapped = pixels_of(made(replace(spec, backend="onnxruntime", components=every), directory)[0])
+    assert native.std() > 1
+    assert np.abs(native - swapped).max() <= 1
+
+
+def test_a_component_that_the_model_has_not_is_a_usage_error(spec, directory):
+    spec = replace(spec, backend="onnxruntime", components=("text_encoder_2",))
+    with pytest.raises(UsageError, match="has no text_encoder_2") as caught:
+        generate(spec, directory, QUIET)
+    assert "text_encoder, unet, vae_decoder, vae_encoder" in caught.value.hint
+    with pytest.raises(UsageError, match="no engines"):
+        replace(spec, backend="torch")
+    with pytest.raises(UsageError, match="vae_decodr"):
+        replace(spec, components=("vae_decodr",))
 
 
 def test_a_missing_engine_is_not_built_against_the_users_will(spec, tmp_path):
@@ -242,14 +284,16 @@ def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monk
     rows, real = [], OnnxRuntimeSession.run
 
     def note(session, feeds):
-        rows.append(feeds["sample"].shape[0])
+        if session.contract.component == "unet":
+            rows.append(feeds["sample"].shape[0])
         return real(session, feeds)
 
+    def for_two_images(key, sizes):
+        return 0.0 if sizes.batch == (4 if key["component"] == "unet" else 2) else None
+
     monkeypatch.setattr(OnnxRuntimeSession, "run", note)
-    monkeypatch.setattr(engines, "slack", lambda _key, sizes: 0.0 if sizes.batch == 4 else None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "ensure_engine", lambda *_, **__: directory.entries("engine")[0])
-        filled = made(replace(spec, batch_size=2), directory)
+    monkeypatch.setattr(engines, "slack", for_two_images)
+    filled = made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4}
     assert len(filled) == 3
     for one, other in zip(expected, filled, strict=True):
@@ -353,7 +397,9 @@ def test_the_report_is_plain_data_with_everything(spec, directory):
     assert (data["backend"], data["precision"], data["steps"]) == ("onnxruntime", "fp32", 3)
     assert data["scheduler"] == {"name": None, "class": "PNDMScheduler"}
     assert (data["guidance_scale"], data["strength"], data["init_image"]) == (7.5, None, None)
-    assert directory.entries("engine")[0].digest == data["engine"]["digest"]
+    assert list(data["engines"]) == ["text_encoder", "unet", "vae_decoder"]
+    assert data["engines"]["unet"] == data["engine"]
+    assert directory.named(data["engine"]["name"]).digest == data["engine"]["digest"]
     assert data["versions"]["diffusers"] == diffusers.__version__
     assert len(data["seconds"]["generate"]) == 2
 
@@ -511,7 +557,7 @@ def test_an_engine_with_a_nan_weight_is_an_error_with_the_step_and_no_image(spec
     directory = EngineDirectory(tmp_path / "engines")
     spec = replace(spec, backend="onnxruntime")
     generate(replace(spec, steps=1, output=tmp_path / "before"), directory, QUIET)
-    (entry,) = directory.entries("engine")
+    (entry,) = [entry for entry in directory.entries("engine") if entry.key["component"] == "unet"]
 
     def spoil(weight):
         weight.flat[0] = np.nan

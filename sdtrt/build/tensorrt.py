@@ -95,7 +95,8 @@ def build_plan(
     """
     request = Request(onnx_path.resolve(), folder.resolve(), contract, spec, timing_cache, console.verbose)
     check_request(request)
-    console.note(f"{spec.backend} {spec.export.precision} engine for {'; '.join(map(str, spec.profiles))}")
+    sizes = "; ".join(map(contract.describe, spec.profiles))
+    console.note(f"{spec.backend} {spec.export.precision} engine of the {contract.component} for {sizes}")
     with console.activity("building the engine") as show:
         return _build_in_child(request, console, show)
 

@@ -30,7 +30,14 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         EngineError: when ONNX Runtime can't load the file, or there is too little memory for it.
     """
 
-    def __init__(self, model: Path, contract: Contract, *, threads: int | None = None, optimized: bool = True) -> None:
+    def __init__(
+        self,
+        model: Path,
+        contract: Contract,
+        *,
+        threads: int | None = None,
+        optimized: bool = True,
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
