@@ -112,7 +112,8 @@ def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
     fast, plain = data["rows"][:2]
     assert (plain["variant"], plain["speedup"]) == ("TF32 off", 1.0)
     assert fast["speedup"] == pytest.approx(plain["latency_s"]["median"] / fast["latency_s"]["median"])
-    assert fast["engine"]["digest"] == next(e.digest for e in directory.entries("engine") if e.key["component"] == "unet")
+    (engine,) = [entry for entry in directory.entries("engine") if entry.key["component"] == "unet"]
+    assert fast["engine"]["digest"] == engine.digest
     assert [row["steps"] for row in data["rows"]] == [3] * 4 + [2] * 4
     assert [row["unet_calls"] for row in data["rows"][::4]] == [4, 3]  # PNDM has one call more than steps
     assert set(fast["components_ms"]) == {"text_encoder", "unet", "vae_decoder"}
