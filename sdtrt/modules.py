@@ -326,7 +326,10 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 def _per_row(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
     """The timestep as float32 `[B]`: int64 on the way in would be narrowed by TensorRT 8.6, float16 would round."""
-    tensor = torch.as_tensor(timestep, device=sample.device).to(torch.float32)
+    tensor = torch.as_tensor(timestep).to(torch.float32)
+    if tensor.numel() == 1 and tensor.device.type == "cpu":  # as an argument of the kernel: nothing to copy or wait for
+        return torch.full((sample.shape[0],), tensor.item(), device=sample.device)
+    tensor = tensor.to(sample.device)
     return tensor.reshape(-1).expand(sample.shape[0])
 
 

@@ -140,8 +140,11 @@ class Plan:
 
     @property
     def parts_dtype(self) -> torch.dtype:
-        """The dtype of what no engine runs. PyTorch's own pipeline has one dtype; a CPU computes best in float32."""
-        if self.backend != "torch" and self.device.type == "cpu":
+        """The dtype of what no engine runs: guidance and scheduler, and parts that are left to PyTorch.
+
+        fp32 beside engines. PyTorch's own pipeline has one dtype for all; in fp16 its noise is another than in fp32.
+        """
+        if self.backend != "torch":
             return torch.float32
         dtype = getattr(torch, DTYPES[self.precision])
         assert isinstance(dtype, torch.dtype)
@@ -297,6 +300,8 @@ def open_pipeline(
     parts = models.load_parts(plan.model, ["scheduler"], torch.float32)
     parts["scheduler"] = schedulers.make_scheduler(plan.scheduler, parts["scheduler"])
     schedulers.check_steps(parts["scheduler"], plan.steps)
+    if plan.backend != "torch":  # that one stays diffusers' own, to be compared with
+        schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(plan, directory, console, allow_build, unet_engine) as running, torch.no_grad():
         with console.stage("loading the pipeline"):
             parts |= _load_parts(plan, running)

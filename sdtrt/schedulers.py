@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,21 @@ def make_scheduler(name: SchedulerName | None, own: Any) -> Any:
     config = own.config
     changes = {key: config.get(key, value) for key, value in kind.defaults.items()}
     return getattr(diffusers, kind.class_name).from_config(config, **{**changes, **kind.forced})
+
+
+def keep_on_host(scheduler: Any) -> None:
+    """Let this scheduler keep its timesteps on the CPU, whatever device its pipeline asks for.
+
+    diffusers' schedulers branch on the timestep and look up their tables by it, which are on the CPU: with timesteps on
+    the GPU each step waits there for all the work before it. The values are the same on either side.
+    """
+    own = scheduler.set_timesteps
+
+    @functools.wraps(own)
+    def set_timesteps(*arguments: Any, device: Any = None, **options: Any) -> None:
+        own(*arguments, device="cpu", **options)
+
+    scheduler.set_timesteps = set_timesteps
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

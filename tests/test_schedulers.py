@@ -8,7 +8,7 @@ import torch
 from factories import small_unet
 
 from sdtrt.errors import UsageError
-from sdtrt.schedulers import check_steps, make_scheduler, sampler_name, schedule_type
+from sdtrt.schedulers import check_steps, keep_on_host, make_scheduler, sampler_name, schedule_type
 from sdtrt.specs import SCHEDULERS
 
 SD1 = diffusers.PNDMScheduler(
@@ -140,3 +140,31 @@ def test_more_steps_than_there_are_is_a_usage_error(name, most):
     with pytest.raises(UsageError, match=str(most + 1)) as caught:
         check_steps(scheduler, most + 1)
     assert caught.value.hint == f"use --steps {most}"
+
+
+# --- nothing to wait for ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_no_step_reads_what_is_on_the_device(name, steps):
+    """Meta tensors have no values: whoever asks for one, as a wait for the GPU would, raises."""
+    scheduler = make_scheduler(name, SD1)
+    keep_on_host(scheduler)
+    scheduler.set_timesteps(steps, device="meta")
+    latents = torch.empty((1, 4, 8, 8), device="meta")
+    generator = torch.Generator()
+    seeded = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+    for timestep in scheduler.timesteps:
+        noise = scheduler.scale_model_input(latents, timestep) * 0.5
+        latents = scheduler.step(noise, timestep, latents, **seeded).prev_sample
+    assert latents.device.type == "meta"
+    assert latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_on_the_host_change_nothing(name):
+    plain, kept = make_scheduler(name, SD1), make_scheduler(name, SD1)
+    keep_on_host(kept)
+    one, other = (denoise(scheduler, 5, lambda latents, _: latents * 0.5) for scheduler in (plain, kept))
+    assert torch.equal(one, other)
