@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import gpu_engines
@@ -136,15 +137,21 @@ def test_fp32_engine_computes_in_fp32(directory, reference):
 def test_ctrl_c_stops_a_build_and_leaves_nothing(tmp_path):
     """A real build, interrupted as a terminal does it, while TensorRT is deep in its C++."""
     command = [sys.executable, "-m", "sdtrt", "build", "--model", "tiny", "--backend", "tensorrt", "--batch", "2"]
-    command += ["--height", "160", "--width", "96", "--engine-dir", str(tmp_path / "engines")]
+    command += ["--component", "unet", "--height", "160", "--width", "96", "--engine-dir", str(tmp_path / "engines")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True) as process:
-        log = wait_for(lambda: next(tmp_path.glob("engines/.building/*/build.log"), None), 180)
-        time.sleep(5)
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        start = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(15) != 0
+    # A job of a script in the background ignores SIGINT, and so would all that it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    options = {"stderr": subprocess.PIPE, "start_new_session": True, "preexec_fn": heed}
+    with subprocess.Popen(command, env=environment, **options) as process:
+        try:
+            log = wait_for(lambda: next(tmp_path.glob("engines/.building/*/build.log"), None), 180)
+            time.sleep(5)
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            start = time.monotonic()
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(15) == 130
+        finally:
+            process.kill()
     assert time.monotonic() - start < 10
     assert not log.parent.exists()
     assert not [path for path in (tmp_path / "engines").iterdir() if "tensorrt" in path.name]
