@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,7 +18,7 @@ from typer import Argument, Option
 
 from sdtrt import __version__
 from sdtrt.console import print_table
-from sdtrt.errors import SdtrtError, UsageError
+from sdtrt.errors import CacheError, SdtrtError, UsageError
 from sdtrt.options import (
     BackendOptions,
     DirectoryOptions,
@@ -42,6 +44,7 @@ from sdtrt.specs import (
 )
 
 if TYPE_CHECKING:
+    from sdtrt.cache import Checked
     from sdtrt.inspection import EngineReport, ModelReport
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
@@ -55,7 +58,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-engines_app = typer.Typer(help="The engine directory: list, remove, prune.", invoke_without_command=True)
+engines_app = typer.Typer(help="The engine directory: list, verify, remove, prune.", invoke_without_command=True)
 app.add_typer(engines_app, name="engines")
 
 
@@ -247,7 +250,7 @@ def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
 @engines_app.callback()
 @grouped
 def engines(context: typer.Context, directory: DirectoryOptions, output: OutputOptions) -> None:
-    """The engine directory: list, remove, prune."""
+    """The engine directory: list, verify, remove, prune."""
     if context.invoked_subcommand is None:
         _list(directory, output)
 
@@ -267,12 +270,37 @@ def remove_entries(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Remove entries by name."""
+    """Remove entries by name, damaged ones too."""
     found = directory.directory()
-    entries = {entry.name: entry for entry in (found.named(name) for name in names)}
-    for entry in entries.values():
-        found.remove(entry)
-    _render(list(entries), {"removed": list(entries)}, output)
+    folders = {folder.name: folder for folder in (found.folder_named(name) for name in names)}
+    for folder in folders.values():
+        found.remove(folder)
+    _render(list(folders), {"removed": list(folders)}, output)
+
+
+@engines_app.command("verify")
+@grouped
+def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
+    """Read every entry whole and compare it with what was published; exit 1 where one is damaged."""
+    found = directory.directory()
+    with output.console().stage("verifying"):
+        checked = list(found.check())
+    if output.as_json:
+        print(json.dumps({"directory": str(found.path), "entries": [asdict(one) for one in checked]}, indent=2))
+    elif checked:
+        print_table(("name", "state", "size", "what is wrong"), [_row(one) for one in checked])
+    damaged = [one.name for one in checked if one.state == "damaged"]
+    if damaged:
+        raise CacheError(
+            f"{len(damaged)} of {len(checked)} entries are damaged: {', '.join(damaged)}",
+            hint=f"{shlex.join(['sdtrt', 'engines', 'rm', *damaged, '--engine-dir', str(found.path)])};"
+            " what is needed of them is made again",
+        )
+
+
+def _row(one: Checked) -> tuple[str, str, str, str]:
+    """What was found of an entry, as a table's row."""
+    return one.name, one.state, f"{one.size_bytes / 2**20:.1f} MiB", one.problem
 
 
 @engines_app.command("prune")
@@ -294,10 +322,14 @@ def prune_entries(
     found = directory.directory()
     leftovers = len(found.abandoned()) if spec.dry_run else found.sweep()
     chosen = found.prunable(spec, is_foreign)
+    console = output.console()
+    busy = [entry for entry in chosen if found.is_in_use(entry)]
+    for entry in busy:
+        console.note(f"{entry.name} is in use: it stays")
+    chosen = [entry for entry in chosen if entry not in busy]
     for entry in () if spec.dry_run else chosen:
         found.remove(entry)
     freed = sum(entry.size_bytes for entry in chosen)
-    console = output.console()
     verb = "would remove" if spec.dry_run else "removed"
     console.note(f"{verb} {len(chosen)} entries, {freed / GIB:.2f} GiB, and {leftovers} unfinished builds")
     names = [entry.name for entry in chosen]

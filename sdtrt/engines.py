@@ -7,7 +7,7 @@ from typing import Any
 
 from sdtrt import host
 from sdtrt.build import FORMAT, backend_version, build_engine, host_key
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import MALFORMED, EngineDirectory, Entry
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, SdtrtError
 from sdtrt.export import export_key
@@ -89,9 +89,7 @@ def find_engine(
         (looseness, -entry.created, entry)
         for entry in directory.entries("engine")
         if all(entry.key.get(name) == value for name, value in wanted.items())
-        and _runs_in(version, entry.key)
-        and _same_weights(entry.key["export"], export)
-        and (looseness := slack(entry.key, sizes)) is not None
+        and (looseness := _fit(entry.key, version, export, sizes)) is not None
     ]
     if not fitting:
         return None
@@ -136,11 +134,20 @@ def is_foreign(entry: Entry) -> bool:
     """Whether an engine was built for another GPU, processor or library version than this machine's."""
     if entry.kind != "engine":
         return False
-    backend: Backend = entry.key["backend"]
     try:
+        backend: Backend = entry.key["backend"]
         return entry.key["host"] != host_key(backend) or not _runs_in(backend_version(backend), entry.key)
-    except SdtrtError:  # the backend is not there at all
+    except (SdtrtError, *MALFORMED):  # the backend is not there at all, or the key is not one of ours
         return True
+
+
+def _fit(key: Mapping[str, Any], version: str, export: Mapping[str, Any], sizes: Sizes) -> float | None:
+    """How loosely an engine of the right kind fits; None for another version, other weights, or a malformed key."""
+    try:
+        same = _runs_in(version, key) and _same_weights(key["export"], export)
+        return slack(key, sizes) if same else None
+    except (SdtrtError, *MALFORMED):
+        return None
 
 
 def _runs_in(version: str, key: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from sdtrt.cache import sha256_file
 from sdtrt.errors import OutputError, UsageError
+from sdtrt.files import fsync, rename_to_free
 from sdtrt.specs import SIZE_MULTIPLE
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -223,7 +224,10 @@ def _publish_fresh(data: bytes, folder: Path, stem: str, suffix: str) -> Path:
 
 
 def _publish(data: bytes, path: Path, *, overwrite: bool) -> Path:
-    """Write `path` whole or not at all; unless `overwrite`, raise `FileExistsError` where there is anything."""
+    """Write `path` whole or not at all; unless `overwrite`, raise `FileExistsError` where there is anything.
+
+    A link that is to be overwritten is replaced itself; what it points to stays as it is.
+    """
     if not overwrite and _is_taken(path):
         raise FileExistsError(path)
     temporary = path.parent / f".sdtrt-{secrets.token_hex(8)}.tmp"
@@ -235,23 +239,12 @@ def _publish(data: bytes, path: Path, *, overwrite: bool) -> Path:
         if overwrite:
             temporary.replace(path)
         else:
-            _rename_to_free(temporary, path)
+            rename_to_free(temporary, path)
+        fsync(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     return path
-
-
-def _rename_to_free(temporary: Path, path: Path) -> None:
-    """Rename, but raise `FileExistsError` where the name is taken, also if that happens right now."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: take the name first, then put the file in its place
-        with path.open("xb"):
-            pass
-        temporary.replace(path)
 
 
 def encode_image(image: Image.Image, image_format: str, metadata: Metadata) -> bytes:

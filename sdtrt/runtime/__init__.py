@@ -23,12 +23,36 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
         entry: an entry of the kind `engine`.
         device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
 
+    The entry is not removed before the session is closed.
+
     Raises:
-        CacheError: where a file of it is not what was published.
+        CacheError: where a file of it is not what was published, or it has been removed.
         EngineError: where it can't be loaded on this machine, saying why and how to rebuild it.
     """
-    contract = Contract.from_json(entry.info["contract"])
-    backend = entry.key["backend"]
+    hold = entry.hold()
+    try:
+        session = _open(entry, device)
+    except BaseException:
+        hold.close()
+        raise
+    session.keep(hold)
+    return session
+
+
+def contract_of(entry: Entry) -> Contract:
+    """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
+    try:
+        return Contract.from_json(entry.info["contract"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(
+            f"{entry.name} does not say what its inputs and outputs are", hint=f"sdtrt engines rm {entry.name}"
+        ) from error
+
+
+def _open(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
+    """Open an engine whose entry is held."""
+    contract = contract_of(entry)
+    backend = entry.key.get("backend")
     if backend == "onnxruntime":
         from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 

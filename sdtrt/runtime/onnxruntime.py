@@ -74,6 +74,7 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
     def close(self) -> None:
         """Free the model."""
         self._session = None
+        self.let_go()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
