@@ -421,7 +421,7 @@ class EngineDirectory:
 
     def _read_digests(self) -> dict[str, Any]:
         """The memo of file digests; empty where there is none or it can't be read as one."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             memo = json.loads(self._digests.read_text())
             if isinstance(memo, dict):
                 return memo

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import IO
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
+UNFLUSHABLE = (errno.EACCES, errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # folders on Windows, FUSE and the like
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk (folders can't be opened on Windows, and need not be)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk. Folders that can't be opened or flushed are left to their file system."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in UNFLUSHABLE):
+            raise
 
 
 def write_atomically(path: Path, text: str) -> None:

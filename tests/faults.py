@@ -1,4 +1,4 @@
-"""The client of `fault_server.py`: folders with files of a user's in them, jobs with faults, and what must hold after."""
+"""The client of `fault_server.py`: folders with a user's own files, jobs with faults, and what must hold after."""
 
 from __future__ import annotations
 
