@@ -159,7 +159,8 @@ class Entry:
     def verified(self, name: str) -> Path:
         """The path of one of its files, once its content and that of its companions (`NAME.data`) is proven.
 
-        Reads them whole: about a second for 2 GB.
+        Reads them whole: two seconds for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
+        would not do: a bit that flips on the disk changes neither its time nor its size.
 
         Raises:
             CacheError: when one can't be read, or is not what was published.
@@ -346,9 +347,9 @@ class EngineDirectory:
                 raise CacheError(f"{folder.name} is in use", hint="end the process that uses it, or wait for it")
             self._discard(folder)
 
-    def is_in_use(self, entry: Entry) -> bool:
-        """Whether a process holds an entry."""
-        with _exclusively(entry.path) as free:
+    def is_in_use(self, folder: Path) -> bool:
+        """Whether a process holds the entry in a folder."""
+        with _exclusively(folder) as free:
             return not free
 
     def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,7 +19,8 @@ from typer import Argument, Option
 
 from sdtrt import __version__
 from sdtrt.console import print_table
-from sdtrt.errors import CacheError, SdtrtError, UsageError
+from sdtrt.errors import CacheError, SdtrtError, UsageError, printable
+from sdtrt.files import FULL
 from sdtrt.options import (
     BackendOptions,
     DirectoryOptions,
@@ -309,31 +311,23 @@ def prune_entries(
     older_than_days: Annotated[float | None, Option(help="remove what was not used for so many days")] = None,
     keep_gib: Annotated[float | None, Option(help="remove the least recently used until the rest fits")] = None,
     foreign: Annotated[bool, Option("--foreign", help="remove engines that this machine can't load")] = False,
+    damaged: Annotated[bool, Option("--damaged", help="remove what engines verify finds damaged")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="only say what would go")] = False,
     *,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Remove entries by age, size or host, and what killed builds left behind."""
+    """Remove entries by age, size, host or damage, and what killed builds left behind; nothing that is in use."""
     keep_bytes = None if keep_gib is None else bytes_of("--keep-gib", keep_gib)
-    spec = PruneSpec(older_than_days, keep_bytes, foreign, dry_run)
-    from sdtrt.engines import is_foreign
+    spec = PruneSpec(older_than_days, keep_bytes, foreign, damaged, dry_run)
+    from sdtrt.engines import prune
 
-    found = directory.directory()
-    leftovers = len(found.abandoned()) if spec.dry_run else found.sweep()
-    chosen = found.prunable(spec, is_foreign)
     console = output.console()
-    busy = [entry for entry in chosen if found.is_in_use(entry)]
-    for entry in busy:
-        console.note(f"{entry.name} is in use: it stays")
-    chosen = [entry for entry in chosen if entry not in busy]
-    for entry in () if spec.dry_run else chosen:
-        found.remove(entry)
-    freed = sum(entry.size_bytes for entry in chosen)
+    pruned = prune(directory.directory(), spec, console)
     verb = "would remove" if spec.dry_run else "removed"
-    console.note(f"{verb} {len(chosen)} entries, {freed / GIB:.2f} GiB, and {leftovers} unfinished builds")
-    names = [entry.name for entry in chosen]
-    _render(names, {"removed": names, "freed_bytes": freed, "leftovers": leftovers, "dry_run": dry_run}, output)
+    size = f"{pruned.freed_bytes / GIB:.2f} GiB"
+    console.note(f"{verb} {len(pruned.removed)} entries, {size}, and {pruned.leftovers} unfinished builds")
+    _render(pruned.removed, asdict(pruned), output)
 
 
 def _list(directory: DirectoryOptions, output: OutputOptions) -> None:
@@ -374,6 +368,8 @@ def main() -> NoReturn:
     """Run the command line; every failure that its reader can mend is an `error:` and a `hint:` line on stderr."""
     if sys.stdout is None:  # started with stdout closed
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as they came in, whatever their bytes
     try:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
@@ -385,10 +381,14 @@ def main() -> NoReturn:
         _drop_stdout()
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+        if error.errno not in (*FULL, errno.EIO):
             raise
         _drop_stdout()
-        code = _fail(f"can't write to stdout: {error.strerror}", "free some space, or send it elsewhere", 1)
+        what = error.filename or "all of the output"
+        hint = "free some space, or write elsewhere; temporary files go where $TMPDIR says"
+        code = _fail(f"can't write {what}: {error.strerror}", hint, 1)
+    except MemoryError:
+        code = _fail("out of memory", "end other programs, or use a smaller --height and --width", 1)
     except _CLICK_EXCEPTION as error:
         message = error.format_message()  # empty where the help was shown instead, for want of arguments
         hint = f"{_command_path(error)} --help shows the options"
@@ -405,7 +405,7 @@ def _drop_stdout() -> None:
 
 def _fail(message: str, hint: str, code: int) -> int:
     """Say what is wrong and what mends it."""
-    print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+    print(f"error: {printable(message)}\nhint: {hint}", file=sys.stderr)
     return code
 
 

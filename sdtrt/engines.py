@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sdtrt import host
@@ -12,7 +13,7 @@ from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, SdtrtError
 from sdtrt.export import export_key
 from sdtrt.models import Model
-from sdtrt.specs import Backend, BackendChoice, BuildSpec, ExportSpec, Precision, Profile, Sizes
+from sdtrt.specs import Backend, BackendChoice, BuildSpec, ExportSpec, Precision, Profile, PruneSpec, Sizes
 
 TENSORRT_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -159,6 +160,35 @@ def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
 def _numbers(version: str) -> tuple[int, ...]:
     """`10.13.3.9.post1` → (10, 13, 3, 9)."""
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning has removed (or would), what that freed, and how many killed builds' leftovers went with it."""
+
+    removed: tuple[str, ...]
+    freed_bytes: int
+    leftovers: int
+    dry_run: bool
+
+
+def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET) -> Pruned:
+    """Remove the entries that `spec` names, and what killed builds left behind; what is in use stays, with a word."""
+    leftovers = len(directory.abandoned()) if spec.dry_run else directory.sweep()
+    chosen = {entry.path: entry.size_bytes for entry in directory.prunable(spec, is_foreign)}
+    if spec.damaged:
+        checked = (one for one in directory.check() if one.state == "damaged")
+        chosen |= {directory.path / one.name: one.size_bytes for one in checked}
+    removed = []
+    for path in chosen:
+        if directory.is_in_use(path):
+            console.note(f"{path.name} is in use: it stays")
+            continue
+        if not spec.dry_run:
+            directory.remove(path)
+        removed.append(path)
+    freed = sum(chosen[path] for path in removed)
+    return Pruned(tuple(path.name for path in removed), freed, leftovers, spec.dry_run)
 
 
 def build_command(

@@ -269,7 +269,7 @@ def inspect_engine(entry: Entry) -> EngineReport:
         model=entry.info.get("model"),
         backend=entry.key.get("backend"),
         backend_version=entry.key.get("backend_version"),
-        host=entry.key.get("host", {}),
+        host=host if isinstance(host := entry.key.get("host"), dict) else {},
         inputs=contract.inputs,
         outputs=contract.outputs,
         profiles=profiles,

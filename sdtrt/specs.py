@@ -396,12 +396,14 @@ class PruneSpec:
         older_than_days: those not used for so long.
         keep_bytes: the least recently used ones, until the rest fits.
         foreign: those that this machine can't load (another GPU or library version).
+        damaged: those whose content is not what was published.
         dry_run: only say what would go.
     """
 
     older_than_days: float | None = None
     keep_bytes: int | None = None
     foreign: bool = False
+    damaged: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:

@@ -168,9 +168,10 @@ def _build_in_child(request: Request, console: Console, show: Callable[[str], No
 
 def _keep_log(log: Path, console: Console) -> None:
     """Save the log of a failed build from the folder that is about to go, and say where it is."""
-    with tempfile.NamedTemporaryFile("wb", prefix="sdtrt-build-", suffix=".log", delete=False) as kept:
-        kept.write(log.read_bytes())
-    console.warn(f"the build failed; TensorRT's log is in {kept.name}")
+    with suppress(OSError):  # a full disk may be why the build failed, and that is what is to be told
+        with tempfile.NamedTemporaryFile("wb", prefix="sdtrt-build-", suffix=".log", delete=False) as kept:
+            kept.write(log.read_bytes())
+        console.warn(f"the build failed; TensorRT's log is in {kept.name}")
 
 
 def _send(request: Request, pipe: IO[bytes]) -> None:
@@ -225,9 +226,9 @@ def serve() -> None:
         with lock:
             reports.write(json.dumps(message) + "\n")
 
-    request = Request.from_json(json.loads(sys.stdin.buffer.readline()))
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
+        request = Request.from_json(json.loads(sys.stdin.buffer.readline()))
+        threading.Thread(target=_die_with_parent, daemon=True).start()
         report({"result": build_here(request, report)})
     except SdtrtError as error:
         report({"error": type(error).__name__, "message": error.message, "hint": error.hint})

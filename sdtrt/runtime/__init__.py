@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdtrt.cache import Entry
+from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract
 from sdtrt.errors import EngineError
 from sdtrt.runtime.session import Session
+from sdtrt.specs import Sizes
 
 if TYPE_CHECKING:
     import torch
 
 ONNXRUNTIME_FILE = "engine.onnx"
 TENSORRT_FILE = "engine.plan"
+SOME_SIZES = Sizes(batch=2, height=64, width=64)
 
 
 def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
@@ -42,8 +44,14 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
 def contract_of(entry: Entry) -> Contract:
     """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
     try:
-        return Contract.from_json(entry.info["contract"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        contract = Contract.from_json(entry.info["contract"])
+        contract.input_shapes(SOME_SIZES)
+        contract.output_shapes(SOME_SIZES)
+        words = [word for spec in (*contract.inputs, *contract.outputs) for word in (spec.name, spec.dtype)]
+        if not all(isinstance(word, str) for word in (contract.component, contract.precision, *words)):
+            raise TypeError("names and dtypes must be text")
+        return contract
+    except MALFORMED as error:
         raise EngineError(
             f"{entry.name} does not say what its inputs and outputs are", hint=f"sdtrt engines rm {entry.name}"
         ) from error
