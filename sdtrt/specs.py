@@ -409,4 +409,6 @@ class PruneSpec:
     def __post_init__(self) -> None:
         days = self.older_than_days
         if days is not None and not (math.isfinite(days) and days >= 0):
-            raise UsageError(f"--older-than-days must be a number from 0 up, got {days}", hint="as in 30")
+            raise UsageError(
+                f"--older-than-days must be a number from 0 up, got {days}", hint="as in --older-than-days 30"
+            )
