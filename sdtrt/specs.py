@@ -31,6 +31,7 @@ DEFAULT_TOKENS = 77
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
+MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
 GIB = 2**30
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
@@ -363,6 +364,11 @@ class GenerateSpec:
             raise UsageError(f"steps must be at least 1, got {self.steps}", hint=f"use --steps {DEFAULT_STEPS}")
         if self.num_images < 1:
             raise UsageError(f"num-images must be at least 1, got {self.num_images}", hint="use --num-images 1")
+        if self.num_images > MAX_IMAGES:
+            raise UsageError(
+                f"num-images must be at most {MAX_IMAGES}, got {self.num_images}",
+                hint=f"use --num-images {MAX_IMAGES}, and a --seed that goes on from there the next time",
+            )
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(
                 f"guidance scale must be a number from 0 up, got {self.guidance_scale}",

@@ -130,6 +130,7 @@ MAKERS = {
     "steps": (*PAINT, "--steps", "0"),
     "more steps than the model has": (*PAINT, "--steps", "5000"),
     "number of images": (*PAINT, "--num-images", "0"),
+    "number of images beyond all": (*PAINT, "--num-images", "9" * 12),
     "guidance scale": (*PAINT, "--cfg-scale", "nan"),
     "seed": (*PAINT, "--seed", "-1"),
     "scheduler": (*PAINT, "--scheduler", "eulr"),
