@@ -48,11 +48,11 @@ def kills(count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def soak(count: int, seed: int) -> dict[str, Any]:
+def soak(count: int, seed: int, each: int) -> dict[str, Any]:
     """Generate in one process, changing sizes and models; resident memory along the way."""
     from soak import run
 
-    return run(count, seed)
+    return run(count, seed, each=each)
 
 
 def digest(repeats: int) -> dict[str, Any]:
@@ -81,12 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "soak", "digest"))
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--each", type=int, default=10, help="soak: images of one request")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     start = time.perf_counter()
     runs = {
         "kills": lambda: kills(chosen.count, chosen.seed),
-        "soak": lambda: soak(chosen.count, chosen.seed),
+        "soak": lambda: soak(chosen.count, chosen.seed, chosen.each),
         "digest": lambda: digest(3),
     }
     found = runs[chosen.what]()

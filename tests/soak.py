@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,13 @@ WARM = 100  # generations after which memory has settled: libraries are loaded, 
 SIZES = ((64, 64), (96, 64), (64, 96))
 
 
-def run(count: int, seed: int, *, warm: int = WARM) -> dict[str, Any]:
-    """Generate `count` images with two models in three sizes; resident bytes after each hundredth, and at both ends."""
+def run(count: int, seed: int, *, warm: int = WARM, each: int = 10) -> dict[str, Any]:
+    """Generate `count` images with two models in three sizes; resident bytes after each hundredth, and at both ends.
+
+    Args:
+        warm: images after which growth is counted.
+        each: images of one request; the pipeline is opened anew, with another model and size, for the next one.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="sdtrt-soak-") as place:
         folder = Path(place)
@@ -33,28 +39,34 @@ def run(count: int, seed: int, *, warm: int = WARM) -> dict[str, Any]:
             for number in range(2)
         ]
         directory = EngineDirectory(folder / "engines")
-        first = _image(models[0], directory, folder, SIZES[0], seed)
+        first = _request(models[0], directory, folder, SIZES[0], seed, 1)
         memory: dict[int, int] = {}
-        for number in range(1, count + 1):
-            _image(models[number % 2], directory, folder, SIZES[number % 3], seed + number)
+        for number in range(each, count + 1, each):
+            turn = number // each
+            _request(models[turn % 2], directory, folder, SIZES[turn % 3], seed + number, each)
             if number in (warm, count) or number % 100 == 0:
                 memory[number] = resident_bytes()
-        last = _image(models[0], directory, folder, SIZES[0], seed)
+        last = _request(models[0], directory, folder, SIZES[0], seed, 1)
     return {
         "generations": count,
+        "images_of_a_request": each,
         "resident_bytes": memory,
         "growth": round(memory[count] / memory[warm] - 1, 4),
         "same_image_before_and_after": first == last,
     }
 
 
-def _image(model: Path, directory: EngineDirectory, folder: Path, size: tuple[int, int], seed: int) -> str:
-    """Make one image in a pipeline of its own; its digest."""
+def _request(
+    model: Path, directory: EngineDirectory, folder: Path, size: tuple[int, int], seed: int, count: int
+) -> str:
+    """Make images in a pipeline of their own; the digest of the first."""
     height, width = size
-    output = folder / "image.png"
+    output = folder / "images"
     spec = GenerateSpec(("a red circle",), ModelSpec(str(model)), "onnxruntime", steps=2, seed=seed, height=height)
-    generate(replace(spec, width=width, output=output, overwrite=True), directory, QUIET)
-    return hashlib.sha256(output.read_bytes()).hexdigest()
+    report = generate(replace(spec, width=width, output=output, num_images=count), directory, QUIET)
+    digest = hashlib.sha256(report.images[0].path.read_bytes()).hexdigest()
+    shutil.rmtree(output)
+    return digest
 
 
 def resident_bytes() -> int:
