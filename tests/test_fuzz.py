@@ -30,7 +30,7 @@ from sdtrt.build.onnxruntime import optimize
 from sdtrt.cache import SIDECAR, EngineDirectory
 from sdtrt.cli import main
 from sdtrt.console import QUIET
-from sdtrt.errors import SdtrtError
+from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageError
 from sdtrt.inspection import inspect_engine
 from sdtrt.models import load_parts, resolve_model
 from sdtrt.pipeline import generate
@@ -350,3 +350,54 @@ def test_option_values(place, words):
     starts = [line.split(":")[0] for line in err.getvalue().splitlines()]
     assert ended.value.code == 0 or starts[-2:] == ["error", "hint"], err.getvalue()
     assert list(work.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- what the long runs have found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta_start", [1, 2]),
+        ("num_train_timesteps", None),
+        ("num_train_timesteps", 10**13),
+        ("_class_name", 7),
+        ("beta_end", "0.5"),
+    ],
+)
+def test_a_scheduler_that_computes_with_nonsense(model, tmp_path, name, value):
+    folder = shutil.copytree(model, tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    resolved = resolve_model(ModelSpec(str(folder)))
+    with pytest.raises(ModelError, match="configuration of the scheduler"):
+        load_parts(resolved, ["scheduler"], torch.float32)
+
+
+def test_an_engine_whose_host_is_nothing(directory, tmp_path, capsys):
+    found = directory.entries("engine")[0]
+    inspect_engine(replace(found, key={**found.key, "host": None})).print()
+    assert found.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("info", [{}, {"contract": None}, {"contract": {"inputs": [1]}}, {"contract": []}])
+def test_an_engine_that_does_not_say_what_it_takes(directory, info):
+    found = replace(directory.entries("engine")[0], info=info)
+    for use in (inspect_engine, lambda entry: open_session(entry, CPU)):
+        with pytest.raises(EngineError, match="does not say what its inputs and outputs are"):
+            use(found)
+
+
+def test_a_number_of_images_that_fills_the_memory():
+    with pytest.raises(UsageError, match="at most 100000"):
+        GenerateSpec(("x",), num_images=10**12)
+
+
+def test_a_damaged_model_prints_nothing_on_stdout(directory, tmp_path, capfd):
+    """ONNX Runtime's own words on a failed load went there."""
+    source = directory.entries("onnx")[0]
+    data = source.file("model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(data.replace(b"sample", b"s\xff\xfeple"))
+    with pytest.raises(BuildError):
+        optimize(tmp_path / "model.onnx", tmp_path, engines_contract(source), QUIET)
+    assert capfd.readouterr().out == ""

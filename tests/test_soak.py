@@ -1,4 +1,4 @@
-"""Long runs in one process: memory stays, and so does the image of a seed. The long one: `benchmarks/reliability.py`."""
+"""Long runs in one process: memory stays, and so does a seed's image. The long one: `benchmarks/reliability.py`."""
 
 from __future__ import annotations
 
