@@ -488,14 +488,8 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
         try:
             return _build_module(model.class_name(part), config)
         except (
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+            Exception
+        ) as error:  # the classes compute with what they are given, and check it with errors of their own
             reason = first_line(error)
             raise ModelError(
                 f"the configuration of the {part} of {model.name} makes no {model.class_name(part)}: {reason}",

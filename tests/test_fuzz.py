@@ -374,6 +374,15 @@ def test_a_scheduler_that_computes_with_nonsense(model, tmp_path, name, value):
         load_parts(resolved, ["scheduler"], torch.float32)
 
 
+@pytest.mark.parametrize(("part", "name"), [("text_encoder", "hidden_act"), ("unet", "block_out_channels")])
+def test_a_part_whose_configuration_has_a_value_of_another_kind(model, tmp_path, part, name):
+    folder = shutil.copytree(model, tmp_path / "model")
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: None}))
+    with pytest.raises(ModelError, match=f"configuration of the {part}"):
+        load_parts(resolve_model(ModelSpec(str(folder))), [part], torch.float32)
+
+
 def test_an_engine_whose_host_is_nothing(directory, tmp_path, capsys):
     found = directory.entries("engine")[0]
     inspect_engine(replace(found, key={**found.key, "host": None})).print()
