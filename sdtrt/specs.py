@@ -60,7 +60,7 @@ def check_precision(backend: str, precision: str | None) -> None:
 
 def bytes_of(option: str, gib: float) -> int:
     """GiB → bytes. Raises `UsageError` unless it is a finite number from 0 up."""
-    if not (math.isfinite(gib) and gib >= 0):
+    if not (math.isfinite(gib * GIB) and gib >= 0):
         raise UsageError(f"{option} must be a number of GiB from 0 up, got {gib}", hint=f"as in {option} 8")
     return int(gib * GIB)
 

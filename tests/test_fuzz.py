@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import string
@@ -35,7 +36,7 @@ from sdtrt.inspection import inspect_engine
 from sdtrt.models import load_parts, resolve_model
 from sdtrt.pipeline import generate
 from sdtrt.runtime import open_session
-from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes
+from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
 
 SIZES = Sizes(2, 64, 64)
 CPU = torch.device("cpu")
@@ -400,6 +401,12 @@ def test_an_engine_that_does_not_say_what_it_takes(directory, info):
 def test_a_number_of_images_that_fills_the_memory():
     with pytest.raises(UsageError, match="at most 100000"):
         GenerateSpec(("x",), num_images=10**12)
+
+
+@pytest.mark.parametrize("gib", [1e300, 1e308, math.inf, math.nan, -1e308])
+def test_a_size_that_no_number_counts(gib):
+    with pytest.raises(UsageError, match="must be a number of GiB"):
+        bytes_of("--keep-gib", gib)
 
 
 def test_a_damaged_model_prints_nothing_on_stdout(directory, tmp_path, capfd):
