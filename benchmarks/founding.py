@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +22,15 @@ import torch
 from PIL import Image
 
 from sdtrt import host, trt_api
-from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory, default_directory
+from sdtrt.components import unet_contract
 from sdtrt.console import Console
+from sdtrt.meters import Timing, nvml, time_calls, time_queued_calls
 from sdtrt.models import resolve_model
+from sdtrt.parity import seeded_feeds
 from sdtrt.pipeline import OpenPipeline, Plan, open_pipeline
 from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
+from sdtrt.tracing import UNetCall
 
 STEPS, STRENGTH = 50, 0.8
 PROMPT = "a red circle on a blue background"
@@ -54,19 +54,6 @@ TASKS = (Task("txt2img", 512, 512), Task("img2img", 512, 512), Task("img2img", 5
 BACKENDS: tuple[tuple[Backend, Precision, int], ...] = (("torch", "fp32", 3), ("tensorrt", "fp16", 10))
 
 
-def timed(call: Callable[[], Any], repeats: int, warmups: int = 1) -> list[float]:
-    """Seconds of each of `repeats` calls, the GPU idle before and after each."""
-    samples = []
-    for number in range(warmups + repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        if number >= warmups:
-            samples.append(time.perf_counter() - start)
-    return samples
-
-
 def pipeline_call(opened: OpenPipeline, task: Task) -> Callable[[], Any]:
     """The diffusers call of a task."""
     generator = torch.Generator().manual_seed(0)
@@ -77,28 +64,15 @@ def pipeline_call(opened: OpenPipeline, task: Task) -> Callable[[], Any]:
     return lambda: opened.pipe(**common, image=image, strength=STRENGTH)
 
 
-def unet_step_ms(opened: OpenPipeline) -> dict[str, Any]:
-    """GPU milliseconds of one UNet call with guidance (CUDA events): median of 50 after 5 warm-ups."""
-    unet, sizes, device = opened.pipe.unet, opened.plan.sizes, opened.plan.device
-    if opened.entry is None:
-        dtype = opened.plan.parts_dtype
-        sample = torch.randn(sizes.batch, 4, sizes.height // 8, sizes.width // 8, device=device, dtype=dtype)
-        states = torch.randn(sizes.batch, sizes.tokens, 768, device=device, dtype=dtype)
-        moment = torch.full((sizes.batch,), 500.0, device=device)
-        step = lambda: unet(sample, moment, states, return_dict=False)  # noqa: E731
-    else:
-        feeds = {name: tensor.to(device) for name, tensor in seeded_feeds(unet.contract, sizes).items()}
-        step = lambda: unet.session.run(feeds)  # noqa: E731
-    samples = []
-    for number in range(55):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        if number >= 5:
-            samples.append(begin.elapsed_time(end))
-    return {"median": statistics.median(samples), "samples": samples}
+def unet_step_ms(opened: OpenPipeline) -> Timing:
+    """GPU milliseconds of one UNet call with guidance: 50 after 5 warm-ups, by CUDA events, no wait between calls."""
+    plan, config = opened.plan, opened.plan.model.config("unet")
+    feeds = seeded_feeds(unet_contract(config, plan.precision), plan.sizes).values()
+    inputs = [tensor.to(plan.device) for tensor in feeds]
+    unet = UNetCall(opened.pipe.unet)
+    for _ in range(5):
+        unet(*inputs)
+    return time_queued_calls(lambda: unet(*inputs), 50, plan.device).scaled(1000)
 
 
 def measure(
@@ -115,10 +89,11 @@ def measure(
         img2img=task.img2img,
     )
     with open_pipeline(plan, EngineDirectory(args.engine_dir), Console(), allow_build=args.build) as opened:
-        samples = timed(pipeline_call(opened, task), repeats)
+        call = pipeline_call(opened, task)
+        call()
+        latency = time_calls(call, repeats, plan.device)
         step = unet_step_ms(opened)
         engine = None if opened.entry is None else {"name": opened.entry.name, "key": opened.entry.key}
-    ordered = sorted(samples)
     return {
         "task": task.name,
         "backend": backend,
@@ -127,21 +102,11 @@ def measure(
         "height": task.height,
         "width": task.width,
         "batch": 1,
-        "latency_s": {
-            "median": statistics.median(ordered),
-            "p90": ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))],
-            "samples": samples,
-        },
-        "unet_step_ms": step,
+        "latency_s": latency.to_json(),
+        "unet_step_ms": step.to_json(),
         "peak_torch_bytes": torch.cuda.max_memory_allocated(),
         "engine": engine,
     }
-
-
-def driver_version() -> str:
-    """What nvidia-smi says."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def with_speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,7 +135,9 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    versions = host.library_versions() | {"tensorrt": trt_api.version("tensorrt"), "driver": driver_version()}
+    library = nvml()
+    driver = None if library is None else library.driver_version()
+    versions = host.library_versions() | {"tensorrt": trt_api.version("tensorrt"), "driver": driver}
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "host": host.facts(),

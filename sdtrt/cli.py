@@ -8,27 +8,29 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from typer import Argument, Option
 
 from sdtrt import __version__
-from sdtrt.console import print_table
+from sdtrt.console import Console, print_table
 from sdtrt.errors import CacheError, SdtrtError, UsageError, printable
 from sdtrt.files import FULL
 from sdtrt.options import (
     BackendOptions,
+    BenchOptions,
     DirectoryOptions,
     ExporterOptions,
     GenerateOptions,
     ModelOptions,
     OutputOptions,
     ProfileOptions,
+    VerifyOptions,
     grouped,
 )
 from sdtrt.specs import (
@@ -38,16 +40,20 @@ from sdtrt.specs import (
     PRECISIONS,
     Backend,
     BuildSpec,
+    Component,
     GenerateSpec,
+    Precision,
     PruneSpec,
     Sizes,
     bytes_of,
     check_choice,
 )
+from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
-    from sdtrt.cache import Checked
+    from sdtrt.cache import Checked, Entry
     from sdtrt.inspection import EngineReport, ModelReport
+    from sdtrt.models import Model
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 DAY = 86400
@@ -111,7 +117,8 @@ def img2img(
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
-    from sdtrt.pipeline import generate
+    with quick_imports():
+        from sdtrt.pipeline import generate
 
     report = generate(spec, directory.directory(), output.console())
     _render([str(image.path) for image in report.images], report.to_json(), output)
@@ -131,19 +138,51 @@ def export(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Write the UNet as ONNX with dynamic batch, height, width and token axes, checked against PyTorch."""
-    spec = exporter.spec(model.spec(), precision, output=target, overwrite=overwrite)
+    """Write the model's components as ONNX with dynamic batch, height and width, checked against PyTorch."""
+    _check_components(exporter, model, precision)
+    if target is not None and len(exporter.component or ()) != 1:
+        count = len(exporter.component or ()) or "all"
+        raise UsageError(f"--output takes one component, got {count}", hint="as in --component unet --output unet.onnx")
     engines, console = directory.directory(), output.console()
     from sdtrt.export import FILE_NAME, export_component, export_file
     from sdtrt.models import resolve_model
 
-    resolved = resolve_model(spec.model, console)
-    if spec.output is not None:
-        path = export_file(resolved, spec, console)
-        _render([str(path)], {"path": str(path), "precision": precision}, output)
+    resolved = resolve_model(model.spec(), console)
+    specs = [
+        exporter.spec(model.spec(), fitting, name, output=target, overwrite=overwrite)
+        for name, fitting in _components(resolved, exporter, precision, console)
+    ]
+    if target is not None:
+        path = export_file(resolved, specs[0], console)
+        _render([str(path)], {"path": str(path), "precision": specs[0].precision}, output)
         return
-    entry = export_component(resolved, spec, engines, console)
-    _render([str(entry.file(FILE_NAME))], {"path": str(entry.path), **entry.to_json()}, output)
+    entries = [export_component(resolved, spec, engines, console) for spec in specs]
+    _render([str(entry.file(FILE_NAME)) for entry in entries], _document(entries), output)
+
+
+def _check_components(exporter: ExporterOptions, model: ModelOptions, precision: str) -> None:
+    """Refuse what is wrong with an export before anything heavy is loaded."""
+    for name in exporter.component or ("unet",):
+        exporter.spec(model.spec(), precision, name)
+
+
+def _components(
+    model: Model, exporter: ExporterOptions, precision: str, console: Console
+) -> Iterator[tuple[Component, Precision]]:
+    """The components that are asked for, each with the precision that it is made in."""
+    from sdtrt.parts import choose_components, precision_of
+
+    for name in choose_components(model, exporter.component or ()):
+        fitting = precision_of(model, name, cast("Precision", precision))
+        if fitting != precision:
+            console.note(f"{name}: in {fitting}, as this model's VAE overflows in {precision} (force_upcast)")
+        yield name, fitting
+
+
+def _document(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Entries as one JSON document: one entry as it is, several as a list."""
+    documents = [{"path": str(entry.path), **entry.to_json()} for entry in entries]
+    return documents[0] if len(documents) == 1 else {"entries": documents}
 
 
 @app.command()
@@ -165,32 +204,37 @@ def build(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Build an engine from the exported UNet, exporting it first if that is missing."""
+    """Build engines from the exported components, exporting first what is missing."""
     check_choice("backend", backend.backend, BACKENDS)
     capability = _compute_capability(compute_capability)
-    exporter.spec(model.spec(), backend.precision or "fp16")  # refuses what is wrong before anything heavy is loaded
+    _check_components(exporter, model, backend.precision or "fp16")
     sizes.profiles(Sizes(2, 512, 512))
     engines, console = directory.directory(), output.console()
     from sdtrt.build import build_engine
     from sdtrt.engines import choose_backend, default_precision
     from sdtrt.models import resolve_model
+    from sdtrt.parts import profiles_of
 
     chosen: Backend = choose_backend(backend.backend, console)  # type: ignore[arg-type]  # checked above
     if chosen == "onnxruntime":
         sizes.refuse("ONNX Runtime engines take any size")
     resolved = resolve_model(model.spec(), console)
-    spec = BuildSpec(
-        export=exporter.spec(model.spec(), backend.precision or default_precision(chosen)),
-        backend=chosen,
-        profiles=() if chosen == "onnxruntime" else sizes.profiles(Sizes(2, *resolved.default_size())),
-        optimization_level=optimization_level,
-        workspace_bytes=None if workspace_gib is None else bytes_of("--workspace-gib", workspace_gib),
-        compute_capability=capability,
-        version_compatible=version_compatible,
-        force=exporter.force,
-    )
-    entry = build_engine(resolved, spec, engines, console)
-    _render([str(entry.path)], {"path": str(entry.path), **entry.to_json()}, output)
+    profiles = () if chosen == "onnxruntime" else sizes.profiles(Sizes(2, *resolved.default_size()))
+    specs = [
+        BuildSpec(
+            export=exporter.spec(model.spec(), fitting, name),
+            backend=chosen,
+            profiles=profiles_of(name, profiles),
+            optimization_level=optimization_level,
+            workspace_bytes=None if workspace_gib is None else bytes_of("--workspace-gib", workspace_gib),
+            compute_capability=capability,
+            version_compatible=version_compatible,
+            force=exporter.force,
+        )
+        for name, fitting in _components(resolved, exporter, backend.precision or default_precision(chosen), console)
+    ]
+    entries = [build_engine(resolved, spec, engines, console) for spec in specs]
+    _render([str(entry.path) for entry in entries], _document(entries), output)
 
 
 def _compute_capability(text: str | None) -> tuple[int, int] | None:
@@ -201,6 +245,50 @@ def _compute_capability(text: str | None) -> tuple[int, int] | None:
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
     return int(major), int(minor)
+
+
+@app.command()
+@grouped
+def verify(
+    options: VerifyOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
+    spec = options.spec(model.spec(), backend)
+    with quick_imports():
+        from sdtrt.verify import verify
+
+    report = verify(spec, directory.directory(), output.console())
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+    report.raise_on_failure()
+
+
+@app.command()
+@grouped
+def bench(
+    options: BenchOptions,
+    model: ModelOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
+    spec = options.spec(model.spec(), backend)
+    with quick_imports():
+        from sdtrt.bench import run_bench
+
+    report = run_bench(spec, directory.directory(), output.console(), shlex.join(["sdtrt", *sys.argv[1:]]))
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
+    report.check()
 
 
 @app.command()

@@ -14,6 +14,7 @@ from sdtrt.specs import SIZE_MULTIPLE, Component, Precision, Profile, Sizes
 
 # Dimension names: ONNX's dim_param, the keys of TensorRT profiles and of error messages.
 BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS = "batch", "latent_height", "latent_width", "tokens"
+IMAGE_HEIGHT, IMAGE_WIDTH = "image_height", "image_width"
 SDXL_TIME_IDS = 6  # original size, crop, target size: two numbers each
 
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -21,11 +22,18 @@ DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "b
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: its name, dtype (`float16`, as torch and NumPy spell it) and dimensions (names or sizes)."""
+    """One input or output.
+
+    Args:
+        dtype: as torch and NumPy spell it, `float16`.
+        dims: the dimensions, names or sizes.
+        below: of whole numbers, what they all are below (the size of a vocabulary).
+    """
 
     name: str
     dtype: str
     dims: tuple[str | int, ...]
+    below: int | None = None
 
     def shape(self, values: Mapping[str, int]) -> tuple[int, ...]:
         """The concrete shape for the given values of the symbolic dimensions."""
@@ -64,16 +72,23 @@ class Contract:
         low, best, high = (self.input_shapes(size) for size in (profile.minimum, profile.optimum, profile.maximum))
         return {name: (low[name], best[name], high[name]) for name in low}
 
+    def describe(self, sizes: Sizes | Profile) -> str:
+        """Of sizes, those that the component depends on: `batch 2, height 512, width 512, tokens 77`."""
+        names = {name for spec in self.inputs for name in spec.dynamic_axes.values()}
+        words = {"batch": {BATCH}, "height": {LATENT_HEIGHT, IMAGE_HEIGHT}, "width": {LATENT_WIDTH, IMAGE_WIDTH}}
+        words["tokens"] = {TOKENS}
+        return ", ".join(f"{word} {getattr(sizes, word)}" for word, known in words.items() if known & names)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for sidecars."""
-        return asdict(self)
+        """Plain data, for sidecars; what does not apply is left out."""
+        return asdict(self, dict_factory=lambda items: {name: value for name, value in items if value is not None})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Contract:
         """The inverse of `to_json`."""
 
         def tensors(items: Any) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(item["name"], item["dtype"], tuple(item["dims"])) for item in items)
+            return tuple(TensorSpec(i["name"], i["dtype"], tuple(i["dims"]), i.get("below")) for i in items)
 
         return cls(data["component"], data["precision"], tensors(data["inputs"]), tensors(data["outputs"]))
 
@@ -84,6 +99,8 @@ def dimension_values(sizes: Sizes) -> dict[str, int]:
         BATCH: sizes.batch,
         LATENT_HEIGHT: sizes.height // SIZE_MULTIPLE,
         LATENT_WIDTH: sizes.width // SIZE_MULTIPLE,
+        IMAGE_HEIGHT: sizes.height,
+        IMAGE_WIDTH: sizes.width,
         TOKENS: sizes.tokens,
     }
 
@@ -144,3 +161,58 @@ def _check_supported(config: Mapping[str, Any]) -> None:
                 f"the model's unet has {name} = {config[name]!r}, which sdtrt can't put into an engine",
                 hint="use --backend torch for this model",
             )
+
+
+def text_encoder_contract(
+    config: Mapping[str, Any], precision: Precision, component: Component = "text_encoder"
+) -> Contract:
+    """The contract of a `CLIPTextModel`, or with `text_encoder_2` of SDXL's `CLIPTextModelWithProjection`.
+
+    Args:
+        config: the text encoder's configuration.
+        precision: of the weights and all outputs.
+
+    Returns:
+        `input_ids [B,S]` → `last_hidden_state` and `penultimate_hidden_state [B,S,D]` (SDXL's pipelines take the
+        latter, and Stable Diffusion 1.x has the same encoder); SDXL's second has the pooled `text_embeds [B,P]` in the
+        former's place. S is fixed: diffusers pads every prompt to that length, and a graph without that axis is
+        plainer. The ids are int32, as TensorRT 8.6 has no int64.
+
+    Raises:
+        ModelError: for an encoder that takes an attention mask.
+    """
+    if config.get("use_attention_mask"):
+        raise ModelError(
+            f"the model's {component} takes an attention mask, which sdtrt can't put into an engine",
+            hint="use --backend torch for this model",
+        )
+    dtype = DTYPES[precision]
+    tokens, width, vocabulary, pooled = (config.get(name, default) for name, default in _CLIP_DEFAULTS.items())
+    ids = TensorSpec("input_ids", "int32", (BATCH, tokens), below=vocabulary)
+    penultimate = TensorSpec("penultimate_hidden_state", dtype, (BATCH, tokens, width))
+    if component == "text_encoder_2":
+        return Contract(component, precision, (ids,), (TensorSpec("text_embeds", dtype, (BATCH, pooled)), penultimate))
+    last = TensorSpec("last_hidden_state", dtype, (BATCH, tokens, width))
+    return Contract(component, precision, (ids,), (last, penultimate))
+
+
+# What a CLIP text encoder's configuration leaves out has these values (transformers' `CLIPTextConfig`).
+_CLIP_DEFAULTS = {"max_position_embeddings": 77, "hidden_size": 512, "vocab_size": 49408, "projection_dim": 512}
+
+
+def vae_contract(config: Mapping[str, Any], precision: Precision, component: Component) -> Contract:
+    """The contract of one half of an `AutoencoderKL`; its batch is the number of images.
+
+    Returns:
+        For `vae_decoder`: `latents [B,C,H,W]` → `image [B,3,8H,8W]`, as `AutoencoderKL.decode`. For `vae_encoder`:
+        `image [B,3,8H,8W]` → `moments [B,2C,H,W]`, mean and log-variance of the latents; sampling is diffusers' own.
+    """
+    dtype, channels = DTYPES[precision], config.get("latent_channels", 4)
+    pixels = (IMAGE_HEIGHT, IMAGE_WIDTH)
+    if component == "vae_decoder":
+        latents = TensorSpec("latents", dtype, (BATCH, channels, LATENT_HEIGHT, LATENT_WIDTH))
+        image = TensorSpec("image", dtype, (BATCH, config.get("out_channels", 3), *pixels))
+        return Contract(component, precision, (latents,), (image,))
+    image = TensorSpec("image", dtype, (BATCH, config.get("in_channels", 3), *pixels))
+    moments = TensorSpec("moments", dtype, (BATCH, 2 * channels, LATENT_HEIGHT, LATENT_WIDTH))
+    return Contract(component, precision, (image,), (moments,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,18 @@ from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, SdtrtError
 from sdtrt.export import export_key
 from sdtrt.models import Model
-from sdtrt.specs import Backend, BackendChoice, BuildSpec, ExportSpec, Precision, Profile, PruneSpec, Sizes
+from sdtrt.parts import contract_of, precision_of, sizes_of
+from sdtrt.specs import (
+    Backend,
+    BackendChoice,
+    BuildSpec,
+    Component,
+    ExportSpec,
+    Precision,
+    Profile,
+    PruneSpec,
+    Sizes,
+)
 
 TENSORRT_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -74,18 +85,29 @@ def default_precision(backend: Backend) -> Precision:
 
 
 def find_engine(
-    model: Model, backend: Backend, precision: Precision, sizes: Sizes, directory: EngineDirectory
+    model: Model,
+    backend: Backend,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    component: Component = "unet",
 ) -> Entry | None:
-    """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none."""
+    """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none.
+
+    Args:
+        precision: that is asked for; the component may need another one (`precision_of`).
+        sizes: of the component's own call (`sizes_of`).
+    """
+    precision = precision_of(model, component, precision)
     wanted = {
         "format": FORMAT,
-        "component": "unet",
+        "component": component,
         "precision": precision,
         "backend": backend,
         "host": host_key(backend),
     }
     version = backend_version(backend)
-    export = export_key(model, ExportSpec(model.spec, precision=precision), directory)
+    export = export_key(model, ExportSpec(model.spec, component, precision), directory)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in directory.entries("engine")
@@ -109,26 +131,67 @@ def ensure_engine(
     allow_build: bool = True,
     console: Console = QUIET,
 ) -> Entry:
-    """Find the engine for a request, or export and build it on the spot, for exactly this size.
+    """The engine of the UNet for a request, as `ensure_engines` finds or makes it."""
+    return ensure_engines(
+        model, backend, precision, sizes, directory, ("unet",), allow_build=allow_build, console=console
+    )["unet"]
+
+
+def ensure_engines(
+    model: Model,
+    backend: Backend,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    components: Sequence[Component],
+    *,
+    images: int = 1,
+    allow_build: bool = True,
+    console: Console = QUIET,
+) -> dict[Component, Entry]:
+    """Find the engines for a request, or export and build those that are missing, for exactly its sizes.
+
+    Args:
+        sizes: of the UNet's call; the other components' follow from it.
+        images: made at once.
 
     Raises:
-        EngineError: when there is none and `allow_build` is off; the hint is the build command.
-        ExportError, BuildError: when it can't be made.
+        EngineError: when any is missing and `allow_build` is off; the hint is the command that builds all of them.
+        ExportError, BuildError: when one can't be made.
     """
-    entry = find_engine(model, backend, precision, sizes, directory)
-    if entry is not None:
-        if reason := entry.info.get("unchecked"):
-            console.warn(f"{entry.name} was built but never checked ({reason}): sdtrt engines rm {entry.name} drops it")
-        return entry
-    if not allow_build:
+    own = {component: sizes_of(component, sizes, images) for component in components}
+    found = {name: find_engine(model, backend, precision, own[name], directory, name) for name in components}
+    missing = [name for name in components if found[name] is None]
+    if missing and not allow_build:
         raise EngineError(
-            f"no {backend} {precision} engine for {model.spec.name} fits {sizes}",
-            hint=build_command(model, backend, precision, sizes, directory),
+            f"no {backend} {precision} engine for the {', '.join(missing)} of {model.spec.name} fits {sizes}",
+            hint=build_command(model, backend, precision, sizes, directory, missing, images),
         )
-    console.note(f"no {backend} {precision} engine for {sizes} yet: building it (once)")
+    entries = {}
+    for name, entry in found.items():
+        if entry is not None and (reason := entry.info.get("unchecked")):
+            console.warn(f"{entry.name} was built but never checked ({reason}): sdtrt engines rm {entry.name} drops it")
+        entries[name] = entry or _build_missing(model, backend, precision, own[name], directory, name, console)
+    return entries
+
+
+def _build_missing(
+    model: Model,
+    backend: Backend,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    component: Component,
+    console: Console,
+) -> Entry:
+    """Export and build one engine, for exactly one size."""
+    precision = precision_of(model, component, precision)
+    words = contract_of(model, component, precision).describe(sizes)
+    console.note(f"no {backend} {precision} engine of the {component} for {words} yet: building it (once)")
     profiles = () if backend == "onnxruntime" else (Profile.of(sizes),)
-    spec = BuildSpec(ExportSpec(model.spec, precision=precision), backend, profiles)
-    return build_engine(model, spec, directory, console)
+    return build_engine(
+        model, BuildSpec(ExportSpec(model.spec, component, precision), backend, profiles), directory, console
+    )
 
 
 def is_foreign(entry: Entry) -> bool:
@@ -192,14 +255,25 @@ def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET)
 
 
 def build_command(
-    model: Model, backend: Backend, precision: Precision, sizes: Sizes, directory: EngineDirectory
+    model: Model,
+    backend: Backend,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    components: Sequence[Component] = ("unet",),
+    images: int = 1,
 ) -> str:
-    """The command that builds the engine for a request."""
+    """The command that builds the engines for a request; `sizes` are the UNet's."""
     import shlex
 
+    rows = sizes.batch
+    # The other components get half of it; without guidance the UNet's batch is no more than the images.
+    batch = f"{rows}" if (rows + 1) // 2 >= images else f"{rows}:{rows}:{2 * images}"
+
     words = ["sdtrt", "build", "--model", model.spec.name, "--backend", backend, "--precision", precision]
+    words += [word for name in components for word in ("--component", name)]
     if backend != "onnxruntime":
-        words += ["--batch", str(sizes.batch), "--height", str(sizes.height), "--width", str(sizes.width)]
+        words += ["--batch", batch, "--height", str(sizes.height), "--width", str(sizes.width)]
         words += ["--tokens", str(sizes.tokens)]
     spec = model.spec
     options = (spec.revision, spec.variant, spec.config, spec.allow_pickle)

@@ -22,19 +22,20 @@ import torch
 
 from sdtrt import onnx_graph
 from sdtrt.cache import EngineDirectory, Entry, sha256_file
-from sdtrt.components import Contract, unet_contract
+from sdtrt.components import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ExportError, OutputError, UsageError
 from sdtrt.files import FULL, fsync, rename_to_free
-from sdtrt.models import Model, load_unet
+from sdtrt.models import Model
 from sdtrt.onnx_graph import Weights
 from sdtrt.parity import ParityReport, check_onnx
-from sdtrt.specs import Exporter, ExportSpec
-from sdtrt.tracing import UNetCall, example_inputs, traceable
+from sdtrt.parts import contract_of, load_component, part_of
+from sdtrt.specs import SIZE_MULTIPLE, Exporter, ExportSpec
+from sdtrt.tracing import WIDE_LEVELS, component_call, example_inputs, traceable
 
 __all__ = ["check_onnx", "export_component", "export_file", "export_key", "write_onnx"]
 
-FORMAT = 1  # of exports: raise it when this module writes something else for the same request
+FORMAT = 3  # of exports: raise it when this module writes something else for the same request
 FILE_NAME = "model.onnx"
 OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
 
@@ -51,7 +52,7 @@ def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> di
         "exporter": spec.exporter,
         "opset": spec.resolved_opset,
         "format": FORMAT,
-        "fingerprint": model.fingerprint(spec.component, directory.file_digest),
+        "fingerprint": model.fingerprint(part_of(spec.component), directory.file_digest),
     }
 
 
@@ -80,7 +81,7 @@ def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Pat
     if spec.output is None:
         raise ValueError("export_file needs spec.output")
     target = spec.output.absolute()
-    _check_target(target, overwrite=spec.overwrite)
+    _check_target(target, spec.component, overwrite=spec.overwrite)
     with _draft_folder(target) as folder:
         _make(model, spec, console, folder, name=target.name)
         _move_into_place(folder, target, overwrite=spec.overwrite)
@@ -92,10 +93,10 @@ def _make(
 ) -> Mapping[str, Any]:
     """Write and check `folder/name`; returns what is known of it."""
     start = time.perf_counter()
-    contract = unet_contract(model.config(spec.component), spec.precision)
+    contract = contract_of(model, spec.component, spec.precision)
     path = folder / name
     with console.stage(f"loading {spec.component}"):
-        module = load_unet(model, getattr(torch, contract.outputs[0].dtype))
+        module = load_component(model, spec.component, getattr(torch, contract.outputs[0].dtype))
     write_onnx(module, contract, path, exporter=spec.exporter, opset=spec.resolved_opset, console=console)
     parity = check_onnx(path, module, contract, console=console)
     return _info(model, contract, path, parity) | {"seconds": round(time.perf_counter() - start, 3)}
@@ -118,14 +119,16 @@ def write_onnx(
     *,
     exporter: Exporter = "torchscript",
     opset: int = 17,
+    wide_levels: int = WIDE_LEVELS,
     console: Console = QUIET,
 ) -> None:
-    """Write a UNet as ONNX. The same module gives the same bytes each time.
+    """Write a component as ONNX. The same module gives the same bytes each time.
 
     Args:
-        module: a `UNet2DConditionModel` on the CPU, in the contract's precision.
+        module: the part of the model that the component is of, on the CPU, in the contract's precision.
         contract: names, dtypes and axes of the graph.
         path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
+        wide_levels: on how many resolutions an fp16 module's convolutions compute in fp32 (see `tracing`).
 
     Raises:
         ExportError: the module's weights are not finite, or the exporter fails.
@@ -136,7 +139,7 @@ def write_onnx(
         tempfile.TemporaryDirectory(prefix=".raw-", dir=path.parent) as folder,
     ):
         raw = Path(folder) / FILE_NAME
-        model, weights = _trace(module, contract, raw, exporter, opset)
+        model, weights = _trace(module, contract, raw, exporter, opset, wide_levels)
         onnx_graph.simplify(model, weights)
         onnx_graph.apply_contract(model, contract, metadata(contract))
         onnx_graph.save(model, weights, path)
@@ -165,13 +168,13 @@ def _check_weights(module: torch.nn.Module, contract: Contract) -> None:
 
 
 def _trace(
-    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int
+    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int, wide_levels: int
 ) -> tuple[onnx.ModelProto, Weights]:
     """The raw graph, as one of PyTorch's exporters writes it; `path` is a temporary file."""
-    call = UNetCall(module).eval()
+    call = component_call(module, contract).eval()
     write = _torchscript if exporter == "torchscript" else _dynamo
     try:
-        with traceable(module), _silenced(), torch.no_grad():
+        with traceable(module, wide_levels=wide_levels), _silenced(), torch.no_grad():
             return write(call, contract, path, opset)
     except (MemoryError, OSError):
         raise
@@ -181,7 +184,7 @@ def _trace(
         ) from error
 
 
-def _torchscript(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
+def _torchscript(call: torch.nn.Module, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
     """The graph alone by the exporter, the weights straight from the module: none is copied, all keep their names."""
     torch.onnx.export(
         call,
@@ -205,11 +208,10 @@ def _array(parameter: torch.Tensor) -> tuple[tuple[int, ...], npt.NDArray[np.uin
     return tuple(parameter.shape), parameter.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _dynamo(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
+def _dynamo(call: torch.nn.Module, contract: Contract, path: Path, opset: int) -> tuple[onnx.ModelProto, Weights]:
     import onnxscript.optimizer  # a fifth of a second, which every picture would pay for
 
-    names = {name for axes in contract.dynamic_axes.values() for name in axes.values()}
-    dims = {name: torch.export.Dim(name, min=1) for name in sorted(names)}
+    dims = _dimensions(contract)
     program = torch.onnx.export(
         call,
         example_inputs(contract),
@@ -223,10 +225,18 @@ def _dynamo(call: UNetCall, contract: Contract, path: Path, opset: int) -> tuple
     )
     # Resolves sequences of tensors, which `simplify` does not know. Kept off the weights: it would lose their names.
     onnxscript.optimizer.fold_constants(
-        program.model, should_fold=lambda node: False if node.op_type == "Transpose" else None
+        program.model, should_fold=lambda node: False if node.op_type in ("Transpose", "Cast") else None
     )
     program.save(path, external_data=True)
     return onnx_graph.load_split(path)
+
+
+def _dimensions(contract: Contract) -> dict[str, Any]:
+    """Dimension name → what `torch.export` knows it as: an image's sides are multiples of its latents'."""
+    names = {name for spec in contract.inputs for name in spec.dynamic_axes.values()}
+    sides = {IMAGE_HEIGHT: LATENT_HEIGHT, IMAGE_WIDTH: LATENT_WIDTH}
+    dims = {name: torch.export.Dim(name, min=1) for name in sorted(sides.get(name, name) for name in names)}
+    return dims | {name: SIZE_MULTIPLE * dims[side] for name, side in sides.items() if name in names}
 
 
 @contextmanager
@@ -255,11 +265,11 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def _check_target(target: Path, component: str, *, overwrite: bool) -> None:
     """Refuse an output that is no `.onnx` file name, or that is there already."""
     if target.suffix != ".onnx" or target.is_dir():
         is_folder = target.is_dir() or not (target.suffix or target.exists())
-        better = target / "unet.onnx" if is_folder else target.with_suffix(".onnx")
+        better = target / f"{component}.onnx" if is_folder else target.with_suffix(".onnx")
         raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {better}")
     for path in (target, _data_file(target)):
         if path.exists() and not overwrite:

@@ -143,6 +143,28 @@ def plan_output(output: Path | None, *, count: int, overwrite: bool, texts: Sequ
     return plan
 
 
+def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
+    """Raise `OutputError` unless files of these names can be written into `folder`, before any work is done."""
+    try:
+        _check_writable(folder)
+        for name in names:
+            if _is_taken(folder / name) and not (overwrite and (folder / name).is_file()):
+                raise _exists(folder / name)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes], *, overwrite: bool) -> list[Path]:
+    """Write files into a folder, each whole or not at all, and return their paths."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_publish(data, folder / name, overwrite=overwrite) for name, data in contents.items()]
+    except FileExistsError as error:
+        raise _exists(Path(str(error))) from None
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def _plan(output: Path, count: int, overwrite: bool, texts: Sequence[str]) -> OutputPlan:
     """The plan, from what the path is and what it looks like."""
     if output.is_dir() or (not output.suffix and not _is_taken(output)):
@@ -213,6 +235,19 @@ def _is_taken(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def save_new(data: bytes, folder: Path, stem: str, suffix: str = ".png") -> Path:
+    """Write a file whole or not at all under a new name that begins with `stem`, and return its path.
+
+    Raises:
+        OutputError: where it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _publish_fresh(data, folder, stem, suffix)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _publish_fresh(data: bytes, folder: Path, stem: str, suffix: str) -> Path:

@@ -16,8 +16,8 @@ from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import print_table
 from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.models import Model, empty_part, part_infos
-from sdtrt.runtime import contract_of
-from sdtrt.specs import Profile, check_choice
+from sdtrt.runtime import stored_contract
+from sdtrt.specs import Component, Precision, Profile, check_choice
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ class EngineReport:
     name: str
     path: Path
     kind: str
-    component: str
-    precision: str
+    component: Component
+    precision: Precision
     model: str | None
     backend: str | None
     backend_version: str | None
@@ -148,10 +148,14 @@ class EngineReport:
     profiles: tuple[Profile, ...]
     files: Mapping[str, int]
 
+    @property
+    def contract(self) -> Contract:
+        """Its inputs and outputs."""
+        return Contract(self.component, self.precision, self.inputs, self.outputs)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `--json`; each profile with the shapes that it stands for."""
-        contract = Contract("unet", "fp32", self.inputs, self.outputs)
-        shapes = [{"shapes": contract.profile_shapes(profile)} for profile in self.profiles]
+        shapes = [{"shapes": self.contract.profile_shapes(profile)} for profile in self.profiles]
         data = _plain(self)
         data["profiles"] = [profile | shape for profile, shape in zip(data["profiles"], shapes, strict=True)]
         return data
@@ -168,7 +172,7 @@ class EngineReport:
         print_table(("", "tensor", "dtype", "shape"), cells)
         print("\nprofiles:" if self.profiles else "\nprofiles: none, it takes any size")
         for number, profile in enumerate(self.profiles):
-            print(f"  {number}: {profile}")
+            print(f"  {number}: {self.contract.describe(profile)}")
 
 
 def inspect_model(model: Model, part: str | None = None, *, tree: bool = False) -> ModelReport:
@@ -253,7 +257,7 @@ def _inspect_module(name: str, module: torch.nn.Module) -> ModuleReport:
 
 def inspect_engine(entry: Entry) -> EngineReport:
     """Report on an entry of the engine directory, from its sidecar. Raises `EngineError` where that is malformed."""
-    contract = contract_of(entry)
+    contract = stored_contract(entry)
     try:
         profiles = tuple(Profile.from_json(data) for data in entry.key.get("profiles", ()))
     except (SdtrtError, *MALFORMED) as error:

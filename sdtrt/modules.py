@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from sdtrt.components import Contract
@@ -40,7 +43,7 @@ class UNetFacade(torch.nn.Module):
         self.session = session
         self.contract = contract
         # diffusers' own name: pipelines for old models assign it to mend the configuration.
-        self._internal_dict = FrozenDict({**_default_config(), **config})
+        self._internal_dict = FrozenDict({**_default_config(UNet2DConditionModel), **config})
         self._device = device
         self._dtypes = {spec.name: _torch_dtype(spec.dtype) for spec in contract.inputs}
         if config.get("addition_embed_type") == "text_time":
@@ -131,9 +134,186 @@ class UNetFacade(torch.nn.Module):
         return {name: given[name] for name in wanted}
 
 
-def _default_config() -> dict[str, Any]:
-    """The configuration of a `UNet2DConditionModel` that sets nothing: old models' files leave newer entries out."""
-    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
+class TextEncoderFacade(torch.nn.Module):
+    """A CLIP text encoder for diffusers' pipelines, run by an engine. It holds no weights.
+
+    Args:
+        session: runs the engine; who opened it closes it.
+        config: the encoder's configuration; what it leaves out has the class's defaults.
+        device: where the pipeline runs, and where the session takes its tensors.
+        dtype: of the pipeline: what the embeddings are cast to.
+    """
+
+    def __init__(
+        self, session: Session[torch.Tensor], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig
+
+        self.session = session
+        self.config = CLIPTextConfig.from_dict(dict(config))
+        self.device, self.dtype = device, dtype
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> EncodedText:
+        """Encode prompts, as `CLIPTextModel.forward` does.
+
+        Args:
+            input_ids: `[B,S]`, of any whole-number dtype, padded to the encoder's full length.
+            output_hidden_states: taken as it comes: the engine's states are there in any case.
+
+        Raises:
+            EngineError: where an argument is used that the engine has no input for, or the session refuses the ids.
+        """
+        _refuse_unsupported(
+            "text encoder",
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            output_attentions=output_attentions or None,
+        )
+        outputs = _run(self.session, self.device, input_ids)
+        return EncodedText({name: tensor.to(self.dtype) for name, tensor in outputs.items()})
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Of what a text encoder gives, that which the engine gives, under the names and numbers that diffusers asks for.
+
+    Args:
+        tensors: by the names of the contract.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """`[0]`, the result itself: pooled text of a `CLIPTextModelWithProjection`, else the last hidden states."""
+        if index != 0:
+            raise _no_state(f"result {index}")
+        return self.tensors["text_embeds" if "text_embeds" in self.tensors else "last_hidden_state"]
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        """A tensor by its name, `last_hidden_state`."""
+        tensors: Mapping[str, torch.Tensor] = self.__dict__.get("tensors", {})
+        if name not in tensors:
+            raise AttributeError(name)
+        return tensors[name]
+
+    @property
+    def hidden_states(self) -> _HiddenStates:
+        """Each layer's states, of which SDXL's pipelines take the last but one."""
+        return _HiddenStates(self.tensors["penultimate_hidden_state"])
+
+
+@dataclass(frozen=True)
+class _HiddenStates:
+    """Stands in for a tuple of all layers' states, of which an engine gives one."""
+
+    penultimate: torch.Tensor
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index != -2:
+            raise _no_state(f"hidden states {index}")
+        return self.penultimate
+
+
+def _no_state(what: str) -> EngineError:
+    return EngineError(
+        f"the engine of the text encoder does not give {what}",
+        hint="use --backend torch for clip_skip and the states of other layers",
+    )
+
+
+class VaeFacade(torch.nn.Module):
+    """An `AutoencoderKL` for diffusers' pipelines, each half of it run by an engine, or by PyTorch, or not there.
+
+    Args:
+        config: the VAE's configuration; what it leaves out has the class's defaults.
+        device: where the pipeline runs, and where the sessions take their tensors.
+        decoder, encoder: run the engines; who opened them closes them.
+        rest: the PyTorch VAE for the half that has no engine; None where nothing will ask for that half.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        device: torch.device,
+        *,
+        decoder: Session[torch.Tensor] | None = None,
+        encoder: Session[torch.Tensor] | None = None,
+        rest: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = FrozenDict({**_default_config(AutoencoderKL), **config})
+        self.device = device
+        self.decoder_session, self.encoder_session, self.rest = decoder, encoder, rest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder: SDXL's pipelines ask for it before they decode, to widen an fp16 one."""
+        if self.decoder_session is None and self.rest is not None:
+            dtype: torch.dtype = self.rest.dtype
+            return dtype
+        session = self.decoder_session or self.encoder_session
+        assert session is not None, "a VAE without engines needs no facade"
+        return _torch_dtype(session.inputs[0].dtype)
+
+    @property
+    def post_quant_conv(self) -> torch.nn.Module:
+        """The layer that SDXL's pipelines read the decoder's dtype from, once they have widened it."""
+        layer: torch.nn.Module = self._half("decoder").post_quant_conv
+        return layer
+
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Latents `[B,C,H,W]` → images `[B,3,8H,8W]` in the engine's dtype or that of `z`, whichever is wider."""
+        if self.decoder_session is None:
+            decoded: DecoderOutput | tuple[torch.Tensor] = self._half("decoder").decode(z, return_dict=return_dict)
+            return decoded
+        (image,) = _run(self.decoder_session, self.device, z).values()
+        image = image.to(torch.promote_types(image.dtype, z.dtype))
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Images `[B,3,8H,8W]` → the distribution of their latents, in the dtype of `x`."""
+        if self.encoder_session is None:
+            encoded: AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]
+            encoded = self._half("encoder").encode(x, return_dict=return_dict)
+            return encoded
+        (moments,) = _run(self.encoder_session, self.device, x).values()
+        distribution = DiagonalGaussianDistribution(moments.to(x.dtype))
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def _half(self, name: str) -> Any:
+        """The PyTorch VAE, for the half that no engine runs."""
+        if self.rest is None:
+            raise EngineError(
+                f"this pipeline was opened without the VAE's {name}",
+                hint="open it for img2img to encode images" if name == "encoder" else "use --backend torch",
+            )
+        return self.rest
+
+
+def _run(session: Session[torch.Tensor], device: torch.device, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run an engine on tensors in the order of its inputs, each cast to what the engine takes."""
+    pairs = zip(session.inputs, tensors, strict=True)
+    return session.run(
+        {spec.name: t.to(device=device, dtype=_torch_dtype(spec.dtype)).contiguous() for spec, t in pairs}
+    )
+
+
+def _default_config(cls: Any) -> dict[str, Any]:
+    """The configuration of a diffusers model that sets nothing: old models' files leave newer entries out."""
+    parameters = inspect.signature(cls.__init__).parameters
     return {name: value.default for name, value in parameters.items() if value.default is not inspect.Parameter.empty}
 
 
@@ -150,11 +330,11 @@ def _per_row(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tens
     return tensor.reshape(-1).expand(sample.shape[0])
 
 
-def _refuse_unsupported(**arguments: object) -> None:
+def _refuse_unsupported(part: str = "unet", /, **arguments: object) -> None:
     """Raise `EngineError` naming the arguments that are in use."""
     used = [name for name, value in arguments.items() if value is not None]
     if used:
         raise EngineError(
-            f"the engine of the unet has no input for {', '.join(used)}",
+            f"the engine of the {part} has no input for {', '.join(used)}",
             hint="use --backend torch for ControlNet, IP-Adapter, LoRA scales and attention masks",
         )

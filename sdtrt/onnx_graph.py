@@ -36,8 +36,13 @@ ELEM_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int32": onnx.TensorProto.INT32,
 }
 # fmt: off
+MOVING = frozenset((
+    "Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice",
+    "Split", "Squeeze", "Transpose", "Unsqueeze", "Where"
+))
 FOLDABLE = frozenset((
     "Abs", "Add", "Cast", "Ceil", "Concat", "ConstantOfShape", "Cos", "Div", "Equal", "Exp", "Expand", "Floor",
     "Gather", "Identity", "Mod", "Mul", "Neg", "Not", "Pow", "Range", "Reciprocal", "Reshape", "Sin", "Slice",
@@ -134,7 +139,7 @@ def _apply_tensors(kind: str, values: Iterable[onnx.ValueInfoProto], specs: tupl
     if list(found) != [spec.name for spec in specs]:
         raise ExportError(
             f"the exported graph has {kind}s {list(found)}, not {[spec.name for spec in specs]}",
-            hint="this model's unet does not use all of its inputs; use --backend torch for it",
+            hint="this part of the model does not use all of its inputs; use --backend torch for it",
         )
     for spec in specs:
         tensor = found[spec.name]
@@ -169,6 +174,7 @@ def simplify(model: onnx.ModelProto, weights: Weights) -> None:
         _drop_no_ops(model, weights)
         _merge_equal(model.graph)
         _fold_transposes(model.graph, weights)
+        _fold_widening(model.graph, weights)
         _drop_unused(model.graph, weights)
         if model.graph.SerializeToString(deterministic=True) == before:
             break
@@ -400,6 +406,29 @@ def _fold_transposes(graph: onnx.GraphProto, weights: Weights) -> None:
             node.CopyFrom(onnx.helper.make_node("Identity", [tensor.name], node.output, name=node.name))
 
 
+def _fold_widening(graph: onnx.GraphProto, weights: Weights) -> None:
+    """Store in fp32 those fp16 weights that the graph takes in fp32 only; their names then end in `.fp32`.
+
+    TensorRT 8.6 takes a convolution's weights from the file, not from a cast.
+    """
+    uses = Counter(name for node in graph.node for name in node.input)
+    halves = {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if tensor.name in weights and tensor.data_type == onnx.TensorProto.FLOAT16
+    }
+    for node in graph.node:
+        if node.op_type != "Cast" or node.input[0] not in halves or uses[node.input[0]] != 1:
+            continue
+        if node.attribute[0].i == onnx.TensorProto.FLOAT:
+            tensor = halves[node.input[0]]
+            data = weights.pop(tensor.name)
+            tensor.name += ".fp32"
+            tensor.data_type = onnx.TensorProto.FLOAT
+            weights[tensor.name] = data.view(np.float16).astype(np.float32).view(np.uint8)
+            node.CopyFrom(onnx.helper.make_node("Identity", [tensor.name], node.output, name=node.name))
+
+
 def _drop_unused(graph: onnx.GraphProto, weights: Weights) -> None:
     """Remove nodes and weights that no output needs."""
     needed = {value.name for value in graph.output}
@@ -416,6 +445,14 @@ def _drop_unused(graph: onnx.GraphProto, weights: Weights) -> None:
         if graph.initializer[index].name not in needed:
             weights.pop(graph.initializer[index].name, None)
             del graph.initializer[index]
+
+
+def float32_nodes(path: Path) -> frozenset[str]:
+    """The names of a file's nodes that compute in fp32: arithmetic, not the moving about of its results."""
+    model, weights = load_split(path)
+    types = _Facts(model, weights).types
+    computing = (node for node in model.graph.node if node.op_type not in MOVING)
+    return frozenset(node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT)
 
 
 def widen_bfloat16(model: onnx.ModelProto, weights: Weights) -> None:

@@ -16,15 +16,24 @@ from sdtrt.console import Console
 from sdtrt.errors import UsageError
 from sdtrt.specs import (
     BACKENDS,
+    BASELINES,
+    BENCH_TASKS,
+    COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_MODEL,
     DEFAULT_OPSETS,
     DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
     DEFAULT_TOKENS,
+    DEFAULT_VERIFY_PROMPT,
+    DEFAULT_VERIFY_SEED,
     EXPORTERS,
     PRECISIONS,
     SCHEDULERS,
     BackendChoice,
+    BaselineName,
+    BenchSpec,
+    BenchTask,
     Component,
     Exporter,
     ExportSpec,
@@ -35,6 +44,8 @@ from sdtrt.specs import (
     Range,
     SchedulerName,
     Sizes,
+    Thresholds,
+    VerifySpec,
 )
 
 RANGE = "N or MIN:OPT:MAX"
@@ -140,18 +151,26 @@ class BackendOptions:
 class ExporterOptions:
     """How the ONNX graph is written."""
 
-    component: Annotated[str, Option(help="the part of the model")] = "unet"
+    component: Annotated[
+        list[str] | None, Option(help=f"one of {', '.join(COMPONENTS)}; give it again for more; by default all")
+    ] = None
     exporter: Annotated[str, Option(help=f"PyTorch exporter: {' or '.join(EXPORTERS)}")] = "torchscript"
     opset: Annotated[int | None, Option(help=f"ONNX opset; by default {OPSETS}, by exporter")] = None
     force: Annotated[bool, Option("--force", help="make it again even if it is there")] = False
 
     def spec(
-        self, model: ModelSpec, precision: str, *, output: Path | None = None, overwrite: bool = False
+        self,
+        model: ModelSpec,
+        precision: str,
+        component: str = "unet",
+        *,
+        output: Path | None = None,
+        overwrite: bool = False,
     ) -> ExportSpec:
-        """The export that is asked for."""
+        """The export of one component that is asked for."""
         return ExportSpec(
             model=model,
-            component=cast(Component, self.component),
+            component=cast(Component, component),
             precision=cast(Precision, precision),
             exporter=cast(Exporter, self.exporter),
             opset=self.opset,
@@ -189,6 +208,18 @@ class ProfileOptions:
         return tuple(Profile.parse(text, base) for text in self.profile or ()) or (base,)
 
 
+# What several commands ask about an image.
+NegativePrompt = Annotated[str, Option("--negative-prompt", "-n", help="what the image must not show")]
+Steps = Annotated[int, Option("--steps", "--num-inference-steps", help="denoising steps")]
+GuidanceScale = Annotated[
+    float, Option("--guidance-scale", "--cfg-scale", help="how closely the prompt is followed; up to 1 is off")
+]
+Height = Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")]
+Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")]
+Scheduler = Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")]
+NoBuild = Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")]
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """What to generate."""
@@ -196,21 +227,24 @@ class GenerateOptions:
     prompt: Annotated[
         list[str] | None, Option("--prompt", "-p", help="what the image shows; give it again for more images")
     ] = None
-    negative_prompt: Annotated[str, Option("--negative-prompt", "-n", help="what the image must not show")] = ""
-    steps: Annotated[int, Option("--steps", "--num-inference-steps", help="denoising steps")] = DEFAULT_STEPS
-    guidance_scale: Annotated[
-        float, Option("--guidance-scale", "--cfg-scale", help="how closely the prompt is followed; up to 1 is off")
-    ] = DEFAULT_GUIDANCE_SCALE
-    height: Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")] = None
-    width: Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")] = None
+    negative_prompt: NegativePrompt = ""
+    steps: Steps = DEFAULT_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    height: Height = None
+    width: Width = None
     seed: Annotated[int | None, Option(help="of the first image, the next ones count up; by default random")] = None
     num_images: Annotated[int, Option(help="images for each prompt")] = 1
-    scheduler: Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")] = None
+    batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
+    scheduler: Scheduler = None
     output: Annotated[
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
-    no_build: Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")] = False
+    no_build: NoBuild = False
+    component: Annotated[
+        list[str] | None,
+        Option(help=f"a part that an engine runs ({', '.join(COMPONENTS)}); give it again for more"),
+    ] = None
 
     def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
         """The images that are asked for; `image` holds what only img2img has."""
@@ -226,9 +260,125 @@ class GenerateOptions:
             width=self.width,
             seed=self.seed,
             num_images=self.num_images,
+            batch_size=self.batch_size,
             scheduler=cast("SchedulerName | None", self.scheduler),
             output=self.output,
             overwrite=self.overwrite,
             allow_build=not self.no_build,
+            components=cast("tuple[Component, ...]", tuple(self.component or ())),
             **image,
         )
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to hold an engine against, and how close it must be."""
+
+    engine: Annotated[
+        str | None, Option("--engine", "-e", help="an engine of the engine directory, by name; else the one in use")
+    ] = None
+    timesteps: Annotated[int | None, Option(help="compare so many timesteps, spread evenly; by default all")] = None
+    prompt: Annotated[str, Option("--prompt", "-p", help="of the image that is denoised")] = DEFAULT_VERIFY_PROMPT
+    negative_prompt: NegativePrompt = ""
+    steps: Steps = DEFAULT_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    height: Height = None
+    width: Width = None
+    seed: Annotated[int, Option(help="of the image's noise")] = DEFAULT_VERIFY_SEED
+    scheduler: Scheduler = None
+    min_cosine: Annotated[float | None, Option(help="least cosine at a timestep")] = Thresholds.min_cosine
+    max_noise_ratio: Annotated[
+        float | None, Option(help="most relative L2 error, in multiples of PyTorch's own in half precision")
+    ] = Thresholds.max_noise_ratio
+    max_relative_l2: Annotated[float | None, Option(help="most relative L2 error at a timestep")] = (
+        Thresholds.max_relative_l2
+    )
+    min_psnr: Annotated[float | None, Option(help="least PSNR of the image, in dB")] = Thresholds.min_psnr_db
+    min_ssim: Annotated[float | None, Option(help="least structural similarity of the image")] = Thresholds.min_ssim
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FOLDER", help="where the pictures go; by default this folder")
+    ] = None
+    no_build: NoBuild = False
+
+    def spec(self, model: ModelSpec, backend: BackendOptions) -> VerifySpec:
+        """The comparison that is asked for."""
+        image = GenerateSpec(
+            prompts=(self.prompt,),
+            model=model,
+            backend=cast(BackendChoice, backend.backend),
+            precision=cast("Precision | None", backend.precision),
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            allow_build=not self.no_build,
+        )
+        thresholds = Thresholds(
+            self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
+        )
+        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time, and beside what."""
+
+    task: Annotated[str, Option(help=f"{', '.join(BENCH_TASKS)} or both")] = "both"
+    baselines: Annotated[
+        str, Option(metavar="all|none|NAME,NAME", help=f"what to compare with: {', '.join(BASELINES)}")
+    ] = "all"
+    steps: Steps = DEFAULT_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    strength: Annotated[float, Option(help="of img2img: the share of the steps that run")] = DEFAULT_STRENGTH
+    height: Height = None
+    width: Width = None
+    batch_size: Annotated[str, Option(metavar="N,N,N", help="images in one call; several are compared")] = "1"
+    repeats: Annotated[int, Option(help="timed calls of each row")] = 5
+    warmups: Annotated[int, Option(help="calls before them that are not timed")] = 1
+    scheduler: Scheduler = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
+    no_build: NoBuild = False
+
+    def spec(self, model: ModelSpec, backend: BackendOptions) -> BenchSpec:
+        """The measurements that are asked for."""
+        return BenchSpec(
+            model=model,
+            backend=cast(BackendChoice, backend.backend),
+            precision=cast("Precision | None", backend.precision),
+            tasks=cast("tuple[BenchTask, ...]", BENCH_TASKS if self.task == "both" else (self.task,)),
+            baselines=self._baselines(),
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            strength=self.strength,
+            height=self.height,
+            width=self.width,
+            batch_sizes=_numbers("--batch-size", self.batch_size),
+            repeats=self.repeats,
+            warmups=self.warmups,
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            output=self.output,
+            overwrite=self.overwrite,
+            allow_build=not self.no_build,
+        )
+
+    def _baselines(self) -> tuple[BaselineName, ...] | None:
+        """`all` → None, `none` → nothing, else the names."""
+        if self.baselines in ("all", "none"):
+            return None if self.baselines == "all" else ()
+        return cast("tuple[BaselineName, ...]", tuple(dict.fromkeys(self.baselines.replace(" ", "").split(","))))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """`1,2,4` → (1, 2, 4)."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(
+            f"{option} must be a number, or several with commas, got {text!r}", hint=f"as in {option} 1,2,4"
+        )
+    return tuple(dict.fromkeys(int(word) for word in words))

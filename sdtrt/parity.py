@@ -22,7 +22,7 @@ from sdtrt.errors import ExportError, first_line
 from sdtrt.metrics import cosine, max_abs, relative_l2
 from sdtrt.runtime.onnxruntime import LOG_SEVERITY
 from sdtrt.specs import Precision, Sizes
-from sdtrt.tracing import UNetCall
+from sdtrt.tracing import reference
 
 # Sides in latents: 16×16 (even at every level), 9×13 (odd at every level), 10×12 (even, then odd), 17×18, 24×11.
 # Small ones, so that a UNet of 860 M parameters takes seconds: what goes wrong with sizes goes wrong with these. But
@@ -38,6 +38,7 @@ CHECK_SIZES = (
 # Largest relative L2 error. Measured on small random UNets of each kind: fp32 1e-6 (the order of summation); fp16 7e-4,
 # where PyTorch in fp16 itself is 1.5e-3 from fp32; bf16, checked in fp32 (see `check_onnx`), 1e-4 (rounded constants).
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-3}
+LATENT_DEVIATION = 1 / 0.18215  # Stable Diffusion's VAE; its latents are scaled by that to a deviation of 1
 
 Array = npt.NDArray[Any]
 
@@ -97,21 +98,23 @@ def check_onnx(
     graph but not its rounding.
 
     Args:
-        module: the UNet that the file was made from, on the CPU; in fp32 meanwhile, and afterwards what it was.
+        module: what the file was made from, on the CPU; in fp32 meanwhile, and afterwards what it was.
+        sizes: to check at; those that are the same to this component count once.
 
     Raises:
         ExportError: the file is no valid ONNX, a result is not finite, or too far off.
     """
     start = time.perf_counter()
+    sizes = list({str(contract.input_shapes(size)): size for size in reversed(sizes)}.values())[::-1]
     with console.stage(f"checking {contract.component} against PyTorch at {len(sizes)} sizes"):
         _check_format(path, contract)
         inputs = [seeded_feeds(contract, size, seed) for seed, size in enumerate(sizes)]
-        expected = _reference(module, inputs)
+        expected = _reference(module, contract, inputs)
         with _runnable(path, contract) as (runnable, dtypes):
             session = _open(runnable)
             checks = tuple(
-                _compare(_run(session, arrays, dtypes), reference, size)
-                for arrays, reference, size in zip(inputs, expected, sizes, strict=True)
+                _compare(_run(session, arrays, dtypes), wanted, size)
+                for arrays, wanted, size in zip(inputs, expected, sizes, strict=True)
             )
     computed_in: Precision = "fp32" if contract.precision == "bf16" else contract.precision
     seconds = round(time.perf_counter() - start, 3)
@@ -122,21 +125,35 @@ def check_onnx(
 
 
 def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of the kind that a denoising loop gives, the same for the same seed, on the CPU.
+    """Inputs of the kind that a pipeline gives, the same for the same seed, on the CPU.
 
-    Noise; timesteps over the whole range, some fractional; SDXL's `time_ids` of an uncropped image of this size.
+    Noise; timesteps over the whole range, some fractional; SDXL's `time_ids` of an uncropped image of this size;
+    latents as far apart as Stable Diffusion's VAE has been trained with; pixels; token ids that end as prompts do.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
+    bounds = {spec.name: spec.below for spec in contract.inputs}
     for name, shape in contract.input_shapes(sizes).items():
         if name == "timestep":
             tensors[name] = torch.linspace(999, 0.75, shape[0]) if shape[0] > 1 else torch.tensor([500.25])
         elif name == "time_ids":
             row = [sizes.height, sizes.width, 0, 0, sizes.height, sizes.width]
             tensors[name] = torch.tensor(row, dtype=torch.float32).expand(shape).contiguous()
+        elif (below := bounds[name]) is not None:
+            tensors[name] = _token_ids(shape, below, generator)
+        elif name == "image":
+            tensors[name] = 2 * torch.rand(shape, generator=generator) - 1
         else:
-            tensors[name] = torch.randn(shape, generator=generator)
+            tensors[name] = torch.randn(shape, generator=generator) * (LATENT_DEVIATION if name == "latents" else 1)
     return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in contract.inputs}
+
+
+def _token_ids(shape: tuple[int, ...], below: int, generator: torch.Generator) -> torch.Tensor:
+    """Ids `[B,S]` of prompts of all lengths: padded, as in CLIP, with the end token, which is the last of all."""
+    rows, tokens = shape
+    ids = torch.randint(0, below - 1, shape, generator=generator)
+    lengths = torch.randint(1, tokens, (rows, 1), generator=generator)
+    return ids.where(torch.arange(tokens) < lengths, torch.tensor(below - 1))
 
 
 def _check_format(path: Path, contract: Contract) -> None:
@@ -153,22 +170,30 @@ def _check_format(path: Path, contract: Contract) -> None:
         ) from error
 
 
-def _reference(module: torch.nn.Module, inputs: Sequence[dict[str, torch.Tensor]]) -> list[Array]:
-    """The module's own results in fp32."""
+def _reference(
+    module: torch.nn.Module, contract: Contract, inputs: Sequence[dict[str, torch.Tensor]]
+) -> list[list[Array]]:
+    """The module's own results in fp32: for each of the inputs, all outputs."""
     dtype = next(module.parameters()).dtype
     # Exact, and so is the way back: every fp16 and bf16 number is an fp32 number. (diffusers' own `to` warns.)
-    call = UNetCall(torch.nn.Module.to(module, torch.float32))
+    call = reference(torch.nn.Module.to(module, torch.float32), contract)
     try:
         with torch.inference_mode():
-            outputs = [call(*(tensor.float() for tensor in tensors.values())).numpy() for tensors in inputs]
+            results = [call(*(_widened(tensor) for tensor in tensors.values())) for tensors in inputs]
     finally:
         torch.nn.Module.to(module, dtype)
-    if not all(np.isfinite(output).all() for output in outputs):
+    outputs = [[t.numpy() for t in ((found,) if isinstance(found, torch.Tensor) else found)] for found in results]
+    if not all(np.isfinite(output).all() for found in outputs for output in found):
         raise ExportError(
-            "the model's own unet gives infinite or NaN values in fp32, before any export",
+            f"the model's own {contract.component} gives infinite or NaN values in fp32, before any export",
             hint="its weights are damaged: download the model again",
         )
     return outputs
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in fp32, but whole numbers as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 @contextmanager
@@ -183,7 +208,7 @@ def _runnable(path: Path, contract: Contract) -> Iterator[tuple[Path, dict[str, 
         model, weights = onnx_graph.load_split(path)
         onnx_graph.widen_bfloat16(model, weights)
         onnx_graph.save(model, weights, copy)
-        yield copy, dict.fromkeys(dtypes, "float32")
+        yield copy, {name: "float32" if dtype == "bfloat16" else dtype for name, dtype in dtypes.items()}
 
 
 def _open(path: Path) -> Any:
@@ -204,26 +229,35 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _run(session: Any, tensors: dict[str, torch.Tensor], dtypes: dict[str, str]) -> Array:
+def _run(session: Any, tensors: dict[str, torch.Tensor], dtypes: dict[str, str]) -> list[Array]:
     arrays = {name: tensor.to(getattr(torch, dtypes[name])).numpy() for name, tensor in tensors.items()}
     try:
-        output: Array = session.run(None, arrays)[0]
+        outputs: list[Array] = session.run(None, arrays)
     except Exception as error:
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ExportError(
             f"ONNX Runtime can't run the exported graph on {shapes}: {first_line(error)[:300]}",
             hint="try the other exporter: --exporter torchscript or --exporter dynamo",
         ) from error
-    return output
+    return outputs
 
 
-def _compare(actual: Array, expected: Array, sizes: Sizes) -> SizeParity:
-    if actual.shape != expected.shape:
+def _compare(actual: Sequence[Array], expected: Sequence[Array], sizes: Sizes) -> SizeParity:
+    """The worst figures of all outputs."""
+    shapes, wanted = ([array.shape for array in arrays] for arrays in (actual, expected))
+    if shapes != wanted:
         raise ExportError(
-            f"the exported graph gives {actual.shape} at {sizes}, PyTorch {expected.shape}",
+            f"the exported graph gives {shapes} at {sizes}, PyTorch {wanted}",
             hint="try the other exporter: --exporter torchscript or --exporter dynamo",
         )
-    return SizeParity(sizes, relative_l2(actual, expected), cosine(actual, expected), max_abs(actual, expected))
+    pairs = list(zip(actual, expected, strict=True))
+    return SizeParity(
+        sizes,
+        # NaN, which `max` may pass over, is what this looks for
+        float(np.max([relative_l2(*pair) for pair in pairs])),
+        float(np.min([cosine(*pair) for pair in pairs])),
+        float(np.max([max_abs(*pair) for pair in pairs])),
+    )
 
 
 def _judge(report: ParityReport, contract: Contract) -> None:

@@ -5,26 +5,35 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from PIL import Image
 
 from sdtrt import __version__, engines, host, images, models, schedulers
 from sdtrt.cache import EngineDirectory, Entry
-from sdtrt.components import DTYPES, unet_contract
+from sdtrt.components import DTYPES
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.errors import EngineError, ModelError
 from sdtrt.models import Model
-from sdtrt.modules import UNetFacade
+from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
+from sdtrt.parts import (
+    TEXT_ENCODERS,
+    VAE_HALVES,
+    choose_components,
+    components_of,
+    contract_of,
+    part_of,
+    sizes_of,
+)
 from sdtrt.runtime import open_session
-from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, GenerateSpec, Precision, SchedulerName, Sizes
+from sdtrt.runtime.session import Session
+from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, Component, GenerateSpec, Precision, SchedulerName, Sizes
 
 RANDOM_SEEDS = 2**32
 SHOWN_TOKENS = 100  # of a prompt that is too long
@@ -33,7 +42,7 @@ LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One image that was made; `seconds` from its noise to its file."""
+    """One image that was made; `seconds` from its noise to its file, a batch's shared equally by its images."""
 
     path: Path
     seed: int
@@ -50,14 +59,19 @@ class GenerateReport:
 
     Args:
         settings: what all the images have in common, as plain data: model, backend, device, precision, scheduler, …
-        engine: name and digest of the engine's entry; None for the torch backend.
+        engines: name and digest of the engine's entry, for each component that an engine ran.
         load_seconds: from the request to a pipeline that is ready, with the building of an engine.
     """
 
     images: tuple[GeneratedImage, ...]
     settings: Mapping[str, Any]
-    engine: Mapping[str, str] | None
+    engines: Mapping[Component, Mapping[str, str]]
     load_seconds: float
+
+    @property
+    def engine(self) -> Mapping[str, str] | None:
+        """The UNet's engine; None where PyTorch ran it."""
+        return self.engines.get("unet")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -76,8 +90,16 @@ class GenerateReport:
             "load": round(self.load_seconds, 3),
             "generate": [round(image.seconds, 3) for image in self.images],
         }
-        engine = None if self.engine is None else dict(self.engine)
-        return {"images": made, **self.settings, "engine": engine, "seconds": seconds}
+        facts = {name: dict(engine) for name, engine in self.engines.items()}
+        return {"images": made, **self.settings, "engine": facts.get("unet"), "engines": facts, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be made."""
+
+    prompt: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,8 @@ class Plan:
         steps: denoising steps, all of them (img2img runs a part).
         img2img: start from an image.
         scheduler: None for the model's own.
+        components: those that engines are to run; None for the backend's default.
+        images: made by one pipeline call.
     """
 
     model: Model
@@ -98,6 +122,16 @@ class Plan:
     steps: int
     img2img: bool = False
     scheduler: SchedulerName | None = None
+    components: tuple[Component, ...] | None = None
+    images: int = 1
+
+    @property
+    def in_engines(self) -> tuple[Component, ...]:
+        """The components that engines run: of those that are wanted, what the pipeline calls at all."""
+        if self.backend == "torch":
+            return ()
+        wanted = components_of(self.model) if self.components is None else self.components
+        return tuple(name for name in wanted if self.img2img or name != "vae_encoder")
 
     @property
     def device(self) -> torch.device:
@@ -117,18 +151,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class OpenPipeline:
-    """A diffusers pipeline that is ready to run, and the engine in it (None for the torch backend)."""
+    """A diffusers pipeline that is ready to run, and the engines in it."""
 
     pipe: Any
     plan: Plan
-    entry: Entry | None
+    entries: Mapping[Component, Entry]
+
+    @property
+    def entry(self) -> Entry | None:
+        """The UNet's engine; None where PyTorch runs it."""
+        return self.entries.get("unet")
 
 
 def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -> GenerateReport:
-    """Make the images of a request, one after the other; each is saved as soon as it is done.
+    """Make the images of a request, batch after batch; each is saved as soon as it is done.
 
-    Every image is a pipeline call of its own with a generator of its own on the CPU: a seed gives the same image
-    whatever else is asked for, on a CPU and on a GPU alike up to rounding.
+    Every image has a generator of its own on the CPU: a seed gives the same image whatever else is asked for, on a CPU
+    and on a GPU alike up to rounding. Alone in its pipeline call (`batch_size` 1) it is the same to the last bit; in a
+    larger batch sums may be rounded in another order.
 
     Raises:
         UsageError, OutputError: for a wrong request, before any heavy work.
@@ -154,26 +194,47 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 settings = _settings(spec, opened, init, directory)
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
-            made = tuple(run.make(number, len(jobs), prompt, seed) for number, (prompt, seed) in enumerate(jobs, 1))
-    return GenerateReport(made, run.settings, _engine_facts(opened.entry), load_seconds)
+            made = [image for first in range(0, len(jobs), plan.images) for image in run.make(jobs, first)]
+    facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
+    return GenerateReport(tuple(made), run.settings, facts, load_seconds)
 
 
-def _jobs(spec: GenerateSpec) -> list[tuple[str, int]]:
-    """(prompt, seed) of each image: every prompt starts at the seed and counts up from it."""
+def _jobs(spec: GenerateSpec) -> list[Job]:
+    """Every prompt starts at the seed and counts up from it."""
     first = spec.seed if spec.seed is not None else secrets.randbelow(RANDOM_SEEDS)
-    return [(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
+    return [Job(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
+
+
+def plan_image(spec: GenerateSpec, model: Model, console: Console) -> Plan:
+    """How a request from text alone runs: backend, precision and size. Refuses what can't run."""
+    return _plan(spec, model, None, console)
 
 
 def _plan(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> Plan:
-    """Backend, precision and size of a request."""
+    """Backend, precision and size of a request. No batch is larger than there are images to make."""
     backend = engines.choose_backend(spec.backend, console)
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
-    tokens = model.config(_encoders(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
-    sizes = Sizes(2 if spec.uses_guidance else 1, height, width, tokens)
-    plan = Plan(model, backend, precision, sizes, spec.steps, img2img=init is not None, scheduler=spec.scheduler)
-    _check_plan(plan)
+    count = min(spec.batch_size, len(spec.prompts) * spec.num_images)
+    plan = Plan(
+        model,
+        backend,
+        precision,
+        unet_sizes(model, count, height, width, guidance=spec.uses_guidance),
+        spec.steps,
+        img2img=init is not None,
+        scheduler=spec.scheduler,
+        components=choose_components(model, spec.components) if spec.components else None,
+        images=count,
+    )
+    check_plan(plan)
     return plan
+
+
+def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
+    """The size of the UNet calls that make so many images at once."""
+    tokens = model.config(_encoders(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
+    return Sizes(images * (2 if guidance else 1), height, width, tokens)
 
 
 def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
@@ -194,7 +255,7 @@ def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None,
     return height, width
 
 
-def _check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Refuse what no engine can run, before anything is exported."""
     if plan.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
@@ -203,7 +264,8 @@ def _check_plan(plan: Plan) -> None:
         )
     if plan.backend == "torch":
         return
-    unet_contract(plan.model.config("unet"), plan.precision)
+    for component in plan.in_engines:
+        contract_of(plan.model, component, plan.precision)
     if plan.model.vae_scale_factor != SIZE_MULTIPLE:
         raise ModelError(
             f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {plan.model.spec.name} has"
@@ -219,43 +281,99 @@ def _encoders(model: Model) -> list[str]:
 
 @contextmanager
 def open_pipeline(
-    plan: Plan, directory: EngineDirectory, console: Console, *, allow_build: bool = True
+    plan: Plan,
+    directory: EngineDirectory,
+    console: Console,
+    *,
+    allow_build: bool = True,
+    unet_engine: Entry | None = None,
 ) -> Iterator[OpenPipeline]:
-    """Load what a plan needs and no more, with the engine's facade as the UNet.
+    """Load what a plan needs and no more, with the engines' facades as the parts that they replace.
 
     The scheduler comes first, so that too many steps are refused before an engine is built.
+
+    Args:
+        unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
     parts = models.load_parts(plan.model, ["scheduler"], torch.float32)
     parts["scheduler"] = schedulers.make_scheduler(plan.scheduler, parts["scheduler"])
     schedulers.check_steps(parts["scheduler"], plan.steps)
-    encoders = _encoders(plan.model)
-    names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *encoders, "vae"]
-    with _open_unet(plan, directory, console, allow_build) as (unet, entry), torch.no_grad():
+    with _open_engines(plan, directory, console, allow_build, unet_engine) as running, torch.no_grad():
         with console.stage("loading the pipeline"):
-            parts |= models.load_parts(plan.model, names, plan.parts_dtype)
-            for part in parts.values():
-                if isinstance(part, torch.nn.Module):
-                    part.to(plan.device).eval()
-        yield OpenPipeline(_assemble(plan, unet, parts), plan, entry)
+            parts |= _load_parts(plan, running)
+            parts |= _facades(plan, running, parts.get("vae"))
+        yield OpenPipeline(_assemble(plan, parts), plan, running.entries)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The engines of a pipeline, and the sessions that run them."""
+
+    entries: dict[Component, Entry] = field(default_factory=dict)
+    sessions: dict[Component, Session[torch.Tensor]] = field(default_factory=dict)
+
+    def covers(self, part: str, img2img: bool) -> bool:
+        """Whether engines do all that the pipeline asks of a part."""
+        names = (VAE_HALVES if img2img else VAE_HALVES[:1]) if part == "vae" else (part,)
+        return all(name in self.sessions for name in names)
 
 
 @contextmanager
-def _open_unet(
-    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool
-) -> Iterator[tuple[torch.nn.Module, Entry | None]]:
-    """The model's own UNet for the torch backend; else the facade of an engine, and the engine's entry."""
-    if plan.backend == "torch":
-        yield models.load_unet(plan.model, plan.parts_dtype).to(plan.device), None
+def _open_engines(
+    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
+) -> Iterator[_Running]:
+    """Find or build the engines of a plan, then open all of them."""
+    if not plan.in_engines:
+        yield _Running()
         return
-    entry = engines.ensure_engine(
-        plan.model, plan.backend, plan.precision, plan.sizes, directory, allow_build=allow_build, console=console
+    given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
+    entries = given | engines.ensure_engines(
+        plan.model,
+        plan.backend,
+        plan.precision,
+        plan.sizes,
+        directory,
+        [name for name in plan.in_engines if name not in given],
+        images=plan.images,
+        allow_build=allow_build,
+        console=console,
     )
-    config = plan.model.config("unet")
-    with open_session(entry, plan.device) as session:
-        yield UNetFacade(session, unet_contract(config, plan.precision), config, plan.device), entry
+    with ExitStack() as stack:
+        sessions = {name: stack.enter_context(open_session(entry, plan.device)) for name, entry in entries.items()}
+        yield _Running(entries, sessions)
 
 
-def _assemble(plan: Plan, unet: torch.nn.Module, parts: Mapping[str, Any]) -> Any:
+def _load_parts(plan: Plan, running: _Running) -> dict[str, Any]:
+    """What PyTorch runs, on the plan's device, and the tokenizers."""
+    encoders = _encoders(plan.model)
+    modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, plan.img2img)]
+    names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *modules]
+    parts = {"unet": models.load_unet(plan.model, plan.parts_dtype)} if "unet" in names else {}
+    parts |= models.load_parts(plan.model, [name for name in names if name != "unet"], plan.parts_dtype)
+    for half in VAE_HALVES:
+        if "vae" in modules and half in running.sessions:
+            setattr(parts["vae"], half.removeprefix("vae_"), None)
+    for name in modules:
+        parts[name].to(plan.device).eval()
+    return parts
+
+
+def _facades(plan: Plan, running: _Running, vae: Any) -> dict[str, torch.nn.Module]:
+    """What stands in for the parts that engines run; `vae` is PyTorch's, where a half of it has no engine."""
+    facades: dict[str, torch.nn.Module] = {}
+    for name, session in running.sessions.items():
+        config = plan.model.config(part_of(name))
+        if name == "unet":
+            facades[name] = UNetFacade(session, session.contract, config, plan.device)
+        elif name in TEXT_ENCODERS:
+            facades[name] = TextEncoderFacade(session, config, plan.device, plan.parts_dtype)
+        else:
+            decoder, encoder = (running.sessions.get(half) for half in VAE_HALVES)
+            facades["vae"] = VaeFacade(config, plan.device, decoder=decoder, encoder=encoder, rest=vae)
+    return facades
+
+
+def _assemble(plan: Plan, parts: Mapping[str, Any]) -> Any:
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
     if plan.model.is_sdxl:
@@ -265,7 +383,7 @@ def _assemble(plan: Plan, unet: torch.nn.Module, parts: Mapping[str, Any]) -> An
     else:
         cls = diffusers.StableDiffusionImg2ImgPipeline if plan.img2img else diffusers.StableDiffusionPipeline
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = cls(unet=unet, **parts, **options)
+    pipe = cls(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -282,19 +400,60 @@ def _warn_truncated(pipe: Any, text: str, console: Console) -> None:
 
 
 class _Finite:
-    """Watches the latents after each denoising step. It asks the device nothing until the end: no step waits for it."""
+    """Watches what the parts of a pipeline give each other: the UNet's inputs and outputs, and the VAE's decoding.
+
+    It asks the device nothing until the end: no step waits for it. (Pixels would be too late: their clamping turns
+    infinities into white and black.)
+    """
 
     def __init__(self) -> None:
         self.flags: list[torch.Tensor] = []
+        self.sources: list[str] = []
+        self.step = 0
 
-    def add(self, latents: torch.Tensor) -> None:
-        """Note one step's latents."""
-        self.flags.append(torch.isfinite(latents).all())
+    @contextmanager
+    def watching(self, pipe: Any) -> Iterator[None]:
+        """Note what the parts of a pipeline give, for the time of a `with`."""
+        decode = pipe.vae.decode
 
-    def first_bad(self) -> int | None:
-        """The first step (from 1) whose latents were not finite."""
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = decode(*args, **kwargs)
+            self._add("vae_decoder", result[0])
+            return result
+
+        pipe.vae.decode = watched
+        try:
+            with hooked(pipe.unet, self._add_step):
+                yield
+        finally:
+            del pipe.vae.decode
+
+    def _add_step(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note one call of the UNet: its output, and before the first step what other parts have made for it."""
+        if self.step == 0:
+            self._add("text_encoder", kwargs["encoder_hidden_states"])
+            self._add("vae_encoder", args[0])
+        self.step += 1
+        self._add(f"unet at denoising step {self.step}", output[0])
+
+    def _add(self, source: str, tensor: torch.Tensor) -> None:
+        self.sources.append(source)
+        self.flags.append(torch.isfinite(tensor).all())
+
+    def first_bad(self) -> str | None:
+        """The first source of values that were not finite."""
         finite = torch.stack(self.flags).tolist() if self.flags else []
-        return finite.index(False) + 1 if False in finite else None
+        return self.sources[finite.index(False)] if False in finite else None
+
+
+@contextmanager
+def hooked(module: torch.nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Call `hook` after each forward of a module, with its arguments and its output, for the time of a `with`."""
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -308,31 +467,51 @@ class _Run:
     console: Console
     settings: Mapping[str, Any]
 
-    def make(self, number: int, count: int, prompt: str, seed: int) -> GeneratedImage:
-        """Make one image, and save it."""
+    def make(self, jobs: Sequence[Job], first: int) -> list[GeneratedImage]:
+        """Make the batch that starts at the job `first`, and save its images."""
         start = time.perf_counter()
-        name = f"seed {seed}" if count == 1 else f"image {number} of {count}, seed {seed}"
-        image = self._denoise(name, prompt, seed)
-        path = self.output.save(image, self._metadata(prompt, seed), prompt=prompt, seed=seed)
-        self.console.note(f"{name}: {path}")
-        seconds = time.perf_counter() - start
-        return GeneratedImage(path, seed, prompt, self.spec.negative_prompt, image.width, image.height, seconds)
+        batch = jobs[first : first + self.opened.plan.images]
+        made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch)
+        found = []
+        for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
+            path = self.output.save(image, self._metadata(job.prompt, job.seed), prompt=job.prompt, seed=job.seed)
+            self.console.note(f"{_batch_name([job], number, len(jobs))}: {path}")
+            found.append((path, job, image))
+        seconds = (time.perf_counter() - start) / len(batch)
+        negative = self.spec.negative_prompt
+        return [
+            GeneratedImage(path, job.seed, job.prompt, negative, image.width, image.height, seconds)
+            for path, job, image in found
+        ]
 
-    def _denoise(self, name: str, prompt: str, seed: int) -> Image.Image:
+    def _denoise(self, name: str, batch: Sequence[Job]) -> list[Image.Image]:
         """One call of the pipeline."""
         pipe, finite = self.opened.pipe, _Finite()
         steps = len(self._timesteps())
-        with self.console.bar(name, steps) as advance, _out_of_memory(self.opened.plan):
+        watching = finite.watching(pipe)
+        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan), watching:
 
-            def on_step_end(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                finite.add(tensors["latents"])
+            def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
                 advance()
                 return {}
 
-            pixels = pipe(**self._arguments(prompt, seed), callback_on_step_end=on_step_end, output_type="np").images
-        self._check_finite(finite.first_bad(), steps, pixels)
-        image: Image.Image = pipe.image_processor.numpy_to_pil(pixels)[0]
-        return image
+            arguments = self._arguments(self._filled(batch))
+            pixels = pipe(**arguments, callback_on_step_end=on_step_end, output_type="np").images[: len(batch)]
+        self._check_finite(finite.first_bad(), steps)
+        made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
+        return made
+
+    def _filled(self, batch: Sequence[Job]) -> Sequence[Job]:
+        """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
+        plan, count = self.opened.plan, len(batch)
+        unet = replace(plan.sizes, batch=plan.sizes.batch // plan.images * count)
+        fits = (
+            engines.slack(entry.key, sizes_of(name, unet, count)) is not None
+            for name, entry in self.opened.entries.items()
+        )
+        if all(fits):
+            return batch
+        return [*batch, *[batch[-1]] * (plan.images - len(batch))]
 
     def _timesteps(self) -> Any:
         """The timesteps that the pipeline will run: PNDM has one more than steps, Heun nearly twice as many."""
@@ -342,29 +521,31 @@ class _Run:
             return pipe.scheduler.timesteps
         return pipe.get_timesteps(spec.steps, spec.strength, self.opened.plan.device)[0]
 
-    def _arguments(self, prompt: str, seed: int) -> dict[str, Any]:
+    def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
         """The pipeline's arguments."""
         spec, sizes = self.spec, self.opened.plan.sizes
         common = {
-            "prompt": prompt,
-            "negative_prompt": spec.negative_prompt or None,
+            "prompt": [job.prompt for job in batch],
+            "negative_prompt": [spec.negative_prompt] * len(batch) if spec.negative_prompt else None,
             "num_inference_steps": spec.steps,
             "guidance_scale": spec.guidance_scale,
-            "generator": torch.Generator().manual_seed(seed),
+            "generator": [torch.Generator().manual_seed(job.seed) for job in batch],
         }
         if self.init is None:
             return {**common, "height": sizes.height, "width": sizes.width}
         return {**common, "image": self.init.fitted(sizes.height, sizes.width), "strength": spec.strength}
 
-    def _check_finite(self, bad_step: int | None, steps: int, pixels: np.ndarray[Any, Any]) -> None:
+    def _check_finite(self, bad: str | None, steps: int) -> None:
         """Refuse an image that would come out black."""
-        if bad_step is None and bool(np.isfinite(pixels).all()):
+        if bad is None:
             return
         plan = self.opened.plan
-        where = f"denoising step {bad_step} of {steps}" if bad_step is not None else "the VAE's decoding"
+        where = f"{bad} of {steps}" if bad.startswith("unet") else bad
         hint = "use --precision fp32"
         if plan.precision == "fp32":
             hint = "the model's weights may be damaged; try another --scheduler or --guidance-scale, or --backend torch"
+        if plan.backend != "torch" and bad.startswith("unet"):
+            hint += "; sdtrt verify holds the engine against PyTorch"
         raise EngineError(
             f"{where} gave values that are not finite ({plan.backend}, {plan.precision}): no image was made", hint=hint
         )
@@ -391,6 +572,14 @@ class _Run:
         return images.Metadata(parameters, {**own, **settings})
 
 
+def _batch_name(batch: Sequence[Job], number: int, count: int) -> str:
+    """What a batch is called while it is made; `number` is that of its first image."""
+    seeds = ", ".join(f"{job.seed}" for job in batch)
+    if len(batch) > 1:
+        return f"images {number} to {number + len(batch) - 1} of {count}, seeds {seeds}"
+    return f"seed {seeds}" if count == 1 else f"image {number} of {count}, seed {seeds}"
+
+
 def _settings(
     spec: GenerateSpec, opened: OpenPipeline, init: images.InitImage | None, directory: EngineDirectory
 ) -> dict[str, Any]:
@@ -406,6 +595,7 @@ def _settings(
         "guidance_scale": spec.guidance_scale,
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
+        "batch_size": plan.images,
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
 
@@ -435,13 +625,13 @@ def _model_title(model: Model) -> str:
     return path.stem if model.layout == "single-file" else path.name or path.resolve().name
 
 
-def _engine_facts(entry: Entry | None) -> dict[str, str] | None:
+def engine_facts(entry: Entry) -> dict[str, str]:
     """Which engine it was."""
-    return None if entry is None else {"name": entry.name, "digest": entry.digest}
+    return {"name": entry.name, "digest": entry.digest}
 
 
 @contextmanager
-def _out_of_memory(plan: Plan) -> Iterator[None]:
+def out_of_memory(plan: Plan) -> Iterator[None]:
     """Turn PyTorch's failures to allocate into an `EngineError` (the CPU's is a bare `RuntimeError`)."""
     try:
         yield
@@ -450,7 +640,8 @@ def _out_of_memory(plan: Plan) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(text in str(error) for text in texts):
             raise
+        size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {plan.images} at once," * (plan.images > 1)
         raise EngineError(
-            f"out of memory at {plan.sizes.width}x{plan.sizes.height} pixels with {plan.backend} in {plan.precision}",
-            hint="use a smaller --height and --width",
+            f"out of memory at {size} with {plan.backend} in {plan.precision}",
+            hint="use a smaller --height and --width" + ", or --batch-size" * (plan.images > 1),
         ) from error

@@ -10,11 +10,21 @@ from typing import Literal, get_args
 
 from sdtrt.errors import UsageError
 
-Component = Literal["unet"]
+Component = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
 BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
 Exporter = Literal["torchscript", "dynamo"]
+BenchTask = Literal["txt2img", "img2img"]
+BaselineName = Literal[
+    "torch-fp32",
+    "torch-tf32",
+    "torch-fp16",
+    "torch-graph",
+    "torch-compile",
+    "torch-compile-max",
+    "onnxruntime-cuda",
+]
 SchedulerName = Literal["pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun"]
 
 COMPONENTS: tuple[str, ...] = get_args(Component)
@@ -22,16 +32,22 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 BACKENDS: tuple[str, ...] = get_args(BackendChoice)
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+BENCH_TASKS: tuple[str, ...] = get_args(BenchTask)
+BASELINES: tuple[str, ...] = get_args(BaselineName)
 
 DEFAULT_MODEL = "tiny"
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 7.5
 DEFAULT_STRENGTH = 0.8
 DEFAULT_TOKENS = 77
+BENCH_PROMPT = "a red circle on a blue background"
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
+MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
+DEFAULT_VERIFY_PROMPT = "a red circle on a blue background"
+DEFAULT_VERIFY_SEED = 0
 GIB = 2**30
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
@@ -312,7 +328,9 @@ class GenerateSpec:
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
         height, width: pixels; None for the init image's size, else the model's own.
         seed: of each prompt's first image (the next ones count up from it); None for a random one.
+        batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
+        components: the parts that engines run, the others stay PyTorch's; none for the backend's default.
         init_image: start from this image instead of from noise (img2img).
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
         output: a file, or a folder where every image gets a new name; None for the current folder.
@@ -331,15 +349,21 @@ class GenerateSpec:
     width: int | None = None
     seed: int | None = None
     num_images: int = 1
+    batch_size: int = 1
     scheduler: SchedulerName | None = None
     init_image: Path | None = None
     strength: float = DEFAULT_STRENGTH
     output: Path | None = None
     overwrite: bool = False
     allow_build: bool = True
+    components: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
+        for component in self.components:
+            check_choice("component", component, COMPONENTS)
+        if self.backend == "torch" and self.components:
+            raise UsageError("the torch backend has no engines", hint="leave --component out, or use another --backend")
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
             check_precision(self.backend, self.precision)
@@ -369,6 +393,8 @@ class GenerateSpec:
                 f"num-images must be at most {MAX_IMAGES}, got {self.num_images}",
                 hint=f"use --num-images {MAX_IMAGES}, and a --seed that goes on from there the next time",
             )
+        if self.batch_size < 1:
+            raise UsageError(f"batch size must be at least 1, got {self.batch_size}", hint="use --batch-size 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(
                 f"guidance scale must be a number from 0 up, got {self.guidance_scale}",
@@ -392,6 +418,144 @@ class GenerateSpec:
     def uses_guidance(self) -> bool:
         """Whether classifier-free guidance doubles the UNet's batch (diffusers' own rule)."""
         return self.guidance_scale > 1
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """What to time.
+
+    Args:
+        precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
+        tasks: whole pipeline calls, each of them with all batch sizes.
+        baselines: what to compare with; None for all that this machine has a use for.
+        height, width: pixels; None for the model's own.
+        strength: of img2img; `strength * steps` steps run.
+        batch_sizes: images made in one call.
+        repeats: timed calls, after `warmups` that are not.
+        allow_build: export and build a missing engine on the spot (not timed).
+        output: a folder for the report as JSON and Markdown, and a chart.
+        overwrite: replace such files of an earlier run.
+    """
+
+    model: ModelSpec = ModelSpec()
+    backend: BackendChoice = "auto"
+    precision: Precision | None = None
+    tasks: tuple[BenchTask, ...] = ("txt2img",)
+    baselines: tuple[BaselineName, ...] | None = None
+    steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    strength: float = DEFAULT_STRENGTH
+    height: int | None = None
+    width: int | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    repeats: int = 5
+    warmups: int = 1
+    scheduler: SchedulerName | None = None
+    allow_build: bool = True
+    output: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            check_choice("task", task, BENCH_TASKS)
+        for baseline in self.baselines or ():
+            check_choice("baseline", baseline, BASELINES)
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UsageError(f"batch sizes must be at least 1, got {self.batch_sizes}", hint="use --batch-size 1,2,4")
+        if self.repeats < 1:
+            raise UsageError(f"repeats must be at least 1, got {self.repeats}", hint="use --repeats 5")
+        if self.warmups < 1:  # the first call captures graphs, compiles, and fills caches
+            raise UsageError(f"warmups must be at least 1, got {self.warmups}", hint="use --warmups 1")
+        for task in self.tasks:
+            self.request(task)  # what a generation would refuse, a benchmark refuses
+
+    def request(self, task: BenchTask) -> GenerateSpec:
+        """The generation that is timed."""
+        return GenerateSpec(
+            prompts=(BENCH_PROMPT,),
+            model=self.model,
+            backend=self.backend,
+            precision=self.precision,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            scheduler=self.scheduler,
+            init_image=Path("init.png") if task == "img2img" else None,
+            strength=self.strength,
+        )
+
+    def steps_run(self, task: BenchTask) -> int:
+        """Denoising steps that run: img2img leaves the first ones out."""
+        return self.steps if task == "txt2img" else min(int(self.steps * self.strength), self.steps)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What `verify` asks of an engine; None asks nothing.
+
+    Args:
+        min_cosine: of each timestep's output with the fp32 reference's, in the worse of the two guidance rows.
+        max_noise_ratio: most relative L2 error, as a multiple of the error that PyTorch itself has in half precision.
+        max_relative_l2: most relative L2 error.
+        min_psnr_db: of the final image.
+        min_ssim: of the final image.
+    """
+
+    min_cosine: float | None = 0.9999
+    max_noise_ratio: float | None = 2.0
+    max_relative_l2: float | None = None
+    min_psnr_db: float | None = 35.0
+    min_ssim: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest, highest in (
+            ("min_cosine", -1, 1),
+            ("max_noise_ratio", 0, math.inf),
+            ("max_relative_l2", 0, math.inf),
+            ("min_psnr_db", -math.inf, math.inf),
+            ("min_ssim", -1, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
+                option = f"--{name.removesuffix('_db').replace('_', '-')}"
+                bounds = f" from {lowest} to {highest}" if highest == 1 else " from 0 up" if lowest == 0 else ""
+                raise UsageError(
+                    f"{option} must be a number{bounds}, got {value}",
+                    hint=f"sdtrt verify --help shows {option}'s default",
+                )
+
+
+@dataclass(frozen=True)
+class VerifySpec:
+    """An engine to be held against the fp32 model, over the denoising of one image.
+
+    Args:
+        image: the image that is denoised: one prompt, one image, no init image.
+        engine: an engine of the engine directory by name, whatever weights it was built from; it decides backend and
+            precision. None for the one that would make the image.
+        timesteps: how many of the run's timesteps are compared, spread evenly; None for all.
+        output: the folder that the two pictures go into; None for the current one.
+    """
+
+    image: GenerateSpec
+    engine: str | None = None
+    timesteps: int | None = None
+    thresholds: Thresholds = Thresholds()
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.image.init_image is not None or self.image.num_images * len(self.image.prompts) != 1:
+            raise UsageError("verify makes one image from one prompt", hint="give --prompt once")
+        if self.timesteps is not None and self.timesteps < 1:
+            raise UsageError(f"timesteps must be at least 1, got {self.timesteps}", hint="use --timesteps 10")
+        for name in ("height", "width"):
+            pixels = getattr(self.image, name)
+            if pixels is not None and pixels < MIN_SSIM_PIXELS:
+                raise UsageError(
+                    f"verify needs a {name} of at least {MIN_SSIM_PIXELS}, got {pixels}",
+                    hint=f"use --{name} {MIN_SSIM_PIXELS}",
+                )
 
 
 @dataclass(frozen=True)

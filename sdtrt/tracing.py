@@ -1,29 +1,45 @@
-"""diffusers modules as an exporter may trace them: tensors in, one tensor out, one graph for every size.
+"""diffusers modules as an exporter may trace them: tensors in, tensors out, one graph for every size.
 
 diffusers itself stays as it is: what hinders a trace is replaced on the one module, for as long as the trace takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
-from sdtrt.components import BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract
+from sdtrt.components import BATCH, IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
 # constant of 0 and 1. Small, as the TorchScript exporter runs the module once.
-TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, TOKENS: 7}
+TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, IMAGE_HEIGHT: 80, IMAGE_WIDTH: 112, TOKENS: 7}
 
 # `UNet2DConditionModel.forward` passes the sizes of its skip connections to the upsamplers only where a latent side is
 # not a multiple of 2**num_upsamplers, and a trace keeps the branch that it took. No side is a multiple of 2**40.
 ALWAYS_FORWARD_SIZES = 40
+
+# On how many resolutions, from the latents' own down, an fp16 UNet's convolutions compute in fp32.
+#
+# PyTorch's fp16 convolutions add up in fp32. TensorRT 8.6's only ones add up in fp16: measured on an H200, a 3x3
+# convolution of 1280 channels is then off by 3.8e-3 instead of 3e-4 (relative L2), as sqrt(additions) foretells. In
+# fp32 such a layer runs on tensor cores as TF32, which holds every fp16 number exactly: as right as PyTorch's fp16, in
+# 1.7 times the time. Near the latents it counts most, for no later layer averages the error away.
+WIDE_LEVELS = 1
+# What the causal mask adds to the attention of tokens that lie ahead: as good as minus infinity to a softmax, and every
+# precision has it.
+MASKED = -1e4
+
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 class UNetCall(torch.nn.Module):
@@ -51,24 +67,176 @@ class UNetCall(torch.nn.Module):
         return output
 
 
+class TextEncoderCall(torch.nn.Module):
+    """A CLIP text encoder with the contract's inputs and outputs as its signature.
+
+    It walks the layers itself: how transformers makes its causal mask changes from version to version, and few of the
+    ways can be traced. `reference` is the encoder's own way, which the result is checked against.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.text: Any = getattr(encoder, "text_model", encoder)
+        self.projection: Any = getattr(encoder, "text_projection", None)
+        self.outputs = [spec.name for spec in contract.outputs]
+        self.eos: int = self.text.config.eos_token_id
+        weight = self.text.final_layer_norm.weight
+        tokens = contract.inputs[0].shape(TRACE_SIZES)[1]
+        self.mask = torch.full((tokens, tokens), MASKED, dtype=weight.dtype).triu(1)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """input_ids [B,S] → the contract's outputs."""
+        states = self.text.embeddings.token_embedding(input_ids) + self.text.embeddings.position_embedding.weight
+        penultimate = states
+        for layer in self.text.encoder.layers:
+            penultimate = states
+            states = states + self._attend(layer.self_attn, layer.layer_norm1(states))
+            states = states + layer.mlp(layer.layer_norm2(states))
+        found = {"penultimate_hidden_state": penultimate, "last_hidden_state": self.text.final_layer_norm(states)}
+        if self.projection is not None:
+            found["text_embeds"] = self.projection(self._pooled(found["last_hidden_state"], input_ids))
+        return tuple(found[name] for name in self.outputs)
+
+    def _attend(self, attention: Any, states: Tensor) -> Tensor:
+        """Causal self-attention, the queries scaled before their product with the keys."""
+
+        tokens, width = states.shape[1:]
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.reshape(-1, tokens, attention.num_heads, width // attention.num_heads).transpose(1, 2)
+
+        queries, keys = heads(attention.q_proj(states) * attention.scale), heads(attention.k_proj(states))
+        weights = torch.softmax(queries @ keys.transpose(2, 3) + self.mask, dim=-1)
+        joined = (weights @ heads(attention.v_proj(states))).transpose(1, 2).reshape(-1, tokens, width)
+        projected: Tensor = attention.out_proj(joined)
+        return projected
+
+    def _pooled(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The states [B,D] of each row's first end token, by a product with zeros and a one.
+
+        transformers' rule: where the end token's id is 2, a mistake in old configurations, it is the highest id of a
+        row; a row without one has its first token's states. TensorRT 8.6 has no ArgMax of whole numbers.
+        """
+        is_end = ids == (ids.amax(dim=1, keepdim=True) if self.eos == 2 else self.eos)
+        tokens = ids.shape[1]
+        scores = is_end.to(torch.float32) * torch.arange(tokens, 0.0, -1.0) + torch.tensor([0.5] + [0.0] * (tokens - 1))
+        chosen = (scores == scores.amax(dim=1, keepdim=True)).to(states.dtype)
+        return (chosen.unsqueeze(1) @ states).squeeze(1)
+
+
+class VaeDecoderCall(torch.nn.Module):
+    """The half of an `AutoencoderKL` that makes images of latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [B,C,H,W] → image [B,3,8H,8W]."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        image: Tensor = self.decoder(latents)
+        return image
+
+
+class VaeEncoderCall(torch.nn.Module):
+    """The half of an `AutoencoderKL` that makes latents of images."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B,3,8H,8W] → moments [B,2C,H,W]: mean and log-variance."""
+        moments: Tensor = self.encoder(image)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+
+def component_call(module: torch.nn.Module, contract: Contract) -> torch.nn.Module:
+    """The part of a module that is a component, with the contract's inputs and outputs as its signature."""
+    if contract.component == "unet":
+        return UNetCall(module)
+    if contract.component == "vae_decoder":
+        return VaeDecoderCall(module)
+    if contract.component == "vae_encoder":
+        return VaeEncoderCall(module)
+    return TextEncoderCall(module, contract)
+
+
+def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outputs]:
+    """The contract's function of a module as diffusers and transformers themselves compute it, in their own way."""
+    own: Any = module
+    if contract.component == "unet":
+        return UNetCall(module)
+    if contract.component == "vae_decoder":
+        return lambda latents: own.decode(latents).sample
+    if contract.component == "vae_encoder":
+        return lambda image: own.encode(image).latent_dist.parameters
+    return partial(_encode_text, own, contract)
+
+
+def _encode_text(encoder: Any, contract: Contract, input_ids: Tensor) -> tuple[Tensor, ...]:
+    """What diffusers' pipelines take of a text encoder's result."""
+    result = encoder(input_ids.long(), output_hidden_states=True)
+    found = {"last_hidden_state": result.last_hidden_state, "penultimate_hidden_state": result.hidden_states[-2]}
+    if contract.component == "text_encoder_2":
+        found["text_embeds"] = result.text_embeds
+    return tuple(found[spec.name] for spec in contract.outputs)
+
+
 def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
     """Inputs to trace with, in the contract's order."""
     generator = torch.Generator().manual_seed(0)
     return tuple(
-        torch.rand(spec.shape(TRACE_SIZES), generator=generator).to(getattr(torch, spec.dtype))
+        torch.rand(spec.shape(TRACE_SIZES), generator=generator).mul(spec.below or 1).to(getattr(torch, spec.dtype))
         for spec in contract.inputs
     )
 
 
 @contextmanager
-def traceable(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The UNet, for the time of a `with` such that its trace is right at every size."""
+def traceable(module: torch.nn.Module, *, wide_levels: int = WIDE_LEVELS) -> Iterator[torch.nn.Module]:
+    """A UNet or VAE, for the time of a `with` such that its trace is right at every size, and faithful in fp16.
+
+    Args:
+        wide_levels: on how many resolutions the convolutions of an fp16 UNet compute in fp32.
+    """
     with ExitStack() as stack:
-        stack.enter_context(_attribute(unet, "num_upsamplers", ALWAYS_FORWARD_SIZES))
-        for module in unet.modules():
-            if _is_plain(module):
-                stack.enter_context(_attribute(module, "forward", partial(_upsample, module)))
-        yield unet
+        stack.enter_context(_attribute(module, "num_upsamplers", ALWAYS_FORWARD_SIZES))
+        for part in module.modules():
+            if _overflows(part):
+                stack.enter_context(_attribute(part, "processor", _attend_in_fp32))
+            if _is_plain(part):
+                stack.enter_context(_attribute(part, "forward", partial(_upsample, part)))
+        for convolution in wide_convolutions(module, wide_levels).values():
+            stack.enter_context(_attribute(convolution, "forward", partial(_convolve_in_fp32, convolution)))
+        yield module
+
+
+def wide_convolutions(unet: torch.nn.Module, levels: int = WIDE_LEVELS) -> dict[str, torch.nn.Conv2d]:
+    """Name → module of the convolutions of an fp16 UNet that compute in fp32 in its export; none of another module."""
+    if not isinstance(unet, UNet2DConditionModel):
+        return {}
+    depth = len(unet.down_blocks)
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+        and module.weight.dtype == torch.float16
+        and (level := _resolution(name, depth)) is not None
+        and level < levels
+    }
+
+
+def _resolution(name: str, depth: int) -> int | None:
+    """The level of the U that a convolution's output is on, 0 for the latents' own; None within attention."""
+    if name in ("conv_in", "conv_out"):
+        return 0
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\..+", name)
+    if match is None:
+        return None
+    side, index, kind = match[1], int(match[2]), match[3]
+    level = index if side == "down" else depth - 1 - index
+    return level + {"resnets": 0, "downsamplers": 1, "upsamplers": -1}[kind]
 
 
 @contextmanager
@@ -106,3 +274,44 @@ def _upsample(module: Any, hidden_states: Tensor, output_size: Any = None) -> Te
         return hidden_states
     convolved: Tensor = (module.conv if module.name == "conv" else module.Conv2d_0)(hidden_states)
     return convolved
+
+
+def _overflows(module: torch.nn.Module) -> bool:
+    """Whether a module is an attention whose QKᵀ leaves fp16, as its model's `upcast_attention` says (SD 2.1)."""
+    if not (isinstance(module, Attention) and module.upcast_attention) or module.to_q.weight.dtype == torch.float32:
+        return False
+    extras = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
+    return not any(getattr(module, extra) for extra in extras)  # those of transformer blocks have none of them
+
+
+def _attend_in_fp32(
+    attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
+) -> Tensor:
+    """Attention `[B,S,C]` with QKᵀ and softmax in fp32; all else, and so most of the work, in the module's precision.
+
+    diffusers' own processor ignores `upcast_attention`, as PyTorch's fused kernels sum in fp32 anyway. In a graph there
+    is no fused kernel: the product is a tensor of its own, and infinite beyond 65504.
+    """
+    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    batch, heads = hidden_states.shape[0], attention.heads
+    width = attention.to_q.weight.shape[0] // heads
+    query, key, value = (
+        projection(states).view(batch, -1, heads, width).transpose(1, 2)
+        for projection, states in (
+            (attention.to_q, hidden_states),
+            (attention.to_k, context),
+            (attention.to_v, context),
+        )
+    )
+    scores = (query.float() * attention.scale) @ key.float().transpose(-1, -2)
+    attended = scores.softmax(dim=-1).to(value.dtype) @ value
+    output: Tensor = attention.to_out[0](attended.transpose(1, 2).reshape(batch, -1, heads * width))
+    output = output / attention.rescale_output_factor
+    return output
+
+
+def _convolve_in_fp32(convolution: torch.nn.Conv2d, hidden_states: Tensor) -> Tensor:
+    """`Conv2d.forward` with fp32 arithmetic on half-precision weights and states."""
+    bias = None if convolution.bias is None else convolution.bias.float()
+    wide: Tensor = convolution._conv_forward(hidden_states.float(), convolution.weight.float(), bias)
+    return wide.to(hidden_states.dtype)

@@ -17,7 +17,7 @@ import mmap
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -451,11 +451,17 @@ def dtype_name(dtype: Any) -> str:
     return DTYPE_NAMES.get(name, name.lower())
 
 
-def configure(draft: Draft, spec: BuildSpec, profiles: Sequence[Mapping[str, ShapeRange]]) -> Any:
+def configure(
+    draft: Draft,
+    spec: BuildSpec,
+    profiles: Sequence[Mapping[str, ShapeRange]],
+    fp32_nodes: Collection[str] = (),
+) -> Any:
     """The builder's configuration for a build.
 
     Args:
         profiles: input name → range, one mapping a profile.
+        fp32_nodes: the ONNX nodes that compute in fp32; a weakly typed fp16 network must be told.
 
     Raises:
         BuildError: for what this version can't do.
@@ -479,7 +485,7 @@ def configure(draft: Draft, spec: BuildSpec, profiles: Sequence[Mapping[str, Sha
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if library.has("named compute capability"):
         _set_compute_capability(library, config, spec.compute_capability)
-    _set_precision(draft, config, spec.export.precision)
+    _set_precision(draft, config, spec.export.precision, fp32_nodes)
     for shapes in profiles:
         _add_profile(builder, config, shapes)
     return config
@@ -511,7 +517,7 @@ def _set_compute_capability(library: Library, config: Any, wanted: tuple[int, in
     config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
 
-def _set_precision(draft: Draft, config: Any, precision: Precision) -> None:
+def _set_precision(draft: Draft, config: Any, precision: Precision, fp32_nodes: Collection[str]) -> None:
     """Let the engine compute in `precision`. With strong typing the ONNX's own types already say so."""
     library = draft.library
     if precision == "bf16" and not library.has("bfloat16"):
@@ -521,7 +527,7 @@ def _set_precision(draft: Draft, config: Any, precision: Precision) -> None:
     trt = library.module
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-    for layer in fp32_layers(draft):
+    for layer in fp32_layers(draft, fp32_nodes):
         layer.precision = trt.DataType.FLOAT
         layer.set_output_type(0, trt.DataType.FLOAT)
 
@@ -535,25 +541,23 @@ COMPUTING = frozenset(
 )
 
 
-def fp32_layers(draft: Draft) -> list[Any]:
-    """The layers of a weakly typed fp16 network that must not be lowered: those that compute in fp32 in the ONNX.
+def fp32_layers(draft: Draft, nodes: Collection[str]) -> list[Any]:
+    """The layers of a weakly typed fp16 network that must not be lowered: those of the ONNX nodes that compute in fp32.
 
-    That is what strong typing does by itself: the export decides (timestep embedding, upcast attention), no list of
-    layer names. Norm statistics need no mention: TensorRT's normalisation layer computes them in fp32 anyway.
+    That is what strong typing does by itself: the export decides (timestep embedding, upcast attention). The network's
+    own types don't tell: before a build, 8.6 calls most layers of an fp16 graph fp32. Its parser names a layer after
+    its node, which is how they are found. Norm statistics need no mention: the normalisation layer computes them in
+    fp32 anyway.
     """
     layers = [draft.network.get_layer(index) for index in range(draft.network.num_layers)]
-    computing = [layer for layer in layers if layer.type.name in COMPUTING and layer.num_outputs == 1]
-    kept = [layer for layer in computing if _is_fp32(layer.get_output(0))]
-    if 2 * len(kept) > len(computing):  # then the types can't mean what they say
+    kept = [layer for layer in layers if layer.name in nodes and layer.type.name in COMPUTING]
+    missing = set(nodes) - {layer.name for layer in layers}
+    if missing:
         draft.warnings.append(
-            f"{len(kept)} of {len(computing)} layers of this fp16 network call themselves fp32: none is kept in fp32"
+            f"{len(missing)} of {len(nodes)} operators that the ONNX computes in fp32 may be computed in fp16:"
+            f" TensorRT's parser has no layers of their names ({', '.join(sorted(missing)[:3])})"
         )
-        return []
     return kept
-
-
-def _is_fp32(tensor: Any) -> bool:
-    return dtype_name(tensor.dtype) == "float32" and not tensor.is_shape_tensor
 
 
 def _add_profile(builder: Any, config: Any, shapes: Mapping[str, ShapeRange]) -> None:

@@ -7,12 +7,15 @@ names) is that of Stable Diffusion 1.x, 2.x and XL.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import numpy as np
+import onnx
+import onnx.numpy_helper
 import torch
 import transformers
 from diffusers import (
@@ -25,6 +28,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdtrt.cache import EngineDirectory, Entry
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 
@@ -155,6 +160,30 @@ def sd1_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16,
         requires_safety_checker=False,
     )
     return _save(pipeline, path, dtype, tokenizers=("tokenizer",))
+
+
+def tampered_engine(
+    directory: EngineDirectory, entry: Entry, change: Callable[[np.ndarray], None], **key: Any
+) -> Entry:
+    """A copy of an ONNX Runtime engine with one weight of it changed, whole and published as if it were right.
+
+    Args:
+        directory: where the copy goes; in the engine's own directory it replaces the engine.
+        change: alters the largest weight in place.
+        key: what differs in the copy's key.
+    """
+
+    def make(folder: Path) -> Any:
+        model = onnx.load(entry.file("engine.onnx"))
+        floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+        largest = max((t for t in model.graph.initializer if t.data_type in floats), key=lambda t: len(t.raw_data))
+        array = onnx.numpy_helper.to_array(largest).copy()
+        change(array)
+        largest.CopyFrom(onnx.numpy_helper.from_array(array, largest.name))
+        onnx.save(model, folder / "engine.onnx")
+        return entry.info
+
+    return directory.obtain("engine", {**entry.key, **key}, make, force=True)
 
 
 def sdxl_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:

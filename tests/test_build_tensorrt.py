@@ -19,10 +19,10 @@ import torch
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
-from sdtrt import host, trt_api
+from sdtrt import host, parts, trt_api
 from sdtrt.build import tensorrt as build
 from sdtrt.build.tensorrt import Request, build_here, build_plan, check_parity, check_precision
-from sdtrt.components import unet_contract
+from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError, EngineError
 from sdtrt.export import write_onnx
@@ -99,6 +99,27 @@ def test_every_kind_of_unet_builds(kind, exporter, tmp_path):
 
 
 @needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"])
+def test_the_other_components_build(component, precision, tmp_path):
+    """By a real TensorRT, from the real export, with the profile that stands beside a UNet's."""
+    if component in parts.VAE_HALVES:
+        module = factories.small_vae(layers_per_block=1)
+        contract = vae_contract(module.config, precision, component)
+    else:
+        module = factories.small_text_encoder(projection=component == "text_encoder_2")
+        contract = text_encoder_contract(module.config.to_dict(), precision, component)
+    torch.nn.Module.to(module, getattr(torch, contract.outputs[0].dtype))
+    write_onnx(module, contract, tmp_path / "model.onnx")
+    spec = rtx_spec(precision, (parts.profile_of(component, PROFILE),))
+    spec = replace(spec, export=replace(spec.export, component=component))
+    info = build_here(Request(tmp_path / "model.onnx", tmp_path, contract, spec, None, False), lambda message: None)
+    layers = info["precision"]["layers"]
+    assert layers[precision] > 10 * layers.get("fp32" if precision == "fp16" else "fp16", 0)
+    assert info["plan_bytes"] > 10_000
+
+
+@needs_rtx
 def test_build_in_a_child_process(tiny_onnx, tmp_path, capfd):
     """The whole way: warned that nothing ran, the log beside the plan, timings kept, progress shown."""
     path, contract = tiny_onnx
@@ -145,6 +166,21 @@ def test_several_profiles_and_external_data(tmp_path, tiny_onnx):
     spec = rtx_spec(profiles=(Profile.of(Sizes(2, 128, 128)), Profile.of(Sizes(2, 128, 192, 154))))
     info = build_here(Request(outside, tmp_path, contract, spec, None, False), lambda message: None)
     assert len(info["profiles"]) == 2
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_attention_that_overflows_builds_with_fp32_inside(tmp_path):
+    """SD 2.1's kind: the casts around QKᵀ and softmax are there in the built plan's layers."""
+    layers = {}
+    for upcast in (False, True):
+        folder = tmp_path / str(upcast)
+        folder.mkdir()
+        path, contract = export_to(folder, "sd2", upcast_attention=upcast)
+        info = build_here(Request(path, folder, contract, rtx_spec(), None, False), lambda message: None)
+        layers[upcast] = info["precision"]["layers"]
+    assert layers[True]["fp32"] > layers[False]["fp32"]
+    assert layers[True]["fp16"] > layers[True]["fp32"]
 
 
 @needs_rtx

@@ -22,6 +22,7 @@ from sdtrt.cli import main
 PROMPT = "a red circle on a blue background"
 RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
 REPOSITORY = Path(__file__).resolve().parents[1]
+TWO_COMPONENTS = ("--component", "vae_decoder", "--component", "text_encoder")
 FAST = ("--steps", "2", "--seed", "1", "--quiet")  # pictures that nobody looks at
 
 
@@ -179,6 +180,11 @@ BAD_INPUT = {
     "sizes that have no effect": (2, ("build", "--backend", "onnxruntime", "--height", "512")),
     "part of an engine": (2, ("inspect", "--engine", "x", "--part", "unet")),
     "component": (2, ("build", "--component", "vea")),
+    "component to generate with": (2, ("txt2img", "-p", "x", "--component", "vea")),
+    "component that tiny has not": (2, ("export", "--component", "text_encoder_2")),
+    "components without engines": (2, ("txt2img", "-p", "x", "-b", "torch", "--component", "unet")),
+    "all components into one file": (2, ("export", "-o", "x.onnx")),
+    "two components into one file": (2, ("export", *TWO_COMPONENTS, "-o", "x.onnx")),
     "strength 0": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "0")),
     "strength 1.5": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "1.5")),
     "no init image": (2, ("img2img", "-p", "x")),
@@ -242,23 +248,27 @@ def test_ctrl_c_says_so_and_keeps_what_is_done(folder):
 
 
 def test_export_to_a_file(folder, run):
-    code, out, err = run("export", "--precision", "fp32", "-o", "unet.onnx")
+    arguments = ("export", "--precision", "fp32", "--component", "unet", "-o", "unet.onnx")
+    code, out, err = run(*arguments)
     assert (code, out) == (0, "unet.onnx\n")
     assert "exporting unet" in err
     import onnx
 
     dims = onnx.load("unet.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 4, "latent_height", "latent_width"]
-    code, _, err = run("export", "--precision", "fp32", "-o", "unet.onnx")
+    code, _, err = run(*arguments)
     assert code != 0
     assert "--overwrite" in err
+    Path("vae_encoder.onnx").mkdir()
+    code, _, err = run("export", "--component", "vae_encoder", "-o", "vae_encoder.onnx")
+    assert (code, "vae_encoder.onnx/vae_encoder.onnx" in err) == (2, True)
 
 
 def test_build_list_inspect_remove(folder, run, sd1):
     arguments = ("--model", str(sd1), "--engine-dir", "own")
-    code, out, _ = run("build", *arguments, "--backend", "onnxruntime")
+    code, out, _ = run("build", *arguments, "--backend", "onnxruntime", "--component", "unet", "--json")
     assert code == 0
-    engine = Path(out.strip())
+    engine = Path(json.loads(out)["path"])
     assert engine.is_dir()
     code, out, _ = run("engines", "list", "--engine-dir", "own", "--json")
     names = [entry["name"] for entry in json.loads(out)["entries"]]
@@ -274,6 +284,21 @@ def test_build_list_inspect_remove(folder, run, sd1):
     assert out.split() == [name for name in names if name != engine.name]
 
 
+def test_export_and_build_make_all_that_the_pipeline_needs(folder, run):
+    """One path a line; in JSON a list of entries. A text encoder's engine is what a later run for any size finds."""
+    every = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    for command in ("export", "build"):
+        code, out, err = run(command, "--precision", "fp32", *(("-b", "onnxruntime") if command == "build" else ()))
+        assert code == 0, err
+        assert [Path(line).name.split("-")[0] for line in out.splitlines() if command == "build"] in ([], every)
+        assert all(Path(line).exists() for line in out.splitlines())
+        code, out, _ = run(command, "--precision", "fp32", *TWO_COMPONENTS, "--json")
+        assert [entry["key"]["component"] for entry in json.loads(out)["entries"]] == ["text_encoder", "vae_decoder"]
+    listed = {word.split("-")[0] for word in run("engines")[1].split() if "-onnxruntime-fp32-" in word}
+    assert set(every) <= listed
+    assert run("txt2img", "-p", PROMPT, "--no-build", "-o", "x.png", "--height", "96", *FAST)[0] == 0
+
+
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
 @pytest.mark.parametrize("exporter", ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)])
 def test_the_miniature_builds_ahead_of_time_for_a_gpu_that_is_not_here(folder, run, exporter):
@@ -281,8 +306,13 @@ def test_the_miniature_builds_ahead_of_time_for_a_gpu_that_is_not_here(folder, r
     code, out, err = run("build", *arguments, "--exporter", exporter, "--height", "96:128:192", "--batch", "1:2:4")
     assert code == 0, err
     assert "built but not run" in err or host.has_gpu()
-    report = json.loads(run("inspect", "--engine", Path(out.strip()).name, "--json")[1])
-    assert [tensor["name"] for tensor in report["inputs"]] == ["sample", "timestep", "encoder_hidden_states"]
+    made = [json.loads(run("inspect", "--engine", Path(line).name, "--json")[1]) for line in out.splitlines()]
+    inputs = [[tensor["name"] for tensor in report["inputs"]] for report in made]
+    assert inputs == [["input_ids"], ["sample", "timestep", "encoder_hidden_states"], ["latents"], ["image"]]
+    assert [report["profiles"][0]["batch"]["max"] for report in made] == [2, 4, 2, 2]
+    shown = [run("inspect", "--engine", Path(line).name)[1] for line in out.splitlines()]
+    assert "\n  0: batch 1:1:2\n" in shown[0]
+    assert "\n  0: batch 1:1:2, height 96:128:192, width 128\n" in shown[2]
 
 
 def test_inspect_shows_parts_and_a_whole_tree(folder, run):

@@ -8,10 +8,11 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import factories
 import pytest
 import torch
 
-from sdtrt import build, engines, host
+from sdtrt import build, engines, host, parts
 from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
@@ -153,6 +154,74 @@ def test_no_build_names_the_command_that_builds(model, tmp_path):
     assert words[:2] == ["sdtrt", "build"]
     assert words[words.index("--engine-dir") + 1] == str(empty.path)
     assert not empty.path.exists()
+
+
+def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(model, directory, entry, tmp_path):
+    wanted = ("text_encoder", "unet", "vae_decoder")
+    empty = EngineDirectory(tmp_path / "none")
+    for found, missing in ((empty, wanted), (directory, ("text_encoder", "vae_decoder"))):
+        with pytest.raises(EngineError, match=f"for the {', '.join(missing)} of ") as caught:
+            engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted, allow_build=False)
+        words = shlex.split(caught.value.hint)
+        assert tuple(words[i + 1] for i, word in enumerate(words) if word == "--component") == missing
+    assert not empty.path.exists()
+
+
+def test_engines_of_all_components_are_built_once_and_found_again(model, tmp_path):
+    found = EngineDirectory(tmp_path / "engines")
+    wanted = ("text_encoder", "vae_decoder", "vae_encoder")
+    made = engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)
+    assert tuple(made) == wanted
+    assert [made[name].key["component"] for name in wanted] == list(wanted)
+    assert len(found.entries("onnx")) == len(found.entries("engine")) == 3
+    again = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(4, 72, 96), found, wanted, allow_build=False)
+    assert again == made
+
+
+def test_an_engine_of_another_component_is_never_taken(model, directory, entry):
+    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
+    for component in ("text_encoder", "vae_decoder", "vae_encoder"):
+        assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
+
+
+def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
+    model = resolve_model(ModelSpec(str(factories.sdxl_folder(tmp_path / "sdxl", layers_per_block=1))))
+    found = EngineDirectory(tmp_path / "engines")
+    made = engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
+    assert [entry.key["precision"] for entry in made.values()] == ["fp16", "fp32"]
+    assert engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
+    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "images", "batch"), [(SMALL, 1, "2"), (Sizes(1, 64, 64), 1, "1"), (Sizes(4, 64, 64), 4, "4:4:8")]
+)
+def test_the_build_command_makes_room_for_the_images(model, directory, sizes, images, batch):
+    """Without guidance the UNet's batch is that of the images, whose other components get half of `--batch`."""
+    words = engines.build_command(model, "tensorrt", "fp16", sizes, directory, ("unet", "vae_decoder"), images).split()
+    assert words[words.index("--batch") + 1] == batch
+    profile = Profile(Range.parse(batch, "--batch"), Range.of(64), Range.of(64))
+    assert sizes in parts.profile_of("unet", profile)
+    assert parts.sizes_of("vae_decoder", sizes, images) in parts.profile_of("vae_decoder", profile)
+
+
+def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
+    for module in (build, engines):
+        monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
+    found = EngineDirectory(tmp_path / "engines")
+    profiles = (Profile.of(Sizes(2, 512, 512)),)
+    for component in ("text_encoder", "vae_decoder"):
+        spec = BuildSpec(ExportSpec(model.spec, component), "tensorrt", parts.profiles_of(component, profiles))
+        found.obtain("engine", build.engine_key(model, spec, found), _empty)
+
+    def finds(component, sizes):
+        own = parts.sizes_of(component, sizes)
+        return engines.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
+
+    assert finds("text_encoder", Sizes(2, 768, 512))
+    assert finds("vae_decoder", Sizes(1, 512, 512))
+    assert not finds("vae_decoder", Sizes(2, 768, 512))
 
 
 def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,9 @@ import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from sdtrt import export, onnx_graph, tracing
 from sdtrt.cache import EngineDirectory
@@ -23,6 +26,7 @@ from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
 from sdtrt.errors import ExportError, OutputError, UsageError
 from sdtrt.export import check_onnx, export_component, export_file, export_key, write_onnx
+from sdtrt.metrics import relative_l2
 from sdtrt.models import resolve_model
 from sdtrt.parity import TOLERANCES, seeded_feeds
 from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
@@ -153,6 +157,46 @@ def test_fp16_overflow_is_said_so(tmp_path):
     assert "--precision fp32" in caught.value.hint
 
 
+def overflowing_unet():
+    """A UNet of SD 2.1's kind whose self-attention leaves fp16: every token attends to itself, by far.
+
+    Queries and keys are one scaled rotation of the (normalised) tokens, so |QKᵀ| is about 127 000, yet the softmax is
+    so clear that the rounding of fp16 changes nothing.
+    """
+    unet = factories.small_unet("sd2", upcast_attention=True, **{**SMALLEST, "attention_head_dim": 1})
+    generator = torch.Generator().manual_seed(0)
+    for name, module in unet.named_modules():
+        if name.endswith("attn1"):
+            rotation = torch.nn.init.orthogonal_(torch.empty(module.to_q.weight.shape), generator=generator)
+            module.to_q.weight.copy_(150 * rotation)
+            module.to_k.weight.copy_(150 * rotation)
+    return unet
+
+
+@pytest.mark.parametrize(
+    ("exporter", "upcast"),
+    [("torchscript", False), ("torchscript", True), pytest.param("dynamo", True, marks=pytest.mark.slow)],
+)
+def test_attention_that_overflows_is_computed_in_fp32(tmp_path, monkeypatch, exporter, upcast):
+    unet = overflowing_unet()
+    contract = unet_contract(unet.config, "fp16")
+    torch.nn.Module.to(unet, torch.float16)
+    if not upcast:
+        monkeypatch.setattr(tracing, "_overflows", lambda module: False)
+    path = tmp_path / "model.onnx"
+    write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
+    feeds = {name: tensor.numpy() for name, tensor in seeded_feeds(contract, Sizes(2, 64, 72, tokens=8)).items()}
+    with np.errstate(all="ignore"):
+        # ONNX's own evaluator rounds each tensor to its type; ONNX Runtime keeps fp32 between fp16 nodes on a CPU.
+        actual = ReferenceEvaluator(str(path)).run(None, feeds)[0]
+    expected = tracing.UNetCall(unet.float())(*(torch.from_numpy(array).float() for array in feeds.values())).numpy()
+    if not upcast:
+        assert not np.isfinite(actual).all()
+        return
+    assert relative_l2(actual, expected) < TOLERANCES["fp16"]
+    check_onnx(path, unet.half(), contract, FEW_SIZES)  # ONNX Runtime runs the graph with the casts in it, too
+
+
 def test_checking_leaves_the_module_as_it_was(exported):
     it = exported()
     before = {name: value.clone() for name, value in it.unet.state_dict().items()}
@@ -208,16 +252,66 @@ def test_nothing_of_this_machine_is_in_the_file(exported, exporter):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_is_plain(exported, kind, exporter):
     it = exported(kind, "fp16", exporter)
-    operators = [node.op_type for node in it.model.graph.node]
-    # The timestep's embedding is computed in fp32 and cast once; SDXL's added one likewise, with the pooled text.
-    assert operators.count("Cast") == (3 if kind == "sdxl" else 1)
+    graph = it.model.graph
+    operators = [node.op_type for node in graph.node]
+    # The timestep's embedding is computed in fp32 and cast once; SDXL's added one likewise, with the pooled text. The
+    # others are of the convolutions in fp32: their inputs and outputs, no weights.
+    wide = [node for node in graph.node if node.op_type == "Conv" and node.input[1].endswith(".fp32")]
+    around = {node.output[0] for node in wide} | {node.input[0] for node in wide}
+    casts = [node for node in graph.node if node.op_type == "Cast" and not around & {node.input[0], node.output[0]}]
+    assert len(casts) == (3 if kind == "sdxl" else 1)
     assert not {"Identity", "CastLike", "Sqrt", "SequenceAt", "SplitToSequence", "If", "Loop"} & set(operators)
     assert operators.count("Resize") == sum(1 for name, _ in it.unet.named_modules() if name.endswith("upsamplers.0"))
     parameters = dict(it.unet.named_parameters())
-    stored = sum(len(tensor.raw_data) for tensor in it.model.graph.initializer)
-    assert stored <= sum(2 * value.numel() for value in parameters.values()) + 4096
-    names = {tensor.name.removeprefix("unet.").removesuffix(".T") for tensor in it.model.graph.initializer}
+    stored = sum(len(tensor.raw_data) for tensor in graph.initializer)
+    widened = sum(2 * module.weight.numel() for module in tracing.wide_convolutions(it.unet).values())
+    assert stored <= sum(2 * value.numel() for value in parameters.values()) + widened + 4096
+    suffixes = re.compile(r"\.(T|fp32)$")
+    names = {suffixes.sub("", tensor.name.removeprefix("unet.")) for tensor in graph.initializer}
     assert {name for name, value in parameters.items() if value.dim() > 1} <= names
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+def test_the_timestep_is_embedded_in_fp32(exported, exporter):
+    """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
+    made = exported("sd1", exporter=exporter)
+    operators = {node.name: node.op_type for node in made.model.graph.node}
+    kept = onnx_graph.float32_nodes(made.path)
+    assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
+
+
+@pytest.mark.parametrize("exporter", NAMES)
+def test_convolutions_near_the_latents_compute_in_fp32(exported, exporter):
+    """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
+    made = exported("sd1", exporter=exporter)
+    weights = {tensor.name: tensor for tensor in made.model.graph.initializer}
+    kept = onnx_graph.float32_nodes(made.path)
+    wide = {node.input[1] for node in made.model.graph.node if node.op_type == "Conv" and node.name in kept}
+    expected = tracing.wide_convolutions(made.unet)
+    assert wide == {f"unet.{name}.weight.fp32" for name in expected}
+    last = len(made.unet.up_blocks) - 1
+    assert {"conv_in", "down_blocks.0.resnets.0.conv1", f"up_blocks.{last}.resnets.0.conv2", "conv_out"} <= set(
+        expected
+    )
+    assert f"up_blocks.{last - 1}.upsamplers.0.conv" in expected  # what it makes has the latents' size
+    assert "down_blocks.0.downsamplers.0.conv" not in expected  # what it makes has not
+    assert not [name for name in expected if "attentions" in name]
+    for name, module in expected.items():
+        stored = numpy_helper.to_array(weights[f"unet.{name}.weight.fp32"])
+        assert stored.dtype == np.float32
+        assert np.array_equal(stored, module.weight.detach().float().numpy())
+
+
+def test_more_or_no_levels_in_fp32(tmp_path, exported):
+    made = exported("sd1")
+    counts = []
+    for levels in (0, 1, 9):
+        path = tmp_path / f"{levels}.onnx"
+        write_onnx(made.unet, made.contract, path, wide_levels=levels)
+        operators = {node.name: node.op_type for node in onnx.load(path).graph.node}
+        counts.append(sum(operators[name] == "Conv" for name in onnx_graph.float32_nodes(path)))
+    assert counts[0] == 0 < counts[1] < counts[2]
+    assert not tracing.wide_convolutions(exported("sd1", "bf16").unet)
 
 
 @pytest.mark.parametrize("exporter", NAMES)
@@ -268,6 +362,21 @@ def test_export_leaves_diffusers_and_the_module_as_they_were(exported):
     unet = exported().unet
     assert unet.num_upsamplers == 3
     assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def test_export_leaves_attention_as_it_was(tmp_path):
+    it = make(tmp_path, "sd2", upcast_attention=True, **SMALLEST)
+    processors = {type(module.processor).__name__ for module in it.unet.modules() if isinstance(module, Attention)}
+    assert processors == {"AttnProcessor2_0"}
+
+
+def test_attention_is_upcast_only_where_the_model_asks_for_it_in_half_precision(tmp_path, exported):
+    operators = {"plain": [node.op_type for node in exported("sd2").model.graph.node]}
+    for precision in ("fp16", "fp32"):
+        it = make(tmp_path, "sd2", upcast_attention=True, precision=precision, **SMALLEST)
+        operators[precision] = [node.op_type for node in it.model.graph.node]
+    casts = {name: found.count("Cast") for name, found in operators.items()}
+    assert casts == {"plain": 1, "fp32": 0, "fp16": 1 + 3 * operators["fp16"].count("Softmax")}
 
 
 # --- what can't be exported ------------------------------------------------------------------------------------------
@@ -400,7 +509,7 @@ def test_a_full_disk_is_an_output_error(tmp_path, tiny_model, spec, monkeypatch)
 
 
 def test_bad_outputs_are_refused_before_any_work(tmp_path, tiny_model, spec, monkeypatch):
-    monkeypatch.setattr(export, "load_unet", None)
+    monkeypatch.setattr(export, "load_component", None)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(OutputError) as caught:

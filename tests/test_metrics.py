@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtrt.metrics import cosine, max_abs, psnr, relative_l2
+from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, ssim
 
 ALL = [relative_l2, cosine, max_abs, lambda a, e: psnr(a, e, data_range=1)]
 vectors = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=1, max_size=20)
@@ -64,3 +64,36 @@ def test_shapes_must_agree(metric):
         metric(np.zeros((2, 1)), np.zeros((1, 2)))
     with pytest.raises(ValueError, match="empty"):
         metric([], [])
+
+
+def test_structural_similarity_by_hand():
+    # of two even images the variances are 0: (2·a·e + C1) / (a² + e² + C1), C1 = (0.01·range)²
+    actual, expected = np.full((16, 24, 3), 0.4), np.full((16, 24, 3), 0.5)
+    wanted = (2 * 0.4 * 0.5 + 1e-4) / (0.4**2 + 0.5**2 + 1e-4)
+    assert ssim(actual, expected, data_range=1) == pytest.approx(wanted)
+    assert ssim(255 * actual, 255 * expected, data_range=255) == pytest.approx(wanted)
+
+
+def test_structural_similarity_of_noise_is_low_and_of_equal_images_one():
+    one, other = np.random.default_rng(0).random((2, 32, 32, 3), dtype=np.float32)
+    assert ssim(one, one, data_range=1) == 1
+    assert abs(ssim(one, other, data_range=1)) < 0.1
+    with pytest.raises(ValueError, match="shapes"):
+        ssim(one, other[:16], data_range=1)
+
+
+def test_psnr_is_that_of_scikit_image():
+    from skimage.metrics import peak_signal_noise_ratio
+
+    one, other = np.random.default_rng(0).random((2, 16, 16, 3))
+    assert psnr(one, other, data_range=1) == pytest.approx(peak_signal_noise_ratio(one, other, data_range=1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_values_are_counted_and_never_similar(bad):
+    image = np.zeros((16, 16, 3))
+    spoiled = image.copy()
+    spoiled[3, 4, 1] = bad
+    assert count_non_finite(spoiled) == 1
+    assert count_non_finite(image.astype(np.float16)) == 0
+    assert math.isnan(ssim(spoiled, image, data_range=1))

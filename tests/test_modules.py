@@ -12,10 +12,10 @@ import torch
 from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
 from PIL import Image
 
-from sdtrt.components import unet_contract
+from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
 from sdtrt.errors import EngineError
 from sdtrt.export import write_onnx
-from sdtrt.modules import UNetFacade
+from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.session import check_feeds
 
@@ -218,3 +218,131 @@ def test_holds_no_weights(unets):
     facade = facade_of(unets["sd1"])
     assert list(facade.parameters()) == []
     assert list(facade.state_dict()) == []
+
+
+# Text encoders and VAE
+
+
+def text_facade(module, path, *, dtype=torch.float32, precision="fp32"):
+    """A text encoder's facade on ONNX Runtime."""
+    component = "text_encoder_2" if "Projection" in type(module).__name__ else "text_encoder"
+    config = module.config.to_dict()
+    contract = text_encoder_contract(config, precision, component)
+    write_onnx(torch.nn.Module.to(copy.deepcopy(module), getattr(torch, contract.outputs[0].dtype)), contract, path)
+    return TextEncoderFacade(OnnxRuntimeSession(path, contract, threads=1, optimized=False), config, CPU, dtype)
+
+
+def vae_session(vae, component, path, precision="fp32"):
+    contract = vae_contract(vae.config, precision, component)
+    write_onnx(torch.nn.Module.to(copy.deepcopy(vae), getattr(torch, contract.outputs[0].dtype)), contract, path)
+    return OnnxRuntimeSession(path, contract, threads=1, optimized=False)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The VAE of the tests' pipelines, and the sessions of its halves."""
+    vae, folder = small_vae(), tmp_path_factory.mktemp("vae")
+    return vae, {half: vae_session(vae, f"vae_{half}", folder / f"{half}.onnx") for half in ("decoder", "encoder")}
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_pipeline_of_nothing_but_facades_equals_the_untouched_one(kind, img2img, unets, tokenizer, tmp_path, halves):
+    pipe = make_pipeline(unets[kind], tokenizer, img2img=img2img)
+    untouched = picture(pipe, img2img=img2img)
+    pipe = make_pipeline(facade_of(unets[kind]), tokenizer, img2img=img2img)
+    for name in [name for name in pipe.components if name.startswith("text_encoder")]:
+        encoder = getattr(pipe, name)
+        setattr(pipe, name, text_facade(encoder, tmp_path / f"{name}.onnx"))
+    vae, sessions = halves
+    pipe.vae = VaeFacade(vae.config, CPU, decoder=sessions["decoder"], encoder=sessions["encoder"] if img2img else None)
+    assert (
+        sum(
+            parameter.numel()
+            for part in pipe.components.values()
+            if isinstance(part, torch.nn.Module) and part is not pipe.unet
+            for parameter in part.parameters()
+        )
+        == 0
+    )
+    np.testing.assert_allclose(picture(pipe, img2img=img2img), untouched, atol=1e-3)
+
+
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+def test_the_other_half_of_a_vae_stays_pytorchs(half, halves):
+    vae, sessions = halves
+    rest = copy.deepcopy(vae)
+    setattr(rest, half, None)  # as a pipeline leaves it
+    facade = VaeFacade(vae.config, CPU, **{half: sessions[half]}, rest=rest)
+    latents, pixels = torch.randn(1, 4, 9, 11), torch.rand(1, 3, 72, 88)
+    with torch.no_grad():
+        torch.testing.assert_close(facade.decode(latents).sample, vae.decode(latents).sample, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(facade.decode(latents, return_dict=False)[0], facade.decode(latents).sample)
+        distributions = facade.encode(pixels).latent_dist, facade.encode(pixels, return_dict=False)[0]
+        for got in distributions:
+            wanted = vae.encode(pixels).latent_dist
+            torch.testing.assert_close(got.parameters, wanted.parameters, atol=1e-4, rtol=1e-3)
+            same = [d.sample(torch.Generator().manual_seed(1)) for d in (got, wanted)]
+            torch.testing.assert_close(*same, atol=1e-4, rtol=1e-3)
+
+
+def test_a_decoder_in_fp32_is_not_narrowed_by_fp16_latents(halves):
+    """SDXL's: the pipeline need not widen it, and what it gives keeps its precision."""
+    vae, sessions = halves
+    facade = VaeFacade({**vae.config, "force_upcast": True}, CPU, decoder=sessions["decoder"])
+    assert facade.dtype == torch.float32
+    image = facade.decode(torch.randn(1, 4, 8, 8).half()).sample
+    assert image.dtype == torch.float32
+    assert (image != image.half().float()).any()
+
+
+def test_a_vae_in_fp16_gives_what_the_pipeline_computes_in(halves, tmp_path):
+    session = vae_session(halves[0], "vae_encoder", tmp_path / "fp16.onnx", "fp16")
+    facade = VaeFacade(halves[0].config, CPU, encoder=session)
+    assert facade.dtype == torch.float16
+    assert facade.encode(torch.rand(1, 3, 64, 64)).latent_dist.parameters.dtype == torch.float32
+
+
+def test_a_half_that_is_not_there_is_named(halves):
+    vae, sessions = halves
+    facade = VaeFacade(vae.config, CPU, decoder=sessions["decoder"])
+    with pytest.raises(EngineError, match="without the VAE's encoder") as caught:
+        facade.encode(torch.rand(1, 3, 64, 64))
+    assert "img2img" in caught.value.hint
+
+
+def test_an_old_vaes_configuration_gets_the_defaults_of_the_class(halves):
+    config = VaeFacade({"block_out_channels": [8, 16]}, CPU, decoder=halves[1]["decoder"]).config
+    assert (config.scaling_factor, config.latents_mean, config.force_upcast) == (0.18215, None, True)
+
+
+def test_a_text_encoder_gives_the_pipelines_dtype_and_takes_any_ids(tmp_path):
+    encoder = small_text_encoder()
+    facade = text_facade(encoder, tmp_path / "text.onnx", dtype=torch.float64, precision="fp16")
+    ids = torch.randint(0, 500, (2, 77))
+    with torch.no_grad():
+        expected = encoder(ids).last_hidden_state
+    for given in (ids, ids.int()):
+        got = facade(given, attention_mask=None)
+        assert (got[0].dtype, facade.dtype) == (torch.float64, torch.float64)
+        torch.testing.assert_close(got[0].float(), expected, atol=2e-2, rtol=1e-2)
+    assert got.last_hidden_state is got[0]
+    assert not hasattr(got, "text_embeds")
+    assert facade.config.hidden_size == encoder.config.hidden_size
+
+
+def test_what_a_text_encoders_engine_does_not_give_is_refused(unets, tokenizer, tmp_path):
+    facade = text_facade(small_text_encoder(), tmp_path / "text.onnx")
+    ids = torch.zeros(1, 77, dtype=torch.int64)
+    for argument in ({"attention_mask": torch.ones(1, 77)}, {"position_ids": ids}, {"output_attentions": True}):
+        with pytest.raises(EngineError, match=next(iter(argument))):
+            facade(ids, **argument)
+    with pytest.raises(EngineError, match=r"hidden states -3"):
+        _ = facade(ids, output_hidden_states=True).hidden_states[-3]
+    with pytest.raises(EngineError, match="input_ids must have the shape"):
+        facade(ids[:, :50])
+    pipe = make_pipeline(unets["sd1"], tokenizer)
+    pipe.text_encoder = facade
+    with pytest.raises(EngineError, match="does not give") as caught:
+        picture(pipe, clip_skip=1)
+    assert "clip_skip" in caught.value.hint

@@ -11,8 +11,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, sd1_single_file, sdxl_folder
+import transformers
+from factories import sd1_folder, sd1_single_file, sdxl_folder, tampered_engine
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, images, models, pipeline
 from sdtrt.cache import EngineDirectory
@@ -20,6 +22,7 @@ from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, OutputError, UsageError
 from sdtrt.images import read_metadata, read_parameters
 from sdtrt.pipeline import generate
+from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec
 
 # Two resolutions instead of four: a third of the time to export and to run.
@@ -30,6 +33,10 @@ SMALL = {
     "layers_per_block": 1,
     "sample_size": 8,
 }
+
+
+# Of CLIP's text encoder, whose modules lie one level deeper before transformers 5.
+LAST_NORM = "final_layer_norm" if int(transformers.__version__.split(".")[0]) >= 5 else "text_model.final_layer_norm"
 
 
 class Recorder(Console):
@@ -154,19 +161,61 @@ def test_an_engine_gives_the_picture_of_the_native_pipeline(img2img, spec, direc
     assert np.abs(native - swapped).max() <= 1
 
 
-def test_with_an_engine_the_unet_is_not_loaded(spec, directory, monkeypatch):
-    spec = replace(spec, backend="onnxruntime")
+# What a pipeline asks of PyTorch, by the components that engines run.
+LEFT_TO_PYTORCH = [
+    ((), False, []),
+    ((), True, []),
+    (("unet",), False, ["text_encoder", "vae"]),
+    (("text_encoder", "vae_decoder"), False, ["unet"]),
+    (("unet", "text_encoder", "vae_decoder"), True, ["vae"]),
+    (("unet", "text_encoder", "vae_encoder"), True, ["vae"]),
+    (("vae_encoder",), False, ["text_encoder", "unet", "vae"]),
+]
+
+
+@pytest.mark.parametrize(("components", "img2img", "rest"), LEFT_TO_PYTORCH)
+def test_what_engines_replace_is_not_loaded(components, img2img, rest, spec, directory, init_image, monkeypatch):
+    """Not a tensor of it is read; and the picture is that of the native pipeline, whatever engines run."""
+    spec = replace(spec, init_image=init_image if img2img else None)
     expected = pixels_of(made(spec, directory)[0])
-    loaded = []
-    real = models.load_parts
+    spec = replace(spec, backend="onnxruntime", components=components)
+    made(spec, directory)  # builds what is missing
+    read = []
+    real = models.read_tensors
 
-    def watch(model, names, dtype):
-        loaded.extend(names)
-        return real(model, names, dtype)
+    def watch(path, names):
+        read.append(path.parent.name)
+        return real(path, names)
 
-    monkeypatch.setattr(models, "load_parts", watch)
-    np.testing.assert_array_equal(pixels_of(made(spec, directory)[0]), expected)
-    assert sorted(loaded) == ["scheduler", "text_encoder", "tokenizer", "vae"]
+    monkeypatch.setattr(models, "read_tensors", watch)
+    report = generate(spec, directory, QUIET)
+    assert sorted(read) == rest
+    assert np.abs(pixels_of(report.images[0].path) - expected).max() <= 1
+    used = set(components or ("unet", "text_encoder", "vae_decoder", "vae_encoder"))
+    assert set(report.engines) == used - (set() if img2img else {"vae_encoder"})
+    assert len({engine["digest"] for engine in report.engines.values()}) == len(report.engines)
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_both_of_sdxls_text_encoders_run_in_engines(img2img, spec, sdxl, directory, init_image):
+    init = init_image if img2img else None
+    spec = replace(spec, model=ModelSpec(str(sdxl)), negative_prompt="green", init_image=init, height=64, width=88)
+    native = pixels_of(made(spec, directory)[0])
+    every = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
+    swapped = pixels_of(made(replace(spec, backend="onnxruntime", components=every), directory)[0])
+    assert native.std() > 1
+    assert np.abs(native - swapped).max() <= 1
+
+
+def test_a_component_that_the_model_has_not_is_a_usage_error(spec, directory):
+    spec = replace(spec, backend="onnxruntime", components=("text_encoder_2",))
+    with pytest.raises(UsageError, match="has no text_encoder_2") as caught:
+        generate(spec, directory, QUIET)
+    assert "text_encoder, unet, vae_decoder, vae_encoder" in caught.value.hint
+    with pytest.raises(UsageError, match="no engines"):
+        replace(spec, backend="torch")
+    with pytest.raises(UsageError, match="vae_decodr"):
+        replace(spec, components=("vae_decodr",))
 
 
 def test_a_missing_engine_is_not_built_against_the_users_will(spec, tmp_path):
@@ -204,6 +253,65 @@ def test_a_seed_gives_the_same_image_whatever_the_batch(scheduler, spec, directo
     batch = made(replace(spec, prompts=("blue", "red on blue"), num_images=2), directory)
     alone = made(replace(spec, seed=6, output=spec.output / "alone"), directory)
     assert batch[3].read_bytes() == alone[0].read_bytes()
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "euler-a", "lcm", "heun"])
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_images_made_at_once_are_those_made_alone(img2img, scheduler, spec, directory, init_image):
+    spec = replace(spec, prompts=("blue", "red on blue"), num_images=2, negative_prompt="green", scheduler=scheduler)
+    spec = replace(spec, init_image=init_image if img2img else None)
+    alone = generate(spec, directory, QUIET).images
+    report = generate(replace(spec, batch_size=3), directory, QUIET)
+    assert [(image.prompt, image.seed) for image in report.images] == [(image.prompt, image.seed) for image in alone]
+    assert report.settings["batch_size"] == 3
+    for one, other in zip(alone, report.images, strict=True):
+        assert np.abs(pixels_of(one.path) - pixels_of(other.path)).max() <= 1
+    assert len({pixels_of(image.path).tobytes() for image in alone}) == 4
+
+
+def test_an_engine_makes_batches_too(spec, directory):
+    spec = replace(spec, num_images=3, guidance_scale=1.0)
+    native = made(spec, directory)
+    swapped = made(replace(spec, backend="onnxruntime", batch_size=2), directory)
+    for one, other in zip(native, swapped, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+
+
+def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monkeypatch):
+    """As TensorRT's are, built for exactly the batch that is asked for."""
+    spec = replace(spec, backend="onnxruntime", num_images=3)
+    expected = made(spec, directory)
+    rows, real = [], OnnxRuntimeSession.run
+
+    def note(session, feeds):
+        if session.contract.component == "unet":
+            rows.append(feeds["sample"].shape[0])
+        return real(session, feeds)
+
+    def for_two_images(key, sizes):
+        return 0.0 if sizes.batch == (4 if key["component"] == "unet" else 2) else None
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", note)
+    monkeypatch.setattr(engines, "slack", for_two_images)
+    filled = made(replace(spec, batch_size=2), directory)
+    assert set(rows) == {4}
+    assert len(filled) == 3
+    for one, other in zip(expected, filled, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+    monkeypatch.setattr(engines, "slack", lambda _key, _sizes: 0.0)
+    rows.clear()
+    made(replace(spec, batch_size=2), directory)
+    assert set(rows) == {4, 2}
+
+
+def test_a_batch_has_no_more_images_than_were_asked_for(spec, directory):
+    console = Recorder()
+    report = generate(replace(spec, num_images=2, batch_size=8), directory, console)
+    assert report.settings["batch_size"] == 2
+    assert [bar["name"] for bar in console.bars] == ["images 1 to 2 of 2, seeds 5, 6"]
+    assert [note.split(":")[0] for note in console.notes[-2:]] == ["image 1 of 2, seed 5", "image 2 of 2, seed 6"]
+    with pytest.raises(UsageError, match="batch size"):
+        replace(spec, batch_size=0)
 
 
 def test_two_runs_with_one_seed_give_identical_files(spec, directory):
@@ -289,7 +397,9 @@ def test_the_report_is_plain_data_with_everything(spec, directory):
     assert (data["backend"], data["precision"], data["steps"]) == ("onnxruntime", "fp32", 3)
     assert data["scheduler"] == {"name": None, "class": "PNDMScheduler"}
     assert (data["guidance_scale"], data["strength"], data["init_image"]) == (7.5, None, None)
-    assert directory.entries("engine")[0].digest == data["engine"]["digest"]
+    assert list(data["engines"]) == ["text_encoder", "unet", "vae_decoder"]
+    assert data["engines"]["unet"] == data["engine"]
+    assert directory.named(data["engine"]["name"]).digest == data["engine"]["digest"]
     assert data["versions"]["diffusers"] == diffusers.__version__
     assert len(data["seconds"]["generate"]) == 2
 
@@ -443,20 +553,76 @@ def test_a_unet_that_overflows_is_an_error_with_the_step_and_no_image(spec, dire
     assert not spec.output.exists()
 
 
-def test_a_vae_that_overflows_is_an_error_and_no_image(spec, directory, monkeypatch):
+def test_an_engine_with_a_nan_weight_is_an_error_with_the_step_and_no_image(spec, sd1, tmp_path):
+    directory = EngineDirectory(tmp_path / "engines")
+    spec = replace(spec, backend="onnxruntime")
+    generate(replace(spec, steps=1, output=tmp_path / "before"), directory, QUIET)
+    (entry,) = [entry for entry in directory.entries("engine") if entry.key["component"] == "unet"]
+
+    def spoil(weight):
+        weight.flat[0] = np.nan
+
+    tampered_engine(directory, entry, spoil)
+    with pytest.raises(EngineError, match=r"unet at denoising step 1 of 4 .*\(onnxruntime, fp32\)") as caught:
+        generate(replace(spec, allow_build=False), directory, QUIET)
+    assert "sdtrt verify" in caught.value.hint
+    assert not spec.output.exists()
+
+
+@pytest.mark.parametrize("source", ["text_encoder", "vae_encoder", "vae_decoder"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_part_that_overflows_is_named_and_makes_no_image(source, value, spec, directory, init_image, monkeypatch):
     real = models.load_parts
+
+    def spoil(_module, _inputs, output):
+        output[(0,) * output.ndim] = float(value)  # one pixel, which clamping would hide if it is infinite
+        return output
 
     def damaged(model, names, dtype):
         parts = real(model, names, dtype)
         if "vae" in parts:
-            parts["vae"].decoder.conv_in.register_forward_hook(lambda _m, _i, output: output * float("inf"))
+            vae = parts["vae"]
+            layers = {"vae_encoder": vae.encoder.conv_out, "vae_decoder": vae.decoder.conv_out}
+            layers["text_encoder"] = dict(parts["text_encoder"].named_modules())[LAST_NORM]
+            layers[source].register_forward_hook(spoil)
         return parts
 
     monkeypatch.setattr(models, "load_parts", damaged)
-    with pytest.raises(EngineError, match="VAE") as caught:
-        generate(replace(spec, precision="bf16"), directory, QUIET)
+    with pytest.raises(EngineError, match=f"{source} gave values that are not finite") as caught:
+        generate(replace(spec, precision="bf16", init_image=init_image, height=64, width=64), directory, QUIET)
     assert caught.value.hint == "use --precision fp32"
     assert not spec.output.exists()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["upcast", "not upcast"])
+def overflowing_vae(request, tmp_path_factory):
+    """An SDXL folder whose VAE leaves fp16 on the way in and out, as SDXL's does; its output is as before."""
+    folder = sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": request.param}))
+    weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    for name in ("encoder.conv_in", "decoder.conv_in"):  # what follows is normalised
+        for kind in ("weight", "bias"):
+            weights[f"{name}.{kind}"] = (weights[f"{name}.{kind}"].float() * 2e5).half()
+    save_file(weights, folder / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder, request.param
+
+
+@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+def test_sdxls_vae_is_computed_in_fp32(overflowing_vae, img2img, spec, directory, init_image, tmp_path):
+    folder, upcast = overflowing_vae
+    spec = replace(spec, model=ModelSpec(str(folder)), height=64, width=64, steps=2)
+    if img2img:
+        spec = replace(spec, init_image=init_image)
+    half = replace(spec, precision="fp16")
+    if not upcast:
+        with pytest.raises(EngineError, match="vae_encoder" if img2img else "vae_decoder") as caught:
+            generate(half, directory, QUIET)
+        assert caught.value.hint == "use --precision fp32"
+        return
+    (path,) = made(half, directory)
+    (expected,) = made(replace(spec, precision="fp32", output=tmp_path / "fp32"), directory)
+    assert np.abs(pixels_of(path) - pixels_of(expected)).mean() < 2
 
 
 @pytest.mark.parametrize(

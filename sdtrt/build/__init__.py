@@ -15,10 +15,10 @@ from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError
 from sdtrt.export import export_component, export_key
 from sdtrt.models import Model
-from sdtrt.runtime import contract_of
+from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
 
-FORMAT = 1  # of builds: raise it when the same request makes another engine than before
+FORMAT = 2  # of builds: raise it when the same request makes another engine than before
 
 
 def backend_version(backend: Backend) -> str:
@@ -106,7 +106,7 @@ def _build(
     onnx: Entry, spec: BuildSpec, directory: EngineDirectory, console: Console, folder: Path
 ) -> Mapping[str, Any]:
     """Let the backend build."""
-    contract = contract_of(onnx)
+    contract = stored_contract(onnx)
     source = onnx.verified("model.onnx")
     if spec.backend == "onnxruntime":
         from sdtrt.build.onnxruntime import optimize

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sdtrt import errors, host, trt_api
+from sdtrt import errors, host, onnx_graph, trt_api
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
@@ -118,7 +118,8 @@ def build_plan(
     """
     request = Request(onnx_path.resolve(), folder.resolve(), contract, spec, timing_cache, console.verbose)
     check_request(request)
-    console.note(f"{spec.backend} {spec.export.precision} engine for {'; '.join(map(str, spec.profiles))}")
+    sizes = "; ".join(map(contract.describe, spec.profiles))
+    console.note(f"{spec.backend} {spec.export.precision} engine of the {contract.component} for {sizes}")
     with console.activity("building the engine") as show:
         return _build_in_child(request, console, show)
 
@@ -262,7 +263,8 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     spec, contract = request.spec, request.contract
     draft = trt_api.parse_onnx(library, request.onnx)
     _check_inputs(draft, contract)
-    config = trt_api.configure(draft, spec, [contract.profile_shapes(profile) for profile in spec.profiles])
+    shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
+    config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
     for warning in draft.warnings:
         report({"warn": warning})
     if not trt_api.read_timing_cache(config, request.timing_cache):
@@ -283,6 +285,13 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
         "build_seconds": round(seconds, 3),
         "precision": _network_precision(draft),
     }
+
+
+def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
+    """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
+    if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
+        return frozenset()
+    return onnx_graph.float32_nodes(request.onnx)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:

@@ -41,7 +41,7 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
     return session
 
 
-def contract_of(entry: Entry) -> Contract:
+def stored_contract(entry: Entry) -> Contract:
     """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
     try:
         contract = Contract.from_json(entry.info["contract"])
@@ -59,7 +59,7 @@ def contract_of(entry: Entry) -> Contract:
 
 def _open(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
     """Open an engine whose entry is held."""
-    contract = contract_of(entry)
+    contract = stored_contract(entry)
     backend = entry.key.get("backend")
     if backend == "onnxruntime":
         from sdtrt.runtime.onnxruntime import OnnxRuntimeSession

@@ -23,22 +23,30 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
     Args:
         model: the ONNX file.
         contract: its inputs and outputs; tensors are on the CPU.
-        threads: for one operator; None for one a core that this process may use.
+        threads: for one operator; None for as many as PyTorch uses (`OMP_NUM_THREADS` says how many).
         optimized: the file is a saved optimised model, which needs no second optimisation.
 
     Raises:
         EngineError: when ONNX Runtime can't load the file, or there is too little memory for it.
     """
 
-    def __init__(self, model: Path, contract: Contract, *, threads: int | None = None, optimized: bool = True) -> None:
+    def __init__(
+        self,
+        model: Path,
+        contract: Contract,
+        *,
+        threads: int | None = None,
+        optimized: bool = True,
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_SEVERITY
         if optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        # Waiting threads that spin take the cores from what PyTorch computes between two runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(model), options, providers=["CPUExecutionProvider"], enable_fallback=0

@@ -13,7 +13,16 @@ from weakref import WeakValueDictionary
 
 from sdtrt import trt_api
 from sdtrt.cache import SIDECAR
-from sdtrt.components import BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract, TensorSpec
+from sdtrt.components import (
+    BATCH,
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
+    LATENT_HEIGHT,
+    LATENT_WIDTH,
+    TOKENS,
+    Contract,
+    TensorSpec,
+)
 from sdtrt.errors import EngineError
 from sdtrt.specs import SIZE_MULTIPLE
 from sdtrt.trt_api import Library, Shape, ShapeRange
@@ -25,6 +34,8 @@ OPTIONS = {
     BATCH: ("batch", 1),
     LATENT_HEIGHT: ("height", SIZE_MULTIPLE),
     LATENT_WIDTH: ("width", SIZE_MULTIPLE),
+    IMAGE_HEIGHT: ("height", 1),
+    IMAGE_WIDTH: ("width", 1),
     TOKENS: ("tokens", 1),
 }
 

@@ -492,6 +492,7 @@ def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1, "allow_build": False}
+    options["components"] = ("unet",)  # what `entry` is of
     first = generate(GenerateSpec(prompts, num_images=4, output=tmp_path / "txt", **options), directory, QUIET)
     assert len(first.images) == 16
     assert first.engine["name"] == entry.name
@@ -501,6 +502,21 @@ def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
         prompts[1:], num_images=4, init_image=start, strength=0.9, output=tmp_path / "img", **options
     )
     assert right_share(generate(changed, directory, QUIET)) >= 0.7
+
+
+def test_the_whole_pipeline_in_engines(entry, directory, tmp_path, monkeypatch):
+    """Nothing of the miniature is left to PyTorch, and it draws what its prompts say."""
+    from sdtrt.pipeline import generate
+
+    prompts = tuple(SCENES)
+    options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1}
+    init = generate(GenerateSpec(prompts[:1], output=tmp_path / "init", **options), directory, QUIET).images[0].path
+    options |= {"num_images": 4, "init_image": init, "strength": 0.9}
+    generate(GenerateSpec(prompts[:1], output=tmp_path / "first", **options), directory, QUIET)  # builds the encoder's
+    monkeypatch.setattr(models, "read_tensors", None)  # any part that is read would fail
+    report = generate(GenerateSpec(prompts[1:], output=tmp_path / "img", **options), directory, QUIET)
+    assert sorted(report.engines) == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert right_share(report) >= 0.7
 
 
 # -------------------------------------------------------------------------------------------- Stable Diffusion's size

@@ -1,0 +1,118 @@
+"""The components of a model: which part of it each comes from, its contract, its precision, its sizes, its module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sdtrt.components import Contract, text_encoder_contract, unet_contract, vae_contract
+from sdtrt.errors import UsageError
+from sdtrt.models import Model, load_parts
+from sdtrt.specs import (
+    COMPONENTS,
+    DEFAULT_TOKENS,
+    SIZE_MULTIPLE,
+    Component,
+    Precision,
+    Profile,
+    Range,
+    Sizes,
+    check_choice,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_ENCODERS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
+VAE_HALVES: tuple[Component, ...] = ("vae_decoder", "vae_encoder")
+
+
+def part_of(component: Component) -> str:
+    """The part of a model, as diffusers calls it, that a component is or is a half of."""
+    return "vae" if component in VAE_HALVES else component
+
+
+def components_of(model: Model) -> tuple[Component, ...]:
+    """All components that a model has, in the order in which its pipeline uses them (the encoder of images last)."""
+    return tuple(name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type,misc]
+
+
+def choose_components(model: Model, names: Iterable[str]) -> tuple[Component, ...]:
+    """The components that a user names, each once, in the usual order; all of the model's where none is named.
+
+    Raises:
+        UsageError: for a component that there is not, or that this model has not.
+    """
+    known = components_of(model)
+    wanted = set(names)
+    for name in wanted:
+        check_choice("component", name, COMPONENTS)
+        if name not in known:
+            raise UsageError(f"{model.spec.name} has no {name}", hint=f"it has {', '.join(known)}")
+    return tuple(name for name in known if not wanted or name in wanted)
+
+
+def contract_of(model: Model, component: Component, precision: Precision) -> Contract:
+    """The contract of a model's component.
+
+    Raises:
+        ModelError: where the model has no such part, or one that no engine can be made of.
+    """
+    config = model.config(part_of(component))
+    if component == "unet":
+        return unet_contract(config, precision)
+    if component in TEXT_ENCODERS:
+        return text_encoder_contract(config, precision, component)
+    return vae_contract(config, precision, component)
+
+
+def precision_of(model: Model, component: Component, precision: Precision) -> Precision:
+    """The precision that a component is built in where `precision` is asked for.
+
+    SDXL's VAE overflows in fp16. Its configuration says so (`force_upcast`, which by default is on), and diffusers'
+    SDXL pipelines then compute it in fp32; those for Stable Diffusion 1.x and 2.x never ask.
+    """
+    upcast = model.is_sdxl and part_of(component) == "vae" and model.config("vae").get("force_upcast", True)
+    return "fp32" if precision == "fp16" and upcast else precision
+
+
+def sizes_of(component: Component, sizes: Sizes, images: int = 1) -> Sizes:
+    """The size of a component's call in a pipeline whose UNet is called with `sizes`.
+
+    What a component's size does not depend on has one value, so that an engine serves whatever the rest of it is.
+
+    Args:
+        images: made at once. Prompts and negative prompts are encoded one after the other.
+    """
+    if component == "unet":
+        return sizes
+    if component in TEXT_ENCODERS:
+        return Sizes(images, SIZE_MULTIPLE, SIZE_MULTIPLE)
+    return replace(sizes, batch=images, tokens=DEFAULT_TOKENS)
+
+
+def profile_of(component: Component, profile: Profile) -> Profile:
+    """The profile of a component's engine beside a UNet's with `profile`.
+
+    The batch is that of images: half the UNet's, as guidance doubles that.
+    """
+    if component == "unet":
+        return profile
+    batch = Range(*((rows + 1) // 2 for rows in (profile.batch.min, profile.batch.opt, profile.batch.max)))
+    tokens, side = Range.of(DEFAULT_TOKENS), Range.of(SIZE_MULTIPLE)
+    if component in TEXT_ENCODERS:
+        return Profile(batch, side, side, tokens)
+    return replace(profile, batch=batch, tokens=tokens)
+
+
+def profiles_of(component: Component, profiles: Iterable[Profile]) -> tuple[Profile, ...]:
+    """The profiles of a component's engine, each once (a text encoder's is the same for all sizes of images)."""
+    return tuple(dict.fromkeys(profile_of(component, profile) for profile in profiles))
+
+
+def load_component(model: Model, component: Component, dtype: torch.dtype) -> torch.nn.Module:
+    """The part of the model that a component is of, on the CPU; nothing else of the model is read."""
+    part = part_of(component)
+    module: torch.nn.Module = load_parts(model, (part,), dtype)[part]
+    return module
