@@ -8,7 +8,9 @@
 
 An entry is found by its key alone, and only if everything in its sidecar fits; what is wrong, partial or foreign is
 never loaded, and a file is loaded only if its content is what was published. An entry is made in `.building`, flushed
-to disk, then renamed: readers see all of it or nothing.
+to disk, then renamed: readers see all of it or nothing. Whoever runs an engine holds a shared lock on its sidecar, and
+nothing is removed without an exclusive one. Engines run code by nature, so a directory that other users can change is
+refused unless this user says otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -28,21 +31,40 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from sdtrt import __version__
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import CacheError
+from sdtrt.files import (
+    FULL,
+    NO_LOCKS,
+    OTHERS,
+    delete,
+    fsync,
+    listing,
+    lock,
+    replacers,
+    same_file,
+    status,
+    write_atomically,
+    writers,
+)
 from sdtrt.specs import PruneSpec
 
 FORMAT = 1  # of keys and sidecars: entries of another format are foreign
 SIDECAR = "entry.json"
 ENVIRONMENT_VARIABLE = "SDTRT_ENGINE_DIR"
 MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
+FOREIGN_DRAFT_SECONDS = 2 * 86400  # older than any build: until then another machine's draft may be under way
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 
+_NAME = re.compile(r".+-[0-9a-f]{16}")  # of an entry's folder
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+T = TypeVar("T")
 Make = Callable[[Path], Mapping[str, Any]]
 
 
@@ -137,7 +159,8 @@ class Entry:
     def verified(self, name: str) -> Path:
         """The path of one of its files, once its content and that of its companions (`NAME.data`) is proven.
 
-        Reads them whole: about a second for 2 GB.
+        Reads them whole: two seconds for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
+        would not do: a bit that flips on the disk changes neither its time nor its size.
 
         Raises:
             CacheError: when one can't be read, or is not what was published.
@@ -156,6 +179,22 @@ class Entry:
         if not intact:
             raise CacheError(f"{path} is damaged: its content is not what was published", hint=self._mend)
 
+    def hold(self) -> IO[bytes]:
+        """Keep the entry from being removed (`engines rm` and `prune` leave it) until what this returns is closed.
+
+        Raises:
+            CacheError: when another process has removed it, or is just removing it.
+        """
+        path = self.path / SIDECAR
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise CacheError(f"{path} can't be read: {error.strerror}", hint="run the command again") from error
+        if lock(file, shared=True) and same_file(file, path):
+            return file
+        file.close()
+        raise CacheError(f"another process has removed {self.path}", hint="run the command again to make it anew")
+
     @property
     def _mend(self) -> str:
         """What to do about an entry that is not right."""
@@ -163,18 +202,42 @@ class Entry:
         return f"{command}; the next run makes it again"
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What `EngineDirectory.check` found of one entry: `state` is `ok`, `damaged`, or `foreign` (of another format)."""
+
+    name: str
+    state: str
+    problem: str
+    size_bytes: int
+
+
+class _UnfitError(Exception):
+    """Why a folder holds no entry that may be used; `foreign`: it is well, but of another format."""
+
+    def __init__(self, reason: str, *, foreign: bool = False) -> None:
+        super().__init__(reason)
+        self.foreign = foreign
+
+
 class EngineDirectory:
     """The one directory that holds exports and engines. Nothing is created before something is published.
 
+    Args:
+        path: the folder, which need not exist.
+        trust_others: use it even if other users can change what is in it.
+
     Raises:
-        CacheError: when `path` is no directory, or can't be read or written where it must.
+        CacheError: when `path` is no directory, or can't be read or written where it must; when other users can change
+            it (not before something of it is used).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, trust_others: bool = False) -> None:
         self.path = path.absolute()
+        self.trust_others = trust_others
         with self._reading():
-            status = _status(self.path)
-        if status is not None and not stat.S_ISDIR(status.st_mode):
+            found = status(self.path)
+        if found is not None and not stat.S_ISDIR(found.st_mode):
             raise CacheError(
                 f"the engine directory {path} is a file",
                 hint="name a folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR",
@@ -183,8 +246,9 @@ class EngineDirectory:
     def find(self, kind: str, key: Mapping[str, Any]) -> Entry | None:
         """The entry of a key, or None. Marks it as used."""
         folder = self.path / _entry_name(kind, key)
+        self._check_trust()
         with self._reading():
-            if _status(folder, follow=False) is None:
+            if status(folder, follow=False) is None:
                 return None
         entry = self._read(folder)
         if entry is None or entry.digest != key_digest(kind, key):
@@ -194,18 +258,45 @@ class EngineDirectory:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All whole entries (of one kind), by name."""
-        with self._reading():
-            folders = [path for path in _listing(self.path) if not path.name.startswith(".")]
-            folders = [folder for folder in folders if _status(folder, follow=False)]  # a refusal is no empty directory
-        found = (self._read(folder) for folder in folders)
+        found = (self._read(folder) for folder in self._folders())
         return [entry for entry in found if entry is not None and kind in (None, entry.kind)]
+
+    def check(self) -> Iterator[Checked]:
+        """Look at every entry, its files' contents included, and say what is wrong with it; changes nothing."""
+        for folder in self._folders():
+            if not (_NAME.fullmatch(folder.name) or (folder / SIDECAR).exists()):
+                continue  # somebody's own folder
+            try:
+                entry = self._examine(folder)
+                for name in sorted(entry.files):
+                    entry._verify(entry.path / name)
+            except _UnfitError as reason:
+                yield Checked(folder.name, "foreign" if reason.foreign else "damaged", str(reason), _size_of(folder))
+            except CacheError as error:
+                yield Checked(folder.name, "damaged", error.message, entry.size_bytes)
+            else:
+                yield Checked(folder.name, "ok", "", entry.size_bytes)
+
+    def _folders(self) -> list[Path]:
+        """What may be entries, by name."""
+        self._check_trust()
+        with self._reading():
+            folders = [path for path in listing(self.path) if not path.name.startswith(".")]
+            return [folder for folder in folders if status(folder, follow=False)]  # a refusal is no empty directory
 
     def named(self, name: str) -> Entry:
         """The entry with this name, or the only one whose name begins so. Raises `CacheError`."""
-        entries = self.entries()
-        found = [entry for entry in entries if entry.name == name]
+        return self._only({entry.name: entry for entry in self.entries()}, name)
+
+    def folder_named(self, name: str) -> Path:
+        """Like `named`, but damaged entries count, too: what to remove. Raises `CacheError`."""
+        return self._only({path.name: path for path in self._folders() if _NAME.fullmatch(path.name)}, name)
+
+    def _only(self, named: Mapping[str, T], name: str) -> T:
+        """What has this name, or the only one whose name begins so."""
+        found = [named[name]] if name in named else []
         if name and not found:
-            found = [entry for entry in entries if entry.name.startswith(name)]
+            found = [one for full, one in named.items() if full.startswith(name)]
         if len(found) == 1:
             return found[0]
         wrong = f"{len(found)} entries that begin with" if found else "no entry named"
@@ -226,24 +317,40 @@ class EngineDirectory:
             console: says so when another process is making the same entry.
             force: make it again even if it is there.
 
-        Two processes that want one key: one makes it, the other waits, then finds it.
+        Two processes that want one key: one makes it, the other waits, then finds it, or makes it if the first one
+        died. Where the file system has no locks, both may make it; the first one's is kept.
         """
         if not force and (entry := self.find(kind, key)) is not None:
             return entry
-        with self._writing(), self._locked(key_digest(kind, key), console):
+        with self._writing(), self._locked(key_digest(kind, key), console) as exclusive:
             if not force and (entry := self.find(kind, key)) is not None:
                 return entry
-            return self._publish(kind, key, make)
+            if exclusive:  # what is there of this key is a dead builder's
+                for path in self._drafts(key_digest(kind, key)):
+                    delete(path)
+            return self._publish(kind, key, make, force=force)
 
     def touch(self, entry: Entry) -> None:
         """Mark an entry as used now (pruning goes by it); a read-only directory stays as it is."""
         with suppress(OSError):
             os.utime(entry.path / SIDECAR)
 
-    def remove(self, entry: Entry) -> None:
-        """Delete an entry, if it is still there. It vanishes at once (renamed first), then its space is freed."""
-        with self._writing():
-            self._discard(entry.path)
+    def remove(self, entry: Entry | Path) -> None:
+        """Delete an entry, if it is still there. It vanishes at once (renamed first), then its space is freed.
+
+        Raises:
+            CacheError: when a process is using it.
+        """
+        folder = entry if isinstance(entry, Path) else entry.path
+        with self._writing(), _exclusively(folder) as free:
+            if not free:
+                raise CacheError(f"{folder.name} is in use", hint="end the process that uses it, or wait for it")
+            self._discard(folder)
+
+    def is_in_use(self, folder: Path) -> bool:
+        """Whether a process holds the entry in a folder."""
+        with _exclusively(folder) as free:
+            return not free
 
     def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry]:
         """The entries that `spec` names, least recently used first; `is_foreign` says which this machine can't load."""
@@ -261,15 +368,25 @@ class EngineDirectory:
     def abandoned(self) -> list[Path]:
         """What killed builds left behind: all that belongs to no process that still holds its lock. Changes nothing."""
         with self._reading():
-            leftovers = _listing(self.path / ".building")
-            return [path for path in leftovers if not self._is_locked(path.name.split("-")[0])]
+            leftovers = listing(self.path / ".building")
+            return [path for path in leftovers if self._is_abandoned(path)]
+
+    def _is_abandoned(self, path: Path) -> bool:
+        """Whether no process can be at work on a draft. Another machine's lock may not be seen here, so age decides."""
+        digest, *rest = path.name.split("-")
+        found = status(path, follow=False)
+        elsewhere = len(rest) > 1 and rest[0] != _HOST
+        if elsewhere and found is not None and time.time() - found.st_mtime < FOREIGN_DRAFT_SECONDS:
+            return False
+        with _exclusively(path) as free:
+            return free and not self._is_locked(digest)
 
     def sweep(self) -> int:
         """Delete what killed builds left behind; returns how many folders and files that were."""
         leftovers = self.abandoned()
         for path in leftovers:
             try:
-                _delete(path)
+                delete(path)
             except OSError as error:
                 raise self._refusal(error, "written") from error
         return len(leftovers)
@@ -284,19 +401,19 @@ class EngineDirectory:
     def file_digest(self, path: Path) -> str:
         """sha256 of a file; that of a large one is remembered for as long as its path, size and times stay the same."""
         path = path.resolve()
-        status = path.stat()
-        if status.st_size < MEMO_BYTES:
+        found = path.stat()
+        if found.st_size < MEMO_BYTES:
             return sha256_file(path)
         # The time of the last change, too: whoever rewrites a file can set back its modification time, but not that.
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         memo = self._read_digests()
         known = memo.get(str(path))
         if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
             return str(known["sha256"])
         digest = sha256_file(path)
         with suppress(OSError):  # a memo that can't be written costs time, nothing else
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self._digests, json.dumps(memo | {str(path): {"stamp": stamp, "sha256": digest}}))
+            self._make_folder()
+            write_atomically(self._digests, json.dumps(memo | {str(path): {"stamp": stamp, "sha256": digest}}))
         return digest
 
     @property
@@ -305,36 +422,76 @@ class EngineDirectory:
 
     def _read_digests(self) -> dict[str, Any]:
         """The memo of file digests; empty where there is none or it can't be read as one."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             memo = json.loads(self._digests.read_text())
             if isinstance(memo, dict):
                 return memo
         return {}
 
     def _read(self, folder: Path) -> Entry | None:
-        """The entry in a folder; None unless its sidecar is of this format and all its files are there at full size."""
+        """The entry in a folder; None unless everything in its sidecar fits and its files are there at full size."""
         try:
-            data = json.loads((folder / SIDECAR).read_text())
-            sizes, digests = _sizes(data["files"]), _digests(data["files"])
-            created = float(data["created"])
-            entry = Entry(folder, data["kind"], data["key"], data["info"], sizes, digests, created)
-            whole = data["format"] == FORMAT and folder.name == _entry_name(entry.kind, entry.key)
-            return entry if whole and all(_has_size(folder / n, size) for n, size in entry.files.items()) else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return self._examine(folder)
+        except _UnfitError:
             return None
 
-    def _publish(self, kind: str, key: Mapping[str, Any], make: Make) -> Entry:
+    def _examine(self, folder: Path) -> Entry:
+        """The entry in a folder; its files' contents are not read. Raises `_UnfitError`."""
+        try:
+            data = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+            entry = _entry_of(folder, data)
+            for path in (folder, folder / SIDECAR, *(folder / name for name in entry.files)):
+                self._check_piece(path)
+        except FileNotFoundError as error:
+            raise _UnfitError(f"{Path(error.filename).name} is missing") from error
+        except OSError as error:
+            raise _UnfitError(f"it can't be read: {error.strerror}") from error
+        except MALFORMED as error:
+            raise _UnfitError(f"{SIDECAR} is damaged") from error
+        for name, size in entry.files.items():
+            if (found := (folder / name).stat()).st_size != size:
+                raise _UnfitError(f"{name} has {found.st_size} of {size} bytes")
+        return entry
+
+    def _check_piece(self, path: Path) -> None:
+        """Raise `_UnfitError` for a link, for what is neither folder nor file, and for what other users can change."""
+        found = path.lstat()
+        if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
+            raise _UnfitError(f"{path.name} is a link, or no file")
+        if not self.trust_others and (who := writers(found)):
+            raise _UnfitError(f"{path.name} can be changed by {who}")
+
+    def _check_trust(self) -> None:
+        """Refuse a directory that others can change: engines run code, and whoever writes them chooses which."""
+        if self.trust_others:
+            return
+        with self._reading():
+            found = status(self.path)
+            who = writers(found) if found is not None else None
+            culprits = [(self.path, who)] if who else list(replacers(self.path))
+        for path, other in culprits[:1]:
+            where = "it" if path == self.path else str(path)
+            raise CacheError(
+                f"the engine directory {self.path} is not safe: {other} can change {where}, and engines run code",
+                hint=f"chmod go-w {path}, or name another --engine-dir; --trust-engine-dir takes it as it is",
+            )
+
+    def _publish(self, kind: str, key: Mapping[str, Any], make: Make, *, force: bool) -> Entry:
         """Make an entry in a temporary folder, then rename it into place."""
         building = self.path / ".building"
-        building.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f"{key_digest(kind, key)}-", dir=building))
+        building.mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f"{key_digest(kind, key)}-{_HOST}-", dir=building))
         target = self.path / _entry_name(kind, key)
         try:
             info = make(draft)
             _seal(draft, kind, key, info)
             draft.chmod(stat.S_IMODE(self.path.stat().st_mode))  # as readable as the directory that it goes into
+            if not force and (other := self._read(target)) is not None:  # without locks, another one was faster
+                shutil.rmtree(draft, ignore_errors=True)
+                return other
             _replace(target, draft)
-            _fsync(self.path)
+            fsync(building)
+            fsync(self.path)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -349,7 +506,18 @@ class EngineDirectory:
         trash.parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             folder.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        with suppress(OSError):  # it is out of the way: what is left of it is swept later
+            delete(trash)
+
+    def _drafts(self, digest: str) -> list[Path]:
+        """What this machine's builders of one key have left, or are making."""
+        return [path for path in listing(self.path / ".building") if path.name.startswith(f"{digest}-{_HOST}-")]
+
+    def _make_folder(self) -> None:
+        """Make the directory if it isn't there, for this user alone to write; flushed, as what goes into it is."""
+        if status(self.path) is None:
+            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            fsync(self.path.parent)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -363,9 +531,10 @@ class EngineDirectory:
     def _writing(self) -> Iterator[None]:
         """Turn what the directory refuses into an error that says what to do; other failures stay what they are."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
         except OSError as error:
             raise self._refusal(error, "written") from error
+        self._check_trust()
         try:
             yield
         except OSError as error:
@@ -383,20 +552,33 @@ class EngineDirectory:
         )
 
     @contextmanager
-    def _locked(self, digest: str, console: Console) -> Iterator[None]:
-        """Hold the key's lock; if another process holds it, say so and wait. The system frees a dead holder's lock."""
+    def _locked(self, digest: str, console: Console) -> Iterator[bool]:
+        """Hold the key's lock; if another process holds it, say so and wait. The system frees a dead holder's lock.
+
+        Yields whether the lock keeps others out: some network file systems have none.
+        """
         from filelock import FileLock, Timeout
 
         file = self._lock_file(digest)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         lock = FileLock(file, timeout=0)
+        waited = False
         try:
             lock.acquire()
         except Timeout:
-            with console.stage("waiting for another process that is making the same entry"):
+            with console.activity("waiting for another process that is making the same entry"):
                 lock.acquire(timeout=-1)
+            waited = True
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            console.warn(f"{self.path} is on a file system without locks: other processes may make the same entry")
+            yield False
+            return
         try:
-            yield
+            if waited and not any(_is_published(path, digest) for path in listing(self.path)):
+                console.note("that process ended without it: making it here")
+            yield True
         finally:
             lock.release()
 
@@ -405,12 +587,12 @@ class EngineDirectory:
         from filelock import FileLock
 
         file = self._lock_file(digest)
-        if _status(file) is None:
+        if status(file) is None:
             return False
         try:
             with FileLock(file, timeout=0):
                 return False
-        except OSError:  # `Timeout` is one; a lock that this user may not even try may be held
+        except (OSError, NotImplementedError):  # `Timeout` is one; a lock that may not even be tried may be held
             return True
 
     def _lock_file(self, digest: str) -> Path:
@@ -421,6 +603,52 @@ def _entry_name(kind: str, key: Mapping[str, Any]) -> str:
     """A folder name that people can read and that no two keys share."""
     words = (key["component"], key.get("backend", kind), key["precision"], key_digest(kind, key)[:16])
     return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(word)) for word in words)
+
+
+def _is_published(path: Path, digest: str) -> bool:
+    """Whether a folder has the name of the entry with this key digest."""
+    return path.name.endswith(f"-{digest[:16]}")
+
+
+def _entry_of(folder: Path, data: Any) -> Entry:
+    """The entry that a sidecar describes. Raises `_UnfitError`, or one of `MALFORMED`."""
+    if data["format"] != FORMAT or "seal" not in data:
+        raise _UnfitError("it was made by another version of sdtrt", foreign=True)
+    if data["seal"] != _seal_of(data):
+        raise _UnfitError(f"{SIDECAR} is damaged: its content is not what was published")
+    if not (isinstance(data["info"], dict) and isinstance(data["key"], dict)):
+        raise TypeError("key and info must be objects")
+    sizes, digests = _sizes(data["files"]), _digests(data["files"])
+    entry = Entry(folder, data["kind"], data["key"], data["info"], sizes, digests, float(data["created"]))
+    if folder.name != _entry_name(entry.kind, entry.key):
+        raise _UnfitError("its name is not that of its key")
+    return entry
+
+
+def _seal_of(sidecar: Mapping[str, Any]) -> str:
+    """sha256 (hex) of all that a sidecar says."""
+    content = {name: value for name, value in sidecar.items() if name != "seal"}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+@contextmanager
+def _exclusively(folder: Path) -> Iterator[bool]:
+    """Keep an entry from being taken into use inside the block; yields False where it is in use already."""
+    try:
+        file = (folder / SIDECAR).open("rb+")  # network file systems give exclusive locks to writers alone
+    except OSError:  # not there, damaged or read-only: nothing that could be in use, or be removed
+        yield True
+        return
+    with file:
+        yield lock(file, shared=False)
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of all the files below a folder, as far as that can be told."""
+    total = 0
+    with suppress(OSError):
+        total = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    return total
 
 
 def _sizes(files: Mapping[str, Any]) -> dict[str, int]:
@@ -435,33 +663,6 @@ def _digests(files: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(facts["sha256"]) for name, facts in files.items()}
 
 
-def _status(path: Path, *, follow: bool = True) -> os.stat_result | None:
-    """What is known of a path, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
-    try:
-        return path.stat(follow_symlinks=follow)
-    except FileNotFoundError:
-        return None
-
-
-def _listing(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where there is no folder."""
-    try:
-        return sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-
-
-def _delete(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it."""
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except FileNotFoundError:  # another process is deleting it, too
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _replace(target: Path, draft: Path) -> None:
     """Rename a draft into place. What was there is moved aside first, and comes back if that fails."""
     old = draft.with_name(f"{draft.name}-old")  # its key's lock is held, so no other process takes it for a leftover
@@ -473,12 +674,9 @@ def _replace(target: Path, draft: Path) -> None:
         with suppress(OSError):  # nothing to put back; the first failure is the one to tell
             old.rename(target)
         raise
-    with suppress(OSError):  # the new entry is in place: what is left of the old one is swept later
-        _delete(old)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+    with suppress(OSError), _exclusively(old) as free:
+        if free:  # the new entry is in place: what is left of the old one is swept later
+            delete(old)
 
 
 def _seal(folder: Path, kind: str, key: Mapping[str, Any], info: Mapping[str, Any]) -> None:
@@ -490,31 +688,10 @@ def _seal(folder: Path, kind: str, key: Mapping[str, Any], info: Mapping[str, An
     }
     sidecar = {"format": FORMAT, "kind": kind, "key": key, "info": info, "files": files}
     sidecar |= {"created": time.time(), "sdtrt": __version__}
-    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, allow_nan=False) + "\n")
+    sidecar = json.loads(json.dumps(sidecar, allow_nan=False))  # as it will be read: keys as text, lists for tuples
+    sidecar["seal"] = _seal_of(sidecar)
+    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file or folder to the disk (folders can't be opened on Windows, and need not be)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~OTHERS)
+        fsync(path)
+    fsync(folder)

@@ -9,6 +9,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -17,7 +19,8 @@ from typer import Argument, Option
 
 from sdtrt import __version__
 from sdtrt.console import Console, print_table
-from sdtrt.errors import SdtrtError, UsageError
+from sdtrt.errors import CacheError, SdtrtError, UsageError, printable
+from sdtrt.files import FULL
 from sdtrt.options import (
     BackendOptions,
     BenchOptions,
@@ -48,7 +51,7 @@ from sdtrt.specs import (
 from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
-    from sdtrt.cache import Entry
+    from sdtrt.cache import Checked, Entry
     from sdtrt.inspection import EngineReport, ModelReport
     from sdtrt.models import Model
 
@@ -63,7 +66,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-engines_app = typer.Typer(help="The engine directory: list, remove, prune.", invoke_without_command=True)
+engines_app = typer.Typer(help="The engine directory: list, verify, remove, prune.", invoke_without_command=True)
 app.add_typer(engines_app, name="engines")
 
 
@@ -337,7 +340,7 @@ def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
 @engines_app.callback()
 @grouped
 def engines(context: typer.Context, directory: DirectoryOptions, output: OutputOptions) -> None:
-    """The engine directory: list, remove, prune."""
+    """The engine directory: list, verify, remove, prune."""
     if context.invoked_subcommand is None:
         _list(directory, output)
 
@@ -357,12 +360,37 @@ def remove_entries(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Remove entries by name."""
+    """Remove entries by name, damaged ones too."""
     found = directory.directory()
-    entries = {entry.name: entry for entry in (found.named(name) for name in names)}
-    for entry in entries.values():
-        found.remove(entry)
-    _render(list(entries), {"removed": list(entries)}, output)
+    folders = {folder.name: folder for folder in (found.folder_named(name) for name in names)}
+    for folder in folders.values():
+        found.remove(folder)
+    _render(list(folders), {"removed": list(folders)}, output)
+
+
+@engines_app.command("verify")
+@grouped
+def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
+    """Read every entry whole and compare it with what was published; exit 1 where one is damaged."""
+    found = directory.directory()
+    with output.console().stage("verifying"):
+        checked = list(found.check())
+    if output.as_json:
+        print(json.dumps({"directory": str(found.path), "entries": [asdict(one) for one in checked]}, indent=2))
+    elif checked:
+        print_table(("name", "state", "size", "what is wrong"), [_row(one) for one in checked])
+    damaged = [one.name for one in checked if one.state == "damaged"]
+    if damaged:
+        raise CacheError(
+            f"{len(damaged)} of {len(checked)} entries are damaged: {', '.join(damaged)}",
+            hint=f"{shlex.join(['sdtrt', 'engines', 'rm', *damaged, '--engine-dir', str(found.path)])};"
+            " what is needed of them is made again",
+        )
+
+
+def _row(one: Checked) -> tuple[str, str, str, str]:
+    """What was found of an entry, as a table's row."""
+    return one.name, one.state, f"{one.size_bytes / 2**20:.1f} MiB", one.problem
 
 
 @engines_app.command("prune")
@@ -371,27 +399,23 @@ def prune_entries(
     older_than_days: Annotated[float | None, Option(help="remove what was not used for so many days")] = None,
     keep_gib: Annotated[float | None, Option(help="remove the least recently used until the rest fits")] = None,
     foreign: Annotated[bool, Option("--foreign", help="remove engines that this machine can't load")] = False,
+    damaged: Annotated[bool, Option("--damaged", help="remove what engines verify finds damaged")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="only say what would go")] = False,
     *,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Remove entries by age, size or host, and what killed builds left behind."""
+    """Remove entries by age, size, host or damage, and what killed builds left behind; nothing that is in use."""
     keep_bytes = None if keep_gib is None else bytes_of("--keep-gib", keep_gib)
-    spec = PruneSpec(older_than_days, keep_bytes, foreign, dry_run)
-    from sdtrt.engines import is_foreign
+    spec = PruneSpec(older_than_days, keep_bytes, foreign, damaged, dry_run)
+    from sdtrt.engines import prune
 
-    found = directory.directory()
-    leftovers = len(found.abandoned()) if spec.dry_run else found.sweep()
-    chosen = found.prunable(spec, is_foreign)
-    for entry in () if spec.dry_run else chosen:
-        found.remove(entry)
-    freed = sum(entry.size_bytes for entry in chosen)
     console = output.console()
+    pruned = prune(directory.directory(), spec, console)
     verb = "would remove" if spec.dry_run else "removed"
-    console.note(f"{verb} {len(chosen)} entries, {freed / GIB:.2f} GiB, and {leftovers} unfinished builds")
-    names = [entry.name for entry in chosen]
-    _render(names, {"removed": names, "freed_bytes": freed, "leftovers": leftovers, "dry_run": dry_run}, output)
+    size = f"{pruned.freed_bytes / GIB:.2f} GiB"
+    console.note(f"{verb} {len(pruned.removed)} entries, {size}, and {pruned.leftovers} unfinished builds")
+    _render(pruned.removed, asdict(pruned), output)
 
 
 def _list(directory: DirectoryOptions, output: OutputOptions) -> None:
@@ -432,6 +456,8 @@ def main() -> NoReturn:
     """Run the command line; every failure that its reader can mend is an `error:` and a `hint:` line on stderr."""
     if sys.stdout is None:  # started with stdout closed
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as they came in, whatever their bytes
     try:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
@@ -443,10 +469,14 @@ def main() -> NoReturn:
         _drop_stdout()
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+        if error.errno not in (*FULL, errno.EIO):
             raise
         _drop_stdout()
-        code = _fail(f"can't write to stdout: {error.strerror}", "free some space, or send it elsewhere", 1)
+        what = error.filename or "all of the output"
+        hint = "free some space, or write elsewhere; temporary files go where $TMPDIR says"
+        code = _fail(f"can't write {what}: {error.strerror}", hint, 1)
+    except MemoryError:
+        code = _fail("out of memory", "end other programs, or use a smaller --height and --width", 1)
     except _CLICK_EXCEPTION as error:
         message = error.format_message()  # empty where the help was shown instead, for want of arguments
         hint = f"{_command_path(error)} --help shows the options"
@@ -463,7 +493,7 @@ def _drop_stdout() -> None:
 
 def _fail(message: str, hint: str, code: int) -> int:
     """Say what is wrong and what mends it."""
-    print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+    print(f"error: {printable(message)}\nhint: {hint}", file=sys.stderr)
     return code
 
 

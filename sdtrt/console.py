@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from sdtrt.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
@@ -40,7 +42,7 @@ class Console:
     def note(self, text: str) -> None:
         """Say one line, unless quiet."""
         if not self.quiet:
-            self.rich.print(text, markup=False)
+            self.rich.print(printable(text), markup=False)
 
     def detail(self, text: str) -> None:
         """Say one line if verbose."""
@@ -49,7 +51,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Say one line of warning, also when quiet."""
-        self.rich.print(f"warning: {text}", markup=False)
+        self.rich.print(f"warning: {printable(text)}", markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -121,7 +123,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     RichConsole(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sdtrt import host
 from sdtrt.build import FORMAT, backend_version, build_engine, host_key
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import MALFORMED, EngineDirectory, Entry
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, SdtrtError
 from sdtrt.export import export_key
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, precision_of, sizes_of
-from sdtrt.specs import Backend, BackendChoice, BuildSpec, Component, ExportSpec, Precision, Profile, Sizes
+from sdtrt.specs import (
+    Backend,
+    BackendChoice,
+    BuildSpec,
+    Component,
+    ExportSpec,
+    Precision,
+    Profile,
+    PruneSpec,
+    Sizes,
+)
 
 TENSORRT_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -101,9 +112,7 @@ def find_engine(
         (looseness, -entry.created, entry)
         for entry in directory.entries("engine")
         if all(entry.key.get(name) == value for name, value in wanted.items())
-        and _runs_in(version, entry.key)
-        and _same_weights(entry.key["export"], export)
-        and (looseness := slack(entry.key, sizes)) is not None
+        and (looseness := _fit(entry.key, version, export, sizes)) is not None
     ]
     if not fitting:
         return None
@@ -189,11 +198,20 @@ def is_foreign(entry: Entry) -> bool:
     """Whether an engine was built for another GPU, processor or library version than this machine's."""
     if entry.kind != "engine":
         return False
-    backend: Backend = entry.key["backend"]
     try:
+        backend: Backend = entry.key["backend"]
         return entry.key["host"] != host_key(backend) or not _runs_in(backend_version(backend), entry.key)
-    except SdtrtError:  # the backend is not there at all
+    except (SdtrtError, *MALFORMED):  # the backend is not there at all, or the key is not one of ours
         return True
+
+
+def _fit(key: Mapping[str, Any], version: str, export: Mapping[str, Any], sizes: Sizes) -> float | None:
+    """How loosely an engine of the right kind fits; None for another version, other weights, or a malformed key."""
+    try:
+        same = _runs_in(version, key) and _same_weights(key["export"], export)
+        return slack(key, sizes) if same else None
+    except (SdtrtError, *MALFORMED):
+        return None
 
 
 def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
@@ -205,6 +223,35 @@ def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
 def _numbers(version: str) -> tuple[int, ...]:
     """`10.13.3.9.post1` → (10, 13, 3, 9)."""
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning has removed (or would), what that freed, and how many killed builds' leftovers went with it."""
+
+    removed: tuple[str, ...]
+    freed_bytes: int
+    leftovers: int
+    dry_run: bool
+
+
+def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET) -> Pruned:
+    """Remove the entries that `spec` names, and what killed builds left behind; what is in use stays, with a word."""
+    leftovers = len(directory.abandoned()) if spec.dry_run else directory.sweep()
+    chosen = {entry.path: entry.size_bytes for entry in directory.prunable(spec, is_foreign)}
+    if spec.damaged:
+        checked = (one for one in directory.check() if one.state == "damaged")
+        chosen |= {directory.path / one.name: one.size_bytes for one in checked}
+    removed = []
+    for path in chosen:
+        if directory.is_in_use(path):
+            console.note(f"{path.name} is in use: it stays")
+            continue
+        if not spec.dry_run:
+            directory.remove(path)
+        removed.append(path)
+    freed = sum(chosen[path] for path in removed)
+    return Pruned(tuple(path.name for path in removed), freed, leftovers, spec.dry_run)
 
 
 def build_command(

@@ -18,9 +18,9 @@ class SdtrtError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(" ".join(message.split()))
-        self.message = " ".join(message.split())
-        self.hint = " ".join(hint.split())
+        super().__init__(_one_line(message))
+        self.message = _one_line(message)
+        self.hint = _one_line(hint)
 
 
 class UsageError(SdtrtError):
@@ -51,6 +51,20 @@ class CacheError(SdtrtError):
 
 class OutputError(SdtrtError):
     """A result that can't be written where it was asked for."""
+
+
+def printable(text: str) -> str:
+    """Text that no terminal obeys: control characters and the like as their escapes, line ends as they are.
+
+    Names and texts come from files that others wrote.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
@@ -26,6 +25,7 @@ from sdtrt.cache import EngineDirectory, Entry, sha256_file
 from sdtrt.components import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ExportError, OutputError, UsageError
+from sdtrt.files import FULL, fsync, rename_to_free
 from sdtrt.models import Model
 from sdtrt.onnx_graph import Weights
 from sdtrt.parity import ParityReport, check_onnx
@@ -84,7 +84,7 @@ def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Pat
     _check_target(target, spec.component, overwrite=spec.overwrite)
     with _draft_folder(target) as folder:
         _make(model, spec, console, folder, name=target.name)
-        _move_into_place(folder, target)
+        _move_into_place(folder, target, overwrite=spec.overwrite)
     return spec.output
 
 
@@ -293,7 +293,7 @@ def _draft_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise OutputError(
             f"can't write {target}: {error.strerror}", hint="free some space there, or name another file with --output"
@@ -302,15 +302,28 @@ def _draft_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move_into_place(folder: Path, target: Path) -> None:
-    """Rename the draft's files to the target's; the graph last, as it refers to the data."""
+def _move_into_place(folder: Path, target: Path, *, overwrite: bool) -> None:
+    """Rename the draft's files to the target's; the graph last, as it refers to the data.
+
+    Should this be cut short, there is no graph rather than an old one with new weights.
+    """
     data = _data_file(target)
     has_data = (folder / data.name).exists()
+    move = Path.replace if overwrite else rename_to_free
     try:
+        for path in folder.iterdir():
+            fsync(path)
         if has_data:
-            (folder / data.name).replace(data)
-        (folder / target.name).replace(target)
-        if not has_data:
+            if overwrite and data.exists():
+                target.unlink(missing_ok=True)
+            move(folder / data.name, data)
+        move(folder / target.name, target)
+        if not has_data and overwrite:
             data.unlink(missing_ok=True)  # of the export that was overwritten
+        fsync(target.parent)
+    except FileExistsError as error:
+        raise OutputError(
+            f"{error.filename2 or target} has come into being meanwhile", hint="name another file with --output"
+        ) from error
     except OSError as error:
         raise OutputError(f"can't write {target}: {error.strerror}", hint="name another file with --output") from error

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from sdtrt.cache import sha256_file
 from sdtrt.errors import OutputError, UsageError
+from sdtrt.files import fsync, rename_to_free
 from sdtrt.specs import SIZE_MULTIPLE
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -31,6 +32,9 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
 }
+# What an init image may be. Pillow knows more: some run other programs (Ghostscript), most are read by nobody else.
+INIT_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
+MAX_FIELDS_LENGTH = 4096  # of the line of fields: what takes longer than it is worth to search
 MAX_INIT_PIXELS = 2**26  # 8192x8192: far above what a diffusion model takes, far below what exhausts memory
 SLUG_LENGTH = 60  # characters, and
 SLUG_BYTES = 160  # bytes in UTF-8: with seed, number and suffix well below a file name's limit of 255
@@ -258,7 +262,10 @@ def _publish_fresh(data: bytes, folder: Path, stem: str, suffix: str) -> Path:
 
 
 def _publish(data: bytes, path: Path, *, overwrite: bool) -> Path:
-    """Write `path` whole or not at all; unless `overwrite`, raise `FileExistsError` where there is anything."""
+    """Write `path` whole or not at all; unless `overwrite`, raise `FileExistsError` where there is anything.
+
+    A link that is to be overwritten is replaced itself; what it points to stays as it is.
+    """
     if not overwrite and _is_taken(path):
         raise FileExistsError(path)
     temporary = path.parent / f".sdtrt-{secrets.token_hex(8)}.tmp"
@@ -270,23 +277,12 @@ def _publish(data: bytes, path: Path, *, overwrite: bool) -> Path:
         if overwrite:
             temporary.replace(path)
         else:
-            _rename_to_free(temporary, path)
+            rename_to_free(temporary, path)
+        fsync(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     return path
-
-
-def _rename_to_free(temporary: Path, path: Path) -> None:
-    """Rename, but raise `FileExistsError` where the name is taken, also if that happens right now."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: take the name first, then put the file in its place
-        with path.open("xb"):
-            pass
-        temporary.replace(path)
 
 
 def encode_image(image: Image.Image, image_format: str, metadata: Metadata) -> bytes:
@@ -341,7 +337,7 @@ def _unquote(text: str) -> str:
 def parse_parameters(text: str) -> Parameters:
     """Take apart what `format_parameters` or a web UI wrote."""
     *lines, last = text.split("\n")
-    fields = {name: _unquote(value) for name, value in _FIELD.findall(last)}
+    fields = {name: _unquote(value) for name, value in _FIELD.findall(last)} if len(last) <= MAX_FIELDS_LENGTH else {}
     if len(fields) < 3:  # the web UI's rule: less is a line of the prompt
         lines, fields = [*lines, last], {}
     start = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
@@ -350,19 +346,46 @@ def parse_parameters(text: str) -> Parameters:
 
 
 def read_metadata(path: Path) -> Metadata | None:
-    """The text that an image of ours (or, without details, of a web UI) carries; None where there is none."""
-    with Image.open(path) as image:
+    """The text that an image of ours (or, without details, of a web UI) carries; None where there is none.
+
+    Raises:
+        UsageError: for a file that is no image, is damaged, or is larger than `MAX_INIT_PIXELS`.
+    """
+    try:
+        parameters, details = _read_texts(path)
+    except Exception as error:  # Pillow's decoders raise anything on damaged data
+        raise UsageError(f"image {path} can't be read: {error}", hint="name a PNG, JPEG or WebP file") from error
+    return None if parameters is None else Metadata(parameters, _details(details))
+
+
+def _read_texts(path: Path) -> tuple[str | None, str | None]:
+    """An image's `parameters` and `sdtrt` texts. Raises anything."""
+    with warnings.catch_warnings(), Image.open(path, formats=_formats()) as image:
+        warnings.simplefilter("ignore")
+        if image.width * image.height > MAX_INIT_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is more than {MAX_INIT_PIXELS} pixels")
         if image.format == "PNG":
             image.load()  # text may come after the pixels
-            parameters, details = image.info.get("parameters"), image.info.get("sdtrt")
-        else:
-            exif = image.getexif()
-            comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-            parameters = comment.removeprefix(USER_COMMENT_CODE).decode("utf-16-be", "replace") if comment else None
-            details = exif.get(ExifTags.Base.ImageHistory)
-    if parameters is None:
-        return None
-    return Metadata(parameters, json.loads(details) if details else {})
+            return image.info.get("parameters"), image.info.get("sdtrt")
+        exif = image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+        parameters = comment.removeprefix(USER_COMMENT_CODE).decode("utf-16-be", "replace") if comment else None
+        return parameters, exif.get(ExifTags.Base.ImageHistory)
+
+
+def _details(text: str | None) -> dict[str, Any]:
+    """The JSON object in a text; empty where it holds none (anybody may write such a text)."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        details = json.loads(text or "")
+        if isinstance(details, dict):
+            return details
+    return {}
+
+
+def _formats() -> list[str]:
+    """The formats of `INIT_FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in INIT_FORMATS if name in Image.OPEN]
 
 
 def read_parameters(path: Path) -> Parameters | None:
@@ -385,7 +408,7 @@ def read_init_image(path: Path) -> InitImage:
             raise UsageError(f"init image {path} {what}", hint=hint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 _check_header(path, image)
                 return InitImage(path, sha256_file(path), _to_rgb(ImageOps.exif_transpose(image)))
     except UsageError:
@@ -395,7 +418,7 @@ def read_init_image(path: Path) -> InitImage:
     except Image.DecompressionBombError as error:
         raise UsageError(f"init image {path} is too large: {error}", hint="scale it down first") from error
     except UnidentifiedImageError as error:
-        raise UsageError(f"init image {path} is in no image format that Pillow knows", hint=hint) from error
+        raise UsageError(f"init image {path} is in no image format that sdtrt reads", hint=hint) from error
     except Exception as error:  # Pillow's decoders raise anything on damaged data
         raise UsageError(f"init image {path} can't be read: {error}", hint=hint) from error
 

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.cache import Entry
+from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import print_table
-from sdtrt.errors import UsageError
+from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.models import Model, empty_part, part_infos
+from sdtrt.runtime import stored_contract
 from sdtrt.specs import Component, Precision, Profile, check_choice
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo
 
@@ -255,8 +256,14 @@ def _inspect_module(name: str, module: torch.nn.Module) -> ModuleReport:
 
 
 def inspect_engine(entry: Entry) -> EngineReport:
-    """Report on an entry of the engine directory, from its sidecar."""
-    contract = Contract.from_json(entry.info["contract"])
+    """Report on an entry of the engine directory, from its sidecar. Raises `EngineError` where that is malformed."""
+    contract = stored_contract(entry)
+    try:
+        profiles = tuple(Profile.from_json(data) for data in entry.key.get("profiles", ()))
+    except (SdtrtError, *MALFORMED) as error:
+        raise EngineError(
+            f"{entry.name} does not say what sizes it takes", hint=f"sdtrt engines rm {entry.name}"
+        ) from error
     return EngineReport(
         name=entry.name,
         path=entry.path,
@@ -266,10 +273,10 @@ def inspect_engine(entry: Entry) -> EngineReport:
         model=entry.info.get("model"),
         backend=entry.key.get("backend"),
         backend_version=entry.key.get("backend_version"),
-        host=entry.key.get("host", {}),
+        host=host if isinstance(host := entry.key.get("host"), dict) else {},
         inputs=contract.inputs,
         outputs=contract.outputs,
-        profiles=tuple(Profile.from_json(data) for data in entry.key.get("profiles", ())),
+        profiles=profiles,
         files=entry.files,
     )
 

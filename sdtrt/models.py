@@ -60,6 +60,7 @@ _CONFIG_NAMES = {
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
 }
+MAX_TRAIN_TIMESTEPS = 100_000  # a hundred times what any model has: schedulers make tables of that length
 # Configuration that says where a model came from, not what it computes.
 _PROVENANCE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version")
 
@@ -487,14 +488,8 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
         try:
             return _build_module(model.class_name(part), config)
         except (
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+            Exception
+        ) as error:  # the classes compute with what they are given, and check it with errors of their own
             reason = first_line(error)
             raise ModelError(
                 f"the configuration of the {part} of {model.name} makes no {model.class_name(part)}: {reason}",
@@ -621,7 +616,17 @@ def _load_scheduler(model: Model) -> Any:
                 hint="pip install --upgrade diffusers",
             )
         scheduler: Any = cls
-        return scheduler.from_config(model.config("scheduler"))
+        config = model.config("scheduler")
+        timesteps = config.get("num_train_timesteps", 1000)
+        try:
+            if not (isinstance(timesteps, int) and 1 <= timesteps <= MAX_TRAIN_TIMESTEPS):
+                raise ValueError(f"num_train_timesteps is {timesteps!r}")
+            return scheduler.from_config(config)
+        except Exception as error:  # schedulers compute with what they are given
+            raise ModelError(
+                f"the configuration of the scheduler of {model.name} makes no {cls.__name__}: {first_line(error)}",
+                hint=f"check {model.config_folder / 'scheduler' / _CONFIG_NAMES['scheduler']}, or use another model",
+            ) from error
 
 
 def _load_tokenizer(model: Model, name: str) -> Any:

@@ -108,10 +108,13 @@ class DirectoryOptions:
         Path | None,
         Option(metavar="FOLDER", help="where engines are kept; else $SDTRT_ENGINE_DIR, else ./engines"),
     ] = None
+    trust_engine_dir: Annotated[
+        bool, Option("--trust-engine-dir", help="use it even if other users can change it (engines run code)")
+    ] = False
 
     def directory(self) -> EngineDirectory:
         """The engine directory."""
-        return EngineDirectory(self.engine_dir or default_directory())
+        return EngineDirectory(self.engine_dir or default_directory(), trust_others=self.trust_engine_dir)
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _open(path: Path) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are PyTorch's too
     options.log_severity_level = LOG_SEVERITY
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime can't load the exported graph: {first_line(error)[:300]}",

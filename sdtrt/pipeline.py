@@ -36,6 +36,7 @@ from sdtrt.runtime.session import Session
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, Component, GenerateSpec, Precision, SchedulerName, Sizes
 
 RANDOM_SEEDS = 2**32
+SHOWN_TOKENS = 100  # of a prompt that is too long
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
 
 
@@ -398,8 +399,9 @@ def _warn_truncated(pipe: Any, text: str, console: Console) -> None:
     ids = tokenizer(text, truncation=False).input_ids
     limit = tokenizer.model_max_length
     if len(ids) > limit:
-        dropped = tokenizer.decode(ids[limit - 1 : -1]).strip()
-        console.warn(f"the prompt is longer than {limit} tokens; this part of it is ignored: {dropped!r}")
+        dropped = tokenizer.decode(ids[limit - 1 : limit - 1 + SHOWN_TOKENS][: len(ids) - limit]).strip()
+        more = " …" if len(ids) - limit > SHOWN_TOKENS else ""
+        console.warn(f"the prompt is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}")
 
 
 class _Finite:

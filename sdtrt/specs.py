@@ -44,6 +44,7 @@ BENCH_PROMPT = "a red circle on a blue background"
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
+MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
 DEFAULT_VERIFY_PROMPT = "a red circle on a blue background"
 DEFAULT_VERIFY_SEED = 0
@@ -75,7 +76,7 @@ def check_precision(backend: str, precision: str | None) -> None:
 
 def bytes_of(option: str, gib: float) -> int:
     """GiB → bytes. Raises `UsageError` unless it is a finite number from 0 up."""
-    if not (math.isfinite(gib) and gib >= 0):
+    if not (math.isfinite(gib * GIB) and gib >= 0):
         raise UsageError(f"{option} must be a number of GiB from 0 up, got {gib}", hint=f"as in {option} 8")
     return int(gib * GIB)
 
@@ -387,6 +388,11 @@ class GenerateSpec:
             raise UsageError(f"steps must be at least 1, got {self.steps}", hint=f"use --steps {DEFAULT_STEPS}")
         if self.num_images < 1:
             raise UsageError(f"num-images must be at least 1, got {self.num_images}", hint="use --num-images 1")
+        if self.num_images > MAX_IMAGES:
+            raise UsageError(
+                f"num-images must be at most {MAX_IMAGES}, got {self.num_images}",
+                hint=f"use --num-images {MAX_IMAGES}, and a --seed that goes on from there the next time",
+            )
         if self.batch_size < 1:
             raise UsageError(f"batch size must be at least 1, got {self.batch_size}", hint="use --batch-size 1")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
@@ -560,15 +566,19 @@ class PruneSpec:
         older_than_days: those not used for so long.
         keep_bytes: the least recently used ones, until the rest fits.
         foreign: those that this machine can't load (another GPU or library version).
+        damaged: those whose content is not what was published.
         dry_run: only say what would go.
     """
 
     older_than_days: float | None = None
     keep_bytes: int | None = None
     foreign: bool = False
+    damaged: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         days = self.older_than_days
         if days is not None and not (math.isfinite(days) and days >= 0):
-            raise UsageError(f"--older-than-days must be a number from 0 up, got {days}", hint="as in 30")
+            raise UsageError(
+                f"--older-than-days must be a number from 0 up, got {days}", hint="as in --older-than-days 30"
+            )

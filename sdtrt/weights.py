@@ -102,7 +102,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         end = max(
             (value["data_offsets"][1] for name, value in json.loads(header).items() if name in entries), default=0
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise _not_safetensors(path, start) from error
     if size < 8 + length + end:
         raise _truncated(path, 8 + length + end, size)
@@ -245,7 +245,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing", hint="download or copy the model again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"can't read {path}: {error}", hint="download or copy the file again") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no JSON object", hint="download or copy the file again")

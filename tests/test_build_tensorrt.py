@@ -353,8 +353,16 @@ def test_errors_and_bugs_of_the_child_come_back(tiny_onnx, tmp_path, monkeypatch
     (kept,) = tmp_path.glob("sdtrt-build-*.log")
     assert str(kept) in capsys.readouterr().err.replace("\n", "")
     assert "[ERROR]" in kept.read_text()
+    request = request_for(tiny_onnx, tmp_path)
+    odd = replace(request, contract=replace(request.contract, inputs=None))
     with pytest.raises(RuntimeError, match="the build process failed:\nTraceback"):
-        build._build_in_child(replace(request_for(tiny_onnx, tmp_path), contract=None), QUIET, lambda text: None)
+        build._build_in_child(odd, QUIET, lambda text: None)
+
+
+def test_a_request_comes_out_of_the_pipe_as_it_went_in(tiny_onnx, tmp_path):
+    request = request_for(tiny_onnx, tmp_path, timing_cache=tmp_path / "cache")
+    request = replace(request, spec=replace(request.spec, compute_capability=(8, 9), workspace_bytes=2**30))
+    assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

@@ -7,12 +7,14 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from sdtrt.cache import SIDECAR, EngineDirectory, canonical_json, default_directory, key_digest
+from sdtrt.cache import _HOST, SIDECAR, EngineDirectory, canonical_json, default_directory, key_digest
+from sdtrt.console import Console
 from sdtrt.errors import CacheError
 from sdtrt.specs import PruneSpec
 
@@ -87,9 +89,10 @@ def test_failure_leaves_nothing(directory):
     assert list((directory.path / ".building").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "remove", "link", "lie", "garbage", "no sidecar", "format", "rename", "escape"]
-)
+DAMAGES = ("truncate", "remove", "link", "lie", "garbage", "no sidecar", "format", "rename", "escape", "open to all")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_never_found(directory, damage):
     entry = directory.obtain("onnx", KEY, write())
     sidecar = entry.path / SIDECAR
@@ -113,9 +116,42 @@ def test_a_damaged_entry_is_never_found(directory, damage):
         entry.path.rename(entry.path.with_name("unet-onnx-fp32-0000000000000000"))
     elif damage == "escape":
         sidecar.write_text(json.dumps(data | {"files": {"../elsewhere": {"size_bytes": 0}}}))
+    elif damage == "open to all":
+        entry.file("model.onnx").chmod(0o666)
+    (found,) = directory.check()
+    assert found.state == ("foreign" if damage == "format" else "damaged"), found
+    assert found.problem
     assert directory.find("onnx", KEY) is None
     assert directory.entries() == []
     assert directory.obtain("onnx", KEY, write(b"again")).file("model.onnx").read_bytes() == b"again"
+
+
+def test_checking_reads_every_file_and_leaves_alone_what_is_not_its_own(directory):
+    directory.obtain("onnx", KEY, write_two)
+    flipped = directory.obtain("onnx", KEY | {"weights": "b"}, write_two)
+    (directory.path / "my own folder").mkdir()
+    (directory.path / "README.md").write_text("notes")
+    flip(flipped.path / "build.log")
+    assert {one.name: one.state for one in directory.check()}[flipped.name] == "damaged"
+    assert sorted(one.state for one in directory.check()) == ["damaged", "ok"]
+    assert [path.name for path in (directory.folder_named(flipped.name),)] == [flipped.name]
+
+
+def test_a_sidecar_that_was_changed_is_seen(directory):
+    entry = directory.obtain("onnx", KEY, write())
+    sidecar = entry.path / SIDECAR
+    sidecar.write_text(sidecar.read_text().replace('"test"', '"tess"'))
+    assert directory.find("onnx", KEY) is None
+    (found,) = directory.check()
+    assert "entry.json is damaged" in found.problem
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "null", '{"format": 1, "seal": 1e999}', "1e999"])
+def test_a_sidecar_of_nonsense_is_no_entry(directory, text):
+    entry = directory.obtain("onnx", KEY, write())
+    (entry.path / SIDECAR).write_text(text)
+    assert directory.entries() == []
+    assert len(list(directory.check())) == 1
 
 
 def flip(path):
@@ -366,6 +402,180 @@ def test_what_cannot_be_swept_is_an_error_with_a_hint(directory, monkeypatch):
     with pytest.raises(CacheError, match="can't be written: Read-only file system") as caught:
         directory.sweep()
     assert "--engine-dir FOLDER" in caught.value.hint
+
+
+def test_what_is_in_use_is_not_removed(directory):
+    entry, other = (directory.obtain("onnx", KEY | {"weights": w}, write()) for w in "ab")
+    with entry.hold(), entry.hold():
+        with pytest.raises(CacheError, match="is in use") as caught:
+            EngineDirectory(directory.path).remove(entry)
+        assert caught.value.hint
+        assert directory.is_in_use(entry.path)
+        assert not directory.is_in_use(other.path)
+        directory.obtain("onnx", entry.key, write(b"new"), force=True)  # replaced, and the old one stays where it went
+        assert directory.abandoned() == []
+    assert len(directory.abandoned()) == 1
+    directory.remove(entry)
+    assert directory.entries() == [other]
+
+
+def test_what_was_removed_can_no_longer_be_held(directory):
+    entry = directory.obtain("onnx", KEY, write())
+    kept = entry.hold()
+    kept.close()
+    directory.remove(entry)
+    with pytest.raises(CacheError, match="can't be read") as caught:
+        entry.hold()
+    assert "run the command again" in caught.value.hint
+
+
+def test_a_killed_builders_draft_goes_when_its_key_is_made_again(directory):
+    directory.path.mkdir()
+    draft = directory.path / ".building" / f"{key_digest('onnx', KEY)}-{_HOST}-dead"
+    draft.mkdir(parents=True)
+    directory.obtain("onnx", KEY, write())
+    assert not draft.exists()
+
+
+def test_another_machines_draft_is_left_alone_until_it_is_old(directory):
+    draft = directory.path / ".building" / f"{key_digest('onnx', KEY)}-00000000-under_way"
+    draft.mkdir(parents=True)
+    directory.obtain("onnx", KEY, write())
+    assert directory.sweep() == 0
+    long_ago = time.time() - 3 * 86400
+    os.utime(draft, (long_ago, long_ago))
+    assert directory.sweep() == 1
+
+
+def _without_locks(monkeypatch):
+    """A file system that has none, as some network ones."""
+    from filelock import FileLock
+
+    def refuse(lock, *args, **options):
+        raise OSError(errno.ENOLCK, "No locks available", str(lock.lock_file))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+
+
+def test_without_locks_the_first_of_two_builders_wins(directory, monkeypatch, capsys):
+    _without_locks(monkeypatch)
+
+    def slow(folder):
+        EngineDirectory(directory.path).obtain("onnx", KEY, write(b"first"))
+        return write(b"second")(folder)
+
+    entry = directory.obtain("onnx", KEY, slow, Console())
+    assert entry.verified("model.onnx").read_bytes() == b"first"
+    assert list((directory.path / ".building").iterdir()) == []
+    assert "without locks" in capsys.readouterr().err
+
+
+def _die_while_making(path, ready):
+    def make(folder):
+        ready.set()
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    EngineDirectory(path).obtain("onnx", KEY, make)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+def test_who_waits_says_so_and_takes_over_from_a_dead_builder(directory, capsys):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    builder = context.Process(target=_die_while_making, args=(directory.path, ready))
+    builder.start()
+    assert ready.wait(30)
+    entry = directory.obtain("onnx", KEY, write(), Console())
+    builder.join()
+    assert entry.verified("model.onnx").read_bytes() == b"engine"
+    said = capsys.readouterr().err
+    assert said.startswith("waiting for another process that is making the same entry")
+    assert "ended without it: making it here" in said
+    assert list((directory.path / ".building").iterdir()) == []
+
+
+OPEN = [(0o777, "everybody"), (0o757, "everybody"), (0o1777, "everybody")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize("use", ["find", "obtain", "entries", "check"])
+@pytest.mark.parametrize(("mode", "who"), OPEN)
+def test_a_directory_that_others_can_write_is_refused(directory, mode, who, use):
+    directory.obtain("onnx", KEY, write())
+    directory.path.chmod(mode)
+    calls = {
+        "find": lambda: directory.find("onnx", KEY),
+        "obtain": lambda: directory.obtain("onnx", KEY | {"weights": "z"}, write()),
+        "entries": directory.entries,
+        "check": lambda: list(directory.check()),
+    }
+    with pytest.raises(CacheError, match=f"is not safe: {who} can change it") as caught:
+        calls[use]()
+    assert f"chmod go-w {directory.path}" in caught.value.hint
+    assert "--trust-engine-dir" in caught.value.hint
+    assert len(EngineDirectory(directory.path, trust_others=True).entries()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_so_is_one_in_a_folder_where_others_can_rename_it(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    directory = EngineDirectory(tmp_path / "open" / "engines")
+    with pytest.raises(CacheError, match=f"everybody can change {tmp_path / 'open'}"):
+        directory.obtain("onnx", KEY, write())
+    (tmp_path / "open").chmod(0o1777)  # as /tmp: nobody renames what is another's
+    directory.obtain("onnx", KEY, write())
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
+def test_a_directory_of_another_user_is_refused(directory):
+    directory.obtain("onnx", KEY, write())
+    os.chown(directory.path, 12345, 12345)
+    with pytest.raises(CacheError, match="its owner, user 12345"):
+        directory.entries()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
+def test_a_group_with_others_in_it_is_refused(directory):
+    directory.obtain("onnx", KEY, write())
+    os.chown(directory.path, 0, 12345)
+    directory.path.chmod(0o775)
+    with pytest.raises(CacheError, match="the group 12345"):
+        directory.entries()
+
+
+def test_what_is_published_only_its_user_can_change(directory):
+    old = os.umask(0)
+    try:
+        entry = directory.obtain("onnx", KEY, write())
+    finally:
+        os.umask(old)
+    assert all(path.stat().st_mode & 0o022 == 0 for path in (directory.path, entry.path, *entry.path.iterdir()))
+
+
+def test_everything_is_flushed_before_it_is_renamed_into_place(directory, monkeypatch):
+    """In order: the files, their folder, the rename, the directory. So a power loss finds all of it or nothing."""
+    happened = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor):
+        happened.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def noted_rename(path, target):
+        result = rename(path, target)
+        happened.append(f"-> {Path(target).name}")
+        return result
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    entry = directory.obtain("onnx", KEY, write_two)
+    moved = happened.index(f"-> {entry.name}")
+    before = happened[:moved]
+    assert {*entry.files, SIDECAR} <= set(before)
+    assert before[-1].startswith(key_digest("onnx", KEY))
+    assert directory.path.name in happened[moved:]
 
 
 def test_named_takes_an_unambiguous_beginning(directory):

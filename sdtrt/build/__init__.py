@@ -11,11 +11,11 @@ from typing import Any
 
 from sdtrt import host
 from sdtrt.cache import EngineDirectory, Entry
-from sdtrt.components import Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError
 from sdtrt.export import export_component, export_key
 from sdtrt.models import Model
+from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
 
 FORMAT = 2  # of builds: raise it when the same request makes another engine than before
@@ -91,7 +91,8 @@ def _make(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Co
     """Fill an entry's folder, and return what is known of the engine."""
     onnx = export_component(model, spec.export, directory, console)
     start = time.perf_counter()
-    measured = _build(onnx, spec, directory, console, folder)
+    with onnx.hold():
+        measured = _build(onnx, spec, directory, console, folder)
     return {
         "contract": onnx.info["contract"],
         "model": model.spec.name,
@@ -105,7 +106,7 @@ def _build(
     onnx: Entry, spec: BuildSpec, directory: EngineDirectory, console: Console, folder: Path
 ) -> Mapping[str, Any]:
     """Let the backend build."""
-    contract = Contract.from_json(onnx.info["contract"])
+    contract = stored_contract(onnx)
     source = onnx.verified("model.onnx")
     if spec.backend == "onnxruntime":
         from sdtrt.build.onnxruntime import optimize

@@ -70,7 +70,7 @@ def _save_optimized(source: Path, target: Path) -> None:
         entry = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(entry, f"{target.name}.data")
     try:
-        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error

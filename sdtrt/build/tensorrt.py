@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
 from sdtrt.runtime import TENSORRT_FILE
-from sdtrt.specs import BuildSpec, Profile
+from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
 from sdtrt.trt_api import Draft, Library
 
 if TYPE_CHECKING:
@@ -57,6 +56,30 @@ class Request:
     spec: BuildSpec
     timing_cache: Path | None
     verbose: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for the pipe."""
+        paths = {name: str(getattr(self, name)) for name in ("onnx", "folder")}
+        cache = None if self.timing_cache is None else str(self.timing_cache)
+        spec = asdict(replace(self.spec, export=replace(self.spec.export, output=None)))
+        contract = self.contract.to_json()
+        return {**paths, "contract": contract, "spec": spec, "timing_cache": cache, "verbose": self.verbose}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Request:
+        """The inverse of `to_json`."""
+        spec, capability = data["spec"], data["spec"]["compute_capability"]
+        export = ExportSpec(**spec["export"] | {"model": ModelSpec(**spec["export"]["model"])})
+        profiles = tuple(Profile.from_json(profile) for profile in spec["profiles"])
+        tuples = {"profiles": profiles, "compute_capability": capability and tuple(capability)}
+        return cls(
+            onnx=Path(data["onnx"]),
+            folder=Path(data["folder"]),
+            contract=Contract.from_json(data["contract"]),
+            spec=BuildSpec(**spec | tuples | {"export": export}),
+            timing_cache=data["timing_cache"] and Path(data["timing_cache"]),
+            verbose=data["verbose"],
+        )
 
     @property
     def plan(self) -> Path:
@@ -146,15 +169,16 @@ def _build_in_child(request: Request, console: Console, show: Callable[[str], No
 
 def _keep_log(log: Path, console: Console) -> None:
     """Save the log of a failed build from the folder that is about to go, and say where it is."""
-    with tempfile.NamedTemporaryFile("wb", prefix="sdtrt-build-", suffix=".log", delete=False) as kept:
-        kept.write(log.read_bytes())
-    console.warn(f"the build failed; TensorRT's log is in {kept.name}")
+    with suppress(OSError):  # a full disk may be why the build failed, and that is what is to be told
+        with tempfile.NamedTemporaryFile("wb", prefix="sdtrt-build-", suffix=".log", delete=False) as kept:
+            kept.write(log.read_bytes())
+        console.warn(f"the build failed; TensorRT's log is in {kept.name}")
 
 
 def _send(request: Request, pipe: IO[bytes]) -> None:
     """Give the child its request; a child that has died already tells why on its stderr."""
     try:
-        pickle.dump(request, pipe)
+        pipe.write(json.dumps(request.to_json()).encode() + b"\n")
         pipe.flush()
     except BrokenPipeError:
         with suppress(BrokenPipeError):
@@ -203,9 +227,9 @@ def serve() -> None:
         with lock:
             reports.write(json.dumps(message) + "\n")
 
-    request: Request = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
+        request = Request.from_json(json.loads(sys.stdin.buffer.readline()))
+        threading.Thread(target=_die_with_parent, daemon=True).start()
         report({"result": build_here(request, report)})
     except SdtrtError as error:
         report({"error": type(error).__name__, "message": error.message, "hint": error.hint})

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdtrt.cache import Entry
+from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract
 from sdtrt.errors import EngineError
 from sdtrt.runtime.session import Session
+from sdtrt.specs import Sizes
 
 if TYPE_CHECKING:
     import torch
 
 ONNXRUNTIME_FILE = "engine.onnx"
 TENSORRT_FILE = "engine.plan"
+SOME_SIZES = Sizes(batch=2, height=64, width=64)
 
 
 def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
@@ -23,12 +25,42 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
         entry: an entry of the kind `engine`.
         device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
 
+    The entry is not removed before the session is closed.
+
     Raises:
-        CacheError: where a file of it is not what was published.
+        CacheError: where a file of it is not what was published, or it has been removed.
         EngineError: where it can't be loaded on this machine, saying why and how to rebuild it.
     """
-    contract = Contract.from_json(entry.info["contract"])
-    backend = entry.key["backend"]
+    hold = entry.hold()
+    try:
+        session = _open(entry, device)
+    except BaseException:
+        hold.close()
+        raise
+    session.keep(hold)
+    return session
+
+
+def stored_contract(entry: Entry) -> Contract:
+    """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
+    try:
+        contract = Contract.from_json(entry.info["contract"])
+        contract.input_shapes(SOME_SIZES)
+        contract.output_shapes(SOME_SIZES)
+        words = [word for spec in (*contract.inputs, *contract.outputs) for word in (spec.name, spec.dtype)]
+        if not all(isinstance(word, str) for word in (contract.component, contract.precision, *words)):
+            raise TypeError("names and dtypes must be text")
+        return contract
+    except MALFORMED as error:
+        raise EngineError(
+            f"{entry.name} does not say what its inputs and outputs are", hint=f"sdtrt engines rm {entry.name}"
+        ) from error
+
+
+def _open(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
+    """Open an engine whose entry is held."""
+    contract = stored_contract(entry)
+    backend = entry.key.get("backend")
     if backend == "onnxruntime":
         from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 

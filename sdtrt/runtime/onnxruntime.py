@@ -48,7 +48,9 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         # Waiting threads that spin take the cores from what PyTorch computes between two runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             if is_out_of_memory(error):
                 raise EngineError(
@@ -82,6 +84,7 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
     def close(self) -> None:
         """Free the model."""
         self._session = None
+        self.let_go()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.errors import EngineError
@@ -22,6 +22,16 @@ class Session(Protocol[ArrayT]):
     """
 
     contract: Contract
+    _hold: IO[bytes] | None = None
+
+    def keep(self, hold: IO[bytes]) -> None:
+        """Keep what keeps the engine's entry from being removed (`Entry.hold`) until the session is closed."""
+        self._hold = hold
+
+    def let_go(self) -> None:
+        """Let go what `keep` was given; a part of every `close`."""
+        if self._hold is not None:
+            self._hold.close()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -127,6 +127,7 @@ class TensorRTSession(Session[torch.Tensor]):
         self._buffers.clear()
         self._scratch = torch.empty(0)
         self._loaded = None
+        self.let_go()
 
     def _replay(self, key: Key) -> dict[str, torch.Tensor] | None:
         """Run a shape's CUDA graph, if there is one."""

@@ -1,0 +1,235 @@
+"""Input that means harm, and moments that are bad: what is refused, what is escaped, what is left alone."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdtrt import export, images
+from sdtrt.cache import SIDECAR, EngineDirectory
+from sdtrt.cli import main
+from sdtrt.console import Console, print_table
+from sdtrt.errors import ModelError, OutputError, SdtrtError, UsageError
+from sdtrt.images import Metadata, plan_output, read_init_image
+from sdtrt.specs import GenerateSpec
+from sdtrt.weights import read_header, read_json
+
+PACKAGE = Path(__file__).resolve().parents[1] / "sdtrt"
+REPOSITORY = PACKAGE.parent
+PICTURE = Image.new("RGB", (8, 8), "red")
+KEY = {"component": "unet", "precision": "fp32", "backend": "onnxruntime"}
+
+
+def calls():
+    """Every call and import in the package: (file, what is called or imported)."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                yield path.relative_to(PACKAGE).as_posix(), ast.unparse(node.func), node
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                yield path.relative_to(PACKAGE).as_posix(), getattr(node, "module", None) or node.names[0].name, node
+
+
+def test_pickle_is_read_in_one_place_that_asks_first_and_nothing_is_evaluated():
+    names = {(file, name) for file, name, _ in calls()}
+    assert {file for file, name in names if name in ("pickle", "torch.load")} == {"weights.py"}
+    forbidden = ("eval", "exec", "marshal", "shelve", "dill", "cloudpickle", "joblib", "os.system", "yaml.load")
+    assert [pair for pair in names if pair[1] in forbidden] == []
+    words = [keyword.arg for _, _, node in calls() if isinstance(node, ast.Call) for keyword in node.keywords]
+    assert "trust_remote_code" not in words
+    assert "shell" not in words
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;owned\x07", "a\rb", "\u202eexe.png", "\x9b31m", "\x00"])
+def test_no_terminal_obeys_what_a_file_says(text, capsys):
+    error = SdtrtError(f"no {text}", hint=text)
+    Console().note(text)
+    Console().warn(text)
+    print_table(("name",), [(text,)])
+    said = "".join(capsys.readouterr()) + error.message + error.hint
+    assert said.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 100_000, "\xff", "[1]", ""])
+def test_json_of_nonsense_is_a_model_error(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ModelError):
+        read_json(path)
+    header = text.encode("latin-1")
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_no_image_format_starts_another_program(tmp_path):
+    path = tmp_path / "init.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
+    with pytest.raises(UsageError, match="in no image format that sdtrt reads"):
+        read_init_image(path)
+
+
+def test_fields_that_would_take_for_ever_to_search_are_a_prompt():
+    text = "prompt\n" + "a " * 100_000
+    start = time.monotonic()
+    assert images.parse_parameters(text).fields == {}
+    assert time.monotonic() - start < 2
+
+
+def save(plan, prompt="x"):
+    return plan.save(PICTURE, Metadata(prompt, {}), prompt=prompt, seed=1)
+
+
+def test_overwriting_a_link_replaces_the_link_and_nothing_else(tmp_path):
+    target = tmp_path / "elsewhere.png"
+    target.write_bytes(b"precious")
+    link = tmp_path / "link.png"
+    link.symlink_to(target)
+    with pytest.raises(OutputError, match="exists"):
+        plan_output(link, count=1, overwrite=False)
+    save(plan_output(link, count=1, overwrite=True))
+    assert target.read_bytes() == b"precious"
+    assert not link.is_symlink()
+    assert Image.open(link).size == (8, 8)
+
+
+def test_a_prompt_never_names_another_folder(tmp_path):
+    for prompt in ("../../etc/passwd", "/etc/passwd", "..", "a/b\\c", "\x00", "con", "~", "$HOME", "😀" * 5000):
+        assert save(plan_output(tmp_path / "out", count=1, overwrite=False), prompt).parent == tmp_path / "out"
+
+
+def test_a_hundred_thousand_characters_are_a_prompt(tmp_path):
+    for prompt in ("word " * 20_000, "x" * 100_000, "😀" * 100_000, "\x1b" * 100_000):
+        GenerateSpec((prompt,))
+        path = save(plan_output(tmp_path, count=1, overwrite=False), prompt)
+        assert len(path.name.encode()) < 255
+        assert images.read_metadata(path).parameters == prompt
+
+
+def test_an_export_does_not_overwrite_what_came_into_being_meanwhile(tmp_path):
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "unet.onnx").write_bytes(b"new")
+    target = tmp_path / "unet.onnx"
+    target.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="has come into being meanwhile"):
+        export._move_into_place(draft, target, overwrite=False)
+    assert target.read_bytes() == b"mine"
+    export._move_into_place(draft, target, overwrite=True)
+    assert target.read_bytes() == b"new"
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command in this process, in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+def fill(folder: Path) -> EngineDirectory:
+    """An engine directory with three entries: whole, with a flipped bit, without its sidecar."""
+    directory = EngineDirectory(folder)
+    for name in ("whole", "flipped", "headless"):
+        directory.obtain("engine", KEY | {"weights": name}, lambda f: (f / "engine.onnx").write_bytes(b"abc") and {})
+    entries = {entry.key["weights"]: entry for entry in directory.entries()}
+    entries["flipped"].file("engine.onnx").write_bytes(b"abd")
+    (entries["headless"].path / SIDECAR).unlink()
+    return directory
+
+
+def test_engines_verify_finds_damage_and_prune_removes_it(run, tmp_path):
+    fill(tmp_path / "engines")
+    code, out, err = run("engines", "verify", "--json")
+    found = {entry["name"]: entry for entry in json.loads(out)["entries"]}
+    assert code == 1
+    assert sorted(entry["state"] for entry in found.values()) == ["damaged", "damaged", "ok"]
+    assert "2 of 3 entries are damaged" in err
+    code, out, _ = run("engines", "verify")
+    assert code == 1
+    assert "entry.json is missing" in out
+    assert "its content is not what was published" in out
+    code, out, _ = run("engines", "prune", "--damaged", "--dry-run", "--json")
+    assert len(json.loads(out)["removed"]) == 2
+    assert run("engines", "prune", "--damaged", "--quiet")[0] == 0
+    assert run("engines", "verify", "--quiet")[0] == 0
+
+
+def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path):
+    directory = fill(tmp_path / "engines")
+    damaged = [one.name for one in directory.check() if one.state == "damaged"]
+    assert run("engines", "rm", *damaged)[0] == 0
+    (entry,) = directory.entries()
+    with entry.hold():
+        code, out, err = run("engines", "prune", "--keep-gib", "0")
+        assert (code, out) == (0, "")
+        assert f"{entry.name} is in use: it stays" in err
+        assert run("engines", "rm", entry.name)[0] == 1
+    assert run("engines", "prune", "--keep-gib", "0")[1] == f"{entry.name}\n"
+
+
+def test_what_others_can_change_is_used_only_when_asked_to(run, tmp_path):
+    fill(tmp_path / "engines").path.chmod(0o777)
+    code, _, err = run("engines")
+    assert code == 1
+    assert "--trust-engine-dir" in err
+    assert run("engines", "--trust-engine-dir")[0] == 0
+    code, out, _ = run("doctor")
+    assert "is not safe" in out
+
+
+def test_a_path_of_any_bytes_goes_out_as_it_came(tmp_path):
+    (tmp_path / "engines").mkdir()
+    code = (
+        "import os, sys; from sdtrt import cli\n"
+        "name = os.fsdecode(b'\\xff.png')\n"
+        "cli.app = lambda **_: print(name)\n"
+        "cli.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False, env=environment)
+    assert (ended.returncode, ended.stdout) == (0, b"\xff.png\n"), ended.stderr
+
+
+def interrupted(arguments: list[str], folder: Path, seconds: float) -> tuple[int, str]:
+    """Start a command, press Ctrl-C after a while; its exit code and stderr."""
+    command = [sys.executable, "-m", "sdtrt", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SDTRT_ENGINE_DIR": str(folder / "engines")}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+    ) as running:
+        time.sleep(seconds)
+        running.send_signal(signal.SIGINT)
+        err = running.communicate(timeout=100)[1]
+    return running.returncode, err
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_is_no_traceback(tmp_path):
+    """From the first import on. Before Python runs our first line, the interrupt is Python's own."""
+    dice = random.Random(0)
+    for number in range(8):
+        code, err = interrupted(["txt2img", "-p", "x", "--steps", "500", "-o", "out"], tmp_path, dice.uniform(0.3, 12))
+        assert (code, err.splitlines()[-2:-1]) == (130, ["error: interrupted"]), (number, err)
+        assert "Traceback" not in err
+    EngineDirectory(tmp_path / "engines").sweep()
+    assert all(one.state == "ok" for one in EngineDirectory(tmp_path / "engines").check())
