@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import factories
 import pytest
 import torch
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a job in the background ignores it, and so would its children
 torch.set_num_threads(1)  # small models; more threads only wait for each other where the cores are shared
 
 

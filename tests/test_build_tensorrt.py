@@ -93,7 +93,7 @@ def test_every_kind_of_unet_builds(kind, exporter, tmp_path):
     path, contract = export_to(tmp_path, kind, exporter)
     info = build_here(Request(path, tmp_path, contract, rtx_spec(), None, False), lambda message: None)
     layers = info["precision"]["layers"]
-    assert layers["fp16"] > 10 * layers["fp32"] > 0, "all but the timestep embedding computes in fp16"
+    assert layers["fp16"] > 5 * layers["fp32"] > 0, "but for the timestep and the ends of the U, all computes in fp16"
     assert info["plan_bytes"] == (tmp_path / "engine.plan").stat().st_size > 100_000
     assert trt_api.read_header(tmp_path / "engine.plan").size_bytes == info["plan_bytes"]
 

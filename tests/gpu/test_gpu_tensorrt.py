@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import gpu_engines
@@ -113,7 +112,8 @@ def test_the_build_was_checked(entry):
     """Its precision as the inspector read it back, and its parity with the ONNX at both profiles."""
     precision = entry.info["precision"]
     assert precision["read_from"] == "inspector"
-    assert precision["layers"]["fp16"] > 2 * precision["layers"].get("fp32", 0), precision
+    # fp32: the timestep's embedding and the convolutions at the ends of the U, a large share of so small a model.
+    assert precision["layers"]["fp16"] > precision["layers"]["fp32"] > 0, precision
     assert entry.info["unchecked"] is None
     assert [figures["relative_l2"] < FP16_ERROR for figures in entry.info["parity"]] == [True, True]
     assert sorted(entry.files) == ["build.log", "engine.plan", "layers.json"]
@@ -139,10 +139,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "sdtrt", "build", "--model", "tiny", "--backend", "tensorrt", "--batch", "2"]
     command += ["--component", "unet", "--height", "160", "--width", "96", "--engine-dir", str(tmp_path / "engines")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])}
-    # A job of a script in the background ignores SIGINT, and so would all that it starts.
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    options = {"stderr": subprocess.PIPE, "start_new_session": True, "preexec_fn": heed}
-    with subprocess.Popen(command, env=environment, **options) as process:
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             log = wait_for(lambda: next(tmp_path.glob("engines/.building/*/build.log"), None), 180)
             time.sleep(5)
@@ -536,7 +533,7 @@ def test_large_unet(directory):
     """860 M random parameters, static at 512x512: precision, parity on the stream and from the graph, time a step."""
     model, entry = gpu_engines.engine("large", directory)
     layers = entry.info["precision"]["layers"]
-    assert layers["fp16"] > 2 * layers.get("fp32", 0), layers
+    assert layers["fp16"] > 2 * layers["fp32"] > 0, layers
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     reference = Reference(load_unet(model, torch.float32).to(CUDA))
     feeds = on_gpu(entry, Sizes(2, 512, 512))
