@@ -116,8 +116,8 @@ class Range:
     @classmethod
     def parse(cls, text: str, option: str) -> Range:
         """Read `N` or `MIN:OPT:MAX`; `option` names what is parsed in the error."""
-        parts = text.split(":")
-        if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+        parts = [part.strip() for part in text.split(":")]  # more than `int` would strip: control characters too
+        if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
             raise UsageError(f"{option} must be N or MIN:OPT:MAX, got {text!r}", hint=f"as in {option} 512:512:768")
         numbers = [int(part) for part in parts]
         return cls.of(numbers[0]) if len(numbers) == 1 else cls(*numbers)

@@ -8,9 +8,8 @@ import factories
 import pytest
 import torch
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a job in the background ignores it, and so would its children
+# Jobs in the background ignore it, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small models; more threads only wait for each other where the cores are shared
 
 

@@ -46,6 +46,10 @@ def test_range_parse_raises_nothing_but_usage_errors(text):
         Range.parse(text, "--batch")
 
 
+def test_blanks_of_all_kinds_around_a_range_are_no_error():
+    assert Range.parse("\t512 : 512\x1f:768", "--height") == Range(512, 512, 768)
+
+
 def test_size_error_names_the_value_and_a_size_that_works():
     with pytest.raises(UsageError) as caught:
         check_size("height", 500)
