@@ -5,7 +5,8 @@
 #     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
 #
 # Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 10 minutes for a UNet of
-# Stable Diffusion 1.5's size when several are built at once. Engines stay in FOLDER/engines: a second call only measures.
+# Stable Diffusion 1.5's size when several are built at once. Engines stay in FOLDER/engines for a second call; so does
+# reports/levels.json, whose engines are not kept.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
@@ -65,6 +66,6 @@ measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/g
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure convolutions "$python" benchmarks/fidelity.py convolutions --output "$out/reports/convolutions.json"
 measure bench "$python" -m sdtrt bench --model "$model" --backend tensorrt --task txt2img --height 512 --width 512 \
-    --no-build --output "$out/reports"
+    --no-build --overwrite --output "$out/reports"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

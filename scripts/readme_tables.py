@@ -60,10 +60,13 @@ def seconds(row: Row | None) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The Markdown table of a report: one line a request, one column of seconds a runner.
 
-    Speed-up and UNet step are of the runner that was asked for: the last one that is not PyTorch.
+    Speed-up and UNet step are of the runner that was asked for: the one that is no baseline, or where the report does
+    not say so the last one that is not PyTorch.
     """
     runners = list(dict.fromkeys(runner_of(row) for row in rows))
-    subject = next((runner for runner in reversed(runners) if runner[0] != "torch"), runners[-1])
+    asked = [runner_of(row) for row in rows if row.get("baseline", ...) is None]
+    others = [runner for runner in reversed(runners) if runner[0] != "torch"]
+    subject = (asked or others or runners[-1:])[0]
     runners.sort(key=subject.__eq__)  # it comes last
     batched = any(row["batch"] != 1 for row in rows)
     head = ["task", "size", "steps", *(["batch"] if batched else []), *(f"{title(runner)}, s" for runner in runners)]

@@ -18,6 +18,7 @@ from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, first_line
 from sdtrt.export import FILE_NAME, export_component
+from sdtrt.meters import tf32
 from sdtrt.modules import UNetFacade
 from sdtrt.pipeline import OpenPipeline, Plan, open_pipeline
 from sdtrt.runtime.onnxruntime import LOG_SEVERITY
@@ -85,18 +86,6 @@ def open_baseline(
             unet.to(memory_format=torch.channels_last)
             unet.forward = compiled_forward(unet.forward, baseline.name, plan.device)
         yield opened
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 meanwhile, in matrix products and convolutions alike (PyTorch's own defaults differ)."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class GraphedForward:

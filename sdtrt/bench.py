@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from sdtrt import __version__, charts, engines, host, images, meters, models
-from sdtrt.baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline, tf32
+from sdtrt.baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.build import backend_version
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
 from sdtrt.console import Console, print_table, quiet_libraries
 from sdtrt.errors import EngineError, SdtrtError, UsageError, first_line
-from sdtrt.meters import MemoryMeter, Timing, time_calls, time_queued_calls
+from sdtrt.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
 from sdtrt.models import Model
 from sdtrt.parity import seeded_feeds
 from sdtrt.pipeline import OpenPipeline, Plan, check_plan, hooked, open_pipeline, out_of_memory, unet_sizes
@@ -88,6 +88,7 @@ class Row:
     batch: int
     measured: Measured | None = None
     error: str | None = None
+    hint: str | None = None
     speedup: float | None = None
 
     @property
@@ -231,7 +232,7 @@ class BenchReport:
             if row.runner.asked:
                 raise EngineError(
                     f"{row.runner.title} was not measured in {row.task} at batch {row.batch}: {row.error}",
-                    hint="run: sdtrt doctor; or try a smaller size or batch",
+                    hint=row.hint or "run: sdtrt doctor; or try a smaller size or batch",
                 )
 
 
@@ -367,7 +368,7 @@ class _Bench:
                 raise  # a bug of ours; what a baseline raises is a finding
             reason = error.message if isinstance(error, SdtrtError) else f"{type(error).__name__}: {first_line(error)}"
             self.console.warn(f"{runner.title} failed: {reason}")
-            return replace(row, error=reason)
+            return replace(row, error=reason, hint=error.hint if isinstance(error, SdtrtError) else None)
         return replace(row, measured=measured)
 
     def _plan(self, task: BenchTask, runner: Runner, batch: int) -> Plan:
@@ -390,6 +391,7 @@ class _Bench:
     def _measure(self, task: BenchTask, runner: Runner, plan: Plan, batch: int) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""
         check_plan(plan)
+        self._ensure_engines(plan)
         meter = MemoryMeter(plan.device)
         with self._open(runner, plan) as opened, out_of_memory(plan):
             call = self._call(opened, task, batch)
@@ -408,6 +410,21 @@ class _Bench:
         engine = None if entry is None else {"name": entry.name, "digest": entry.digest}
         device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else plan.device.type
         return Measured(device, latency, components, unet_calls, memory, peak, joules, engine)
+
+    def _ensure_engines(self, plan: Plan) -> None:
+        """Build what is missing before memory is watched: a build is no part of generating."""
+        allow_build, images = self.spec.allow_build, plan.images
+        engines.ensure_engines(
+            plan.model,
+            plan.backend,
+            plan.precision,
+            plan.sizes,
+            self.directory,
+            plan.in_engines,
+            images=images,
+            allow_build=allow_build,
+            console=self.console,
+        )
 
     @contextmanager
     def _open(self, runner: Runner, plan: Plan) -> Iterator[OpenPipeline]:

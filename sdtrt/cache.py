@@ -264,7 +264,7 @@ class EngineDirectory:
     def check(self) -> Iterator[Checked]:
         """Look at every entry, its files' contents included, and say what is wrong with it; changes nothing."""
         for folder in self._folders():
-            if not (_NAME.fullmatch(folder.name) or (folder / SIDECAR).exists()):
+            if not _NAME.fullmatch(folder.name):
                 continue  # somebody's own folder
             try:
                 entry = self._examine(folder)
@@ -327,7 +327,9 @@ class EngineDirectory:
                 return entry
             if exclusive:  # what is there of this key is a dead builder's
                 for path in self._drafts(key_digest(kind, key)):
-                    delete(path)
+                    with _exclusively(path) as free:
+                        if free:  # else it was replaced while a process used it
+                            delete(path)
             return self._publish(kind, key, make, force=force)
 
     def touch(self, entry: Entry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -341,8 +342,13 @@ def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
 @grouped
 def engines(context: typer.Context, directory: DirectoryOptions, output: OutputOptions) -> None:
     """The engine directory: list, verify, remove, prune."""
-    if context.invoked_subcommand is None:
+    command = context.invoked_subcommand
+    if command is None:
         _list(directory, output)
+    elif (directory, output) != (DirectoryOptions(), OutputOptions()):
+        raise UsageError(
+            f"options before {command} would not reach it", hint=f"give them after it: sdtrt engines {command} ..."
+        )
 
 
 @engines_app.command("list")
@@ -363,6 +369,9 @@ def remove_entries(
     """Remove entries by name, damaged ones too."""
     found = directory.directory()
     folders = {folder.name: folder for folder in (found.folder_named(name) for name in names)}
+    for name, folder in folders.items():  # all or none
+        if found.is_in_use(folder):
+            raise CacheError(f"{name} is in use", hint="end the process that uses it, or wait for it")
     for folder in folders.values():
         found.remove(folder)
     _render(list(folders), {"removed": list(folders)}, output)
@@ -452,12 +461,21 @@ def _render(lines: Sequence[str], document: Mapping[str, Any], output: OutputOpt
         print("\n".join(lines))
 
 
+def _as_it_came_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler for stdout: paths go out as they came in, whatever their bytes; else as `\\u043a`."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 def main() -> NoReturn:
     """Run the command line; every failure that its reader can mend is an `error:` and a `hint:` line on stderr."""
     if sys.stdout is None:  # started with stdout closed
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as they came in, whatever their bytes
+        codecs.register_error("sdtrt", _as_it_came_or_escaped)
+        sys.stdout.reconfigure(errors="sdtrt")
     try:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()

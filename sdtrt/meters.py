@@ -158,6 +158,18 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 meanwhile, in matrix products and convolutions alike (PyTorch's own defaults differ)."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def gpu_bytes(device: torch.device) -> int:
     """Memory in use on a GPU, by whomever; 0 on a CPU."""
     if device.type != "cuda":

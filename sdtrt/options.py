@@ -28,6 +28,7 @@ from sdtrt.specs import (
     DEFAULT_VERIFY_PROMPT,
     DEFAULT_VERIFY_SEED,
     EXPORTERS,
+    MAX_DIGITS,
     PRECISIONS,
     SCHEDULERS,
     BackendChoice,
@@ -106,7 +107,7 @@ class DirectoryOptions:
 
     engine_dir: Annotated[
         Path | None,
-        Option(metavar="FOLDER", help="where engines are kept; else $SDTRT_ENGINE_DIR, else ./engines"),
+        Option(metavar="FOLDER", help="where engines are kept; else $SDTRT_ENGINE_DIR, ./engines, or the user's cache"),
     ] = None
     trust_engine_dir: Annotated[
         bool, Option("--trust-engine-dir", help="use it even if other users can change it (engines run code)")
@@ -337,7 +338,7 @@ class BenchOptions:
     width: Width = None
     batch_size: Annotated[str, Option(metavar="N,N,N", help="images in one call; several are compared")] = "1"
     repeats: Annotated[int, Option(help="timed calls of each row")] = 5
-    warmups: Annotated[int, Option(help="calls before them that are not timed")] = 1
+    warmups: Annotated[int, Option(help="calls before them that are not timed")] = 2
     scheduler: Scheduler = None
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here")
@@ -377,7 +378,7 @@ class BenchOptions:
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     """`1,2,4` → (1, 2, 4)."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
+    if not all(word.isdecimal() and len(word) <= MAX_DIGITS for word in words):
         raise UsageError(
             f"{option} must be a number, or several with commas, got {text!r}", hint=f"as in {option} 1,2,4"
         )

@@ -83,19 +83,19 @@ def sizes_of(component: Component, sizes: Sizes, images: int = 1) -> Sizes:
     What a component's size does not depend on has one value, so that an engine serves whatever the rest of it is.
 
     Args:
-        images: made at once. Prompts and negative prompts are encoded one after the other.
+        images: made at once. Prompts and negative prompts are encoded one after the other, and so are images.
     """
     if component == "unet":
         return sizes
     if component in TEXT_ENCODERS:
         return Sizes(images, SIZE_MULTIPLE, SIZE_MULTIPLE)
-    return replace(sizes, batch=images, tokens=DEFAULT_TOKENS)
+    return replace(sizes, batch=1 if component == "vae_encoder" else images, tokens=DEFAULT_TOKENS)
 
 
 def profile_of(component: Component, profile: Profile) -> Profile:
     """The profile of a component's engine beside a UNet's with `profile`.
 
-    The batch is that of images: half the UNet's, as guidance doubles that.
+    The batch is that of images: half the UNet's, as guidance doubles that. Images are encoded one by one.
     """
     if component == "unet":
         return profile
@@ -103,7 +103,7 @@ def profile_of(component: Component, profile: Profile) -> Profile:
     tokens, side = Range.of(DEFAULT_TOKENS), Range.of(SIZE_MULTIPLE)
     if component in TEXT_ENCODERS:
         return Profile(batch, side, side, tokens)
-    return replace(profile, batch=batch, tokens=tokens)
+    return replace(profile, batch=Range.of(1) if component == "vae_encoder" else batch, tokens=tokens)
 
 
 def profiles_of(component: Component, profiles: Iterable[Profile]) -> tuple[Profile, ...]:

@@ -19,7 +19,7 @@ from sdtrt import __version__, engines, host, images, models, schedulers
 from sdtrt.cache import EngineDirectory, Entry
 from sdtrt.components import DTYPES
 from sdtrt.console import Console, quiet_libraries
-from sdtrt.errors import EngineError, ModelError
+from sdtrt.errors import EngineError, ModelError, UsageError
 from sdtrt.models import Model
 from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.parts import (
@@ -231,7 +231,24 @@ def _plan(spec: GenerateSpec, model: Model, init: images.InitImage | None, conso
         images=count,
     )
     check_plan(plan)
+    _note_parts(plan, console)
     return plan
+
+
+def _note_parts(plan: Plan, console: Console) -> None:
+    """Say what a choice of components means: which of them are not called at all, and what PyTorch runs, in fp32."""
+    if not plan.components or plan.backend == "torch":
+        return
+    idle = [name for name in plan.components if name not in plan.in_engines]
+    if not plan.in_engines:
+        raise UsageError(
+            f"--component {' --component '.join(idle)} leaves no engine to run", hint="name what txt2img uses, as unet"
+        )
+    if idle:
+        console.note(f"{', '.join(idle)}: not called without an init image")
+    rest = [name for name in components_of(plan.model) if name not in (*plan.components, "vae_encoder")]
+    if rest:
+        console.note(f"{', '.join(rest)}: in PyTorch, in fp32")
 
 
 def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:

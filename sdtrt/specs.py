@@ -48,6 +48,7 @@ MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond th
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
 DEFAULT_VERIFY_PROMPT = "a red circle on a blue background"
 DEFAULT_VERIFY_SEED = 0
+MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
 GIB = 2**30
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
@@ -117,7 +118,7 @@ class Range:
     def parse(cls, text: str, option: str) -> Range:
         """Read `N` or `MIN:OPT:MAX`; `option` names what is parsed in the error."""
         parts = [part.strip() for part in text.split(":")]  # more than `int` would strip: control characters too
-        if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+        if len(parts) not in (1, 3) or not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
             raise UsageError(f"{option} must be N or MIN:OPT:MAX, got {text!r}", hint=f"as in {option} 512:512:768")
         numbers = [int(part) for part in parts]
         return cls.of(numbers[0]) if len(numbers) == 1 else cls(*numbers)
@@ -449,7 +450,7 @@ class BenchSpec:
     width: int | None = None
     batch_sizes: tuple[int, ...] = (1,)
     repeats: int = 5
-    warmups: int = 1
+    warmups: int = 2
     scheduler: SchedulerName | None = None
     allow_build: bool = True
     output: Path | None = None
@@ -464,7 +465,7 @@ class BenchSpec:
             raise UsageError(f"batch sizes must be at least 1, got {self.batch_sizes}", hint="use --batch-size 1,2,4")
         if self.repeats < 1:
             raise UsageError(f"repeats must be at least 1, got {self.repeats}", hint="use --repeats 5")
-        if self.warmups < 1:  # the first call captures graphs, compiles, and fills caches
+        if self.warmups < 1:  # the first compiles and fills caches, the second captures CUDA graphs
             raise UsageError(f"warmups must be at least 1, got {self.warmups}", hint="use --warmups 1")
         for task in self.tasks:
             self.request(task)  # what a generation would refuse, a benchmark refuses

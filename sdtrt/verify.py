@@ -7,12 +7,10 @@ recorded inputs, and the whole pipeline with it.
 
 from __future__ import annotations
 
-import gc
 import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,11 @@ from sdtrt.cache import EngineDirectory, Entry
 from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console, print_table, quiet_libraries
 from sdtrt.errors import EngineError, SdtrtError, UsageError
+from sdtrt.meters import free_memory, tf32
 from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, require_ssim, ssim
 from sdtrt.models import Model
 from sdtrt.pipeline import OpenPipeline, Plan, engine_facts, hooked, open_pipeline, out_of_memory, plan_image
-from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
+from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
 PANEL_PIXELS = 320  # a side: smaller pictures are shown enlarged
@@ -199,13 +198,19 @@ def _subject(spec: VerifySpec, model: Model, directory: EngineDirectory, console
         entry = directory.named(spec.engine)
         plan = plan_image(_as_engine(spec.image, entry), model, console)
         _check_fits(entry, plan)
+        _ensure(plan, [name for name in plan.in_engines if name != "unet"], spec, directory, console)
         return plan, entry
     plan = plan_image(spec.image, model, console)
-    if plan.backend == "torch":
-        return plan, None
-    allow = spec.image.allow_build
-    return plan, engines.ensure_engine(
-        model, plan.backend, plan.precision, plan.sizes, directory, allow_build=allow, console=console
+    return plan, _ensure(plan, plan.in_engines, spec, directory, console).get("unet")
+
+
+def _ensure(
+    plan: Plan, names: Sequence[Component], spec: VerifySpec, directory: EngineDirectory, console: Console
+) -> Mapping[Component, Entry]:
+    """Find or build the engines of the image before the long part begins."""
+    allow_build = spec.image.allow_build
+    return engines.ensure_engines(
+        plan.model, plan.backend, plan.precision, plan.sizes, directory, names, allow_build=allow_build, console=console
     )
 
 
@@ -295,12 +300,12 @@ class _Recorder:
 def _reference(spec: VerifySpec, plan: Plan, directory: EngineDirectory, console: Console) -> _Reference:
     """Run the whole pipeline in PyTorch, in fp32 without TF32."""
     plan = replace(plan, backend="torch", precision="fp32")
-    with exact_fp32(), open_pipeline(plan, directory, console) as opened:
+    with tf32(False), open_pipeline(plan, directory, console) as opened:
         recorder = _Recorder(spread(_count_calls(opened), spec.timesteps))
         with hooked(opened.pipe.unet, recorder):
             pixels = _image(spec.image, opened, "fp32 reference", console)
     del opened  # or its UNet would stay where it is
-    _release()
+    free_memory(plan.device)
     reference = _Reference(tuple(recorder.calls), pixels)
     if count_non_finite(pixels) or any(count_non_finite(call.output) for call in reference.calls):
         raise EngineError(
@@ -321,7 +326,7 @@ def _noise_floor(plan: Plan, reference: _Reference, console: Console) -> list[Ar
         return [np.full_like(call.output, np.nan) for call in reference.calls]
     outputs = _replay(unet, reference, own, f"{precision} noise floor", console)
     del unet
-    _release()
+    free_memory(plan.device)
     return outputs
 
 
@@ -334,7 +339,8 @@ def _candidate(
     console: Console,
 ) -> tuple[list[Array], Array]:
     """The engine on the recorded inputs, and the whole image as `sdtrt txt2img` makes it with this engine."""
-    with open_pipeline(plan, directory, console, unet_engine=entry) as opened:
+    allow_build = spec.image.allow_build
+    with open_pipeline(plan, directory, console, allow_build=allow_build, unet_engine=entry) as opened:
         name = "engine" if entry is not None else f"{plan.backend} {plan.precision}"
         outputs = _replay(opened.pipe.unet, reference, plan, name, console)
         return outputs, _image(spec.image, opened, f"image with {name}", console)
@@ -379,27 +385,6 @@ def _count_calls(opened: OpenPipeline) -> int:
     """How often a run calls the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
     opened.pipe.scheduler.set_timesteps(opened.plan.steps)
     return len(opened.pipe.scheduler.timesteps)
-
-
-@contextmanager
-def exact_fp32() -> Iterator[None]:
-    """fp32 in full for the time of a `with`: no TF32, which cuDNN uses unless told otherwise."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
-
-
-def _release() -> None:
-    """Give the memory of what has just been dropped back, to the GPU too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _numpy(tensor: torch.Tensor) -> Array:

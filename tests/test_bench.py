@@ -126,7 +126,7 @@ def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
 def test_the_parts_of_a_pipeline_are_put_back_as_they_were(spec, directory):
     """A baseline leaves nothing behind: not in PyTorch's settings, and not in the model that the next one opens."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with baselines.tf32(not before[0]):
+    with meters.tf32(not before[0]):
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is not before[0]
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 

@@ -187,6 +187,23 @@ def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path)
     assert run("engines", "prune", "--keep-gib", "0")[1] == f"{entry.name}\n"
 
 
+def test_folders_of_others_are_no_damaged_entries(run, tmp_path):
+    mine = fill(tmp_path / "engines").path / "mine"
+    mine.mkdir()
+    (mine / "entry.json").write_text("{}")
+    assert run("engines", "verify")[0] == 0
+    assert run("engines", "prune", "--damaged")[1] == ""
+    assert mine.exists()
+
+
+def test_options_before_a_subcommand_of_engines_are_refused(run, tmp_path):
+    """They would not reach it, and it would work on another directory."""
+    fill(tmp_path / "engines")
+    code, out, err = run("engines", "--engine-dir", tmp_path / "other", "prune", "--keep-gib", "0")
+    assert (code, out) == (2, "")
+    assert "sdtrt engines prune" in err
+
+
 def test_what_others_can_change_is_used_only_when_asked_to(run, tmp_path):
     fill(tmp_path / "engines").path.chmod(0o777)
     code, _, err = run("engines")

@@ -169,7 +169,6 @@ LEFT_TO_PYTORCH = [
     (("text_encoder", "vae_decoder"), False, ["unet"]),
     (("unet", "text_encoder", "vae_decoder"), True, ["vae"]),
     (("unet", "text_encoder", "vae_encoder"), True, ["vae"]),
-    (("vae_encoder",), False, ["text_encoder", "unet", "vae"]),
 ]
 
 
@@ -275,6 +274,32 @@ def test_an_engine_makes_batches_too(spec, directory):
     swapped = made(replace(spec, backend="onnxruntime", batch_size=2), directory)
     for one, other in zip(native, swapped, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+
+
+def test_components_that_leave_nothing_to_engines_are_refused(spec, directory):
+    with pytest.raises(UsageError, match="--component vae_encoder leaves no engine to run"):
+        generate(replace(spec, backend="onnxruntime", components=("vae_encoder",)), directory, QUIET)
+
+
+def test_what_pytorch_runs_beside_engines_is_said(spec, directory):
+    console = Recorder()
+    generate(replace(spec, backend="onnxruntime", components=("unet", "vae_encoder")), directory, console)
+    assert "vae_encoder: not called without an init image" in console.notes
+    assert "text_encoder, vae_decoder: in PyTorch, in fp32" in console.notes
+
+
+def test_images_of_a_batch_are_encoded_one_by_one_as_their_engine_expects(spec, directory, init_image, monkeypatch):
+    """diffusers encodes an image for each generator; an engine of one size must be built for that."""
+    sizes, real = [], OnnxRuntimeSession.run
+
+    def note(session, feeds):
+        sizes.append((session.contract.component, next(iter(feeds.values())).shape[0]))
+        return real(session, feeds)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", note)
+    made(replace(spec, backend="onnxruntime", num_images=2, batch_size=2, init_image=init_image), directory)
+    called = {count for name, count in sizes if name == "vae_encoder"}
+    assert called == {sizes_of("vae_encoder", Sizes(4, 64, 64), images=2).batch}
 
 
 def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monkeypatch):

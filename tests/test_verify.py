@@ -30,7 +30,6 @@ from sdtrt.verify import (
     compare_call,
     comparison,
     error_plot,
-    exact_fp32,
     judge,
     spread,
     verify,
@@ -365,17 +364,15 @@ def test_timesteps_are_spread_evenly_with_both_ends():
     assert spread(5, 1) == [0]
 
 
-def test_fp32_is_exact_for_the_reference_only():
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
-    try:
-        with exact_fp32():
-            inside = matmul.allow_tf32, cudnn.allow_tf32
-        assert inside == (False, False)
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, True)
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+def test_no_build_builds_none_of_the_other_components_either(spec, directory, tmp_path):
+    only = EngineDirectory(tmp_path / "only")
+    image = spec.image
+    model = models.resolve_model(image.model, QUIET)
+    engines.ensure_engine(model, "onnxruntime", image.precision, Sizes(2, 64, 64), only)
+    before = [entry.name for entry in only.entries()]
+    with pytest.raises(EngineError, match="text_encoder"):
+        verify(replace(spec, image=replace(image, allow_build=False)), only, QUIET)
+    assert [entry.name for entry in only.entries()] == before
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
