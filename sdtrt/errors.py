@@ -45,6 +45,10 @@ class EngineError(SdtrtError):
     """An engine that can't be found, loaded or run."""
 
 
+class MemoryShortage(EngineError):  # noqa: N818 (the word is the error)
+    """A run that needs more memory than there is: a smaller one may do."""
+
+
 class CacheError(SdtrtError):
     """An engine directory that can't be used."""
 

@@ -15,11 +15,11 @@ import diffusers
 import torch
 from PIL import Image
 
-from sdtrt import __version__, engines, host, images, models, schedulers
+from sdtrt import __version__, engines, host, images, memory, models, schedulers
 from sdtrt.cache import EngineDirectory, Entry
 from sdtrt.components import DTYPES
 from sdtrt.console import Console, quiet_libraries
-from sdtrt.errors import EngineError, ModelError, UsageError
+from sdtrt.errors import EngineError, MemoryShortage, ModelError, UsageError
 from sdtrt.models import Model
 from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.parts import (
@@ -173,6 +173,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     and on a GPU alike up to rounding. Alone in its pipeline call (`batch_size` 1) it is the same to the last bit; in a
     larger batch sums may be rounded in another order.
 
+    Where the memory is too small for a batch, it goes on with batches of half as many.
+
     Raises:
         UsageError, OutputError: for a wrong request, before any heavy work.
         ModelError, EngineError, ExportError, BuildError: where the model or its engine can't be had.
@@ -197,7 +199,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 settings = _settings(spec, opened, init, directory)
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
-            made = [image for first in range(0, len(jobs), plan.images) for image in run.make(jobs, first)]
+            made = run.make_all(jobs)
     facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
     return GenerateReport(tuple(made), run.settings, facts, load_seconds)
 
@@ -360,9 +362,42 @@ def _open_engines(
         allow_build=allow_build,
         console=console,
     )
+    _check_memory(plan, entries)
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(open_session(entry, plan.device)) for name, entry in entries.items()}
         yield _Running(entries, sessions)
+
+
+def _check_memory(plan: Plan, entries: Mapping[Component, Entry]) -> None:
+    """Refuse a request whose engines can't fit in the GPU's memory, with a size that would."""
+    free = memory.free_bytes(plan.device)
+    if free is None:
+        return
+    demand = memory.demand_of(entries, plan.sizes, plan.images)
+    if demand.total <= free:
+        return
+    size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {plan.images} at once" * (plan.images > 1)
+    need, left = (f"{count / 2**30:.2f} GiB" for count in (demand.total, free))
+    raise MemoryShortage(
+        f"the engines for {size} need {need} of GPU memory, and {left} are free",
+        hint=_what_fits(plan, demand, free),
+    )
+
+
+def _what_fits(plan: Plan, demand: memory.Demand, free: int) -> str:
+    """The hint for engines that are too large for the GPU."""
+    found = memory.fitting(demand, free, plan.sizes, plan.images)
+    if found is None:
+        smaller = "use --precision fp16, " if plan.precision == "fp32" else ""
+        return f"end other programs on the GPU, {smaller}or use a GPU with more memory: the weights alone take too much"
+    count, sizes = found
+    side = f"--height {sizes.height} --width {sizes.width}"
+    words = [f"--batch-size {count}"] * (count < plan.images) + [side] * (sizes.height < plan.sizes.height)
+    fits = f"use {' '.join(words)}" if words else "that size fits"
+    if demand.scratch <= demand.wanted:
+        return f"{fits}, or end other programs on the GPU"
+    build = f"sdtrt build --batch {sizes.batch} {side}"
+    return f"{fits} with engines for nothing larger ({build}), or end other programs on the GPU"
 
 
 def _load_parts(plan: Plan, running: _Running) -> dict[str, Any]:
@@ -489,14 +524,29 @@ class _Run:
     console: Console
     settings: Mapping[str, Any]
 
-    def make(self, jobs: Sequence[Job], first: int) -> list[GeneratedImage]:
-        """Make the batch that starts at the job `first`, and save its images."""
+    def make_all(self, jobs: Sequence[Job]) -> list[GeneratedImage]:
+        """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
+        made: list[GeneratedImage] = []
+        size = self.opened.plan.images
+        while len(made) < len(jobs):
+            try:
+                made += self.make(jobs, len(made), size)
+                continue
+            except MemoryShortage as error:
+                batch = jobs[len(made) : len(made) + size]
+                size = self._halved(len(self._filled(batch, size)), error)
+            memory.release()  # here the failed call's tensors are gone: the exception had them
+        return made
+
+    def make(self, jobs: Sequence[Job], first: int, size: int) -> list[GeneratedImage]:
+        """Make the batch of `size` images that starts at the job `first`, and save its images."""
         start = time.perf_counter()
-        batch = jobs[first : first + self.opened.plan.images]
-        made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch)
+        batch = jobs[first : first + size]
+        made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch, size)
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
-            path = self.output.save(image, self._metadata(job.prompt, job.seed), prompt=job.prompt, seed=job.seed)
+            metadata = self._metadata(job.prompt, job.seed, size)
+            path = self.output.save(image, metadata, prompt=job.prompt, seed=job.seed)
             self.console.note(f"{_batch_name([job], number, len(jobs))}: {path}")
             found.append((path, job, image))
         seconds = (time.perf_counter() - start) / len(batch)
@@ -506,34 +556,47 @@ class _Run:
             for path, job, image in found
         ]
 
-    def _denoise(self, name: str, batch: Sequence[Job]) -> list[Image.Image]:
+    def _halved(self, size: int, error: MemoryShortage) -> int:
+        """Half as many images at once, with a word on that; the error itself where one is too many already."""
+        if size == 1:
+            raise error
+        half = size // 2
+        if not self._takes(half):
+            raise MemoryShortage(
+                error.message, hint=f"use --batch-size {half}: it gets engines of its own, these don't take so few"
+            ) from error
+        self.console.warn(f"{error.message}: going on with --batch-size {half}")
+        return half
+
+    def _denoise(self, name: str, batch: Sequence[Job], size: int) -> list[Image.Image]:
         """One call of the pipeline."""
         pipe, finite = self.opened.pipe, _Finite()
         steps = len(self._timesteps())
         watching = finite.watching(pipe)
-        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan), watching:
+        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan, size), watching:
 
             def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
                 advance()
                 return {}
 
-            arguments = self._arguments(self._filled(batch))
+            arguments = self._arguments(self._filled(batch, size))
             pixels = pipe(**arguments, callback_on_step_end=on_step_end, output_type="np").images[: len(batch)]
         self._check_finite(finite.first_bad(), steps)
         made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
         return made
 
-    def _filled(self, batch: Sequence[Job]) -> Sequence[Job]:
+    def _filled(self, batch: Sequence[Job], size: int) -> Sequence[Job]:
         """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
-        plan, count = self.opened.plan, len(batch)
+        return batch if self._takes(len(batch)) else [*batch, *[batch[-1]] * (size - len(batch))]
+
+    def _takes(self, count: int) -> bool:
+        """Whether all engines take so many images at once."""
+        plan = self.opened.plan
         unet = replace(plan.sizes, batch=plan.sizes.batch // plan.images * count)
-        fits = (
+        return all(
             engines.slack(entry.key, sizes_of(name, unet, count)) is not None
             for name, entry in self.opened.entries.items()
         )
-        if all(fits):
-            return batch
-        return [*batch, *[batch[-1]] * (plan.images - len(batch))]
 
     def _timesteps(self) -> Any:
         """The timesteps that the pipeline will run: PNDM has one more than steps, Heun nearly twice as many."""
@@ -572,7 +635,7 @@ class _Run:
             f"{where} gave values that are not finite ({plan.backend}, {plan.precision}): no image was made", hint=hint
         )
 
-    def _metadata(self, prompt: str, seed: int) -> images.Metadata:
+    def _metadata(self, prompt: str, seed: int, size: int) -> images.Metadata:
         """The text that one image carries. Nothing in it changes between two runs with one seed."""
         spec, sizes, settings = self.spec, self.opened.plan.sizes, self.settings
         scheduler = self.opened.pipe.scheduler
@@ -591,7 +654,7 @@ class _Run:
         own = {"prompt": prompt, "negative_prompt": spec.negative_prompt, "seed": seed}
         own |= {"width": sizes.width, "height": sizes.height}
         parameters = images.format_parameters(prompt, spec.negative_prompt, fields)
-        return images.Metadata(parameters, {**own, **settings})
+        return images.Metadata(parameters, {**own, **settings, "batch_size": size})
 
 
 def _batch_name(batch: Sequence[Job], number: int, count: int) -> str:
@@ -653,8 +716,12 @@ def engine_facts(entry: Entry) -> dict[str, str]:
 
 
 @contextmanager
-def out_of_memory(plan: Plan) -> Iterator[None]:
-    """Turn PyTorch's failures to allocate into an `EngineError` (the CPU's is a bare `RuntimeError`)."""
+def out_of_memory(plan: Plan, images: int | None = None) -> Iterator[None]:
+    """Turn failures to allocate into a `MemoryShortage` (PyTorch's on the CPU is a bare `RuntimeError`).
+
+    Args:
+        images: made at once, if not as many as planned.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -662,8 +729,9 @@ def out_of_memory(plan: Plan) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(text in str(error) for text in texts):
             raise
-        size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {plan.images} at once," * (plan.images > 1)
-        raise EngineError(
+        count = images or plan.images
+        size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {count} at once," * (count > 1)
+        raise MemoryShortage(
             f"out of memory at {size} with {plan.backend} in {plan.precision}",
-            hint="use a smaller --height and --width" + ", or --batch-size" * (plan.images > 1),
+            hint="use a smaller --height and --width" + ", or --batch-size" * (count > 1),
         ) from error

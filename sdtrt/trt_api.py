@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from sdtrt import host
-from sdtrt.errors import BuildError, EngineError
+from sdtrt.errors import BuildError, EngineError, MemoryShortage
 from sdtrt.specs import Backend, BuildSpec, Precision
 
 Family = Literal["tensorrt", "tensorrt_lean", "tensorrt_rtx"]
@@ -880,6 +880,8 @@ def _datatype(text: str) -> str:
 
 REBUILD = "build it again: sdtrt build --backend tensorrt --force"
 
+OUT_OF_MEMORY = r"out of memory|OutOfMemory|cudaError 2\b|insufficient memory|Requested amount of GPU memory"
+
 # What TensorRT's messages mean. The first that matches is the cause: what comes with it is consequence.
 CAUSES: tuple[tuple[str, str, str], ...] = (
     (
@@ -913,7 +915,7 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         "check nvidia-smi; without a GPU use --backend onnxruntime",
     ),
     (
-        r"out of memory|OutOfMemory|cudaError 2\b|insufficient memory|Requested amount of GPU memory",
+        OUT_OF_MEMORY,
         "the GPU has too little free memory",
         "end other programs on the GPU, or build for smaller sizes: sdtrt build with a lower --batch or --height",
     ),
@@ -957,6 +959,8 @@ def explain(
     text = "\n".join(errors)
     for pattern, cause, hint in CAUSES:
         if match := re.search(pattern, text, re.DOTALL):
+            if pattern == OUT_OF_MEMORY and kind is EngineError:
+                kind = MemoryShortage
             return kind(f"{what}: {cause.format(*match.groups())}{said}", hint=hint)
     last = "; ".join(error.strip()[:300] for error in errors[-3:]) or f"{library.name} gave no reason"
     return kind(f"{what}: {last}", hint="read TensorRT's log, named above" if kind is BuildError else REBUILD)

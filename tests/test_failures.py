@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from factories import sd1_folder
 from fault_server import UNET
 from PIL import Image
 
-from sdtrt import engines
+from sdtrt import cache, engines, memory
 from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
 from sdtrt.models import resolve_model
@@ -118,6 +120,18 @@ def short_of_memory():
     return (*PAINT, "-H", "4096", "-W", "4096")
 
 
+def short_of_gpu_memory():
+    """The engine's sidecar says what a TensorRT engine's does, and the GPU has 3 GiB: neither is to be had here."""
+    (folder,) = Path().glob("engines/unet-onnxruntime-*")
+    (entry,) = (one for one in EngineDirectory(Path("engines")).entries("engine") if one.name == folder.name)
+    (folder / cache.SIDECAR).unlink()
+    cache._seal(folder, entry.kind, entry.key, {**entry.info, "plan_bytes": 2**31, "scratch_bytes": 2**31})
+    free = contextlib.ExitStack()
+    free.enter_context(mock.patch.object(memory, "free_bytes", return_value=3 * 2**30))
+    held.append(free)
+    return (*PAINT, "--component", "unet")
+
+
 held: list[object] = []
 
 MAKERS = {
@@ -184,6 +198,7 @@ MAKERS = {
     "engine directory can't be written": (*PAINT, "--engine-dir", "/proc/nowhere"),
     "engine directory that others can change": open_directory,
     "out of memory": short_of_memory,
+    "engines larger than the GPU's memory": short_of_gpu_memory,
     "interrupted": interrupted,
 }
 

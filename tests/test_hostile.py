@@ -188,8 +188,8 @@ def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path)
 
 
 def test_folders_of_others_are_no_damaged_entries(run, tmp_path):
-    mine = fill(tmp_path / "engines").path / "mine"
-    mine.mkdir()
+    mine = tmp_path / "engines" / "mine"
+    mine.mkdir(parents=True)
     (mine / "entry.json").write_text("{}")
     assert run("engines", "verify")[0] == 0
     assert run("engines", "prune", "--damaged")[1] == ""

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from sdtrt import engines, images, models, pipeline
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import EngineError, OutputError, UsageError
+from sdtrt.errors import EngineError, MemoryShortage, OutputError, UsageError
 from sdtrt.images import read_metadata, read_parameters
+from sdtrt.parts import sizes_of
 from sdtrt.pipeline import generate
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec
+from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, Sizes
 
 # Two resolutions instead of four: a third of the time to export and to run.
 SMALL = {
@@ -677,6 +678,99 @@ def test_too_little_memory_in_onnx_runtime_is_a_clear_error(spec, directory, mon
     with pytest.raises(EngineError, match="out of memory at 64x64") as caught:
         generate(spec, directory, QUIET)
     assert "--height" in caught.value.hint
+
+
+@pytest.fixture
+def unet_rows(monkeypatch):
+    """The UNet's rows in ONNX Runtime, call by call: more than `unet_rows.most` are more than there is memory for."""
+
+    class Rows(list):
+        most = 4
+
+    rows, real = Rows(), OnnxRuntimeSession.run
+
+    def run(session, feeds):
+        if session.contract.component == "unet":
+            rows.append(feeds["sample"].shape[0])
+            if rows[-1] > rows.most:
+                raise MemoryError("ONNX Runtime has too little memory")
+        return real(session, feeds)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", run)
+    return rows
+
+
+def test_a_batch_that_is_too_large_goes_on_in_smaller_ones(spec, directory, unet_rows, tmp_path):
+    spec = replace(spec, backend="onnxruntime", num_images=7)
+    expected = made(replace(spec, output=tmp_path / "alone"), directory)
+    unet_rows.clear()
+    console = Recorder()
+    report = generate(replace(spec, batch_size=5), directory, console)
+    assert unet_rows[0] == 10
+    assert set(unet_rows[1:-4]) == {4}
+    assert set(unet_rows[-4:]) == {2}  # one image; PNDM has one call more than steps
+    (warning,) = [text for text in console.warnings if "memory" in text]
+    assert warning == "out of memory at 64x64 pixels, 5 at once, with onnxruntime in fp32: going on with --batch-size 2"
+    assert [image.seed for image in report.images] == [5, 6, 7, 8, 9, 10, 11]
+    for one, image in zip(expected, report.images, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(image.path)).max() <= 1
+        assert read_metadata(image.path).details["batch_size"] == 2
+
+
+def test_images_that_are_done_stay_when_not_even_one_more_fits(spec, directory, unet_rows):
+    class Shrinking(Recorder):
+        def note(self, text):
+            unet_rows.most = 1  # once an image is there
+
+    console = Shrinking()
+    with pytest.raises(MemoryShortage, match="out of memory at 64x64 pixels with") as caught:
+        generate(replace(spec, backend="onnxruntime", num_images=6, batch_size=2), directory, console)
+    assert caught.value.hint == "use a smaller --height and --width"
+    assert len(list(spec.output.iterdir())) == 2
+    assert [text.split(": ")[1] for text in console.warnings] == ["going on with --batch-size 1"]
+
+
+def test_the_last_images_are_not_tried_in_batches_that_they_do_not_fill(spec, directory, unet_rows):
+    class Shrinking(Recorder):
+        def note(self, text):
+            unet_rows.most = 1
+
+    console = Shrinking()
+    unet_rows.most = 8
+    with pytest.raises(MemoryShortage):
+        generate(replace(spec, backend="onnxruntime", num_images=5, batch_size=4), directory, console)
+    assert console.warnings == []
+    assert unet_rows[-1] == 2
+
+
+def test_an_engine_for_one_batch_alone_says_which_batch_to_ask_for(spec, directory, unet_rows, monkeypatch):
+    """As TensorRT's are, built for exactly the batch that is asked for."""
+
+    def for_four_images(key, sizes):
+        return 0.0 if sizes.batch == (8 if key["component"] == "unet" else 4) else None
+
+    spec = replace(spec, backend="onnxruntime", num_images=6, batch_size=4)
+    engines.ensure_engine(models.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
+    monkeypatch.setattr(engines, "slack", for_four_images)
+    with pytest.raises(MemoryShortage, match="out of memory at 64x64 pixels, 4 at once") as caught:
+        generate(spec, directory, QUIET)
+    assert caught.value.hint == "use --batch-size 2: it gets engines of its own, these don't take so few"
+
+
+def test_pytorchs_batches_get_smaller_too(spec, directory, monkeypatch):
+    real = diffusers.UNet2DConditionModel.forward
+
+    def forward(unet, sample, *args, **kwargs):
+        if len(sample) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return real(unet, sample, *args, **kwargs)
+
+    expected = [path.read_bytes() for path in made(replace(spec, num_images=3), directory)]
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", forward)
+    console = Recorder()
+    paths = made(replace(spec, num_images=3, batch_size=3, overwrite=True), directory, console)
+    assert [path.read_bytes() for path in paths] == expected  # one at a time: the same to the last byte
+    assert [text.split(": ")[1] for text in console.warnings] == ["going on with --batch-size 1"]
 
 
 def test_a_bug_keeps_its_traceback(spec, directory, monkeypatch):

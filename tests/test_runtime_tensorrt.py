@@ -14,14 +14,16 @@ import trt_fakes
 from trt_fakes import CHANNELS, WIDTH, FakeCuda, FakePyCuda, expected, fake_library, profile_shapes, write_plan
 
 from sdtrt import host, trt_api
+from sdtrt.build import tensorrt as build
 from sdtrt.components import Contract, unet_contract
-from sdtrt.errors import EngineError
+from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
 from sdtrt.runtime import pycuda as pycuda_module
 from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
 from sdtrt.runtime.pycuda import PyCudaSession
 from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range
 
 CONFIG = {"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}
 CONTRACT = unet_contract(CONFIG, "fp16")
@@ -169,8 +171,24 @@ def test_wrong_feeds_never_reach_the_engine(change, message, cuda, plan):
 def test_a_failing_run_names_the_cause(cuda, plan):
     with session_on(plan) as session:
         session._library.module._fail = "1: [executionContext.cpp] Error Code 1: Cuda Runtime (out of memory)"
-        with pytest.raises(EngineError, match="too little free memory"):
+        with pytest.raises(MemoryShortage, match="too little free memory"):
             session.run(feeds())
+        session._library.module._fail = None
+        np.testing.assert_array_equal(session.run(feeds())["out_sample"], wanted(feeds()))
+
+
+def test_a_build_notes_what_a_session_takes(cuda, plan, tmp_path, monkeypatch):
+    """`sdtrt.memory` reads it before sessions are opened."""
+    profile = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
+    spec = BuildSpec(ExportSpec(precision="fp16"), "tensorrt", (profile,))
+    request = build.Request(tmp_path / "model.onnx", tmp_path, CONTRACT, spec, None, False)
+    library = fake_library("tensorrt 8.6.1")
+    monkeypatch.setattr(build, "why_not_runnable", lambda library, spec: None)
+    monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
+    monkeypatch.setattr(build, "_compare", lambda request, feeds, outputs: {})
+    info = build._check(library, request, lambda message: None, {})
+    assert info["scratch_bytes"] == trt_fakes.Engine.device_memory_size
+    assert info["unchecked"] is None
 
 
 def test_non_contiguous_feeds(cuda, plan):

@@ -367,7 +367,7 @@ def test_timesteps_are_spread_evenly_with_both_ends():
 def test_no_build_builds_none_of_the_other_components_either(spec, directory, tmp_path):
     only = EngineDirectory(tmp_path / "only")
     image = spec.image
-    model = models.resolve_model(image.model, QUIET)
+    model = resolve_model(image.model, QUIET)
     engines.ensure_engine(model, "onnxruntime", image.precision, Sizes(2, 64, 64), only)
     before = [entry.name for entry in only.entries()]
     with pytest.raises(EngineError, match="text_encoder"):

@@ -111,7 +111,8 @@ def build_plan(
 
     Returns:
         What is known of the engine: `precision` (computing layers by precision, and where that was read), `parity`
-        with the ONNX for each profile, `unchecked` (why the engine was not run, else None), `build_seconds`, ...
+        with the ONNX for each profile, `unchecked` (why the engine was not run, else None), `plan_bytes` and
+        `scratch_bytes` (what a session takes of the GPU's memory; the latter only where the engine was run), ...
 
     Raises:
         BuildError, EngineError: where it can't be built or is not right. `folder` is then to be thrown away.
@@ -368,9 +369,11 @@ def _check(library: Library, request: Request, report: Report, precision: Mappin
     ) as session:
         parity = [_run_once(request, session, profile) for profile in spec.profiles]
         layers = _read_precision(request, session.information())
+        scratch = session.scratch_bytes
     if spec.export.precision == "bf16":
         report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
-    return {"unchecked": None, "parity": parity, "precision": {"layers": layers, "read_from": "inspector"}}
+    found = {"layers": layers, "read_from": "inspector"}
+    return {"unchecked": None, "parity": parity, "precision": found, "scratch_bytes": scratch}
 
 
 def _current_gpu() -> torch.device:

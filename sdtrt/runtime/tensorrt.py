@@ -15,7 +15,7 @@ import torch
 from sdtrt import trt_api
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import Console
-from sdtrt.errors import EngineError
+from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, load_plan, output_shape
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
@@ -90,6 +90,11 @@ class TensorRTSession(Session[torch.Tensor]):
     def graph_count(self) -> int:
         """How many shapes are held as CUDA graphs."""
         return len(self._graphs)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The scratch memory that the session holds, enough for the largest size that the engine serves."""
+        return self._scratch.numel()
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""
@@ -231,7 +236,7 @@ def _memory_errors(what: object) -> Iterator[None]:
         free = ""
         with suppress(RuntimeError):
             free = f", {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB are free"
-        raise EngineError(
+        raise MemoryShortage(
             f"the GPU has too little memory for {what}{free}",
             hint="end other programs on the GPU, or build for smaller sizes: a lower --batch or --height",
         ) from error
