@@ -25,8 +25,18 @@ from sdtrt.errors import EngineError, SdtrtError, UsageError, first_line
 from sdtrt.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
 from sdtrt.models import Model
 from sdtrt.parity import seeded_feeds
-from sdtrt.pipeline import OpenPipeline, Plan, check_plan, hooked, open_pipeline, out_of_memory, unet_sizes
-from sdtrt.specs import BENCH_PROMPT, Backend, BenchSpec, BenchTask, Precision
+from sdtrt.pipeline import (
+    OpenPipeline,
+    Plan,
+    check_plan,
+    engine_facts,
+    engines_of,
+    hooked,
+    open_pipeline,
+    out_of_memory,
+    unet_sizes,
+)
+from sdtrt.specs import SAMPLE_PROMPT, Backend, BenchSpec, BenchTask, Precision
 from sdtrt.tracing import UNetCall
 
 MIB = 2**20
@@ -391,7 +401,8 @@ class _Bench:
     def _measure(self, task: BenchTask, runner: Runner, plan: Plan, batch: int) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""
         check_plan(plan)
-        self._ensure_engines(plan)
+        # Before memory is watched: a build is no part of generating.
+        engines_of(plan, self.directory, self.console, allow_build=self.spec.allow_build)
         meter = MemoryMeter(plan.device)
         with self._open(runner, plan) as opened, out_of_memory(plan):
             call = self._call(opened, task, batch)
@@ -406,25 +417,9 @@ class _Bench:
             memory, peak = meter.to_json(), meter.peak_bytes
             components = {name: _time_component(part, plan.device) for name, part in _parts(opened, batch).items()}
         joules = None if energy is None or used is None else (used - energy) / self.spec.repeats
-        entry = opened.entry
-        engine = None if entry is None else {"name": entry.name, "digest": entry.digest}
+        engine = None if opened.entry is None else engine_facts(opened.entry)
         device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else plan.device.type
         return Measured(device, latency, components, unet_calls, memory, peak, joules, engine)
-
-    def _ensure_engines(self, plan: Plan) -> None:
-        """Build what is missing before memory is watched: a build is no part of generating."""
-        allow_build, images = self.spec.allow_build, plan.images
-        engines.ensure_engines(
-            plan.model,
-            plan.backend,
-            plan.precision,
-            plan.sizes,
-            self.directory,
-            plan.in_engines,
-            images=images,
-            allow_build=allow_build,
-            console=self.console,
-        )
 
     @contextmanager
     def _open(self, runner: Runner, plan: Plan) -> Iterator[OpenPipeline]:
@@ -444,7 +439,7 @@ class _Bench:
         """The diffusers call of a task: the same noise each time."""
         spec, sizes = self.spec, opened.plan.sizes
         arguments: dict[str, Any] = {
-            "prompt": [BENCH_PROMPT] * batch,
+            "prompt": [SAMPLE_PROMPT] * batch,
             "num_inference_steps": spec.steps,
             "guidance_scale": spec.guidance_scale,
         }
@@ -486,7 +481,7 @@ def _parts(opened: OpenPipeline, batch: int) -> dict[str, Callable[[], object]]:
     guided = plan.sizes.batch > batch
     parts: dict[str, Callable[[], object]] = {
         "text_encoder": lambda: pipe.encode_prompt(
-            prompt=[BENCH_PROMPT] * batch,
+            prompt=[SAMPLE_PROMPT] * batch,
             device=plan.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,

@@ -35,7 +35,7 @@ from typing import IO, Any, TypeVar
 
 from sdtrt import __version__
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import CacheError
+from sdtrt.errors import CacheError, EntryInUseError
 from sdtrt.files import (
     FULL,
     NO_LOCKS,
@@ -341,13 +341,18 @@ class EngineDirectory:
         """Delete an entry, if it is still there. It vanishes at once (renamed first), then its space is freed.
 
         Raises:
-            CacheError: when a process is using it.
+            EntryInUseError: when a process is using it.
         """
         folder = entry if isinstance(entry, Path) else entry.path
         with self._writing(), _exclusively(folder) as free:
             if not free:
-                raise CacheError(f"{folder.name} is in use", hint="end the process that uses it, or wait for it")
+                raise _in_use(folder)
             self._discard(folder)
+
+    def require_free(self, folder: Path) -> None:
+        """Raise `EntryInUseError` where a process holds the entry in a folder."""
+        if self.is_in_use(folder):
+            raise _in_use(folder)
 
     def is_in_use(self, folder: Path) -> bool:
         """Whether a process holds the entry in a folder."""
@@ -631,6 +636,10 @@ def _seal_of(sidecar: Mapping[str, Any]) -> str:
     """sha256 (hex) of all that a sidecar says."""
     content = {name: value for name, value in sidecar.items() if name != "seal"}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _in_use(folder: Path) -> EntryInUseError:
+    return EntryInUseError(f"{folder.name} is in use", hint="end the process that uses it, or wait for it")
 
 
 @contextmanager

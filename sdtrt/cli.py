@@ -52,9 +52,11 @@ from sdtrt.specs import (
 from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
+    from sdtrt.bench import BenchReport
     from sdtrt.cache import Checked, Entry
     from sdtrt.inspection import EngineReport, ModelReport
     from sdtrt.models import Model
+    from sdtrt.verify import VerifyReport
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 DAY = 86400
@@ -263,10 +265,7 @@ def verify(
         from sdtrt.verify import verify
 
     report = verify(spec, directory.directory(), output.console())
-    if output.as_json:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        report.print()
+    _show(report, output)
     report.raise_on_failure()
 
 
@@ -285,10 +284,7 @@ def bench(
         from sdtrt.bench import run_bench
 
     report = run_bench(spec, directory.directory(), output.console(), shlex.join(["sdtrt", *sys.argv[1:]]))
-    if output.as_json:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        report.print()
+    _show(report, output)
     report.check()
 
 
@@ -315,10 +311,7 @@ def inspect(
         from sdtrt.models import resolve_model
 
         report = inspect_model(resolve_model(model.spec(), output.console()), part, tree=tree)
-    if output.as_json:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        report.print()
+    _show(report, output)
 
 
 @app.command()
@@ -369,9 +362,8 @@ def remove_entries(
     """Remove entries by name, damaged ones too."""
     found = directory.directory()
     folders = {folder.name: folder for folder in (found.folder_named(name) for name in names)}
-    for name, folder in folders.items():  # all or none
-        if found.is_in_use(folder):
-            raise CacheError(f"{name} is in use", hint="end the process that uses it, or wait for it")
+    for folder in folders.values():  # all or none
+        found.require_free(folder)
     for folder in folders.values():
         found.remove(folder)
     _render(list(folders), {"removed": list(folders)}, output)
@@ -451,6 +443,14 @@ def _age(moment: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return "just now"
+
+
+def _show(report: EngineReport | ModelReport | VerifyReport | BenchReport, output: OutputOptions) -> None:
+    """Print a report on stdout: as a table, or as one JSON document."""
+    if output.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report.print()
 
 
 def _render(lines: Sequence[str], document: Mapping[str, Any], output: OutputOptions) -> None:

@@ -10,7 +10,7 @@ from sdtrt import host
 from sdtrt.build import FORMAT, backend_version, build_engine, host_key
 from sdtrt.cache import MALFORMED, EngineDirectory, Entry
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import CacheError, EngineError, SdtrtError
+from sdtrt.errors import EngineError, EntryInUseError, SdtrtError
 from sdtrt.export import export_key
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, precision_of, sizes_of
@@ -244,18 +244,12 @@ def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET)
         chosen |= {directory.path / one.name: one.size_bytes for one in checked}
     removed = []
     for path in chosen:
-        if directory.is_in_use(path):
-            console.note(f"{path.name} is in use: it stays")
-            continue
         try:
-            if not spec.dry_run:
-                directory.remove(path)
-        except CacheError:
-            if not directory.is_in_use(path):
-                raise
-            console.note(f"{path.name} is in use: it stays")  # since a moment ago
-            continue
-        removed.append(path)
+            (directory.require_free if spec.dry_run else directory.remove)(path)
+        except EntryInUseError as error:
+            console.note(f"{error.message}: it stays")
+        else:
+            removed.append(path)
     freed = sum(chosen[path] for path in removed)
     return Pruned(tuple(path.name for path in removed), freed, leftovers, spec.dry_run)
 

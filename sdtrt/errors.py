@@ -53,6 +53,10 @@ class CacheError(SdtrtError):
     """An engine directory that can't be used."""
 
 
+class EntryInUseError(CacheError):
+    """An entry that can't be removed while a process uses it."""
+
+
 class OutputError(SdtrtError):
     """A result that can't be written where it was asked for."""
 

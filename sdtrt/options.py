@@ -25,11 +25,11 @@ from sdtrt.specs import (
     DEFAULT_STEPS,
     DEFAULT_STRENGTH,
     DEFAULT_TOKENS,
-    DEFAULT_VERIFY_PROMPT,
     DEFAULT_VERIFY_SEED,
     EXPORTERS,
     MAX_DIGITS,
     PRECISIONS,
+    SAMPLE_PROMPT,
     SCHEDULERS,
     BackendChoice,
     BaselineName,
@@ -279,7 +279,7 @@ class VerifyOptions:
         str | None, Option("--engine", "-e", help="an engine of the engine directory, by name; else the one in use")
     ] = None
     timesteps: Annotated[int | None, Option(help="compare so many timesteps, spread evenly; by default all")] = None
-    prompt: Annotated[str, Option("--prompt", "-p", help="of the image that is denoised")] = DEFAULT_VERIFY_PROMPT
+    prompt: Annotated[str, Option("--prompt", "-p", help="of the image that is denoised")] = SAMPLE_PROMPT
     negative_prompt: NegativePrompt = ""
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE

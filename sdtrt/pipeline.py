@@ -296,9 +296,9 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def _encoders(model: Model) -> list[str]:
+def _encoders(model: Model) -> list[Component]:
     """The names of the model's text encoders (SDXL has two, its refiner the second only)."""
-    return [name for name in ("text_encoder", "text_encoder_2") if name in model.parts]
+    return [name for name in TEXT_ENCODERS if name in model.parts]
 
 
 @contextmanager
@@ -342,16 +342,17 @@ class _Running:
         return all(name in self.sessions for name in names)
 
 
-@contextmanager
-def _open_engines(
-    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
-) -> Iterator[_Running]:
-    """Find or build the engines of a plan, then open all of them."""
-    if not plan.in_engines:
-        yield _Running()
-        return
+def engines_of(
+    plan: Plan,
+    directory: EngineDirectory,
+    console: Console,
+    *,
+    allow_build: bool = True,
+    unet_engine: Entry | None = None,
+) -> dict[Component, Entry]:
+    """Find or build the engines of a plan; none for the torch backend. `unet_engine`: as of `open_pipeline`."""
     given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
-    entries = given | engines.ensure_engines(
+    return given | engines.ensure_engines(
         plan.model,
         plan.backend,
         plan.precision,
@@ -362,6 +363,17 @@ def _open_engines(
         allow_build=allow_build,
         console=console,
     )
+
+
+@contextmanager
+def _open_engines(
+    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
+) -> Iterator[_Running]:
+    """Find or build the engines of a plan, then open all of them."""
+    if not plan.in_engines:
+        yield _Running()
+        return
+    entries = engines_of(plan, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     _check_memory(plan, entries)
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(open_session(entry, plan.device)) for name, entry in entries.items()}

@@ -40,13 +40,12 @@ DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 7.5
 DEFAULT_STRENGTH = 0.8
 DEFAULT_TOKENS = 77
-BENCH_PROMPT = "a red circle on a blue background"
+SAMPLE_PROMPT = "a red circle on a blue background"
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
-DEFAULT_VERIFY_PROMPT = "a red circle on a blue background"
 DEFAULT_VERIFY_SEED = 0
 MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
 GIB = 2**30
@@ -473,7 +472,7 @@ class BenchSpec:
     def request(self, task: BenchTask) -> GenerateSpec:
         """The generation that is timed."""
         return GenerateSpec(
-            prompts=(BENCH_PROMPT,),
+            prompts=(SAMPLE_PROMPT,),
             model=self.model,
             backend=self.backend,
             precision=self.precision,

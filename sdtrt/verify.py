@@ -28,8 +28,17 @@ from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.meters import free_memory, tf32
 from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, require_ssim, ssim
 from sdtrt.models import Model
-from sdtrt.pipeline import OpenPipeline, Plan, engine_facts, hooked, open_pipeline, out_of_memory, plan_image
-from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
+from sdtrt.pipeline import (
+    OpenPipeline,
+    Plan,
+    engine_facts,
+    engines_of,
+    hooked,
+    open_pipeline,
+    out_of_memory,
+    plan_image,
+)
+from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
 PANEL_PIXELS = 320  # a side: smaller pictures are shown enlarged
@@ -198,20 +207,11 @@ def _subject(spec: VerifySpec, model: Model, directory: EngineDirectory, console
         entry = directory.named(spec.engine)
         plan = plan_image(_as_engine(spec.image, entry), model, console)
         _check_fits(entry, plan)
-        _ensure(plan, [name for name in plan.in_engines if name != "unet"], spec, directory, console)
-        return plan, entry
-    plan = plan_image(spec.image, model, console)
-    return plan, _ensure(plan, plan.in_engines, spec, directory, console).get("unet")
-
-
-def _ensure(
-    plan: Plan, names: Sequence[Component], spec: VerifySpec, directory: EngineDirectory, console: Console
-) -> Mapping[Component, Entry]:
-    """Find or build the engines of the image before the long part begins."""
-    allow_build = spec.image.allow_build
-    return engines.ensure_engines(
-        plan.model, plan.backend, plan.precision, plan.sizes, directory, names, allow_build=allow_build, console=console
-    )
+    else:
+        entry, plan = None, plan_image(spec.image, model, console)
+    # All that the image needs, before the long part begins.
+    found = engines_of(plan, directory, console, allow_build=spec.image.allow_build, unet_engine=entry)
+    return plan, found.get("unet")
 
 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, small_unet
+from factories import SMALL, sd1_folder, small_unet
 from PIL import Image
 
 from sdtrt import baselines, engines, meters, pipeline
@@ -29,13 +29,6 @@ from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
 
-SMALL = {
-    "block_out_channels": (32, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "sample_size": 8,
-}
 ROW_KEYS = {
     "task",
     "backend",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from factories import sd1_folder, sd1_single_file, sdxl_folder, tampered_engine
+from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_engine
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,16 +25,6 @@ from sdtrt.parts import sizes_of
 from sdtrt.pipeline import generate
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, Sizes
-
-# Two resolutions instead of four: a third of the time to export and to run.
-SMALL = {
-    "block_out_channels": (32, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "sample_size": 8,
-}
-
 
 # Of CLIP's text encoder, whose modules lie one level deeper before transformers 5.
 LAST_NORM = "final_layer_norm" if int(transformers.__version__.split(".")[0]) >= 5 else "text_model.final_layer_norm"
