@@ -1,13 +1,14 @@
-"""What stays fp32 in an fp16 UNet, and what that costs: the ablation behind `tracing.WIDE_LEVELS`.
+"""What stays fp32 in an fp16 UNet, and what that costs: the ablation behind `tracing.WIDE_LAYERS`.
 
     python scripts/make_random_model.py sd15
-    python benchmarks/fidelity.py levels --model sd15 --levels 0 1 2 4 --output benchmarks/fidelity/levels-sd15.json
+    python benchmarks/fidelity.py layers --model sd15 --variants 0 5 5-native --output benchmarks/fidelity/layers.json
     python benchmarks/fidelity.py convolutions --output benchmarks/fidelity/convolutions.json
 
-`levels` exports the UNet once for each number of resolutions whose convolutions compute in fp32, builds all of them
-side by side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off),
-with PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, and the time of a
-step. `convolutions` does so for single 3x3 convolutions of Stable Diffusion's widths, where the builder may choose.
+`layers` exports the UNet once for each number of layers whose convolutions compute in fp32, builds all of them side by
+side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
+PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, and the time of a step.
+`-native` is without TensorRT 8.6's plugin for group normalisation. `convolutions` does so for single 3x3 convolutions
+of Stable Diffusion's widths, where the builder may choose.
 """
 
 from __future__ import annotations
@@ -48,15 +49,27 @@ Feeds = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """One export: where its files lie, and how many resolutions of it compute their convolutions in fp32."""
+    """One engine: where its files lie, how many layers compute in fp32, and whether norms are by the plugin."""
 
-    levels: int
+    layers: int
+    plugins: bool
     folder: Path
+
+    @classmethod
+    def of(cls, name: str, folder: Path) -> Variant:
+        """`5` or `5-native`."""
+        layers, _, native = name.partition("-")
+        return cls(int(layers), native != "native", folder / name)
 
     @property
     def onnx(self) -> Path:
         """Its graph."""
         return self.folder / "model.onnx"
+
+    @property
+    def facts(self) -> Path:
+        """What the build measured, for a later run with the same folder."""
+        return self.folder / "build.json"
 
 
 def device_of(backend: Backend) -> torch.device:
@@ -70,7 +83,8 @@ def build(variant: Variant, contract: Contract, args: argparse.Namespace) -> dic
     if args.backend == "onnxruntime":
         return optimize(variant.onnx, variant.folder, contract, console)
     profiles = (Profile.of(Sizes(2, args.height, args.width)),)
-    spec = BuildSpec(ExportSpec(ModelSpec("ablation")), args.backend, profiles, args.optimization_level)
+    export = ExportSpec(ModelSpec("ablation"))
+    spec = BuildSpec(export, args.backend, profiles, args.optimization_level, norm_plugins=variant.plugins)
     return build_plan(variant.onnx, variant.folder, contract, spec, timing_cache=None, console=console)
 
 
@@ -115,9 +129,24 @@ def errors(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
     return {"relative_l2": [relative_l2(*pair) for pair in pairs], "cosine": [cosine(*pair) for pair in pairs]}
 
 
-def row_of(variant: Variant, contract: Contract, built: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contract, args: argparse.Namespace) -> None:
+    """Export and build those variants that no earlier run with the same folder has left there."""
+    missing = [variant for variant in variants if not variant.facts.exists()]
+    for variant in missing:
+        variant.folder.mkdir(exist_ok=True)
+        write_onnx(unet, contract, variant.onnx, wide_layers=variant.layers, console=Console())
+
+    def make(variant: Variant) -> None:
+        operators = len(onnx_graph.float32_nodes(variant.onnx))
+        variant.facts.write_text(json.dumps(build(variant, contract, args) | {"fp32_operators": operators}))
+
+    with ThreadPoolExecutor(max(len(missing), 1)) as pool:  # each builds in a process of its own
+        list(pool.map(make, missing))
+
+
+def row_of(variant: Variant, contract: Contract, state: Mapping[str, Any]) -> dict[str, Any]:
     """Run one variant."""
-    backend, feeds = state["backend"], state["feeds"]
+    backend, feeds, built = state["backend"], state["feeds"], json.loads(variant.facts.read_text())
     with opened(variant, contract, backend) as session:
         outputs = [session.run(one)[contract.outputs[0].name] for one in feeds]
         for _ in range(5):
@@ -126,8 +155,9 @@ def row_of(variant: Variant, contract: Contract, built: Mapping[str, Any], state
     found = errors(outputs, state["expected"])
     ratios = [mine / own for mine, own in zip(found["relative_l2"], state["floor"]["relative_l2"], strict=True)]
     return {
-        "levels": variant.levels,
-        "fp32_operators": len(onnx_graph.float32_nodes(variant.onnx)),
+        "layers": variant.layers,
+        "norm_plugins": variant.plugins,
+        "fp32_operators": built.get("fp32_operators"),
         **found,
         "worst_ratio_to_pytorch_fp16": max(ratios),
         "step_ms": step.to_json(),
@@ -135,26 +165,23 @@ def row_of(variant: Variant, contract: Contract, built: Mapping[str, Any], state
     }
 
 
-def measure_levels(args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of `levels`."""
+def measure_layers(args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of `layers`."""
     model = resolve_model(ModelSpec(args.model))
     unet = load_unet(model, torch.float16)
     contract = unet_contract(model.config("unet"), "fp16")
     device, sizes = device_of(args.backend), Sizes(2, args.height, args.width)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        variants = [Variant(levels, Path(folder) / str(levels)) for levels in args.levels]
-        for variant in variants:
-            variant.folder.mkdir()
-            write_onnx(unet, contract, variant.onnx, wide_levels=variant.levels, console=Console())
-        with ThreadPoolExecutor(len(variants)) as pool:  # each builds in a process of its own
-            built = list(pool.map(lambda variant: build(variant, contract, args), variants))
-        feeds = feeds_of(contract, sizes, device)
-        half = outputs_of(unet.to(device), torch.float16, feeds)
-        expected = outputs_of(unet, torch.float32, feeds)
-        unet.to("cpu")
-        floor = errors(half, expected)
-        state = {"backend": args.backend, "feeds": feeds, "expected": expected, "floor": floor, "repeats": args.repeats}
-        rows = [row_of(variant, contract, one, state) for variant, one in zip(variants, built, strict=True)]
+    variants = [Variant.of(name, args.folder) for name in args.variants]
+    prepare(variants, unet, contract, args)
+    if args.build_only:
+        return {}
+    feeds = feeds_of(contract, sizes, device)
+    half = outputs_of(unet.to(device), torch.float16, feeds)
+    expected = outputs_of(unet, torch.float32, feeds)
+    unet.to("cpu")
+    floor = errors(half, expected)
+    state = {"backend": args.backend, "feeds": feeds, "expected": expected, "floor": floor, "repeats": args.repeats}
+    rows = [row_of(variant, contract, state) for variant in variants]
     return {"model": args.model, "sizes": str(sizes), "timesteps": TIMESTEPS, "pytorch_fp16": floor, "rows": rows}
 
 
@@ -184,7 +211,7 @@ def measure_convolution(channels: int, out_channels: int, side: int, args: argpa
         (TensorSpec("out_sample", "float16", (2, out_channels, side, side)),),
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
-        variant = Variant(0, Path(folder))
+        variant = Variant(0, False, Path(folder))
         names = {"input_names": ["sample"], "output_names": ["out_sample"]}
         torch.onnx.export(module, (sample,), str(variant.onnx), dynamo=False, opset_version=17, **names)
         build(variant, contract, args)
@@ -207,22 +234,28 @@ def measure_convolution(channels: int, out_channels: int, side: int, args: argpa
 def main() -> None:
     """Measure, and write the JSON; nothing is written if anything fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["levels", "convolutions"])
+    parser.add_argument("what", choices=["layers", "convolutions"])
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--levels", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--variants", nargs="+", default=["0", "3", "5"], metavar="N[-native]")
+    parser.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--backend", choices=["tensorrt", "onnxruntime"], default="tensorrt")
     parser.add_argument("--optimization-level", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--folder", type=Path, help="where the graphs and engines lie meanwhile: gigabytes")
+    parser.add_argument("--folder", type=Path, help="where the graphs and engines lie: gigabytes; kept if it is named")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if args.what == "levels":
-        figures = measure_levels(args)
-    else:
-        figures = {"rows": [measure_convolution(*sizes, args) for sizes in CHANNELS]}
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = args.folder or Path(temporary)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        if args.what == "layers":
+            figures = measure_layers(args)
+        else:
+            figures = {"rows": [measure_convolution(*sizes, args) for sizes in CHANNELS]}
+    if not figures:
+        return
     command = shlex.join(["python", *sys.argv])
     report = {"command": command, "host": host.facts(), "versions": host.library_versions(), **figures}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -123,10 +123,11 @@ def main() -> None:
     parser.add_argument("--engine-dir", type=Path, default=default_directory())
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--build", action="store_true", help="build missing engines")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 768], help="leave tasks of other widths out")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rows = []
-    for task in TASKS:
+    for task in (task for task in TASKS if task.width in args.widths):
         for backend, precision, repeats in BACKENDS:
             row = measure(task, backend, precision, repeats, args)
             rows.append(row)

@@ -5,23 +5,27 @@
 #     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
 #
 # Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 10 minutes for a UNet of
-# Stable Diffusion 1.5's size when several are built at once. Engines stay in FOLDER/engines for a second call; so does
-# reports/levels.json, whose engines are not kept.
+# Stable Diffusion 1.5's size when several are built at once. With two GPUs the UNets that are timed are built on the
+# first, all else on the second, and there the tests run while the first one measures. All stays in FOLDER for a second
+# call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
-mkdir -p "$1"/{logs,engines,reports,gpu-test-models}
+mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation}
 out=$(cd "$1" && pwd) python=${PYTHON:-python}
 model=$out/gpu-test-models/sd1-random
+last=$(($(nvidia-smi -L | wc -l) - 1))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} SDTRT_GPU_TEST_ENGINE_DIR=$out/engines SDTRT_ENGINE_DIR=$out/engines
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # else each of the exports side by side starts a thread a core
 declare -A jobs
 failed=()
 
-start() { # NAME COMMAND...: run it beside what else runs
-    local name=$1
-    shift
-    "$@" >"$out/logs/$name.log" 2>&1 &
+start() { # GPU NAME COMMAND...: run it beside what else runs
+    local gpu=$1 name=$2
+    shift 2
+    CUDA_VISIBLE_DEVICES=$gpu "$@" >"$out/logs/$name.log" 2>&1 &
     jobs[$name]=$!
+    echo "$(date +%T) start: $name on GPU $gpu"
 }
 
 finish() { # NAME...: wait for them
@@ -34,38 +38,55 @@ finish() { # NAME...: wait for them
     done
 }
 
-measure() { # NAME COMMAND...: run it alone
-    start "$@"
-    finish "$1"
+large() { # WIDTH OPTION...: build engines of the large model, 512 pixels high
+    local width=$1
+    shift
+    "$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width" \
+        --optimization-level 1 "$@"
 }
 
-build() { # NAME WIDTH COMPONENT...: engines of the large model, 512 pixels high
-    local name=$1 width=$2
-    shift 2
-    start "$name" "$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width" \
-        --optimization-level 1 $(printf -- '--component %s ' "$@")
-}
+unet() { large "$1" --component unet || large "$1" --component unet --no-norm-plugins; } # WIDTH
 
-for engine in dynamic fp32; do start "test-$engine" "$python" tests/gpu/gpu_engines.py --one "$engine"; done
-[ -e "$model" ] || measure model "$python" scripts/make_random_model.py "$model"
-build unet-512 512 unet
-build unet-768 768 unet
-build parts-512 512 text_encoder vae_decoder vae_encoder
-build parts-768 768 vae_decoder vae_encoder
-[ -e "$out/reports/levels.json" ] || start levels "$python" benchmarks/fidelity.py levels --model "$model" --levels 0 1 2 \
-    --folder "$out" --output "$out/reports/levels.json"
-start tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
+ablation() { "$python" benchmarks/fidelity.py layers --model "$model" --folder "$out/ablation" "$@"; }
+
+start "$last" test-dynamic "$python" tests/gpu/gpu_engines.py --one dynamic
+if [ ! -e "$model" ]; then
+    start 0 model "$python" scripts/make_random_model.py "$model"
+    finish model
+fi
+start 0 unet-512 unet 512
+start 0 unet-768 unet 768
+start 0 ablation-build ablation --variants 0 --build-only --output "$out/reports/none"
+start "$last" ablation-native ablation --variants 5-native --build-only --output "$out/reports/none"
+start "$last" parts-512 large 512 --component text_encoder --component vae_decoder --component vae_encoder
+start "$last" parts-768 large 768 --component vae_decoder --component vae_encoder
+start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
+start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
     --component text_encoder --component vae_decoder --component vae_encoder
 finish test-dynamic test-fp32 tiny
-start tests "$python" -m pytest -m gpu tests -q -rs --durations=10
-finish unet-512 unet-768 parts-512 parts-768 tests
-[ -z "${jobs[levels]:-}" ] || finish levels
+start "$last" tests "$python" -m pytest -m gpu tests -q -rs --durations=10
+finish unet-512 unet-768 parts-512 parts-768 ablation-build
 
-measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
-measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
-measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
-measure convolutions "$python" benchmarks/fidelity.py convolutions --output "$out/reports/convolutions.json"
-measure bench "$python" -m sdtrt bench --model "$model" --backend tensorrt --task txt2img --height 512 --width 512 \
-    --no-build --overwrite --output "$out/reports"
+start 0 founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
+finish ablation-native tests
+start "$last" verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
+start "$last" test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
+finish founding verify test-large
+start "$last" bench "$python" -m sdtrt bench --model "$model" --backend tensorrt --task txt2img --height 512 \
+    --width 512 --no-build --overwrite --repeats 3 --output "$out/reports"
+"$python" - "$(grep -h '^/' "$out/logs/unet-512.log")" "$out/ablation/5" <<'PYTHON' # the default's engine is built already
+import json, pathlib, sys
+entry, variant = map(pathlib.Path, sys.argv[1:])
+variant.mkdir(exist_ok=True)
+(variant / "engine.plan").symlink_to(entry / "engine.plan")
+(variant / "build.json").write_text(json.dumps(json.loads((entry / "entry.json").read_text())["info"]))
+PYTHON
+start 0 ablation ablation --variants 0 5 5-native --output "$out/reports/layers.json"
+finish ablation
+start 0 startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
+    --output "$out/reports/startup.json"
+finish startup
+start 0 convolutions "$python" benchmarks/fidelity.py convolutions --output "$out/reports/convolutions.json"
+finish convolutions bench
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

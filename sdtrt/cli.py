@@ -199,6 +199,10 @@ def build(
     version_compatible: Annotated[
         bool, Option("--version-compatible", help="a plan that later TensorRT versions can load too")
     ] = False,
+    norm_plugins: Annotated[
+        bool,
+        Option(help="TensorRT 8.6: normalise by its plugin, which is faster; without, results repeat to the bit"),
+    ] = True,
     *,
     sizes: ProfileOptions,
     exporter: ExporterOptions,
@@ -232,6 +236,7 @@ def build(
             workspace_bytes=None if workspace_gib is None else bytes_of("--workspace-gib", workspace_gib),
             compute_capability=capability,
             version_compatible=version_compatible,
+            norm_plugins=norm_plugins,
             force=exporter.force,
         )
         for name, fitting in _components(resolved, exporter, backend.precision or default_precision(chosen), console)

@@ -31,11 +31,11 @@ from sdtrt.onnx_graph import Weights
 from sdtrt.parity import ParityReport, check_onnx
 from sdtrt.parts import contract_of, load_component, part_of
 from sdtrt.specs import SIZE_MULTIPLE, Exporter, ExportSpec
-from sdtrt.tracing import WIDE_LEVELS, component_call, example_inputs, traceable
+from sdtrt.tracing import WIDE_LAYERS, component_call, example_inputs, traceable
 
 __all__ = ["check_onnx", "export_component", "export_file", "export_key", "write_onnx"]
 
-FORMAT = 3  # of exports: raise it when this module writes something else for the same request
+FORMAT = 4  # of exports: raise it when this module writes something else for the same request
 FILE_NAME = "model.onnx"
 OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
 
@@ -119,7 +119,7 @@ def write_onnx(
     *,
     exporter: Exporter = "torchscript",
     opset: int = 17,
-    wide_levels: int = WIDE_LEVELS,
+    wide_layers: int = WIDE_LAYERS,
     console: Console = QUIET,
 ) -> None:
     """Write a component as ONNX. The same module gives the same bytes each time.
@@ -128,7 +128,7 @@ def write_onnx(
         module: the part of the model that the component is of, on the CPU, in the contract's precision.
         contract: names, dtypes and axes of the graph.
         path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
-        wide_levels: on how many resolutions an fp16 module's convolutions compute in fp32 (see `tracing`).
+        wide_layers: of how many layers an fp16 UNet's convolutions compute in fp32 (see `tracing`).
 
     Raises:
         ExportError: the module's weights are not finite, or the exporter fails.
@@ -139,7 +139,7 @@ def write_onnx(
         tempfile.TemporaryDirectory(prefix=".raw-", dir=path.parent) as folder,
     ):
         raw = Path(folder) / FILE_NAME
-        model, weights = _trace(module, contract, raw, exporter, opset, wide_levels)
+        model, weights = _trace(module, contract, raw, exporter, opset, wide_layers)
         onnx_graph.simplify(model, weights)
         onnx_graph.apply_contract(model, contract, metadata(contract))
         onnx_graph.save(model, weights, path)
@@ -168,13 +168,13 @@ def _check_weights(module: torch.nn.Module, contract: Contract) -> None:
 
 
 def _trace(
-    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int, wide_levels: int
+    module: torch.nn.Module, contract: Contract, path: Path, exporter: Exporter, opset: int, wide_layers: int
 ) -> tuple[onnx.ModelProto, Weights]:
     """The raw graph, as one of PyTorch's exporters writes it; `path` is a temporary file."""
     call = component_call(module, contract).eval()
     write = _torchscript if exporter == "torchscript" else _dynamo
     try:
-        with traceable(module, wide_levels=wide_levels), _silenced(), torch.no_grad():
+        with traceable(module, wide_layers=wide_layers), _silenced(), torch.no_grad():
             return write(call, contract, path, opset)
     except (MemoryError, OSError):
         raise

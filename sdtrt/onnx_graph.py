@@ -175,7 +175,7 @@ def simplify(model: onnx.ModelProto, weights: Weights) -> None:
         _merge_equal(model.graph)
         _fold_transposes(model.graph, weights)
         _fold_widening(model.graph, weights)
-        _drop_unused(model.graph, weights)
+        drop_unused(model.graph, weights)
         if model.graph.SerializeToString(deterministic=True) == before:
             break
 
@@ -429,7 +429,7 @@ def _fold_widening(graph: onnx.GraphProto, weights: Weights) -> None:
             node.CopyFrom(onnx.helper.make_node("Identity", [tensor.name], node.output, name=node.name))
 
 
-def _drop_unused(graph: onnx.GraphProto, weights: Weights) -> None:
+def drop_unused(graph: onnx.GraphProto, weights: Weights) -> None:
     """Remove nodes and weights that no output needs."""
     needed = {value.name for value in graph.output}
     kept = []

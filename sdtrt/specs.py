@@ -281,6 +281,7 @@ class BuildSpec:
         workspace_bytes: cap on the builder's scratch memory; None for no cap.
         compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
+        norm_plugins: let TensorRT 8.6 normalise by its plugin (see `build.group_norm`); later versions don't need it.
         force: build again even if the engine directory has it.
     """
 
@@ -291,6 +292,7 @@ class BuildSpec:
     workspace_bytes: int | None = None
     compute_capability: tuple[int, int] | None = None
     version_compatible: bool = False
+    norm_plugins: bool = True
     force: bool = False
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ diffusers itself stays as it is: what hinders a trace is replaced on the one mod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,13 +27,14 @@ TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, IMAGE_HEIGHT: 80, 
 # not a multiple of 2**num_upsamplers, and a trace keeps the branch that it took. No side is a multiple of 2**40.
 ALWAYS_FORWARD_SIZES = 40
 
-# On how many resolutions, from the latents' own down, an fp16 UNet's convolutions compute in fp32.
+# How many layers (resnet and attention), counted back from the output, of an fp16 UNet compute their convolutions in
+# fp32, together with those whose results they read through skip connections (see `wide_convolutions`).
 #
 # PyTorch's fp16 convolutions add up in fp32. TensorRT 8.6's only ones add up in fp16: measured on an H200, a 3x3
 # convolution of 1280 channels is then off by 3.8e-3 instead of 3e-4 (relative L2), as sqrt(additions) foretells. In
 # fp32 such a layer runs on tensor cores as TF32, which holds every fp16 number exactly: as right as PyTorch's fp16, in
-# 1.7 times the time. Near the latents it counts most, for no later layer averages the error away.
-WIDE_LEVELS = 1
+# 1.7 times the time. Near the output it counts most, for no later layer averages the error away.
+WIDE_LAYERS = 5
 # What the causal mask adds to the attention of tokens that lie ahead: as good as minus infinity to a softmax, and every
 # precision has it.
 MASKED = -1e4
@@ -194,11 +194,11 @@ def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def traceable(module: torch.nn.Module, *, wide_levels: int = WIDE_LEVELS) -> Iterator[torch.nn.Module]:
+def traceable(module: torch.nn.Module, *, wide_layers: int = WIDE_LAYERS) -> Iterator[torch.nn.Module]:
     """A UNet or VAE, for the time of a `with` such that its trace is right at every size, and faithful in fp16.
 
     Args:
-        wide_levels: on how many resolutions the convolutions of an fp16 UNet compute in fp32.
+        wide_layers: of how many layers the convolutions of an fp16 UNet compute in fp32, see `wide_convolutions`.
     """
     with ExitStack() as stack:
         stack.enter_context(_attribute(module, "num_upsamplers", ALWAYS_FORWARD_SIZES))
@@ -207,36 +207,48 @@ def traceable(module: torch.nn.Module, *, wide_levels: int = WIDE_LEVELS) -> Ite
                 stack.enter_context(_attribute(part, "processor", _attend_in_fp32))
             if _is_plain(part):
                 stack.enter_context(_attribute(part, "forward", partial(_upsample, part)))
-        for convolution in wide_convolutions(module, wide_levels).values():
+        for convolution in wide_convolutions(module, wide_layers).values():
             stack.enter_context(_attribute(convolution, "forward", partial(_convolve_in_fp32, convolution)))
         yield module
 
 
-def wide_convolutions(unet: torch.nn.Module, levels: int = WIDE_LEVELS) -> dict[str, torch.nn.Conv2d]:
-    """Name → module of the convolutions of an fp16 UNet that compute in fp32 in its export; none of another module."""
-    if not isinstance(unet, UNet2DConditionModel):
+def wide_convolutions(unet: torch.nn.Module, layers: int = WIDE_LAYERS) -> dict[str, torch.nn.Conv2d]:
+    """Name → module of the convolutions of an fp16 UNet that compute in fp32 in its export; none of another module.
+
+    The first and the last, those of the last `layers` layers on the way up, and on the way down those whose error
+    reaches them through the most skip connections: downsamplers, and the first layer of each block. Upsamplers are left
+    out: in the time of one, several others can be in fp32, which gain more.
+    """
+    if not isinstance(unet, UNet2DConditionModel) or layers == 0:
         return {}
-    depth = len(unet.down_blocks)
+    wide = ("conv_in", "conv_out", *_last_layers(unet, layers), *_skipped_to(unet, layers))
     return {
         name: module
         for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Conv2d)
-        and module.weight.dtype == torch.float16
-        and (level := _resolution(name, depth)) is not None
-        and level < levels
+        if isinstance(module, torch.nn.Conv2d) and module.weight.dtype == torch.float16 and name.startswith(wide)
     }
 
 
-def _resolution(name: str, depth: int) -> int | None:
-    """The level of the U that a convolution's output is on, 0 for the latents' own; None within attention."""
-    if name in ("conv_in", "conv_out"):
-        return 0
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\..+", name)
-    if match is None:
-        return None
-    side, index, kind = match[1], int(match[2]), match[3]
-    level = index if side == "down" else depth - 1 - index
-    return level + {"resnets": 0, "downsamplers": 1, "upsamplers": -1}[kind]
+def _layer(side: str, block: int, index: int) -> tuple[str, str]:
+    """How the names of a layer's modules begin."""
+    return f"{side}_blocks.{block}.resnets.{index}.", f"{side}_blocks.{block}.attentions.{index}."
+
+
+def _last_layers(unet: Any, layers: int) -> Iterator[str]:
+    """How the names of the last layers' modules begin."""
+    ups = [(block, index) for block, up in enumerate(unet.up_blocks) for index in range(len(up.resnets))]
+    for block, index in ups[-layers:]:
+        yield from _layer("up", block, index)
+
+
+def _skipped_to(unet: Any, layers: int) -> Iterator[str]:
+    """How the names of those modules begin that write what the last layers read, but for a block's later layers."""
+    sources: list[tuple[str, ...]] = [()]  # conv_in comes first
+    for block, down in enumerate(unet.down_blocks):
+        sources += [_layer("down", block, index) if index == 0 else () for index in range(len(down.resnets))]
+        sources += [(f"down_blocks.{block}.downsamplers.",)] if down.downsamplers else []
+    for names in sources[:layers]:
+        yield from names
 
 
 @contextmanager

@@ -392,6 +392,14 @@ def parse_onnx(library: Library, onnx: Path) -> Draft:
     return Draft(library, builder, network, parser)
 
 
+def has_plugin(library: Library, name: str) -> bool:
+    """Whether there is a plugin for weakly typed networks. The parser takes ONNX operators of its name for it."""
+    if not library.has("weak typing"):
+        return False
+    trt, _ = library.module, library.logger  # plugins are registered with the logger
+    return any(creator.name == name for creator in trt.get_plugin_registry().plugin_creator_list)
+
+
 def _network_flags(library: Library) -> int:
     """Explicit batch on 8.6, where it must be asked for; strong typing wherever it exists (11 knows no other)."""
     trt = library.module

@@ -281,7 +281,7 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
 
 
 @pytest.mark.parametrize("exporter", NAMES)
-def test_convolutions_near_the_latents_compute_in_fp32(exported, exporter):
+def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
     """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
     made = exported("sd1", exporter=exporter)
     weights = {tensor.name: tensor for tensor in made.model.graph.initializer}
@@ -289,25 +289,34 @@ def test_convolutions_near_the_latents_compute_in_fp32(exported, exporter):
     wide = {node.input[1] for node in made.model.graph.node if node.op_type == "Conv" and node.name in kept}
     expected = tracing.wide_convolutions(made.unet)
     assert wide == {f"unet.{name}.weight.fp32" for name in expected}
-    last = len(made.unet.up_blocks) - 1
-    assert {"conv_in", "down_blocks.0.resnets.0.conv1", f"up_blocks.{last}.resnets.0.conv2", "conv_out"} <= set(
-        expected
-    )
-    assert f"up_blocks.{last - 1}.upsamplers.0.conv" in expected  # what it makes has the latents' size
-    assert "down_blocks.0.downsamplers.0.conv" not in expected  # what it makes has not
-    assert not [name for name in expected if "attentions" in name]
     for name, module in expected.items():
         stored = numpy_helper.to_array(weights[f"unet.{name}.weight.fp32"])
         assert stored.dtype == np.float32
         assert np.array_equal(stored, module.weight.detach().float().numpy())
 
 
-def test_more_or_no_levels_in_fp32(tmp_path, exported):
+def test_which_convolutions_compute_in_fp32():
+    """Of a UNet with Stable Diffusion 1's blocks of two layers on the way down and three on the way up."""
+    unet = factories.small_unet("sd1", layers_per_block=2).half()
+    names = {re.sub(r"\.(conv|proj)[^.]*$", "", name) for name in tracing.wide_convolutions(unet, 5)}
+    last = len(unet.up_blocks) - 1
+    up = [(last, 2), (last, 1), (last, 0), (last - 1, 2), (last - 1, 1)]
+    down = [(0, 0), (1, 0)]
+    assert {name for name in names if ".resnets." in name} == {
+        *(f"up_blocks.{block}.resnets.{index}" for block, index in up),
+        *(f"down_blocks.{block}.resnets.{index}" for block, index in down),
+    }
+    assert {"conv_in", "conv_out", "down_blocks.0.downsamplers.0", f"up_blocks.{last}.attentions.2"} <= names
+    assert not [name for name in names if "upsamplers" in name or "mid_block" in name]
+    assert not tracing.wide_convolutions(unet, 0)
+
+
+def test_more_or_no_layers_in_fp32(tmp_path, exported):
     made = exported("sd1")
     counts = []
-    for levels in (0, 1, 9):
-        path = tmp_path / f"{levels}.onnx"
-        write_onnx(made.unet, made.contract, path, wide_levels=levels)
+    for layers in (0, 1, 5):
+        path = tmp_path / f"{layers}.onnx"
+        write_onnx(made.unet, made.contract, path, wide_layers=layers)
         operators = {node.name: node.op_type for node in onnx.load(path).graph.node}
         counts.append(sum(operators[name] == "Conv" for name in onnx_graph.float32_nodes(path)))
     assert counts[0] == 0 < counts[1] < counts[2]
@@ -372,7 +381,7 @@ def test_export_leaves_attention_as_it_was(tmp_path):
 
 def test_attention_is_upcast_only_where_the_model_asks_for_it_in_half_precision(tmp_path, exported):
     def operators_of(it):
-        write_onnx(it.unet, it.contract, tmp_path / "narrow.onnx", wide_levels=0)
+        write_onnx(it.unet, it.contract, tmp_path / "narrow.onnx", wide_layers=0)
         return [node.op_type for node in onnx.load(tmp_path / "narrow.onnx").graph.node]
 
     operators = {"plain": operators_of(exported("sd2"))}

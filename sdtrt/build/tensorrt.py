@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sdtrt import errors, host, onnx_graph, trt_api
+from sdtrt.build import group_norm
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
@@ -262,7 +263,7 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     """Parse and build; write the plan file and the timing cache. The builder's memory is free again after this."""
     report({"show": "reading the ONNX"})
     spec, contract = request.spec, request.contract
-    draft = trt_api.parse_onnx(library, request.onnx)
+    draft = _parse(library, request)
     _check_inputs(draft, contract)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
     config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
@@ -286,6 +287,22 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
         "build_seconds": round(seconds, 3),
         "precision": _network_precision(draft),
     }
+
+
+def _parse(library: Library, request: Request) -> Draft:
+    """The network of the ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
+    spec = request.spec
+    wanted = spec.norm_plugins and spec.export.precision == "fp16" and not spec.version_compatible
+    if not wanted or not trt_api.has_plugin(library, group_norm.OPERATOR):
+        return trt_api.parse_onnx(library, request.onnx)
+    model, weights = onnx_graph.load_split(request.onnx)
+    if group_norm.use_plugin(model, weights) == 0:
+        return trt_api.parse_onnx(library, request.onnx)
+    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=request.folder) as folder:
+        changed = Path(folder) / request.onnx.name
+        onnx_graph.save(model, weights, changed)
+        del model, weights
+        return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
 
 
 def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:

@@ -1,0 +1,117 @@
+"""Group normalisations as nodes of TensorRT 8.6's plugin: the same arithmetic, and only where the plugin serves."""
+
+import re
+
+import factories
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from torch import nn
+
+from sdtrt import onnx_graph
+from sdtrt.build import group_norm
+from sdtrt.components import unet_contract
+from sdtrt.export import write_onnx
+
+WIDTHS = {"block_out_channels": (128, 256), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 2}
+BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+class GroupNorm(OpRun):
+    """What the plugin computes, by PyTorch."""
+
+    op_domain = ""
+
+    def _run(self, x, scale, shift, epsilon=None, bSwish=None, plugin_version=None):  # noqa: N803  # the plugin's name
+        assert plugin_version == "1"
+        assert scale.dtype == shift.dtype == np.float32
+        wide = (torch.from_numpy(value).float() for value in (x, scale, shift))
+        x32, scale32, shift32 = wide
+        result = nn.functional.group_norm(x32, group_norm.GROUPS, scale32, shift32, epsilon)
+        return ((nn.functional.silu(result) if bSwish else result).to(torch.float16).numpy(),)
+
+
+def trained(module):
+    """Scales and shifts as after training; those of a new module are ones and zeros."""
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm):
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    return module
+
+
+def exported(module, path):
+    sample = torch.randn(2, 128, 6, 5).half()
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}}
+    torch.onnx.export(module, (sample,), str(path), dynamo=False, opset_version=17, **names)
+    model, weights = onnx_graph.load_split(path)
+    onnx_graph.simplify(model, weights)
+    return model, weights
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("swish", [True, False])
+def test_the_plugin_gets_the_same_arithmetic(tmp_path, swish):
+    torch.manual_seed(0)
+    module = trained(nn.Sequential(nn.GroupNorm(32, 128, eps=1e-6), nn.SiLU() if swish else nn.Tanh())).half().eval()
+    model, weights = exported(module, tmp_path / "norm.onnx")
+    assert group_norm.use_plugin(model, weights) == 1
+    (node,) = [node for node in model.graph.node if node.op_type == "GroupNorm"]
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert attributes == {"epsilon": pytest.approx(1e-6), "bSwish": int(swish), "plugin_version": b"1"}
+    assert [node.op_type for node in model.graph.node] == ["GroupNorm"] + ([] if swish else ["Tanh"])
+    onnx_graph.save(model, weights, tmp_path / "plugin.onnx")
+    sample = 3 * torch.randn(2, 128, 9, 4).half() + 1
+    evaluator = ReferenceEvaluator(str(tmp_path / "plugin.onnx"), new_ops=[GroupNorm])
+    (found,) = evaluator.run(None, {"x": sample.numpy()})
+    with torch.no_grad():
+        expected = module.float()(sample.float())
+    assert np.allclose(found.astype(np.float32), expected.numpy(), atol=4e-3, rtol=2e-3)
+
+
+def test_the_norms_of_a_unet_are_replaced_and_nothing_else(tmp_path):
+    unet = trained(factories.small_unet("sd1", **WIDTHS, **BLOCKS)).half()
+    path = tmp_path / "unet.onnx"
+    write_onnx(unet, unet_contract(dict(unet.config), "fp16"), path)
+    model, weights = onnx_graph.load_split(path)
+    before = [node.op_type for node in model.graph.node]
+    norms = {name: part for name, part in unet.named_modules() if isinstance(part, nn.GroupNorm)}
+    served = {name: part for name, part in norms.items() if group_norm.serves(part.num_channels)}
+    assert 0 < len(served) < len(norms) == before.count("InstanceNormalization")  # 256 + 128 channels: not served
+    assert group_norm.use_plugin(model, weights) == len(served)
+    after = [node.op_type for node in model.graph.node]
+    assert after.count("InstanceNormalization") == len(norms) - len(served)
+    for operator in ("Conv", "MatMul", "Softmax", "LayerNormalization", "Resize"):
+        assert after.count(operator) == before.count(operator)
+    # A transformer's own norm has no SiLU after it; each of a resnet's, and the last one, has.
+    replaced = [node for node in model.graph.node if node.op_type == "GroupNorm"]
+    plain = [node for node in replaced if not next(a.i for a in node.attribute if a.name == "bSwish")]
+    assert len(plain) == sum(".attentions." in name for name in served)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.raw_data}
+    scales = {name: value for name, value in tensors.items() if re.fullmatch(r"group_norm\.\d+\.scale", name)}
+    wanted = {tuple(norm.weight.float().tolist()) for norm in served.values()}
+    assert {tuple(values.tolist()) for values in scales.values()} == wanted
+
+
+def test_widths_that_the_plugin_does_not_serve_stay_as_they_are(tmp_path):
+    """The built-in model's, say; a kernel that is asked for them would stop the build."""
+    unet = factories.small_unet("sd1", **factories.SMALL).half()
+    path = tmp_path / "unet.onnx"
+    write_onnx(unet, unet_contract(dict(unet.config), "fp16"), path)
+    model, weights = onnx_graph.load_split(path)
+    untouched = model.SerializeToString(deterministic=True)
+    assert group_norm.use_plugin(model, weights) == 0
+    assert model.SerializeToString(deterministic=True) == untouched
+
+
+def test_which_widths_the_plugin_serves():
+    """Those of Stable Diffusion 1, 2 and XL, skip connections included."""
+    assert all(map(group_norm.serves, (128, 256, 320, 512, 640, 960, 1280, 1920, 2560)))
+    assert not any(map(group_norm.serves, (32, 64, 96, 100, 160, 192, 384)))
