@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -450,6 +451,7 @@ def test_on_a_cpu_the_miniature_is_faster_than_pytorch(engine_dir, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1200)  # builds the engines
 def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
     backend = next((name for name in engines.TENSORRT_BACKENDS if engines.why_not(name) is None), "torch")
     spec = BenchSpec(ModelSpec(str(small)), backend=backend, tasks=("txt2img",), steps=5, repeats=3)
@@ -461,8 +463,11 @@ def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
     report.check()
 
 
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs Triton")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torch-graph", "torch-compile"])
+@pytest.mark.parametrize("name", ["torch-graph", pytest.param("torch-compile", marks=NEEDS_TRITON)])
 def test_on_a_gpu_a_baseline_makes_the_picture_of_plain_pytorch(name, small, directory):
     model = resolve_model(ModelSpec(str(small)))
     plan = pipeline.Plan(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)

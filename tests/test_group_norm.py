@@ -17,7 +17,7 @@ from sdtrt.build import group_norm
 from sdtrt.components import unet_contract
 from sdtrt.export import write_onnx
 
-WIDTHS = {"block_out_channels": (128, 256), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 2}
+WIDTHS = {"block_out_channels": (320, 448), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 2}
 BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -48,7 +48,7 @@ def trained(module):
 
 
 def exported(module, path):
-    sample = torch.randn(2, 128, 6, 5).half()
+    sample = torch.randn(2, 320, 6, 5).half()
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}}
     torch.onnx.export(module, (sample,), str(path), dynamo=False, opset_version=17, **names)
     model, weights = onnx_graph.load_split(path)
@@ -60,7 +60,7 @@ def exported(module, path):
 @pytest.mark.parametrize("swish", [True, False])
 def test_the_plugin_gets_the_same_arithmetic(tmp_path, swish):
     torch.manual_seed(0)
-    module = trained(nn.Sequential(nn.GroupNorm(32, 128, eps=1e-6), nn.SiLU() if swish else nn.Tanh())).half().eval()
+    module = trained(nn.Sequential(nn.GroupNorm(32, 320, eps=1e-6), nn.SiLU() if swish else nn.Tanh())).half().eval()
     model, weights = exported(module, tmp_path / "norm.onnx")
     assert group_norm.use_plugin(model, weights) == 1
     (node,) = [node for node in model.graph.node if node.op_type == "GroupNorm"]
@@ -68,7 +68,7 @@ def test_the_plugin_gets_the_same_arithmetic(tmp_path, swish):
     assert attributes == {"epsilon": pytest.approx(1e-6), "bSwish": int(swish), "plugin_version": b"1"}
     assert [node.op_type for node in model.graph.node] == ["GroupNorm"] + ([] if swish else ["Tanh"])
     onnx_graph.save(model, weights, tmp_path / "plugin.onnx")
-    sample = 3 * torch.randn(2, 128, 9, 4).half() + 1
+    sample = 3 * torch.randn(2, 320, 9, 4).half() + 1
     evaluator = ReferenceEvaluator(str(tmp_path / "plugin.onnx"), new_ops=[GroupNorm])
     (found,) = evaluator.run(None, {"x": sample.numpy()})
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_the_norms_of_a_unet_are_replaced_and_nothing_else(tmp_path):
     before = [node.op_type for node in model.graph.node]
     norms = {name: part for name, part in unet.named_modules() if isinstance(part, nn.GroupNorm)}
     served = {name: part for name, part in norms.items() if group_norm.serves(part.num_channels)}
-    assert 0 < len(served) < len(norms) == before.count("InstanceNormalization")  # 256 + 128 channels: not served
+    assert 0 < len(served) < len(norms) == before.count("InstanceNormalization")  # 448 channels: not served
     assert group_norm.use_plugin(model, weights) == len(served)
     after = [node.op_type for node in model.graph.node]
     assert after.count("InstanceNormalization") == len(norms) - len(served)
@@ -112,6 +112,6 @@ def test_widths_that_the_plugin_does_not_serve_stay_as_they_are(tmp_path):
 
 
 def test_which_widths_the_plugin_serves():
-    """Those of Stable Diffusion 1, 2 and XL, skip connections included."""
-    assert all(map(group_norm.serves, (128, 256, 320, 512, 640, 960, 1280, 1920, 2560)))
-    assert not any(map(group_norm.serves, (32, 64, 96, 100, 160, 192, 384)))
+    """Those of the UNets of Stable Diffusion 1, 2 and XL, skip connections included; not those of their VAEs."""
+    assert all(map(group_norm.serves, (320, 640, 960, 1280, 1920, 2560)))
+    assert not any(map(group_norm.serves, (32, 64, 100, 128, 160, 256, 384, 448, 512)))

@@ -24,8 +24,10 @@ from sdtrt.onnx_graph import Weights
 
 OPERATOR = "GroupNorm"  # the plugin's name in TensorRT's registry; the parser looks operators up there
 GROUPS = 32  # the only number that it serves
-# How many channels a block of the plugin's kernel takes: it must divide the channels, and hold whole groups.
-CHANNELS_PER_BLOCK = {960: 480, 1920: 480, 512: 256, 256: 256, 128: 128}
+# How many channels a block of the plugin's kernel takes: it must divide the channels, and hold whole groups. These are
+# the widths of Stable Diffusion's UNets. Its VAE's (128 to 512) fail to launch in 8.6.0 on an H200 ("invalid
+# configuration argument"), though the library has kernels of those sizes.
+CHANNELS_PER_BLOCK = {960: 480, 1920: 480}
 OTHER_CHANNELS_PER_BLOCK = 320
 
 Array = npt.NDArray[Any]
@@ -46,7 +48,7 @@ class _Norm:
 def serves(channels: int) -> bool:
     """Whether the plugin can normalise that many channels."""
     block, group = CHANNELS_PER_BLOCK.get(channels, OTHER_CHANNELS_PER_BLOCK), channels // GROUPS
-    return channels % GROUPS == 0 and channels % block == 0 and block % group == 0 and group % 2 == 0
+    return channels % GROUPS == 0 and channels % block == 0 and block % group == 0
 
 
 def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
