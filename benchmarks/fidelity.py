@@ -3,12 +3,14 @@
     python scripts/make_random_model.py sd15
     python benchmarks/fidelity.py layers --model sd15 --variants 0 5 5-native --output benchmarks/fidelity/layers.json
     python benchmarks/fidelity.py convolutions --output benchmarks/fidelity/convolutions.json
+    python benchmarks/fidelity.py noise --model sd15 --height 128 --width 128 --output benchmarks/fidelity/noise.json
 
 `layers` exports the UNet once for each number of layers whose convolutions compute in fp32, builds all of them side by
 side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
 PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, and the time of a step.
 `-native` is without TensorRT 8.6's plugin for group normalisation. `convolutions` does so for single 3x3 convolutions
-of Stable Diffusion's widths, where the builder may choose.
+of Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's
+additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +42,12 @@ from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.session import Session
 from sdtrt.specs import Backend, BuildSpec, ExportSpec, ModelSpec, Profile, Sizes
-from sdtrt.tracing import UNetCall
+from sdtrt.tracing import UNetCall, wide_convolutions
 
 TIMESTEPS = (981.0, 701.0, 421.0, 141.0, 1.0)
+# What a 3x3 convolution of 1280 channels loses by adding up in fp16 (measured, `convolutions`). It grows with the square
+# root of the number of additions.
+MEASURED_NOISE, MEASURED_ADDITIONS = 0.0038, 9 * 1280
 CHANNELS = ((320, 320, 64), (640, 640, 32), (1280, 1280, 16), (2560, 1280, 8))  # in, out, side in latents
 Feeds = dict[str, torch.Tensor]
 
@@ -231,10 +236,70 @@ def measure_convolution(channels: int, out_channels: int, side: int, args: argpa
     }
 
 
+def additions(convolution: torch.nn.Conv2d) -> int:
+    """How many products each of its results is the sum of."""
+    return convolution.weight[0].numel()
+
+
+def with_noise(convolution: torch.nn.Conv2d, unet: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The UNet's output where one convolution has the noise of sums in fp16."""
+    torch.manual_seed(1)
+    share = MEASURED_NOISE * (additions(convolution) / MEASURED_ADDITIONS) ** 0.5
+
+    def add(module: torch.nn.Module, given: Any, made: torch.Tensor) -> torch.Tensor:
+        return made + share * made.std() * torch.randn_like(made)
+
+    handle = convolution.register_forward_hook(add)
+    try:
+        return unet()
+    finally:
+        handle.remove()
+
+
+def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of `noise`, the largest part of the error first; on the CPU, with the latents of one image."""
+    model = resolve_model(ModelSpec(args.model))
+    unet = load_unet(model, torch.float32)
+    contract = unet_contract(model.config("unet"), "fp32")
+    feeds = seeded_feeds(contract, Sizes(1, args.height, args.width))
+    feeds["timestep"] = torch.full_like(feeds["timestep"], 421.0)
+    convolutions = {name: part for name, part in unet.named_modules() if isinstance(part, torch.nn.Conv2d)}
+    wide = wide_convolutions(unet.half())
+    unet.float()  # the weights stay rounded, as an fp16 engine has them
+    with torch.inference_mode():
+        expected = UNetCall(unet)(*feeds.values())
+        found = {
+            name: errors([with_noise(part, lambda: UNetCall(unet)(*feeds.values()))], [expected])["relative_l2"][0]
+            for name, part in convolutions.items()
+        }
+    total = sum(error**2 for error in found.values())
+    rows = [
+        {
+            "convolution": name,
+            "kernel": convolutions[name].kernel_size[0],
+            "additions": additions(convolutions[name]),
+            "relative_l2": error,
+            "share": error**2 / total,
+            "fp32_by_default": name in wide,
+        }
+        for name, error in sorted(found.items(), key=lambda item: -item[1])
+    ]
+    left = sum(row["share"] for row in rows if not row["fp32_by_default"])
+    return {"model": args.model, "size": f"{args.width}x{args.height}", "share_left_by_default": left, "rows": rows}
+
+
+def measure_convolutions(args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of `convolutions`."""
+    return {"rows": [measure_convolution(*sizes, args) for sizes in CHANNELS]}
+
+
+MEASURES = {"layers": measure_layers, "convolutions": measure_convolutions, "noise": measure_noise}
+
+
 def main() -> None:
     """Measure, and write the JSON; nothing is written if anything fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "convolutions"])
+    parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--variants", nargs="+", default=["0", "3", "5"], metavar="N[-native]")
     parser.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
@@ -250,10 +315,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary)
         args.folder.mkdir(parents=True, exist_ok=True)
-        if args.what == "layers":
-            figures = measure_layers(args)
-        else:
-            figures = {"rows": [measure_convolution(*sizes, args) for sizes in CHANNELS]}
+        figures = MEASURES[args.what](args)
     if not figures:
         return
     command = shlex.join(["python", *sys.argv])

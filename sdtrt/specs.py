@@ -277,7 +277,7 @@ class BuildSpec:
         export: what the engine is made from.
         backend: what runs it (`torch` has no engines).
         profiles: the sizes it accepts; one entry a profile. Empty for a backend that takes any size (ONNX Runtime).
-        optimization_level: TensorRT's builder effort, 0 to 5; None for the version's own default.
+        optimization_level: TensorRT's builder effort, 0 to 5; None for the version's own default (1 on 8.6).
         workspace_bytes: cap on the builder's scratch memory; None for no cap.
         compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.

@@ -113,6 +113,8 @@ FEATURES: dict[str, Feature] = {
     ),
     "parser node names": Feature(("ParserError.node_name", "ParserError.node_operator"), BUILDERS, since=(10,)),
     "plugins": Feature(("init_libnvinfer_plugins",), BUILDERS),
+    # In a weakly typed network a plugin says itself which types and layouts it takes, and gets them.
+    "plugins that choose types": Feature(("get_plugin_registry",), FULL, until=(10,)),
     "version-compatible plans": Feature(("BuilderFlag.VERSION_COMPATIBLE",), FULL),
     "context memory": Feature(
         (
@@ -394,7 +396,7 @@ def parse_onnx(library: Library, onnx: Path) -> Draft:
 
 def has_plugin(library: Library, name: str) -> bool:
     """Whether there is a plugin for weakly typed networks. The parser takes ONNX operators of its name for it."""
-    if not library.has("weak typing"):
+    if not library.has("plugins that choose types"):
         return False
     trt, _ = library.module, library.logger  # plugins are registered with the logger
     return any(creator.name == name for creator in trt.get_plugin_registry().plugin_creator_list)
@@ -480,8 +482,9 @@ def configure(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then tells precisions; runs as fast
     if spec.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
-    if spec.optimization_level is not None:
-        config.builder_optimization_level = spec.optimization_level
+    level = spec.optimization_level if spec.optimization_level is not None else _default_level(library)
+    if level is not None:
+        config.builder_optimization_level = level
     if spec.export.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and not what was asked for
     if spec.version_compatible:
@@ -497,6 +500,15 @@ def configure(
     for shapes in profiles:
         _add_profile(builder, config, shapes)
     return config
+
+
+def _default_level(library: Library) -> int | None:
+    """The builder's effort where nobody asks for one: the library's own, but of 8.6.
+
+    There, level 2 makes UNets no faster than 1 and takes longer, and 3, its own, did not end in an acceptable time on an
+    H200 (`benchmarks/tuning.md`).
+    """
+    return 1 if library.has("weak typing") else None
 
 
 def _make_version_compatible(library: Library, config: Any) -> None:

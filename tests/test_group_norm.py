@@ -1,6 +1,8 @@
 """Group normalisations as nodes of TensorRT 8.6's plugin: the same arithmetic, and only where the plugin serves."""
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import factories
 import numpy as np
@@ -11,16 +13,23 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import nn
+from trt_fakes import fake_library
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_graph, trt_api
 from sdtrt.build import group_norm
-from sdtrt.components import unet_contract
+from sdtrt.build import tensorrt as build
+from sdtrt.components import Contract, unet_contract
 from sdtrt.export import write_onnx
+from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 
-WIDTHS = {"block_out_channels": (320, 448), "layers_per_block": 1, "sample_size": 8, "attention_head_dim": 2}
-BLOCKS = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+# The smallest UNet with Stable Diffusion's own width.
+SMALLEST = {
+    "block_out_channels": (320,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+    "layers_per_block": 1,
+    "sample_size": 8,
 }
 
 
@@ -45,6 +54,24 @@ def trained(module):
             nn.init.normal_(part.weight)
             nn.init.normal_(part.bias)
     return module
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A UNet, its contract and its ONNX file."""
+
+    unet: nn.Module
+    contract: Contract
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def wide_onnx(tmp_path_factory):
+    """A UNet whose norms the plugin serves."""
+    unet = trained(factories.small_unet("sd1", **SMALLEST)).half()
+    it = Exported(unet, unet_contract(dict(unet.config), "fp16"), tmp_path_factory.mktemp("wide") / "model.onnx")
+    write_onnx(it.unet, it.contract, it.path)
+    return it
 
 
 def exported(module, path):
@@ -76,27 +103,23 @@ def test_the_plugin_gets_the_same_arithmetic(tmp_path, swish):
     assert np.allclose(found.astype(np.float32), expected.numpy(), atol=4e-3, rtol=2e-3)
 
 
-def test_the_norms_of_a_unet_are_replaced_and_nothing_else(tmp_path):
-    unet = trained(factories.small_unet("sd1", **WIDTHS, **BLOCKS)).half()
-    path = tmp_path / "unet.onnx"
-    write_onnx(unet, unet_contract(dict(unet.config), "fp16"), path)
+def test_the_norms_of_a_unet_are_replaced_and_nothing_else(wide_onnx):
+    unet, path = wide_onnx.unet, wide_onnx.path
     model, weights = onnx_graph.load_split(path)
     before = [node.op_type for node in model.graph.node]
     norms = {name: part for name, part in unet.named_modules() if isinstance(part, nn.GroupNorm)}
-    served = {name: part for name, part in norms.items() if group_norm.serves(part.num_channels)}
-    assert 0 < len(served) < len(norms) == before.count("InstanceNormalization")  # 448 channels: not served
-    assert group_norm.use_plugin(model, weights) == len(served)
+    assert group_norm.use_plugin(model, weights) == len(norms) == before.count("InstanceNormalization")
     after = [node.op_type for node in model.graph.node]
-    assert after.count("InstanceNormalization") == len(norms) - len(served)
+    assert "InstanceNormalization" not in after
     for operator in ("Conv", "MatMul", "Softmax", "LayerNormalization", "Resize"):
         assert after.count(operator) == before.count(operator)
     # A transformer's own norm has no SiLU after it; each of a resnet's, and the last one, has.
     replaced = [node for node in model.graph.node if node.op_type == "GroupNorm"]
     plain = [node for node in replaced if not next(a.i for a in node.attribute if a.name == "bSwish")]
-    assert len(plain) == sum(".attentions." in name for name in served)
+    assert len(plain) == sum(".attentions." in name for name in norms)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.raw_data}
     scales = {name: value for name, value in tensors.items() if re.fullmatch(r"group_norm\.\d+\.scale", name)}
-    wanted = {tuple(norm.weight.float().tolist()) for norm in served.values()}
+    wanted = {tuple(norm.weight.float().tolist()) for norm in norms.values()}
     assert {tuple(values.tolist()) for values in scales.values()} == wanted
 
 
@@ -115,3 +138,25 @@ def test_which_widths_the_plugin_serves():
     """Those of the UNets of Stable Diffusion 1, 2 and XL, skip connections included; not those of their VAEs."""
     assert all(map(group_norm.serves, (320, 640, 960, 1280, 1920, 2560)))
     assert not any(map(group_norm.serves, (32, 64, 100, 128, 160, 256, 384, 448, 512)))
+
+
+@pytest.mark.parametrize(
+    ("label", "options", "used"),
+    [
+        ("tensorrt 8.6.1", {}, True),
+        ("tensorrt 8.6.1", {"norm_plugins": False}, False),
+        ("tensorrt 8.6.1", {"version_compatible": True}, False),  # a lean runtime has no plugins
+        ("tensorrt 10.13.3.9", {}, False),
+    ],
+)
+def test_who_gets_the_plugin(label, options, used, wide_onnx, tmp_path, monkeypatch):
+    """TensorRT 8.6, unless told otherwise; the export stays as it is, and nothing is left in the entry's folder."""
+    path, contract = wide_onnx.path, wide_onnx.contract
+    before = path.read_bytes()
+    read = []
+    monkeypatch.setattr(trt_api, "parse_onnx", lambda library, onnx_path: read.append(onnx.load(onnx_path)))
+    spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(Sizes(2, 64, 64)),), **options)
+    build._parse(fake_library(label), build.Request(path, tmp_path, contract, spec, None, False))
+    assert ("GroupNorm" in {node.op_type for node in read[0].graph.node}) == used
+    assert path.read_bytes() == before
+    assert not list(tmp_path.iterdir())

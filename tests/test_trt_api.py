@@ -251,6 +251,26 @@ def test_8_6_keeps_off_external_libraries_and_shares_profiles():
     assert ("set_preview_feature", trt.PreviewFeature.PROFILE_SHARING_0806, True) in config._calls
 
 
+@pytest.mark.parametrize("label", BUILDER_LABELS)
+def test_the_builders_effort_where_nobody_asks_for_one(label):
+    """8.6 gets level 1; later versions decide for themselves."""
+    library = fake_library(label)
+    rtx = family_of(label) == "tensorrt_rtx"
+    draft, config, _ = draft_of(library)
+    spec = spec_of(backend="tensorrt-rtx", compute_capability=(8, 9)) if rtx else spec_of()
+    trt_api.configure(draft, spec, [])
+    asked = config.__dict__.get("builder_optimization_level")
+    assert asked == (1 if label == "tensorrt 8.6.1" else None)
+
+
+@pytest.mark.parametrize("label", BUILDER_LABELS)
+def test_plugins_that_choose_types_are_for_weakly_typed_networks(label):
+    """They are registered with the logger, so looking for one must come after."""
+    library = fake_library(label)
+    assert trt_api.has_plugin(library, "GroupNorm") == (label == "tensorrt 8.6.1")
+    assert not trt_api.has_plugin(library, "NoSuchNorm")
+
+
 def test_fp32_means_fp32():
     """No TF32, which is on by default, and no fp16."""
     library = fake_library("tensorrt 8.6.1")

@@ -231,6 +231,9 @@ def fake_tensorrt(label: str):
     if "init_libnvinfer_plugins" in facts["functions"]:
         module._plugins = False
         module.init_libnvinfer_plugins = lambda logger, namespace: setattr(module, "_plugins", True)
+        module.get_plugin_registry = lambda: SimpleNamespace(
+            plugin_creator_list=[SimpleNamespace(name="GroupNorm")] if module._plugins else []
+        )
 
     class Runtime(Strict):
         CLASS = "Runtime"
