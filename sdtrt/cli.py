@@ -191,7 +191,9 @@ def _document(entries: Sequence[Entry]) -> dict[str, Any]:
 @app.command()
 @grouped
 def build(
-    optimization_level: Annotated[int | None, Option(help="TensorRT's builder effort, 0 to 5; by default its own, on 8.6: 1")] = None,
+    optimization_level: Annotated[
+        int | None, Option(help="TensorRT's builder effort, 0 to 5; by default its own, on 8.6: 1")
+    ] = None,
     workspace_gib: Annotated[float | None, Option(help="cap on the builder's scratch memory")] = None,
     compute_capability: Annotated[
         str | None, Option(metavar="X.Y", help="build ahead of time for this GPU (tensorrt-rtx)")
