@@ -33,8 +33,9 @@ ALWAYS_FORWARD_SIZES = 40
 # PyTorch's fp16 convolutions add up in fp32. TensorRT 8.6's only ones add up in fp16: measured on an H200, a 3x3
 # convolution of 1280 channels is then off by 3.8e-3 instead of 3e-4 (relative L2), as sqrt(additions) foretells. In
 # fp32 such a layer runs on tensor cores as TF32, which holds every fp16 number exactly: as right as PyTorch's fp16, in
-# 1.7 times the time. Near the output it counts most, for no later layer averages the error away.
-WIDE_LAYERS = 5
+# 1.7 times the time. Near the output it counts most, for no later layer averages the error away; the more so, the
+# larger a model's activations are. What each number gains and costs is in `benchmarks/fidelity.md`.
+WIDE_LAYERS = 2
 # What the causal mask adds to the attention of tokens that lie ahead: as good as minus infinity to a softmax, and every
 # precision has it.
 MASKED = -1e4
