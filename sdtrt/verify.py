@@ -7,7 +7,6 @@ recorded inputs, and the whole pipeline with it.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from sdtrt import engines, host, images, models
 from sdtrt.cache import EngineDirectory, Entry
@@ -28,6 +26,7 @@ from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.meters import free_memory, tf32
 from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, require_ssim, ssim
 from sdtrt.models import Model
+from sdtrt.pictures import comparison, error_plot
 from sdtrt.pipeline import (
     OpenPipeline,
     Plan,
@@ -41,9 +40,6 @@ from sdtrt.pipeline import (
 from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
-PANEL_PIXELS = 320  # a side: smaller pictures are shown enlarged
-CAPTION_PIXELS = 24
-MAX_GAIN = 1024  # of the difference that is shown
 
 Array = npt.NDArray[Any]
 
@@ -503,51 +499,9 @@ def _draw(folder: Path, errors: Sequence[TimestepError], actual: Array, expected
     """Write the two pictures under new names."""
     stem = f"verify-{plan.backend}-{plan.precision}"
     label = f"{plan.backend} {plan.precision}"
+    figures = [(error.timestep, error.relative_l2, error.reference_relative_l2) for error in errors]
+    timesteps, own, floor = (list(column) for column in zip(*figures, strict=True))
     return {
         "comparison": images.save_new(comparison(actual, expected, label), folder, f"{stem}-comparison"),
-        "errors": images.save_new(error_plot(errors, label), folder, f"{stem}-errors"),
+        "errors": images.save_new(error_plot(timesteps, own, floor, label), folder, f"{stem}-errors"),
     }
-
-
-def comparison(actual: Array, expected: Array, label: str) -> bytes:
-    """A PNG: the reference, the engine's image, and their difference, made large enough to be seen, side by side."""
-    difference = np.nan_to_num(np.abs(np.nan_to_num(actual) - expected), posinf=1)
-    largest = float(difference.max())
-    gain = min(MAX_GAIN, max(1, int(1 / largest))) if largest > 0 else 1
-    panels = (
-        ("PyTorch fp32", expected),
-        (label, np.nan_to_num(actual)),
-        (f"difference × {gain}", difference * gain),
-    )
-    height, width = expected.shape[:2]
-    factor = max(1, -(-PANEL_PIXELS // width))
-    sheet = Image.new("RGB", (3 * width * factor, height * factor + CAPTION_PIXELS), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for number, (caption, pixels) in enumerate(panels):
-        eight_bits = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-        enlarged = Image.fromarray(eight_bits).resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (number * width * factor, CAPTION_PIXELS))
-        draw.text((number * width * factor + 4, 4), caption, fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def error_plot(errors: Sequence[TimestepError], label: str) -> bytes:
-    """A PNG: relative L2 error over timesteps, the engine's and PyTorch's own in half precision."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    timesteps = [error.timestep for error in errors]
-    axes.semilogy(timesteps, [error.relative_l2 for error in errors], marker=".", label=label)
-    floor = [error.reference_relative_l2 for error in errors]
-    axes.semilogy(timesteps, floor, marker=".", linestyle="--", label="PyTorch in half precision")
-    axes.invert_xaxis()  # as the run goes: from noise to image
-    axes.set(xlabel="timestep", ylabel="relative L2 error against PyTorch fp32")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

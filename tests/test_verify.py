@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from factories import sd1_folder, sdxl_folder, tampered_engine
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, models, pipeline
@@ -28,8 +27,6 @@ from sdtrt.verify import (
     ImageError,
     TimestepError,
     compare_call,
-    comparison,
-    error_plot,
     judge,
     spread,
     verify,
@@ -373,35 +370,6 @@ def test_no_build_builds_none_of_the_other_components_either(spec, directory, tm
     with pytest.raises(EngineError, match="text_encoder"):
         verify(replace(spec, image=replace(image, allow_build=False)), only, QUIET)
     assert [entry.name for entry in only.entries()] == before
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_the_comparison_shows_both_images_and_their_difference_enlarged(tmp_path):
-    expected = np.full((64, 96, 3), 0.5, dtype=np.float32)
-    actual = expected.copy()
-    actual[:, 48:] += 0.01
-    path = tmp_path / "picture.png"
-    path.write_bytes(comparison(actual, expected, "engine"))
-    with Image.open(path) as picture:
-        width, height = picture.size
-        sheet = np.asarray(picture).astype(int)
-    assert (width, height) == (3 * 96 * 4, 64 * 4 + 24)
-    middle = 24 + 128
-    assert [tuple(sheet[middle, x]) for x in (100, 384 + 100, 768 + 100)] == [(128,) * 3, (128,) * 3, (0,) * 3]
-    assert sheet[middle, 384 + 300, 0] == 130
-    assert sheet[middle, 768 + 300, 0] > 240  # 0.01, made a hundred times as large
-
-
-def test_pictures_of_broken_engines_can_be_drawn(tmp_path):
-    expected = np.zeros((64, 64, 3), dtype=np.float32)
-    comparison(np.full_like(expected, np.nan), expected, "engine")
-    comparison(expected, expected, "engine")
-    errors = [TimestepError(t, math.nan, math.nan, math.nan, 4, math.nan) for t in (9, 1)]
-    (tmp_path / "plot.png").write_bytes(error_plot(errors, "engine"))
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert min(picture.size) > 300
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
