@@ -19,7 +19,7 @@ from sdtrt.cache import EngineDirectory
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.models import Model
-from sdtrt.parts import sizes_of, text_encoders_of
+from sdtrt.parts import TEXT_ENCODERS, sizes_of, text_encoders_of
 from sdtrt.pipeline import OpenPipeline, engine_facts, hooked, open_pipeline, out_of_memory, plan_image
 from sdtrt.specs import Component, GenerateSpec
 
@@ -147,6 +147,9 @@ def _warn_truncated(pipe: Any, text: str, console: Console) -> None:
 class _Finite:
     """Watches what the parts of a pipeline give each other: the UNet's inputs and outputs, and the VAE's decoding.
 
+    What the UNet takes is the work of other parts, which are named: each text encoder's states (SDXL's two stand side
+    by side), the second one's pooled text, the VAE encoder's latents.
+
     It asks the device nothing until the end: no step waits for it. (Pixels would be too late: their clamping turns
     infinities into white and black.)
     """
@@ -154,12 +157,15 @@ class _Finite:
     def __init__(self) -> None:
         self.flags: list[torch.Tensor] = []
         self.sources: list[str] = []
+        self.widths: dict[str, int] = {}  # of each text encoder's states
         self.step = 0
 
     @contextmanager
     def watching(self, pipe: Any) -> Iterator[None]:
         """Note what the parts of a pipeline give, for the time of a `with`."""
         decode = pipe.vae.decode
+        encoders = {name: getattr(pipe, name, None) for name in TEXT_ENCODERS}
+        self.widths = {name: one.config.hidden_size for name, one in encoders.items() if one is not None}
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = decode(*args, **kwargs)
@@ -176,7 +182,11 @@ class _Finite:
     def _add_step(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one call of the UNet: its output, and before the first step what other parts have made for it."""
         if self.step == 0:
-            self._add("text_encoder", kwargs["encoder_hidden_states"])
+            states = kwargs["encoder_hidden_states"].split([*self.widths.values()], dim=-1)
+            for name, own in zip(self.widths, states, strict=True):
+                self._add(name, own)
+            if (pooled := (kwargs.get("added_cond_kwargs") or {}).get("text_embeds")) is not None:
+                self._add("text_encoder_2", pooled)
             self._add("vae_encoder", args[0])
         self.step += 1
         self._add(f"unet at denoising step {self.step}", output[0])

@@ -611,6 +611,38 @@ def test_a_part_that_overflows_is_named_and_makes_no_image(source, value, spec, 
     assert not spec.output.exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "layer"),
+    [
+        ("text_encoder", "encoder.layers.1"),
+        ("text_encoder_2", "encoder.layers.1"),
+        ("text_encoder_2", "text_projection"),  # the pooled text alone
+    ],
+)
+def test_each_of_sdxls_text_encoders_is_named_by_itself(part, layer, spec, sdxl, directory, monkeypatch):
+    real = models.load_parts
+
+    def damaged(model, names, dtype):
+        parts = real(model, names, dtype)
+        if part in parts:
+            (found,) = (module for name, module in parts[part].named_modules() if name.endswith(layer))
+            found.register_forward_hook(lambda _m, _i, output: _with_a_nan(output))
+        return parts
+
+    monkeypatch.setattr(models, "load_parts", damaged)
+    with pytest.raises(EngineError) as caught:
+        generate(replace(spec, model=ModelSpec(str(sdxl)), height=64, width=64), directory, QUIET)
+    assert caught.value.message.startswith(f"{part} gave values that are not finite (torch, fp32)")
+    assert not spec.output.exists()
+
+
+def _with_a_nan(output):
+    """A layer's output (transformers 4 gives tuples) with one value spoilt."""
+    tensor = output[0] if isinstance(output, tuple) else output
+    tensor[(0,) * tensor.ndim] = float("nan")
+    return output
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["upcast", "not upcast"])
 def overflowing_vae(request, tmp_path_factory):
     """An SDXL folder whose VAE leaves fp16 on the way in and out, as SDXL's does; its output is as before."""
