@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import weakref
@@ -121,7 +122,12 @@ def test_pytorch_itself_is_verified_as_any_backend(spec, directory):
     assert report.image.psnr_db == 200
     assert report.image.ssim == 1
     assert report.engine is None
-    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["engine"] is None
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert (data["engine"], data["engines"]) == (None, {})
+    worse = replace(report, failures=("the image's SSIM is 0, below 1",))
+    with pytest.raises(EngineError, match="below 1, but the unet is faithful at all 2 timesteps compared") as caught:
+        worse.raise_on_failure()
+    assert caught.value.hint == "the model's weights may be damaged"  # no engine to be suspected
 
 
 def test_an_sdxl_model_in_half_precision_is_its_own_noise_floor(spec, directory, tmp_path):
@@ -233,6 +239,39 @@ def test_an_engine_whose_weight_was_changed_fails_though_its_key_is_right(spec, 
     with pytest.raises(EngineError) as caught:
         report.raise_on_failure()
     assert f"sdtrt engines rm {entry.name}" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["noise", "nan"])
+def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, directory, tmp_path, run, kind):
+    """The command says so, and what it hints at makes the engine right again."""
+
+    def change(weight):
+        if kind == "nan":
+            weight.flat[7] = np.nan
+        else:
+            weight *= 1 + np.random.default_rng(0).standard_normal(weight.shape).astype(weight.dtype)
+
+    model, spoilt = resolve_model(spec.image.model), EngineDirectory(tmp_path / "engines")
+    parts = ("text_encoder", "unet", "vae_decoder")
+    right = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    for name, entry in right.items():
+        tampered_engine(spoilt, entry, change if name == "vae_decoder" else lambda _: None)
+
+    options = (*QUICK, "--precision", "fp32", "--no-build", "--engine-dir", str(spoilt.path))
+    code, out, err = run("verify", *options)
+    assert code == 1
+    error, hint = err.splitlines()
+    what = "pixels that are not finite" if kind == "nan" else "PSNR is"
+    assert error.startswith("error: the image of onnxruntime in fp32 is not faithful: the image")
+    assert what in error
+    assert error.endswith("but the unet is faithful at all 2 timesteps compared")
+    assert "passed" not in out
+    start, command = hint.split(": build again with ")
+    suspects = [right[name].name for name in parts if name != "unet"]
+    assert start == f"hint: suspect {' and '.join(suspects)}, which no timestep shows"
+
+    assert run(*shlex.split(command)[1:], "--quiet")[0] == 0
+    assert run("verify", *options)[0] == 0
 
 
 # --- choosing an engine ----------------------------------------------------------------------------------------------
@@ -382,7 +421,7 @@ def run(capsys, monkeypatch, engine_dir, tmp_path):
     monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sdtrt", "verify", *arguments])
+        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
         captured = capsys.readouterr()
@@ -395,7 +434,7 @@ QUICK = ("--steps", "2", "--timesteps", "2", "--height", "64", "--width", "64", 
 
 
 def test_the_command_prints_one_json_document_of_the_promised_form(run):
-    code, out, err = run(*QUICK, "--json")
+    code, out, err = run("verify", *QUICK, "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert report["passed"] is True
@@ -409,22 +448,21 @@ def test_the_command_prints_one_json_document_of_the_promised_form(run):
 
 
 def test_the_command_fails_with_report_error_and_hint(run):
-    code, out, err = run(*QUICK, "--min-psnr", "190", "-o", "pictures")
+    code, out, err = run("verify", *QUICK, "--min-psnr", "190", "-o", "pictures")
     assert code == 1
     assert "timestep" in out
     assert "failed:\n  the image's PSNR is" in out
     assert "pictures/verify-onnxruntime-fp32-comparison.png" in out
     error, hint = err.splitlines()
-    assert error.startswith("error: unet-onnxruntime-fp32-")
-    assert "is not faithful: the image's PSNR is" in error
-    assert hint.startswith("hint: ")
+    assert error.startswith("error: the image of onnxruntime in fp32 is not faithful: the image's PSNR is")
+    assert hint.startswith("hint: suspect text_encoder-")
 
 
 def test_the_commands_wrong_input_is_told(run, tmp_path):
-    assert run("--min-cosine", "2")[0] == 2
-    assert run("--timesteps", "-1")[0] == 2
-    assert run("--engine", "nothing")[0] == 1
+    assert run("verify", "--min-cosine", "2")[0] == 2
+    assert run("verify", "--timesteps", "-1")[0] == 2
+    assert run("verify", "--engine", "nothing")[0] == 1
     (tmp_path / "file").write_text("")
-    code, _, err = run(*QUICK, "-o", "file/below")
+    code, _, err = run("verify", *QUICK, "-o", "file/below")
     assert code == 1
     assert err.count("\n") == 2
