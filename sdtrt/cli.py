@@ -121,7 +121,7 @@ def img2img(
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
     with quick_imports():
-        from sdtrt.pipeline import generate
+        from sdtrt.generate import generate
 
     report = generate(spec, directory.directory(), output.console())
     _render([str(image.path) for image in report.images], report.to_json(), output)

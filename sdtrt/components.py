@@ -72,12 +72,17 @@ class Contract:
         low, best, high = (self.input_shapes(size) for size in (profile.minimum, profile.optimum, profile.maximum))
         return {name: (low[name], best[name], high[name]) for name in low}
 
-    def describe(self, sizes: Sizes | Profile) -> str:
-        """Of sizes, those that the component depends on: `batch 2, height 512, width 512, tokens 77`."""
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """Of a size's fields, those that the component depends on."""
         names = {name for spec in self.inputs for name in spec.dynamic_axes.values()}
         words = {"batch": {BATCH}, "height": {LATENT_HEIGHT, IMAGE_HEIGHT}, "width": {LATENT_WIDTH, IMAGE_WIDTH}}
         words["tokens"] = {TOKENS}
-        return ", ".join(f"{word} {getattr(sizes, word)}" for word, known in words.items() if known & names)
+        return tuple(word for word, known in words.items() if known & names)
+
+    def describe(self, sizes: Sizes | Profile) -> str:
+        """Of sizes, those that the component depends on: `batch 2, height 512, width 512, tokens 77`."""
+        return ", ".join(f"{name} {getattr(sizes, name)}" for name in self.size_names)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for sidecars; what does not apply is left out."""

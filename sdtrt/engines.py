@@ -163,8 +163,10 @@ def ensure_engines(
     found = {name: find_engine(model, backend, precision, own[name], directory, name) for name in components}
     missing = [name for name in components if found[name] is None]
     if missing and not allow_build:
+        precision = _precision_of_all(model, precision, missing)
+        wanted = _describe(model, precision, {name: own[name] for name in missing})
         raise EngineError(
-            f"no {backend} {precision} engine for the {', '.join(missing)} of {model.spec.name} fits {sizes}",
+            f"no {backend} {precision} engine for the {', '.join(missing)} of {model.spec.name} fits{wanted}",
             hint=build_command(model, backend, precision, sizes, directory, missing, images),
         )
     entries = {}
@@ -173,6 +175,22 @@ def ensure_engines(
             console.warn(f"{entry.name} was built but never checked ({reason}): sdtrt engines rm {entry.name} drops it")
         entries[name] = entry or _build_missing(model, backend, precision, own[name], directory, name, console)
     return entries
+
+
+def _precision_of_all(model: Model, precision: Precision, components: Sequence[Component]) -> Precision:
+    """The precision that components are built in where `precision` is asked for; that one where they differ."""
+    fitting = {precision_of(model, name, precision) for name in components}
+    return fitting.pop() if len(fitting) == 1 else precision
+
+
+def _describe(model: Model, precision: Precision, sizes: Mapping[Component, Sizes]) -> str:
+    """What engines must fit: of one ` batch 1, height 512, width 512`, of several `: unet at …; vae_decoder at …`."""
+    words = []
+    for name, size in sizes.items():
+        own = precision_of(model, name, precision)
+        text = contract_of(model, name, own).describe(size)
+        words.append(f"{name}{f' in {own}' * (own != precision)} at {text}" if len(sizes) > 1 else text)
+    return (": " if len(sizes) > 1 else " ") + "; ".join(words)
 
 
 def _build_missing(
@@ -266,21 +284,38 @@ def build_command(
     """The command that builds the engines for a request; `sizes` are the UNet's."""
     import shlex
 
-    rows = sizes.batch
-    # The other components get half of it; without guidance the UNet's batch is no more than the images.
-    batch = f"{rows}" if (rows + 1) // 2 >= images else f"{rows}:{rows}:{2 * images}"
-
     words = ["sdtrt", "build", "--model", model.spec.name, "--backend", backend, "--precision", precision]
     words += [word for name in components for word in ("--component", name)]
     if backend != "onnxruntime":
-        words += ["--batch", batch, "--height", str(sizes.height), "--width", str(sizes.width)]
-        words += ["--tokens", str(sizes.tokens)]
+        words += _size_options(model, precision, sizes, components, images)
     spec = model.spec
     options = (spec.revision, spec.variant, spec.config, spec.allow_pickle)
     for name, value in zip(("revision", "variant", "config", "allow-pickle"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += ["--offline"] if spec.offline else []
     return shlex.join([*words, "--engine-dir", str(directory.path)])
+
+
+def _size_options(
+    model: Model, precision: Precision, sizes: Sizes, components: Sequence[Component], images: int
+) -> list[str]:
+    """The options of `sdtrt build` for the sizes that components depend on; `sizes` are the UNet's."""
+    used = {word for name in components for word in contract_of(model, name, precision).size_names}
+    values = {"batch": _batch_option(sizes.batch, components, images)}
+    values |= {name: str(getattr(sizes, name)) for name in ("height", "width", "tokens")}
+    return [word for name, value in values.items() if name in used and value for word in (f"--{name}", value)]
+
+
+def _batch_option(rows: int, components: Sequence[Component], images: int) -> str:
+    """`--batch` of `sdtrt build`, which is the UNet's; the other components get half of it (`parts.profile_of`).
+
+    Without guidance the UNet's batch is no more than the images: then one range serves all. Empty without the UNet for
+    one image, which is what every other component is built for unless told otherwise.
+    """
+    others = [name for name in components if name not in ("unet", "vae_encoder")]  # images are encoded one by one
+    if "unet" not in components:
+        return f"{2 * images}" if others and images > 1 else ""
+    return f"{rows}" if not others or (rows + 1) // 2 >= images else f"{rows}:{rows}:{2 * images}"
 
 
 def slack(key: Mapping[str, Any], sizes: Sizes) -> float | None:

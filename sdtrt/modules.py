@@ -112,13 +112,11 @@ class UNetFacade(torch.nn.Module):
             "encoder_hidden_states": encoder_hidden_states,
             **self._added(added_cond_kwargs or {}),
         }
-        output = self.session.run({name: self._cast(name, tensor) for name, tensor in feeds.items()})
+        output = self.session.run(
+            {name: _cast(tensor, self._device, self._dtypes[name]) for name, tensor in feeds.items()}
+        )
         noise = output[self.contract.outputs[0].name].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
-
-    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """One input as the engine takes it: its dtype, on its device, contiguous."""
-        return tensor.to(device=self._device, dtype=self._dtypes[name]).contiguous()
 
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
@@ -306,9 +304,12 @@ class VaeFacade(torch.nn.Module):
 def _run(session: Session[torch.Tensor], device: torch.device, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Run an engine on tensors in the order of its inputs, each cast to what the engine takes."""
     pairs = zip(session.inputs, tensors, strict=True)
-    return session.run(
-        {spec.name: t.to(device=device, dtype=_torch_dtype(spec.dtype)).contiguous() for spec, t in pairs}
-    )
+    return session.run({spec.name: _cast(tensor, device, _torch_dtype(spec.dtype)) for spec, tensor in pairs})
+
+
+def _cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """An input as an engine takes it: its dtype, on its device, contiguous."""
+    return tensor.to(device=device, dtype=dtype).contiguous()
 
 
 def _default_config(cls: Any) -> dict[str, Any]:

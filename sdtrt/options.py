@@ -185,7 +185,9 @@ class ExporterOptions:
 class ProfileOptions:
     """The sizes that an engine accepts."""
 
-    batch: Annotated[str, Option(help=f"UNet batch, {RANGE}; guidance makes it twice the images")] = "2"
+    batch: Annotated[
+        str, Option(help=f"UNet batch, {RANGE}; guidance makes it twice the images, so the other parts get half of it")
+    ] = "2"
     height: Annotated[str | None, Option("--height", "-H", help=f"pixels, {RANGE}; by default the model's own")] = None
     width: Annotated[str | None, Option("--width", "-W", help=f"pixels, {RANGE}; by default the model's own")] = None
     tokens: Annotated[str, Option(help=f"prompt tokens, {RANGE}")] = str(DEFAULT_TOKENS)

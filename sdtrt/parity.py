@@ -20,7 +20,7 @@ from sdtrt.components import Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ExportError, first_line
 from sdtrt.metrics import cosine, max_abs, relative_l2
-from sdtrt.runtime.onnxruntime import LOG_SEVERITY
+from sdtrt.runtime.onnxruntime import open_model
 from sdtrt.specs import Precision, Sizes
 from sdtrt.tracing import reference
 
@@ -213,15 +213,8 @@ def _runnable(path: Path, contract: Contract) -> Iterator[tuple[Path, dict[str, 
 
 def _open(path: Path) -> Any:
     """An ONNX Runtime session that runs the graph as it is (and holds no widened copy of its weights)."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are PyTorch's too
-    options.log_severity_level = LOG_SEVERITY
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return open_model(path, as_it_is=True, arena=False)
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime can't load the exported graph: {first_line(error)[:300]}",

@@ -38,6 +38,11 @@ def components_of(model: Model) -> tuple[Component, ...]:
     return tuple(name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type,misc]
 
 
+def text_encoders_of(model: Model) -> tuple[Component, ...]:
+    """The model's text encoders (SDXL has two, its refiner the second only)."""
+    return tuple(name for name in TEXT_ENCODERS if name in model.parts)
+
+
 def choose_components(model: Model, names: Iterable[str]) -> tuple[Component, ...]:
     """The components that a user names, each once, in the usual order; all of the model's where none is named.
 

@@ -7,7 +7,6 @@ recorded inputs, and the whole pipeline with it.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from sdtrt import engines, host, images, models
 from sdtrt.cache import EngineDirectory, Entry
@@ -28,6 +26,7 @@ from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.meters import free_memory, tf32
 from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, require_ssim, ssim
 from sdtrt.models import Model
+from sdtrt.pictures import comparison, error_plot
 from sdtrt.pipeline import (
     OpenPipeline,
     Plan,
@@ -38,12 +37,9 @@ from sdtrt.pipeline import (
     out_of_memory,
     plan_image,
 )
-from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
+from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, Profile, Thresholds, VerifySpec
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
-PANEL_PIXELS = 320  # a side: smaller pictures are shown enlarged
-CAPTION_PIXELS = 24
-MAX_GAIN = 1024  # of the difference that is shown
 
 Array = npt.NDArray[Any]
 
@@ -91,8 +87,9 @@ class VerifyReport:
         settings: what was run, as plain data.
         failures: what missed its threshold, in words.
         files: the pictures that were written.
-        engine: name and digest of the engine's entry; None for the torch backend.
-        same_weights: whether the engine was built from this model's weights; None where there is no engine.
+        engines: name and digest of the engine's entry, for each component that an engine ran.
+        same_weights: whether the UNet's engine was built from this model's weights; None where there is no engine.
+        rebuild: the command that builds the other components' engines again; empty where there are none.
     """
 
     settings: Mapping[str, Any]
@@ -101,8 +98,19 @@ class VerifyReport:
     image: ImageError
     failures: tuple[str, ...]
     files: Mapping[str, Path]
-    engine: Mapping[str, str] | None
+    engines: Mapping[Component, Mapping[str, str]]
     same_weights: bool | None
+    rebuild: str
+
+    @property
+    def engine(self) -> Mapping[str, str] | None:
+        """The UNet's engine; None where PyTorch ran it."""
+        return self.engines.get("unet")
+
+    @property
+    def unet_passed(self) -> bool:
+        """Whether every threshold was held at every timestep: what then fails is no work of the UNet's."""
+        return not any(_misses(self.thresholds, self.timesteps))
 
     @property
     def passed(self) -> bool:
@@ -121,6 +129,7 @@ class VerifyReport:
             **self.settings,
             "host": host.facts(),
             "engine": None if self.engine is None else {**self.engine, "same_weights": self.same_weights},
+            "engines": {name: dict(engine) for name, engine in self.engines.items()},
         }
 
     def print(self) -> None:
@@ -147,18 +156,30 @@ class VerifyReport:
         """Raise `EngineError` unless it passed."""
         if self.passed:
             return
-        what = self.engine["name"] if self.engine is not None else f"{self.settings['backend']} itself"
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-        raise EngineError(f"{what} is not faithful: {self.failures[0]}{more}", hint=self._mend())
+        what = self.engine["name"] if self.engine is not None else f"{self.settings['backend']} itself"
+        but = ""
+        if self.unet_passed:
+            what = f"the image of {self.settings['backend']} in {self.settings['precision']}"
+            but = f", but the unet is faithful at all {len(self.timesteps)} timesteps compared"
+        raise EngineError(f"{what} is not faithful: {self.failures[0]}{more}{but}", hint=self._mend())
 
     def _mend(self) -> str:
         """What to do about a failure."""
-        if self.same_weights is False:
-            return f"it was built from other weights than those of {self.settings['model']}: give the --model it is of"
+        if self.engine is not None and self.same_weights is False:
+            name, model = self.engine["name"], self.settings["model"]
+            return f"{name} was built from other weights than those of {model}: give the --model it is of"
         hints = ["use --precision fp32"] if self.settings["precision"] != "fp32" else []
+        if self.unet_passed:
+            return ", or ".join([*hints, *self._suspects()]) or "the model's weights may be damaged"
         if self.engine is not None:
             hints.append(f"build it again (sdtrt engines rm {self.engine['name']} drops it)")
         return ", or ".join(hints) or "the model's weights may be damaged"
+
+    def _suspects(self) -> Iterator[str]:
+        """What to do about the engines beside the UNet's, if there are any: no timestep shows what they do."""
+        if others := [engine["name"] for name, engine in self.engines.items() if name != "unet"]:
+            yield f"suspect {' and '.join(others)}, which no timestep shows: build again with {self.rebuild}"
 
 
 def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> VerifyReport:
@@ -173,7 +194,8 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = models.resolve_model(spec.image.model, console)
-        plan, entry = _subject(spec, model, directory, console)
+        plan, found = _subject(spec, model, directory, console)
+        entry = found.get("unet")
         same_weights = _same_weights(model, entry, directory)
         if same_weights is False and entry is not None:
             console.note(f"{entry.name} was built from other weights than those of {model.name}")
@@ -185,8 +207,9 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     files = _draw(output.folder, errors, pixels, reference.pixels, plan)
     settings = _settings(spec, plan)
     failures = judge(spec.thresholds, errors, image)
-    engine = None if entry is None else engine_facts(entry)
-    return VerifyReport(settings, spec.thresholds, errors, image, failures, files, engine, same_weights)
+    facts = {name: engine_facts(one) for name, one in found.items()}
+    rebuild = _rebuild(plan, found, directory)
+    return VerifyReport(settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild)
 
 
 def _require_extras() -> None:
@@ -201,8 +224,10 @@ def _require_extras() -> None:
 # --- what is verified --------------------------------------------------------------------------------------------
 
 
-def _subject(spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console) -> tuple[Plan, Entry | None]:
-    """How the engine's pipeline runs, and the engine: the one that is named, or the one that would make the image."""
+def _subject(
+    spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
+) -> tuple[Plan, Mapping[Component, Entry]]:
+    """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
     if spec.engine is not None:
         entry = directory.named(spec.engine)
         plan = plan_image(_as_engine(spec.image, entry), model, console)
@@ -210,8 +235,18 @@ def _subject(spec: VerifySpec, model: Model, directory: EngineDirectory, console
     else:
         entry, plan = None, plan_image(spec.image, model, console)
     # All that the image needs, before the long part begins.
-    found = engines_of(plan, directory, console, allow_build=spec.image.allow_build, unet_engine=entry)
-    return plan, found.get("unet")
+    return plan, engines_of(plan, directory, console, allow_build=spec.image.allow_build, unet_engine=entry)
+
+
+def _rebuild(plan: Plan, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
+    """The command that builds the engines beside the UNet's again; empty where there are none."""
+    others = [name for name in entries if name != "unet"]
+    if not others:
+        return ""
+    command = engines.build_command(
+        plan.model, plan.backend, plan.precision, plan.sizes, directory, others, plan.images
+    )
+    return f"{command} --force"
 
 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
@@ -503,51 +538,9 @@ def _draw(folder: Path, errors: Sequence[TimestepError], actual: Array, expected
     """Write the two pictures under new names."""
     stem = f"verify-{plan.backend}-{plan.precision}"
     label = f"{plan.backend} {plan.precision}"
+    figures = [(error.timestep, error.relative_l2, error.reference_relative_l2) for error in errors]
+    timesteps, own, floor = (list(column) for column in zip(*figures, strict=True))
     return {
         "comparison": images.save_new(comparison(actual, expected, label), folder, f"{stem}-comparison"),
-        "errors": images.save_new(error_plot(errors, label), folder, f"{stem}-errors"),
+        "errors": images.save_new(error_plot(timesteps, own, floor, label), folder, f"{stem}-errors"),
     }
-
-
-def comparison(actual: Array, expected: Array, label: str) -> bytes:
-    """A PNG: the reference, the engine's image, and their difference, made large enough to be seen, side by side."""
-    difference = np.nan_to_num(np.abs(np.nan_to_num(actual) - expected), posinf=1)
-    largest = float(difference.max())
-    gain = min(MAX_GAIN, max(1, int(1 / largest))) if largest > 0 else 1
-    panels = (
-        ("PyTorch fp32", expected),
-        (label, np.nan_to_num(actual)),
-        (f"difference × {gain}", difference * gain),
-    )
-    height, width = expected.shape[:2]
-    factor = max(1, -(-PANEL_PIXELS // width))
-    sheet = Image.new("RGB", (3 * width * factor, height * factor + CAPTION_PIXELS), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for number, (caption, pixels) in enumerate(panels):
-        eight_bits = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-        enlarged = Image.fromarray(eight_bits).resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (number * width * factor, CAPTION_PIXELS))
-        draw.text((number * width * factor + 4, 4), caption, fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def error_plot(errors: Sequence[TimestepError], label: str) -> bytes:
-    """A PNG: relative L2 error over timesteps, the engine's and PyTorch's own in half precision."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    timesteps = [error.timestep for error in errors]
-    axes.semilogy(timesteps, [error.relative_l2 for error in errors], marker=".", label=label)
-    floor = [error.reference_relative_l2 for error in errors]
-    axes.semilogy(timesteps, floor, marker=".", linestyle="--", label="PyTorch in half precision")
-    axes.invert_xaxis()  # as the run goes: from noise to image
-    axes.set(xlabel="timestep", ylabel="relative L2 error against PyTorch fp32")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

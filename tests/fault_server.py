@@ -32,7 +32,7 @@ from typing import Any
 import factories
 import torch
 
-from sdtrt import build, export, pipeline
+from sdtrt import build, export, generate
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET
@@ -88,14 +88,14 @@ def make_engine(model: ModelSpec, folder: Path) -> str:
 
 def make_images(model: ModelSpec, folder: Path) -> str:
     """Two images into a folder, the engine built if it is missing."""
-    report = pipeline.generate(_request(model, num_images=2, output=folder / "out"), _directory(folder), QUIET)
+    report = generate.generate(_request(model, num_images=2, output=folder / "out"), _directory(folder), QUIET)
     return ",".join(digest(image.path) for image in report.images)
 
 
 def make_image(model: ModelSpec, folder: Path) -> str:
     """One image in place of another."""
     output = folder / "out" / "again.png"
-    pipeline.generate(_request(model, output=output, overwrite=True), _directory(folder), QUIET)
+    generate.generate(_request(model, output=output, overwrite=True), _directory(folder), QUIET)
     return digest(output)
 
 

@@ -17,7 +17,7 @@ from fault_server import UNET
 
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET
-from sdtrt.pipeline import generate
+from sdtrt.generate import generate
 from sdtrt.specs import GenerateSpec, ModelSpec
 
 WARM = 100  # generations after which memory has settled: libraries are loaded, allocators have what they need

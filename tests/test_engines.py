@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sdtrt import build, engines, host, parts
 from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
+from sdtrt.cli import main
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, EngineError, UsageError
@@ -193,16 +195,80 @@ def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
     assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "images", "batch"), [(SMALL, 1, "2"), (Sizes(1, 64, 64), 1, "1"), (Sizes(4, 64, 64), 4, "4:4:8")]
-)
-def test_the_build_command_makes_room_for_the_images(model, directory, sizes, images, batch):
-    """Without guidance the UNet's batch is that of the images, whose other components get half of `--batch`."""
-    words = engines.build_command(model, "tensorrt", "fp16", sizes, directory, ("unet", "vae_decoder"), images).split()
-    assert words[words.index("--batch") + 1] == batch
-    profile = Profile(Range.parse(batch, "--batch"), Range.of(64), Range.of(64))
-    assert sizes in parts.profile_of("unet", profile)
-    assert parts.sizes_of("vae_decoder", sizes, images) in parts.profile_of("vae_decoder", profile)
+@pytest.fixture
+def run_build(monkeypatch):
+    """Run a command as the shell would, TensorRT left out: its engines are empty. Returns their specs by component."""
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
+    for module in (build, engines):
+        monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
+    specs = {}
+
+    def publish(model, spec, directory, console):
+        specs[spec.export.component] = spec
+        return directory.obtain("engine", build.engine_key(model, spec, directory), _empty)
+
+    monkeypatch.setattr(build, "build_engine", publish)
+
+    def run(command):
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        return dict(specs)
+
+    return run
+
+
+ALL = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+REQUESTS = {  # the UNet's size, how many images at once, what is missing → sizes in the command, sizes in the error
+    "unet": (SMALL, 1, ("unet",), "--batch 2 --height 64 --width 64 --tokens 77", " batch 2, height 64, width 64, to"),
+    "text": (Sizes(2, 64, 72, 154), 1, ("text_encoder",), "", " batch 1"),
+    "decoder": (Sizes(2, 64, 72, 154), 1, ("vae_decoder",), "--height 64 --width 72", " batch 1, height 64, width 72"),
+    "decoder of 4": (Sizes(4, 64, 72), 4, ("vae_decoder",), "--batch 8 --height 64 --width 72", " batch 4, height 64"),
+    "encoder": (Sizes(8, 64, 72), 4, ("vae_encoder",), "--height 64 --width 72", " batch 1, height 64, width 72"),
+    "unet of 4": (Sizes(4, 64, 64), 4, ("unet", "vae_encoder"), "--batch 4 --height 64 --width 64 --tokens 77", ": un"),
+    "guided": (
+        Sizes(8, 64, 64),
+        4,
+        ALL,
+        "--batch 8 --height 64 --width 64 --tokens 77",
+        ": text_encoder at batch 4; unet at batch 8, height 64, width 64, tokens 77; vae_decoder at batch 4, height 64,"
+        " width 64; vae_encoder at batch 1, height 64, width 64",
+    ),
+    # Without guidance the UNet's batch is that of the images, and one range must do for all.
+    "unguided": (Sizes(4, 64, 64), 4, ALL, "--batch 4:4:8 --height 64 --width 64 --tokens 77", ": text_encoder at b"),
+    "unguided, one": (Sizes(1, 64, 64), 1, ALL, "--batch 1 --height 64 --width 64 --tokens 77", ": text_encoder at b"),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_the_hinted_command_builds_what_is_missing(model, run_build, tmp_path, case):
+    sizes, images, missing, options, words = REQUESTS[case]
+    request = (model, "tensorrt", "fp16", sizes, EngineDirectory(tmp_path / "engines"), missing)
+    with pytest.raises(EngineError) as caught:
+        engines.ensure_engines(*request, images=images, allow_build=False)
+    assert f"for the {', '.join(missing)} of {model.spec.name} fits{words}" in caught.value.message
+    given = caught.value.hint.partition(f"--component {missing[-1]} ")[2]
+    assert given.partition("--engine-dir")[0].strip() == options
+    for name, spec in run_build(caught.value.hint).items():
+        own = parts.sizes_of(name, sizes, images)
+        assert spec.profiles == (Profile.of(own),) or (case == "unguided" and own in spec.profiles[0])
+    assert tuple(engines.ensure_engines(*request, images=images, allow_build=False)) == missing
+
+
+def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_build, tmp_path):
+    """SDXL's VAE, which is in fp32 where fp16 is asked for."""
+    model = resolve_model(ModelSpec(str(factories.sdxl_folder(tmp_path / "sdxl", layers_per_block=1))))
+    for missing, words in (
+        (("unet", "vae_decoder"), "no tensorrt fp16 engine for the unet, vae_decoder of"),
+        (("vae_decoder",), "no tensorrt fp32 engine for the vae_decoder of"),
+    ):
+        request = (model, "tensorrt", "fp16", SMALL, EngineDirectory(tmp_path / f"{len(missing)}"), missing)
+        with pytest.raises(EngineError, match=words) as caught:
+            engines.ensure_engines(*request, allow_build=False)
+        assert ("vae_decoder in fp32 at batch 1" in caught.value.message) == (len(missing) > 1)
+        assert run_build(caught.value.hint)["vae_decoder"].export.precision == "fp32"
+        assert tuple(engines.ensure_engines(*request, allow_build=False)) == missing
 
 
 def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, tmp_path):

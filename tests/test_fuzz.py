@@ -32,9 +32,9 @@ from sdtrt.cache import SIDECAR, EngineDirectory
 from sdtrt.cli import main
 from sdtrt.console import QUIET
 from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageError
+from sdtrt.generate import generate
 from sdtrt.inspection import inspect_engine
 from sdtrt.models import load_parts, resolve_model
-from sdtrt.pipeline import generate
 from sdtrt.runtime import open_session
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
 

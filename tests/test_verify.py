@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import weakref
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from factories import sd1_folder, sdxl_folder, tampered_engine
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, models, pipeline
@@ -28,8 +28,6 @@ from sdtrt.verify import (
     ImageError,
     TimestepError,
     compare_call,
-    comparison,
-    error_plot,
     judge,
     spread,
     verify,
@@ -124,7 +122,12 @@ def test_pytorch_itself_is_verified_as_any_backend(spec, directory):
     assert report.image.psnr_db == 200
     assert report.image.ssim == 1
     assert report.engine is None
-    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["engine"] is None
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert (data["engine"], data["engines"]) == (None, {})
+    worse = replace(report, failures=("the image's SSIM is 0, below 1",))
+    with pytest.raises(EngineError, match="below 1, but the unet is faithful at all 2 timesteps compared") as caught:
+        worse.raise_on_failure()
+    assert caught.value.hint == "the model's weights may be damaged"  # no engine to be suspected
 
 
 def test_an_sdxl_model_in_half_precision_is_its_own_noise_floor(spec, directory, tmp_path):
@@ -236,6 +239,39 @@ def test_an_engine_whose_weight_was_changed_fails_though_its_key_is_right(spec, 
     with pytest.raises(EngineError) as caught:
         report.raise_on_failure()
     assert f"sdtrt engines rm {entry.name}" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["noise", "nan"])
+def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, directory, tmp_path, run, kind):
+    """The command says so, and what it hints at makes the engine right again."""
+
+    def change(weight):
+        if kind == "nan":
+            weight.flat[7] = np.nan
+        else:
+            weight *= 1 + np.random.default_rng(0).standard_normal(weight.shape).astype(weight.dtype)
+
+    model, spoilt = resolve_model(spec.image.model), EngineDirectory(tmp_path / "engines")
+    parts = ("text_encoder", "unet", "vae_decoder")
+    right = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    for name, entry in right.items():
+        tampered_engine(spoilt, entry, change if name == "vae_decoder" else lambda _: None)
+
+    options = (*QUICK, "--precision", "fp32", "--no-build", "--engine-dir", str(spoilt.path))
+    code, out, err = run("verify", *options)
+    assert code == 1
+    error, hint = err.splitlines()
+    what = "pixels that are not finite" if kind == "nan" else "PSNR is"
+    assert error.startswith("error: the image of onnxruntime in fp32 is not faithful: the image")
+    assert what in error
+    assert error.endswith("but the unet is faithful at all 2 timesteps compared")
+    assert "passed" not in out
+    start, command = hint.split(": build again with ")
+    suspects = [right[name].name for name in parts if name != "unet"]
+    assert start == f"hint: suspect {' and '.join(suspects)}, which no timestep shows"
+
+    assert run(*shlex.split(command)[1:], "--quiet")[0] == 0
+    assert run("verify", *options)[0] == 0
 
 
 # --- choosing an engine ----------------------------------------------------------------------------------------------
@@ -375,35 +411,6 @@ def test_no_build_builds_none_of_the_other_components_either(spec, directory, tm
     assert [entry.name for entry in only.entries()] == before
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_the_comparison_shows_both_images_and_their_difference_enlarged(tmp_path):
-    expected = np.full((64, 96, 3), 0.5, dtype=np.float32)
-    actual = expected.copy()
-    actual[:, 48:] += 0.01
-    path = tmp_path / "picture.png"
-    path.write_bytes(comparison(actual, expected, "engine"))
-    with Image.open(path) as picture:
-        width, height = picture.size
-        sheet = np.asarray(picture).astype(int)
-    assert (width, height) == (3 * 96 * 4, 64 * 4 + 24)
-    middle = 24 + 128
-    assert [tuple(sheet[middle, x]) for x in (100, 384 + 100, 768 + 100)] == [(128,) * 3, (128,) * 3, (0,) * 3]
-    assert sheet[middle, 384 + 300, 0] == 130
-    assert sheet[middle, 768 + 300, 0] > 240  # 0.01, made a hundred times as large
-
-
-def test_pictures_of_broken_engines_can_be_drawn(tmp_path):
-    expected = np.zeros((64, 64, 3), dtype=np.float32)
-    comparison(np.full_like(expected, np.nan), expected, "engine")
-    comparison(expected, expected, "engine")
-    errors = [TimestepError(t, math.nan, math.nan, math.nan, 4, math.nan) for t in (9, 1)]
-    (tmp_path / "plot.png").write_bytes(error_plot(errors, "engine"))
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert min(picture.size) > 300
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +421,7 @@ def run(capsys, monkeypatch, engine_dir, tmp_path):
     monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sdtrt", "verify", *arguments])
+        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
         captured = capsys.readouterr()
@@ -427,7 +434,7 @@ QUICK = ("--steps", "2", "--timesteps", "2", "--height", "64", "--width", "64", 
 
 
 def test_the_command_prints_one_json_document_of_the_promised_form(run):
-    code, out, err = run(*QUICK, "--json")
+    code, out, err = run("verify", *QUICK, "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert report["passed"] is True
@@ -441,22 +448,21 @@ def test_the_command_prints_one_json_document_of_the_promised_form(run):
 
 
 def test_the_command_fails_with_report_error_and_hint(run):
-    code, out, err = run(*QUICK, "--min-psnr", "190", "-o", "pictures")
+    code, out, err = run("verify", *QUICK, "--min-psnr", "190", "-o", "pictures")
     assert code == 1
     assert "timestep" in out
     assert "failed:\n  the image's PSNR is" in out
     assert "pictures/verify-onnxruntime-fp32-comparison.png" in out
     error, hint = err.splitlines()
-    assert error.startswith("error: unet-onnxruntime-fp32-")
-    assert "is not faithful: the image's PSNR is" in error
-    assert hint.startswith("hint: ")
+    assert error.startswith("error: the image of onnxruntime in fp32 is not faithful: the image's PSNR is")
+    assert hint.startswith("hint: suspect text_encoder-")
 
 
 def test_the_commands_wrong_input_is_told(run, tmp_path):
-    assert run("--min-cosine", "2")[0] == 2
-    assert run("--timesteps", "-1")[0] == 2
-    assert run("--engine", "nothing")[0] == 1
+    assert run("verify", "--min-cosine", "2")[0] == 2
+    assert run("verify", "--timesteps", "-1")[0] == 2
+    assert run("verify", "--engine", "nothing")[0] == 1
     (tmp_path / "file").write_text("")
-    code, _, err = run(*QUICK, "-o", "file/below")
+    code, _, err = run("verify", *QUICK, "-o", "file/below")
     assert code == 1
     assert err.count("\n") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,19 +39,8 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         threads: int | None = None,
         optimized: bool = True,
     ) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = LOG_SEVERITY
-        if optimized:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Waiting threads that spin take the cores from what PyTorch computes between two runs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(model), options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            self._session = open_model(model, as_it_is=optimized, threads=threads or torch.get_num_threads())
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             if is_out_of_memory(error):
                 raise EngineError(
@@ -85,6 +75,27 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         """Free the model."""
         self._session = None
         self.let_go()
+
+
+def open_model(model: Path, *, as_it_is: bool, threads: int = 0, arena: bool = True) -> Any:
+    """ONNX Runtime's own session of a file, on its CPU provider; it logs nothing that it raises.
+
+    Args:
+        as_it_is: run the graph with no optimisation.
+        threads: for one operator; 0 for ONNX Runtime's own choice.
+        arena: keep the memory of one run for the next one.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = LOG_SEVERITY
+    if as_it_is:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
+    # Waiting threads that spin take the cores from what PyTorch computes between two runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

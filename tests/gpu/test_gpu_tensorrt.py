@@ -492,7 +492,7 @@ def right_share(report):
 
 def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
     """The miniature draws what its prompts say, with the engine in place of its UNet."""
-    from sdtrt.pipeline import generate
+    from sdtrt.generate import generate
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1, "allow_build": False}
@@ -510,7 +510,7 @@ def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
 
 def test_the_whole_pipeline_in_engines(entry, directory, tmp_path, monkeypatch):
     """Nothing of the miniature is left to PyTorch, and it draws what its prompts say."""
-    from sdtrt.pipeline import generate
+    from sdtrt.generate import generate
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1}
