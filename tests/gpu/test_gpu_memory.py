@@ -1,0 +1,93 @@
+"""Too little memory on a real GPU: refused before work starts, or done in smaller batches; the process stays usable."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import gpu_engines
+import numpy as np
+import pytest
+import torch
+from gpu_engines import DIRECTORY_VARIABLE
+from PIL import Image
+
+from sdtrt import pipeline, trt_api
+from sdtrt.cache import EngineDirectory
+from sdtrt.console import QUIET
+from sdtrt.errors import MemoryShortage
+from sdtrt.generate import generate
+from sdtrt.images import read_metadata
+from sdtrt.memory import ALLOWANCE_BYTES, free_bytes
+from sdtrt.specs import GenerateSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
+]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    return EngineDirectory(Path(named) if named else tmp_path_factory.mktemp("gpu") / "engines")
+
+
+@contextmanager
+def all_but(spare):
+    """Hold the GPU's memory, but for about so many bytes."""
+    torch.cuda.empty_cache()
+    held = torch.empty(max(free_bytes(CUDA) - spare, 0), dtype=torch.uint8, device=CUDA)
+    try:
+        yield
+    finally:
+        del held
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def limited(size):
+    """Let PyTorch's allocator take no more than so many bytes: beyond that it is out of memory, as on a smaller GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(CUDA).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.skipif(not trt_api.is_installed("tensorrt"), reason="TensorRT is not installed")
+def test_what_can_not_fit_is_refused_before_anything_is_loaded(directory, tmp_path, monkeypatch):
+    gpu_engines.engine("dynamic", directory)
+    spec = GenerateSpec(("a red circle",), backend="tensorrt", height=128, width=128, seed=1, steps=2, output=tmp_path)
+    generate(spec, directory, QUIET)  # builds what is missing
+    opened = []
+    monkeypatch.setattr(pipeline, "open_session", lambda *arguments, **options: opened.append(arguments))
+    with all_but(ALLOWANCE_BYTES // 2), pytest.raises(MemoryShortage, match="GiB of GPU memory") as caught:
+        generate(spec, directory, QUIET)
+    assert not opened
+    assert caught.value.hint
+    monkeypatch.undo()
+    assert len(generate(spec, directory, QUIET).images) == 1  # with the memory back, the same process goes on
+
+
+def test_a_batch_that_runs_out_of_memory_goes_on_in_smaller_ones(directory, tmp_path):
+    """PyTorch's own error for memory that is not there, on a limit that one image fits in and eight don't."""
+    options = {"backend": "torch", "height": 512, "width": 512, "seed": 1, "steps": 2}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    one = generate(GenerateSpec(("a red circle",), output=tmp_path / "one", **options), directory, QUIET)
+    limit = 3 * torch.cuda.max_memory_allocated()
+    with limited(limit):
+        many = GenerateSpec(("a red circle",), num_images=8, batch_size=8, output=tmp_path / "many", **options)
+        report = generate(many, directory, QUIET)
+    assert [image.seed for image in report.images] == list(range(1, 9))
+    sizes = {read_metadata(image.path).details["batch_size"] for image in report.images}
+    assert sizes <= {1, 2, 4}, sizes
+    again = generate(GenerateSpec(("a red circle",), output=tmp_path / "again", **options), directory, QUIET)
+    first, last = (np.asarray(Image.open(report.images[0].path)).astype(int) for report in (one, again))
+    assert np.abs(first - last).max() <= 2
