@@ -15,19 +15,18 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sdtrt.components import Contract
+from sdtrt.components import ADDED_CONDITIONING, CONDITIONING, Contract
 from sdtrt.errors import EngineError
+from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.session import Session
-
-# What the inputs of an engine beyond those of every UNet are called in diffusers' `added_cond_kwargs`.
-ADDED_INPUTS = ("text_embeds", "time_ids")
 
 
 class UNetFacade(torch.nn.Module):
     """A `UNet2DConditionModel` for diffusers' pipelines, run by an engine.
 
     It holds no weights. Tensors may come in any floating-point dtype: they are cast to the engine's, and the result is
-    cast back, so that guidance and scheduler keep the pipeline's precision.
+    cast back, so that guidance and scheduler keep the pipeline's precision. The last conditioning's cast is kept (a
+    fraction of a megabyte an image): the same tensor at the next step needs no other, and no copy in the session.
 
     Args:
         session: runs the engine; who opened it closes it.
@@ -46,6 +45,7 @@ class UNetFacade(torch.nn.Module):
         self._internal_dict = FrozenDict({**_default_config(UNet2DConditionModel), **config})
         self._device = device
         self._dtypes = {spec.name: _torch_dtype(spec.dtype) for spec in contract.inputs}
+        self._casts: dict[str, _Cast] = {}
         if config.get("addition_embed_type") == "text_time":
             width = config["projection_class_embeddings_input_dim"]
             # SDXL's pipelines read the width of the added conditioning from the layer that takes it.
@@ -118,11 +118,27 @@ class UNetFacade(torch.nn.Module):
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """One input as the engine takes it: its dtype, on its device, contiguous."""
+        if name in CONDITIONING:
+            return self._cast_once(name, tensor)
+        return self._cast_anew(name, tensor)
+
+    def _cast_anew(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self._device, dtype=self._dtypes[name]).contiguous()
+
+    def _cast_once(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The cast of an input that comes at every step: the same tensor again while it is unchanged."""
+        kept, stream = self._casts.pop(name, None), _current_stream(self._device)
+        if kept is None or kept.stream != stream or not kept.source.is_still(tensor):
+            source, result = Remembered.of(tensor), self._cast_anew(name, tensor)
+            if source is None or result is tensor:
+                return result
+            kept = _Cast(source, stream, result)
+        self._casts[name] = kept
+        return kept.result
 
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
-        wanted = [name for name in ADDED_INPUTS if name in self._dtypes]
+        wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
         unknown = {name: value for name, value in given.items() if name not in wanted}
         _refuse_unsupported(**unknown)
         missing = [name for name in wanted if given.get(name) is None]
@@ -132,6 +148,15 @@ class UNetFacade(torch.nn.Module):
                 hint="use a Stable Diffusion XL pipeline with this engine",
             )
         return {name: given[name] for name in wanted}
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """What a cast gave, and the CUDA stream that it was made on: on others it may not be there yet."""
+
+    source: Remembered
+    stream: int
+    result: torch.Tensor
 
 
 class TextEncoderFacade(torch.nn.Module):
@@ -315,6 +340,11 @@ def _default_config(cls: Any) -> dict[str, Any]:
     """The configuration of a diffusers model that sets nothing: old models' files leave newer entries out."""
     parameters = inspect.signature(cls.__init__).parameters
     return {name: value.default for name, value in parameters.items() if value.default is not inspect.Parameter.empty}
+
+
+def _current_stream(device: torch.device) -> int:
+    """The handle of a GPU's current CUDA stream; 0 on a CPU."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _torch_dtype(name: str) -> torch.dtype:
