@@ -35,6 +35,7 @@ from typing import IO, Any, TypeVar
 
 from sdtrt import __version__
 from sdtrt.console import QUIET, Console
+from sdtrt.digests import digest_of, sha256_file
 from sdtrt.errors import CacheError, EntryInUseError
 from sdtrt.files import (
     FULL,
@@ -76,15 +77,6 @@ def canonical_json(data: Any) -> str:
 def key_digest(kind: str, key: Mapping[str, Any]) -> str:
     """sha256 (hex) of an entry's kind and key."""
     return hashlib.sha256(canonical_json({"format": FORMAT, "kind": kind, "key": key}).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def default_directory() -> Path:
@@ -160,7 +152,8 @@ class Entry:
         """The path of one of its files, once its content and that of its companions (`NAME.data`) is proven.
 
         Reads them whole: two seconds for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
-        would not do: a bit that flips on the disk changes neither its time nor its size.
+        would not do: a bit that flips on the disk changes neither its time nor its size. What this process has hashed
+        ahead, seconds ago (`hash_ahead`), does.
 
         Raises:
             CacheError: when one can't be read, or is not what was published.
@@ -173,7 +166,7 @@ class Entry:
     def _verify(self, path: Path) -> None:
         """Compare a file's content with its digest."""
         try:
-            intact = sha256_file(path) == self.digests[path.name]
+            intact = digest_of(path) == self.digests[path.name]
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
         if not intact:
@@ -260,6 +253,22 @@ class EngineDirectory:
         """All whole entries (of one kind), by name."""
         found = (self._read(folder) for folder in self._folders())
         return [entry for entry in found if entry is not None and kind in (None, entry.kind)]
+
+    def likely(self, model: str, backend: str) -> list[Path]:
+        """The large files of the engines that a request for a model will run in all likelihood, the largest first.
+
+        They are those used last, one for each component. Which ones fit is known only once heavy libraries are there.
+
+        Args:
+            model: its name as it was given when the engines were built.
+            backend: the engines'; any for `auto`.
+        """
+        latest: dict[str, Entry] = {}
+        for entry in sorted(self.entries("engine"), key=lambda entry: entry.last_used):
+            if entry.info.get("model") == model and backend in ("auto", entry.key.get("backend")):
+                latest[str(entry.key.get("component"))] = entry
+        files = [(size, entry.path / name) for entry in latest.values() for name, size in entry.files.items()]
+        return [path for size, path in sorted(files, reverse=True) if size >= MEMO_BYTES]
 
     def check(self) -> Iterator[Checked]:
         """Look at every entry, its files' contents included, and say what is wrong with it; changes nothing."""

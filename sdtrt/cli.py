@@ -120,10 +120,15 @@ def img2img(
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
+    from sdtrt.digests import hash_ahead
+
+    engines = directory.directory()
+    if spec.backend != "torch":
+        hash_ahead(lambda: engines.likely(spec.model.name, spec.backend))
     with quick_imports():
         from sdtrt.generate import generate
 
-    report = generate(spec, directory.directory(), output.console())
+    report = generate(spec, engines, output.console())
     _render([str(image.path) for image in report.images], report.to_json(), output)
 
 

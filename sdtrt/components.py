@@ -17,6 +17,10 @@ BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS = "batch", "latent_height", "latent_w
 IMAGE_HEIGHT, IMAGE_WIDTH = "image_height", "image_width"
 SDXL_TIME_IDS = 6  # original size, crop, target size: two numbers each
 
+# Inputs of a UNet beside latents and timestep: diffusers' loops make them once and pass them at every step.
+ADDED_CONDITIONING = ("text_embeds", "time_ids")  # in `added_cond_kwargs`
+CONDITIONING = ("encoder_hidden_states", *ADDED_CONDITIONING)
+
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

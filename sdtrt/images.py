@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from sdtrt.cache import sha256_file
+from sdtrt.digests import sha256_file
 from sdtrt.errors import OutputError, UsageError
 from sdtrt.files import fsync, rename_to_free
 from sdtrt.specs import SIZE_MULTIPLE

@@ -25,7 +25,7 @@ class Demand:
 
     Args:
         fixed: weights, and an allowance for what else there is.
-        scratch: enough for the largest size that the engines serve, whatever is asked for.
+        scratch: shared by the engines, and enough for the largest size that they serve, whatever is asked for.
         wanted: of that, what engines for exactly the request's size would take.
     """
 
@@ -52,9 +52,14 @@ def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> 
         weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
         if weights is not None and work is not None:
             fixed += weights
-            scratch += work
-            wanted += work * _share(entry, sizes_of(name, sizes, images))
+            scratch = max(scratch, work)
+            wanted = max(wanted, work * _share(entry, sizes_of(name, sizes, images)))
     return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
+
+
+def by_scratch(entries: Mapping[Component, Entry]) -> list[Component]:
+    """Components in the order in which to open their engines: the most scratch memory first, as they share it."""
+    return sorted(entries, key=lambda name: _figure(entries[name], "scratch_bytes") or 0, reverse=True)
 
 
 def _figure(entry: Entry, name: str) -> int | None:

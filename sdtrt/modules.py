@@ -15,19 +15,18 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sdtrt.components import Contract
+from sdtrt.components import ADDED_CONDITIONING, CONDITIONING, Contract
 from sdtrt.errors import EngineError
+from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.session import Session
-
-# What the inputs of an engine beyond those of every UNet are called in diffusers' `added_cond_kwargs`.
-ADDED_INPUTS = ("text_embeds", "time_ids")
 
 
 class UNetFacade(torch.nn.Module):
     """A `UNet2DConditionModel` for diffusers' pipelines, run by an engine.
 
     It holds no weights. Tensors may come in any floating-point dtype: they are cast to the engine's, and the result is
-    cast back, so that guidance and scheduler keep the pipeline's precision.
+    cast back, so that guidance and scheduler keep the pipeline's precision. The last conditioning's cast is kept (a
+    fraction of a megabyte an image): the same tensor at the next step needs no other, and no copy in the session.
 
     Args:
         session: runs the engine; who opened it closes it.
@@ -46,6 +45,7 @@ class UNetFacade(torch.nn.Module):
         self._internal_dict = FrozenDict({**_default_config(UNet2DConditionModel), **config})
         self._device = device
         self._dtypes = {spec.name: _torch_dtype(spec.dtype) for spec in contract.inputs}
+        self._casts: dict[str, _Cast] = {}
         if config.get("addition_embed_type") == "text_time":
             width = config["projection_class_embeddings_input_dim"]
             # SDXL's pipelines read the width of the added conditioning from the layer that takes it.
@@ -112,15 +112,26 @@ class UNetFacade(torch.nn.Module):
             "encoder_hidden_states": encoder_hidden_states,
             **self._added(added_cond_kwargs or {}),
         }
-        output = self.session.run(
-            {name: _cast(tensor, self._device, self._dtypes[name]) for name, tensor in feeds.items()}
-        )
+        output = self.session.run({name: self._as_engine_takes_it(name, tensor) for name, tensor in feeds.items()})
         noise = output[self.contract.outputs[0].name].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
+    def _as_engine_takes_it(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One input's cast; the same tensor again where the input comes at every step and is unchanged."""
+        if name not in CONDITIONING:
+            return _cast(tensor, self._device, self._dtypes[name])
+        kept, stream = self._casts.pop(name, None), _current_stream(self._device)
+        if kept is None or kept.stream != stream or not kept.source.is_still(tensor):
+            source, result = Remembered.of(tensor), _cast(tensor, self._device, self._dtypes[name])
+            if source is None or result is tensor:
+                return result
+            kept = _Cast(source, stream, result)
+        self._casts[name] = kept
+        return kept.result
+
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
-        wanted = [name for name in ADDED_INPUTS if name in self._dtypes]
+        wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
         unknown = {name: value for name, value in given.items() if name not in wanted}
         _refuse_unsupported(**unknown)
         missing = [name for name in wanted if given.get(name) is None]
@@ -130,6 +141,15 @@ class UNetFacade(torch.nn.Module):
                 hint="use a Stable Diffusion XL pipeline with this engine",
             )
         return {name: given[name] for name in wanted}
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """What a cast gave, and the CUDA stream that it was made on: on others it may not be there yet."""
+
+    source: Remembered
+    stream: int
+    result: torch.Tensor
 
 
 class TextEncoderFacade(torch.nn.Module):
@@ -316,6 +336,11 @@ def _default_config(cls: Any) -> dict[str, Any]:
     """The configuration of a diffusers model that sets nothing: old models' files leave newer entries out."""
     parameters = inspect.signature(cls.__init__).parameters
     return {name: value.default for name, value in parameters.items() if value.default is not inspect.Parameter.empty}
+
+
+def _current_stream(device: torch.device) -> int:
+    """The handle of a GPU's current CUDA stream; 0 on a CPU."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -27,6 +27,7 @@ from sdtrt.parts import (
     text_encoders_of,
 )
 from sdtrt.runtime import open_session
+from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.session import Session
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, Component, GenerateSpec, Precision, SchedulerName, Sizes
 
@@ -256,8 +257,12 @@ def _open_engines(
         return
     entries = engines_of(plan, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     _check_memory(plan, entries)
+    scratch = Scratch()  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
-        sessions = {name: stack.enter_context(open_session(entry, plan.device)) for name, entry in entries.items()}
+        sessions = {
+            name: stack.enter_context(open_session(entries[name], plan.device, scratch))
+            for name in memory.by_scratch(entries)
+        }
         yield _Running(entries, sessions)
 
 

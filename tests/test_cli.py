@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
-from sdtrt import __version__, host
+from sdtrt import __version__, cache, digests, host
 from sdtrt.cli import main
 
 PROMPT = "a red circle on a blue background"
@@ -126,6 +126,20 @@ def test_torch_and_engine_draw_the_same(folder, run):
         assert run("txt2img", "-p", PROMPT, *arguments)[0] == 0
     one, other = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("torch", "onnxruntime"))
     assert np.abs(one - other).max() <= 2
+
+
+def test_engines_are_hashed_while_libraries_load(folder, run, monkeypatch):
+    """Those that the request then runs; the torch backend has none."""
+    begun = []
+    monkeypatch.setattr(digests, "hash_ahead", begun.append)
+    code, out, _ = run("txt2img", "-p", PROMPT, *FAST, "--backend", "onnxruntime", "--json")
+    assert code == 0
+    (find,) = begun
+    monkeypatch.setattr(cache, "MEMO_BYTES", 0)
+    used = {engine["name"] for engine in json.loads(out)["engines"].values()}
+    assert {path.parent.name for path in find()} >= used
+    assert run("txt2img", "-p", PROMPT, *FAST, "--backend", "torch")[0] == 0
+    assert len(begun) == 1
 
 
 def test_nothing_is_overwritten_unasked(folder, run):

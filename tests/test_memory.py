@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from fault_server import UNET
 from sdtrt import memory, pipeline
 from sdtrt.cache import Entry
 from sdtrt.errors import EngineError, MemoryShortage
-from sdtrt.memory import ALLOWANCE_BYTES, demand_of, fitting, free_bytes
+from sdtrt.memory import ALLOWANCE_BYTES, by_scratch, demand_of, fitting, free_bytes
 from sdtrt.models import resolve_model
+from sdtrt.runtime.scratch import Scratch
 from sdtrt.specs import ModelSpec, Profile, Range, Sizes
 
 GIB = 2**30
@@ -38,7 +40,7 @@ def engine(weights, scratch, *profiles):
 def entries(sizes=SQUARE, images=1, weights=2.0, scratch=4.0):
     """The engines of a UNet, a text encoder and a VAE decoder for exactly one size."""
     return {
-        "unet": engine(weights / 2, scratch / 2, Profile.of(sizes)),
+        "unet": engine(weights / 2, scratch, Profile.of(sizes)),
         "text_encoder": engine(weights / 4, 0.0, Profile.of(Sizes(images, 8, 8))),
         "vae_decoder": engine(weights / 4, scratch / 2, Profile.of(Sizes(images, sizes.height, sizes.width))),
     }
@@ -138,6 +140,31 @@ def test_free_memory_that_can_not_be_asked_for_is_unknown(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
     assert free_bytes(CUDA) is None
+
+
+def test_engines_share_the_largest_scratch_memory():
+    found = entries(scratch=4.0)
+    found["vae_decoder"].info["scratch_bytes"] = 5 * GIB
+    assert demand_of(found, SQUARE, 1).scratch == 5 * GIB
+    assert demand_of(found, SQUARE, 1).wanted == 5 * GIB
+    assert by_scratch(found) == ["vae_decoder", "unet", "text_encoder"]
+    del found["vae_decoder"].info["scratch_bytes"]
+    assert by_scratch(found)[0] == "unet", "engines that don't say it come last"
+
+
+def test_a_pipelines_sessions_share_one_scratch_and_the_largest_comes_first(model, monkeypatch):
+    found, opened = entries(), []
+    found["vae_decoder"].info["scratch_bytes"] = 5 * GIB
+    monkeypatch.setattr(pipeline, "engines_of", lambda *_, **__: found)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    monkeypatch.setattr(pipeline, "open_session", lambda *given: opened.append(given) or nullcontext(given))
+    plan = pipeline.Plan(model, "tensorrt", "fp16", SQUARE, steps=2)
+    with pipeline._open_engines(plan, None, None, True, None) as running:
+        assert list(running.entries) == ["unet", "text_encoder", "vae_decoder"]
+        assert {name: given[0] for name, given in running.sessions.items()} == found
+    assert [entry for entry, *_ in opened] == [found[name] for name in ("vae_decoder", "unet", "text_encoder")]
+    assert len({id(scratch) for *_, scratch in opened}) == 1
+    assert isinstance(opened[0][2], Scratch)
 
 
 def test_no_engines_need_nothing():

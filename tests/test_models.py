@@ -17,7 +17,7 @@ from factories import sd1_folder, sd1_single_file, sdxl_folder, sdxl_single_file
 from safetensors.torch import load_file, save_file
 
 from sdtrt import models
-from sdtrt.cache import sha256_file
+from sdtrt.digests import sha256_file
 from sdtrt.errors import ModelError, SdtrtError, UsageError
 from sdtrt.models import SD_PARTS, SDXL_PARTS, check_part, load_parts, load_unet, resolve_model
 from sdtrt.specs import ModelSpec

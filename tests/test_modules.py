@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 
 import diffusers
@@ -12,10 +13,12 @@ import torch
 from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
 from PIL import Image
 
-from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
+from sdtrt import modules
+from sdtrt.components import CONDITIONING, text_encoder_contract, unet_contract, vae_contract
 from sdtrt.errors import EngineError
 from sdtrt.export import write_onnx
 from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
+from sdtrt.runtime import remembered
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.session import check_feeds
 
@@ -151,6 +154,89 @@ def test_casts_to_the_engine_and_back(unets):
     assert (fed["sample"].dtype, fed["encoder_hidden_states"].dtype) == (torch.bfloat16, torch.bfloat16)
     assert fed["timestep"].dtype == torch.float32
     assert facade.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Changes of tensors on the CPU are taken to be seen, as they are on a GPU."""
+    monkeypatch.setattr(remembered, "HOST", "none")
+
+
+class NoisySession(TorchSession):
+    """Gives noise at once, of any precision."""
+
+    def run(self, feeds):
+        self.fed.append(feeds)
+        return {"out_sample": torch.randn_like(feeds["sample"])}
+
+
+def noisy_facade(unet, precision):
+    session = NoisySession(unet, precision)
+    return UNetFacade(session, session.contract, dict(unet.config), CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_denoising_loop_feeds_the_same_conditioning_tensors(kind, precision, unets, tokenizer, seen):
+    """The session tells by the object that it need not copy: diffusers' own, or one cast of it for all steps."""
+    facade = noisy_facade(unets[kind], precision)
+    pipe = make_pipeline(facade, tokenizer)
+    for _ in range(2):
+        picture(pipe, output_type="latent")
+    names = [name for name in facade.session.fed[0] if name in CONDITIONING]
+    assert len(names) == {"sd1": 1, "sdxl": 3}[kind]
+    for name in names:
+        tensors = [feeds[name] for feeds in facade.session.fed]
+        steps = len(tensors) // 2
+        assert steps >= 4
+        assert len({id(tensor) for tensor in tensors[:steps]}) == 1, name
+        assert len({id(tensor) for tensor in tensors}) == 2, "another call has its own"
+    latents = [feeds["sample"] for feeds in facade.session.fed]
+    assert len({id(tensor) for tensor in latents}) == len(latents)
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "inference mode", "another stream", "on the CPU"])
+def test_conditioning_is_cast_anew(change, unets, seen, monkeypatch):
+    facade = noisy_facade(unets["sd1"], "fp16")
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32)
+
+    def fed():
+        facade(sample, 3, states)
+        tensor = facade.session.fed[-1]["encoder_hidden_states"]
+        assert torch.equal(tensor, states.half())
+        return tensor
+
+    first = fed()
+    assert fed() is first
+    if change == "in place":
+        states += 1
+    elif change == "another tensor":
+        states = states.clone()
+    elif change == "inference mode":
+        with torch.inference_mode():
+            states = states.clone()
+            assert fed() is not fed()
+            states += 1
+    elif change == "another stream":
+        monkeypatch.setattr(modules, "_current_stream", lambda device: 7)
+    else:
+        monkeypatch.setattr(remembered, "HOST", "cpu")
+        states = states.clone()
+        first = fed()
+        states.numpy()[...] += 1
+    assert fed() is not first
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_the_last_cast_is_kept_and_no_tensor_of_the_pipelines(precision, unets, seen):
+    facade = noisy_facade(unets["sd1"], precision)
+    kept = []
+    for _ in range(3):
+        states = torch.randn(1, 77, 32)
+        facade(torch.randn(1, 4, 8, 8), 3, states)
+        kept += [weakref.ref(states), weakref.ref(facade.session.fed.pop()["encoder_hidden_states"])]
+        del states
+    assert [tensor() is not None for tensor in kept] == [False] * 5 + [precision == "fp16"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -19,9 +21,12 @@ from sdtrt.components import Contract, unet_contract
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
 from sdtrt.runtime import pycuda as pycuda_module
+from sdtrt.runtime import remembered
+from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
 from sdtrt.runtime.pycuda import PyCudaSession
+from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range
 
@@ -38,7 +43,9 @@ def cuda(monkeypatch):
     """A GPU made of the CPU."""
     fake = FakeCuda()
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
-    monkeypatch.setattr(session_module, "torch", trt_fakes.fake_torch(fake))
+    for module in (session_module, scratch_module):
+        monkeypatch.setattr(module, "torch", trt_fakes.fake_torch(fake))
+    monkeypatch.setattr(remembered, "HOST", "none")
     monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
     return fake
 
@@ -133,7 +140,7 @@ def test_the_default_stream_is_left_to_others(cuda, plan):
         cuda.current = cuda.Stream()
         session.run(feeds())
         assert session._context._streams[-1] == cuda.current.cuda_stream
-        assert session._done in cuda.current.waited_for, "buffers may still be in use on the stream before"
+        assert session._scratch._done in cuda.current.waited_for, "buffers may still be in use on the stream before"
 
 
 def test_the_profile_tuned_for_the_size_is_used(cuda, tmp_path):
@@ -219,6 +226,263 @@ def test_sessions_share_the_engine_and_not_the_context(cuda, plan):
     np.testing.assert_array_equal(second.run(given)["out_sample"], wanted(given))
     second.close()
     assert not [loaded for loaded in plan_module._LOADED.values() if loaded.library is library]
+
+
+# ------------------------------------------------------------------------------- inputs that stay, copied only once
+
+
+def is_copied(session, given, name="encoder_hidden_states"):
+    """Whether a run copies an input: what lay in its buffer is spoilt first, and shows in the result if it does not."""
+    session._buffers[name].fill_(7)
+    return np.array_equal(session.run(given)["out_sample"], wanted(given))
+
+
+@pytest.fixture
+def session(cuda, plan):
+    with session_on(plan) as opened:
+        yield opened
+
+
+@pytest.fixture
+def given(session):
+    """Feeds that the session has been run with."""
+    made = feeds()
+    session.run(made)
+    return made
+
+
+def test_the_same_text_is_copied_once(session, given):
+    for seed in range(1, 5):  # from the stream, while captured, and from the graph
+        step = feeds(seed=seed) | {"encoder_hidden_states": given["encoder_hidden_states"]}
+        np.testing.assert_array_equal(session.run(step)["out_sample"], wanted(step))
+    assert session.graph_count == 1
+    assert not is_copied(session, given)
+
+
+@pytest.mark.parametrize("name", ["sample", "timestep"])
+def test_latents_and_timestep_are_copied_at_each_step(name, session, given):
+    """A scheduler's CUDA graph may write them anew, which no tensor's version tells."""
+    assert is_copied(session, given, name)
+
+
+def test_another_tensor_of_the_same_shape_is_copied(session, given):
+    assert is_copied(session, given | {"encoder_hidden_states": given["encoder_hidden_states"].clone() + 1})
+    assert is_copied(session, given), "the buffer has the other one's values now"
+    assert is_copied(session, given | {"encoder_hidden_states": given["encoder_hidden_states"].detach()})
+
+
+def test_a_new_tensor_in_the_place_of_an_old_one_is_copied(session, given):
+    """Python may give it the same id, the allocator the same address."""
+    for _ in range(20):
+        given["encoder_hidden_states"] = None
+        given["encoder_hidden_states"] = torch.rand(2, 77, WIDTH).half()
+        assert is_copied(session, given)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.add_(1),
+        lambda tensor: tensor[0, :3].fill_(5),
+        lambda tensor: tensor.detach().mul_(2),
+        lambda tensor: torch.neg(tensor, out=tensor),
+        lambda tensor: setattr(tensor, "data", tensor + 3),
+        lambda tensor: setattr(tensor, "data", tensor.data.as_strided(tensor.shape, (77 * WIDTH, 1, 77))),
+    ],
+    ids=["in place", "through a view", "detached", "out", "other data", "other strides"],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_changed_tensor_is_copied(change, inference, session, given):
+    with torch.inference_mode(inference):
+        change(given["encoder_hidden_states"])
+    assert is_copied(session, given)
+    assert is_copied(session, given) == given["encoder_hidden_states"].is_inference()
+
+
+def test_tensors_of_inference_mode_are_copied(session):
+    """They have no version."""
+    with torch.inference_mode():
+        given = feeds()
+        for _ in range(3):
+            assert is_copied(session, given)
+            given["encoder_hidden_states"].add_(1)
+
+
+def test_tensors_on_the_cpu_are_copied(session, given, monkeypatch):
+    """A NumPy array that shares their memory changes them without a trace."""
+    monkeypatch.setattr(remembered, "HOST", "cpu")
+    given["encoder_hidden_states"] = given["encoder_hidden_states"].clone()
+    for _ in range(3):
+        assert is_copied(session, given)
+        given["encoder_hidden_states"].numpy()[...] += 1
+
+
+def test_another_shape_takes_the_buffer(session, given):
+    other = feeds(1, 12, 12)
+    session.run(other)
+    assert is_copied(session, given)
+    assert is_copied(session, other)
+
+
+def test_a_copy_that_fails_leaves_nothing_known(session, given, monkeypatch):
+    """It may have written half of the buffer."""
+    sound = session._input
+    failing = feeds(seed=1)
+    refusing = {"encoder_hidden_states": torch.empty(3)}  # of a shape that copy_ does not take
+    monkeypatch.setattr(session, "_input", lambda name, shape: refusing.get(name, sound(name, shape)))
+    with pytest.raises(RuntimeError, match="must match"):
+        session.run(failing)
+    monkeypatch.setattr(session, "_input", sound)
+    assert is_copied(session, given)
+
+
+def test_a_run_that_fails_after_the_copy_is_waited_for(session, given, cuda):
+    """Its copies may still be under way when another stream's run leaves them out."""
+    failing = feeds(seed=1)
+    cuda.current = first = cuda.Stream()
+    session._library.module._fail = "an error"
+    with pytest.raises(EngineError):
+        session.run(failing)
+    assert session._scratch._done.stream is first
+    session._library.module._fail = None
+    cuda.current = cuda.Stream()
+    session.run(failing)
+    assert session._scratch._done in cuda.current.waited_for
+
+
+def test_no_tensor_is_kept_alive(session):
+    given = feeds()
+    last = weakref.ref(given["encoder_hidden_states"])
+    session.run(given)
+    del given
+    assert last() is None
+
+
+# ------------------------------------------------------------------------------------------ one scratch memory for all
+
+
+@pytest.fixture
+def needs(monkeypatch):
+    """Make engines need so much scratch memory."""
+
+    def choose(size):
+        monkeypatch.setattr(trt_fakes.Engine, "device_memory_size", size)
+        monkeypatch.setattr(trt_fakes.Engine, "device_memory_size_v2", size)
+
+    return choose
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_sessions_share_the_scratch_memory(label, cuda, plan, needs):
+    """The one that needs the most is opened first."""
+    scratch = Scratch()
+    needs(8192)
+    with session_on(plan, label, scratch=scratch) as large:
+        needs(4096)
+        with session_on(plan, label, scratch=scratch) as small:
+            for seed in range(4):
+                for session in (large, small):
+                    given = feeds(seed=seed)
+                    np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
+            found = [context.device_memory for session in (large, small) for context in contexts_of(session)]
+            assert len(found) == 4, "one for the stream and one for the graph, each"
+            assert set(found) == {scratch._block.data_ptr()}
+            assert scratch._block.numel() == 8192
+            assert (large.scratch_bytes, small.scratch_bytes) == (8192, 4096)
+
+
+def contexts_of(session):
+    return [session._context, *(graph.context for graph in session._graphs.values())]
+
+
+def test_a_session_that_needs_more_leaves_the_others_where_they_are(cuda, plan, needs):
+    """CUDA graphs have the address: the memory must neither move nor be freed."""
+    scratch = Scratch()
+    with session_on(plan, scratch=scratch) as small:
+        small.run(feeds())
+        small.run(feeds())
+        before, block = {context.device_memory for context in contexts_of(small)}, weakref.ref(small._block)
+        needs(8192)
+        with session_on(plan, scratch=scratch) as large:
+            large.run(feeds())
+            assert large._context.device_memory not in before
+            assert large._block.numel() == 8192
+            assert {context.device_memory for context in contexts_of(small)} == before == {block().data_ptr()}
+            np.testing.assert_array_equal(small.run(feeds())["out_sample"], wanted(feeds()))
+            small.close()
+            assert block() is None, "and what nobody has any more is freed"
+
+
+def test_a_session_on_its_own_has_its_own(cuda, plan):
+    with session_on(plan) as one, session_on(plan) as other:
+        assert one._context.device_memory != other._context.device_memory
+        assert one._scratch is not other._scratch
+
+
+def test_one_sessions_run_waits_for_the_others_on_any_stream(cuda, plan):
+    scratch = Scratch()
+    with session_on(plan, scratch=scratch) as one, session_on(plan, scratch=scratch) as other:
+        cuda.current = first = cuda.Stream()
+        one.run(feeds())
+        assert scratch._done.stream is first
+        cuda.current = second = cuda.Stream()
+        other.run(feeds())
+        assert scratch._done in second.waited_for
+        assert scratch._done.stream is second
+        cuda.current = third = cuda.Stream()
+        one.run(feeds())
+        assert scratch._done in third.waited_for
+
+
+def test_threads_take_turns_in_a_scratch(cuda, plan, monkeypatch):
+    """From waiting for the last run to noting the own one, nobody else may come between."""
+    scratch, inside, most = Scratch(), 0, 0
+    enqueue = trt_api.enqueue
+
+    def slowly(*arguments):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+        enqueue(*arguments)
+        inside -= 1
+
+    monkeypatch.setattr(trt_api, "enqueue", slowly)
+
+    def work(seed):
+        with session_on(plan, graphs=0, scratch=scratch) as session:
+            for _ in range(5):
+                session.run(feeds(seed=seed))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_closed_session_keeps_nothing_of_the_scratch(cuda, plan):
+    scratch = Scratch()
+    one, other = session_on(plan, scratch=scratch), session_on(plan, scratch=scratch)
+    block = weakref.ref(scratch._block)
+    one.run(feeds())
+    one.close()
+    np.testing.assert_array_equal(other.run(feeds())["out_sample"], wanted(feeds()))
+    other.close()
+    del scratch
+    assert block() is None
+    assert one._loaded is other._loaded is None
+
+
+def test_the_other_gpu_is_refused(cuda):
+    scratch = Scratch()
+    scratch.block(1, torch.device("cpu", 0))
+    with pytest.raises(AssertionError, match="one GPU"):
+        scratch.block(1, torch.device("cpu", 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- the plans
 
 
 def test_a_replaced_plan_is_loaded_anew(cuda, plan):

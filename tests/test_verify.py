@@ -157,9 +157,9 @@ def test_no_two_unets_are_in_memory_at_once(spec, directory, monkeypatch):
         loaded.append(weakref.ref(unet))
         return unet
 
-    def watched_open(entry, device):
+    def watched_open(*arguments):
         alive.append(sum(unet() is not None for unet in loaded))
-        return open_session(entry, device)
+        return open_session(*arguments)
 
     own_engine(spec, directory)
     monkeypatch.setattr(models, "load_unet", watched_load)

@@ -145,7 +145,7 @@ class Context(Strict):
 
     def set_device_memory(self, memory, size):
         assert size >= Engine.device_memory_size
-        self._needs_memory = False
+        self.device_memory = memory
 
     def set_optimization_profile_async(self, index, stream):
         self._untouched()

@@ -13,17 +13,20 @@ from sdtrt.specs import Sizes
 if TYPE_CHECKING:
     import torch
 
+    from sdtrt.runtime.scratch import Scratch
+
 ONNXRUNTIME_FILE = "engine.onnx"
 TENSORRT_FILE = "engine.plan"
 SOME_SIZES = Sizes(batch=2, height=64, width=64)
 
 
-def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
+def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = None) -> Session[torch.Tensor]:
     """Open an engine of the engine directory.
 
     Args:
         entry: an entry of the kind `engine`.
         device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
+        scratch: what TensorRT sessions that never run at once share; None for a session on its own.
 
     The entry is not removed before the session is closed.
 
@@ -33,7 +36,7 @@ def open_session(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
     """
     hold = entry.hold()
     try:
-        session = _open(entry, device)
+        session = _open(entry, device, scratch)
     except BaseException:
         hold.close()
         raise
@@ -57,7 +60,7 @@ def stored_contract(entry: Entry) -> Contract:
         ) from error
 
 
-def _open(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
+def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
     """Open an engine whose entry is held."""
     contract = stored_contract(entry)
     backend = entry.key.get("backend")
@@ -70,5 +73,7 @@ def _open(entry: Entry, device: torch.device) -> Session[torch.Tensor]:
 
         compatible = bool(entry.key.get("options", {}).get("version_compatible"))
         plan = entry.verified(TENSORRT_FILE)
-        return TensorRTSession(plan, contract, backend=backend, device=device, allow_host_code=compatible)
+        return TensorRTSession(
+            plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch
+        )
     raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=f"sdtrt engines rm {entry.name}")

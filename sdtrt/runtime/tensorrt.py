@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from sdtrt import trt_api
-from sdtrt.components import Contract, TensorSpec
+from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, load_plan, output_shape
+from sdtrt.runtime.remembered import Remembered
+from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
 from sdtrt.trt_api import Library, Shape
@@ -45,6 +47,9 @@ class TensorRTSession(Session[torch.Tensor]):
     later ones replay. Inputs are copied into buffers of the session's own, so a graph's addresses never change;
     outputs are new tensors each time. All contexts of a session work in one scratch memory.
 
+    What stays the same from step to step (`CONDITIONING`) is copied once: not again while the very same tensor comes
+    unchanged, as `Remembered` tells. The session keeps no such tensor alive.
+
     Args:
         plan: the plan file.
         contract: its inputs and outputs.
@@ -53,6 +58,7 @@ class TensorRTSession(Session[torch.Tensor]):
         graphs: how many shapes to keep as CUDA graphs; 0 for none.
         allow_host_code: the plan is version-compatible and of one's own: it may bring the runtime that runs it.
         library: another TensorRT than the backend's usual one (a lean runtime).
+        scratch: shared with other sessions, which then never run at once with this one; None for one of its own.
 
     Raises:
         EngineError: when the plan can't be loaded here; the message says why, the hint how to rebuild it.
@@ -68,6 +74,7 @@ class TensorRTSession(Session[torch.Tensor]):
         graphs: int = MAX_GRAPHS,
         allow_host_code: bool = False,
         library: Library | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.contract, self._backend, self._max_graphs = contract, backend, graphs
         self._library = library or trt_api.open_library(backend)
@@ -75,16 +82,17 @@ class TensorRTSession(Session[torch.Tensor]):
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._seen: set[Key] = set()
         self._failed: set[Key] = set()
+        self._copied: dict[str, Remembered] = {}  # what lies in the buffers
+        self._scratch = scratch or Scratch()
         with torch.cuda.device(self._device), _memory_errors(plan):
             self._loaded: LoadedPlan | None = load_plan(
                 plan, contract, self._library, self._device.index, allow_host_code=allow_host_code
             )
-            size = trt_api.scratch_bytes(self._library, self._loaded.engine)
-            self._scratch = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._scratch_bytes = trt_api.scratch_bytes(self._library, self._loaded.engine)
+            self._block = self._scratch.block(self._scratch_bytes, self._device)
             self._buffers = {spec.name: self._input_buffer(self._loaded, spec) for spec in contract.inputs}
             self._context = self._new_context(self._loaded)
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     @property
     def graph_count(self) -> int:
@@ -93,8 +101,8 @@ class TensorRTSession(Session[torch.Tensor]):
 
     @property
     def scratch_bytes(self) -> int:
-        """The scratch memory that the session holds, enough for the largest size that the engine serves."""
-        return self._scratch.numel()
+        """The scratch memory that the engine needs for the largest size that it serves."""
+        return self._scratch_bytes
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""
@@ -105,15 +113,12 @@ class TensorRTSession(Session[torch.Tensor]):
         sizes = check_feeds(self.inputs, shapes, dtypes)
         profile = choose_profile(self._loaded.profiles, sizes, self._backend)
         key = tuple(sorted(shapes.items()))
-        with torch.cuda.device(self._device), torch.no_grad(), _memory_errors(shapes):
-            current = torch.cuda.current_stream()
-            current.wait_event(self._done)  # buffers and scratch are free again, whatever stream used them last
+        with torch.cuda.device(self._device), torch.no_grad(), _memory_errors(shapes), self._turn():
             for name, tensor in feeds.items():
-                self._input(name, shapes[name]).copy_(tensor, non_blocking=True)
+                self._copy(name, tensor)
             outputs = self._replay(key)
             if outputs is None:
                 outputs = self._launch(self._loaded, key, profile)
-            self._done.record(current)
         return outputs
 
     def information(self) -> dict[str, Any]:
@@ -126,13 +131,27 @@ class TensorRTSession(Session[torch.Tensor]):
         """Free the engine's contexts, graphs and memory, once the GPU has finished with them."""
         if self._loaded is None:
             return
-        self._done.synchronize()
+        self._scratch.finish()
         self._graphs.clear()
         self._context = None
         self._buffers.clear()
-        self._scratch = torch.empty(0)
+        self._copied.clear()
+        self._block, self._scratch = torch.empty(0), Scratch()  # the shared one is the others' to keep
         self._loaded = None
         self.let_go()
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """Buffers and scratch memory to oneself, whatever stream used them last."""
+        return self._scratch.turn(torch.cuda.current_stream())
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy an input to its buffer, unless it lies there already."""
+        last = self._copied.pop(name, None)  # a copy that fails leaves the buffer unknown
+        if last is None or not last.is_still(tensor):
+            last = Remembered.of(tensor) if name in CONDITIONING else None
+            self._input(name, tuple(tensor.shape)).copy_(tensor, non_blocking=True)
+        if last is not None:
+            self._copied[name] = last
 
     def _replay(self, key: Key) -> dict[str, torch.Tensor] | None:
         """Run a shape's CUDA graph, if there is one."""
@@ -196,7 +215,7 @@ class TensorRTSession(Session[torch.Tensor]):
         """An execution context in this session's scratch memory."""
         with loaded.lock:
             return trt_api.create_shared_context(
-                self._library, loaded.engine, self._scratch.data_ptr(), self._scratch.numel()
+                self._library, loaded.engine, self._block.data_ptr(), self._block.numel()
             )
 
     def _input_buffer(self, loaded: LoadedPlan, spec: TensorSpec) -> torch.Tensor:

@@ -29,6 +29,7 @@ from sdtrt.errors import EngineError
 from sdtrt.metrics import relative_l2
 from sdtrt.models import load_unet
 from sdtrt.runtime import open_session
+from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import GenerateSpec, Sizes
 
@@ -234,6 +235,45 @@ def test_out_of_profile(entry):
     assert "height 96 to 192" in caught.value.message
     assert "got height 256" in caught.value.message
     assert "sdtrt build" in caught.value.hint
+
+
+def test_text_that_stays_and_text_that_changes(entry, reference):
+    """The text is copied once while it is the same tensor, and again when it was written or another one comes."""
+    fixed = on_gpu(entry, OPT)["encoder_hidden_states"]
+    with open_session(entry, CUDA) as session, torch.no_grad():
+        for seed in range(12):
+            if seed % 4 == 3:
+                fixed.neg_()
+            text = fixed if seed % 5 else fixed.flip(1)
+            feeds = on_gpu(entry, OPT, seed) | {"encoder_hidden_states": text}
+            assert error(session.run(feeds)["out_sample"], reference(feeds)) < FP16_ERROR
+        assert session.graph_count == 1
+
+
+def test_sessions_of_one_scratch_on_two_streams_and_threads(entry):
+    """They have one memory for what they compute: without turns, each would spoil the other's."""
+    sizes = (MAX, ODD)
+    with open_session(entry, CUDA) as session:
+        expected = {size: [session.run(on_gpu(entry, size, s))["out_sample"] for s in range(6)] for size in sizes}
+    torch.cuda.synchronize()
+    errors, scratch = [], Scratch()
+
+    def work(session, size):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(60):
+                outputs = session.run(on_gpu(entry, size, turn % 6))["out_sample"]
+                errors.append(error(outputs, expected[size][turn % 6]))
+
+    with open_session(entry, CUDA, scratch) as one, open_session(entry, CUDA, scratch) as other:
+        assert one._block.data_ptr() == other._block.data_ptr()
+        pairs = zip((one, other), sizes, strict=True)
+        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(errors) == 120
+    assert max(errors) < 1e-3
 
 
 OPEN = """
