@@ -5,8 +5,9 @@
 #     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
 #
 # Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 8 minutes for a UNet of
-# Stable Diffusion 1.5's size with two others beside it. With two GPUs the UNets that are timed are built on the first,
-# all else on the second, and there the tests run while the first one measures. All stays in FOLDER for a second call.
+# Stable Diffusion 1.5's size with two others beside it. Nothing is timed while anything is built or tested on the same
+# GPU: with two of them the UNets that are timed are built on the first, all else on the second, where the tests run
+# while the first one measures; with one, they follow each other. All stays in FOLDER for a second call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
@@ -31,19 +32,38 @@ start() { # GPU NAME COMMAND...: run it beside what else runs
 finish() { # NAME...: wait for them
     local name
     for name in "$@"; do
+        [ -n "${jobs[$name]:-}" ] || continue
         if wait "${jobs[$name]}"; then echo "$(date +%T) done: $name"; else
             echo "$(date +%T) FAILED: $name, see $out/logs/$name.log"
             failed+=("$name")
         fi
+        unset "jobs[$name]"
     done
 }
 
-large() { # WIDTH COMPONENT...: build engines of the large model, 512 pixels high; without the plugin if it fails with it
-    local width=$1 command
+measure() { # NAME COMMAND...: run it alone on the first GPU
+    start 0 "$@"
+    finish "$1"
+}
+
+large() { # WIDTH COMPONENT...: build engines of the large model, 512 pixels high
+    local width=$1
     shift
-    command=("$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width")
-    command+=($(printf -- '--component %s ' "$@"))
-    "${command[@]}" || "${command[@]}" --no-norm-plugins
+    "$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width" \
+        $(printf -- '--component %s ' "$@")
+}
+
+default_engine() { # the ablation's row of the default is the engine that is there already
+    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers" <<'PYTHON'
+import json, pathlib, sys
+entry, variant = map(pathlib.Path, sys.argv[1:])
+info = json.loads((entry / "entry.json").read_text())["info"]
+variant.mkdir(exist_ok=True)
+plan = variant / "engine.plan"
+plan.unlink(missing_ok=True)
+plan.symlink_to(entry / "engine.plan")
+(variant / "build.json").write_text(json.dumps(info))
+PYTHON
 }
 
 ablation() { # FOLDER MODEL OPTION...
@@ -71,35 +91,24 @@ start "$last" gain-build gain
 start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
 start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
     --component text_encoder --component vae_decoder --component vae_encoder
-finish test-dynamic test-fp32 tiny
-start "$last" tests "$python" -m pytest -m gpu tests -q -rs --durations=10
-finish unet-512 unet-768 parts-512 parts-768 ablation-build
+finish test-dynamic test-fp32 tiny unet-512 unet-768 parts-512 parts-768 ablation-build gain-build
 
-start 0 founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
-finish gain-build founding
-"$python" - "$(grep -h '^/' "$out/logs/unet-512.log")" "$out/ablation/$layers" <<'PYTHON' # the default's engine is there
-import json, pathlib, sys
-entry, variant = map(pathlib.Path, sys.argv[1:])
-variant.mkdir(exist_ok=True)
-if not (variant / "build.json").exists():
-    (variant / "engine.plan").symlink_to(entry / "engine.plan")
-    (variant / "build.json").write_text(json.dumps(json.loads((entry / "entry.json").read_text())["info"]))
-PYTHON
-start 0 ablation ablation ablation "$model" --variants 0 "$layers" --output "$out/reports/layers.json"
-finish ablation
-start 0 ablation-gain ablation ablation-gain "$model-gain" --variants 0 "$layers" --output "$out/reports/layers-gain.json"
-finish ablation-gain
-start 0 startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
+[ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rs --durations=10
+measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
+measure default-engine default_engine
+measure ablation ablation ablation "$model" --variants 0 "$layers" --output "$out/reports/layers.json"
+measure ablation-gain ablation ablation-gain "$model-gain" --variants 0 "$layers" --output "$out/reports/layers-gain.json"
+measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
     --output "$out/reports/startup.json"
-finish startup
-start 0 bench "$python" -m sdtrt bench --model "$model" --backend tensorrt --task txt2img --height 512 --width 512 \
+measure bench "$python" -m sdtrt bench --model "$model" --backend tensorrt --task txt2img --height 512 --width 512 \
     --no-build --overwrite --repeats 3 --output "$out/reports"
+measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
+measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
+[ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rs --durations=10
 finish tests
-start "$last" verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
-start "$last" test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
-finish verify test-large bench
-start "$last" tuning "$python" benchmarks/tuning.py --folder "$out/tuning" --output "$out/reports/tuning.json" \
-    --variants product padded-heads linear-projections native-norms level-3
-finish tuning
+measure tuning "$python" benchmarks/tuning.py --folder "$out/tuning" --output "$out/reports/tuning.json" \
+    --variants product padded-heads linear-projections native-norms
+measure tuning-level-3 timeout 1500 "$python" benchmarks/tuning.py --folder "$out/tuning" --variants level-3 \
+    --output "$out/reports/tuning-level-3.json"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -505,8 +505,8 @@ def configure(
 def _default_level(library: Library) -> int | None:
     """The builder's effort where nobody asks for one: the library's own, but of 8.6.
 
-    There, level 2 makes UNets no faster than 1 and takes longer, and 3, its own, did not end in an acceptable time on
-    an H200 (`benchmarks/tuning.md`).
+    There, 1 is what UNets of Stable Diffusion 1.5's size were built and timed with; level 2 made none of the parts that
+    were tried faster, and 3, its own, did not end in the time that there was (`benchmarks/tuning.md`).
     """
     return 1 if library.has("weak typing") else None
 

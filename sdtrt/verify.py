@@ -109,7 +109,8 @@ class VerifyReport:
 
     @property
     def unet_passed(self) -> bool:
-        """Whether every threshold was held at every timestep: what then fails is no work of the UNet's."""
+        """Whether every threshold was held at every timestep that was compared: what then fails is rather the work of
+        other parts, or of errors that add up over the steps."""
         return not any(_misses(self.thresholds, self.timesteps))
 
     @property
@@ -161,7 +162,7 @@ class VerifyReport:
         but = ""
         if self.unet_passed:
             what = f"the image of {self.settings['backend']} in {self.settings['precision']}"
-            but = f", but the unet is faithful at all {len(self.timesteps)} timesteps compared"
+            but = f", but the unet is faithful at each of the {len(self.timesteps)} timesteps compared"
         raise EngineError(f"{what} is not faithful: {self.failures[0]}{more}{but}", hint=self._mend())
 
     def _mend(self) -> str:
@@ -179,7 +180,10 @@ class VerifyReport:
     def _suspects(self) -> Iterator[str]:
         """What to do about the engines beside the UNet's, if there are any: no timestep shows what they do."""
         if others := [engine["name"] for name, engine in self.engines.items() if name != "unet"]:
-            yield f"suspect {' and '.join(others)}, which no timestep shows: build again with {self.rebuild}"
+            yield (
+                f"suspect {' and '.join(others)}, which no timestep shows, or errors that add up:"
+                f" build again with {self.rebuild}"
+            )
 
 
 def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> VerifyReport:

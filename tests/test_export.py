@@ -295,19 +295,20 @@ def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
         assert np.array_equal(stored, module.weight.detach().float().numpy())
 
 
-def test_which_convolutions_compute_in_fp32():
+@pytest.mark.parametrize(("layers", "down"), [(1, []), (tracing.WIDE_LAYERS, [(0, 0)]), (5, [(0, 0), (1, 0)])])
+def test_which_convolutions_compute_in_fp32(layers, down):
     """Of a UNet with Stable Diffusion 1's blocks of two layers on the way down and three on the way up."""
     unet = factories.small_unet("sd1", layers_per_block=2).half()
-    names = {re.sub(r"\.(conv|proj)[^.]*$", "", name) for name in tracing.wide_convolutions(unet, 5)}
+    names = {re.sub(r"\.(conv|proj)[^.]*$", "", name) for name in tracing.wide_convolutions(unet, layers)}
     last = len(unet.up_blocks) - 1
-    up = [(last, 2), (last, 1), (last, 0), (last - 1, 2), (last - 1, 1)]
-    down = [(0, 0), (1, 0)]
+    up = [(last, 2), (last, 1), (last, 0), (last - 1, 2), (last - 1, 1)][:layers]
     assert {name for name in names if ".resnets." in name} == {
         *(f"up_blocks.{block}.resnets.{index}" for block, index in up),
         *(f"down_blocks.{block}.resnets.{index}" for block, index in down),
     }
-    assert {"conv_in", "conv_out", "down_blocks.0.downsamplers.0", f"up_blocks.{last}.attentions.2"} <= names
-    assert not [name for name in names if "upsamplers" in name or "mid_block" in name]
+    assert {"conv_in", "conv_out", f"up_blocks.{last}.attentions.2"} <= names
+    assert [name for name in names if "samplers" in name] == ["down_blocks.0.downsamplers.0"] * (layers > 3)
+    assert not [name for name in names if "mid_block" in name]
     assert not tracing.wide_convolutions(unet, 0)
 
 

@@ -34,16 +34,18 @@ SMALLEST = {
 
 
 class GroupNorm(OpRun):
-    """What the plugin computes, by PyTorch."""
+    """What the plugin computes, by its source: in fp32, the variance in one pass and without the epsilon."""
 
     op_domain = ""
 
     def _run(self, x, scale, shift, epsilon=None, bSwish=None, plugin_version=None):  # noqa: N803  # the plugin's name
         assert plugin_version == "1"
         assert scale.dtype == shift.dtype == np.float32
-        wide = (torch.from_numpy(value).float() for value in (x, scale, shift))
-        x32, scale32, shift32 = wide
-        result = nn.functional.group_norm(x32, group_norm.GROUPS, scale32, shift32, epsilon)
+        groups = torch.from_numpy(x).float().view(x.shape[0], group_norm.GROUPS, -1)
+        mean = groups.mean(-1, keepdim=True)
+        variance = (groups * groups).mean(-1, keepdim=True) - mean * mean
+        normal = ((groups - mean) * torch.where(variance > 0, torch.rsqrt(variance), 1.0)).view(x.shape)
+        result = normal * torch.from_numpy(scale).view(1, -1, 1, 1) + torch.from_numpy(shift).view(1, -1, 1, 1)
         return ((nn.functional.silu(result) if bSwish else result).to(torch.float16).numpy(),)
 
 
@@ -74,8 +76,8 @@ def wide_onnx(tmp_path_factory):
     return it
 
 
-def exported(module, path):
-    sample = torch.randn(2, 320, 6, 5).half()
+def exported(module, path, channels):
+    sample = torch.randn(2, channels, 6, 5).half()
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}}
     torch.onnx.export(module, (sample,), str(path), dynamo=False, opset_version=17, **names)
     model, weights = onnx_graph.load_split(path)
@@ -84,18 +86,20 @@ def exported(module, path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("swish", [True, False])
-def test_the_plugin_gets_the_same_arithmetic(tmp_path, swish):
+@pytest.mark.parametrize(("channels", "swish"), [(320, True), (320, False), (960, True), (1280, True), (2560, True)])
+def test_the_plugin_gets_the_same_arithmetic(tmp_path, channels, swish):
+    """On groups that vary: the plugin has no epsilon. Large scales lie apart from the graph."""
     torch.manual_seed(0)
-    module = trained(nn.Sequential(nn.GroupNorm(32, 320, eps=1e-6), nn.SiLU() if swish else nn.Tanh())).half().eval()
-    model, weights = exported(module, tmp_path / "norm.onnx")
+    norm = nn.GroupNorm(32, channels, eps=1e-6)
+    module = trained(nn.Sequential(norm, nn.SiLU() if swish else nn.Tanh())).half().eval()
+    model, weights = exported(module, tmp_path / "norm.onnx", channels)
     assert group_norm.use_plugin(model, weights) == 1
     (node,) = [node for node in model.graph.node if node.op_type == "GroupNorm"]
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert attributes == {"epsilon": pytest.approx(1e-6), "bSwish": int(swish), "plugin_version": b"1"}
     assert [node.op_type for node in model.graph.node] == ["GroupNorm"] + ([] if swish else ["Tanh"])
     onnx_graph.save(model, weights, tmp_path / "plugin.onnx")
-    sample = 3 * torch.randn(2, 320, 9, 4).half() + 1
+    sample = 3 * torch.randn(2, channels, 9, 4).half() + 1
     evaluator = ReferenceEvaluator(str(tmp_path / "plugin.onnx"), new_ops=[GroupNorm])
     (found,) = evaluator.run(None, {"x": sample.numpy()})
     with torch.no_grad():
@@ -146,6 +150,8 @@ def test_which_widths_the_plugin_serves():
         ("tensorrt 8.6.1", {}, True),
         ("tensorrt 8.6.1", {"norm_plugins": False}, False),
         ("tensorrt 8.6.1", {"version_compatible": True}, False),  # a lean runtime has no plugins
+        ("tensorrt 8.6.1", {"profiles": (Profile.of(Sizes(32, 64, 64)),)}, True),
+        ("tensorrt 8.6.1", {"profiles": (Profile.of(Sizes(33, 64, 64)),)}, False),  # beyond the plugin's workspace
         ("tensorrt 10.13.3.9", {}, False),
     ],
 )
@@ -155,7 +161,7 @@ def test_who_gets_the_plugin(label, options, used, wide_onnx, tmp_path, monkeypa
     before = path.read_bytes()
     read = []
     monkeypatch.setattr(trt_api, "parse_onnx", lambda library, onnx_path: read.append(onnx.load(onnx_path)))
-    spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(Sizes(2, 64, 64)),), **options)
+    spec = BuildSpec(ExportSpec(), "tensorrt", **{"profiles": (Profile.of(Sizes(2, 64, 64)),), **options})
     build._parse(fake_library(label), build.Request(path, tmp_path, contract, spec, None, False))
     assert ("GroupNorm" in {node.op_type for node in read[0].graph.node}) == used
     assert path.read_bytes() == before

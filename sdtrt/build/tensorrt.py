@@ -292,8 +292,9 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
 def _parse(library: Library, request: Request) -> Draft:
     """The network of the ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
     spec = request.spec
+    fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
     wanted = spec.norm_plugins and spec.export.precision == "fp16" and not spec.version_compatible
-    if not wanted or not trt_api.has_plugin(library, group_norm.OPERATOR):
+    if not (wanted and fits) or not trt_api.has_plugin(library, group_norm.OPERATOR):
         return trt_api.parse_onnx(library, request.onnx)
     model, weights = onnx_graph.load_split(request.onnx)
     if group_norm.use_plugin(model, weights) == 0:
