@@ -311,10 +311,10 @@ class BuildSpec:
                 hint="use --backend tensorrt-rtx, or leave --compute-capability out",
             )
         check_precision(self.backend, self.export.precision)
-        tuned = self.optimization_level is not None or self.workspace_bytes is not None or self.version_compatible
-        if self.backend == "onnxruntime" and tuned:
+        limited = self.optimization_level is not None or self.workspace_bytes is not None
+        if self.backend == "onnxruntime" and (limited or self.version_compatible or not self.norm_plugins):
             raise UsageError(
-                "ONNX Runtime engines have no optimization level, workspace or version compatibility",
+                "ONNX Runtime engines have no optimization level, workspace, version compatibility or plugins",
                 hint="leave those options out, or use --backend tensorrt",
             )
         if self.backend != "onnxruntime" and not self.profiles:
