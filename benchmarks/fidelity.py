@@ -108,10 +108,12 @@ def opened(variant: Variant, contract: Contract, backend: Backend) -> Iterator[S
         yield on_gpu
 
 
-def feeds_of(contract: Contract, sizes: Sizes, device: torch.device) -> list[Feeds]:
+def feeds_of(
+    contract: Contract, sizes: Sizes, device: torch.device, timesteps: Sequence[float] = TIMESTEPS
+) -> list[Feeds]:
     """Inputs at timesteps over the whole range, other noise for each."""
     made = []
-    for number, timestep in enumerate(TIMESTEPS):
+    for number, timestep in enumerate(timesteps):
         feeds = seeded_feeds(contract, sizes, seed=number)
         feeds["timestep"] = torch.full_like(feeds["timestep"], timestep)
         made.append({name: tensor.to(device) for name, tensor in feeds.items()})

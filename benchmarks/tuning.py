@@ -24,6 +24,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from fidelity import errors, feeds_of
 from torch import Tensor, nn
 
 from sdtrt import host
@@ -32,8 +33,6 @@ from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
 from sdtrt.export import write_onnx
 from sdtrt.meters import time_queued_calls
-from sdtrt.metrics import relative_l2
-from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.tracing import WIDE_LAYERS, UNetCall
@@ -224,22 +223,6 @@ def build(name: str, folder: Path, contract: Contract) -> None:
     facts.write_text(json.dumps(measured))
 
 
-def feeds_of(contract: Contract) -> list[dict[str, Tensor]]:
-    """Inputs on the GPU at timesteps over the whole range, other noise for each."""
-    made = []
-    for number, timestep in enumerate(TIMESTEPS):
-        feeds = seeded_feeds(contract, SIZES, seed=number)
-        feeds["timestep"] = torch.full_like(feeds["timestep"], timestep)
-        made.append({name: tensor.to(CUDA) for name, tensor in feeds.items()})
-    return made
-
-
-def errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """Relative L2 errors."""
-    pairs = zip(actual, expected, strict=True)
-    return [relative_l2(one.float().cpu().numpy(), other.float().cpu().numpy()) for one, other in pairs]
-
-
 def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
     """The GPU's work in one call, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -256,9 +239,9 @@ def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
 
 def measure(name: str, folder: Path, contract: Contract, expected: list[Tensor], floor: list[float]) -> dict[str, Any]:
     """One row."""
-    feeds = feeds_of(contract)
+    feeds = feeds_of(contract, SIZES, CUDA, TIMESTEPS)
     with TensorRTSession(folder / "engine.plan", contract, device=CUDA) as session:
-        found = errors([session.run(one)["out_sample"] for one in feeds], expected)
+        found = errors([session.run(one)["out_sample"] for one in feeds], expected)["relative_l2"]
 
         def call() -> Any:
             return session.run(feeds[0])
@@ -297,11 +280,11 @@ def main() -> None:
 
     with ThreadPoolExecutor(2) as pool:  # each builds in a process of its own; more only wait for the GPU
         list(pool.map(attempt, args.variants))
-    unet, feeds = make_unet().to(CUDA), feeds_of(contracts[args.variants[0]])
+    unet, feeds = make_unet().to(CUDA), feeds_of(contracts[args.variants[0]], SIZES, CUDA, TIMESTEPS)
     with torch.inference_mode():
         half = [UNetCall(unet)(*one.values()) for one in feeds]
         expected = [UNetCall(unet.float())(*(tensor.float() for tensor in one.values())) for one in feeds]
-    floor = errors(half, expected)
+    floor = errors(half, expected)["relative_l2"]
     rows = [
         {"variant": name, "error": failures[name]}
         if name in failures

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
 from sdtrt import onnx_graph, trt_api
@@ -18,12 +19,7 @@ from sdtrt.runtime import TENSORRT_FILE
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
-    pytest.mark.skipif(not trt_api.is_installed("tensorrt"), reason="TensorRT is not installed"),
-]
+pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(600)]
 CUDA = torch.device("cuda")
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import gpu_engines
 import numpy as np
 import pytest
 import torch
-from gpu_engines import DIRECTORY_VARIABLE
+from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 
-from sdtrt import pipeline, trt_api
-from sdtrt.cache import EngineDirectory
+from sdtrt import pipeline
 from sdtrt.console import QUIET
 from sdtrt.errors import MemoryShortage
 from sdtrt.generate import generate
@@ -22,18 +19,8 @@ from sdtrt.images import read_metadata
 from sdtrt.memory import ALLOWANCE_BYTES, free_bytes
 from sdtrt.specs import GenerateSpec
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
-]
+pytestmark = [*NEEDS_GPU, pytest.mark.timeout(1200)]
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    named = os.environ.get(DIRECTORY_VARIABLE)
-    return EngineDirectory(Path(named) if named else tmp_path_factory.mktemp("gpu") / "engines")
 
 
 @contextmanager
@@ -60,7 +47,7 @@ def limited(size):
         torch.cuda.empty_cache()
 
 
-@pytest.mark.skipif(not trt_api.is_installed("tensorrt"), reason="TensorRT is not installed")
+@NEEDS_TENSORRT
 def test_what_can_not_fit_is_refused_before_anything_is_loaded(directory, tmp_path, monkeypatch):
     gpu_engines.engine("dynamic", directory)
     spec = GenerateSpec(("a red circle",), backend="tensorrt", height=128, width=128, seed=1, steps=2, output=tmp_path)

@@ -16,13 +16,12 @@ import gpu_engines
 import numpy as np
 import pytest
 import torch
-from gpu_engines import DIRECTORY_VARIABLE, LARGE_VARIABLE
+from gpu_engines import LARGE_VARIABLE, NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
 from sdtrt import host, models, trt_api
 from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract
 from sdtrt.console import QUIET
 from sdtrt.errors import EngineError
@@ -33,22 +32,11 @@ from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import GenerateSpec, Sizes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
-    pytest.mark.skipif(not trt_api.is_installed("tensorrt"), reason="TensorRT is not installed"),
-]
+pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA = torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[2]
 MIN, OPT, MAX, ODD = Sizes(1, 96, 96), Sizes(2, 128, 128), Sizes(4, 192, 192), Sizes(3, 104, 168)
 FP16_ERROR = 2e-2  # relative L2 against PyTorch in fp32; PyTorch's own fp16 is at 0.002 and more
-
-
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory):
-    named = os.environ.get(DIRECTORY_VARIABLE)
-    return EngineDirectory(Path(named) if named else tmp_path_factory.mktemp("gpu") / "engines")
 
 
 @pytest.fixture(scope="session")
