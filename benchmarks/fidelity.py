@@ -7,7 +7,8 @@
 
 `layers` exports the UNet once for each number of layers whose convolutions compute in fp32, builds all of them side by
 side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
-PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, and the time of a step.
+PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, the time of a step, and
+the GPU time of each kernel in it (PyTorch's profiler).
 `-native` is without TensorRT 8.6's plugin for group normalisation. `convolutions` does so for single 3x3 convolutions
 of Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's
 additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output.
@@ -137,6 +138,20 @@ def errors(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
     return {"relative_l2": [relative_l2(*pair) for pair in pairs], "cosine": [cosine(*pair) for pair in pairs]}
 
 
+def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
+    """The GPU's work in one call, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    found = [event for event in profile.key_averages() if event.self_device_time_total]
+    rows = [
+        {"kernel": one.key, "launches": one.count / repeats, "us": one.self_device_time_total / repeats}
+        for one in found
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
 def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contract, args: argparse.Namespace) -> None:
     """Export and build those variants that no earlier run with the same folder has left there."""
     missing = [variant for variant in variants if not variant.facts.exists()]
@@ -160,6 +175,7 @@ def row_of(variant: Variant, contract: Contract, state: Mapping[str, Any]) -> di
         for _ in range(5):
             session.run(feeds[0])
         step = time_queued_calls(lambda: session.run(feeds[0]), state["repeats"], device_of(backend)).scaled(1000)
+        work = [] if backend == "onnxruntime" else kernels(lambda: session.run(feeds[0]))
     found = errors(outputs, state["expected"])
     ratios = [mine / own for mine, own in zip(found["relative_l2"], state["floor"]["relative_l2"], strict=True)]
     return {
@@ -170,6 +186,7 @@ def row_of(variant: Variant, contract: Contract, state: Mapping[str, Any]) -> di
         "worst_ratio_to_pytorch_fp16": max(ratios),
         "step_ms": step.to_json(),
         "build": {key: built[key] for key in ("build_seconds", "plan_bytes", "precision") if key in built},
+        "kernels": work,
     }
 
 

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one go: engines built side by side, `pytest -m gpu`, the founding table, the ablation of
-# the fp16 recipe, `sdtrt verify`, `sdtrt bench`, start-up and tuning. Reports go to FOLDER/reports, logs to FOLDER/logs.
+# All that only a GPU can show, in one go: engines built side by side, the founding table, the ablation of the fp16
+# recipe, start-up, `sdtrt bench`, `sdtrt verify`, `pytest -m gpu`, and a level of optimisation that takes long to build.
+# Reports go to FOLDER/reports, logs to FOLDER/logs.
 #
 #     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
 #
-# Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 8 minutes for a UNet of
-# Stable Diffusion 1.5's size with two others beside it. Nothing is timed while anything is built or tested on the same
-# GPU: with two of them the UNets that are timed are built on the first, all else on the second, where the tests run
-# while the first one measures; with one, they follow each other. All stays in FOLDER for a second call.
+# The model has Stable Diffusion 1.5's architecture and random weights, with activations as large as trained ones.
+# Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 8 minutes for such a UNet with
+# two others beside it. Nothing is timed while anything is built or tested on the same GPU: with two of them the UNets
+# that are timed at 512x512 are built on the first, all else on the second, where the tests run while the first one
+# measures; with one, they follow each other. All stays in FOLDER for a second call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
-mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation,ablation-gain}
+mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation,ablation-3}
 out=$(cd "$1" && pwd) python=${PYTHON:-python}
 model=$out/gpu-test-models/sd1-random
 last=$(($(nvidia-smi -L | wc -l) - 1))
@@ -66,49 +68,52 @@ plan.symlink_to(entry / "engine.plan")
 PYTHON
 }
 
-ablation() { # FOLDER MODEL OPTION...
-    local folder=$1 of=$2
-    shift 2
-    "$python" benchmarks/fidelity.py layers --model "$of" --folder "$out/$folder" "$@"
+ablation() { # FOLDER OPTION...
+    local folder=$1
+    shift
+    "$python" benchmarks/fidelity.py layers --model "$model" --folder "$out/$folder" "$@"
 }
 
-gain() { # a second model, and its engines with no fp32 convolutions and with the default's
-    [ -e "$model-gain" ] || "$python" scripts/make_random_model.py "$model-gain" --residual-gain 16 || return
-    ablation ablation-gain "$model-gain" --variants 0 "$layers" --build-only --output "$out/reports/none"
+bench() { # FOLDER TASK WIDTH BASELINES
+    "$python" -m sdtrt bench --model "$model" --backend tensorrt --task "$2" --height 512 --width "$3" --baselines "$4" \
+        --no-build --overwrite --repeats 3 --output "$out/reports/$1"
 }
 
 start "$last" test-dynamic "$python" tests/gpu/gpu_engines.py --one dynamic
 if [ ! -e "$model" ]; then
-    start 0 model "$python" scripts/make_random_model.py "$model"
+    start 0 model "$python" scripts/make_random_model.py "$model" --residual-gain 16
     finish model
 fi
 start 0 unet-512 large 512 unet
-start 0 unet-768 large 768 unet
-start 0 ablation-build ablation ablation "$model" --variants 0 --build-only --output "$out/reports/none"
+start 0 ablation-build ablation ablation --variants 0 --build-only --output "$out/reports/none"
+start "$last" unet-768 large 768 unet
 start "$last" parts-512 large 512 text_encoder vae_decoder vae_encoder
 start "$last" parts-768 large 768 vae_decoder vae_encoder
-start "$last" gain-build gain
 start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
 start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
     --component text_encoder --component vae_decoder --component vae_encoder
-finish test-dynamic test-fp32 tiny unet-512 unet-768 parts-512 parts-768 ablation-build gain-build
+[ "$last" -eq 0 ] || start "$last" level-3 ablation ablation-3 --variants "$layers" --optimization-level 3 --build-only \
+    --output "$out/reports/none"
+finish test-dynamic test-fp32 tiny unet-512 unet-768 parts-512 parts-768 ablation-build
 
-[ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rs --durations=10
+[ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure default-engine default_engine
-measure ablation ablation ablation "$model" --variants 0 "$layers" --output "$out/reports/layers.json"
-measure ablation-gain ablation ablation-gain "$model-gain" --variants 0 "$layers" --output "$out/reports/layers-gain.json"
+measure ablation ablation ablation --variants 0 "$layers" --output "$out/reports/layers.json"
+measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
     --output "$out/reports/startup.json"
-measure bench "$python" -m sdtrt bench --model "$model" --backend tensorrt --task txt2img --height 512 --width 512 \
-    --no-build --overwrite --repeats 3 --output "$out/reports"
-measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
-[ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rs --durations=10
+measure bench-768 bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
+measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
+measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
+[ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
 finish tests
+[ "$last" -ne 0 ] || start 0 level-3 ablation ablation-3 --variants "$layers" --optimization-level 3 --build-only \
+    --output "$out/reports/none"
+finish level-3
+measure ablation-3 ablation ablation-3 --variants "$layers" --optimization-level 3 --output "$out/reports/level-3.json"
 measure tuning "$python" benchmarks/tuning.py --folder "$out/tuning" --output "$out/reports/tuning.json" \
-    --variants product padded-heads linear-projections native-norms
-measure tuning-level-3 timeout 1500 "$python" benchmarks/tuning.py --folder "$out/tuning" --variants level-3 \
-    --output "$out/reports/tuning-level-3.json"
+    --variants product merged-context all-fp16
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -24,7 +24,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from fidelity import errors, feeds_of
+from fidelity import errors, feeds_of, kernels
 from torch import Tensor, nn
 
 from sdtrt import host
@@ -152,6 +152,37 @@ def linear_projections(module: nn.Module) -> None:
             part.use_linear_projection = True
 
 
+class SharedContext(ScaledQueries):
+    """Cross-attention whose keys and values come from one product for all layers (`merge_context`)."""
+
+    def __init__(self, module: Attention, made: list[Tensor]) -> None:
+        super().__init__(module)
+        self.made = made
+
+    def project(self, module: Any, states: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, by heads."""
+        key, value = self.made.pop(0), self.made.pop(0)
+        return tuple(split_heads(part, self.heads) for part in (module.to_q(states), key, value))
+
+
+def merge_context(module: nn.Module) -> None:
+    """All keys and values of the text in one product at the start, instead of two small ones a layer."""
+    layers = [part for name, part in module.named_modules() if name.endswith("attn2")]
+    projections = [projection for part in layers for projection in (part.to_k, part.to_v)]
+    widths = [projection.out_features for projection in projections]
+    module.context = nn.Linear(projections[0].in_features, sum(widths), bias=False).half()
+    module.context.weight.data = torch.cat([projection.weight.data for projection in projections])
+    made: list[Tensor] = []
+
+    def project(unet: nn.Module, given: Any, named: dict[str, Any]) -> None:
+        context = named["encoder_hidden_states"] if "encoder_hidden_states" in named else given[2]
+        made[:] = unet.context(context).split(widths, dim=-1)
+
+    module.register_forward_pre_hook(project, with_kwargs=True)
+    for part in layers:  # they run in the order in which they are registered, but of the middle, which is not there
+        part.processor = SharedContext(part, made)
+
+
 def one_pass_norms(module: nn.Module) -> None:
     """Group norms spelled out: mean and mean square of each channel in one pass, then of its group, all in fp32."""
 
@@ -179,6 +210,7 @@ VARIANTS: dict[str, Choice] = {
     "scaled-queries": replace(PRODUCT, change=lambda module: attend(module, ScaledQueries)),
     "fused-qkv": replace(PRODUCT, change=lambda module: attend(module, FusedProjections)),
     "padded-heads": replace(PRODUCT, change=lambda module: attend(module, PaddedHeads)),
+    "merged-context": replace(PRODUCT, change=merge_context),
     "dynamic": replace(PRODUCT, dynamic=True),
     **{f"level-{level}": replace(PRODUCT, level=level) for level in (0, 2, 3, 4, 5)},
 }
@@ -221,20 +253,6 @@ def build(name: str, folder: Path, contract: Contract) -> None:
     spec = BuildSpec(ExportSpec(ModelSpec("tuning")), "tensorrt", (profile,), choice.level, norm_plugins=choice.plugins)
     measured = build_plan(folder / "model.onnx", folder, contract, spec, timing_cache=None, console=Console())
     facts.write_text(json.dumps(measured))
-
-
-def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
-    """The GPU's work in one call, longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    found = [event for event in profile.key_averages() if event.self_device_time_total]
-    rows = [
-        {"kernel": one.key, "launches": one.count / repeats, "us": one.self_device_time_total / repeats}
-        for one in found
-    ]
-    return sorted(rows, key=lambda row: -row["us"])
 
 
 def measure(name: str, folder: Path, contract: Contract, expected: list[Tensor], floor: list[float]) -> dict[str, Any]:

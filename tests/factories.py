@@ -36,6 +36,13 @@ Kind = Literal["sd1", "sd2", "sdxl"]
 TEXT_WIDTH = 32  # hidden size of each text encoder
 SDXL_TIME_WIDTH = 8  # addition_time_embed_dim
 START, END = "<|startoftext|>", "<|endoftext|>"
+# Of what the miniature can draw; its pictures of them are judged.
+TEN_PROMPTS = (
+    *(f"a {color} {shape} on a white background" for color in ("red", "blue") for shape in ("circle", "square")),
+    *(f"a {size} {color} star on a black background" for size in ("small", "large") for color in ("red", "cyan")),
+    "a cyan triangle above a red circle, white background",
+    "a small green square to the left of a ring",
+)
 MERGES = ("r e", "re d</w>", "b l", "u e</w>", "bl ue</w>", "c i", "o n</w>", "o f</w>")
 
 _SD1 = {

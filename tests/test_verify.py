@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, sdxl_folder, tampered_engine
+from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine
 from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, models, pipeline
@@ -97,15 +97,8 @@ def test_the_miniatures_own_engine_is_faithful_at_every_timestep(spec, directory
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_ten_pictures_are_faithful(directory, tmp_path, precision):
     """Ten prompts with the defaults of txt2img, ten timesteps of each (PyTorch's fp16 takes its time on a CPU)."""
-    prompts = [
-        f"a {color} {shape} on a white background" for color in ("red", "blue") for shape in ("circle", "square")
-    ]
-    prompts += [
-        f"a {size} {color} star on a black background" for size in ("small", "large") for color in ("red", "cyan")
-    ]
-    prompts += ["a cyan triangle above a red circle, white background", "a small green square to the left of a ring"]
     figures = []
-    for seed, prompt in enumerate(prompts):
+    for seed, prompt in enumerate(TEN_PROMPTS):
         image = GenerateSpec((prompt,), backend="onnxruntime", precision=precision, seed=seed)
         report = verify(VerifySpec(image, timesteps=10, output=tmp_path), directory, QUIET)
         assert report.passed, (prompt, report.failures)
