@@ -13,7 +13,7 @@
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
-mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation,ablation-3}
+mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation}
 out=$(cd "$1" && pwd) python=${PYTHON:-python}
 model=$out/gpu-test-models/sd1-random
 last=$(($(nvidia-smi -L | wc -l) - 1))
@@ -68,10 +68,12 @@ plan.symlink_to(entry / "engine.plan")
 PYTHON
 }
 
-ablation() { # FOLDER OPTION...
-    local folder=$1
-    shift
-    "$python" benchmarks/fidelity.py layers --model "$model" --folder "$out/$folder" "$@"
+ablation() { # OPTION...
+    "$python" benchmarks/fidelity.py layers --model "$model" --folder "$out/ablation" "$@"
+}
+
+tuning() { # VARIANT...: what is built already is timed anew
+    "$python" benchmarks/tuning.py --folder "$out/tuning" --output "$out/reports/tuning.json" --variants "$@"
 }
 
 bench() { # FOLDER TASK WIDTH BASELINES
@@ -85,35 +87,31 @@ if [ ! -e "$model" ]; then
     finish model
 fi
 start 0 unet-512 large 512 unet
-start 0 ablation-build ablation ablation --variants 0 --build-only --output "$out/reports/none"
+start 0 ablation-build ablation --variants 0 --build-only --output "$out/reports/none"
 start "$last" unet-768 large 768 unet
 start "$last" parts-512 large 512 text_encoder vae_decoder vae_encoder
 start "$last" parts-768 large 768 vae_decoder vae_encoder
 start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
 start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
     --component text_encoder --component vae_decoder --component vae_encoder
-[ "$last" -eq 0 ] || start "$last" level-3 ablation ablation-3 --variants "$layers" --optimization-level 3 --build-only \
-    --output "$out/reports/none"
-finish test-dynamic test-fp32 tiny unet-512 unet-768 parts-512 parts-768 ablation-build
+start "$last" level-3 tuning level-3
+finish unet-512 ablation-build
+[ "$last" -ne 0 ] || finish test-dynamic test-fp32 tiny unet-768 parts-512 parts-768 level-3
+measure default-engine default_engine
+measure ablation ablation --variants 0 "$layers" --output "$out/reports/layers.json"
+finish test-dynamic test-fp32 tiny unet-768 parts-512 parts-768
 
 [ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
-measure default-engine default_engine
-measure ablation ablation ablation --variants 0 "$layers" --output "$out/reports/layers.json"
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
     --output "$out/reports/startup.json"
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
+measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
 measure bench-768 bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
-measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
 [ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
-finish tests
-[ "$last" -ne 0 ] || start 0 level-3 ablation ablation-3 --variants "$layers" --optimization-level 3 --build-only \
-    --output "$out/reports/none"
-finish level-3
-measure ablation-3 ablation ablation-3 --variants "$layers" --optimization-level 3 --output "$out/reports/level-3.json"
-measure tuning "$python" benchmarks/tuning.py --folder "$out/tuning" --output "$out/reports/tuning.json" \
-    --variants product merged-context all-fp16
+finish tests level-3
+measure tuning tuning product level-3 merged-context
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
