@@ -11,7 +11,9 @@ PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the
 the GPU time of each kernel in it (PyTorch's profiler).
 `-native` is without TensorRT 8.6's plugin for group normalisation. `convolutions` does so for single 3x3 convolutions
 of Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's
-additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output.
+additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all
+convolutions, matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's
+own size, whatever the size that is computed).
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,24 +258,57 @@ def measure_convolution(channels: int, out_channels: int, side: int, args: argpa
     }
 
 
-def additions(convolution: torch.nn.Conv2d) -> int:
-    """How many products each of its results is the sum of."""
-    return convolution.weight[0].numel()
+def additions(module: torch.nn.Conv2d | torch.nn.Linear) -> int:
+    """How many products a result is the sum of."""
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features
+    return module.weight[0].numel()
 
 
-def with_noise(convolution: torch.nn.Conv2d, unet: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The UNet's output where one convolution has the noise of sums in fp16."""
+def noisy(tensor: torch.Tensor, additions: int) -> torch.Tensor:
+    """A result with the noise of so many additions in fp16."""
+    share = MEASURED_NOISE * (additions / MEASURED_ADDITIONS) ** 0.5
+    return tensor + share * tensor.std() * torch.randn_like(tensor)
+
+
+@contextmanager
+def noise_in(modules: Iterable[torch.nn.Conv2d | torch.nn.Linear]) -> Iterator[None]:
+    """Convolutions and matrix products that add up in fp16, for the time of a `with`."""
     torch.manual_seed(1)
-    share = MEASURED_NOISE * (additions(convolution) / MEASURED_ADDITIONS) ** 0.5
+    with ExitStack() as stack:
+        for module in modules:
 
-    def add(module: torch.nn.Module, given: Any, made: torch.Tensor) -> torch.Tensor:
-        return made + share * made.std() * torch.randn_like(made)
+            def add(made_by: torch.nn.Module, given: Any, made: torch.Tensor, count: int = additions(module)) -> Any:
+                return noisy(made, count)
 
-    handle = convolution.register_forward_hook(add)
-    try:
-        return unet()
-    finally:
-        handle.remove()
+            stack.callback(module.register_forward_hook(add).remove)
+        yield
+
+
+@contextmanager
+def noise_in_attention(unet: torch.nn.Module, tokens: Mapping[str, int]) -> Iterator[None]:
+    """Self-attention that adds up in fp16 over so many tokens (by the start of its name), for the time of a `with`."""
+    torch.manual_seed(1)
+    with ExitStack() as stack:
+        for name, module in unet.named_modules():
+            count = next((tokens[start] for start in tokens if name.startswith(start)), 0)
+            if count and name.endswith("attn1.to_out.0"):  # what it takes is what attention gives
+
+                def add(taken_by: torch.nn.Module, given: Any, count: int = count) -> Any:
+                    return (noisy(given[0], count),)
+
+                stack.callback(module.register_forward_pre_hook(add).remove)
+        yield
+
+
+def self_attention_tokens(unet: Any) -> list[dict[str, int]]:
+    """For each resolution: start of a block's name → the tokens of an image of the model's own size."""
+    last = len(unet.up_blocks) - 1
+    return [
+        {f"{side}_blocks.{index}.": unet.config.sample_size**2 // 4**level for side, index in both}
+        for level in range(last + 1)
+        for both in [(("down", level), ("up", last - level))]
+    ]
 
 
 def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
@@ -287,12 +322,24 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
     unet.half()
     wide = {layers: wide_convolutions(unet, layers) for layers in range(MAX_LAYERS + 1)}
     unet.float()  # the weights stay rounded, as an fp16 engine has them
+    products = [part for part in unet.modules() if isinstance(part, torch.nn.Linear)]
     with torch.inference_mode():
         expected = UNetCall(unet)(*feeds.values())
-        found = {
-            name: errors([with_noise(part, lambda: UNetCall(unet)(*feeds.values()))], [expected])["relative_l2"][0]
-            for name, part in convolutions.items()
+
+        def error_of(noise: AbstractContextManager[None]) -> float:
+            with noise:
+                return errors([UNetCall(unet)(*feeds.values())], [expected])["relative_l2"][0]
+
+        found = {name: error_of(noise_in([part])) for name, part in convolutions.items()}
+        left_over = [part for name, part in convolutions.items() if name not in wide[WIDE_LAYERS]]
+        together = {
+            "convolutions": error_of(noise_in(convolutions.values())),
+            "convolutions that are fp16 by default": error_of(noise_in(left_over)),
+            "matrix products": error_of(noise_in(products)),
         }
+        for tokens in self_attention_tokens(unet):
+            name = f"self-attention over {max(tokens.values())} tokens"
+            together[name] = error_of(noise_in_attention(unet, tokens))
     total = sum(error**2 for error in found.values())
     rows = [
         {
@@ -306,7 +353,13 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
         for name, error in sorted(found.items(), key=lambda item: -item[1])
     ]
     left = [1 - sum(found[name] ** 2 for name in names) / total for names in wide.values()]
-    return {"model": args.model, "size": f"{args.width}x{args.height}", "share_left_by_layers": left, "rows": rows}
+    return {
+        "model": args.model,
+        "size": f"{args.width}x{args.height}",
+        "share_left_by_layers": left,
+        "together": together,
+        "rows": rows,
+    }
 
 
 def measure_convolutions(args: argparse.Namespace) -> dict[str, Any]:
