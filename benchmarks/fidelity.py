@@ -8,12 +8,12 @@
 `layers` exports the UNet once for each number of layers whose convolutions compute in fp32, builds all of them side by
 side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
 PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, the time of a step, and
-the GPU time of each kernel in it (PyTorch's profiler).
-`-native` is without TensorRT 8.6's plugin for group normalisation. `convolutions` does so for single 3x3 convolutions
-of Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's
-additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all
-convolutions, matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's
-own size, whatever the size that is computed).
+the GPU time of each kernel in it (PyTorch's profiler). `-native` is without TensorRT 8.6's plugin for group
+normalisation, `-whole` with its own attention throughout. `convolutions` does so for single 3x3 convolutions of Stable
+Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's additions to
+one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all convolutions,
+matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's own size,
+whatever the size that is computed).
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ Feeds = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """One engine: where its files lie, how many layers compute in fp32, and whether norms are by the plugin."""
+    """One engine: its fp32 layers, whether norms are by the plugin and attention is PyTorch's, and where it lies."""
 
     layers: int
     plugins: bool
+    split: bool
     folder: Path
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Variant:
-        """`5` or `5-native`."""
-        layers, _, native = name.partition("-")
-        return cls(int(layers), native != "native", folder / name)
+        """`5`, `5-native` or `5-whole`."""
+        layers, *words = name.split("-")
+        return cls(int(layers), "native" not in words, "whole" not in words, folder / name)
 
     @property
     def onnx(self) -> Path:
@@ -93,7 +94,14 @@ def build(variant: Variant, contract: Contract, args: argparse.Namespace) -> dic
         return optimize(variant.onnx, variant.folder, contract, console)
     profiles = (Profile.of(Sizes(2, args.height, args.width)),)
     export = ExportSpec(ModelSpec("ablation"))
-    spec = BuildSpec(export, args.backend, profiles, args.optimization_level, norm_plugins=variant.plugins)
+    spec = BuildSpec(
+        export,
+        args.backend,
+        profiles,
+        args.optimization_level,
+        norm_plugins=variant.plugins,
+        split_attention=variant.split,
+    )
     return build_plan(variant.onnx, variant.folder, contract, spec, timing_cache=None, console=console)
 
 
@@ -183,6 +191,7 @@ def row_of(variant: Variant, contract: Contract, state: Mapping[str, Any]) -> di
     return {
         "layers": variant.layers,
         "norm_plugins": variant.plugins,
+        "split_attention": variant.split,
         "fp32_operators": built.get("fp32_operators"),
         **found,
         "worst_ratio_to_pytorch_fp16": max(ratios),
@@ -375,7 +384,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--variants", nargs="+", default=["0", "2", "5"], metavar="N[-native]")
+    parser.add_argument("--variants", nargs="+", default=["0", "2", "5"], metavar="N[-native|-whole]")
     parser.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)

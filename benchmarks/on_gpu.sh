@@ -61,9 +61,9 @@ import json, pathlib, sys
 entry, variant = map(pathlib.Path, sys.argv[1:])
 info = json.loads((entry / "entry.json").read_text())["info"]
 variant.mkdir(exist_ok=True)
-plan = variant / "engine.plan"
-plan.unlink(missing_ok=True)
-plan.symlink_to(entry / "engine.plan")
+for plan in entry.glob("engine.plan*"):
+    (variant / plan.name).unlink(missing_ok=True)
+    (variant / plan.name).symlink_to(plan)
 (variant / "build.json").write_text(json.dumps(info))
 PYTHON
 }

@@ -53,6 +53,7 @@ class Choice:
         plugins: group normalisation by 8.6's plugin.
         change: what is done to the module before its export.
         dynamic: a profile of batch 1 to 4 and 256 to 768 pixels instead of one size.
+        split: large self-attentions by PyTorch.
     """
 
     layers: int = WIDE_LAYERS
@@ -60,6 +61,7 @@ class Choice:
     plugins: bool = True
     change: Callable[[nn.Module], None] | None = None
     dynamic: bool = False
+    split: bool = True
 
 
 def attend(module: nn.Module, processor: Callable[[Attention], Any]) -> None:
@@ -201,16 +203,18 @@ def one_pass_norms(module: nn.Module) -> None:
 
 
 PRODUCT = Choice()
+WHOLE = replace(PRODUCT, split=False)
 VARIANTS: dict[str, Choice] = {
     "product": PRODUCT,
     "all-fp16": replace(PRODUCT, layers=0),
     "native-norms": replace(PRODUCT, plugins=False),
+    "whole-attention": WHOLE,
     "one-pass-norms": replace(PRODUCT, plugins=False, change=one_pass_norms),
     "linear-projections": replace(PRODUCT, change=linear_projections),
-    "scaled-queries": replace(PRODUCT, change=lambda module: attend(module, ScaledQueries)),
-    "fused-qkv": replace(PRODUCT, change=lambda module: attend(module, FusedProjections)),
-    "padded-heads": replace(PRODUCT, change=lambda module: attend(module, PaddedHeads)),
-    "merged-context": replace(PRODUCT, change=merge_context),
+    "scaled-queries": replace(WHOLE, change=lambda module: attend(module, ScaledQueries)),
+    "fused-qkv": replace(WHOLE, change=lambda module: attend(module, FusedProjections)),
+    "padded-heads": replace(WHOLE, change=lambda module: attend(module, PaddedHeads)),
+    "merged-context": replace(WHOLE, change=merge_context),
     "dynamic": replace(PRODUCT, dynamic=True),
     **{f"level-{level}": replace(PRODUCT, level=level) for level in (0, 2, 3, 4, 5)},
 }
@@ -250,7 +254,14 @@ def build(name: str, folder: Path, contract: Contract) -> None:
         return
     side = Range(256, 512, 768)
     profile = Profile(Range(1, 2, 4), side, side) if choice.dynamic else Profile.of(SIZES)
-    spec = BuildSpec(ExportSpec(ModelSpec("tuning")), "tensorrt", (profile,), choice.level, norm_plugins=choice.plugins)
+    spec = BuildSpec(
+        ExportSpec(ModelSpec("tuning")),
+        "tensorrt",
+        (profile,),
+        choice.level,
+        norm_plugins=choice.plugins,
+        split_attention=choice.split,
+    )
     measured = build_plan(folder / "model.onnx", folder, contract, spec, timing_cache=None, console=Console())
     facts.write_text(json.dumps(measured))
 

@@ -210,6 +210,13 @@ def build(
         bool,
         Option(help="TensorRT 8.6: normalise by its plugin, which is faster; without, results repeat to the bit"),
     ] = True,
+    split_attention: Annotated[
+        bool,
+        Option(
+            help="TensorRT 8.6, one fixed size: leave large self-attentions to PyTorch, which is faster and loses less;"
+            " without, the engine is one plan"
+        ),
+    ] = True,
     *,
     sizes: ProfileOptions,
     exporter: ExporterOptions,
@@ -244,6 +251,7 @@ def build(
             compute_capability=capability,
             version_compatible=version_compatible,
             norm_plugins=norm_plugins,
+            split_attention=split_attention,
             force=exporter.force,
         )
         for name, fitting in _components(resolved, exporter, backend.precision or default_precision(chosen), console)

@@ -282,6 +282,8 @@ class BuildSpec:
         compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
         norm_plugins: let TensorRT 8.6 normalise by its plugin (see `build.group_norm`); later versions don't need it.
+        split_attention: on TensorRT 8.6, for one fixed size: leave large self-attentions to PyTorch's kernels (see
+            `build.splitting`).
         force: build again even if the engine directory has it.
     """
 
@@ -293,6 +295,7 @@ class BuildSpec:
     compute_capability: tuple[int, int] | None = None
     version_compatible: bool = False
     norm_plugins: bool = True
+    split_attention: bool = True
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -312,9 +315,10 @@ class BuildSpec:
             )
         check_precision(self.backend, self.export.precision)
         limited = self.optimization_level is not None or self.workspace_bytes is not None
-        if self.backend == "onnxruntime" and (limited or self.version_compatible or not self.norm_plugins):
+        changed = self.version_compatible or not self.norm_plugins or not self.split_attention
+        if self.backend == "onnxruntime" and (limited or changed):
             raise UsageError(
-                "ONNX Runtime engines have no optimization level, workspace, version compatibility or plugins",
+                "ONNX Runtime engines have no optimization level, workspace, version compatibility, plugins or pieces",
                 hint="leave those options out, or use --backend tensorrt",
             )
         if self.backend != "onnxruntime" and not self.profiles:

@@ -829,9 +829,15 @@ def prepare_context(
         _expect(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}", mark)
     for name, shape in shapes.items():
         _expect(library, context.set_input_shape(name, shape), f"{name} {list(shape)}", mark)
-    engine = context.engine
+    return output_shapes(library, context)
+
+
+def output_shapes(library: Library, context: Any) -> dict[str, Shape]:
+    """The shape of every output of a context whose input shapes are set."""
+    engine, output = context.engine, library.module.TensorIOMode.OUTPUT
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    return {name: tuple(context.get_tensor_shape(name)) for name in names if name not in shapes}
+    found = [name for name in names if engine.get_tensor_mode(name) == output]
+    return {name: tuple(context.get_tensor_shape(name)) for name in found}
 
 
 def set_addresses(library: Library, context: Any, addresses: Mapping[str, int]) -> None:

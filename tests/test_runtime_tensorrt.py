@@ -17,13 +17,22 @@ from trt_fakes import CHANNELS, WIDTH, FakeCuda, FakePyCuda, expected, fake_libr
 
 from sdtrt import host, trt_api
 from sdtrt.build import tensorrt as build
-from sdtrt.components import Contract, unet_contract
+from sdtrt.components import Contract, TensorSpec, unet_contract
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
 from sdtrt.runtime import pycuda as pycuda_module
 from sdtrt.runtime import remembered
 from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
+from sdtrt.runtime.pieces import (
+    Attention,
+    Piece,
+    last_uses,
+    list_file,
+    piece_file,
+    read_pieces,
+    write_pieces,
+)
 from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
 from sdtrt.runtime.pycuda import PyCudaSession
 from sdtrt.runtime.scratch import Scratch
@@ -88,6 +97,102 @@ def test_runs_are_right_first_second_and_later(label, cuda, plan):
         assert session.graph_count == 1
 
 
+FIXED = {"sample": (2, CHANNELS, 16, 16), "timestep": (2,), "encoder_hidden_states": (2, 77, WIDTH)}
+PIXELS, HEADS = (2, 256, CHANNELS), 2
+
+
+def fixed(*shapes):
+    """Inputs or outputs of a piece."""
+    dtypes = {"timestep": "float32"}
+    return tuple(TensorSpec(name, dtypes.get(name, "float16"), shape) for name, shape in shapes)
+
+
+@pytest.fixture
+def split_plan(tmp_path):
+    """An engine in two pieces, with PyTorch's attention of the pixels between them."""
+    parts = [(name, PIXELS) for name in ("query", "key", "value")]
+    doubled, sample, timestep, text = (("doubled", FIXED["sample"]), *FIXED.items())
+    contracts = [
+        Contract("unet", "fp16", fixed(sample, timestep), fixed(*parts, doubled)),
+        Contract(
+            "unet", "fp16", fixed(doubled, ("attended", PIXELS), timestep, text), fixed(("out_sample", FIXED["sample"]))
+        ),
+    ]
+    attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5, 256)
+    plan = tmp_path / "engine.plan"
+    pieces = [Piece(plan, contracts[0], (attention,)), Piece(piece_file(plan, 1), contracts[1])]
+    write_pieces(plan, pieces)
+    for kind, piece in zip(("before", "after"), pieces, strict=True):
+        shapes = {spec.name: [spec.dims] * 3 for spec in piece.contract.inputs}
+        write_plan(piece.plan, [shapes], kind=kind)
+    return plan
+
+
+def with_attention(given):
+    """What the engine in two pieces computes."""
+    pixels = given["sample"].float().flatten(2).transpose(1, 2)
+    query, key, value = (factor * pixels.unflatten(2, (HEADS, -1)).transpose(1, 2) for factor in (1, 2, 3))
+    states = torch.softmax(0.5 * query @ key.transpose(2, 3), -1) @ value
+    attended = states.transpose(1, 2).flatten(2).transpose(1, 2).reshape(given["sample"].shape)
+    return wanted(given) + attended.numpy()
+
+
+def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, split_plan, monkeypatch):
+    """PyTorch's kernels are captured with the pieces: here a fake graph notes them down as it does TensorRT's."""
+
+    def noted(attention, tensors, real=session_module.attend):
+        out, given = real(attention, tensors), dict(tensors)
+        if trt_fakes.capturing is not None:
+            trt_fakes.capturing.append(lambda: out.copy_(real(attention, given)))
+        return out
+
+    monkeypatch.setattr(session_module, "attend", noted)
+    with session_on(split_plan) as session:
+        for seed in range(5):
+            given = feeds(seed=seed)
+            found = session.run(given)["out_sample"]
+            np.testing.assert_allclose(found.float(), with_attention(given), rtol=2e-3, atol=1e-2)
+        assert session.graph_count == 1
+        assert session.information()["Layers"] == 2 * [session.information()["Layers"][0]]
+        with pytest.raises(EngineError, match="height 128; got height 192"):
+            session.run(feeds(height=24))
+
+
+def test_only_what_is_still_needed_keeps_its_memory(split_plan):
+    pieces = read_pieces(split_plan, CONTRACT)
+    assert [piece.plan.name for piece in pieces] == ["engine.plan", "engine.plan.1"]
+    first, second = last_uses(pieces, ["out_sample"])
+    assert first == {"query", "key", "value", "sample"}
+    assert second == {"doubled", "attended", "timestep", "encoder_hidden_states"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[1:],
+        lambda data: data[:1],
+        lambda data: [{**data[0], "attentions": []}, data[1]],
+        lambda data: [{**data[0], "attentions": [{"sources": ["query"]}]}, data[1]],
+        lambda data: [{"contract": data[0]["contract"]}],
+        lambda data: [],
+        lambda data: {"pieces": data},
+        lambda data: None,
+    ],
+)
+def test_a_list_of_pieces_that_makes_no_engine_is_refused(change, cuda, split_plan):
+    file = list_file(split_plan)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(EngineError, match="does not list the engine's pieces") as caught:
+        session_on(split_plan)
+    assert caught.value.hint == trt_api.REBUILD
+
+
+def test_numpy_has_no_attention_to_run_between_pieces(split_plan):
+    with pytest.raises(EngineError, match="leaves large self-attentions to PyTorch") as caught:
+        PyCudaSession(split_plan, CONTRACT)
+    assert "--no-split-attention" in caught.value.hint
+
+
 @pytest.mark.parametrize("runs", [1, 2, 4])
 def test_outputs_never_alias(runs, cuda, plan):
     with session_on(plan) as session:
@@ -133,13 +238,13 @@ def test_the_default_stream_is_left_to_others(cuda, plan):
     """TensorRT runs on a stream of the session's own then, in order with the default one; else on the caller's."""
     with session_on(plan, graphs=0) as session:
         session.run(feeds())
-        (used,) = session._context._streams
+        (used,) = session._contexts[0]._streams
         assert used == session._stream.cuda_stream != 0
         assert cuda.current in session._stream.waited_for
         assert session._stream in cuda.current.waited_for
         cuda.current = cuda.Stream()
         session.run(feeds())
-        assert session._context._streams[-1] == cuda.current.cuda_stream
+        assert session._contexts[0]._streams[-1] == cuda.current.cuda_stream
         assert session._scratch._done in cuda.current.waited_for, "buffers may still be in use on the stream before"
 
 
@@ -149,7 +254,7 @@ def test_the_profile_tuned_for_the_size_is_used(cuda, tmp_path):
         for height, profile in ((20, 0), (40, 1), (16, 0)):
             given = feeds(2, height, 16)
             np.testing.assert_array_equal(session.run(given)["out_sample"], wanted(given))
-            assert session._context.active_optimization_profile == profile
+            assert session._contexts[0].active_optimization_profile == profile
 
 
 def test_out_of_profile_says_what_fits_and_how_to_get_there(cuda, plan):
@@ -172,7 +277,7 @@ def test_wrong_feeds_never_reach_the_engine(change, message, cuda, plan):
     with session_on(plan) as session:
         with pytest.raises(EngineError, match=message):
             session.run(feeds() | change)
-        assert not session._context._streams
+        assert not session._contexts[0]._streams
 
 
 def test_a_failing_run_names_the_cause(cuda, plan):
@@ -219,8 +324,8 @@ def test_sessions_share_the_engine_and_not_the_context(cuda, plan):
     options = {"device": torch.device("cuda"), "library": library}
     first = TensorRTSession(plan, CONTRACT, **options)
     second = TensorRTSession(plan, CONTRACT, **options)
-    assert first._loaded is second._loaded
-    assert first._context is not second._context
+    assert first._plans[0] is second._plans[0]
+    assert first._contexts[0] is not second._contexts[0]
     first.close()
     given = feeds()
     np.testing.assert_array_equal(second.run(given)["out_sample"], wanted(given))
@@ -392,7 +497,7 @@ def test_sessions_share_the_scratch_memory(label, cuda, plan, needs):
 
 
 def contexts_of(session):
-    return [session._context, *(graph.context for graph in session._graphs.values())]
+    return [*session._contexts, *(one for graph in session._graphs.values() for one in graph.contexts)]
 
 
 def test_a_session_that_needs_more_leaves_the_others_where_they_are(cuda, plan, needs):
@@ -405,7 +510,7 @@ def test_a_session_that_needs_more_leaves_the_others_where_they_are(cuda, plan, 
         needs(8192)
         with session_on(plan, scratch=scratch) as large:
             large.run(feeds())
-            assert large._context.device_memory not in before
+            assert large._contexts[0].device_memory not in before
             assert large._block.numel() == 8192
             assert {context.device_memory for context in contexts_of(small)} == before == {block().data_ptr()}
             np.testing.assert_array_equal(small.run(feeds())["out_sample"], wanted(feeds()))
@@ -415,7 +520,7 @@ def test_a_session_that_needs_more_leaves_the_others_where_they_are(cuda, plan, 
 
 def test_a_session_on_its_own_has_its_own(cuda, plan):
     with session_on(plan) as one, session_on(plan) as other:
-        assert one._context.device_memory != other._context.device_memory
+        assert one._contexts[0].device_memory != other._contexts[0].device_memory
         assert one._scratch is not other._scratch
 
 
@@ -472,7 +577,7 @@ def test_a_closed_session_keeps_nothing_of_the_scratch(cuda, plan):
     other.close()
     del scratch
     assert block() is None
-    assert one._loaded is other._loaded is None
+    assert one._plans == other._plans == ()
 
 
 def test_the_other_gpu_is_refused(cuda):

@@ -149,6 +149,7 @@ def test_strength_does_not_matter_without_an_init_image():
         {"backend": "tensorrt", "profiles": (STATIC,), "compute_capability": (8, 9)},
         {"backend": "onnxruntime", "optimization_level": 3},
         {"backend": "onnxruntime", "norm_plugins": False},
+        {"backend": "onnxruntime", "split_attention": False},
     ],
 )
 def test_build_refuses(wrong):

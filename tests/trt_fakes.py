@@ -2,7 +2,8 @@
 
 The fake TensorRT has, class by class, only the names that the real bindings of the version have
 (`data/trt_attributes.json`): code that asks for another one fails as it would there. Its engines read and write real
-memory through the addresses that they are given: `out_sample = 2 * sample + timestep + mean(encoder_hidden_states)`.
+memory through the addresses that they are given: `out_sample = 2 * sample + timestep + mean(encoder_hidden_states)`,
+and of an engine in two pieces the same plus the self-attention of the sample's pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import ctypes
 import enum
 import json
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +31,7 @@ FACTS = {
     }
     for label, facts in json.loads(FILE.read_text()).items()
 }
-INPUTS = ("sample", "timestep", "encoder_hidden_states")
-DTYPES = {"sample": "HALF", "timestep": "FLOAT", "encoder_hidden_states": "HALF", "out_sample": "HALF"}
+DTYPES = {"timestep": "FLOAT"}  # all other tensors are fp16
 NUMPY = {"HALF": np.float16, "FLOAT": np.float32}
 CHANNELS, WIDTH = 4, 8
 
@@ -84,25 +86,28 @@ class Engine(Strict):
     CLASS = "ICudaEngine"
     device_memory_size = device_memory_size_v2 = 4096
 
-    def __init__(self, module, profiles):
+    def __init__(self, module, kind, profiles):
         super().__init__(module)
+        self._kind = KINDS[kind]
         self._profiles = profiles
         self._contexts = []
 
-    num_io_tensors = len(DTYPES)
+    @property
+    def num_io_tensors(self):
+        return len(self._kind.tensors)
 
     @property
     def num_optimization_profiles(self):
         return len(self._profiles)
 
     def get_tensor_name(self, index):
-        return list(DTYPES)[index]
+        return self._kind.tensors[index]
 
     def get_tensor_mode(self, name):
-        return self._module.TensorIOMode.INPUT if name in INPUTS else self._module.TensorIOMode.OUTPUT
+        return self._module.TensorIOMode.INPUT if name in self._kind.inputs else self._module.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name):
-        return self._module.DataType[DTYPES[name]]
+        return self._module.DataType[DTYPES.get(name, "HALF")]
 
     def get_tensor_profile_shape(self, name, index):
         return [tuple(shape) for shape in self._profiles[index][name]]
@@ -164,7 +169,7 @@ class Context(Strict):
         return fits
 
     def get_tensor_shape(self, name):
-        return self._shapes[name] if name in self._shapes else self._shapes["sample"]
+        return (self._shapes | self.engine._kind.shapes(self._shapes))[name]
 
     def set_tensor_address(self, name, address):
         self._untouched()
@@ -195,9 +200,10 @@ class Context(Strict):
         assert not self._needs_memory, "the context has no scratch memory"
 
         def compute():
-            sample, timestep, text = (_memory(addresses[name], shapes[name], DTYPES[name]) for name in INPUTS)
-            out = _memory(addresses["out_sample"], shapes["sample"], DTYPES["out_sample"])
-            out[...] = expected(sample, timestep, text)
+            kind = self.engine._kind
+            given = {name: _memory(addresses[name], shapes[name], name) for name in kind.inputs}
+            for name, array in kind.compute(**given).items():
+                _memory(addresses[name], kind.shapes(shapes)[name], name)[...] = array
 
         return compute
 
@@ -208,8 +214,55 @@ def expected(sample, timestep, text):
     return (2 * sample.astype(np.float32) + extra[:, :, None, None]).astype(np.float16)
 
 
-def _memory(address, shape, dtype):
-    kind = NUMPY[dtype]
+def _whole(sample, timestep, encoder_hidden_states):
+    return {"out_sample": expected(sample, timestep, encoder_hidden_states)}
+
+
+def _before(sample, timestep):
+    pixels = sample.reshape(*sample.shape[:2], -1).swapaxes(1, 2)
+    return {"query": pixels, "key": 2 * pixels, "value": 3 * pixels, "doubled": 2 * sample}
+
+
+def _after(doubled, attended, timestep, encoder_hidden_states):
+    pixels = attended.swapaxes(1, 2).reshape(doubled.shape)
+    return {"out_sample": expected(doubled.astype(np.float32) / 2, timestep, encoder_hidden_states) + pixels}
+
+
+def _of_the_sample(shapes):
+    return {"out_sample": shapes.get("sample") or shapes["doubled"]}
+
+
+def _of_pixels(shapes):
+    batch, channels, height, width = shapes["sample"]
+    parts = dict.fromkeys(("query", "key", "value"), (batch, height * width, channels))
+    return {**parts, "doubled": shapes["sample"]}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an engine takes, the shapes of what it gives, and how that is computed."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: Callable
+    compute: Callable
+
+    @property
+    def tensors(self):
+        return self.inputs + self.outputs
+
+
+KINDS = {
+    "whole": Kind(("sample", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _whole),
+    "before": Kind(("sample", "timestep"), ("query", "key", "value", "doubled"), _of_pixels, _before),
+    "after": Kind(
+        ("doubled", "attended", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _after
+    ),
+}
+
+
+def _memory(address, shape, name):
+    kind = NUMPY[DTYPES.get(name, "HALF")]
     count = math.prod(shape)
     buffer = (ctypes.c_byte * (count * np.dtype(kind).itemsize)).from_address(address)
     return np.frombuffer(buffer, kind).reshape(shape)
@@ -246,7 +299,7 @@ def fake_tensorrt(label: str):
         def deserialize_cuda_engine(self, data):
             assert getattr(module, "_plugins", True), "plugins must be registered before a plan is read"
             try:
-                return Engine(module, json.loads(bytes(data)[HEADER:]))
+                return Engine(module, *json.loads(bytes(data)[HEADER:]))
             except ValueError:
                 module._say("ERROR", "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization "
                             "assertion stdVersionRead == serializationVersion failed.)")  # fmt: skip
@@ -274,9 +327,9 @@ def profile_shapes(batch, height, width, tokens=(77, 77, 77)):
     }
 
 
-def write_plan(path: Path, profiles, version=(8, 6, 1, 6), magic=b"ftrt") -> Path:
+def write_plan(path: Path, profiles, version=(8, 6, 1, 6), magic=b"ftrt", kind="whole") -> Path:
     """Write a plan that `fake_tensorrt` reads, with a header as real ones have it."""
-    body = json.dumps(profiles).encode()
+    body = json.dumps((kind, profiles)).encode()
     head = magic + bytes(12) + (HEADER + len(body)).to_bytes(8, "little") + bytes(version)
     path.write_bytes(head + body)
     return path
@@ -331,6 +384,14 @@ class FakeCuda:
     @contextmanager
     def device(self, device):
         yield
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextmanager
     def graph(self, graph, stream, capture_error_mode):

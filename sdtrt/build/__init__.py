@@ -18,7 +18,7 @@ from sdtrt.models import Model
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
 
-FORMAT = 3  # of builds: raise it when the same request makes another engine than before
+FORMAT = 4  # of builds: raise it when the same request makes another engine than before
 
 
 def backend_version(backend: Backend) -> str:
@@ -70,6 +70,7 @@ def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dic
             "workspace_bytes": spec.workspace_bytes,
             "version_compatible": spec.version_compatible,
             "norm_plugins": spec.norm_plugins,
+            "split_attention": spec.split_attention,
         },
         "export": export_key(model, spec.export, directory),
     }

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from sdtrt import errors, host, onnx_graph, trt_api
-from sdtrt.build import group_norm
+from sdtrt.build import group_norm, splitting
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
 from sdtrt.runtime import TENSORRT_FILE
+from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
 from sdtrt.trt_api import Draft, Library
 
@@ -260,13 +261,72 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
 
 
 def _build(library: Library, request: Request, report: Report) -> dict[str, Any]:
-    """Parse and build; write the plan file and the timing cache. The builder's memory is free again after this."""
+    """Parse and build; write the plan files and the timing cache. The builder's memory is free again after this."""
     report({"show": "reading the ONNX"})
-    spec, contract = request.spec, request.contract
-    draft = _parse(library, request)
+    with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
+        sources = _sources(library, request, Path(folder))
+        measured = [_build_piece(library, request, source, report) for source in sources]
+    if len(sources) > 1:
+        write_pieces(request.plan, [source.piece for source in sources])
+    return {
+        "library": library.name,
+        "profiles": [str(profile) for profile in request.spec.profiles],
+        "pieces": len(sources),
+        "plan_bytes": sum(source.piece.plan.stat().st_size for source in sources),
+        "build_seconds": round(sum(seconds for seconds, _ in measured), 3),
+        "precision": measured[0][1],
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One piece of an engine, or the whole, and the ONNX that it is built from."""
+
+    onnx: Path
+    piece: Piece
+
+
+def _sources(library: Library, request: Request, folder: Path) -> tuple[_Source, ...]:
+    """What to build: the exported model, or its parts between attentions that are PyTorch's, written to a folder."""
+    whole = (_Source(request.onnx, Piece(request.plan, request.contract)),)
+    if not _is_split(library, request):
+        return whole
+    model, weights = onnx_graph.load_split(request.onnx)
+    splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
+    facts = splitting.Facts(model, weights)
+    attentions = splitting.choose(splitting.find_attentions(facts), splitting.MIN_TOKENS)
+    if not attentions:
+        return whole
+    try:
+        parts = splitting.split(model, weights, facts, attentions)
+    except ValueError as error:
+        raise BuildError(str(error), hint="leave attention to TensorRT: --no-split-attention") from error
+    found = []
+    for number, part in enumerate(parts):
+        onnx = folder / f"{number}.onnx"
+        onnx_graph.save(part.model, part.weights, onnx)
+        contract = Contract(request.contract.component, request.contract.precision, part.inputs, part.outputs)
+        found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, part.attentions)))
+    return tuple(found)
+
+
+def _is_split(library: Library, request: Request) -> bool:
+    """Whether large self-attentions are left to PyTorch: for one fixed size, on TensorRT 8.6, whose own are slow."""
+    spec = request.spec
+    fixed = [profile.minimum == profile.maximum for profile in spec.profiles] == [True]
+    wanted = spec.split_attention and spec.export.precision == "fp16" and not spec.version_compatible
+    return wanted and fixed and library.has("weak typing") and request.contract.component == "unet"
+
+
+def _build_piece(
+    library: Library, request: Request, source: _Source, report: Report
+) -> tuple[float, Mapping[str, Any]]:
+    """Build one plan; the seconds that took, and what is known of its precision."""
+    spec, contract = request.spec, source.piece.contract
+    draft = _parse(library, request, source.onnx)
     _check_inputs(draft, contract)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
-    config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
+    config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request, source.onnx))
     for warning in draft.warnings:
         report({"warn": warning})
     if not trt_api.read_timing_cache(config, request.timing_cache):
@@ -277,40 +337,34 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     plan = trt_api.serialize(draft, config)
     seconds = time.perf_counter() - start
     del monitor
-    with request.plan.open("wb") as file:
+    with source.piece.plan.open("wb") as file:
         file.write(plan)
     _keep_timings(request.timing_cache, trt_api.timing_cache_bytes(config))
-    return {
-        "library": library.name,
-        "profiles": [str(profile) for profile in spec.profiles],
-        "plan_bytes": request.plan.stat().st_size,
-        "build_seconds": round(seconds, 3),
-        "precision": _network_precision(draft),
-    }
+    return seconds, _network_precision(draft)
 
 
-def _parse(library: Library, request: Request) -> Draft:
-    """The network of the ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
+def _parse(library: Library, request: Request, onnx: Path) -> Draft:
+    """The network of an ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
     spec = request.spec
     fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
     wanted = spec.norm_plugins and spec.export.precision == "fp16" and not spec.version_compatible
     if not (wanted and fits) or not trt_api.has_plugin(library, group_norm.OPERATOR):
-        return trt_api.parse_onnx(library, request.onnx)
-    model, weights = onnx_graph.load_split(request.onnx)
+        return trt_api.parse_onnx(library, onnx)
+    model, weights = onnx_graph.load_split(onnx)
     if group_norm.use_plugin(model, weights) == 0:
-        return trt_api.parse_onnx(library, request.onnx)
+        return trt_api.parse_onnx(library, onnx)
     with tempfile.TemporaryDirectory(prefix=".plugins-", dir=request.folder) as folder:
-        changed = Path(folder) / request.onnx.name
+        changed = Path(folder) / onnx.name
         onnx_graph.save(model, weights, changed)
         del model, weights
         return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
 
 
-def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
+def _fp32_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
     """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
     if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
         return frozenset()
-    return onnx_graph.float32_nodes(request.onnx)
+    return onnx_graph.float32_nodes(onnx)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:

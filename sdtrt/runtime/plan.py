@@ -24,6 +24,7 @@ from sdtrt.components import (
     TensorSpec,
 )
 from sdtrt.errors import EngineError
+from sdtrt.runtime.pieces import Piece
 from sdtrt.specs import SIZE_MULTIPLE
 from sdtrt.trt_api import Library, Shape, ShapeRange
 
@@ -65,12 +66,12 @@ class LoadedPlan:
     profiles: tuple[PlanProfile, ...]
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while contexts are made
 
-    def largest(self, spec: TensorSpec) -> int:
-        """The number of elements of one tensor at its largest, over all profiles."""
-        return max(
-            math.prod(profile.bounds[dim][2] if isinstance(dim, str) else dim for dim in spec.dims)
-            for profile in self.profiles
-        )
+
+def largest(spec: TensorSpec, profiles: Sequence[PlanProfile]) -> int:
+    """The number of elements of one tensor at its largest, over all profiles."""
+    return max(
+        math.prod(profile.bounds[dim][2] if isinstance(dim, str) else dim for dim in spec.dims) for profile in profiles
+    )
 
 
 _LOADED: WeakValueDictionary[tuple[object, ...], LoadedPlan] = WeakValueDictionary()
@@ -144,6 +145,14 @@ def profile_of(contract: Contract, ranges: Mapping[str, ShapeRange]) -> PlanProf
         for axis, name in spec.dynamic_axes.items():
             bounds[name] = (low[axis], best[axis], high[axis])
     return PlanProfile(bounds)
+
+
+def profiles_of(contract: Contract, pieces: Sequence[Piece], plans: Sequence[LoadedPlan]) -> tuple[PlanProfile, ...]:
+    """The profiles of an engine: its plan's own, or where it has several the one size that they are for."""
+    if len(plans) == 1:
+        return plans[0].profiles
+    shapes = {spec.name: spec.shape({}) for piece in pieces for spec in piece.contract.inputs}
+    return (profile_of(contract, {spec.name: (shapes[spec.name],) * 3 for spec in contract.inputs}),)
 
 
 def choose_profile(profiles: Sequence[PlanProfile], sizes: Mapping[str, int], backend: str = "tensorrt") -> int:

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from sdtrt import trt_api
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.errors import EngineError
-from sdtrt.runtime.plan import LoadedPlan, choose_profile, load_plan, output_shape
+from sdtrt.runtime.pieces import list_file
+from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
 from sdtrt.trt_api import Shape
@@ -54,6 +55,7 @@ class PyCudaSession(Session[Array]):
         allow_host_code: bool = False,
     ) -> None:
         _check_dtypes(contract)
+        _check_whole(plan)
         self.contract, self._backend = contract, backend
         self._library = trt_api.open_library(backend)
         trt_api.require_gpu(self._library)
@@ -116,7 +118,7 @@ class PyCudaSession(Session[Array]):
 
     def _pinned(self, loaded: LoadedPlan, spec: TensorSpec) -> Array:
         """Page-locked memory for one tensor, for every shape that the plan takes."""
-        memory: Array = self._cuda.pagelocked_empty(loaded.largest(spec), np.dtype(spec.dtype))
+        memory: Array = self._cuda.pagelocked_empty(largest(spec, loaded.profiles), np.dtype(spec.dtype))
         return memory
 
     def _view(self, name: str, shape: Shape) -> Array:
@@ -151,6 +153,15 @@ def _driver() -> Any:
 def _primary_context(device: int) -> Any:
     """The GPU's primary context, the one that CUDA's runtime and torch use too. Kept until the process ends."""
     return _driver().Device(device).retain_primary_context()
+
+
+def _check_whole(plan: Path) -> None:
+    """NumPy has no attention to run between an engine's pieces."""
+    if list_file(plan).exists():
+        raise EngineError(
+            f"{plan} leaves large self-attentions to PyTorch",
+            hint="build an engine that does not: sdtrt build --backend tensorrt --no-split-attention",
+        )
 
 
 def _check_dtypes(contract: Contract) -> None:

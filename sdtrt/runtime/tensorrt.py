@@ -16,7 +16,8 @@ from sdtrt import trt_api
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
-from sdtrt.runtime.plan import LoadedPlan, choose_profile, load_plan, output_shape
+from sdtrt.runtime.pieces import Attention, last_uses, read_pieces
+from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.session import Session, check_feeds
@@ -32,9 +33,9 @@ _CAPTURING = threading.Lock()
 
 @dataclass(frozen=True)
 class _Graph:
-    """One shape, captured: replaying writes `outputs`. The context must outlive the graph, and not be touched."""
+    """One shape, captured: replaying writes `outputs`. The contexts must outlive the graph, and not be touched."""
 
-    context: Any
+    contexts: tuple[Any, ...]
     graph: torch.cuda.CUDAGraph
     outputs: dict[str, torch.Tensor]
 
@@ -50,8 +51,11 @@ class TensorRTSession(Session[torch.Tensor]):
     What stays the same from step to step (`CONDITIONING`) is copied once: not again while the very same tensor comes
     unchanged, as `Remembered` tells. The session keeps no such tensor alive.
 
+    An engine in pieces (`runtime.pieces`) has one context for each, and PyTorch's attention runs between them, on the
+    same stream and in the same graph.
+
     Args:
-        plan: the plan file.
+        plan: the plan file, the first where the engine is in pieces.
         contract: its inputs and outputs.
         backend: `tensorrt` or `tensorrt-rtx`.
         device: the GPU, as `torch.device("cuda")`.
@@ -84,14 +88,20 @@ class TensorRTSession(Session[torch.Tensor]):
         self._failed: set[Key] = set()
         self._copied: dict[str, Remembered] = {}  # what lies in the buffers
         self._scratch = scratch or Scratch()
+        self._pieces = read_pieces(plan, contract)
+        self._last_uses = last_uses(self._pieces, [spec.name for spec in contract.outputs])
         with torch.cuda.device(self._device), _memory_errors(plan):
-            self._loaded: LoadedPlan | None = load_plan(
-                plan, contract, self._library, self._device.index, allow_host_code=allow_host_code
+            self._plans: tuple[LoadedPlan, ...] = tuple(
+                load_plan(
+                    piece.plan, piece.contract, self._library, self._device.index, allow_host_code=allow_host_code
+                )
+                for piece in self._pieces
             )
-            self._scratch_bytes = trt_api.scratch_bytes(self._library, self._loaded.engine)
+            self._profiles = profiles_of(contract, self._pieces, self._plans)
+            self._scratch_bytes = max(trt_api.scratch_bytes(self._library, plan.engine) for plan in self._plans)
             self._block = self._scratch.block(self._scratch_bytes, self._device)
-            self._buffers = {spec.name: self._input_buffer(self._loaded, spec) for spec in contract.inputs}
-            self._context = self._new_context(self._loaded)
+            self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
+            self._contexts = self._new_contexts()
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @property
@@ -106,39 +116,45 @@ class TensorRTSession(Session[torch.Tensor]):
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""
-        if self._loaded is None:
-            raise EngineError("the session is closed", hint="open a new one")
+        self._check_open()
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in feeds.items()}
         sizes = check_feeds(self.inputs, shapes, dtypes)
-        profile = choose_profile(self._loaded.profiles, sizes, self._backend)
+        profile = choose_profile(self._profiles, sizes, self._backend)
         key = tuple(sorted(shapes.items()))
         with torch.cuda.device(self._device), torch.no_grad(), _memory_errors(shapes), self._turn():
             for name, tensor in feeds.items():
                 self._copy(name, tensor)
             outputs = self._replay(key)
             if outputs is None:
-                outputs = self._launch(self._loaded, key, profile)
+                outputs = self._launch(key, profile)
         return outputs
 
     def information(self) -> dict[str, Any]:
         """What TensorRT's inspector tells of the engine: its layers, their data types and tactics."""
-        if self._loaded is None:
-            raise EngineError("the session is closed", hint="open a new one")
-        return trt_api.inspect(self._library, self._loaded.engine, self._context)
+        self._check_open()
+        told = [
+            trt_api.inspect(self._library, plan.engine, context)
+            for plan, context in zip(self._plans, self._contexts, strict=True)
+        ]
+        return told[0] if len(told) == 1 else {word: [item for one in told for item in one[word]] for word in told[0]}
 
     def close(self) -> None:
         """Free the engine's contexts, graphs and memory, once the GPU has finished with them."""
-        if self._loaded is None:
+        if not self._plans:
             return
         self._scratch.finish()
         self._graphs.clear()
-        self._context = None
+        self._contexts = ()
         self._buffers.clear()
         self._copied.clear()
         self._block, self._scratch = torch.empty(0), Scratch()  # the shared one is the others' to keep
-        self._loaded = None
+        self._plans = ()
         self.let_go()
+
+    def _check_open(self) -> None:
+        if not self._plans:
+            raise EngineError("the session is closed", hint="open a new one")
 
     def _turn(self) -> AbstractContextManager[None]:
         """Buffers and scratch memory to oneself, whatever stream used them last."""
@@ -162,25 +178,25 @@ class TensorRTSession(Session[torch.Tensor]):
         found.graph.replay()
         return {name: tensor.clone() for name, tensor in found.outputs.items()}
 
-    def _launch(self, loaded: LoadedPlan, key: Key, profile: int) -> dict[str, torch.Tensor]:
+    def _launch(self, key: Key, profile: int) -> dict[str, torch.Tensor]:
         """Run a shape kernel by kernel; its second time, also capture it.
 
-        The graph gets a context that nothing else uses: NVIDIA's rule, for a graph is tied to its context's state.
+        The graph gets contexts that nothing else uses: NVIDIA's rule, for a graph is tied to its context's state.
         """
         if self._max_graphs > 0 and key in self._seen and key not in self._failed:
             try:
-                context = self._new_context(loaded)
-                outputs = self._run_on_stream(context, key, profile)  # TensorRT's preparations must precede a capture
-                self._capture(context, key, outputs)
+                contexts = self._new_contexts()
+                outputs = self._run_on_stream(contexts, key, profile)  # preparations must precede a capture
+                self._capture(contexts, key, outputs)
                 return outputs
             except (RuntimeError, EngineError) as error:
                 self._failed.add(key)
                 Console().warn(f"no CUDA graph for {_described(key)}, running kernel by kernel instead: {error}")
         self._seen.add(key)
-        return self._run_on_stream(self._context, key, profile)
+        return self._run_on_stream(self._contexts, key, profile)
 
-    def _run_on_stream(self, context: Any, key: Key, profile: int) -> dict[str, torch.Tensor]:
-        """Run a context once, in order with the current stream.
+    def _run_on_stream(self, contexts: tuple[Any, ...], key: Key, profile: int) -> dict[str, torch.Tensor]:
+        """Run each piece's context once, in order with the current stream.
 
         Never on the default stream itself: TensorRT would wait for the whole GPU there, twice a run.
         """
@@ -188,52 +204,97 @@ class TensorRTSession(Session[torch.Tensor]):
         stream = self._stream if current.cuda_stream == 0 else current
         if stream is not current:
             stream.wait_stream(current)
-        shapes = trt_api.prepare_context(self._library, context, profile, dict(key), stream.cuda_stream)
-        outputs = {spec.name: self._new_output(shapes, spec) for spec in self.outputs}
-        self._set_addresses(context, key, outputs)
-        trt_api.enqueue(self._library, context, stream.cuda_stream)
+        tensors = self._inputs_of(key)
+        for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
+            taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
+            shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
+            for spec in piece.contract.outputs:
+                home = current if self._is_output(spec) else stream  # where its memory is free to be used again
+                tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
+            self._enqueue(number, context, tensors, stream)
         if stream is not current:
             current.wait_stream(stream)
-        return outputs
+        return {spec.name: tensors[spec.name] for spec in self.outputs}
 
-    def _capture(self, context: Any, key: Key, example: Mapping[str, torch.Tensor]) -> None:
-        """Capture a context that has just run into a CUDA graph with outputs of its own."""
+    def _enqueue(self, number: int, context: Any, tensors: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> None:
+        """Put a piece and the attentions after it on a stream; leave out of `tensors` what nothing later takes."""
+        piece = self._pieces[number]
+        specs = (*piece.contract.inputs, *piece.contract.outputs)
+        addresses = {spec.name: tensors[spec.name].data_ptr() for spec in specs}
+        trt_api.set_addresses(self._library, context, addresses)
+        trt_api.enqueue(self._library, context, stream.cuda_stream)
+        if piece.attentions:
+            with torch.cuda.stream(stream):
+                tensors |= {attention.result: attend(attention, tensors) for attention in piece.attentions}
+        for name in self._last_uses[number]:
+            del tensors[name]
+
+    def _capture(self, contexts: tuple[Any, ...], key: Key, example: Mapping[str, torch.Tensor]) -> None:
+        """Capture contexts that have just run into a CUDA graph with outputs of its own."""
         while len(self._graphs) >= self._max_graphs:
             torch.cuda.current_stream().synchronize()  # the one that leaves may still be running
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         outputs = {name: torch.empty_like(tensor) for name, tensor in example.items()}
-        self._set_addresses(context, key, outputs)
-        if not trt_api.is_capturable(self._library, context, self._stream.cuda_stream):
+        if not all(trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts):
             raise EngineError("TensorRT can't be captured at this shape", hint="open the session with graphs=0")
+        tensors = self._inputs_of(key)
         # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
         with _CAPTURING, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            trt_api.enqueue(self._library, context, self._stream.cuda_stream)
-        self._graphs[key] = _Graph(context, graph, outputs)
+            for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
+                shapes = trt_api.output_shapes(self._library, context)
+                for spec in piece.contract.outputs:  # the graph keeps the memory of what crosses
+                    own = outputs.get(spec.name)
+                    shape = output_shape(shapes, spec)
+                    tensors[spec.name] = self._new_tensor(shape, spec, self._stream) if own is None else own
+                self._enqueue(number, context, tensors, self._stream)
+        self._graphs[key] = _Graph(contexts, graph, outputs)
+
+    def _new_contexts(self) -> tuple[Any, ...]:
+        """An execution context for each piece, all in this session's scratch memory."""
+        return tuple(self._new_context(plan) for plan in self._plans)
 
     def _new_context(self, loaded: LoadedPlan) -> Any:
-        """An execution context in this session's scratch memory."""
         with loaded.lock:
             return trt_api.create_shared_context(
                 self._library, loaded.engine, self._block.data_ptr(), self._block.numel()
             )
 
-    def _input_buffer(self, loaded: LoadedPlan, spec: TensorSpec) -> torch.Tensor:
-        """The memory of one input, for every shape that the plan takes."""
-        return torch.empty(loaded.largest(spec), dtype=getattr(torch, spec.dtype), device=self._device)
+    def _input_buffer(self, spec: TensorSpec) -> torch.Tensor:
+        """The memory of one input, for every shape that the engine takes."""
+        return torch.empty(largest(spec, self._profiles), dtype=getattr(torch, spec.dtype), device=self._device)
 
     def _input(self, name: str, shape: Shape) -> torch.Tensor:
         """One input's buffer, seen in a shape."""
         count = torch.Size(shape).numel()
         return self._buffers[name][:count].view(shape)
 
-    def _new_output(self, shapes: Mapping[str, Shape], spec: TensorSpec) -> torch.Tensor:
-        return torch.empty(output_shape(shapes, spec), dtype=getattr(torch, spec.dtype), device=self._device)
+    def _inputs_of(self, key: Key) -> dict[str, torch.Tensor]:
+        return {name: self._input(name, shape) for name, shape in key}
 
-    def _set_addresses(self, context: Any, key: Key, outputs: Mapping[str, torch.Tensor]) -> None:
-        addresses = {name: self._buffers[name].data_ptr() for name, _ in key}
-        addresses |= {name: tensor.data_ptr() for name, tensor in outputs.items()}
-        trt_api.set_addresses(self._library, context, addresses)
+    def _is_output(self, spec: TensorSpec) -> bool:
+        return any(spec.name == output.name for output in self.outputs)
+
+    def _new_tensor(self, shape: Shape, spec: TensorSpec, stream: torch.cuda.Stream) -> torch.Tensor:
+        """Memory that is free to be used again, once it is let go, by what comes later on a stream."""
+        with torch.cuda.stream(stream):
+            return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
+
+
+def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Self-attention in PyTorch's fused kernels, which add up in fp32 and read the heads where they lie.
+
+    Args:
+        tensors: the attention's sources among them: `[B,S,C]` each of queries, keys and values, or `[B,S,3C]` of all.
+
+    Returns:
+        `[B,S,C]`, contiguous.
+    """
+    given = [tensors[name] for name in attention.sources]
+    parts = given if len(given) == 3 else given[0].chunk(3, dim=-1)
+    query, key, value = (part.view(*part.shape[:2], attention.heads, attention.width).transpose(1, 2) for part in parts)
+    states = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
+    return states.transpose(1, 2).flatten(2).contiguous()  # a view, where the kernel writes in its inputs' layout
 
 
 def _cuda_device(device: torch.device, library: Library) -> torch.device:
