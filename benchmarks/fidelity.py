@@ -9,7 +9,7 @@
 side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
 PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, the time of a step, and
 the GPU time of each kernel in it (PyTorch's profiler). `-native` is without TensorRT 8.6's plugin for group
-normalisation, `-whole` with its own attention throughout. `convolutions` does so for single 3x3 convolutions of Stable
+normalisation, `-split` with large self-attentions by PyTorch. `convolutions` does so for single 3x3 convolutions of Stable
 Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's additions to
 one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all convolutions,
 matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's own size,
@@ -67,9 +67,9 @@ class Variant:
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Variant:
-        """`5`, `5-native` or `5-whole`."""
+        """`5`, `5-native` or `5-split`."""
         layers, *words = name.split("-")
-        return cls(int(layers), "native" not in words, "whole" not in words, folder / name)
+        return cls(int(layers), "native" not in words, "split" in words, folder / name)
 
     @property
     def onnx(self) -> Path:
@@ -384,7 +384,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--variants", nargs="+", default=["0", "2", "5"], metavar="N[-native|-whole]")
+    parser.add_argument("--variants", nargs="+", default=["0", "2", "5"], metavar="N[-native|-split]")
     parser.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)

@@ -61,7 +61,7 @@ class Choice:
     plugins: bool = True
     change: Callable[[nn.Module], None] | None = None
     dynamic: bool = False
-    split: bool = True
+    split: bool = False
 
 
 def attend(module: nn.Module, processor: Callable[[Attention], Any]) -> None:
@@ -203,18 +203,17 @@ def one_pass_norms(module: nn.Module) -> None:
 
 
 PRODUCT = Choice()
-WHOLE = replace(PRODUCT, split=False)
 VARIANTS: dict[str, Choice] = {
     "product": PRODUCT,
     "all-fp16": replace(PRODUCT, layers=0),
     "native-norms": replace(PRODUCT, plugins=False),
-    "whole-attention": WHOLE,
+    "split-attention": replace(PRODUCT, split=True),
     "one-pass-norms": replace(PRODUCT, plugins=False, change=one_pass_norms),
     "linear-projections": replace(PRODUCT, change=linear_projections),
-    "scaled-queries": replace(WHOLE, change=lambda module: attend(module, ScaledQueries)),
-    "fused-qkv": replace(WHOLE, change=lambda module: attend(module, FusedProjections)),
-    "padded-heads": replace(WHOLE, change=lambda module: attend(module, PaddedHeads)),
-    "merged-context": replace(WHOLE, change=merge_context),
+    "scaled-queries": replace(PRODUCT, change=lambda module: attend(module, ScaledQueries)),
+    "fused-qkv": replace(PRODUCT, change=lambda module: attend(module, FusedProjections)),
+    "padded-heads": replace(PRODUCT, change=lambda module: attend(module, PaddedHeads)),
+    "merged-context": replace(PRODUCT, change=merge_context),
     "dynamic": replace(PRODUCT, dynamic=True),
     **{f"level-{level}": replace(PRODUCT, level=level) for level in (0, 2, 3, 4, 5)},
 }

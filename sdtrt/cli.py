@@ -213,10 +213,10 @@ def build(
     split_attention: Annotated[
         bool,
         Option(
-            help="TensorRT 8.6, one fixed size: leave large self-attentions to PyTorch, which is faster and loses less;"
-            " without, the engine is one plan"
+            help="TensorRT 8.6, one fixed size: leave the UNet's large self-attentions to PyTorch's kernels, which add up"
+            " in fp32, between the pieces of the engine"
         ),
-    ] = True,
+    ] = False,
     *,
     sizes: ProfileOptions,
     exporter: ExporterOptions,

@@ -149,7 +149,11 @@ def test_strength_does_not_matter_without_an_init_image():
         {"backend": "tensorrt", "profiles": (STATIC,), "compute_capability": (8, 9)},
         {"backend": "onnxruntime", "optimization_level": 3},
         {"backend": "onnxruntime", "norm_plugins": False},
-        {"backend": "onnxruntime", "split_attention": False},
+        {"backend": "onnxruntime", "split_attention": True},
+        {"backend": "tensorrt-rtx", "profiles": (STATIC,), "split_attention": True},
+        {"backend": "tensorrt", "profiles": (STATIC, STATIC), "split_attention": True},
+        {"backend": "tensorrt", "profiles": (DYNAMIC,), "split_attention": True},
+        {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": True, "version_compatible": True},
     ],
 )
 def test_build_refuses(wrong):

@@ -134,6 +134,11 @@ def check_request(request: Request) -> None:
     trt_api.require_builder(library)
     if spec.export.precision == "bf16" and not library.has("bfloat16"):
         raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
+    if spec.split_attention and not library.has("weak typing"):
+        raise BuildError(
+            f"{library.name} does not leave attention to PyTorch: only 8.6 gains by it",
+            hint="leave --split-attention out",
+        )
     if not library.has("named compute capability"):
         trt_api.require_gpu(library)
 
@@ -264,7 +269,7 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     """Parse and build; write the plan files and the timing cache. The builder's memory is free again after this."""
     report({"show": "reading the ONNX"})
     with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
-        sources = _sources(library, request, Path(folder))
+        sources = _sources(request, Path(folder), report)
         measured = [_build_piece(library, request, source, report) for source in sources]
     if len(sources) > 1:
         write_pieces(request.plan, [source.piece for source in sources])
@@ -286,16 +291,17 @@ class _Source:
     piece: Piece
 
 
-def _sources(library: Library, request: Request, folder: Path) -> tuple[_Source, ...]:
+def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, ...]:
     """What to build: the exported model, or its parts between attentions that are PyTorch's, written to a folder."""
     whole = (_Source(request.onnx, Piece(request.plan, request.contract)),)
-    if not _is_split(library, request):
+    if not request.spec.split_attention or request.contract.component != "unet":
         return whole
     model, weights = onnx_graph.load_split(request.onnx)
     splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
     facts = splitting.Facts(model, weights)
     attentions = splitting.choose(splitting.find_attentions(facts), splitting.MIN_TOKENS)
     if not attentions:
+        report({"warn": f"no self-attention is over {splitting.MIN_TOKENS} tokens or more: none is left to PyTorch"})
         return whole
     try:
         parts = splitting.split(model, weights, facts, attentions)
@@ -308,14 +314,6 @@ def _sources(library: Library, request: Request, folder: Path) -> tuple[_Source,
         contract = Contract(request.contract.component, request.contract.precision, part.inputs, part.outputs)
         found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, part.attentions)))
     return tuple(found)
-
-
-def _is_split(library: Library, request: Request) -> bool:
-    """Whether large self-attentions are left to PyTorch: for one fixed size, on TensorRT 8.6, whose own are slow."""
-    spec = request.spec
-    fixed = [profile.minimum == profile.maximum for profile in spec.profiles] == [True]
-    wanted = spec.split_attention and spec.export.precision == "fp16" and not spec.version_compatible
-    return wanted and fixed and library.has("weak typing") and request.contract.component == "unet"
 
 
 def _build_piece(
