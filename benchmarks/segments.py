@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from fidelity import errors, feeds_of, kernels, outputs_of
-from splitting import Attention, freeze, split
+from splitting import Attention, Facts, choose, find_attentions, freeze, split
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -90,7 +90,9 @@ def write_segments(source: Path, folder: Path, contract: Contract, sizes: Sizes,
     """Split an exported model; graphs into folders of their own, and what they are into `segments.json`, last."""
     model, weights = onnx_graph.load_split(source)
     freeze(model, weights, contract.input_shapes(sizes))
-    pieces = split(model, weights, None if name == "whole" else tokens, joined=name == "joined")
+    facts = Facts(model, weights)
+    attentions = [] if name == "whole" else choose(find_attentions(facts), tokens)
+    pieces = split(model, weights, facts, attentions, joined=name == "joined")
     entries = []
     for number, piece in enumerate(pieces):
         part = Contract(contract.component, contract.precision, piece.inputs, piece.outputs)
@@ -158,11 +160,14 @@ class TensorRTSegments:
     """The pieces in TensorRT, the attentions in PyTorch: one CUDA graph.
 
     What crosses between pieces lies in buffers that the pieces write and read; an attention's result is read where
-    PyTorch has put it. Each piece has one context, which only this graph uses; all work in one scratch memory.
+    PyTorch has put it (with `fixed`, from a buffer that it is copied to). Each piece has one context, which only this
+    graph uses; all work in one scratch memory.
     """
 
-    def __init__(self, segments: Sequence[Segment], kernel: str, example: Mapping[str, Tensor]) -> None:
-        self._segments, self._library = segments, trt_api.open_library("tensorrt")
+    def __init__(
+        self, segments: Sequence[Segment], kernel: str, example: Mapping[str, Tensor], *, fixed: bool = False
+    ) -> None:
+        self._segments, self._library, self._fixed = segments, trt_api.open_library("tensorrt"), fixed
         self._device = next(iter(example.values())).device
         self._stream = torch.cuda.Stream(self._device)
         self._plans = [self._load(segment) for segment in segments]
@@ -175,8 +180,8 @@ class TensorRTSegments:
             for segment in segments
             for spec in segment.contract.outputs
         }
-        self._copied = 0
-        self._kept: list[Tensors] = []  # what the graph and the runs before it use
+        self._results: Tensors = {}
+        self._kept: list[Tensors] = []  # what the graph and the run before it use
         self.graph = torch.cuda.CUDAGraph()
         self._capture(KERNELS[kernel])
 
@@ -197,6 +202,14 @@ class TensorRTSegments:
         """The graph alone."""
         self.graph.replay()
         return self._outputs[self._segments[-1].contract.outputs[-1].name]
+
+    def close(self) -> None:
+        """Free the graph, then what it uses."""
+        torch.cuda.synchronize(self._device)
+        self.graph.reset()
+        self._contexts.clear()
+        self._plans.clear()
+        self._kept.clear()
 
     def _load(self, segment: Segment) -> Any:
         index = self._device.index if self._device.index is not None else torch.cuda.current_device()
@@ -230,7 +243,13 @@ class TensorRTSegments:
             trt_api.set_addresses(self._library, context, addresses)
             trt_api.enqueue(self._library, context, self._stream.cuda_stream)
             for attention in segment.attentions:
-                tensors[attention.result] = attend(attention, tensors)
+                tensors[attention.result] = self._placed(attention.result, attend(attention, tensors))
+
+    def _placed(self, name: str, result: Tensor) -> Tensor:
+        """An attention's result where it is, or copied to where its first one was."""
+        if not self._fixed:
+            return result
+        return self._results.setdefault(name, torch.empty_like(result)).copy_(result)
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -251,7 +270,8 @@ def opened(
             on_cpu = OnnxRuntimeSegments(segments, kernel, stack)
             yield on_cpu.run, lambda: on_cpu.run(example), None
         else:
-            on_gpu = TensorRTSegments(segments, kernel, example)
+            on_gpu = TensorRTSegments(segments, kernel, example, fixed=args.fixed_results)
+            stack.callback(on_gpu.close)
             yield on_gpu.run, lambda: on_gpu.step(example), on_gpu.replay
 
 
@@ -347,7 +367,7 @@ def prepare(unet: torch.nn.Module, contract: Contract, args: argparse.Namespace)
         write_onnx(unet, contract, source, console=Console())
     for name in args.variants:
         if not (args.folder / name / "segments.json").exists():
-            write_segments(source, args.folder / name, contract, sizes, args.min_tokens or largest(args), name)
+            write_segments(source, args.folder / name, contract, sizes, args.min_tokens, name)
         segments = read_segments(args.folder / name)
         print(f"{name}: {len(segments)} pieces", file=sys.stderr)
         try:
@@ -357,11 +377,6 @@ def prepare(unet: torch.nn.Module, contract: Contract, args: argparse.Namespace)
             failures[name] = reason_of(error)
             print(f"{name}: {failures[name]}", file=sys.stderr)
     return failures
-
-
-def largest(args: argparse.Namespace) -> int:
-    """How many tokens the latents have: attentions of the largest resolution, for UNets that have them there."""
-    return args.height // 8 * (args.width // 8)
 
 
 def build_spec(contract: Contract, sizes: Sizes, args: argparse.Namespace) -> BuildSpec:
@@ -413,13 +428,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--min-tokens", type=int, help="cut at attentions of that many; default: all of the latents'")
+    parser.add_argument("--min-tokens", type=int, help="cut at attentions of so many; default: of the most")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: flash cudnn efficient; on a CPU flash")
     parser.add_argument("--backend", choices=["tensorrt", "onnxruntime", "tensorrt-rtx"], default="tensorrt")
     parser.add_argument("--compute-capability", type=int, nargs=2, metavar=("MAJOR", "MINOR"), help="of tensorrt-rtx")
     parser.add_argument("--optimization-level", type=int)
     parser.add_argument("--no-norm-plugins", action="store_true")
+    parser.add_argument(
+        "--fixed-results", action="store_true", help="copy attentions' results: one address for all runs"
+    )
     parser.add_argument("--jobs", type=int, default=3, help="builds at a time")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")

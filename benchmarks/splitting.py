@@ -1,7 +1,7 @@
 """Cut self-attentions out of an exported UNet, and the graph into the pieces between them (`segments.py` runs them).
 
-`find_attentions` knows the form that PyTorch's exporter gives scaled dot-product attention, and `check` holds what it
-has read (heads, scale) against what those nodes compute. `split` then makes a model of each piece. A piece starts from
+`find_attentions` knows the form that PyTorch's exporter gives scaled dot-product attention, `check` holds what it has
+read (heads, scale) against what those nodes compute, and `split` makes a model of each piece. A piece starts from
 the model's inputs, the attentions' results and what earlier pieces have made; only floating-point tensors cross
 (TensorRT 8.6 has no int64 inputs), so arithmetic on shapes is repeated in each piece that needs it.
 """
@@ -231,11 +231,11 @@ def check(facts: Facts, attention: Attention, opset: int) -> float:
     output = onnx.helper.make_tensor_value_info(attention.result, facts.types[attention.result], None)
     graph = onnx.helper.make_graph(inner, "attention", values, [output])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    import onnxruntime
+
     generator, shape = np.random.default_rng(0), (1, CHECK_TOKENS, attention.heads * attention.width)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(facts.types[attention.sources[0]])
     given = [generator.standard_normal(shape).astype(dtype) for _ in attention.sources]
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     computed = session.run(None, dict(zip(attention.sources, given, strict=True)))[0].astype(np.float64)
     expected = _reference(attention, [array.astype(np.float64) for array in given])
@@ -248,7 +248,6 @@ def check(facts: Facts, attention: Attention, opset: int) -> float:
 def _inner(facts: Facts, attention: Attention) -> list[onnx.NodeProto]:
     """Copies of an attention's nodes, in order, that take any number of tokens."""
     found: dict[int, onnx.NodeProto] = {}
-    width = attention.heads * attention.width
 
     def visit(name: str) -> None:
         node = facts.makers.get(name)
@@ -257,7 +256,8 @@ def _inner(facts: Facts, attention: Attention) -> list[onnx.NodeProto]:
         copy = onnx.NodeProto.FromString(node.SerializeToString())
         if node.op_type == "Reshape":
             visit(node.input[0])
-            shape = [0, -1, width] if name == attention.result else [0, -1, attention.heads, attention.width]
+            end = facts.end_of_shape(node.input[1], 1 if name == attention.result else 2)
+            shape = (0, -1, *(end or ()))
             copy.input[1] = f"{name}.shape"
             constant = numpy_helper.from_array(np.asarray(shape, dtype=np.int64))
             found[-id(node)] = onnx.helper.make_node("Constant", [], [copy.input[1]], value=constant)
@@ -267,7 +267,7 @@ def _inner(facts: Facts, attention: Attention) -> list[onnx.NodeProto]:
         found[id(node)] = copy
 
     visit(attention.result)
-    return [*found.values(), *_constants(facts, found.values())]
+    return [*_constants(facts, found.values()), *found.values()]
 
 
 def _constants(facts: Facts, nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -307,30 +307,36 @@ def join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, att
     return replace(attention, sources=(output,))
 
 
+def choose(attentions: Sequence[Attention], min_tokens: int | None) -> list[Attention]:
+    """Those of at least so many tokens; of the most that there are, where `min_tokens` is None."""
+    wanted = max((one.tokens or 0 for one in attentions), default=0) if min_tokens is None else min_tokens
+    return [one for one in attentions if (one.tokens or 0) >= wanted]
+
+
 def split(
-    model: onnx.ModelProto, weights: Weights, min_tokens: int | None, *, joined: bool = False
+    model: onnx.ModelProto, weights: Weights, facts: Facts, attentions: Sequence[Attention], *, joined: bool = False
 ) -> tuple[Piece, ...]:
-    """Cut a graph at its self-attentions of at least `min_tokens` tokens; at none (one piece), where that is None.
+    """Cut a graph at attentions of it.
 
     Args:
-        model: an exported graph, which is changed; with fixed sizes (`freeze`), or cut at all attentions (0).
+        model, weights: an exported graph; both are changed, and of no use afterwards.
+        facts: of that graph.
         joined: queries, keys and values as one tensor.
+
+    Raises:
+        ValueError: where an attention is not what its nodes compute.
     """
-    facts = Facts(model, weights)
-    chosen: list[Attention] = []
-    if min_tokens is not None:
-        chosen = [one for one in find_attentions(facts) if min_tokens == 0 or (one.tokens or 0) >= min_tokens]
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    for attention in chosen:
+    for attention in attentions:
         check(facts, attention, opset)
     if joined:
-        chosen = [join_projections(model, weights, facts, attention) for attention in chosen]
-    for attention in chosen:
+        attentions = [join_projections(model, weights, facts, attention) for attention in attentions]
+    for attention in attentions:
         mark = onnx.helper.make_node(MARK, attention.sources, [attention.result], domain=MARK_DOMAIN)
         facts.makers[attention.result].CopyFrom(mark)
     onnx_graph.drop_unused(model.graph, weights)
     partition = Partition(model, facts)
-    return tuple(_assemble(model, weights, facts, partition, chosen, stage) for stage in range(partition.count))
+    return tuple(_assemble(model, weights, facts, partition, attentions, stage) for stage in range(partition.count))
 
 
 class Partition:
@@ -475,8 +481,6 @@ def _value(facts: Facts, name: str) -> onnx.ValueInfoProto:
 
 
 def _spec(facts: Facts, name: str) -> TensorSpec:
-    """A tensor's part of a contract; a dimension that is not known has the name of its place."""
-    dims = facts.dims.get(name, ())
-    return TensorSpec(
-        name, DTYPES[facts.types[name]], tuple(f"axis_{i}" if d is None else d for i, d in enumerate(dims))
-    )
+    """A tensor's part of a contract; a dimension that is not known has a name of its own."""
+    dims = (f"{name}:{axis}" if dim is None else dim for axis, dim in enumerate(facts.dims[name]))
+    return TensorSpec(name, DTYPES[facts.types[name]], tuple(dims))
