@@ -53,7 +53,8 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 VARIANTS = ("whole", "separate", "joined")
-SHAPES = ((2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 8, 64, 160))  # Stable Diffusion 1.5 at 512x512
+# Stable Diffusion 1.5's at 512x512, and the first with its heads widened to what kernels like: [B,heads,S,D].
+SHAPES = ((2, 8, 4096, 40), (2, 8, 4096, 64), (2, 8, 1024, 80), (2, 8, 256, 160), (2, 8, 64, 160))
 ALONE = 20  # attentions in the graph that times them by themselves
 Tensors = dict[str, Tensor]
 
@@ -203,6 +204,21 @@ class TensorRTSegments:
         self.graph.replay()
         return self._outputs[self._segments[-1].contract.outputs[-1].name]
 
+    def time_pieces(self, repeats: int) -> list[float]:
+        """Milliseconds of each piece by itself, from a graph and a context of its own; attentions are not in them."""
+        found = []
+        for segment, plan in zip(self._segments, self._plans, strict=True):
+            context, graph = self._new_context(plan.engine), torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self._stream):
+                self._prepare(segment, context)
+                self._start(segment, context, self._kept[-1])
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._start(segment, context, self._kept[-1])
+            found.append(time_queued_calls(graph.replay, repeats, self._device).scaled(1000).median)
+            graph.reset()
+        return found
+
     def close(self) -> None:
         """Free the graph, then what it uses."""
         torch.cuda.synchronize(self._device)
@@ -225,8 +241,7 @@ class TensorRTSegments:
         with torch.inference_mode(), sdpa_kernel(kernel):
             with torch.cuda.stream(self._stream):
                 for segment, context in zip(self._segments, self._contexts, strict=True):
-                    shapes = {spec.name: spec.shape({}) for spec in segment.contract.inputs}
-                    trt_api.prepare_context(self._library, context, 0, shapes, self._stream.cuda_stream)
+                    self._prepare(segment, context)
                 self._enqueue()
             self._stream.synchronize()
             with torch.cuda.graph(self.graph, stream=self._stream):
@@ -238,12 +253,21 @@ class TensorRTSegments:
         tensors = self._inputs | self._outputs
         self._kept.append(tensors)
         for segment, context in zip(self._segments, self._contexts, strict=True):
-            specs = (*segment.contract.inputs, *segment.contract.outputs)
-            addresses = {spec.name: tensors[spec.name].data_ptr() for spec in specs}
-            trt_api.set_addresses(self._library, context, addresses)
-            trt_api.enqueue(self._library, context, self._stream.cuda_stream)
+            self._start(segment, context, tensors)
             for attention in segment.attentions:
                 tensors[attention.result] = self._placed(attention.result, attend(attention, tensors))
+
+    def _prepare(self, segment: Segment, context: Any) -> None:
+        """Set a context's input shapes."""
+        shapes = {spec.name: spec.shape({}) for spec in segment.contract.inputs}
+        trt_api.prepare_context(self._library, context, 0, shapes, self._stream.cuda_stream)
+
+    def _start(self, segment: Segment, context: Any, tensors: Tensors) -> None:
+        """Bind a piece to its tensors and put it on the stream."""
+        specs = (*segment.contract.inputs, *segment.contract.outputs)
+        addresses = {spec.name: tensors[spec.name].data_ptr() for spec in specs}
+        trt_api.set_addresses(self._library, context, addresses)
+        trt_api.enqueue(self._library, context, self._stream.cuda_stream)
 
     def _placed(self, name: str, result: Tensor) -> Tensor:
         """An attention's result where it is, or copied to where its first one was."""
@@ -263,32 +287,41 @@ def reason_of(error: Exception) -> str:
 @contextmanager
 def opened(
     segments: Sequence[Segment], kernel: str, args: argparse.Namespace, example: Tensors
-) -> Iterator[tuple[Callable[[Tensors], Tensor], Callable[[], Any], Callable[[], Any] | None]]:
-    """A variant, ready to run: with any inputs, again with the last ones, and its graph alone (on a GPU)."""
+) -> Iterator[OnnxRuntimeSegments | TensorRTSegments]:
+    """A variant, ready to run."""
     with ExitStack() as stack:
         if args.backend == "onnxruntime":
-            on_cpu = OnnxRuntimeSegments(segments, kernel, stack)
-            yield on_cpu.run, lambda: on_cpu.run(example), None
+            yield OnnxRuntimeSegments(segments, kernel, stack)
         else:
             on_gpu = TensorRTSegments(segments, kernel, example, fixed=args.fixed_results)
             stack.callback(on_gpu.close)
-            yield on_gpu.run, lambda: on_gpu.step(example), on_gpu.replay
+            yield on_gpu
+
+
+def times(
+    running: OnnxRuntimeSegments | TensorRTSegments, feeds: Tensors, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Milliseconds of a step with the same conditioning as before; on a GPU of the graph alone and its pieces too."""
+
+    def medians(call: Callable[[], Any]) -> list[float]:
+        return [time_queued_calls(call, repeats, device).scaled(1000).median for _ in range(3)]
+
+    if isinstance(running, OnnxRuntimeSegments):
+        return {"step_ms": medians(lambda: running.run(feeds))}
+    found: dict[str, Any] = {"step_ms": medians(lambda: running.step(feeds)), "graph_ms": medians(running.replay)}
+    return found | {"kernels": kernels(running.replay), "piece_ms": running.time_pieces(repeats)}
 
 
 def measure(name: str, kernel: str, args: argparse.Namespace, state: Mapping[str, Any]) -> dict[str, Any]:
     """One row."""
     segments, feeds, floor = read_segments(args.folder / name), state["feeds"], state["floor"]
     device = feeds[0]["sample"].device
-    with opened(segments, kernel, args, feeds[0]) as (run, step, replay):
-        outputs = [run(one) for one in feeds]
+    with opened(segments, kernel, args, feeds[0]) as running:
+        outputs = [running.run(one) for one in feeds]
         found = errors(outputs, state["expected"])["relative_l2"]
-        run(feeds[0])
         for _ in range(3):
-            step()
-        row = {"step_ms": [time_queued_calls(step, args.repeats, device).scaled(1000).median for _ in range(3)]}
-        if replay is not None:
-            graphs = [time_queued_calls(replay, args.repeats, device).scaled(1000).median for _ in range(3)]
-            row |= {"graph_ms": graphs, "kernels": kernels(replay)}
+            running.run(feeds[0])
+        row = times(running, feeds[0], args.repeats, device)
     state["outputs"].setdefault(name, outputs)
     whole = state["outputs"].get("whole")
     return row | {
@@ -393,11 +426,30 @@ def build_spec(contract: Contract, sizes: Sizes, args: argparse.Namespace) -> Bu
     )
 
 
+# What the files in a folder depend on.
+SETTINGS = (
+    *("model", "precision", "batch", "height", "width", "min_tokens", "backend", "optimization_level"),
+    *("no_norm_plugins", "compute_capability"),
+)
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse a folder with the graphs and engines of another call."""
+    file, settings = args.folder / "settings.json", {name: getattr(args, name) for name in SETTINGS}
+    if not file.exists():
+        args.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+    known = json.loads(file.read_text())
+    others = [f"{name} {known.get(name)}" for name in SETTINGS if known.get(name) != settings[name]]
+    if others:
+        sys.exit(f"{args.folder} is of another call, with {', '.join(others)}: name another --folder")
+
+
 def measure_all(unet: torch.nn.Module, contract: Contract, args: argparse.Namespace) -> dict[str, Any]:
     """All rows; a variant that fails is a row with its error."""
     failures = prepare(unet, contract, args)
     if args.build_only:
-        return {}
+        sys.exit(1 if failures else 0)
     device = torch.device("cpu" if args.backend == "onnxruntime" else "cuda")
     feeds = feeds_of(contract, Sizes(args.batch, args.height, args.width), device, TIMESTEPS)
     half = outputs_of(unet.to(device), torch.float16, feeds)
@@ -457,12 +509,10 @@ def main() -> None:
     """Build, measure, write the JSON."""
     args = parsed()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    args.folder.mkdir(parents=True, exist_ok=True)
+    check_folder(args)
     figures: dict[str, Any] = {}
     if args.attention_alone != "only":
         figures = measure_all(*load(args.model, args.precision), args)
-    if args.build_only:
-        return
     if args.attention_alone != "no":
         figures["attention"] = [
             time_attention(shape, kernel, joined, args)

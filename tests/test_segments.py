@@ -14,6 +14,7 @@ from factories import SMALL, small_unet
 from test_benchmarks import run
 
 from sdtrt import onnx_graph
+from sdtrt.build import group_norm
 from sdtrt.components import unet_contract
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
@@ -28,10 +29,11 @@ from splitting import FLOATS, Facts, check, choose, find_attentions, freeze, spl
 SIZES = Sizes(2, 64, 96)
 OTHER = Sizes(1, 128, 64, tokens=154)
 UNETS = {
-    "sd1": ("sd1", {}),
-    "sd2-upcast": ("sd2", {"upcast_attention": True}),
-    "sdxl": ("sdxl", {}),
+    "sd1": ("sd1", {"layers_per_block": 1}),
+    "sd2-upcast": ("sd2", {"layers_per_block": 1, "upcast_attention": True}),
+    "sdxl": ("sdxl", {"layers_per_block": 1, "transformer_layers_per_block": [1, 1, 2]}),
     "small": ("sd1", SMALL),
+    "plugin": ("sd1", SMALL | {"block_out_channels": (320, 320)}),  # a width that 8.6's plugin for norms serves
 }
 
 
@@ -67,8 +69,7 @@ def test_pieces_are_the_whole_model_in_fp16(exported, tmp_path, name, joined):
     source, contract = exported(name, "fp16")
     write_segments(source, tmp_path, contract, SIZES, 0, "joined" if joined else "separate")
     attentions = [one for segment in read_segments(tmp_path) for one in segment.attentions]
-    blocks = {"sd1": 15 + 1, "sd2-upcast": 15 + 1, "sdxl": 2 * 2 + 2 * 3 + 3 * 3 + 3 * 2 + 3}[name]
-    assert len(attentions) == blocks
+    assert len(attentions) == {"sd1": 3 + 1 + 6, "sd2-upcast": 3 + 1 + 6, "sdxl": 1 + 2 + 2 + 4 + 2}[name]
     assert {len(one.sources) for one in attentions} == {1 if joined else 3}
     assert difference(source, tmp_path, contract, SIZES) < 1e-2
 
@@ -108,17 +109,32 @@ def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(expor
         onnx.checker.check_model(tmp_path / f"{number}.onnx", full_check=True)
 
 
+def test_norm_plugins_and_fp32_nodes_are_found_in_pieces_as_in_the_whole(exported, tmp_path):
+    source, contract = exported("plugin", "fp16")
+    found = {}
+    for name in ("whole", "joined"):
+        write_segments(source, tmp_path / name, contract, SIZES, 0, name)
+        files = [segment.onnx for segment in read_segments(tmp_path / name)]
+        norms = sum(group_norm.use_plugin(*onnx_graph.load_split(file)) for file in files)
+        wide = sorted(node for file in files for node in onnx_graph.float32_nodes(file))
+        found[name] = norms, wide
+    assert found["whole"] == found["joined"]
+    norms, wide = found["whole"]
+    assert norms == group_norm.use_plugin(*onnx_graph.load_split(source)) > 10
+    assert set(wide) == onnx_graph.float32_nodes(source)
+
+
 def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
     source, contract = exported("sd1", "fp16")
     model, weights = onnx_graph.load_split(source)
     freeze(model, weights, contract.input_shapes(SIZES))
     assert not any(node.op_type == "Shape" for node in model.graph.node)
     found = find_attentions(Facts(model, weights))
-    assert len(found) == 16
+    assert len(found) == 10
     assert all("attn1" in one.result for one in found)
     assert {(one.tokens, one.heads, one.width) for one in found} == {(96, 2, 16), (24, 2, 16), (6, 2, 32), (2, 2, 32)}
-    assert [one.tokens for one in choose(found, None)] == [96] * 5
-    assert [one.tokens for one in choose(found, 20)] == [96, 96, 24, 24, 24, 24, 24, 96, 96, 96]
+    assert [one.tokens for one in choose(found, None)] == [96] * 3
+    assert [one.tokens for one in choose(found, 20)] == [96, 24, 24, 24, 96, 96]
     assert {one.scale for one in found} == {16**-0.5, 32**-0.5}
 
 
