@@ -9,11 +9,11 @@
 side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
 PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, the time of a step, and
 the GPU time of each kernel in it (PyTorch's profiler). `-native` is without TensorRT 8.6's plugin for group
-normalisation, `-split` with large self-attentions by PyTorch. `convolutions` does so for single 3x3 convolutions of Stable
-Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's additions to
-one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all convolutions,
-matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's own size,
-whatever the size that is computed).
+normalisation, `-split` with large self-attentions by PyTorch. `convolutions` does so for single 3x3 convolutions of
+Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's
+additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all
+convolutions, matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's
+own size, whatever the size that is computed).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one go: engines built side by side, the founding table, the ablation of the fp16
-# recipe, start-up, `sdtrt bench`, `sdtrt verify`, `pytest -m gpu`, and a level of optimisation that takes long to build.
+# recipe, start-up, `sdtrt bench`, `sdtrt verify`, `pytest -m gpu`, tuning. Engines leave large self-attentions to PyTorch.
 # Reports go to FOLDER/reports, logs to FOLDER/logs.
 #
 #     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
@@ -52,11 +52,11 @@ large() { # WIDTH COMPONENT...: build engines of the large model, 512 pixels hig
     local width=$1
     shift
     "$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width" \
-        $(printf -- '--component %s ' "$@")
+        --split-attention $(printf -- '--component %s ' "$@")
 }
 
 default_engine() { # the ablation's row of the default is the engine that is there already
-    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers" <<'PYTHON'
+    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers-split" <<'PYTHON'
 import json, pathlib, sys
 entry, variant = map(pathlib.Path, sys.argv[1:])
 info = json.loads((entry / "entry.json").read_text())["info"]
@@ -87,19 +87,19 @@ if [ ! -e "$model" ]; then
     finish model
 fi
 start 0 unet-512 large 512 unet
-start 0 ablation-build ablation --variants 0 --build-only --output "$out/reports/none"
+start 0 ablation-build ablation --variants 0-split --build-only --output "$out/reports/none"
 start "$last" unet-768 large 768 unet
 start "$last" parts-512 large 512 text_encoder vae_decoder vae_encoder
 start "$last" parts-768 large 768 vae_decoder vae_encoder
 start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
+start "$last" test-split "$python" tests/gpu/gpu_engines.py --one split
 start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
     --component text_encoder --component vae_decoder --component vae_encoder
-start "$last" level-3 tuning level-3
 finish unet-512 ablation-build
-[ "$last" -ne 0 ] || finish test-dynamic test-fp32 tiny unet-768 parts-512 parts-768 level-3
+[ "$last" -ne 0 ] || finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
 measure default-engine default_engine
-measure ablation ablation --variants 0 "$layers" --output "$out/reports/layers.json"
-finish test-dynamic test-fp32 tiny unet-768 parts-512 parts-768
+measure ablation ablation --variants 0-split "$layers-split" --output "$out/reports/layers.json"
+finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
 
 [ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
@@ -109,9 +109,8 @@ measure startup "$python" benchmarks/startup.py --model "$model" --backend tenso
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
 measure bench-768 bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
-measure test-large env SDTRT_GPU_TEST_LARGE=1 "$python" -m pytest -m gpu tests/gpu -q -s -k large_unet
 [ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
-finish tests level-3
-measure tuning tuning product level-3 merged-context
+finish tests
+measure tuning tuning product split-attention merged-context
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

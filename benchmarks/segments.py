@@ -5,11 +5,12 @@
     python benchmarks/segments.py --backend onnxruntime --height 64 --width 64 --folder /tmp/cpu --output cpu.json
 
 The exported UNet is cut at its self-attentions of the largest resolution, or of `--min-tokens` and more
-(`splitting.py`); each piece becomes an engine of its own, and pieces and attentions run as one CUDA graph. Rows are
-variants: `whole` (the same graph, not cut), `separate` (queries, keys and values by three products) and `joined` (by
-one), the latter two with each of `--kernels`: error against PyTorch in fp32, milliseconds a step, GPU time by kernel.
-Sizes are fixed. The model is `tuning.py`'s (`two-level`), or any that sdtrt knows. PyTorch's attention is also timed
-by itself. `--backend onnxruntime` runs all but the CUDA graph on a CPU; `tensorrt-rtx` can only be built for.
+(`sdtrt.build.splitting`); each piece becomes an engine of its own, and pieces and attentions run as one CUDA graph.
+Rows are variants: `whole` (the same graph, not cut), `separate` (queries, keys and values by three products) and
+`joined` (by one), the latter two with each of `--kernels`: error against PyTorch in fp32, milliseconds a step, GPU time
+by kernel. Sizes are fixed. The model is `tuning.py`'s (`two-level`), or any that sdtrt knows. PyTorch's attention is
+also timed by itself. `--backend onnxruntime` runs all but the CUDA graph on a CPU; `tensorrt-rtx` can only be built
+for.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ from typing import Any
 
 import torch
 from fidelity import errors, feeds_of, kernels, outputs_of
-from splitting import Attention, Facts, choose, find_attentions, freeze, split
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tuning import make_unet
 
 from sdtrt import host, onnx_graph, trt_api
+from sdtrt.build.splitting import Facts, choose, find_attentions, freeze, split
 from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
@@ -42,7 +42,9 @@ from sdtrt.meters import time_queued_calls
 from sdtrt.models import load_unet, resolve_model
 from sdtrt.runtime import TENSORRT_FILE
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.runtime.pieces import Attention
 from sdtrt.runtime.plan import load_plan
+from sdtrt.runtime.tensorrt import attend
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Precision, Profile, Sizes
 
 TIMESTEPS = (981.0, 421.0, 1.0)
@@ -127,15 +129,6 @@ def build(segments: Sequence[Segment], spec: BuildSpec, jobs: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- running
-
-
-def attend(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Queries, keys and values [B,S,C], or all in one [B,S,3C] → [B,S,C], read and written where heads lie."""
-    given = [tensors[name] for name in attention.sources]
-    parts = given if len(given) == 3 else given[0].chunk(3, dim=-1)
-    query, key, value = (part.unflatten(-1, (attention.heads, attention.width)).transpose(1, 2) for part in parts)
-    states = functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
-    return states.transpose(1, 2).flatten(2).contiguous()  # a view, where the kernel writes in its inputs' layout
 
 
 class OnnxRuntimeSegments:

@@ -213,8 +213,8 @@ def build(
     split_attention: Annotated[
         bool,
         Option(
-            help="TensorRT 8.6, one fixed size: leave the UNet's large self-attentions to PyTorch's kernels, which add up"
-            " in fp32, between the pieces of the engine"
+            help="TensorRT 8.6, one fixed size: leave the UNet's large self-attentions to PyTorch's kernels, which add"
+            " up in fp32, between the pieces of the engine"
         ),
     ] = False,
     *,

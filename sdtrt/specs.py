@@ -282,8 +282,8 @@ class BuildSpec:
         compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
         norm_plugins: let TensorRT 8.6 normalise by its plugin (see `build.group_norm`); later versions don't need it.
-        split_attention: on TensorRT 8.6, for one fixed size: leave the UNet's large self-attentions to PyTorch's kernels
-            (see `build.splitting`).
+        split_attention: on TensorRT 8.6, for one fixed size: leave the UNet's large self-attentions to PyTorch's
+            kernels (see `build.splitting`).
         force: build again even if the engine directory has it.
     """
 

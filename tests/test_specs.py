@@ -24,6 +24,7 @@ from sdtrt.specs import (
 )
 
 STATIC = Profile.of(Sizes(2, 512, 512))
+DYNAMIC = Profile(Range(1, 2, 4), Range(512, 512, 512), Range(512, 512, 512))
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=3, max_size=3).map(sorted))

@@ -1,4 +1,4 @@
-"""Cutting a UNet at its self-attentions (`benchmarks/splitting.py`), and the pieces with PyTorch's between them."""
+"""Cutting a UNet at its self-attentions (`build.splitting`), and the pieces with PyTorch's between them."""
 
 import json
 import sys
@@ -14,17 +14,20 @@ from factories import SMALL, small_unet
 from test_benchmarks import run
 
 from sdtrt import onnx_graph
-from sdtrt.build import group_norm
+from sdtrt.build import group_norm, splitting
+from sdtrt.build import tensorrt as build
+from sdtrt.build.splitting import FLOATS, Facts, check, choose, find_attentions, freeze, split
 from sdtrt.components import unet_contract
+from sdtrt.console import QUIET
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.specs import Sizes
+from sdtrt.runtime.pieces import list_file, read_pieces, write_pieces
+from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from segments import OnnxRuntimeSegments, read_segments, write_segments
-from splitting import FLOATS, Facts, check, choose, find_attentions, freeze, split
 
 SIZES = Sizes(2, 64, 96)
 OTHER = Sizes(1, 128, 64, tokens=154)
@@ -146,6 +149,46 @@ def test_what_was_read_is_held_against_what_the_graph_computes(exported):
     for wrong in (replace(attention, scale=1.1 * attention.scale), replace(attention, heads=4, width=8)):
         with pytest.raises(ValueError, match="is not what the graph computes"):
             check(facts, wrong, 17)
+
+
+@pytest.fixture
+def cut(exported, tmp_path, monkeypatch):
+    """What the build makes pieces of: graphs and the list that an engine has of them."""
+    monkeypatch.setattr(splitting, "MIN_TOKENS", 90)
+    source, contract = exported("small", "fp16")
+    spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(SIZES),), split_attention=True)
+    return build.Request(source, tmp_path, contract, spec, None, False)
+
+
+def test_the_build_lists_its_pieces(cut, tmp_path):
+    sources = build._sources(cut, tmp_path, [].append)
+    assert len(sources) == 1 + 3
+    assert [source.piece.plan.name for source in sources] == ["engine.plan", *(f"engine.plan.{n}" for n in (1, 2, 3))]
+    pieces = [source.piece for source in sources]
+    write_pieces(cut.plan, pieces)
+    assert list(read_pieces(cut.plan, cut.contract)) == pieces
+    assert json.loads(list_file(cut.plan).read_text())[0]["attentions"][0]["tokens"] == 96
+
+
+def test_an_engine_without_large_attentions_is_one_plan_and_says_so(cut, tmp_path, monkeypatch):
+    monkeypatch.setattr(splitting, "MIN_TOKENS", 97)
+    said = []
+    (source,) = build._sources(cut, tmp_path, said.append)
+    assert source.onnx == cut.onnx
+    assert said == [{"warn": "no self-attention is over 97 tokens or more: none is left to PyTorch"}]
+
+
+@pytest.mark.slow
+def test_tensorrt_takes_every_piece(cut, tmp_path):
+    """The real builder, of TensorRT for RTX, as that needs no GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    rtx = BuildSpec(ExportSpec(), "tensorrt-rtx", (Profile.of(SIZES),), compute_capability=(8, 9))
+    for number, source in enumerate(build._sources(cut, tmp_path, [].append)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = build.build_plan(source.onnx, folder, source.piece.contract, rtx, timing_cache=None, console=QUIET)
+        assert found["plan_bytes"] > 0
+        assert found["precision"]["layers"]["fp16"] > 0
 
 
 @pytest.mark.slow
