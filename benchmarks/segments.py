@@ -94,8 +94,8 @@ def write_segments(source: Path, folder: Path, contract: Contract, sizes: Sizes,
     model, weights = onnx_graph.load_split(source)
     freeze(model, weights, contract.input_shapes(sizes))
     facts = Facts(model, weights)
-    attentions = [] if name == "whole" else choose(find_attentions(facts), tokens)
-    pieces = split(model, weights, facts, attentions, joined=name == "joined")
+    cuts = [] if name == "whole" else choose(find_attentions(facts), tokens)
+    pieces = split(model, weights, facts, cuts, joined=name == "joined")
     entries = []
     for number, piece in enumerate(pieces):
         part = Contract(contract.component, contract.precision, piece.inputs, piece.outputs)
@@ -206,7 +206,7 @@ class TensorRTSegments:
                 self._prepare(segment, context)
                 self._start(segment, context, self._kept[-1])
             self._stream.synchronize()
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._start(segment, context, self._kept[-1])
             found.append(time_queued_calls(graph.replay, repeats, self._device).scaled(1000).median)
             graph.reset()
@@ -237,7 +237,7 @@ class TensorRTSegments:
                     self._prepare(segment, context)
                 self._enqueue()
             self._stream.synchronize()
-            with torch.cuda.graph(self.graph, stream=self._stream):
+            with torch.cuda.graph(self.graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._enqueue()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
@@ -357,8 +357,8 @@ def time_attention(shape: tuple[int, ...], kernel: str, joined: bool, args: argp
         exact = attend(attention, {name: tensor.double().cpu() for name, tensor in tensors.items()})
     except RuntimeError as error:
         return row | {"error": reason_of(error)}
-    error = errors([states], [exact])["relative_l2"][0]
-    return row | {"us": found, "relative_l2": error, "kernels": work}
+    difference = errors([states], [exact])["relative_l2"][0]
+    return row | {"us": found, "relative_l2": difference, "kernels": work}
 
 
 def _repeated(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], int]:
