@@ -271,7 +271,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
     }
     if nothing_ahead:
         found["sdtrt.digests"]["hash_ahead"] = nothing
-        found["sdtrt.startup"] = {"in_background": nothing}
+        found["sdtrt.ahead"] = {"wake_gpu": nothing, "import_tensorrt": nothing}
     return found
 
 
