@@ -18,6 +18,14 @@ from sdtrt import host, trt_api
 from sdtrt.specs import BackendChoice
 
 
+def start_gpu(backend: BackendChoice) -> None:
+    """Start all of it for a backend, and import PyTorch meanwhile: it has to come before TensorRT."""
+    gpu = wake_gpu()
+    import torch  # noqa: F401
+
+    import_tensorrt(backend, gpu)
+
+
 def wake_gpu() -> Future[bool]:
     """Start to initialise the driver and the first GPU's context in the background.
 

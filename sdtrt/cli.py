@@ -120,18 +120,16 @@ def img2img(
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
-    from sdtrt.ahead import import_tensorrt, wake_gpu
     from sdtrt.digests import hash_ahead
 
     engines = directory.directory()
-    gpu = wake_gpu() if spec.backend != "onnxruntime" else None
     if spec.backend != "torch":
         hash_ahead(lambda: engines.likely(spec.model.name, spec.backend))
     with quick_imports():
-        if gpu is not None:
-            import torch  # noqa: F401  # before TensorRT
+        if spec.backend != "onnxruntime":
+            from sdtrt.ahead import start_gpu
 
-            import_tensorrt(spec.backend, gpu)
+            start_gpu(spec.backend)
         from sdtrt.generate import generate
 
     report = generate(spec, engines, output.console())
