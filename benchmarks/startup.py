@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -198,6 +198,7 @@ def measure_held(runs: Runs, floors: dict[str, tuple[str, ...]]) -> dict[str, An
     """The command and the driver's floors once more while another process holds the GPU."""
     if not GPU_DEVICE.exists():
         return {"left_out": "no NVIDIA GPU"}
+    runs = replace(runs, repeats=min(runs.repeats, 2))
     with gpu_held(runs.folder):
         found = measure_command(runs)
         del found["floors"], found["libraries"]
