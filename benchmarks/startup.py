@@ -161,9 +161,14 @@ def _libraries(libraries: dict[str, int]) -> dict[str, Any]:
 
 def floor(runs: Runs, *arguments: str) -> dict[str, Any]:
     """One of the machine's own floors, several times; why, where it fails."""
+    return or_why(lambda: timeline([runs.marked("floor", *arguments) for _ in range(runs.repeats)]))
+
+
+def or_why(take: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Figures, or why there are none: the others are not lost with them."""
     try:
-        return timeline([runs.marked("floor", *arguments) for _ in range(runs.repeats)])
-    except RuntimeError as error:
+        return take()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return {"left_out": str(error).splitlines()[-1]}
 
 
@@ -258,7 +263,7 @@ def table(report: dict[str, Any]) -> str:
         rows["first step, GPU held"] = report["gpu_held"]["timeline"]["first_step_s"]
     floors = report["floors"] | {f"{name}, GPU held": one for name, one in report["gpu_held"].get("floors", {}).items()}
     rows |= {f"floor: {name}": one["whole"] for name, one in floors.items() if "whole" in one}
-    parts += [f"{figure['median']:9.2f} s  {name}" for name, figure in rows.items()]
+    parts += [f"{figure['median']:9.2f} s  {name}" for name, figure in rows.items() if "median" in figure]
     compiled = report["timeline"]["modules_compiled"]["median"]
     parts.append(f"{compiled:9.0f}    modules compiled from source, of {report['timeline']['modules']['median']:.0f}")
     return "\n".join(parts)
@@ -270,14 +275,14 @@ def measure(runs: Runs, backend: str) -> dict[str, Any]:
     found = measure_command(runs)
     of_run: dict[str, Callable[[], dict[str, Any]]] = found.pop("floors")
     floors = floors_of(backend)
-    held = measure_held(runs, floors)
+    held = or_why(lambda: measure_held(runs, floors))
     return {
         **found,
         "gpu_held": held,
-        "no_bytecode": measure_no_bytecode(runs),
+        "no_bytecode": or_why(lambda: measure_no_bytecode(runs)),
         "floors": {name: floor(runs, *arguments) for name, arguments in floors.items()}
         | {name: take() for name, take in of_run.items()},
-        "imports": slowest_imports(runs),
+        "imports": or_why(lambda: slowest_imports(runs)),
     }
 
 
@@ -291,6 +296,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if not args.output.parent.is_dir():
+        parser.error(f"there is no folder {args.output.parent}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["txt2img", "--model", args.model, "--backend", args.backend]
         arguments += ["--height", str(args.height), "--width", str(args.width), "--steps", "1", "--seed", "1"]
