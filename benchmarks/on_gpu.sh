@@ -19,6 +19,9 @@ model=$out/gpu-test-models/sd1-random
 last=$(($(nvidia-smi -L | wc -l) - 1))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} SDTRT_GPU_TEST_ENGINE_DIR=$out/engines SDTRT_ENGINE_DIR=$out/engines
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # else each of the exports side by side starts a thread a core
+# Where libraries were unpacked without .pyc files, each of the many processes would compile them all.
+echo "PYTHONDONTWRITEBYTECODE: ${PYTHONDONTWRITEBYTECODE-not set}"
+unset PYTHONDONTWRITEBYTECODE
 layers=$("$python" -c "from sdtrt.tracing import WIDE_LAYERS; print(WIDE_LAYERS)" 2>/dev/null)
 declare -A jobs
 failed=()
@@ -105,6 +108,7 @@ finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
+    --repeats 3 \
     --output "$out/reports/startup.json"
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile

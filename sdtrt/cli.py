@@ -126,6 +126,10 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
     if spec.backend != "torch":
         hash_ahead(lambda: engines.likely(spec.model.name, spec.backend))
     with quick_imports():
+        if spec.backend != "onnxruntime":
+            from sdtrt.ahead import start_gpu
+
+            start_gpu(spec.backend)
         from sdtrt.generate import generate
 
     report = generate(spec, engines, output.console())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from sdtrt import engines, host, trt_api
@@ -47,7 +50,7 @@ class Diagnosis:
 
 def diagnose(directory: EngineDirectory) -> Diagnosis:
     """Look at this machine and at the engine directory; changes nothing."""
-    findings = (*_libraries(), _gpu(), *_tensorrt(), _pycuda(), _directory(directory), _tiny())
+    findings = (*_libraries(), _bytecode(), _gpu(), *_tensorrt(), _pycuda(), _directory(directory), _tiny())
     return Diagnosis(findings, tuple(_backends()))
 
 
@@ -59,6 +62,32 @@ def _libraries() -> Iterable[Finding]:
             yield Finding(name, "missing", "not installed", f"pip install {name}")
         else:
             yield Finding(name, "ok", version)
+
+
+def _bytecode() -> Finding:
+    """Whether Python has the large libraries compiled: else it compiles thousands of modules at each start."""
+    folders = [
+        Path(spec.origin).parent
+        for name in ("torch", "diffusers", "transformers")
+        if (spec := importlib.util.find_spec(name)) is not None and spec.origin is not None
+    ]
+    missing = [folder for folder in folders if not _is_compiled(folder)]
+    if not missing:
+        return Finding("bytecode", "ok", "libraries are compiled")
+    names = ", ".join(folder.name for folder in missing)
+    return Finding(
+        "bytecode",
+        "optional",
+        f"{names}: no .pyc files, so every start compiles their sources, which takes longer than all else",
+        f"python -m compileall -q {shlex.join(map(str, missing))}",
+    )
+
+
+def _is_compiled(folder: Path) -> bool:
+    """Whether most of a package's own modules have bytecode of this Python; packages within it are not looked at."""
+    sources = list(folder.glob("*.py"))
+    compiled = [path for path in sources if Path(importlib.util.cache_from_source(path)).is_file()]
+    return 2 * len(compiled) > len(sources)
 
 
 def _gpu() -> Finding:

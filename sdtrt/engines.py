@@ -11,7 +11,7 @@ from sdtrt.build import FORMAT, backend_version, build_engine, host_key
 from sdtrt.cache import MALFORMED, EngineDirectory, Entry
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, EntryInUseError, SdtrtError
-from sdtrt.export import export_key
+from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, precision_of, sizes_of
 from sdtrt.specs import (

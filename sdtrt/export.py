@@ -27,34 +27,18 @@ from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.errors import ExportError, OutputError, UsageError
 from sdtrt.files import FULL, fsync, rename_to_free
+from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.onnx_graph import Weights
 from sdtrt.parity import ParityReport, check_onnx
-from sdtrt.parts import contract_of, load_component, part_of
+from sdtrt.parts import contract_of, load_component
 from sdtrt.specs import SIZE_MULTIPLE, Exporter, ExportSpec
 from sdtrt.tracing import WIDE_LAYERS, component_call, example_inputs, traceable
 
 __all__ = ["check_onnx", "export_component", "export_file", "export_key", "write_onnx"]
 
-FORMAT = 4  # of exports: raise it when this module writes something else for the same request
 FILE_NAME = "model.onnx"
 OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
-
-
-def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> dict[str, Any]:
-    """What an export is identified by: the component's configuration and weights, and how it is written.
-
-    The versions of PyTorch and diffusers are not in it: an export is checked against them when it is made, and computes
-    the same ever after. They are in the entry's `info`.
-    """
-    return {
-        "component": spec.component,
-        "precision": spec.precision,
-        "exporter": spec.exporter,
-        "opset": spec.resolved_opset,
-        "format": FORMAT,
-        "fingerprint": model.fingerprint(part_of(spec.component), directory.file_digest),
-    }
 
 
 def export_component(model: Model, spec: ExportSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:

@@ -14,6 +14,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "tenso
 VECTOR_FLAGS = frozenset({"avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "asimd", "sve"})
 CUDA_SUCCESS = 0
 MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*: stable driver ABI
+MODE_ATTRIBUTE, SHARED_MODE = 20, 0  # CU_DEVICE_ATTRIBUTE_COMPUTE_MODE, CU_COMPUTEMODE_DEFAULT
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,23 @@ def gpus() -> tuple[Gpu, ...]:
     if driver.cuDeviceGetCount(ctypes.byref(count)) != CUDA_SUCCESS:
         return ()
     return tuple(_gpu(driver, index) for index in range(count.value))
+
+
+def open_primary_context(index: int = 0) -> bool:
+    """Initialise the driver and a GPU's primary context, which all libraries in a process share; False without a GPU.
+
+    It takes the driver seconds where nothing else uses the GPU, and does not keep Python's lock. The context stays
+    until the process ends, as PyTorch keeps it. A GPU that one process at a time may use is initialised, but gets no
+    context: an engine may be built in another process first.
+    """
+    driver = _driver()
+    device, mode, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != CUDA_SUCCESS:
+        return False
+    driver.cuDeviceGetAttribute(ctypes.byref(mode), MODE_ATTRIBUTE, device)
+    if mode.value != SHARED_MODE:
+        return True
+    return bool(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == CUDA_SUCCESS)
 
 
 @lru_cache(maxsize=1)

@@ -66,6 +66,32 @@ def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path):
     first = ("txt2img", *size, "--prompt", "a red circle", "--steps", "1", "--output", tmp_path / "first.png")
     run_python("-m", "sdtrt", *first, **directory)
     run("startup.py", *size, "--repeats", "2", "--output", report, **directory)
-    seconds = json.loads(report.read_text())["seconds"]
-    assert len(seconds["samples"]) == 2
-    assert 0.5 < seconds["median"] < 60
+    found = json.loads(report.read_text())
+    assert len(found["seconds"]["samples"]) == 2
+    assert 0.5 < found["seconds"]["median"] < 60
+    spans = {span["name"]: span for span in found["timeline"]["spans"]}
+    order = ["import sdtrt.cli", "import torch", "import diffusers", "import onnxruntime", "open unet"]
+    order += [
+        "the pipeline is opened",
+        "the first call of the UNet",
+        "the first call of the VAE",
+        "the image is written",
+    ]
+    ends = [spans[name]["end"] for name in order]
+    assert ends == sorted(ends)
+    assert found["timeline"]["first_step_s"]["median"] == pytest.approx(spans["the first call of the UNet"]["end"])
+    assert ends[-1] < found["timeline"]["whole"]["median"]
+    assert "import onnx" not in spans
+    assert found["timeline"]["modules_compiled"]["median"] == 0
+    assert found["no_bytecode"]["median"] > found["seconds"]["median"]
+    assert found["floors"]["torch"]["end"]["median"] < found["floors"]["diffusers"]["end"]["median"]
+    assert len(found["imports"]["slowest"]) == 25
+    assert str(tmp_path) not in json.dumps({**found, "command": ""})
+
+
+@pytest.mark.slow
+def test_a_request_that_no_engine_runs_has_no_timeline(tmp_path):
+    report = tmp_path / "report.json"
+    with pytest.raises(AssertionError, match="name a --backend other than torch"):
+        run("startup.py", *SIZE, "--backend", "torch", "--repeats", "1", "--output", report)
+    assert not report.exists()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from sdtrt import doctor, engines, host, trt_api
@@ -36,6 +41,19 @@ def test_a_missing_library_is_named_with_its_install(directory, monkeypatch):
     assert not diagnosis.healthy
     assert finding(diagnosis, "onnxruntime").mend == "pip install onnxruntime"
     assert "onnxruntime" not in diagnosis.backends
+
+
+def test_libraries_that_are_compiled_at_each_start_are_named(directory, monkeypatch, tmp_path):
+    """PYTHONPYCACHEPREFIX moves all bytecode: in an empty folder there is none, until the command is followed."""
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    found = finding(doctor.diagnose(directory), "bytecode")
+    assert (found.state, found.detail.partition(":")[0]) == ("optional", "torch, diffusers, transformers")
+    python, *arguments = shlex.split(found.mend)
+    assert (python, arguments[:3]) == ("python", ["-m", "compileall", "-q"])
+    variables = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "-l", *arguments[3:]], env=variables, check=False)
+    assert finding(doctor.diagnose(directory), "bytecode").state == "ok"
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):

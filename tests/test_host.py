@@ -13,6 +13,14 @@ from sdtrt import host
 class FakeDriver:
     """CUDA's driver as far as it is asked, with one GPU; it answers through pointers as the real one does."""
 
+    def __init__(self, mode=0):
+        self.mode = mode
+        self.contexts = []
+
+    def cuDevicePrimaryCtxRetain(self, context, device):  # noqa: N802
+        self.contexts.append(device.value)
+        return 0
+
     def cuInit(self, flags):  # noqa: N802
         return 0
 
@@ -33,7 +41,7 @@ class FakeDriver:
         return 0
 
     def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
-        value._obj.value = {75: 9, 76: 0}[attribute]
+        value._obj.value = {75: 9, 76: 0, 20: self.mode}[attribute]
         return 0
 
     def cuDeviceTotalMem_v2(self, size, device):  # noqa: N802
@@ -84,3 +92,30 @@ def test_versions_of_what_is_installed():
 
 def test_facts_are_plain_data():
     assert json.loads(json.dumps(host.facts()))["processor"].endswith(("core", "cores"))
+
+
+def test_the_primary_context_is_made_on_the_first_gpu(monkeypatch):
+    driver = FakeDriver()
+    use(monkeypatch, driver)
+    assert host.open_primary_context()
+    assert driver.contexts == [0]
+
+
+def test_a_gpu_for_one_process_at_a_time_gets_no_context(monkeypatch):
+    driver = FakeDriver(mode=3)
+    use(monkeypatch, driver)
+    assert host.open_primary_context()
+    assert driver.contexts == []
+
+
+@pytest.mark.parametrize("call", ["cuDeviceGet", "cuDevicePrimaryCtxRetain"])
+def test_a_context_that_can_not_be_made_is_none(monkeypatch, call):
+    driver = FakeDriver()
+    setattr(driver, call, lambda *_: 2)  # CUDA_ERROR_OUT_OF_MEMORY
+    use(monkeypatch, driver)
+    assert not host.open_primary_context()
+
+
+def test_no_driver_has_no_context(monkeypatch):
+    use(monkeypatch, None)
+    assert not host.open_primary_context()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,10 @@ def test_who_had_it_off_keeps_it_off():
     with quick_imports():
         pass
     assert not gc.isenabled()
+
+
+def test_what_makes_images_imports_no_exporter():
+    """Nothing of that is needed where engines are there; `sdtrt.export` brings the onnx package."""
+    script = "import sys, sdtrt.generate; print(sorted({'sdtrt.export', 'sdtrt.onnx_graph'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -13,7 +13,7 @@ from sdtrt import host
 from sdtrt.cache import EngineDirectory, Entry
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError
-from sdtrt.export import export_component, export_key
+from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
@@ -91,6 +91,8 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
 
 def _make(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console, folder: Path) -> dict[str, Any]:
     """Fill an entry's folder, and return what is known of the engine."""
+    from sdtrt.export import export_component  # with the onnx package: no picture with engines that are there needs it
+
     onnx = export_component(model, spec.export, directory, console)
     start = time.perf_counter()
     with onnx.hold():

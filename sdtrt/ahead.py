@@ -1,0 +1,71 @@
+"""What a GPU needs before a first step, begun while Python imports: the CUDA context, and TensorRT's libraries.
+
+Both are waits without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where it
+is needed. The threads are no daemons: a process that ends early first waits for the driver, which must not be torn down
+while it starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+
+from sdtrt import host, trt_api
+from sdtrt.specs import BackendChoice
+
+
+def start_gpu(backend: BackendChoice) -> None:
+    """Start all of it for a backend, and import PyTorch meanwhile: it has to come before TensorRT."""
+    gpu = wake_gpu()
+    import torch  # noqa: F401
+
+    import_tensorrt(backend, gpu)
+
+
+def wake_gpu() -> Future[bool]:
+    """Start to initialise the driver and the first GPU's context in the background.
+
+    The context is the one that PyTorch and TensorRT share (`host.open_primary_context`). Kernels are to be loaded when
+    they are first run, unless the user says otherwise: the default since CUDA 12.2. PyTorch asks older drivers for it,
+    but here they are asked for a context before PyTorch comes.
+
+    Returns:
+        Whether there is a GPU, once that is known.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    found: Future[bool] = Future()
+    threading.Thread(target=_open_context, args=(found,), name="sdtrt-cuda").start()
+    return found
+
+
+def import_tensorrt(backend: BackendChoice, gpu: Future[bool]) -> None:
+    """Start to import the TensorRT of a backend in the background; nothing happens without a GPU.
+
+    PyTorch must be imported before: both may link a cuBLAS and a cuDNN of one name, and the first loaded serves both.
+    """
+    families = [
+        family
+        for one, names in trt_api.MODULES.items()
+        if backend in (one, "auto")
+        for family in names
+        if importlib.util.find_spec(family) is not None
+    ]
+    if families:
+        threading.Thread(target=_import_on, args=(families[0], gpu), name="sdtrt-tensorrt").start()
+
+
+def _open_context(found: Future[bool]) -> None:
+    try:
+        found.set_result(host.open_primary_context())
+    except BaseException as error:  # whoever waits for it must not wait forever
+        found.set_exception(error)
+
+
+def _import_on(name: str, gpu: Future[bool]) -> None:
+    if gpu.exception() is None and gpu.result():
+        with suppress(ImportError, OSError):
+            importlib.import_module(name)
