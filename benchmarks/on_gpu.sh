@@ -107,12 +107,11 @@ finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
 [ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
-measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 \
-    --repeats 3 \
-    --output "$out/reports/startup.json"
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
 measure bench-768 bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
+measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
+    --output "$out/reports/startup.json"
 [ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
 finish tests
 measure tuning tuning product split-attention merged-context
