@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one go: engines built side by side, the founding table, the ablation of the fp16
-# recipe, start-up, `sdtrt bench`, `sdtrt verify`, `pytest -m gpu`, tuning. Engines leave large self-attentions to PyTorch.
+# recipe, `sdtrt bench`, `sdtrt verify`, start-up, `pytest -m gpu`, tuning.
 # Reports go to FOLDER/reports, logs to FOLDER/logs.
 #
-#     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
+#     PYTHON=python bash benchmarks/on_gpu.sh FOLDER [split]
 #
+# With `split`, UNets leave large self-attentions to PyTorch (`sdtrt build --split-attention`).
 # The model has Stable Diffusion 1.5's architecture and random weights, with activations as large as trained ones.
 # Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 8 minutes for such a UNet with
 # two others beside it. Nothing is timed while anything is built or tested on the same GPU: with two of them the UNets
 # that are timed at 512x512 are built on the first, all else on the second, where the tests run while the first one
 # measures; with one, they follow each other. All stays in FOLDER for a second call.
 set -uo pipefail
-[ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
+[[ $# -eq 1 || ($# -eq 2 && $2 == split) ]] || { echo "usage: $0 FOLDER [split]" >&2; exit 2; }
+split=${2:+-split}
 cd "$(dirname "$0")/.."
 mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation}
 out=$(cd "$1" && pwd) python=${PYTHON:-python}
@@ -55,11 +57,11 @@ large() { # WIDTH COMPONENT...: build engines of the large model, 512 pixels hig
     local width=$1
     shift
     "$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width" \
-        --split-attention $(printf -- '--component %s ' "$@")
+        ${split:+--split-attention} $(printf -- '--component %s ' "$@")
 }
 
 default_engine() { # the ablation's row of the default is the engine that is there already
-    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers-split" <<'PYTHON'
+    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers$split" <<'PYTHON'
 import json, pathlib, sys
 entry, variant = map(pathlib.Path, sys.argv[1:])
 info = json.loads((entry / "entry.json").read_text())["info"]
@@ -90,7 +92,7 @@ if [ ! -e "$model" ]; then
     finish model
 fi
 start 0 unet-512 large 512 unet
-start 0 ablation-build ablation --variants 0-split --build-only --output "$out/reports/none"
+start 0 ablation-build ablation --variants "0$split" --build-only --output "$out/reports/none"
 start "$last" unet-768 large 768 unet
 start "$last" parts-512 large 512 text_encoder vae_decoder vae_encoder
 start "$last" parts-768 large 768 vae_decoder vae_encoder
@@ -101,7 +103,7 @@ start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --op
 finish unet-512 ablation-build
 [ "$last" -ne 0 ] || finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
 measure default-engine default_engine
-measure ablation ablation --variants 0-split "$layers-split" --output "$out/reports/layers.json"
+measure ablation ablation --variants "0$split" "$layers$split" --output "$out/reports/layers.json"
 finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
 
 [ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rsP --durations=10

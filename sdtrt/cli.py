@@ -255,7 +255,7 @@ def build(
             compute_capability=capability,
             version_compatible=version_compatible,
             norm_plugins=norm_plugins,
-            split_attention=split_attention,
+            split_attention=split_attention and name == "unet",
             force=exporter.force,
         )
         for name, fitting in _components(resolved, exporter, backend.precision or default_precision(chosen), console)

@@ -328,9 +328,10 @@ class BuildSpec:
 
     def _check_split(self) -> None:
         """Refuse to leave attention to PyTorch where that is not made for."""
-        if self.backend != "tensorrt" or self.export.precision != "fp16" or self.version_compatible:
+        fits = (self.backend, self.export.component, self.export.precision) == ("tensorrt", "unet", "fp16")
+        if not fits or self.version_compatible:
             raise UsageError(
-                "only TensorRT engines in fp16 that need not be version-compatible leave attention to PyTorch",
+                "only TensorRT UNets in fp16 that need not be version-compatible leave attention to PyTorch",
                 hint="leave --split-attention out",
             )
         if [profile.minimum == profile.maximum for profile in self.profiles] != [True]:

@@ -153,7 +153,7 @@ def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, 
             found = session.run(given)["out_sample"]
             np.testing.assert_allclose(found.float(), with_attention(given), rtol=2e-3, atol=1e-2)
         assert session.graph_count == 1
-        assert session.information()["Layers"] == 2 * [session.information()["Layers"][0]]
+        assert [len(told["Layers"]) for told in session.information()] == [1, 1]
         with pytest.raises(EngineError, match="height 128; got height 192"):
             session.run(feeds(height=24))
 
@@ -166,6 +166,44 @@ def test_only_what_is_still_needed_keeps_its_memory(split_plan):
     assert second == {"doubled", "attended", "timestep", "encoder_hidden_states"}
 
 
+def with_attention_of(entry, **changes):
+    return {**entry, "attentions": [{**entry["attentions"][0], **changes}]}
+
+
+def with_dims_of(entry, name, dims):
+    inputs = [{**spec, "dims": dims} if spec["name"] == name else spec for spec in entry["contract"]["inputs"]]
+    return {**entry, "contract": {**entry["contract"], "inputs": inputs}}
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_a_run_that_fails_between_pieces_is_waited_for_all_the_same(run, cuda, split_plan, monkeypatch):
+    """What it has put on the session's stream is still to come: others of the scratch memory come after it."""
+    real, calls = session_module.attend, []
+
+    def attend(attention, tensors):
+        calls.append(attention)
+        if len(calls) == run:
+            raise cuda.OutOfMemoryError("CUDA out of memory")
+        return real(attention, tensors)
+
+    monkeypatch.setattr(session_module, "attend", attend)
+    with session_on(split_plan, graphs=0) as session:
+        for _ in range(run - 1):
+            session.run(feeds())
+        cuda.current.waited_for.clear()
+        with pytest.raises(MemoryShortage):
+            session.run(feeds())
+        assert cuda.current.waited_for[-1] is session._stream
+        np.testing.assert_allclose(session.run(feeds())["out_sample"].float(), with_attention(feeds()), atol=1e-2)
+
+
+def test_a_callers_autocast_does_not_change_what_the_next_piece_reads():
+    attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5)
+    tensors = {name: torch.randn(PIXELS).half() for name in attention.sources}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert session_module.attend(attention, tensors).dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -176,6 +214,14 @@ def test_only_what_is_still_needed_keeps_its_memory(split_plan):
         lambda data: [{"contract": data[0]["contract"]}],
         lambda data: [],
         lambda data: {"pieces": data},
+        lambda data: [with_attention_of(data[0], heads=0), data[1]],
+        lambda data: [with_attention_of(data[0], width=-2), data[1]],
+        lambda data: [with_attention_of(data[0], scale=float("nan")), data[1]],
+        lambda data: [with_attention_of(data[0], sources=["query", "key"]), data[1]],
+        lambda data: [with_attention_of(data[0], sources=["query", "key", "doubled"]), data[1]],
+        lambda data: [with_dims_of(data[0], "sample", ["batch", CHANNELS, 16, 16]), data[1]],
+        lambda data: [with_dims_of(data[0], "timestep", [2, 1]), data[1]],
+        lambda data: [data[0], with_dims_of(data[1], "doubled", [2, CHANNELS, 8, 32])],
         lambda data: None,
     ],
 )

@@ -7,13 +7,15 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from factories import SMALL, small_unet
+from onnx import numpy_helper
 from test_benchmarks import run
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_graph, trt_api
 from sdtrt.build import group_norm, splitting
 from sdtrt.build import tensorrt as build
 from sdtrt.build.splitting import FLOATS, Facts, check, choose, find_attentions, freeze, split
@@ -151,6 +153,23 @@ def test_what_was_read_is_held_against_what_the_graph_computes(exported):
             check(facts, wrong, 17)
 
 
+def test_attention_over_windows_of_the_tokens_is_left_alone(exported):
+    """Its nodes are the same but for the sizes in its reshapes."""
+    source, contract = exported("small", "fp16")
+    model, weights = onnx_graph.load_split(source)
+    freeze(model, weights, contract.input_shapes(SIZES))
+    first, *others = find_attentions(Facts(model, weights))
+    for node in model.graph.node:
+        name = node.output[0]
+        if node.op_type == "Reshape" and name.startswith(first.result.rpartition("/")[0]):
+            heads = 4 if name != first.result else 3
+            shape = [2 * 4, 96 // 4, first.heads, first.width] if heads == 4 else [2, 96, first.heads * first.width]
+            node.input[1] = f"{name}.windows"
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(shape), node.input[1]))
+    del model.graph.value_info[:]
+    assert find_attentions(Facts(model, weights)) == others
+
+
 @pytest.fixture
 def cut(exported, tmp_path, monkeypatch):
     """What the build makes pieces of: graphs and the list that an engine has of them."""
@@ -175,7 +194,22 @@ def test_an_engine_without_large_attentions_is_one_plan_and_says_so(cut, tmp_pat
     said = []
     (source,) = build._sources(cut, tmp_path, said.append)
     assert source.onnx == cut.onnx
-    assert said == [{"warn": "no self-attention is over 97 tokens or more: none is left to PyTorch"}]
+    assert said == [{"warn": "no self-attention is of 97 tokens or more: none is left to PyTorch"}]
+
+
+@pytest.mark.slow
+def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_path):
+    """As TensorRT 8.6 would be asked to, with the real builder of TensorRT for RTX, as that needs no GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    rtx = BuildSpec(ExportSpec(), "tensorrt-rtx", (Profile.of(SIZES),), compute_capability=(8, 9))
+    object.__setattr__(rtx, "split_attention", True)  # which is refused, as it gains nothing there
+    request = replace(cut, spec=rtx)
+    found = build._build(trt_api.open_library("tensorrt-rtx"), request, [].append)
+    pieces = read_pieces(request.plan, request.contract)
+    assert found["pieces"] == len(pieces) == 4
+    assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
+    wanted = {request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3)), list_file(request.plan).name}
+    assert {path.name for path in tmp_path.iterdir()} == wanted
 
 
 @pytest.mark.slow

@@ -381,6 +381,9 @@ class FakeCuda:
     def is_available(self):
         return True
 
+    def mem_get_info(self):
+        return 2**30, 2**31
+
     @contextmanager
     def device(self, device):
         yield

@@ -70,7 +70,7 @@ def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dic
             "workspace_bytes": spec.workspace_bytes,
             "version_compatible": spec.version_compatible,
             "norm_plugins": spec.norm_plugins,
-            "split_attention": spec.split_attention,
+            **({"split_attention": True} if spec.split_attention else {}),
         },
         "export": export_key(model, spec.export, directory),
     }

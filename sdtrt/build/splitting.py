@@ -71,6 +71,8 @@ class Facts:
         for value in (*inferred.value_info, *inferred.input, *inferred.output):
             kind = value.type.tensor_type
             self.types[value.name] = kind.elem_type
+            if not kind.HasField("shape"):
+                continue
             self.dims[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
         self.values = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name not in weights}
         self.makers: dict[str, onnx.NodeProto] = {}
@@ -115,6 +117,11 @@ class _Walk:
     axes: tuple[int, ...] = (0, 1, 2, 3)
 
 
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """An attribute's value, or the operator's own where the node does not say it."""
+    return next((onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+
+
 def _back(facts: Facts, name: str) -> _Walk | None:
     """The first node on the way back from a tensor that is no cast, factor or transposition."""
     scale, axes = 1.0, (0, 1, 2, 3)
@@ -125,7 +132,7 @@ def _back(facts: Facts, name: str) -> _Walk | None:
                 return None
             scale *= factor if node.op_type == "Mul" else 1 / factor
         elif node.op_type == "Transpose":
-            order = onnx.helper.get_node_attr_value(node, "perm")
+            order = _attribute(node, "perm", ())
             if len(order) != len(axes):
                 return None
             axes, name = tuple(order[axis] for axis in axes), node.input[0]
@@ -154,7 +161,7 @@ def find_attentions(facts: Facts) -> list[Attention]:
 
 def _match(facts: Facts, softmax: onnx.NodeProto) -> Attention | None:
     """The self-attention around a softmax."""
-    if onnx.helper.get_node_attr_value(softmax, "axis") not in (-1, 3):
+    if _attribute(softmax, "axis", -1) not in (-1, 3):
         return None
     product, weights = _back(facts, softmax.input[0]), softmax.output[0]
     if (cast := facts.only_taker(weights, "Cast")) is not None:
@@ -170,13 +177,14 @@ def _match(facts: Facts, softmax: onnx.NodeProto) -> Attention | None:
     shapes = {facts.end_of_shape(part.node.input[1], 2) for part in parts}
     if layouts != [BY_HEADS, TRANSPOSED, BY_HEADS] or product.axes != (0, 1, 2, 3) or parts[2].scale != 1:
         return None
-    return _described(facts, [part.node.input[0] for part in parts], result, shapes, [product, *parts])
+    found = _described(facts, [part.node.input[0] for part in parts], result, shapes, [product, *parts])
+    return found if found is not None and _is_over_all(facts, found, [part.node.output[0] for part in parts]) else None
 
 
 def _joined(facts: Facts, name: str) -> str | None:
     """What joins the heads again: [B,heads,S,D] → [B,S,C]."""
     moved = facts.only_taker(name, "Transpose")
-    if moved is None or tuple(onnx.helper.get_node_attr_value(moved, "perm")) != BY_HEADS:
+    if moved is None or tuple(_attribute(moved, "perm", ())) != BY_HEADS:
         return None
     joined = facts.only_taker(moved.output[0], "Reshape")
     return None if joined is None else joined.output[0]
@@ -204,6 +212,22 @@ def _described(
     )
 
 
+def _is_over_all(facts: Facts, attention: Attention, by_heads: Sequence[str]) -> bool:
+    """Whether it is over all tokens of a sample, and not over windows of them, as far as sizes are known."""
+    batch, tokens = (*facts.dims.get(attention.sources[0], ()), None, None)[:2]
+    flat = (batch, tokens, attention.heads * attention.width)
+    split_up = (batch, tokens, attention.heads, attention.width)
+    wanted = dict.fromkeys((*attention.sources, attention.result), flat) | dict.fromkeys(by_heads, split_up)
+    return all(_agree(facts.dims.get(name, dims), dims) for name, dims in wanted.items())
+
+
+def _agree(found: Dims, wanted: Dims) -> bool:
+    """Whether dimensions may be the same; None is one that is not known."""
+    if len(found) != len(wanted):
+        return False
+    return all(one is None or other is None or one == other for one, other in zip(found, wanted, strict=True))
+
+
 def check(facts: Facts, attention: Attention, opset: int) -> float:
     """The relative L2 error of what was read of an attention against what its nodes compute, on a few tokens.
 
@@ -220,13 +244,16 @@ def check(facts: Facts, attention: Attention, opset: int) -> float:
     generator, shape = np.random.default_rng(0), (1, CHECK_TOKENS, attention.heads * attention.width)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(facts.types[attention.sources[0]])
     given = [generator.standard_normal(shape).astype(dtype) for _ in attention.sources]
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    computed = session.run(None, dict(zip(attention.sources, given, strict=True)))[0].astype(np.float64)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        computed = session.run(None, dict(zip(attention.sources, given, strict=True)))[0].astype(np.float64)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise ValueError(f"{attention} can't be computed by itself: {error}") from error
     expected = _reference(attention, [array.astype(np.float64) for array in given])
-    error = float(np.linalg.norm(computed - expected) / np.linalg.norm(expected))
-    if not error < CHECK_TOLERANCE:
-        raise ValueError(f"{attention} is not what the graph computes: relative error {error:.2e}")
-    return error
+    difference = float(np.linalg.norm(computed - expected) / np.linalg.norm(expected))
+    if not difference < CHECK_TOLERANCE:
+        raise ValueError(f"{attention} is not what the graph computes: relative error {difference:.2e}")
+    return difference
 
 
 def _inner(facts: Facts, attention: Attention) -> list[onnx.NodeProto]:
@@ -308,8 +335,11 @@ def split(
         joined: queries, keys and values as one tensor.
 
     Raises:
-        ValueError: where an attention is not what its nodes compute.
+        ValueError: where an attention is not what its nodes compute, or what it gives is what the model gives.
     """
+    ends = {value.name for value in model.graph.output}
+    if last := ends.intersection(one.result for one in attentions):
+        raise ValueError(f"{', '.join(last)} is made by an attention")
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     for attention in attentions:
         check(facts, attention, opset)
@@ -321,6 +351,13 @@ def split(
     onnx_graph.drop_unused(model.graph, weights)
     partition = Partition(model, facts)
     return tuple(_assemble(model, weights, facts, partition, attentions, stage) for stage in range(partition.count))
+
+
+def check_fixed(parts: Iterable[Part]) -> None:
+    """Raise `ValueError` where something that crosses has no fixed size."""
+    for spec in (spec for part in parts for spec in (*part.inputs, *part.outputs)):
+        if spec.dynamic_axes:
+            raise ValueError(f"the size of {spec.name} does not follow from the model's inputs")
 
 
 class Partition:
@@ -466,5 +503,7 @@ def _value(facts: Facts, name: str) -> onnx.ValueInfoProto:
 
 def _spec(facts: Facts, name: str) -> TensorSpec:
     """A tensor's part of a contract; a dimension that is not known has a name of its own."""
+    if name not in facts.dims:
+        raise ValueError(f"the shape of {name} is not known")
     dims = (f"{name}:{axis}" if dim is None else dim for axis, dim in enumerate(facts.dims[name]))
     return TensorSpec(name, DTYPES[facts.types[name]], tuple(dims))

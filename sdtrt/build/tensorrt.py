@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
 from sdtrt.runtime import TENSORRT_FILE
-from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
+from sdtrt.runtime.pieces import Piece, list_file, piece_file, write_pieces
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
 from sdtrt.trt_api import Draft, Library
 
@@ -105,6 +106,8 @@ def build_plan(
 ) -> dict[str, Any]:
     """Build a plan into `folder/engine.plan`, TensorRT's messages into `folder/build.log`, and check the plan.
 
+    With `split_attention` these are several (`runtime.pieces`).
+
     Args:
         onnx_path: the exported ONNX model; external data lies beside it.
         folder: an entry's folder.
@@ -113,8 +116,9 @@ def build_plan(
 
     Returns:
         What is known of the engine: `precision` (computing layers by precision, and where that was read), `parity`
-        with the ONNX for each profile, `unchecked` (why the engine was not run, else None), `plan_bytes` and
-        `scratch_bytes` (what a session takes of the GPU's memory; the latter only where the engine was run), ...
+        with the ONNX for each profile, `pieces` (how many plans), `unchecked` (why the engine was not run, else None),
+        `plan_bytes` and `scratch_bytes` (what a session takes of the GPU's memory; the latter only where the engine
+        was run), ...
 
     Raises:
         BuildError, EngineError: where it can't be built or is not right. `folder` is then to be thrown away.
@@ -268,6 +272,7 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
 def _build(library: Library, request: Request, report: Report) -> dict[str, Any]:
     """Parse and build; write the plan files and the timing cache. The builder's memory is free again after this."""
     report({"show": "reading the ONNX"})
+    list_file(request.plan).unlink(missing_ok=True)  # of an earlier build, in a folder that is kept
     with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
         sources = _sources(request, Path(folder), report)
         measured = [_build_piece(library, request, source, report) for source in sources]
@@ -294,21 +299,23 @@ class _Source:
 def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, ...]:
     """What to build: the exported model, or its parts between attentions that are PyTorch's, written to a folder."""
     whole = (_Source(request.onnx, Piece(request.plan, request.contract)),)
-    if not request.spec.split_attention or request.contract.component != "unet":
+    if not request.spec.split_attention:
         return whole
     model, weights = onnx_graph.load_split(request.onnx)
     splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
     facts = splitting.Facts(model, weights)
     attentions = splitting.choose(splitting.find_attentions(facts), splitting.MIN_TOKENS)
     if not attentions:
-        report({"warn": f"no self-attention is over {splitting.MIN_TOKENS} tokens or more: none is left to PyTorch"})
+        report({"warn": f"no self-attention is of {splitting.MIN_TOKENS} tokens or more: none is left to PyTorch"})
         return whole
     try:
-        parts = splitting.split(model, weights, facts, attentions)
+        parts = list(splitting.split(model, weights, facts, attentions))
+        splitting.check_fixed(parts)
     except ValueError as error:
         raise BuildError(str(error), hint="leave attention to TensorRT: --no-split-attention") from error
-    found = []
-    for number, part in enumerate(parts):
+    found: list[_Source] = []
+    while parts:  # one at a time: saving a part copies its weights
+        part, number = parts.pop(0), len(found)
         onnx = folder / f"{number}.onnx"
         onnx_graph.save(part.model, part.weights, onnx)
         contract = Contract(request.contract.component, request.contract.precision, part.inputs, part.outputs)
@@ -452,12 +459,17 @@ def _current_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def _read_precision(request: Request, information: Mapping[str, Any]) -> dict[str, int]:
-    """How many computing layers of the built engine have each precision; the inspector's words are kept in a file."""
-    (request.folder / LAYERS_FILE).write_text(json.dumps(information, indent=1))
-    layers = trt_api.layer_precisions(information)
-    check_precision(request.spec, layers)
-    return layers
+def _read_precision(request: Request, information: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many computing layers of the built engine have each precision; the inspector's words are kept in a file.
+
+    Each piece must compute in what was asked for.
+    """
+    told = information[0] if len(information) == 1 else information
+    (request.folder / LAYERS_FILE).write_text(json.dumps(told, indent=1))
+    layers = [trt_api.layer_precisions(one) for one in information]
+    for found in layers:
+        check_precision(request.spec, found)
+    return dict(sum(map(Counter, layers), Counter()))
 
 
 def check_precision(spec: BuildSpec, layers: Mapping[str, int]) -> None:

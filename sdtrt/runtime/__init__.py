@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract
 from sdtrt.errors import EngineError
+from sdtrt.runtime.pieces import list_file
 from sdtrt.runtime.session import Session
 from sdtrt.specs import Sizes
 
@@ -60,6 +62,14 @@ def stored_contract(entry: Entry) -> Contract:
         ) from error
 
 
+def _check_list(entry: Entry, plan: Path) -> None:
+    """Refuse a list of pieces that is not the entry's: nobody has checked its content."""
+    if list_file(plan).name not in entry.files and list_file(plan).exists():
+        raise EngineError(
+            f"{list_file(plan)} is not among the files of {entry.name}", hint=f"sdtrt engines rm {entry.name}"
+        )
+
+
 def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
     """Open an engine whose entry is held."""
     contract = stored_contract(entry)
@@ -72,7 +82,8 @@ def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Sessio
         from sdtrt.runtime.tensorrt import TensorRTSession
 
         compatible = bool(entry.key.get("options", {}).get("version_compatible"))
-        plan = entry.verified(TENSORRT_FILE)
+        plan = entry.verified(TENSORRT_FILE)  # and the other pieces and their list, whose names begin with that
+        _check_list(entry, plan)
         return TensorRTSession(
             plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch
         )

@@ -7,15 +7,18 @@ of the others, begin with the first one's: so an entry's check of that one cover
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sdtrt.cache import MALFORMED
-from sdtrt.components import Contract
+from sdtrt.components import Contract, TensorSpec
 from sdtrt.errors import EngineError
 from sdtrt.trt_api import REBUILD
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def read_pieces(plan: Path, contract: Contract) -> tuple[Piece, ...]:
     try:
         data = json.loads(file.read_text())
         pieces = tuple(_piece(piece_file(plan, number), entry) for number, entry in enumerate(data))
-        _check_order(pieces, contract)
-    except (*MALFORMED, IndexError, OSError) as error:
+        _check(pieces, contract)
+    except (*MALFORMED, OSError) as error:
         raise EngineError(f"{file} does not list the engine's pieces: {error}", hint=REBUILD) from error
     return pieces
 
@@ -111,21 +114,45 @@ def _piece(plan: Path, data: Mapping[str, Any]) -> Piece:
     return Piece(plan, Contract.from_json(data["contract"]), attentions)
 
 
-def _check_order(pieces: Sequence[Piece], contract: Contract) -> None:
-    """Raise `ValueError` unless all inputs are used, each tensor is there when it is taken, and outputs at the end."""
-    there = {spec.name for spec in contract.inputs}
-    if unused := there - {name for piece in pieces for name in piece.inputs}:
-        raise ValueError(f"nothing takes {', '.join(sorted(unused))}")
+def _check(pieces: Sequence[Piece], contract: Contract) -> None:
+    """Raise `ValueError` unless the pieces follow each other and are one engine with that contract."""
+    if len(pieces) < 2:
+        raise ValueError(f"{len(pieces)} are listed")
+    there: dict[str, TensorSpec] = {}
+    wanted = {spec.name: spec for spec in contract.inputs}
     for piece in pieces:
-        missing = set(piece.inputs) - there
-        there |= {spec.name for spec in piece.contract.outputs}
-        for attention in piece.attentions:
-            missing |= set(attention.sources) - there
-            there.add(attention.result)
-        if missing:
-            raise ValueError(f"nothing makes {', '.join(sorted(missing))}")
-    if missing := {spec.name for spec in contract.outputs} - there:
-        raise ValueError(f"nothing makes {', '.join(sorted(missing))}")
+        for spec in piece.contract.inputs:
+            _check_same(spec, there.setdefault(spec.name, spec) if spec.name in wanted else there.get(spec.name))
+        there |= {spec.name: spec for spec in piece.contract.outputs}
+        there |= {one.result: _result_of(one, there) for one in piece.attentions}
+    made = {spec.name: spec for piece in pieces for spec in piece.contract.outputs}
+    for spec, found in [(spec, there) for spec in contract.inputs] + [(spec, made) for spec in contract.outputs]:
+        if spec.name not in found:
+            raise ValueError(f"no piece has {spec.name}")
+        if (found[spec.name].dtype, len(found[spec.name].dims)) != (spec.dtype, len(spec.dims)):
+            raise ValueError(f"{spec.name} is not what the engine takes or gives")
+
+
+def _check_same(spec: TensorSpec, made: TensorSpec | None) -> None:
+    """Raise `ValueError` unless a piece takes what was made, in one fixed size."""
+    if made is None:
+        raise ValueError(f"nothing makes {spec.name}")
+    if (spec.dtype, spec.dims) != (made.dtype, made.dims):
+        raise ValueError(f"{spec.name} is not taken as it is made")
+    if not all(isinstance(dim, int) and dim > 0 for dim in spec.dims):
+        raise ValueError(f"{spec.name} has no fixed size")
+
+
+def _result_of(attention: Attention, there: Mapping[str, TensorSpec]) -> TensorSpec:
+    """What an attention gives; raise `ValueError` where it can't be computed."""
+    sources = [there[name] for name in attention.sources if name in there]
+    count, channels = len(attention.sources), attention.heads * attention.width
+    joined = channels if count == 3 else 3 * channels
+    fits = all(len(spec.dims) == 3 and spec.dims[2] == joined and spec.dtype == sources[0].dtype for spec in sources)
+    sound = min(attention.heads, attention.width) > 0 and math.isfinite(attention.scale)
+    if count not in (1, 3) or len(sources) != count or not (fits and sound):
+        raise ValueError(f"{attention.result} can't be computed")
+    return TensorSpec(attention.result, sources[0].dtype, (*sources[0].dims[:2], channels))
 
 
 def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[str], ...]:
@@ -141,3 +168,18 @@ def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[s
         found.append(frozenset(used - later))
         later |= used
     return tuple(reversed(found))
+
+
+def crossing_bytes(pieces: Sequence[Piece], last: Sequence[frozenset[str]]) -> int:
+    """The most memory that what crosses between pieces takes at a time; `last` is of `last_uses`."""
+    if len(pieces) == 1:
+        return 0
+    live: dict[str, int] = {}
+    most = 0
+    for piece, gone in zip(pieces, last, strict=True):
+        for spec in piece.contract.outputs:
+            live[spec.name] = math.prod(spec.shape({})) * ITEM_BYTES[spec.dtype]
+        live |= {one.result: live[one.sources[0]] for one in piece.attentions}
+        most = max(most, sum(live.values()))
+        live = {name: size for name, size in live.items() if name not in gone}
+    return most

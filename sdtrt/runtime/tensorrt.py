@@ -16,7 +16,7 @@ from sdtrt import trt_api
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
-from sdtrt.runtime.pieces import Attention, last_uses, read_pieces
+from sdtrt.runtime.pieces import Attention, crossing_bytes, last_uses, read_pieces
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
@@ -111,8 +111,8 @@ class TensorRTSession(Session[torch.Tensor]):
 
     @property
     def scratch_bytes(self) -> int:
-        """The scratch memory that the engine needs for the largest size that it serves."""
-        return self._scratch_bytes
+        """The memory beside its weights that the engine needs for the largest size that it serves."""
+        return self._scratch_bytes + crossing_bytes(self._pieces, self._last_uses)
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""
@@ -130,14 +130,13 @@ class TensorRTSession(Session[torch.Tensor]):
                 outputs = self._launch(key, profile)
         return outputs
 
-    def information(self) -> dict[str, Any]:
-        """What TensorRT's inspector tells of the engine: its layers, their data types and tactics."""
+    def information(self) -> list[dict[str, Any]]:
+        """What TensorRT's inspector tells of each piece: its layers, their data types and tactics."""
         self._check_open()
-        told = [
+        return [
             trt_api.inspect(self._library, plan.engine, context)
             for plan, context in zip(self._plans, self._contexts, strict=True)
         ]
-        return told[0] if len(told) == 1 else {word: [item for one in told for item in one[word]] for word in told[0]}
 
     def close(self) -> None:
         """Free the engine's contexts, graphs and memory, once the GPU has finished with them."""
@@ -202,18 +201,20 @@ class TensorRTSession(Session[torch.Tensor]):
         """
         current = torch.cuda.current_stream()
         stream = self._stream if current.cuda_stream == 0 else current
-        if stream is not current:
-            stream.wait_stream(current)
         tensors = self._inputs_of(key)
-        for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
-            taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
-            shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
-            for spec in piece.contract.outputs:
-                home = current if self._is_output(spec) else stream  # where its memory is free to be used again
-                tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
-            self._enqueue(number, context, tensors, stream)
-        if stream is not current:
-            current.wait_stream(stream)
+        try:
+            for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
+                taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
+                shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
+                for spec in piece.contract.outputs:
+                    home = current if self._is_output(spec) else stream  # where its memory is free to be used again
+                    tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
+                if stream is not current:
+                    stream.wait_stream(current)  # inputs are there, and what last used the outputs' memory is done
+                self._enqueue(number, context, tensors, stream)
+        finally:  # a run that fails has left earlier pieces to the GPU
+            if stream is not current:
+                current.wait_stream(stream)
         return {spec.name: tensors[spec.name] for spec in self.outputs}
 
     def _enqueue(self, number: int, context: Any, tensors: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> None:
@@ -240,7 +241,12 @@ class TensorRTSession(Session[torch.Tensor]):
             raise EngineError("TensorRT can't be captured at this shape", hint="open the session with graphs=0")
         tensors = self._inputs_of(key)
         # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
-        with _CAPTURING, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        # PyTorch leaves the thread on the capture's stream where the capture fails at its end: hence the first `with`.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            _CAPTURING,
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
                 shapes = trt_api.output_shapes(self._library, context)
                 for spec in piece.contract.outputs:  # the graph keeps the memory of what crosses
@@ -293,7 +299,8 @@ def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.T
     given = [tensors[name] for name in attention.sources]
     parts = given if len(given) == 3 else given[0].chunk(3, dim=-1)
     query, key, value = (part.view(*part.shape[:2], attention.heads, attention.width).transpose(1, 2) for part in parts)
-    states = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
+    with torch.autocast(query.device.type, enabled=False):  # a caller's would give another dtype than the plan reads
+        states = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
     return states.transpose(1, 2).flatten(2).contiguous()  # a view, where the kernel writes in its inputs' layout
 
 
