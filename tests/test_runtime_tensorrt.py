@@ -194,7 +194,8 @@ def test_a_run_that_fails_between_pieces_is_waited_for_all_the_same(run, cuda, s
         with pytest.raises(MemoryShortage):
             session.run(feeds())
         assert cuda.current.waited_for[-1] is session._stream
-        np.testing.assert_allclose(session.run(feeds())["out_sample"].float(), with_attention(feeds()), atol=1e-2)
+        found = session.run(feeds())["out_sample"]
+        np.testing.assert_allclose(found.float(), with_attention(feeds()), rtol=2e-3, atol=1e-2)
 
 
 def test_a_callers_autocast_does_not_change_what_the_next_piece_reads():
