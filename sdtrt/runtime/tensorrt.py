@@ -201,6 +201,8 @@ class TensorRTSession(Session[torch.Tensor]):
         """
         current = torch.cuda.current_stream()
         stream = self._stream if current.cuda_stream == 0 else current
+        if stream is not current:
+            stream.wait_stream(current)
         tensors = self._inputs_of(key)
         try:
             for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
@@ -210,7 +212,7 @@ class TensorRTSession(Session[torch.Tensor]):
                     home = current if self._is_output(spec) else stream  # where its memory is free to be used again
                     tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
                 if stream is not current:
-                    stream.wait_stream(current)  # inputs are there, and what last used the outputs' memory is done
+                    stream.wait_stream(current)  # for what other threads have put there with the outputs' memory
                 self._enqueue(number, context, tensors, stream)
         finally:  # a run that fails has left earlier pieces to the GPU
             if stream is not current:
