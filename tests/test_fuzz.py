@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trt_fakes
 from factories import sd1_folder
 from fault_server import UNET
 from fuzzing import fuzz
@@ -30,16 +31,23 @@ from sdtrt import cache, engines, images
 from sdtrt.build.onnxruntime import optimize
 from sdtrt.cache import SIDECAR, EngineDirectory
 from sdtrt.cli import main
+from sdtrt.components import unet_contract
 from sdtrt.console import QUIET
 from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageError
 from sdtrt.generate import generate
 from sdtrt.inspection import inspect_engine
 from sdtrt.models import load_parts, resolve_model
 from sdtrt.runtime import open_session
+from sdtrt.runtime import pieces as pieces_module
+from sdtrt.runtime.plan import profiles_of
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
 
 SIZES = Sizes(2, 64, 64)
 CPU = torch.device("cpu")
+UNET_CONTRACT = unet_contract(
+    {"in_channels": trt_fakes.CHANNELS, "out_channels": trt_fakes.CHANNELS, "cross_attention_dim": trt_fakes.WIDTH},
+    "fp16",
+)
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -167,6 +175,33 @@ def test_sidecars_that_are_damaged(directory, model, data):
             use_everything(directory, model)
     finally:
         sidecar.write_bytes(before)
+
+
+@st.composite
+def lists_of_pieces(draw, good):
+    """A list that says something else, or is damaged."""
+    data = json.loads(good)
+    if draw(st.booleans()):
+        return damaged(draw, good)
+    for _ in range(draw(st.integers(1, 3))):
+        names = ("contract", "attentions", "inputs", "outputs", "sources", "result", "heads", "width", "scale", "dims")
+        data = put(data, draw(st.sampled_from((*names, "name", "dtype", "tokens"))), draw(JSON_VALUES))
+    return json.dumps(data).encode()
+
+
+@fuzz(data=st.data())
+def test_lists_of_an_engines_pieces(place, data):
+    """What is accepted can be used: shapes, memory and profile follow from it."""
+    plan = place / "engine.plan"
+    pieces_module.write_pieces(plan, trt_fakes.two_pieces(plan))
+    list_file = pieces_module.list_file(plan)
+    list_file.write_bytes(data.draw(lists_of_pieces(list_file.read_bytes())))
+    with only_clean_errors():
+        pieces = pieces_module.read_pieces(plan, UNET_CONTRACT)
+        last = pieces_module.last_uses(pieces, [spec.name for spec in UNET_CONTRACT.outputs])
+        assert pieces_module.crossing_bytes(pieces, last) > 0
+        (profile,) = profiles_of(UNET_CONTRACT, pieces, [None] * len(pieces))
+        assert not profile.misfits({name: bounds[0] for name, bounds in profile.bounds.items()})
 
 
 # -------------------------------------------------------------------------------------------------------- ONNX files

@@ -13,11 +13,22 @@ import numpy as np
 import pytest
 import torch
 import trt_fakes
-from trt_fakes import CHANNELS, WIDTH, FakeCuda, FakePyCuda, expected, fake_library, profile_shapes, write_plan
+from trt_fakes import (
+    CHANNELS,
+    HEADS,
+    PIXELS,
+    WIDTH,
+    FakeCuda,
+    FakePyCuda,
+    expected,
+    fake_library,
+    profile_shapes,
+    write_plan,
+)
 
 from sdtrt import host, trt_api
 from sdtrt.build import tensorrt as build
-from sdtrt.components import Contract, TensorSpec, unet_contract
+from sdtrt.components import Contract, unet_contract
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
 from sdtrt.runtime import pycuda as pycuda_module
@@ -26,10 +37,8 @@ from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.pieces import (
     Attention,
-    Piece,
     last_uses,
     list_file,
-    piece_file,
     read_pieces,
     write_pieces,
 )
@@ -97,30 +106,11 @@ def test_runs_are_right_first_second_and_later(label, cuda, plan):
         assert session.graph_count == 1
 
 
-FIXED = {"sample": (2, CHANNELS, 16, 16), "timestep": (2,), "encoder_hidden_states": (2, 77, WIDTH)}
-PIXELS, HEADS = (2, 256, CHANNELS), 2
-
-
-def fixed(*shapes):
-    """Inputs or outputs of a piece."""
-    dtypes = {"timestep": "float32"}
-    return tuple(TensorSpec(name, dtypes.get(name, "float16"), shape) for name, shape in shapes)
-
-
 @pytest.fixture
 def split_plan(tmp_path):
     """An engine in two pieces, with PyTorch's attention of the pixels between them."""
-    parts = [(name, PIXELS) for name in ("query", "key", "value")]
-    doubled, sample, timestep, text = (("doubled", FIXED["sample"]), *FIXED.items())
-    contracts = [
-        Contract("unet", "fp16", fixed(sample, timestep), fixed(*parts, doubled)),
-        Contract(
-            "unet", "fp16", fixed(doubled, ("attended", PIXELS), timestep, text), fixed(("out_sample", FIXED["sample"]))
-        ),
-    ]
-    attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5, 256)
     plan = tmp_path / "engine.plan"
-    pieces = [Piece(plan, contracts[0], (attention,)), Piece(piece_file(plan, 1), contracts[1])]
+    pieces = trt_fakes.two_pieces(plan)
     write_pieces(plan, pieces)
     for kind, piece in zip(("before", "after"), pieces, strict=True):
         shapes = {spec.name: [spec.dims] * 3 for spec in piece.contract.inputs}

@@ -21,6 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from sdtrt.components import Contract, TensorSpec
+from sdtrt.runtime.pieces import Attention, Piece, piece_file
 from sdtrt.trt_api import Library, parse_version
 
 FILE = Path(__file__).parent / "data" / "trt_attributes.json"  # written by scripts/read_trt_bindings.py
@@ -259,6 +261,27 @@ KINDS = {
         ("doubled", "attended", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _after
     ),
 }
+
+
+FIXED = {"sample": (2, CHANNELS, 16, 16), "timestep": (2,), "encoder_hidden_states": (2, 77, WIDTH)}
+PIXELS, HEADS = (2, 256, CHANNELS), 2
+
+
+def two_pieces(plan: Path) -> list[Piece]:
+    """What an engine of the kinds `before` and `after` is listed as."""
+    parts = [(name, PIXELS) for name in ("query", "key", "value")]
+    doubled, sample, timestep, text = (("doubled", FIXED["sample"]), *FIXED.items())
+    taken = (doubled, ("attended", PIXELS), timestep, text)
+    contracts = [
+        Contract("unet", "fp16", _specs(sample, timestep), _specs(*parts, doubled)),
+        Contract("unet", "fp16", _specs(*taken), _specs(("out_sample", FIXED["sample"]))),
+    ]
+    attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5, 256)
+    return [Piece(plan, contracts[0], (attention,)), Piece(piece_file(plan, 1), contracts[1])]
+
+
+def _specs(*shapes):
+    return tuple(TensorSpec(name, "float32" if name in DTYPES else "float16", shape) for name, shape in shapes)
 
 
 def _memory(address, shape, name):
