@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import seed as seeded
 
@@ -34,6 +35,6 @@ def fuzz(examples: int = 50, **strategies: Any) -> Callable[[Callable[..., None]
                 rounds += 1
             print(f"{test.__name__}: {rounds} rounds of up to {ROUND} examples in {time.monotonic() - start:.0f} s")
 
-        return long
+        return pytest.mark.timeout(0)(long)
 
     return decorate
