@@ -57,19 +57,10 @@ Feeds = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One engine: its fp32 layers, whether norms are by the plugin and attention is PyTorch's, and where it lies."""
+class Built:
+    """The folder of one graph and of what is built from it."""
 
-    layers: int
-    plugins: bool
-    split: bool
     folder: Path
-
-    @classmethod
-    def of(cls, name: str, folder: Path) -> Variant:
-        """`5`, `5-native` or `5-split`."""
-        layers, *words = name.split("-")
-        return cls(int(layers), "native" not in words, "split" in words, folder / name)
 
     @property
     def onnx(self) -> Path:
@@ -80,6 +71,21 @@ class Variant:
     def facts(self) -> Path:
         """What the build measured, for a later run with the same folder."""
         return self.folder / "build.json"
+
+
+@dataclass(frozen=True)
+class Variant(Built):
+    """One engine: its fp32 layers, whether norms are by the plugin, and whether large self-attentions are PyTorch's."""
+
+    layers: int
+    plugins: bool
+    split: bool
+
+    @classmethod
+    def of(cls, name: str, folder: Path) -> Variant:
+        """`5`, `5-native` or `5-split`."""
+        layers, *words = name.split("-")
+        return cls(folder / name, int(layers), "native" not in words, "split" in words)
 
 
 def device_of(backend: Backend) -> torch.device:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import errors, feeds_of, kernels, outputs_of
+from fidelity import Built, errors, feeds_of, kernels, outputs_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tuning import make_unet
@@ -62,22 +62,11 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Built):
     """A piece on disk, its tensors (fixed sizes), and the attentions that come after it."""
 
-    folder: Path
     contract: Contract
     attentions: tuple[Attention, ...]
-
-    @property
-    def onnx(self) -> Path:
-        """Its graph."""
-        return self.folder / "model.onnx"
-
-    @property
-    def facts(self) -> Path:
-        """What its build measured; there once it is built."""
-        return self.folder / "build.json"
 
     @classmethod
     def from_json(cls, folder: Path, data: Mapping[str, Any]) -> Segment:

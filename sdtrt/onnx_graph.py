@@ -9,7 +9,7 @@ Works on graphs whose weights are elsewhere, so that protobuf's 2 GiB limit and 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def _strip(model: onnx.ModelProto) -> None:
         del item.metadata_props[:]
 
 
-class _Facts:
+class Facts:
     """What is known of a graph's tensors ahead of time: types, sizes and values."""
 
     def __init__(self, model: onnx.ModelProto, weights: Weights) -> None:
@@ -220,6 +220,20 @@ class _Facts:
                 dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
                 self.values[tensor.name] = weights[tensor.name].view(dtype)
         self.opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def makers_of(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Tensor name → the node that makes it."""
+    return {name: node for node in graph.node for name in node.output}
+
+
+def takers_of(graph: onnx.GraphProto) -> defaultdict[str, list[onnx.NodeProto]]:
+    """Tensor name → the nodes that take it, each once."""
+    takers: defaultdict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in set(node.input):
+            takers[name].append(node)
+    return takers
 
 
 def _without_bfloat16(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
@@ -255,7 +269,7 @@ def _cast_targets(graph: onnx.GraphProto) -> Iterator[onnx.AttributeProto]:
 
 def _fold(model: onnx.ModelProto, weights: Weights) -> None:
     """Replace each node whose result is known by a constant."""
-    facts = _Facts(model, weights)
+    facts = Facts(model, weights)
     for node in model.graph.node:
         if len(node.output) != 1:
             continue
@@ -270,7 +284,7 @@ def _fold(model: onnx.ModelProto, weights: Weights) -> None:
             node.CopyFrom(onnx.helper.make_node("Constant", [], node.output, name=node.name, value=constant))
 
 
-def _evaluate(node: onnx.NodeProto, facts: _Facts) -> npt.NDArray[Any] | None:
+def _evaluate(node: onnx.NodeProto, facts: Facts) -> npt.NDArray[Any] | None:
     """The node's value, if it is known ahead of time."""
     if node.op_type == "Constant":
         return _constant(node)
@@ -301,7 +315,7 @@ def _constant(node: onnx.NodeProto) -> npt.NDArray[Any] | None:
     return np.asarray(onnx.helper.get_attribute_value(attribute), dtype=kinds[attribute.name])
 
 
-def _evaluate_shape(node: onnx.NodeProto, facts: _Facts) -> npt.NDArray[Any] | None:
+def _evaluate_shape(node: onnx.NodeProto, facts: Facts) -> npt.NDArray[Any] | None:
     """A tensor's shape, if it is static; else remember the sizes that are."""
     dims = facts.dims.get(node.input[0])
     if dims is None:
@@ -346,7 +360,7 @@ def _as_model(node: onnx.NodeProto, inputs: Mapping[str, Any], opset: int) -> on
 
 def _drop_no_ops(model: onnx.ModelProto, weights: Weights) -> None:
     """Bypass Identity, casts to the type a tensor has already, and multiplication or division by one."""
-    facts = _Facts(model, weights)
+    facts = Facts(model, weights)
     for node in model.graph.node:
         if node.op_type == "Constant" and (value := _constant(node)) is not None:
             facts.values[node.output[0]] = value
@@ -358,7 +372,7 @@ def _drop_no_ops(model: onnx.ModelProto, weights: Weights) -> None:
             renamed[node.output[0]] = node.input[0]
 
 
-def _changes_nothing(node: onnx.NodeProto, facts: _Facts) -> bool:
+def _changes_nothing(node: onnx.NodeProto, facts: Facts) -> bool:
     if node.op_type == "Identity":
         return True
     if node.op_type == "Cast":
@@ -450,7 +464,7 @@ def drop_unused(graph: onnx.GraphProto, weights: Weights) -> None:
 def float32_nodes(path: Path) -> frozenset[str]:
     """The names of a file's nodes that compute in fp32: arithmetic, not the moving about of its results."""
     model, weights = load_split(path)
-    types = _Facts(model, weights).types
+    types = Facts(model, weights).types
     computing = (node for node in model.graph.node if node.op_type not in MOVING)
     return frozenset(node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT)
 

@@ -14,7 +14,6 @@ out wrong by more than fp16's rounding; and its workspace is for 32 samples, wha
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -93,11 +92,7 @@ def _constants(graph: onnx.GraphProto, weights: Weights) -> dict[str, Array]:
 
 
 def _find(graph: onnx.GraphProto, constants: Mapping[str, Array]) -> list[_Norm]:
-    producers = {name: node for node in graph.node for name in node.output}
-    takers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            takers[name].append(node)
+    producers, takers = onnx_graph.makers_of(graph), onnx_graph.takers_of(graph)
     norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
     found = (_match(node, producers, takers, constants) for node in norms)
     return [norm for norm in found if norm is not None and serves(norm.scale.size)]

@@ -9,7 +9,6 @@ the model's inputs, the attentions' results and what earlier pieces have made; o
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +35,7 @@ DTYPES: dict[int, str] = {number: name for name, number in ELEM_TYPES.items()}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 Array = npt.NDArray[Any]
-Dims = tuple[int | None, ...]
+Dims = Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -60,29 +59,15 @@ def freeze(model: onnx.ModelProto, weights: Weights, shapes: Mapping[str, Sequen
     onnx_graph.simplify(model, weights)
 
 
-class Facts:
-    """What is known of a graph: types and dimensions of its tensors, small constants, who makes and takes what."""
+class Facts(onnx_graph.Facts):
+    """What is known of a graph, small constants among it, and who makes and takes what."""
 
     def __init__(self, model: onnx.ModelProto, weights: Weights) -> None:
-        graph = model.graph
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        self.types: dict[str, int] = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        self.dims: dict[str, Dims] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        for value in (*inferred.value_info, *inferred.input, *inferred.output):
-            kind = value.type.tensor_type
-            self.types[value.name] = kind.elem_type
-            if not kind.HasField("shape"):
-                continue
-            self.dims[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
-        self.values = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name not in weights}
-        self.makers: dict[str, onnx.NodeProto] = {}
-        self.takers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in graph.node:
+        super().__init__(model, weights)
+        for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-            self.makers.update(dict.fromkeys(node.output, node))
-            for name in set(node.input):
-                self.takers[name].append(node)
+        self.makers, self.takers = onnx_graph.makers_of(model.graph), onnx_graph.takers_of(model.graph)
 
     def scalar(self, node: onnx.NodeProto) -> tuple[str, float] | None:
         """Of a node of two inputs, one of them a constant of one element: the other's name, and the constant."""
@@ -314,7 +299,7 @@ def join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, att
     output = f"{attention.sources[0]}.qkv"
     product = onnx.helper.make_node("MatMul", [nodes[0].input[0], name], [output], name=f"{nodes[0].name}.qkv")
     graph.node.insert(list(graph.node).index(nodes[0]), product)
-    facts.types[output], facts.dims[output] = first.data_type, (*facts.dims[attention.sources[0]][:2], columns)
+    facts.types[output], facts.dims[output] = first.data_type, [*facts.dims[attention.sources[0]][:2], columns]
     return replace(attention, sources=(output,))
 
 
@@ -370,11 +355,7 @@ class Partition:
     def __init__(self, model: onnx.ModelProto, facts: Facts) -> None:
         self._facts, self._nodes = facts, list(model.graph.node)
         self._ends = {value.name for value in model.graph.output}
-        self._makers = {name: node for node in self._nodes for name in node.output}
-        self._takers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self._nodes:
-            for name in set(node.input):
-                self._takers[name].append(node)
+        self._makers, self._takers = onnx_graph.makers_of(model.graph), onnx_graph.takers_of(model.graph)
         self.stages: dict[str, int] = {}
         for node in self._nodes:
             self.stages[node.output[0]] = self._earliest(node)
