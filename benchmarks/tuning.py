@@ -53,7 +53,7 @@ class Choice:
         plugins: group normalisation by 8.6's plugin.
         change: what is done to the module before its export.
         dynamic: a profile of batch 1 to 4 and 256 to 768 pixels instead of one size.
-        split: large self-attentions by PyTorch.
+        split: from how many tokens on self-attentions are PyTorch's, 0 for none; None for the product's choice.
     """
 
     layers: int = WIDE_LAYERS
@@ -61,7 +61,7 @@ class Choice:
     plugins: bool = True
     change: Callable[[nn.Module], None] | None = None
     dynamic: bool = False
-    split: bool = False
+    split: int | None = None
 
 
 def attend(module: nn.Module, processor: Callable[[Attention], Any]) -> None:
@@ -207,7 +207,8 @@ VARIANTS: dict[str, Choice] = {
     "product": PRODUCT,
     "all-fp16": replace(PRODUCT, layers=0),
     "native-norms": replace(PRODUCT, plugins=False),
-    "split-attention": replace(PRODUCT, split=True),
+    "whole": replace(PRODUCT, split=0),
+    "split-1024": replace(PRODUCT, split=1024),
     "one-pass-norms": replace(PRODUCT, plugins=False, change=one_pass_norms),
     "linear-projections": replace(PRODUCT, change=linear_projections),
     "scaled-queries": replace(PRODUCT, change=lambda module: attend(module, ScaledQueries)),

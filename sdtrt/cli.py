@@ -215,12 +215,13 @@ def build(
         Option(help="TensorRT 8.6: normalise by its plugin, which is faster; without, results repeat to the bit"),
     ] = True,
     split_attention: Annotated[
-        bool,
+        int | None,
         Option(
-            help="TensorRT 8.6, one fixed size: leave the UNet's large self-attentions to PyTorch's kernels, which add"
-            " up in fp32, between the pieces of the engine"
+            metavar="TOKENS",
+            help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
+            " PyTorch's kernels, 0 for none; by default over 2048",
         ),
-    ] = False,
+    ] = None,
     *,
     sizes: ProfileOptions,
     exporter: ExporterOptions,
@@ -255,7 +256,7 @@ def build(
             compute_capability=capability,
             version_compatible=version_compatible,
             norm_plugins=norm_plugins,
-            split_attention=split_attention and name == "unet",
+            split_attention=split_attention if name == "unet" else None,
             force=exporter.force,
         )
         for name, fitting in _components(resolved, exporter, backend.precision or default_precision(chosen), console)

@@ -9,7 +9,7 @@ from sdtrt.models import Model
 from sdtrt.parts import part_of
 from sdtrt.specs import ExportSpec
 
-FORMAT = 4  # of exports: raise it when `export` writes something else for the same request
+FORMAT = 5  # of exports: raise it when `export` writes something else for the same request
 
 
 def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> dict[str, Any]:

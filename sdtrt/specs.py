@@ -282,8 +282,8 @@ class BuildSpec:
         compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
         norm_plugins: let TensorRT 8.6 normalise by its plugin (see `build.group_norm`); later versions don't need it.
-        split_attention: on TensorRT 8.6, for one fixed size: leave the UNet's large self-attentions to PyTorch's
-            kernels (see `build.splitting`).
+        split_attention: from how many tokens on the UNet's self-attentions are left to PyTorch's kernels (see
+            `build.splitting`), 0 for none; None for what gains (`trt_api.split_tokens`).
         force: build again even if the engine directory has it.
     """
 
@@ -295,7 +295,7 @@ class BuildSpec:
     compute_capability: tuple[int, int] | None = None
     version_compatible: bool = False
     norm_plugins: bool = True
-    split_attention: bool = False
+    split_attention: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -315,7 +315,7 @@ class BuildSpec:
             )
         check_precision(self.backend, self.export.precision)
         limited = self.optimization_level is not None or self.workspace_bytes is not None
-        changed = self.version_compatible or not self.norm_plugins or self.split_attention
+        changed = self.version_compatible or not self.norm_plugins or bool(self.split_attention)
         if self.backend == "onnxruntime" and (limited or changed):
             raise UsageError(
                 "ONNX Runtime engines have no optimization level, workspace, version compatibility, plugins or pieces",
@@ -323,22 +323,34 @@ class BuildSpec:
             )
         if self.backend != "onnxruntime" and not self.profiles:
             raise UsageError(f"{self.backend} engines need a profile", hint="use --height 512 --width 512")
-        if self.split_attention:
-            self._check_split()
-
-    def _check_split(self) -> None:
-        """Refuse to leave attention to PyTorch where that is not made for."""
-        fits = (self.backend, self.export.component, self.export.precision) == ("tensorrt", "unet", "fp16")
-        if not fits or self.version_compatible:
+        if self.split_attention is not None and self.split_attention < 0:
+            raise UsageError(
+                f"self-attention has no {self.split_attention} tokens", hint="use --split-attention 2048, or 0 for none"
+            )
+        if self.split_attention and not self._is_splittable_unet:
             raise UsageError(
                 "only TensorRT UNets in fp16 that need not be version-compatible leave attention to PyTorch",
                 hint="leave --split-attention out",
             )
-        if [profile.minimum == profile.maximum for profile in self.profiles] != [True]:
+        if self.split_attention and not self._is_of_one_size:
             raise UsageError(
                 "an engine that leaves attention to PyTorch is for one fixed size",
                 hint="use --batch 2 --height 512 --width 512, or leave --split-attention out",
             )
+
+    @property
+    def can_split(self) -> bool:
+        """Whether attention can be left to PyTorch at all."""
+        return self._is_splittable_unet and self._is_of_one_size
+
+    @property
+    def _is_splittable_unet(self) -> bool:
+        kind = (self.backend, self.export.component, self.export.precision)
+        return kind == ("tensorrt", "unet", "fp16") and not self.version_compatible
+
+    @property
+    def _is_of_one_size(self) -> bool:
+        return [profile.minimum == profile.maximum for profile in self.profiles] == [True]
 
 
 @dataclass(frozen=True)

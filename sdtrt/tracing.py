@@ -36,6 +36,9 @@ ALWAYS_FORWARD_SIZES = 40
 # 1.7 times the time. Near the output it counts most, for no later layer averages the error away; the more so, the
 # larger a model's activations are. What each number gains and costs is in `benchmarks/fidelity.md`.
 WIDE_LAYERS = 2
+# Convolutions of at most so many channels are all in fp32: they are over before the GPU has the next one. Stable
+# Diffusion's begin at 320 channels; a small model averages less away, and needs it.
+NARROW_CHANNELS = 256
 # What the causal mask adds to the attention of tokens that lie ahead: as good as minus infinity to a softmax, and every
 # precision has it.
 MASKED = -1e4
@@ -216,9 +219,10 @@ def traceable(module: torch.nn.Module, *, wide_layers: int = WIDE_LAYERS) -> Ite
 def wide_convolutions(unet: torch.nn.Module, layers: int = WIDE_LAYERS) -> dict[str, torch.nn.Conv2d]:
     """Name → module of the convolutions of an fp16 UNet that compute in fp32 in its export; none of another module.
 
-    The first and the last, those of the last `layers` layers on the way up, and on the way down those whose error
-    reaches them through the most skip connections: downsamplers, and the first layer of each block. Upsamplers are left
-    out: in the time of one, several others can be in fp32, which gain more.
+    All that are so narrow that it takes no longer: a small UNet's. Of a larger one the first and the last, those of
+    the last `layers` layers on the way up, and on the way down those whose error reaches them through the most skip
+    connections: downsamplers, and the first layer of each block. Upsamplers are left out: in the time of one,
+    several others can be in fp32, which gain more.
     """
     if not isinstance(unet, UNet2DConditionModel) or layers == 0:
         return {}
@@ -226,7 +230,8 @@ def wide_convolutions(unet: torch.nn.Module, layers: int = WIDE_LAYERS) -> dict[
     return {
         name: module
         for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Conv2d) and module.weight.dtype == torch.float16 and name.startswith(wide)
+        if isinstance(module, torch.nn.Conv2d) and module.weight.dtype == torch.float16
+        if name.startswith(wide) or max(module.in_channels, module.out_channels) <= NARROW_CHANNELS
     }
 
 

@@ -511,6 +511,25 @@ def _default_level(library: Library) -> int | None:
     return 1 if library.has("weak typing") else None
 
 
+# From how many tokens on an attention is worth a cut: 64x64 latents have 4096, and 1024 at the next resolution, where
+# TensorRT 8.6's kernel takes a tenth of the time and its sums in fp16 lose little (`benchmarks/fidelity.md`).
+SPLIT_TOKENS = 2048
+
+
+def split_tokens(spec: BuildSpec) -> int:
+    """From how many tokens on an engine leaves self-attentions to PyTorch; 0 for none.
+
+    Unless the build says so itself, that is on 8.6 only, where the engine is for one fixed size: its own kernel is slow
+    on newer GPUs, and adds up in fp16. Later versions have better ones.
+
+    Raises:
+        EngineError: where that depends on the version, and TensorRT is not there.
+    """
+    if spec.split_attention is not None or not spec.can_split:
+        return spec.split_attention or 0
+    return SPLIT_TOKENS if open_library(spec.backend).has("weak typing") else 0
+
+
 def _make_version_compatible(library: Library, config: Any) -> None:
     """Ask for a plan that later versions can load."""
     trt = library.module

@@ -296,8 +296,9 @@ def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
 
 
 @pytest.mark.parametrize(("layers", "down"), [(1, []), (tracing.WIDE_LAYERS, [(0, 0)]), (5, [(0, 0), (1, 0)])])
-def test_which_convolutions_compute_in_fp32(layers, down):
+def test_which_convolutions_compute_in_fp32(layers, down, monkeypatch):
     """Of a UNet with Stable Diffusion 1's blocks of two layers on the way down and three on the way up."""
+    monkeypatch.setattr(tracing, "NARROW_CHANNELS", 0)
     unet = factories.small_unet("sd1", layers_per_block=2).half()
     names = {re.sub(r"\.(conv|proj)[^.]*$", "", name) for name in tracing.wide_convolutions(unet, layers)}
     last = len(unet.up_blocks) - 1
@@ -312,7 +313,17 @@ def test_which_convolutions_compute_in_fp32(layers, down):
     assert not tracing.wide_convolutions(unet, 0)
 
 
-def test_more_or_no_layers_in_fp32(tmp_path, exported):
+def test_narrow_convolutions_all_compute_in_fp32():
+    unet = factories.small_unet("sd1", **factories.SMALL | {"block_out_channels": (64, 320), "layers_per_block": 1}).half()
+    wide = tracing.wide_convolutions(unet, 1)
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and max(module.in_channels, module.out_channels) < 320:
+            assert name in wide
+    assert not any("mid_block" in name for name in wide)
+
+
+def test_more_or_no_layers_in_fp32(tmp_path, exported, monkeypatch):
+    monkeypatch.setattr(tracing, "NARROW_CHANNELS", 0)
     made = exported("sd1")
     counts = []
     for layers in (0, 1, 5):

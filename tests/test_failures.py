@@ -179,7 +179,7 @@ MAKERS = {
     "compute capability": (*BUILD, "-b", "tensorrt-rtx", "--compute-capability", "x"),
     "sizes without effect": (*BUILD, "-b", "onnxruntime", "--height", "512"),
     "options without effect": (*BUILD, "-b", "onnxruntime", "--workspace-gib", "1"),
-    "attention left to PyTorch, where that is not made for": (*BUILD, "-b", "tensorrt-rtx", "--split-attention"),
+    "attention left to PyTorch": (*BUILD, "-b", "tensorrt-rtx", "--split-attention", "2048"),
     "backend without engines": (*BUILD, "-b", "torch"),
     "export's name": ("export", *MODEL, "--component", "unet", "-o", "unet.txt"),
     "export of several parts": ("export", *MODEL, "-o", "unet.onnx"),

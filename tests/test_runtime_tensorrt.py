@@ -227,7 +227,7 @@ def test_a_list_of_pieces_that_makes_no_engine_is_refused(change, cuda, split_pl
 def test_numpy_has_no_attention_to_run_between_pieces(split_plan):
     with pytest.raises(EngineError, match="leaves large self-attentions to PyTorch") as caught:
         PyCudaSession(split_plan, CONTRACT)
-    assert "--no-split-attention" in caught.value.hint
+    assert "--split-attention 0" in caught.value.hint
 
 
 @pytest.mark.parametrize("runs", [1, 2, 4])

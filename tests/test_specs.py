@@ -150,11 +150,12 @@ def test_strength_does_not_matter_without_an_init_image():
         {"backend": "tensorrt", "profiles": (STATIC,), "compute_capability": (8, 9)},
         {"backend": "onnxruntime", "optimization_level": 3},
         {"backend": "onnxruntime", "norm_plugins": False},
-        {"backend": "onnxruntime", "split_attention": True},
-        {"backend": "tensorrt-rtx", "profiles": (STATIC,), "split_attention": True},
-        {"backend": "tensorrt", "profiles": (STATIC, STATIC), "split_attention": True},
-        {"backend": "tensorrt", "profiles": (DYNAMIC,), "split_attention": True},
-        {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": True, "version_compatible": True},
+        {"backend": "onnxruntime", "split_attention": 2048},
+        {"backend": "tensorrt-rtx", "profiles": (STATIC,), "split_attention": 2048},
+        {"backend": "tensorrt", "profiles": (STATIC, STATIC), "split_attention": 2048},
+        {"backend": "tensorrt", "profiles": (DYNAMIC,), "split_attention": 2048},
+        {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": 2048, "version_compatible": True},
+        {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": -1},
     ],
 )
 def test_build_refuses(wrong):

@@ -1,19 +1,15 @@
 """Cutting a UNet at its self-attentions (`build.splitting`), and the pieces with PyTorch's between them."""
 
 import json
-import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from factories import SMALL, small_unet
 from onnx import numpy_helper
-from test_benchmarks import run
 
 from sdtrt import onnx_graph, trt_api
 from sdtrt.build import group_norm, splitting
@@ -21,15 +17,14 @@ from sdtrt.build import tensorrt as build
 from sdtrt.build.splitting import FLOATS, Facts, check, choose, find_attentions, freeze, split
 from sdtrt.components import unet_contract
 from sdtrt.console import QUIET
+from sdtrt.errors import BuildError
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.pieces import list_file, read_pieces, write_pieces
+from sdtrt.runtime.tensorrt import attend
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from segments import OnnxRuntimeSegments, read_segments, write_segments
 
 SIZES = Sizes(2, 64, 96)
 OTHER = Sizes(1, 128, 64, tokens=154)
@@ -60,39 +55,53 @@ def exported(tmp_path_factory):
     return export
 
 
-def difference(source, folder, contract, sizes):
-    """How far the pieces in a folder are from the whole model, as relative L2 error."""
+def cut_up(source, folder, contract, tokens):
+    """What a build makes pieces of, at `SIZES`: attentions over so many tokens and more are PyTorch's."""
+    spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(SIZES),))
+    object.__setattr__(spec, "split_attention", tokens)  # which is refused for fp32
+    return build._sources(build.Request(source, folder, contract, spec, None, False), folder, [].append)
+
+
+def difference(source, pieces, contract, sizes):
+    """How far pieces, with PyTorch's attention between them, are from the whole model, as relative L2 error."""
     feeds = seeded_feeds(contract, sizes)
-    with OnnxRuntimeSession(source, contract, optimized=False) as session, ExitStack() as stack:
+    with OnnxRuntimeSession(source, contract, optimized=False) as session:
         expected = session.run(feeds)["out_sample"]
-        found = OnnxRuntimeSegments(read_segments(folder), "flash", stack).run(feeds)
-    return relative_l2(found.float().numpy(), expected.float().numpy())
+    tensors = dict(feeds)
+    for one in pieces:
+        with OnnxRuntimeSession(one.onnx, one.piece.contract, optimized=False) as session:
+            tensors |= session.run({name: tensors[name] for name in one.piece.inputs})
+        tensors |= {attention.result: attend(attention, tensors) for attention in one.piece.attentions}
+    return relative_l2(tensors["out_sample"].float().numpy(), expected.float().numpy())
 
 
-@pytest.mark.parametrize(("name", "joined"), [("sd1", False), ("sd2-upcast", True), ("sdxl", True)])
-def test_pieces_are_the_whole_model_in_fp16(exported, tmp_path, name, joined):
+@pytest.mark.parametrize(("name", "count"), [("sd1", 3 + 1 + 6), ("sd2-upcast", 10), ("sdxl", 1 + 2 + 2 + 4 + 2)])
+def test_pieces_are_the_whole_model_in_fp16(exported, tmp_path, name, count):
     source, contract = exported(name, "fp16")
-    write_segments(source, tmp_path, contract, SIZES, 0, "joined" if joined else "separate")
-    attentions = [one for segment in read_segments(tmp_path) for one in segment.attentions]
-    assert len(attentions) == {"sd1": 3 + 1 + 6, "sd2-upcast": 3 + 1 + 6, "sdxl": 1 + 2 + 2 + 4 + 2}[name]
-    assert {len(one.sources) for one in attentions} == {1 if joined else 3}
-    assert difference(source, tmp_path, contract, SIZES) < 1e-2
+    pieces = cut_up(source, tmp_path, contract, 1)
+    attentions = [one for source in pieces for one in source.piece.attentions]
+    assert len(attentions) == count
+    assert {len(one.sources) for one in attentions} == {1}  # queries, keys and values by one product
+    assert difference(source, pieces, contract, SIZES) < 1e-2
 
 
 def test_pieces_are_the_whole_model_exactly_in_fp32(exported, tmp_path):
     source, contract = exported("small", "fp32")
-    write_segments(source, tmp_path, contract, SIZES, None, "separate")
-    assert len(read_segments(tmp_path)) == 1 + 3
-    assert difference(source, tmp_path, contract, SIZES) < 1e-5
+    pieces = cut_up(source, tmp_path, contract, 90)
+    assert len(pieces) == 1 + 3
+    assert difference(source, pieces, contract, SIZES) < 1e-5
 
 
 def test_pieces_of_a_dynamic_model_serve_other_sizes(exported, tmp_path, monkeypatch):
     """Arithmetic on shapes is repeated in each piece, from the tensors that it starts from."""
     source, contract = exported("small", "fp32")
-    monkeypatch.setattr("segments.freeze", lambda *_: None)
-    write_segments(source, tmp_path, contract, SIZES, 0, "joined")
+    for name in ("freeze", "check_fixed"):
+        monkeypatch.setattr(splitting, name, lambda *_: None)
+    monkeypatch.setattr(splitting, "choose", lambda found, _: found)
+    pieces = cut_up(source, tmp_path, contract, 1)
+    assert len(pieces) > 1
     for sizes in (SIZES, OTHER):
-        assert difference(source, tmp_path, contract, sizes) < 1e-5
+        assert difference(source, pieces, contract, sizes) < 1e-5
 
 
 def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(exported, tmp_path):
@@ -116,17 +125,11 @@ def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(expor
 
 def test_norm_plugins_and_fp32_nodes_are_found_in_pieces_as_in_the_whole(exported, tmp_path):
     source, contract = exported("plugin", "fp16")
-    found = {}
-    for name in ("whole", "joined"):
-        write_segments(source, tmp_path / name, contract, SIZES, 0, name)
-        files = [segment.onnx for segment in read_segments(tmp_path / name)]
-        norms = sum(group_norm.use_plugin(*onnx_graph.load_split(file)) for file in files)
-        wide = sorted(node for file in files for node in onnx_graph.float32_nodes(file))
-        found[name] = norms, wide
-    assert found["whole"] == found["joined"]
-    norms, wide = found["whole"]
+    files = [one.onnx for one in cut_up(source, tmp_path, contract, 1)]
+    assert len(files) > 1
+    norms = sum(group_norm.use_plugin(*onnx_graph.load_split(file)) for file in files)
     assert norms == group_norm.use_plugin(*onnx_graph.load_split(source)) > 10
-    assert set(wide) == onnx_graph.float32_nodes(source)
+    assert {node for file in files for node in onnx_graph.float32_nodes(file)} == onnx_graph.float32_nodes(source)
 
 
 def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
@@ -138,7 +141,7 @@ def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
     assert len(found) == 10
     assert all("attn1" in one.result for one in found)
     assert {(one.tokens, one.heads, one.width) for one in found} == {(96, 2, 16), (24, 2, 16), (6, 2, 32), (2, 2, 32)}
-    assert [one.tokens for one in choose(found, None)] == [96] * 3
+    assert [one.tokens for one in choose(found, 25)] == [96] * 3
     assert [one.tokens for one in choose(found, 20)] == [96, 24, 24, 24, 96, 96]
     assert {one.scale for one in found} == {16**-0.5, 32**-0.5}
 
@@ -171,11 +174,10 @@ def test_attention_over_windows_of_the_tokens_is_left_alone(exported):
 
 
 @pytest.fixture
-def cut(exported, tmp_path, monkeypatch):
-    """What the build makes pieces of: graphs and the list that an engine has of them."""
-    monkeypatch.setattr(splitting, "MIN_TOKENS", 90)
+def cut(exported, tmp_path):
+    """A request for an engine in pieces."""
     source, contract = exported("small", "fp16")
-    spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(SIZES),), split_attention=True)
+    spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(SIZES),), split_attention=90)
     return build.Request(source, tmp_path, contract, spec, None, False)
 
 
@@ -189,12 +191,42 @@ def test_the_build_lists_its_pieces(cut, tmp_path):
     assert json.loads(list_file(cut.plan).read_text())[0]["attentions"][0]["tokens"] == 96
 
 
-def test_an_engine_without_large_attentions_is_one_plan_and_says_so(cut, tmp_path, monkeypatch):
-    monkeypatch.setattr(splitting, "MIN_TOKENS", 97)
+def test_an_engine_without_large_attentions_is_one_plan_and_says_so_where_others_were_asked_for(cut, tmp_path):
     said = []
-    (source,) = build._sources(cut, tmp_path, said.append)
+    (source,) = build._sources(replace(cut, spec=replace(cut.spec, split_attention=97)), tmp_path, said.append)
     assert source.onnx == cut.onnx
     assert said == [{"warn": "no self-attention is of 97 tokens or more: none is left to PyTorch"}]
+    assert len(build._sources(replace(cut, spec=replace(cut.spec, split_attention=0)), tmp_path, said.append)) == 1
+    assert len(said) == 1
+
+
+def weakly_typed(monkeypatch, answer):
+    library = SimpleNamespace(has=lambda feature: feature == "weak typing" and answer)
+    monkeypatch.setattr(trt_api, "open_library", lambda _: library)
+
+
+@pytest.mark.parametrize(("is_8", "tokens"), [(True, trt_api.SPLIT_TOKENS), (False, 0)])
+def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, monkeypatch, is_8, tokens):
+    weakly_typed(monkeypatch, is_8)
+    default = replace(cut.spec, split_attention=None)
+    assert trt_api.split_tokens(default) == tokens
+    assert trt_api.split_tokens(replace(default, version_compatible=True)) == 0
+    assert trt_api.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
+    assert trt_api.split_tokens(replace(default, split_attention=0)) == 0
+    assert trt_api.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
+
+
+def test_what_can_not_be_cut_is_whole_by_default_and_refused_where_it_was_asked_for(cut, tmp_path, monkeypatch):
+    weakly_typed(monkeypatch, True)
+    monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 90)
+    monkeypatch.setattr(splitting, "CHECK_TOLERANCE", 0.0)
+    with pytest.raises(BuildError, match="is not what the graph computes") as caught:
+        build._sources(cut, tmp_path, [].append)
+    assert "--split-attention 0" in caught.value.hint
+    said = []
+    (source,) = build._sources(replace(cut, spec=replace(cut.spec, split_attention=None)), tmp_path, said.append)
+    assert source.onnx == cut.onnx
+    assert "attention is left to TensorRT, which is slower here" in said[0]["warn"]
 
 
 @pytest.mark.slow
@@ -202,7 +234,7 @@ def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_p
     """As TensorRT 8.6 would be asked to, with the real builder of TensorRT for RTX, as that needs no GPU."""
     pytest.importorskip("tensorrt_rtx")
     rtx = BuildSpec(ExportSpec(), "tensorrt-rtx", (Profile.of(SIZES),), compute_capability=(8, 9))
-    object.__setattr__(rtx, "split_attention", True)  # which is refused, as it gains nothing there
+    object.__setattr__(rtx, "split_attention", 90)  # which is refused, as it gains nothing there
     request = replace(cut, spec=rtx)
     found = build._build(trt_api.open_library("tensorrt-rtx"), request, [].append)
     pieces = read_pieces(request.plan, request.contract)
@@ -223,19 +255,3 @@ def test_tensorrt_takes_every_piece(cut, tmp_path):
         found = build.build_plan(source.onnx, folder, source.piece.contract, rtx, timing_cache=None, console=QUIET)
         assert found["plan_bytes"] > 0
         assert found["precision"]["layers"]["fp16"] > 0
-
-
-@pytest.mark.slow
-def test_the_benchmark_on_a_cpu(tmp_path):
-    report, folder = tmp_path / "report.json", tmp_path / "folder"
-    common = ("--model", "tiny", "--backend", "onnxruntime", "--height", "64", "--width", "64", "--folder", folder)
-    run("segments.py", *common, "--build-only")
-    assert not report.exists()
-    run("segments.py", *common, "--repeats", "1", "--attention-alone", "no", "--output", report)
-    found = json.loads(report.read_text())
-    whole, separate, joined = found["rows"]
-    assert [row["variant"] for row in found["rows"]] == ["whole", "separate", "joined"]
-    assert len(found["pieces"]["whole"]) == 1 < len(found["pieces"]["separate"])
-    assert max(separate["relative_l2_to_whole"] + joined["relative_l2_to_whole"]) < 1e-2
-    assert 0 < whole["worst_ratio_to_pytorch_fp16"] < 3
-    assert torch.tensor([row["step_ms"] for row in found["rows"]]).min() > 0

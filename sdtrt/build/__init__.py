@@ -70,10 +70,20 @@ def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dic
             "workspace_bytes": spec.workspace_bytes,
             "version_compatible": spec.version_compatible,
             "norm_plugins": spec.norm_plugins,
-            **({"split_attention": True} if spec.split_attention else {}),
+            **_pieces(spec),
         },
         "export": export_key(model, spec.export, directory),
     }
+
+
+def _pieces(spec: BuildSpec) -> dict[str, int]:
+    """The part of a key that engines have which leave attention to PyTorch."""
+    if spec.backend == "onnxruntime":
+        return {}
+    from sdtrt import trt_api
+
+    tokens = trt_api.split_tokens(spec)
+    return {"split_attention": tokens} if tokens else {}
 
 
 def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:

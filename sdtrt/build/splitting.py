@@ -23,9 +23,6 @@ from sdtrt.components import TensorSpec
 from sdtrt.onnx_graph import ELEM_TYPES, Weights
 from sdtrt.runtime.pieces import Attention
 
-# From how many tokens on an attention is worth a cut: 64x64 latents have 4096, and 1024 at the next resolution, where
-# TensorRT 8.6's kernel takes a tenth of the time and its sums in fp16 lose little (`benchmarks/fidelity.md`).
-MIN_TOKENS = 2048
 MARK = "Attention"  # what stands for an attention in a graph that is being cut
 MARK_DOMAIN = "sdtrt.cut"
 BY_HEADS, TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)  # [B,S,heads,D] → [B,heads,S,D], [B,heads,D,S]
@@ -284,7 +281,7 @@ def _reference(attention: Attention, given: Sequence[Array]) -> Array:
     return np.asarray(states.swapaxes(1, 2).reshape(given[0].shape))
 
 
-def join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, attention: Attention) -> Attention:
+def _join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, attention: Attention) -> Attention:
     """Make queries, keys and values by one product, as one tensor [B,S,3C]; as it was, where they have biases."""
     nodes = [facts.makers[source] for source in attention.sources]
     if any(node.op_type != "MatMul" or node.input[1] not in weights for node in nodes):
@@ -303,21 +300,17 @@ def join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, att
     return replace(attention, sources=(output,))
 
 
-def choose(attentions: Sequence[Attention], min_tokens: int | None) -> list[Attention]:
-    """Those of at least so many tokens; of the most that there are, where `min_tokens` is None."""
-    wanted = max((one.tokens or 0 for one in attentions), default=0) if min_tokens is None else min_tokens
-    return [one for one in attentions if (one.tokens or 0) >= wanted]
+def choose(attentions: Sequence[Attention], min_tokens: int) -> list[Attention]:
+    """Those of at least so many tokens."""
+    return [one for one in attentions if (one.tokens or 0) >= min_tokens]
 
 
-def split(
-    model: onnx.ModelProto, weights: Weights, facts: Facts, attentions: Sequence[Attention], *, joined: bool = False
-) -> tuple[Part, ...]:
-    """Cut a graph at attentions of it.
+def split(model: onnx.ModelProto, weights: Weights, facts: Facts, attentions: Sequence[Attention]) -> tuple[Part, ...]:
+    """Cut a graph at attentions of it, whose queries, keys and values become one product where that can be.
 
     Args:
         model, weights: an exported graph; both are changed, and of no use afterwards.
         facts: of that graph.
-        joined: queries, keys and values as one tensor.
 
     Raises:
         ValueError: where an attention is not what its nodes compute, or what it gives is what the model gives.
@@ -328,8 +321,7 @@ def split(
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     for attention in attentions:
         check(facts, attention, opset)
-    if joined:
-        attentions = [join_projections(model, weights, facts, attention) for attention in attentions]
+    attentions = [_join_projections(model, weights, facts, attention) for attention in attentions]
     for attention in attentions:
         mark = onnx.helper.make_node(MARK, attention.sources, [attention.result], domain=MARK_DOMAIN)
         facts.makers[attention.result].CopyFrom(mark)

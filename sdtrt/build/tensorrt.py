@@ -106,7 +106,7 @@ def build_plan(
 ) -> dict[str, Any]:
     """Build a plan into `folder/engine.plan`, TensorRT's messages into `folder/build.log`, and check the plan.
 
-    With `split_attention` these are several (`runtime.pieces`).
+    Where attention is left to PyTorch these are several (`runtime.pieces`).
 
     Args:
         onnx_path: the exported ONNX model; external data lies beside it.
@@ -299,20 +299,25 @@ class _Source:
 def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, ...]:
     """What to build: the exported model, or its parts between attentions that are PyTorch's, written to a folder."""
     whole = (_Source(request.onnx, Piece(request.plan, request.contract)),)
-    if not request.spec.split_attention:
+    tokens, asked = trt_api.split_tokens(request.spec), bool(request.spec.split_attention)
+    if not tokens:
         return whole
     model, weights = onnx_graph.load_split(request.onnx)
     splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
     facts = splitting.Facts(model, weights)
-    attentions = splitting.choose(splitting.find_attentions(facts), splitting.MIN_TOKENS)
+    attentions = splitting.choose(splitting.find_attentions(facts), tokens)
     if not attentions:
-        report({"warn": f"no self-attention is of {splitting.MIN_TOKENS} tokens or more: none is left to PyTorch"})
+        if asked:
+            report({"warn": f"no self-attention is of {tokens} tokens or more: none is left to PyTorch"})
         return whole
     try:
         parts = list(splitting.split(model, weights, facts, attentions))
         splitting.check_fixed(parts)
     except ValueError as error:
-        raise BuildError(str(error), hint="leave attention to TensorRT: --no-split-attention") from error
+        if asked:
+            raise BuildError(str(error), hint="leave attention to TensorRT: --split-attention 0") from error
+        report({"warn": f"attention is left to TensorRT, which is slower here: {error}"})
+        return whole
     found: list[_Source] = []
     while parts:  # one at a time: saving a part copies its weights
         part, number = parts.pop(0), len(found)

@@ -160,7 +160,7 @@ def _check_whole(plan: Path) -> None:
     if list_file(plan).exists():
         raise EngineError(
             f"{plan} leaves large self-attentions to PyTorch",
-            hint="build an engine that does not: sdtrt build --backend tensorrt --no-split-attention",
+            hint="build an engine that does not: sdtrt build --backend tensorrt --split-attention 0",
         )
 
 

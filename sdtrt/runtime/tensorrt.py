@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrt import trt_api
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
@@ -26,6 +27,18 @@ from sdtrt.trt_api import Library, Shape
 
 MAX_GRAPHS = 4  # shapes kept as CUDA graphs; each costs an execution context and its outputs
 Key = tuple[tuple[str, Shape], ...]
+
+# PyTorch's kernels for attention between pieces, the fastest first (`benchmarks/attention-h200.json`); each serves
+# where those before it don't.
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+# PyTorch's choice of kernels is the process's: threads change it one after the other, or they would restore wrong ones.
+_CHOOSING = threading.Lock()
 
 # While one thread captures, no other may: PyTorch's allocator serves one capture at a time.
 _CAPTURING = threading.Lock()
@@ -301,7 +314,8 @@ def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.T
     given = [tensors[name] for name in attention.sources]
     parts = given if len(given) == 3 else given[0].chunk(3, dim=-1)
     query, key, value = (part.view(*part.shape[:2], attention.heads, attention.width).transpose(1, 2) for part in parts)
-    with torch.autocast(query.device.type, enabled=False):  # a caller's would give another dtype than the plan reads
+    # A caller's autocast would give another dtype than the plan reads.
+    with torch.autocast(query.device.type, enabled=False), _CHOOSING, sdpa_kernel(KERNELS, set_priority=True):
         states = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
     return states.transpose(1, 2).flatten(2).contiguous()  # a view, where the kernel writes in its inputs' layout
 
