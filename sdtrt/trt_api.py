@@ -466,12 +466,14 @@ def configure(
     spec: BuildSpec,
     profiles: Sequence[Mapping[str, ShapeRange]],
     fp32_nodes: Collection[str] = (),
+    fp16_nodes: Collection[str] = (),
 ) -> Any:
     """The builder's configuration for a build.
 
     Args:
         profiles: input name → range, one mapping a profile.
         fp32_nodes: the ONNX nodes that compute in fp32; a weakly typed fp16 network must be told.
+        fp16_nodes: those that take and give fp16, where such a network would be free to choose fp32.
 
     Raises:
         BuildError: for what this version can't do.
@@ -496,7 +498,7 @@ def configure(
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if library.has("named compute capability"):
         _set_compute_capability(library, config, spec.compute_capability)
-    _set_precision(draft, config, spec.export.precision, fp32_nodes)
+    _set_precision(draft, config, spec.export.precision, fp32_nodes, fp16_nodes)
     for shapes in profiles:
         _add_profile(builder, config, shapes)
     return config
@@ -556,7 +558,9 @@ def _set_compute_capability(library: Library, config: Any, wanted: tuple[int, in
     config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
 
-def _set_precision(draft: Draft, config: Any, precision: Precision, fp32_nodes: Collection[str]) -> None:
+def _set_precision(
+    draft: Draft, config: Any, precision: Precision, fp32_nodes: Collection[str], fp16_nodes: Collection[str]
+) -> None:
     """Let the engine compute in `precision`. With strong typing the ONNX's own types already say so."""
     library = draft.library
     if precision == "bf16" and not library.has("bfloat16"):
@@ -569,6 +573,10 @@ def _set_precision(draft: Draft, config: Any, precision: Precision, fp32_nodes: 
     for layer in fp32_layers(draft, fp32_nodes):
         layer.precision = trt.DataType.FLOAT
         layer.set_output_type(0, trt.DataType.FLOAT)
+    for layer in (draft.network.get_layer(index) for index in range(draft.network.num_layers)):
+        if layer.name in fp16_nodes:
+            layer.precision = trt.DataType.HALF
+            layer.set_output_type(0, trt.DataType.HALF)
 
 
 # Layers that compute. Others move, store or convert numbers, and tell nothing about precision.

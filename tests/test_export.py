@@ -314,7 +314,9 @@ def test_which_convolutions_compute_in_fp32(layers, down, monkeypatch):
 
 
 def test_narrow_convolutions_all_compute_in_fp32():
-    unet = factories.small_unet("sd1", **factories.SMALL | {"block_out_channels": (64, 320), "layers_per_block": 1}).half()
+    unet = factories.small_unet(
+        "sd1", **factories.SMALL | {"block_out_channels": (64, 320), "layers_per_block": 1}
+    ).half()
     wide = tracing.wide_convolutions(unet, 1)
     for name, module in unet.named_modules():
         if isinstance(module, torch.nn.Conv2d) and max(module.in_channels, module.out_channels) < 320:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -125,6 +126,20 @@ def test_the_norms_of_a_unet_are_replaced_and_nothing_else(wide_onnx):
     scales = {name: value for name, value in tensors.items() if re.fullmatch(r"group_norm\.\d+\.scale", name)}
     wanted = {tuple(norm.weight.float().tolist()) for norm in norms.values()}
     assert {tuple(values.tolist()) for values in scales.values()} == wanted
+
+
+def test_the_ends_of_a_vaes_norms_are_named(tmp_path):
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, **kinds).half()
+    model, weights = exported(vae.decoder, tmp_path / "decoder.onnx", 4)
+    made = {name: node for node in model.graph.node for name in node.output}
+    found = group_norm.ends(model, weights)
+    ends = [node for node in model.graph.node if node.name in found]
+    norms = sum(isinstance(part, nn.GroupNorm) for part in vae.decoder.modules())
+    starts = [node for node in ends if node.op_type == "Reshape"]
+    assert len(starts) == len(ends) / 2 == norms
+    assert {made[node.input[0]].op_type for node in starts} <= {"Conv", "Add", "Reshape"}
+    assert {node.op_type for node in ends} == {"Reshape", "Mul", "Add"}  # with SiLU, and before attention without
 
 
 def test_widths_that_the_plugin_does_not_serve_stay_as_they_are(tmp_path):

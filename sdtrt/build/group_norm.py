@@ -41,9 +41,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class _Norm:
-    """One group normalisation of a graph: what it takes, and the node whose output the plugin's is to be."""
+    """One group normalisation of a graph: what it takes, and the nodes that it begins and ends with."""
 
     source: str
+    first: onnx.NodeProto
     last: onnx.NodeProto
     scale: Array
     shift: Array
@@ -64,7 +65,8 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
         model: an export's graph, changed in place; no ONNX operator set knows the new nodes.
         weights: the graph's; scales and shifts come in as fp32, which the plugin asks for.
     """
-    norms = _find(model.graph, _constants(model.graph, weights))
+    found = _find(model.graph, _constants(model.graph, weights))
+    norms = [norm for norm in found if serves(norm.scale.size)]
     for number, norm in enumerate(norms):
         names = [f"group_norm.{number}.{kind}" for kind in ("scale", "shift")]
         for name, values in zip(names, (norm.scale, norm.shift), strict=True):
@@ -74,6 +76,12 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
         norm.last.CopyFrom(onnx.helper.make_node(OPERATOR, inputs, norm.last.output, name=norm.last.name, **attributes))
     onnx_graph.drop_unused(model.graph, weights)
     return len(norms)
+
+
+def ends(model: onnx.ModelProto, weights: Weights) -> frozenset[str]:
+    """The names of the nodes that take what a group normalisation takes, and of those that give what it gives."""
+    norms = _find(model.graph, _constants(model.graph, weights))
+    return frozenset(node.name for norm in norms for node in (norm.first, norm.last))
 
 
 def _constants(graph: onnx.GraphProto, weights: Weights) -> dict[str, Array]:
@@ -95,7 +103,7 @@ def _find(graph: onnx.GraphProto, constants: Mapping[str, Array]) -> list[_Norm]
     producers, takers = onnx_graph.makers_of(graph), onnx_graph.takers_of(graph)
     norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
     found = (_match(node, producers, takers, constants) for node in norms)
-    return [norm for norm in found if norm is not None and serves(norm.scale.size)]
+    return [norm for norm in found if norm is not None]
 
 
 def _match(
@@ -119,7 +127,7 @@ def _match(
         return None
     last, swish = _silu(chain[-1], takers)
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    return _Norm(split.input[0], last, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
+    return _Norm(split.input[0], split, last, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
 
 
 def _groups(split: onnx.NodeProto, constants: Mapping[str, Array]) -> int | None:
