@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,13 +110,22 @@ def test_runs_are_right_first_second_and_later(label, cuda, plan):
 @pytest.fixture
 def split_plan(tmp_path):
     """An engine in two pieces, with PyTorch's attention of the pixels between them."""
-    plan = tmp_path / "engine.plan"
-    pieces = trt_fakes.two_pieces(plan)
-    write_pieces(plan, pieces)
-    for kind, piece in zip(("before", "after"), pieces, strict=True):
+    return written(trt_fakes.two_pieces(tmp_path / "engine.plan"), ("before", "after"))
+
+
+@pytest.fixture
+def text_plan(tmp_path):
+    """The same, with a piece before them that takes the text only."""
+    return written(trt_fakes.three_pieces(tmp_path / "engine.plan"), ("text", "before", "last"))
+
+
+def written(pieces, kinds):
+    """The plans of an engine's pieces, and their list; returns the first."""
+    write_pieces(pieces[0].plan, pieces)
+    for kind, piece in zip(kinds, pieces, strict=True):
         shapes = {spec.name: [spec.dims] * 3 for spec in piece.contract.inputs}
         write_plan(piece.plan, [shapes], kind=kind)
-    return plan
+    return pieces[0].plan
 
 
 def with_attention(given):
@@ -127,7 +137,8 @@ def with_attention(given):
     return wanted(given) + attended.numpy()
 
 
-def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, split_plan, monkeypatch):
+@pytest.fixture
+def captured_attention(monkeypatch):
     """PyTorch's kernels are captured with the pieces: here a fake graph notes them down as it does TensorRT's."""
 
     def noted(attention, tensors, real=session_module.attend):
@@ -137,6 +148,52 @@ def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, 
         return out
 
     monkeypatch.setattr(session_module, "attend", noted)
+
+
+@pytest.fixture
+def text_runs(monkeypatch):
+    """The text that the piece for it is run on, each time."""
+    runs, kind = [], trt_fakes.KINDS["text"]
+
+    def compute(encoder_hidden_states):
+        runs.append(encoder_hidden_states.copy())
+        return kind.compute(encoder_hidden_states)
+
+    monkeypatch.setitem(trt_fakes.KINDS, "text", replace(kind, compute=compute))
+    return runs
+
+
+def test_what_is_made_of_the_text_alone_is_made_once_for_each_text(cuda, text_plan, captured_attention, text_runs):
+    first, other = feeds(seed=0), feeds(seed=9)
+    with session_on(text_plan) as session:
+        for turn in range(8):  # from the stream, while captured, and from the graph; the text changes in the midst
+            text = (first if turn < 5 else other)["encoder_hidden_states"]
+            step = feeds(seed=turn) | {"encoder_hidden_states": text}
+            found = session.run(step)["out_sample"]
+            np.testing.assert_allclose(found.float(), with_attention(step), rtol=2e-3, atol=1e-2)
+        assert session.graph_count == 1
+        assert [len(told["Layers"]) for told in session.information()] == [1, 1, 1]
+    assert len(text_runs) == 2
+    for given, run in zip((first, other), text_runs, strict=True):
+        np.testing.assert_array_equal(run, given["encoder_hidden_states"])
+
+
+def test_what_was_made_of_a_text_is_made_again_after_that_failed(cuda, text_plan, captured_attention, text_runs):
+    given = feeds()
+    with session_on(text_plan) as session:
+        session.run(given)
+        session._library.module._fail = "1: [executionContext.cpp] Error Code 1: Cuda Runtime (out of memory)"
+        for _ in range(2):
+            with pytest.raises(MemoryShortage):
+                session.run(feeds(seed=1))
+        session._library.module._fail = None
+        for step in (feeds(seed=1), given, given):
+            found = session.run(step)["out_sample"]
+            np.testing.assert_allclose(found.float(), with_attention(step), rtol=2e-3, atol=1e-2)
+    assert len(text_runs) == 3
+
+
+def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, split_plan, captured_attention):
     with session_on(split_plan) as session:
         for seed in range(5):
             given = feeds(seed=seed)

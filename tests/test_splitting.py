@@ -88,7 +88,7 @@ def test_pieces_are_the_whole_model_in_fp16(exported, tmp_path, name, count):
 def test_pieces_are_the_whole_model_exactly_in_fp32(exported, tmp_path):
     source, contract = exported("small", "fp32")
     pieces = cut_up(source, tmp_path, contract, 90)
-    assert len(pieces) == 1 + 3
+    assert len(pieces) == 1 + 1 + 3
     assert difference(source, pieces, contract, SIZES) < 1e-5
 
 
@@ -183,12 +183,26 @@ def cut(exported, tmp_path):
 
 def test_the_build_lists_its_pieces(cut, tmp_path):
     sources = build._sources(cut, tmp_path, [].append)
-    assert len(sources) == 1 + 3
-    assert [source.piece.plan.name for source in sources] == ["engine.plan", *(f"engine.plan.{n}" for n in (1, 2, 3))]
+    assert len(sources) == 1 + 1 + 3
+    names = ["engine.plan", *(f"engine.plan.{n}" for n in (1, 2, 3, 4))]
+    assert [source.piece.plan.name for source in sources] == names
     pieces = [source.piece for source in sources]
     write_pieces(cut.plan, pieces)
     assert list(read_pieces(cut.plan, cut.contract)) == pieces
-    assert json.loads(list_file(cut.plan).read_text())[0]["attentions"][0]["tokens"] == 96
+    assert json.loads(list_file(cut.plan).read_text())[1]["attentions"][0]["tokens"] == 96
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2-upcast", "sdxl"])
+def test_the_first_piece_projects_the_text_for_all_cross_attentions(exported, tmp_path, name):
+    source, contract = exported(name, "fp16")
+    first, *others = (one.piece for one in cut_up(source, tmp_path, contract, 1))
+    assert first.is_of_conditioning
+    assert not any(piece.is_of_conditioning for piece in others)
+    assert first.inputs == ("encoder_hidden_states",)
+    assert not any("encoder_hidden_states" in piece.inputs for piece in others)
+    attentions = sum(name.endswith("attn2") for name, _ in small_unet(UNETS[name][0], **UNETS[name][1]).named_modules())
+    assert len(first.contract.outputs) == 2 * attentions  # keys and values
+    assert all(spec.dims[:2] == (2, 77) for spec in first.contract.outputs)
 
 
 def test_an_engine_without_large_attentions_is_one_plan_and_says_so_where_others_were_asked_for(cut, tmp_path):
@@ -238,9 +252,9 @@ def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_p
     request = replace(cut, spec=rtx)
     found = build._build(trt_api.open_library("tensorrt-rtx"), request, [].append)
     pieces = read_pieces(request.plan, request.contract)
-    assert found["pieces"] == len(pieces) == 4
+    assert found["pieces"] == len(pieces) == 5
     assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
-    wanted = {request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3)), list_file(request.plan).name}
+    wanted = {request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3, 4)), list_file(request.plan).name}
     assert {path.name for path in tmp_path.iterdir()} == wanted
 
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,6 +240,14 @@ def _of_pixels(shapes):
     return {**parts, "doubled": shapes["sample"]}
 
 
+def _text(encoder_hidden_states):
+    return {"projected": 2 * encoder_hidden_states}
+
+
+def _last(doubled, attended, timestep, projected):
+    return _after(doubled, attended, timestep, projected / 2)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an engine takes, the shapes of what it gives, and how that is computed."""
@@ -260,6 +268,10 @@ KINDS = {
     "after": Kind(
         ("doubled", "attended", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _after
     ),
+    "text": Kind(
+        ("encoder_hidden_states",), ("projected",), lambda s: {"projected": s["encoder_hidden_states"]}, _text
+    ),
+    "last": Kind(("doubled", "attended", "timestep", "projected"), ("out_sample",), _of_the_sample, _last),
 }
 
 
@@ -278,6 +290,19 @@ def two_pieces(plan: Path) -> list[Piece]:
     ]
     attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5, 256)
     return [Piece(plan, contracts[0], (attention,)), Piece(piece_file(plan, 1), contracts[1])]
+
+
+def three_pieces(plan: Path) -> list[Piece]:
+    """What an engine of the kinds `text`, `before` and `last` is listed as: the first makes of the text what it can."""
+    before, after = two_pieces(plan)
+    text = next(spec for spec in after.contract.inputs if spec.name == "encoder_hidden_states")
+    projected = replace(text, name="projected")
+    last = tuple(projected if spec == text else spec for spec in after.contract.inputs)
+    return [
+        Piece(plan, Contract("unet", "fp16", (text,), (projected,))),
+        replace(before, plan=piece_file(plan, 1)),
+        Piece(piece_file(plan, 2), replace(after.contract, inputs=last)),
+    ]
 
 
 def _specs(*shapes):

@@ -3,13 +3,14 @@
 `find_attentions` knows the form that PyTorch's exporter gives scaled dot-product attention, `check` holds what it has
 read (heads, scale) against what those nodes compute, and `split` makes a model of each piece. A piece starts from
 the model's inputs, the attentions' results and what earlier pieces have made; only floating-point tensors cross
-(TensorRT 8.6 has no int64 inputs), so arithmetic on shapes is repeated in each piece that needs it.
+(TensorRT 8.6 has no int64 inputs), so arithmetic on shapes is repeated in each piece that needs it. The first piece may
+be what cross-attention makes of the text alone: it needs to run once for a text, and not at each step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ ROUNDING = 2e-3  # what a scale in fp16, squared, may be off by
 CHECK_TOKENS, CHECK_TOLERANCE = 24, 1e-2
 DTYPES: dict[int, str] = {number: name for name, number in ELEM_TYPES.items()}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+PROJECTING = ("MatMul", "Gemm", "Add")  # what makes keys and values of a text
 
 Array = npt.NDArray[Any]
 Dims = Sequence[int | None]
@@ -305,12 +307,19 @@ def choose(attentions: Sequence[Attention], min_tokens: int) -> list[Attention]:
     return [one for one in attentions if (one.tokens or 0) >= min_tokens]
 
 
-def split(model: onnx.ModelProto, weights: Weights, facts: Facts, attentions: Sequence[Attention]) -> tuple[Part, ...]:
+def split(
+    model: onnx.ModelProto,
+    weights: Weights,
+    facts: Facts,
+    attentions: Sequence[Attention],
+    conditioning: Collection[str] = (),
+) -> tuple[Part, ...]:
     """Cut a graph at attentions of it, whose queries, keys and values become one product where that can be.
 
     Args:
         model, weights: an exported graph; both are changed, and of no use afterwards.
         facts: of that graph.
+        conditioning: inputs that stay the same from step to step: their projections become the first piece.
 
     Raises:
         ValueError: where an attention is not what its nodes compute, or what it gives is what the model gives.
@@ -326,7 +335,7 @@ def split(model: onnx.ModelProto, weights: Weights, facts: Facts, attentions: Se
         mark = onnx.helper.make_node(MARK, attention.sources, [attention.result], domain=MARK_DOMAIN)
         facts.makers[attention.result].CopyFrom(mark)
     onnx_graph.drop_unused(model.graph, weights)
-    partition = Partition(model, facts)
+    partition = Partition(model, facts, conditioning)
     return tuple(_assemble(model, weights, facts, partition, attentions, stage) for stage in range(partition.count))
 
 
@@ -340,19 +349,22 @@ def check_fixed(parts: Iterable[Part]) -> None:
 class Partition:
     """Which piece makes what: first as early as can be, then later, where fewer bytes cross.
 
+    What is made of conditioning alone is the first piece, if there is such, and nothing else is in it.
+
     `stages` has the piece of each node, by its first output. Constants, and what makes whole numbers or truth values of
     shapes, belong to no piece: every piece has its own.
     """
 
-    def __init__(self, model: onnx.ModelProto, facts: Facts) -> None:
+    def __init__(self, model: onnx.ModelProto, facts: Facts, conditioning: Collection[str] = ()) -> None:
         self._facts, self._nodes = facts, list(model.graph.node)
+        self._projections = _projections_of(model.graph, facts, conditioning)
         self._ends = {value.name for value in model.graph.output}
         self._makers, self._takers = onnx_graph.makers_of(model.graph), onnx_graph.takers_of(model.graph)
         self.stages: dict[str, int] = {}
         for node in self._nodes:
             self.stages[node.output[0]] = self._earliest(node)
         for node in reversed(self._nodes):
-            if not self.is_repeated(node) and not is_mark(node):
+            if not self.is_repeated(node) and not is_mark(node) and node.output[0] not in self._projections:
                 self._place(node)
         self.count = 1 + max(self.stages.values())
 
@@ -383,8 +395,10 @@ class Partition:
         return name in self._ends or marks or bool(self.needed_in(name) - {self.home(name)})
 
     def _earliest(self, node: onnx.NodeProto) -> int:
+        if node.output[0] in self._projections:
+            return 0
         stages = (self.stages[self._makers[name].output[0]] for name in node.input if name in self._makers)
-        return max(stages, default=0) + is_mark(node)
+        return max([bool(self._projections), *stages]) + is_mark(node)
 
     def _latest(self, node: onnx.NodeProto) -> int:
         """The last piece that may have a node: the first that takes what it makes."""
@@ -415,6 +429,17 @@ class Partition:
         """A tensor's size; sizes that are not known count as one."""
         item = onnx.helper.tensor_dtype_to_np_dtype(self._facts.types[name]).itemsize
         return item * math.prod(dim or 1 for dim in self._facts.dims.get(name, ()))
+
+
+def _projections_of(graph: onnx.GraphProto, facts: Facts, conditioning: Collection[str]) -> frozenset[str]:
+    """What is projected from conditioning alone. Where its heads are parted is left to the attention that takes it."""
+    stored = {tensor.name for tensor in graph.initializer}
+    found: set[str] = set()
+    for node in graph.node:
+        given = [name for name in node.input if name not in stored and name not in facts.values]
+        if node.op_type in PROJECTING and given and all(name in conditioning or name in found for name in given):
+            found.add(node.output[0])
+    return frozenset(found)
 
 
 def is_mark(node: onnx.NodeProto) -> bool:

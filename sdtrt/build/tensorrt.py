@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sdtrt import errors, host, onnx_graph, trt_api
 from sdtrt.build import group_norm, splitting
-from sdtrt.components import Contract
+from sdtrt.components import CONDITIONING, Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, SdtrtError
 from sdtrt.parts import VAE_HALVES
@@ -312,7 +312,7 @@ def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, .
             report({"warn": f"no self-attention is of {tokens} tokens or more: none is left to PyTorch"})
         return whole
     try:
-        parts = list(splitting.split(model, weights, facts, attentions))
+        parts = list(splitting.split(model, weights, facts, attentions, CONDITIONING))
         splitting.check_fixed(parts)
     except ValueError as error:
         if asked:

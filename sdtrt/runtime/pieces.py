@@ -1,5 +1,7 @@
 """An engine in pieces: plans that follow each other, and the self-attentions that PyTorch computes between them.
 
+A first piece that takes nothing but conditioning gives the same at each step: it runs when that changes.
+
 `engine.plan` is the first piece or the whole. Where there are more, `engine.plan.json` lists them. Its name, and those
 of the others, begin with the first one's: so an entry's check of that one covers them all.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt.cache import MALFORMED
-from sdtrt.components import Contract, TensorSpec
+from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.errors import EngineError
 from sdtrt.trt_api import REBUILD
 
@@ -60,6 +62,11 @@ class Piece:
     def inputs(self) -> tuple[str, ...]:
         """The names of what it takes."""
         return tuple(spec.name for spec in self.contract.inputs)
+
+    @property
+    def is_of_conditioning(self) -> bool:
+        """Whether what it gives is the same at each step."""
+        return not self.attentions and all(name in CONDITIONING for name in self.inputs)
 
 
 def piece_file(plan: Path, number: int) -> Path:

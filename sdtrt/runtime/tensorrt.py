@@ -65,7 +65,8 @@ class TensorRTSession(Session[torch.Tensor]):
     unchanged, as `Remembered` tells. The session keeps no such tensor alive.
 
     An engine in pieces (`runtime.pieces`) has one context for each, and PyTorch's attention runs between them, on the
-    same stream and in the same graph.
+    same stream and in the same graph. A first piece that takes conditioning only runs when that has been copied, before
+    the graph, and what it gives stays in buffers.
 
     Args:
         plan: the plan file, the first where the engine is in pieces.
@@ -114,6 +115,9 @@ class TensorRTSession(Session[torch.Tensor]):
             self._scratch_bytes = max(trt_api.scratch_bytes(self._library, plan.engine) for plan in self._plans)
             self._block = self._scratch.block(self._scratch_bytes, self._device)
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
+            self._first = int(len(self._pieces) > 1 and self._pieces[0].is_of_conditioning)  # that runs at each step
+            self._kept = self._new_kept()
+            self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
             self._contexts = self._new_contexts()
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
@@ -138,6 +142,7 @@ class TensorRTSession(Session[torch.Tensor]):
         with torch.cuda.device(self._device), torch.no_grad(), _memory_errors(shapes), self._turn():
             for name, tensor in feeds.items():
                 self._copy(name, tensor)
+            self._keep(key, profile)
             outputs = self._replay(key)
             if outputs is None:
                 outputs = self._launch(key, profile)
@@ -159,6 +164,7 @@ class TensorRTSession(Session[torch.Tensor]):
         self._graphs.clear()
         self._contexts = ()
         self._buffers.clear()
+        self._kept.clear()
         self._copied.clear()
         self._block, self._scratch = torch.empty(0), Scratch()  # the shared one is the others' to keep
         self._plans = ()
@@ -177,9 +183,16 @@ class TensorRTSession(Session[torch.Tensor]):
         last = self._copied.pop(name, None)  # a copy that fails leaves the buffer unknown
         if last is None or not last.is_still(tensor):
             last = Remembered.of(tensor) if name in CONDITIONING else None
+            self._is_kept &= name not in CONDITIONING
             self._input(name, tuple(tensor.shape)).copy_(tensor, non_blocking=True)
         if last is not None:
             self._copied[name] = last
+
+    def _keep(self, key: Key, profile: int) -> None:
+        """Run the piece of conditioning, unless what it gives is there."""
+        if not self._is_kept and self._first:
+            self._run_on_stream(self._contexts, key, profile, range(self._first))
+        self._is_kept = True
 
     def _replay(self, key: Key) -> dict[str, torch.Tensor] | None:
         """Run a shape's CUDA graph, if there is one."""
@@ -198,17 +211,24 @@ class TensorRTSession(Session[torch.Tensor]):
         if self._max_graphs > 0 and key in self._seen and key not in self._failed:
             try:
                 contexts = self._new_contexts()
-                outputs = self._run_on_stream(contexts, key, profile)  # preparations must precede a capture
+                outputs = self._run_on_stream(contexts, key, profile, self._each_step)  # must precede a capture
                 self._capture(contexts, key, outputs)
                 return outputs
             except (RuntimeError, EngineError) as error:
                 self._failed.add(key)
                 Console().warn(f"no CUDA graph for {_described(key)}, running kernel by kernel instead: {error}")
         self._seen.add(key)
-        return self._run_on_stream(self._contexts, key, profile)
+        return self._run_on_stream(self._contexts, key, profile, self._each_step)
 
-    def _run_on_stream(self, contexts: tuple[Any, ...], key: Key, profile: int) -> dict[str, torch.Tensor]:
-        """Run each piece's context once, in order with the current stream.
+    @property
+    def _each_step(self) -> range:
+        """The numbers of the pieces that run at each step."""
+        return range(self._first, len(self._pieces))
+
+    def _run_on_stream(
+        self, contexts: tuple[Any, ...], key: Key, profile: int, numbers: range
+    ) -> dict[str, torch.Tensor]:
+        """Run the contexts of some pieces once, in order with the current stream; returns the outputs among theirs.
 
         Never on the default stream itself: TensorRT would wait for the whole GPU there, twice a run.
         """
@@ -218,19 +238,21 @@ class TensorRTSession(Session[torch.Tensor]):
             stream.wait_stream(current)
         tensors = self._inputs_of(key)
         try:
-            for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
+            for number in numbers:
+                piece, context = self._pieces[number], contexts[number]
                 taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
                 shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
                 for spec in piece.contract.outputs:
-                    home = current if self._is_output(spec) else stream  # where its memory is free to be used again
-                    tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
+                    if spec.name not in self._kept:
+                        home = current if self._is_output(spec) else stream  # where its memory is free to be used again
+                        tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
                 if stream is not current:
                     stream.wait_stream(current)  # for what other threads have put there with the outputs' memory
                 self._enqueue(number, context, tensors, stream)
         finally:  # a run that fails has left earlier pieces to the GPU
             if stream is not current:
                 current.wait_stream(stream)
-        return {spec.name: tensors[spec.name] for spec in self.outputs}
+        return {spec.name: tensors[spec.name] for spec in self.outputs if spec.name in tensors}
 
     def _enqueue(self, number: int, context: Any, tensors: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> None:
         """Put a piece and the attentions after it on a stream; leave out of `tensors` what nothing later takes."""
@@ -252,7 +274,9 @@ class TensorRTSession(Session[torch.Tensor]):
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         outputs = {name: torch.empty_like(tensor) for name, tensor in example.items()}
-        if not all(trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts):
+        if not all(
+            trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts[self._first :]
+        ):
             raise EngineError("TensorRT can't be captured at this shape", hint="open the session with graphs=0")
         tensors = self._inputs_of(key)
         # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
@@ -262,7 +286,8 @@ class TensorRTSession(Session[torch.Tensor]):
             _CAPTURING,
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
-            for number, (piece, context) in enumerate(zip(self._pieces, contexts, strict=True)):
+            for number in self._each_step:
+                piece, context = self._pieces[number], contexts[number]
                 shapes = trt_api.output_shapes(self._library, context)
                 for spec in piece.contract.outputs:  # the graph keeps the memory of what crosses
                     own = outputs.get(spec.name)
@@ -291,7 +316,16 @@ class TensorRTSession(Session[torch.Tensor]):
         return self._buffers[name][:count].view(shape)
 
     def _inputs_of(self, key: Key) -> dict[str, torch.Tensor]:
-        return {name: self._input(name, shape) for name, shape in key}
+        """What lies in buffers: the inputs, and what was made of the conditioning."""
+        return {name: self._input(name, shape) for name, shape in key} | self._kept
+
+    def _new_kept(self) -> dict[str, torch.Tensor]:
+        """Memory for what the piece of conditioning gives."""
+        specs = [spec for piece in self._pieces[: self._first] for spec in piece.contract.outputs]
+        return {
+            spec.name: torch.empty(spec.shape({}), dtype=getattr(torch, spec.dtype), device=self._device)
+            for spec in specs
+        }
 
     def _is_output(self, spec: TensorSpec) -> bool:
         return any(spec.name == output.name for output in self.outputs)
