@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one go: engines built side by side, the founding table, the ablation of the fp16
-# recipe, `sdtrt bench`, `sdtrt verify`, start-up, `pytest -m gpu`, tuning.
+# recipe, `sdtrt bench`, `sdtrt verify`, start-up, `pytest -m gpu`. (`tuning.py` is apart.)
 # Reports go to FOLDER/reports, logs to FOLDER/logs.
 #
-#     PYTHON=python bash benchmarks/on_gpu.sh FOLDER [split]
+#     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
 #
-# With `split`, UNets leave large self-attentions to PyTorch (`sdtrt build --split-attention`).
 # The model has Stable Diffusion 1.5's architecture and random weights, with activations as large as trained ones.
 # Builds take most of the time, a processor core each: on an H200 with TensorRT 8.6, 6 to 8 minutes for such a UNet with
 # two others beside it. Nothing is timed while anything is built or tested on the same GPU: with two of them the UNets
 # that are timed at 512x512 are built on the first, all else on the second, where the tests run while the first one
-# measures; with one, they follow each other. All stays in FOLDER for a second call.
+# measures (those that build engines of their own earlier, beside the builds); with one, they follow each other. All
+# stays in FOLDER for a second call.
 set -uo pipefail
-[[ $# -eq 1 || ($# -eq 2 && $2 == split) ]] || { echo "usage: $0 FOLDER [split]" >&2; exit 2; }
-split=${2:+-split}
+[ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 mkdir -p "$1"/{logs,engines,reports,gpu-test-models,ablation}
 out=$(cd "$1" && pwd) python=${PYTHON:-python}
@@ -57,11 +56,11 @@ large() { # WIDTH COMPONENT...: build engines of the large model, 512 pixels hig
     local width=$1
     shift
     "$python" -m sdtrt build --model "$model" --backend tensorrt --batch 2 --height 512 --width "$width" \
-        ${split:+--split-attention} $(printf -- '--component %s ' "$@")
+        $(printf -- '--component %s ' "$@")
 }
 
 default_engine() { # the ablation's row of the default is the engine that is there already
-    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers$split" <<'PYTHON'
+    "$python" - "$(grep -h '^/.*/unet-tensorrt-' "$out/logs/unet-512.log" | tail -n 1)" "$out/ablation/$layers" <<'PYTHON'
 import json, pathlib, sys
 entry, variant = map(pathlib.Path, sys.argv[1:])
 info = json.loads((entry / "entry.json").read_text())["info"]
@@ -77,8 +76,20 @@ ablation() { # OPTION...
     "$python" benchmarks/fidelity.py layers --model "$model" --folder "$out/ablation" "$@"
 }
 
-tuning() { # VARIANT...: what is built already is timed anew
-    "$python" benchmarks/tuning.py --folder "$out/tuning" --output "$out/reports/tuning.json" --variants "$@"
+tests() { # OPTION...
+    "$python" -m pytest -m gpu -q -rsP --durations=10 "$@"
+}
+
+on_last() { # what the last GPU does while the first one measures
+    local builders="tests/test_bench.py tests/gpu/test_gpu_group_norm.py"
+    tests tests $(printf -- '--ignore %s ' $builders) >"$out/logs/tests.log" 2>&1
+    local code=$?
+    echo "$(date +%T) tests ended with $code"
+    SDTRT_GPU_TEST_LARGE=1 tests tests/gpu/test_gpu_tensorrt.py -k large >"$out/logs/tests-large.log" 2>&1 || code=1
+    echo "$(date +%T) tests-large ended with $code"
+    bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph || code=1
+    "$python" benchmarks/attention.py --output "$out/reports/attention.json" || code=1
+    return $code
 }
 
 bench() { # FOLDER TASK WIDTH BASELINES
@@ -87,12 +98,13 @@ bench() { # FOLDER TASK WIDTH BASELINES
 }
 
 start "$last" test-dynamic "$python" tests/gpu/gpu_engines.py --one dynamic
+start "$last" tests-that-build tests tests/test_bench.py tests/gpu/test_gpu_group_norm.py
 if [ ! -e "$model" ]; then
     start 0 model "$python" scripts/make_random_model.py "$model" --residual-gain 16
     finish model
 fi
 start 0 unet-512 large 512 unet
-start 0 ablation-build ablation --variants "0$split" --build-only --output "$out/reports/none"
+start 0 ablation-build ablation --variants 0 "$layers-1024" --build-only --output "$out/reports/none"
 start "$last" unet-768 large 768 unet
 start "$last" parts-512 large 512 text_encoder vae_decoder vae_encoder
 start "$last" parts-768 large 768 vae_decoder vae_encoder
@@ -100,22 +112,21 @@ start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
 start "$last" test-split "$python" tests/gpu/gpu_engines.py --one split
 start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
     --component text_encoder --component vae_decoder --component vae_encoder
+others=(tests-that-build test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768)
 finish unet-512 ablation-build
-[ "$last" -ne 0 ] || finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
+[ "$last" -ne 0 ] || finish "${others[@]}"
 measure default-engine default_engine
-measure ablation ablation --variants "0$split" "$layers$split" --output "$out/reports/layers.json"
-finish test-dynamic test-fp32 test-split tiny unet-768 parts-512 parts-768
+measure ablation ablation --variants 0 "$layers" "$layers-1024" --output "$out/reports/layers.json"
+finish "${others[@]}"
 
-[ "$last" -eq 0 ] || start "$last" tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
+[ "$last" -eq 0 ] || start "$last" on-last on_last
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
-measure bench-768 bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
     --output "$out/reports/startup.json"
-[ "$last" -ne 0 ] || start 0 tests "$python" -m pytest -m gpu tests -q -rsP --durations=10
-finish tests
-measure tuning tuning product split-attention merged-context
+[ "$last" -ne 0 ] || start 0 on-last on_last
+finish on-last
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
