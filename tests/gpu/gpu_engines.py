@@ -37,13 +37,9 @@ STATIC = Profile.of(Sizes(2, 128, 128))
 LARGE = Profile.of(Sizes(2, 512, 512))
 
 
-def _tiny(
-    precision: Precision, profiles: tuple[Profile, ...], *, compatible: bool = False, split: bool = False
-) -> BuildSpec:
+def _tiny(precision: Precision, profiles: tuple[Profile, ...], *, compatible: bool = False) -> BuildSpec:
     export = ExportSpec(ModelSpec("tiny"), precision=precision)
-    return BuildSpec(
-        export, "tensorrt", profiles, optimization_level=0, version_compatible=compatible, split_attention=split
-    )
+    return BuildSpec(export, "tensorrt", profiles, optimization_level=0, version_compatible=compatible)
 
 
 # The dynamic engine has a second profile, so that choosing one is tested too. The split one is large enough for its
@@ -51,7 +47,7 @@ def _tiny(
 SPECS = {
     "dynamic": _tiny("fp16", (DYNAMIC, STATIC)),
     "fp32": _tiny("fp32", (STATIC,)),
-    "split": _tiny("fp16", (LARGE,), split=True),
+    "split": _tiny("fp16", (LARGE,)),
     "compatible": _tiny("fp16", (STATIC,), compatible=True),
 }
 

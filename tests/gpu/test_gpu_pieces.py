@@ -58,6 +58,21 @@ def test_it_is_in_pieces_and_right_on_the_stream_and_from_the_graph(split, expec
         assert session.graph_count == 1
 
 
+def test_what_is_made_of_the_text_is_that_texts(split):
+    """Made once for a text: the same tensor comes at each step, then another one."""
+    entry = split[1]
+    with torch.no_grad(), open_session(entry, CUDA) as kept, open_session(entry, CUDA) as anew:
+        for text_seed in (0, 1, 0):
+            text = feeds_of(entry, text_seed)["encoder_hidden_states"]
+            for seed in range(4):
+                step = feeds_of(entry, seed) | {"encoder_hidden_states": text}
+                found = kept.run(step)["out_sample"]
+                expected = anew.run(step | {"encoder_hidden_states": text.clone()})["out_sample"]
+                assert error(found, expected.float().cpu()) < FP16_ERROR
+                other = anew.run(feeds_of(entry, seed) | {"encoder_hidden_states": -text})["out_sample"]
+                assert error(found, other.float().cpu()) > 2 * FP16_ERROR
+
+
 def test_outputs_stay_what_they_are(split):
     entry = split[1]
     with open_session(entry, CUDA) as session:
