@@ -7,6 +7,7 @@ from contextlib import suppress
 from sdtrt import host
 from sdtrt.cache import MALFORMED, EngineDirectory, Entry
 from sdtrt.engines import TENSORRT_BACKENDS, choose_backend, default_precision, runs_here
+from sdtrt.errors import SdtrtError
 from sdtrt.parts import VAE_HALVES, sizes_of, unet_batch
 from sdtrt.runtime import preloaded
 from sdtrt.specs import Component, GenerateSpec, Precision, Profile, Sizes
@@ -51,7 +52,7 @@ def _may_serve(entry: Entry, spec: GenerateSpec, precision: Precision) -> bool:
         called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
         profiles = [Profile.from_json(data) for data in entry.key["profiles"]]
         return fitting and called and any(_known_sizes(name, spec, one) in one for one in profiles)
-    except MALFORMED:
+    except (SdtrtError, *MALFORMED):  # the key is not one of ours
         return False
 
 

@@ -22,7 +22,7 @@ from sdtrt.build import FORMAT
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
 from sdtrt.engines import host_key
-from sdtrt.errors import CacheError, EngineError, MemoryShortage
+from sdtrt.errors import CacheError, EngineError, EntryInUseError, MemoryShortage
 from sdtrt.models import resolve_model
 from sdtrt.preload import likely_engines, load_ahead
 from sdtrt.runtime import open_session, preloaded, remembered
@@ -32,6 +32,7 @@ from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.pieces import write_pieces
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = unet_contract({"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}, "fp16")
 SHAPES = profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))
@@ -148,6 +149,7 @@ def test_likely_are_engines_that_fit_the_largest_first(directory):
         {"precision": "fp32"},
         {"profiles": [{"batch": {}}]},
         {"profiles": None},
+        {"profiles": [{key: {"min": 128, "opt": 8, "max": 8} for key in ("batch", "height", "width")}]},
         {"options": None, "backend_version": "8.6.0"},
         {"profile": Profile.of(Sizes(1, 128, 128))},
         {"profile": Profile.of(Sizes(2, 256, 128))},
@@ -195,6 +197,8 @@ def test_a_session_shares_what_was_loaded_and_nothing_is_read_twice(pieces, dire
     files = [name for name in sorted(entry.files) if not name.endswith(".json")]
     assert loaded == [(entry.name, name, "sdtrt-tensorrt") for name in files]
     engines = [plan.engine for plan in preloaded._KEPT[entry.path][0]]
+    with pytest.raises(EntryInUseError):
+        directory.remove(entry)
     with preloaded.taken([entry]) as folders:
         assert folders == {entry.path}
         session = open_session(entry, CUDA)
@@ -327,6 +331,21 @@ def test_nothing_is_loaded_unasked_or_once_the_request_has_its_engines(directory
         load_ahead(SPEC, directory)
     load_ahead(SPEC, directory)
     assert not loaded
+
+
+def test_nothing_is_loaded_that_was_let_go_while_it_was_proven(directory, loaded, monkeypatch):
+    entry = publish(directory)
+    proven = preloaded.plan_loader
+
+    def proving(*arguments):
+        loader = proven(*arguments)
+        preloaded.let_go()
+        return loader
+
+    monkeypatch.setattr(preloaded, "plan_loader", proving)
+    in_background(SPEC, directory)
+    assert not loaded
+    directory.remove(entry)
 
 
 def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, monkeypatch):
