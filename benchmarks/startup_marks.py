@@ -259,6 +259,8 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "open_library": first_call(marks, "TensorRT is opened"),
             "load_engine": every_call(marks, lambda _library, plan, *_: f"deserialise {file(plan)}"),
         },
+        "sdtrt.preload": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},
+        "sdtrt.runtime.preloaded": {"_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")},
         "sdtrt.runtime.onnxruntime": {"open_model": every_call(marks, lambda path: f"deserialise {file(path)}")},
         "sdtrt.runtime": {"open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")},
         "sdtrt.pipeline": {"open_pipeline": opened(marks)},

@@ -1,29 +1,38 @@
-"""What a GPU needs before a first step, begun while Python imports: the CUDA context, and TensorRT's libraries.
+"""What a GPU needs before a first step, begun while Python imports: CUDA's context, TensorRT's libraries, engines.
 
-Both are waits without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where it
+All are waits without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where it
 is needed. The threads are no daemons: a process that ends early first waits for the driver, which must not be torn down
-while it starts.
+while it starts or loads; but no load begins once the process is ending.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 
 from sdtrt import host, trt_api
-from sdtrt.specs import BackendChoice
+from sdtrt.cache import EngineDirectory
+from sdtrt.specs import BackendChoice, GenerateSpec
 
 
-def start_gpu(backend: BackendChoice) -> None:
-    """Start all of it for a backend, and import PyTorch meanwhile: it has to come before TensorRT."""
+def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
+    """Start all of it for a request, and import PyTorch meanwhile: it has to come before TensorRT."""
     gpu = wake_gpu()
     import torch  # noqa: F401
 
-    import_tensorrt(backend, gpu)
+    from sdtrt import preload  # here, not in the thread: two threads that import one package may wait for each other
+    from sdtrt.runtime import preloaded
+
+    preloaded.expect()
+    atexit.register(preloaded.let_go)  # engines are freed before Python takes its modules apart
+    import_tensorrt(spec.backend, gpu, partial(preload.load_ahead, spec, directory))
 
 
 def wake_gpu() -> Future[bool]:
@@ -42,10 +51,15 @@ def wake_gpu() -> Future[bool]:
     return found
 
 
-def import_tensorrt(backend: BackendChoice, gpu: Future[bool]) -> None:
+def import_tensorrt(backend: BackendChoice, gpu: Future[bool], then: Callable[[], None] = lambda: None) -> None:
     """Start to import the TensorRT of a backend in the background; nothing happens without a GPU.
 
     PyTorch must be imported before: both may link a cuBLAS and a cuDNN of one name, and the first loaded serves both.
+
+    Args:
+        backend: that is asked for.
+        gpu: of `wake_gpu`.
+        then: what to do in the same thread once TensorRT is there.
     """
     families = [
         family
@@ -55,7 +69,7 @@ def import_tensorrt(backend: BackendChoice, gpu: Future[bool]) -> None:
         if importlib.util.find_spec(family) is not None
     ]
     if families:
-        threading.Thread(target=_import_on, args=(families[0], gpu), name="sdtrt-tensorrt").start()
+        threading.Thread(target=_import_on, args=(families[0], gpu, then), name="sdtrt-tensorrt").start()
 
 
 def _open_context(found: Future[bool]) -> None:
@@ -65,7 +79,8 @@ def _open_context(found: Future[bool]) -> None:
         found.set_exception(error)
 
 
-def _import_on(name: str, gpu: Future[bool]) -> None:
+def _import_on(name: str, gpu: Future[bool], then: Callable[[], None]) -> None:
     if gpu.exception() is None and gpu.result():
         with suppress(ImportError, OSError):
             importlib.import_module(name)
+            then()

@@ -35,7 +35,7 @@ from typing import IO, Any, TypeVar
 
 from sdtrt import __version__
 from sdtrt.console import QUIET, Console
-from sdtrt.digests import digest_of, sha256_file
+from sdtrt.digests import digest_of, digests_ahead, sha256_file
 from sdtrt.errors import CacheError, EntryInUseError
 from sdtrt.files import (
     FULL,
@@ -148,8 +148,13 @@ class Entry:
             raise CacheError(f"{self.path} has no {name}", hint=self._mend)
         return self.path / name
 
-    def verified(self, name: str) -> Path:
+    def verified(self, name: str, *, ahead: Callable[[], bool] | None = None) -> Path:
         """The path of one of its files, once its content and that of its companions (`NAME.data`) is proven.
+
+        Args:
+            name: of the file.
+            ahead: of a use that comes later: says whether it still does. What is hashed serves that one, too
+                (`digests_ahead`).
 
         Reads them whole: two seconds for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
         would not do: a bit that flips on the disk changes neither its time nor its size. What this process has hashed
@@ -159,14 +164,16 @@ class Entry:
             CacheError: when one can't be read, or is not what was published.
         """
         path = self.file(name)
-        for companion in sorted(other for other in self.files if other.startswith(name)):
-            self._verify(self.path / companion)
+        companions = [self.path / other for other in sorted(self.files) if other.startswith(name)]
+        digest = digests_ahead(companions, ahead) if ahead else digest_of
+        for companion in companions:
+            self._verify(companion, digest)
         return path
 
-    def _verify(self, path: Path) -> None:
+    def _verify(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
         """Compare a file's content with its digest."""
         try:
-            intact = digest_of(path) == self.digests[path.name]
+            intact = digest(path) == self.digests[path.name]
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
         if not intact:
@@ -263,12 +270,17 @@ class EngineDirectory:
             model: its name as it was given when the engines were built.
             backend: the engines'; any for `auto`.
         """
-        latest: dict[str, Entry] = {}
-        for entry in sorted(self.entries("engine"), key=lambda entry: entry.last_used):
-            if entry.info.get("model") == model and backend in ("auto", entry.key.get("backend")):
-                latest[str(entry.key.get("component"))] = entry
+        latest = self.latest(model, lambda entry: backend in ("auto", entry.key.get("backend")))
         files = [(size, entry.path / name) for entry in latest.values() for name, size in entry.files.items()]
         return [path for size, path in sorted(files, reverse=True) if size >= MEMO_BYTES]
+
+    def latest(self, model: str, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
+        """For each component the engine of a model that was used last, of those that fit."""
+        latest: dict[str, Entry] = {}
+        for entry in sorted(self.entries("engine"), key=lambda entry: entry.last_used):
+            if entry.info.get("model") == model and fits(entry):
+                latest[str(entry.key.get("component"))] = entry
+        return latest
 
     def check(self) -> Iterator[Checked]:
         """Look at every entry, its files' contents included, and say what is wrong with it; changes nothing."""

@@ -129,7 +129,7 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
         if spec.backend != "onnxruntime":
             from sdtrt.ahead import start_gpu
 
-            start_gpu(spec.backend)
+            start_gpu(spec, engines)
         from sdtrt.generate import generate
 
     report = generate(spec, engines, output.console())

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import suppress
 from pathlib import Path
 
 from sdtrt.errors import SdtrtError
 
 CHUNK_BYTES = 2**24  # large: before each next one, a thread that imports keeps Python's lock for 5 ms
+PATIENCE_S = 0.05
 Identity = tuple[str, int, int, int, int]
 
-# What `hash_ahead` has found or will find. Each is good for one use: who asks again later gets the file as it is then.
+# What was hashed ahead or will be. Each is good for one `digest_of`: who asks again later gets the file as it is then.
 _AHEAD: dict[Identity, Future[str]] = {}
+_BEGINNING = threading.Lock()
 
 
 def sha256_file(path: Path) -> str:
@@ -47,15 +49,45 @@ def digest_of(path: Path) -> str:
     return future.result()
 
 
+def digests_ahead(paths: Iterable[Path], wanted: Callable[[], bool]) -> Callable[[Path], str]:
+    """How to have the digest of each of some files; it stays good for one `digest_of` after that.
+
+    What nobody hashes yet is begun with in the background. It raises `CancelledError` where `digest_of` has come first,
+    so that no file is hashed twice, and once `wanted` is false, so that nobody has to wait for it.
+    """
+    futures = {path: _expected(path) for path in paths}
+    threading.Thread(target=_hash_each, args=(futures,), name="sdtrt-ahead", daemon=True).start()
+
+    def digest(path: Path) -> str:
+        while wanted():
+            wait([futures[path]], PATIENCE_S)
+            if futures[path].done():
+                return futures[path].result()
+        raise CancelledError
+
+    return digest
+
+
 def _hash_all(find: Callable[[], Iterable[Path]]) -> None:
     with suppress(OSError, SdtrtError):
-        futures = [(path, _AHEAD.setdefault(_identity(path), Future())) for path in find()]
-        for path, future in futures:
-            if future.set_running_or_notify_cancel():
-                _hash_into(future, path)
+        _hash_each({path: _expected(path) for path in find()})
+
+
+def _hash_each(futures: Mapping[Path, Future[str]]) -> None:
+    for path, future in futures.items():
+        _hash_into(future, path)
+
+
+def _expected(path: Path) -> Future[str]:
+    return _AHEAD.setdefault(_identity(path), Future())
 
 
 def _hash_into(future: Future[str], path: Path) -> None:
+    """Hash a file, unless another thread has begun with it, or whoever asked for it would not wait for that."""
+    with _BEGINNING:
+        begun = future.running() or future.done()
+        if begun or not future.set_running_or_notify_cancel():
+            return
     try:
         future.set_result(sha256_file(path))
     except BaseException as error:  # whoever waits for it must not wait forever

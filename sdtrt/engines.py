@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from sdtrt.errors import EngineError, EntryInUseError, SdtrtError
 from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, precision_of, sizes_of
+from sdtrt.runtime import preloaded
 from sdtrt.specs import (
     Backend,
     BackendChoice,
@@ -99,20 +100,15 @@ def find_engine(
         sizes: of the component's own call (`sizes_of`).
     """
     precision = precision_of(model, component, precision)
-    wanted = {
-        "format": FORMAT,
-        "component": component,
-        "precision": precision,
-        "backend": backend,
-        "host": host_key(backend),
-    }
-    version = backend_version(backend)
+    wanted = {"component": component, "precision": precision}
+    runs = runs_here(backend)
     export = export_key(model, ExportSpec(model.spec, component, precision), directory)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in directory.entries("engine")
         if all(entry.key.get(name) == value for name, value in wanted.items())
-        and (looseness := _fit(entry.key, version, export, sizes)) is not None
+        and runs(entry.key)
+        and (looseness := _fit(entry.key, export, sizes)) is not None
     ]
     if not fitting:
         return None
@@ -169,6 +165,8 @@ def ensure_engines(
             f"no {backend} {precision} engine for the {', '.join(missing)} of {model.spec.name} fits{wanted}",
             hint=build_command(model, backend, precision, sizes, directory, missing, images),
         )
+    if missing:
+        preloaded.let_go()  # builders get the GPU's memory to themselves
     entries = {}
     for name, entry in found.items():
         if entry is not None and (reason := entry.info.get("unchecked")):
@@ -223,11 +221,24 @@ def is_foreign(entry: Entry) -> bool:
         return True
 
 
-def _fit(key: Mapping[str, Any], version: str, export: Mapping[str, Any], sizes: Sizes) -> float | None:
-    """How loosely an engine of the right kind fits; None for another version, other weights, or a malformed key."""
+def runs_here(backend: Backend) -> Callable[[Mapping[str, Any]], bool]:
+    """What says of an engine's key whether this sdtrt runs it, on this machine and in the backend's version."""
+    wanted = {"format": FORMAT, "backend": backend, "host": host_key(backend)}
+    version = backend_version(backend)
+
+    def runs(key: Mapping[str, Any]) -> bool:
+        try:
+            return all(key.get(name) == value for name, value in wanted.items()) and _runs_in(version, key)
+        except MALFORMED:
+            return False
+
+    return runs
+
+
+def _fit(key: Mapping[str, Any], export: Mapping[str, Any], sizes: Sizes) -> float | None:
+    """How loosely an engine of the right kind fits; None for other weights, or a malformed key."""
     try:
-        same = _runs_in(version, key) and _same_weights(key["export"], export)
-        return slack(key, sizes) if same else None
+        return slack(key, sizes) if _same_weights(key["export"], export) else None
     except (SdtrtError, *MALFORMED):
         return None
 
@@ -235,7 +246,7 @@ def _fit(key: Mapping[str, Any], version: str, export: Mapping[str, Any], sizes:
 def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
     """Whether a version runs an engine: the one that built it; where the plan is version-compatible, later ones too."""
     built = key["backend_version"]
-    return built == version or (key["options"]["version_compatible"] and _numbers(built) < _numbers(version))
+    return bool(built == version or (key["options"]["version_compatible"] and _numbers(built) < _numbers(version)))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

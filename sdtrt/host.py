@@ -98,6 +98,16 @@ def open_primary_context(index: int = 0) -> bool:
     return bool(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == CUDA_SUCCESS)
 
 
+def has_primary_context(index: int = 0) -> bool:
+    """Whether a GPU's primary context has been made in this process."""
+    driver = _driver()
+    device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != CUDA_SUCCESS:
+        return False
+    status = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+    return bool(status == CUDA_SUCCESS and active.value)
+
+
 @lru_cache(maxsize=1)
 def driver_cuda_version() -> str | None:
     """The newest CUDA version that the driver supports, as `13.0`; None without a driver."""

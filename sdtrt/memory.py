@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -55,6 +55,11 @@ def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> 
             scratch = max(scratch, work)
             wanted = max(wanted, work * _share(entry, sizes_of(name, sizes, images)))
     return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
+
+
+def weights_of(entries: Iterable[Entry]) -> int:
+    """The bytes of engines' weights, as far as they say it."""
+    return sum(_figure(entry, "plan_bytes") or 0 for entry in entries)
 
 
 def by_scratch(entries: Mapping[Component, Entry]) -> list[Component]:

@@ -82,6 +82,11 @@ def precision_of(model: Model, component: Component, precision: Precision) -> Pr
     return "fp32" if precision == "fp16" and upcast else precision
 
 
+def unet_batch(images: int, *, guidance: bool) -> int:
+    """The rows of a UNet call that makes so many images at once: with guidance two an image."""
+    return images * (2 if guidance else 1)
+
+
 def sizes_of(component: Component, sizes: Sizes, images: int = 1) -> Sizes:
     """The size of a component's call in a pipeline whose UNet is called with `sizes`.
 

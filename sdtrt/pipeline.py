@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -25,8 +26,9 @@ from sdtrt.parts import (
     contract_of,
     part_of,
     text_encoders_of,
+    unet_batch,
 )
-from sdtrt.runtime import open_session
+from sdtrt.runtime import open_session, preloaded
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.session import Session
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, Component, GenerateSpec, Precision, SchedulerName, Sizes
@@ -107,7 +109,7 @@ def plan_image(spec: GenerateSpec, model: Model, console: Console, init: images.
     backend = engines.choose_backend(spec.backend, console)
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
-    count = min(spec.batch_size, len(spec.prompts) * spec.num_images)
+    count = spec.images_at_once
     plan = Plan(
         model,
         backend,
@@ -143,7 +145,7 @@ def _note_parts(plan: Plan, console: Console) -> None:
 def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
     """The size of the UNet calls that make so many images at once."""
     tokens = model.config(text_encoders_of(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
-    return Sizes(images * (2 if guidance else 1), height, width, tokens)
+    return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)
 
 
 def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
@@ -253,24 +255,31 @@ def _open_engines(
 ) -> Iterator[_Running]:
     """Find or build the engines of a plan, then open all of them."""
     if not plan.in_engines:
+        preloaded.let_go()
         yield _Running()
         return
     entries = engines_of(plan, directory, console, allow_build=allow_build, unet_engine=unet_engine)
-    _check_memory(plan, entries)
     scratch = Scratch()  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
-        sessions = {
-            name: stack.enter_context(open_session(entries[name], plan.device, scratch))
-            for name in memory.by_scratch(entries)
-        }
+        with preloaded.taken(entries.values()) as loaded:
+            _check_memory(plan, entries, loaded)
+            sessions = {
+                name: stack.enter_context(open_session(entries[name], plan.device, scratch))
+                for name in memory.by_scratch(entries)
+            }
         yield _Running(entries, sessions)
 
 
-def _check_memory(plan: Plan, entries: Mapping[Component, Entry]) -> None:
-    """Refuse a request whose engines can't fit in the GPU's memory, with a size that would."""
+def _check_memory(plan: Plan, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+    """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
+
+    Args:
+        loaded: folders of those whose plans lie there already.
+    """
     free = memory.free_bytes(plan.device)
     if free is None:
         return
+    free += memory.weights_of(entry for entry in entries.values() if entry.path in loaded)
     demand = memory.demand_of(entries, plan.sizes, plan.images)
     if demand.total <= free:
         return

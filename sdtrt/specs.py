@@ -449,6 +449,11 @@ class GenerateSpec:
             )
 
     @property
+    def images_at_once(self) -> int:
+        """Images made by one pipeline call: no more than there are to make."""
+        return min(self.batch_size, len(self.prompts) * self.num_images)
+
+    @property
     def uses_guidance(self) -> bool:
         """Whether classifier-free guidance doubles the UNet's batch (diffusers' own rule)."""
         return self.guidance_scale > 1

@@ -253,13 +253,21 @@ def version(backend: Backend) -> str:
     return ".".join(map(str, open_library(backend).version))
 
 
-@cache
+_OPENING = threading.Lock()
+
+
 def open_library(backend: Backend) -> Library:
-    """Import a backend's library.
+    """Import a backend's library, once.
 
     Raises:
         EngineError: when it is not installed, can't be loaded, or is older than 8.6.
     """
+    with _OPENING:  # the logger must be one, whichever thread comes first
+        return _open_library(backend)
+
+
+@cache
+def _open_library(backend: Backend) -> Library:
     for family in MODULES[backend]:
         if importlib.util.find_spec(family) is not None:
             return library_of(family, family)

@@ -26,7 +26,11 @@ int cuInit(unsigned flags) {
 int cuDeviceGetCount(int *count) { *count = 0; return 0; }
 int cuDeviceGet(int *device, int index) { *device = index; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 0; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { fprintf(stderr, "driver: context\\n"); return 0; }
+static int active = 0;
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    active = 1; fprintf(stderr, "driver: context\\n"); return 0;
+}
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *found) { *found = active; return 0; }
 """
 
 
@@ -119,3 +123,11 @@ def test_a_process_that_fails_at_once_ends_well_while_the_driver_starts(tmp_path
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
     assert done.returncode == 3
     assert done.stderr == f"driver: {expected}\ndriver: context\n"
+    script = """
+from sdtrt import ahead, host
+assert not host.has_primary_context()
+assert ahead.wake_gpu().result()
+assert host.has_primary_context()
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

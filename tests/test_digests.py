@@ -6,13 +6,14 @@ import hashlib
 import os
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 
 from sdtrt import digests
 from sdtrt.cache import EngineDirectory
-from sdtrt.digests import digest_of, hash_ahead, sha256_file
+from sdtrt.digests import digest_of, digests_ahead, hash_ahead, sha256_file
 from sdtrt.errors import CacheError
 
 
@@ -182,3 +183,55 @@ def test_an_entry_damaged_after_it_was_hashed_ahead_is_found(directory):
         opened.write(b"\0\0\0\0")
     with pytest.raises(CacheError, match="damaged"):
         entry.verified("engine.plan")
+
+
+# ------------------------------------------------------------------------------------------- for who opens files ahead
+
+
+def test_what_was_proven_ahead_is_good_for_one_more_use(tmp_path, hashed):
+    files = [tmp_path / "one", tmp_path / "two"]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    hash_all_ahead(files[0])
+    digest = digests_ahead(files, lambda: True)
+    assert [digest(file) for file in files] == [right(file) for file in files]
+    assert [digest_of(file) for file in files] == [right(file) for file in files]
+    assert sorted(name for name, _ in hashed) == ["one", "two"]
+
+
+def test_whoever_asks_first_hashes_and_the_other_gives_up(tmp_path, monkeypatch, hashed):
+    """Not begun with: `digest_of` does not wait for what lies before it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    go = threading.Event()
+    noting = digests.sha256_file
+
+    def slowly(path):
+        assert path == second or go.wait(10)
+        return noting(path)
+
+    for path in (first, second):
+        path.write_bytes(path.name.encode())
+    monkeypatch.setattr(digests, "sha256_file", slowly)
+    digest = digests_ahead([first, second], lambda: True)
+    assert digest_of(second) == right(second)
+    with pytest.raises(CancelledError):
+        digest(second)
+    go.set()
+    assert digest(first) == right(first)
+    assert sorted(name for name, _ in hashed) == ["first", "second"]
+
+
+def test_nobody_waits_for_what_is_not_wanted(file, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def slowly(path):
+        begun.set()
+        assert go.wait(10)
+        return sha256_file(path)
+
+    monkeypatch.setattr(digests, "sha256_file", slowly)
+    digest = digests_ahead([file], lambda: not begun.is_set())
+    with pytest.raises(CancelledError):
+        digest(file)
+    go.set()
+    assert digest_of(file) == right(file)

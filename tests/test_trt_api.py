@@ -166,7 +166,7 @@ def test_serves(label, capability, served):
 
 def test_missing_library_names_the_install_command(monkeypatch):
     monkeypatch.setitem(trt_api.MODULES, "tensorrt", ("tensorrt_that_nobody_has",))
-    trt_api.open_library.cache_clear()
+    trt_api._open_library.cache_clear()
     assert not trt_api.is_installed("tensorrt")
     with pytest.raises(EngineError) as caught:
         trt_api.version("tensorrt")

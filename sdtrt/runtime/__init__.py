@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract
 from sdtrt.errors import EngineError
-from sdtrt.runtime.pieces import list_file
+from sdtrt.runtime.pieces import list_file, read_pieces
 from sdtrt.runtime.session import Session
 from sdtrt.specs import Sizes
 
 if TYPE_CHECKING:
     import torch
 
+    from sdtrt.runtime.plan import LoadedPlan
     from sdtrt.runtime.scratch import Scratch
 
 ONNXRUNTIME_FILE = "engine.onnx"
@@ -46,6 +48,34 @@ def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = N
     return session
 
 
+def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tuple[LoadedPlan, ...]]:
+    """Prove a TensorRT engine ahead of its session; what this returns then loads its plans, which the session shares.
+
+    Args:
+        entry: which is held, of an engine that runs here.
+        wanted: says whether it still is; where it is not, proving it is given up.
+
+    Returns:
+        A function of the current GPU's index.
+
+    Raises:
+        CacheError, EngineError: as of `open_session`.
+    """
+    from sdtrt import trt_api
+    from sdtrt.runtime.plan import load_plan
+
+    contract, library = stored_contract(entry), trt_api.open_library(entry.key["backend"])
+    plan, compatible = _proven_plan(entry, ahead=wanted)
+
+    def load(device: int) -> tuple[LoadedPlan, ...]:
+        return tuple(
+            load_plan(piece.plan, piece.contract, library, device, allow_host_code=compatible)
+            for piece in read_pieces(plan, contract)
+        )
+
+    return load
+
+
 def stored_contract(entry: Entry) -> Contract:
     """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
     try:
@@ -60,6 +90,13 @@ def stored_contract(entry: Entry) -> Contract:
         raise EngineError(
             f"{entry.name} does not say what its inputs and outputs are", hint=f"sdtrt engines rm {entry.name}"
         ) from error
+
+
+def _proven_plan(entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tuple[Path, bool]:
+    """The plan of a held entry, proven to the last of its pieces, and whether it may bring its own runtime."""
+    plan = entry.verified(TENSORRT_FILE, ahead=ahead)  # and the other pieces and their list, named after it
+    _check_list(entry, plan)
+    return plan, bool(entry.key.get("options", {}).get("version_compatible"))
 
 
 def _check_list(entry: Entry, plan: Path) -> None:
@@ -81,9 +118,7 @@ def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Sessio
     if backend in ("tensorrt", "tensorrt-rtx"):
         from sdtrt.runtime.tensorrt import TensorRTSession
 
-        compatible = bool(entry.key.get("options", {}).get("version_compatible"))
-        plan = entry.verified(TENSORRT_FILE)  # and the other pieces and their list, whose names begin with that
-        _check_list(entry, plan)
+        plan, compatible = _proven_plan(entry)
         return TensorRTSession(
             plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch
         )

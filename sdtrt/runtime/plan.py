@@ -75,7 +75,8 @@ def largest(spec: TensorSpec, profiles: Sequence[PlanProfile]) -> int:
 
 
 _LOADED: WeakValueDictionary[tuple[object, ...], LoadedPlan] = WeakValueDictionary()
-_LOADING = threading.Lock()
+_LOADING: WeakValueDictionary[tuple[object, ...], threading.Lock] = WeakValueDictionary()  # one lock for each plan
+_LOCKS = threading.Lock()
 
 
 def load_plan(
@@ -93,7 +94,9 @@ def load_plan(
         EngineError: when it can't be loaded here, or is another component's.
     """
     key: tuple[object, ...] = (library.module.__name__, device, allow_host_code, *_identity(plan))
-    with _LOADING:
+    with _LOCKS:
+        loading = _LOADING.setdefault(key, threading.Lock())
+    with loading:
         loaded = _LOADED.get(key)
         if loaded is None:
             _check_sidecar(plan)

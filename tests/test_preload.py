@@ -1,0 +1,455 @@
+"""Engines loaded ahead of a request, by a TensorRT that computes on the CPU: what is loaded, shared, and let go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import trt_fakes
+from trt_fakes import CHANNELS, WIDTH, FakeCuda, fake_library, profile_shapes, two_pieces, write_plan
+
+from sdtrt import ahead, digests, host, memory, pipeline, trt_api
+from sdtrt.build import FORMAT
+from sdtrt.cache import EngineDirectory
+from sdtrt.components import unet_contract
+from sdtrt.engines import host_key
+from sdtrt.errors import CacheError, EngineError, EntryInUseError, MemoryShortage
+from sdtrt.models import resolve_model
+from sdtrt.preload import likely_engines, load_ahead
+from sdtrt.runtime import open_session, preloaded, remembered
+from sdtrt.runtime import plan as plan_module
+from sdtrt.runtime import scratch as scratch_module
+from sdtrt.runtime import tensorrt as session_module
+from sdtrt.runtime.pieces import write_pieces
+from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+ROOT = Path(__file__).resolve().parents[1]
+CONTRACT = unet_contract({"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}, "fp16")
+SHAPES = profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))
+PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
+CUDA = torch.device("cuda")
+SPEC = GenerateSpec(("a red circle",), ModelSpec("tiny"), "tensorrt")
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch):
+    """A GPU made of the CPU, with TensorRT 8.6."""
+    library = fake_library("tensorrt 8.6.1")
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
+    monkeypatch.setattr(host, "has_primary_context", lambda index: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for module in (session_module, scratch_module):
+        monkeypatch.setattr(module, "torch", trt_fakes.fake_torch(FakeCuda()))
+    monkeypatch.setattr(remembered, "HOST", "none")
+    monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
+    monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
+    digests._AHEAD.clear()
+    yield
+    preloaded.let_go()
+    digests._AHEAD.clear()
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The plans that are deserialised, by the entry's folder, the file, and the thread."""
+    calls, load = [], trt_api.load_engine
+
+    def noting(library, plan, **options):
+        calls.append((plan.parent.name, plan.name, threading.current_thread().name))
+        return load(library, plan, **options)
+
+    monkeypatch.setattr(trt_api, "load_engine", noting)
+    return calls
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that are hashed to be proven."""
+    calls, hash_file = [], digests.sha256_file
+    monkeypatch.setattr(digests, "sha256_file", lambda path: calls.append(path) or hash_file(path))
+    return calls
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return EngineDirectory(tmp_path / "engines")
+
+
+def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny", pieces=False, **key):
+    """An engine that runs here, unless `key` says otherwise; used last at the time `used`."""
+
+    def make(folder: Path):
+        plan = folder / "engine.plan"
+        if pieces:
+            parts = two_pieces(plan)
+            write_pieces(plan, parts)
+            for kind, piece in zip(("before", "after"), parts, strict=True):
+                write_plan(piece.plan, [{spec.name: [spec.dims] * 3 for spec in piece.contract.inputs}], kind=kind)
+        else:
+            write_plan(plan, [SHAPES])
+        return {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
+
+    key = {
+        "format": FORMAT,
+        "component": component,
+        "precision": "fp16",
+        "backend": "tensorrt",
+        "backend_version": "8.6.1",
+        "host": host_key("tensorrt"),
+        "profiles": [asdict(profile)],
+        "options": {"version_compatible": False},
+        **key,
+    }
+    entry = directory.obtain("engine", key, make)
+    os.utime(entry.path / "entry.json", (used, used))
+    return entry
+
+
+def in_background(spec, directory):
+    """What the background does for a request, to its end."""
+    preloaded.expect()
+    thread = threading.Thread(target=load_ahead, args=(spec, directory), name="sdtrt-tensorrt")
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+# ------------------------------------------------------------------------------------------------- which are loaded
+
+
+def test_likely_are_engines_that_fit_the_largest_first(directory):
+    unet = publish(directory, pieces=True, used=1)
+    decoder = publish(directory, "vae_decoder", precision="fp32")
+    text = publish(directory, "text_encoder", Profile(Range.of(1), Range.of(8), Range.of(8)))
+    publish(directory, "vae_encoder")
+    found = [entry.name for entry in likely_engines(SPEC, directory)]
+    assert found[0] == unet.name
+    assert sorted(found) == sorted(entry.name for entry in (unet, decoder, text))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "another"},
+        {"backend": "tensorrt-rtx"},
+        {"backend_version": "10.0.1"},
+        {"host": {"gpu": "Another", "compute_capability": [8, 9]}},
+        {"format": FORMAT - 1},
+        {"precision": "fp32"},
+        {"profiles": [{"batch": {}}]},
+        {"profiles": None},
+        {"profiles": [{key: {"min": 128, "opt": 8, "max": 8} for key in ("batch", "height", "width")}]},
+        {"options": None, "backend_version": "8.6.0"},
+        {"profile": Profile.of(Sizes(1, 128, 128))},
+        {"profile": Profile.of(Sizes(2, 256, 128))},
+    ],
+)
+def test_one_that_does_not_run_here_or_not_fit_is_left_for_one_that_does(other, directory):
+    """Although it was used last."""
+    spec = GenerateSpec(("a red circle",), ModelSpec("tiny"), "tensorrt", height=128, width=128)
+    fitting = publish(directory, used=1)
+    publish(directory, used=2, **other)
+    assert [entry.name for entry in likely_engines(spec, directory)] == [fitting.name]
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, ["unet", "vae_decoder"]),
+        ({"init_image": Path("a.png")}, ["unet", "vae_decoder", "vae_encoder"]),
+        ({"components": ("unet",)}, ["unet"]),
+        ({"precision": "fp32"}, []),
+        ({"height": 512}, []),
+        ({"height": 128, "width": 192}, ["unet", "vae_decoder"]),
+        ({"batch_size": 2, "num_images": 2}, ["unet", "vae_decoder"]),
+        ({"batch_size": 8, "num_images": 1}, ["unet", "vae_decoder"]),
+        ({"batch_size": 3, "num_images": 3}, ["vae_decoder"]),
+        ({"batch_size": 3, "num_images": 3, "guidance_scale": 1.0}, ["unet", "vae_decoder"]),
+        ({"backend": "onnxruntime"}, []),
+        ({"backend": "torch"}, []),
+    ],
+)
+def test_what_a_request_calls_and_how(changed, found, directory):
+    for component in ("unet", "vae_decoder", "vae_encoder"):
+        publish(directory, component, PROFILE)
+    spec = GenerateSpec(**{"prompts": ("x",), "model": ModelSpec("tiny"), "backend": "tensorrt", **changed})
+    assert sorted(str(entry.key["component"]) for entry in likely_engines(spec, directory)) == found
+
+
+# ------------------------------------------------------------------------------------------------- loaded and shared
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_session_shares_what_was_loaded_and_nothing_is_read_twice(pieces, directory, loaded, hashed):
+    entry = publish(directory, pieces=pieces)
+    in_background(SPEC, directory)
+    files = [name for name in sorted(entry.files) if not name.endswith(".json")]
+    assert loaded == [(entry.name, name, "sdtrt-tensorrt") for name in files]
+    engines = [plan.engine for plan in preloaded._KEPT[entry.path][0]]
+    with pytest.raises(EntryInUseError):
+        directory.remove(entry)
+    with preloaded.taken([entry]) as folders:
+        assert folders == {entry.path}
+        session = open_session(entry, CUDA)
+    with session:
+        assert [plan.engine for plan in session._plans] == engines
+    assert len(loaded) == len(files)
+    assert sorted(path.name for path in hashed) == sorted(entry.files)
+    assert not preloaded._KEPT
+    with open_session(entry, CUDA):
+        assert len(hashed) == 2 * len(entry.files), "a digest is good for one session: this one proves them anew"
+
+
+def test_what_is_being_loaded_is_waited_for_and_other_plans_are_not(directory, loaded, monkeypatch):
+    unet, other = publish(directory), publish(directory, "vae_decoder", model="another")
+    begun, go, load = threading.Event(), threading.Event(), trt_api.load_engine
+
+    def slowly(library, plan, **options):
+        if threading.current_thread().name == "sdtrt-tensorrt":
+            begun.set()
+            assert go.wait(10)
+        return load(library, plan, **options)
+
+    monkeypatch.setattr(trt_api, "load_engine", slowly)
+    preloaded.expect()
+    thread = threading.Thread(target=load_ahead, args=(SPEC, directory), name="sdtrt-tensorrt")
+    thread.start()
+    assert begun.wait(10)
+    open_session(other, CUDA).close()
+    threading.Timer(0.05, go.set).start()
+    with preloaded.taken([unet]) as folders, open_session(unet, CUDA):
+        assert folders == {unet.path}
+    thread.join(10)
+    assert [name for name, *_ in loaded].count(unet.name) == 1
+
+
+def test_hashing_under_way_is_waited_for_not_repeated(directory, hashed, monkeypatch):
+    """`hash_ahead` has begun with the file; the load ahead, then the session, take its digest."""
+    entry = publish(directory)
+    slow = digests.sha256_file
+
+    def slowly(path):
+        time.sleep(0.05)
+        return slow(path)
+
+    monkeypatch.setattr(digests, "sha256_file", slowly)
+    digests.hash_ahead(lambda: [entry.path / "engine.plan"])
+    in_background(SPEC, directory)
+    with preloaded.taken([entry]) as folders, open_session(entry, CUDA):
+        assert folders
+    assert len(hashed) == 1
+
+
+def test_it_follows_on_the_import_of_tensorrt(directory, loaded, tmp_path, monkeypatch):
+    name = "library_of_test_preload"
+    (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trt_api, "MODULES", {"tensorrt": (name,)})
+    monkeypatch.setattr(ahead, "wake_gpu", lambda: gpu)
+    gpu = ahead.Future()
+    entry = publish(directory)
+    ahead.start_gpu(SPEC, directory)
+    time.sleep(0.02)
+    assert not loaded
+    gpu.set_result(True)
+    for thread in threading.enumerate():
+        if thread.name == "sdtrt-tensorrt":
+            thread.join(10)
+    assert [folder for folder, *_ in loaded] == [entry.name]
+    assert name in sys.modules
+
+
+# ------------------------------------------------------------------------------------------------- not, or let go
+
+
+def test_a_damaged_file_is_never_deserialised_and_the_session_says_so(directory, loaded, hashed):
+    entry = publish(directory, pieces=True)
+    with (entry.path / "engine.plan.1").open("r+b") as file:
+        file.write(b"\0\0\0\0")
+    in_background(SPEC, directory)
+    assert not loaded
+    assert not preloaded._KEPT
+    with preloaded.taken([entry]), pytest.raises(CacheError, match=r"engine\.plan\.1 is damaged"):
+        open_session(entry, CUDA)
+    assert not loaded
+    assert len(hashed) == len(set(hashed)), "damaged once is enough"
+    directory.remove(entry)  # nothing holds it
+
+
+def test_a_directory_that_others_can_change_is_left_alone(directory, loaded, hashed):
+    publish(directory)
+    directory.path.chmod(0o777)
+    in_background(SPEC, directory)
+    assert not loaded
+    assert not hashed
+
+
+@pytest.mark.parametrize("context", [False, OSError("no driver")])
+def test_without_a_context_nothing_is_loaded(context, directory, loaded, monkeypatch):
+    """Of a GPU for one process at a time, a builder may need it."""
+
+    def state(index):
+        if context:
+            raise context
+        return context
+
+    publish(directory)
+    monkeypatch.setattr(host, "has_primary_context", state)
+    in_background(SPEC, directory)
+    assert not loaded
+
+
+def test_what_fails_is_silent_and_the_session_tells(directory, capfd):
+    entry = publish(directory)
+    trt_api.open_library("tensorrt").module.Runtime.deserialize_cuda_engine = lambda self, data: self.refuse()
+    in_background(SPEC, directory)
+    assert not preloaded._KEPT
+    trt_api.open_library("tensorrt").module.Runtime.deserialize_cuda_engine = lambda self, data: None
+    in_background(SPEC, directory)
+    assert capfd.readouterr() == ("", "")
+    with preloaded.taken([entry]), pytest.raises(EngineError, match="can't be loaded"):
+        open_session(entry, CUDA)
+    directory.remove(entry)
+
+
+def test_nothing_is_loaded_unasked_or_once_the_request_has_its_engines(directory, loaded):
+    publish(directory)
+    load_ahead(SPEC, directory)
+    preloaded.expect()
+    with preloaded.taken([]):
+        load_ahead(SPEC, directory)
+    load_ahead(SPEC, directory)
+    assert not loaded
+
+
+def test_nothing_is_loaded_that_was_let_go_while_it_was_proven(directory, loaded, monkeypatch):
+    entry = publish(directory)
+    proven = preloaded.plan_loader
+
+    def proving(*arguments):
+        loader = proven(*arguments)
+        preloaded.let_go()
+        return loader
+
+    monkeypatch.setattr(preloaded, "plan_loader", proving)
+    in_background(SPEC, directory)
+    assert not loaded
+    directory.remove(entry)
+
+
+def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, monkeypatch):
+    """And what is used counts once: as weights that lie on the GPU, not as weights that will need room there."""
+    unused, unet = publish(directory, "vae_decoder"), publish(directory, "unet", pieces=True)
+    in_background(SPEC, directory)
+    engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
+    assert len(engines) == 2
+    plan = pipeline.Plan(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
+    monkeypatch.setattr(pipeline, "engines_of", lambda *_, **__: {"unet": unet})
+    free = []
+
+    def judged(device):
+        assert engines[unused.path]() is None
+        assert engines[unet.path]() is not None
+        return free[0]
+
+    @contextmanager
+    def opened(entry, device, scratch):
+        assert engines[entry.path]() is not None
+        yield
+
+    monkeypatch.setattr(memory, "free_bytes", judged)
+    monkeypatch.setattr(pipeline, "open_session", opened)
+    free.append(memory.ALLOWANCE_BYTES)
+    with pipeline._open_engines(plan, directory, None, True, None):
+        assert engines[unet.path]() is None, "sessions hold what they use"
+    directory.remove(unused)
+    in_background(SPEC, directory)
+    engines[unet.path] = weakref.ref(preloaded._KEPT[unet.path][0][0])
+    free[0] -= 1
+    with pytest.raises(MemoryShortage), pipeline._open_engines(plan, directory, None, True, None):
+        pass
+    assert engines[unet.path]() is None
+
+
+def test_what_is_just_being_loaded_and_not_used_is_waited_for_then_freed(directory, monkeypatch):
+    publish(directory)
+    begun, load = threading.Event(), trt_api.load_engine
+
+    def slowly(library, plan, **options):
+        begun.set()
+        time.sleep(0.1)
+        return load(library, plan, **options)
+
+    monkeypatch.setattr(trt_api, "load_engine", slowly)
+    preloaded.expect()
+    threading.Thread(target=load_ahead, args=(SPEC, directory)).start()
+    assert begun.wait(10)
+    preloaded.let_go()
+    assert not preloaded._KEPT
+    assert not plan_module._LOADED
+
+
+ENDS = """
+import sys, threading, time
+from sdtrt.runtime import preloaded
+
+class Entry:
+    path = "entry"
+    def __init__(self, name): self.path = name
+    def hold(self): return open(__file__ if "__file__" in globals() else "/dev/null", "rb")
+
+class Plan:
+    def __del__(self): print("freed", flush=True)
+
+def loader(entry, wanted):
+    def load(device):
+        print("loading", entry.path, flush=True)
+        begun.set()
+        time.sleep(0.2)
+        return (Plan(),)
+    return load
+
+begun = threading.Event()
+preloaded.plan_loader = loader
+import atexit
+atexit.register(preloaded.let_go)
+preloaded.expect()
+threading.Thread(target=lambda: [preloaded.load(Entry(name), 0) for name in ("one", "two")]).start()
+begun.wait()
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_waits_for_one_load_and_begins_no_other():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "loading one\nfreed\n", "")
+
+
+def test_builders_get_the_gpus_memory(directory, monkeypatch):
+    from sdtrt import engines
+
+    publish(directory)
+    in_background(SPEC, directory)
+    assert preloaded._KEPT
+    model, sizes = resolve_model(ModelSpec("tiny")), Sizes(2, 128, 128)
+
+    def build(*arguments):
+        assert not preloaded._KEPT
+        return publish(directory, used=3)
+
+    monkeypatch.setattr(engines, "build_engine", build)
+    monkeypatch.setattr(engines, "find_engine", lambda *_: None)
+    assert engines.ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))
