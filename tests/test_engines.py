@@ -13,7 +13,7 @@ import factories
 import pytest
 import torch
 
-from sdtrt import build, engines, host, parts
+from sdtrt import build, engines, host, parts, trt_api
 from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
@@ -201,6 +201,7 @@ def run_build(monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
     for module in (build, engines):
         monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
+    monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 0)
     specs = {}
 
     def publish(model, spec, directory, console):
