@@ -29,6 +29,12 @@ CPU = torch.device("cpu")
 SMALL = Sizes(2, 64, 64)
 
 
+@pytest.fixture(autouse=True)
+def tensorrt_is_not_asked(monkeypatch):
+    """Keys of TensorRT's engines are made without TensorRT here."""
+    monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 0)
+
+
 @pytest.fixture(scope="module")
 def model(sd1):
     return resolve_model(ModelSpec(str(sd1)))
@@ -201,7 +207,6 @@ def run_build(monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
     for module in (build, engines):
         monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
-    monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 0)
     specs = {}
 
     def publish(model, spec, directory, console):
