@@ -21,7 +21,9 @@ from trt_fakes import fake_library
 
 from sdtrt import host, parts, trt_api
 from sdtrt.build import tensorrt as build
-from sdtrt.build.tensorrt import Request, build_here, build_plan, check_parity, check_precision
+from sdtrt.build.checking import check_parity, check_precision, why_not_runnable
+from sdtrt.build.tensorrt import Request, build_plan
+from sdtrt.build.worker import build_here
 from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError, EngineError
@@ -403,7 +405,7 @@ def test_why_an_engine_is_not_run(monkeypatch):
     library = fake_library("tensorrt_rtx 1.7.1.116")
     gpu = host.Gpu("Fake", (8, 9), 2**30)
     monkeypatch.setattr(host, "gpus", lambda: (gpu,))
-    assert build.why_not_runnable(library, rtx_spec()) is None
-    assert "for compute capability 12.0" in build.why_not_runnable(library, rtx_spec(compute_capability=(12, 0)))
+    assert why_not_runnable(library, rtx_spec()) is None
+    assert "for compute capability 12.0" in why_not_runnable(library, rtx_spec(compute_capability=(12, 0)))
     monkeypatch.setattr(host, "gpus", lambda: (replace(gpu, compute_capability=(9, 0)),))
-    assert "does not serve Fake" in build.why_not_runnable(library, rtx_spec(compute_capability=(9, 0)))
+    assert "does not serve Fake" in why_not_runnable(library, rtx_spec(compute_capability=(9, 0)))

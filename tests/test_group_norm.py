@@ -18,7 +18,8 @@ from trt_fakes import fake_library
 
 from sdtrt import onnx_graph, trt_api
 from sdtrt.build import group_norm
-from sdtrt.build import tensorrt as build
+from sdtrt.build.tensorrt import Request
+from sdtrt.build.worker import _parse
 from sdtrt.components import Contract, unet_contract
 from sdtrt.export import write_onnx
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
@@ -128,6 +129,7 @@ def test_the_norms_of_a_unet_are_replaced_and_nothing_else(wide_onnx):
     assert {tuple(values.tolist()) for values in scales.values()} == wanted
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 def test_the_ends_of_a_vaes_norms_are_named(tmp_path):
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, **kinds).half()
@@ -177,7 +179,7 @@ def test_who_gets_the_plugin(label, options, used, wide_onnx, tmp_path, monkeypa
     read = []
     monkeypatch.setattr(trt_api, "parse_onnx", lambda library, onnx_path: read.append(onnx.load(onnx_path)))
     spec = BuildSpec(ExportSpec(), "tensorrt", **{"profiles": (Profile.of(Sizes(2, 64, 64)),), **options})
-    build._parse(fake_library(label), build.Request(path, tmp_path, contract, spec, None, False), path)
+    _parse(fake_library(label), Request(path, tmp_path, contract, spec, None, False), path)
     assert ("GroupNorm" in {node.op_type for node in read[0].graph.node}) == used
     assert path.read_bytes() == before
     assert not list(tmp_path.iterdir())

@@ -28,7 +28,8 @@ from trt_fakes import (
 )
 
 from sdtrt import host, trt_api
-from sdtrt.build import tensorrt as build
+from sdtrt.build import checking
+from sdtrt.build.tensorrt import Request
 from sdtrt.components import Contract, unet_contract
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
@@ -387,12 +388,12 @@ def test_a_build_notes_what_a_session_takes(cuda, plan, tmp_path, monkeypatch):
     """`sdtrt.memory` reads it before sessions are opened."""
     profile = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
     spec = BuildSpec(ExportSpec(precision="fp16"), "tensorrt", (profile,))
-    request = build.Request(tmp_path / "model.onnx", tmp_path, CONTRACT, spec, None, False)
+    request = Request(tmp_path / "model.onnx", tmp_path, CONTRACT, spec, None, False)
     library = fake_library("tensorrt 8.6.1")
-    monkeypatch.setattr(build, "why_not_runnable", lambda library, spec: None)
+    monkeypatch.setattr(checking, "why_not_runnable", lambda library, spec: None)
     monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
-    monkeypatch.setattr(build, "_compare", lambda request, feeds, outputs: {})
-    info = build._check(library, request, lambda message: None, {})
+    monkeypatch.setattr(checking, "_compare", lambda request, feeds, outputs: {})
+    info = checking.check(library, request, lambda message: None, {})
     assert info["scratch_bytes"] == trt_fakes.Engine.device_memory_size
     assert info["unchecked"] is None
 

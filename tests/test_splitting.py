@@ -12,9 +12,10 @@ from factories import SMALL, small_unet
 from onnx import numpy_helper
 
 from sdtrt import onnx_graph, trt_api
-from sdtrt.build import group_norm, splitting
-from sdtrt.build import tensorrt as build
-from sdtrt.build.splitting import FLOATS, Facts, check, choose, find_attentions, freeze, split
+from sdtrt.build import attentions, group_norm, splitting, worker
+from sdtrt.build.attentions import Facts, check, find_attentions
+from sdtrt.build.splitting import FLOATS, choose, freeze, split
+from sdtrt.build.tensorrt import Request, build_plan
 from sdtrt.components import unet_contract
 from sdtrt.console import QUIET
 from sdtrt.errors import BuildError
@@ -59,7 +60,7 @@ def cut_up(source, folder, contract, tokens):
     """What a build makes pieces of, at `SIZES`: attentions over so many tokens and more are PyTorch's."""
     spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(SIZES),))
     object.__setattr__(spec, "split_attention", tokens)  # which is refused for fp32
-    return build._sources(build.Request(source, folder, contract, spec, None, False), folder, [].append)
+    return worker._sources(Request(source, folder, contract, spec, None, False), folder, [].append)
 
 
 def difference(source, pieces, contract, sizes):
@@ -178,11 +179,11 @@ def cut(exported, tmp_path):
     """A request for an engine in pieces."""
     source, contract = exported("small", "fp16")
     spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(SIZES),), split_attention=90)
-    return build.Request(source, tmp_path, contract, spec, None, False)
+    return Request(source, tmp_path, contract, spec, None, False)
 
 
 def test_the_build_lists_its_pieces(cut, tmp_path):
-    sources = build._sources(cut, tmp_path, [].append)
+    sources = worker._sources(cut, tmp_path, [].append)
     assert len(sources) == 1 + 1 + 3
     names = ["engine.plan", *(f"engine.plan.{n}" for n in (1, 2, 3, 4))]
     assert [source.piece.plan.name for source in sources] == names
@@ -207,10 +208,10 @@ def test_the_first_piece_projects_the_text_for_all_cross_attentions(exported, tm
 
 def test_an_engine_without_large_attentions_is_one_plan_and_says_so_where_others_were_asked_for(cut, tmp_path):
     said = []
-    (source,) = build._sources(replace(cut, spec=replace(cut.spec, split_attention=97)), tmp_path, said.append)
+    (source,) = worker._sources(replace(cut, spec=replace(cut.spec, split_attention=97)), tmp_path, said.append)
     assert source.onnx == cut.onnx
     assert said == [{"warn": "no self-attention is of 97 tokens or more: none is left to PyTorch"}]
-    assert len(build._sources(replace(cut, spec=replace(cut.spec, split_attention=0)), tmp_path, said.append)) == 1
+    assert len(worker._sources(replace(cut, spec=replace(cut.spec, split_attention=0)), tmp_path, said.append)) == 1
     assert len(said) == 1
 
 
@@ -233,14 +234,26 @@ def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, m
 def test_what_can_not_be_cut_is_whole_by_default_and_refused_where_it_was_asked_for(cut, tmp_path, monkeypatch):
     weakly_typed(monkeypatch, True)
     monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 90)
-    monkeypatch.setattr(splitting, "CHECK_TOLERANCE", 0.0)
+    monkeypatch.setattr(attentions, "CHECK_TOLERANCE", 0.0)
     with pytest.raises(BuildError, match="is not what the graph computes") as caught:
-        build._sources(cut, tmp_path, [].append)
+        worker._sources(cut, tmp_path, [].append)
     assert "--split-attention 0" in caught.value.hint
     said = []
-    (source,) = build._sources(replace(cut, spec=replace(cut.spec, split_attention=None)), tmp_path, said.append)
+    (source,) = worker._sources(replace(cut, spec=replace(cut.spec, split_attention=None)), tmp_path, said.append)
     assert source.onnx == cut.onnx
     assert "attention is left to TensorRT, which is slower here" in said[0]["warn"]
+
+
+@pytest.mark.parametrize(("tokens", "way_out"), [(90, True), (97, False)])
+def test_where_a_piece_can_not_be_built_the_hint_is_to_do_without(cut, monkeypatch, tokens, way_out):
+    def fail(*_):
+        raise BuildError("no kernel fits", hint="raise --workspace-gib")
+
+    monkeypatch.setattr(worker, "_build_piece", fail)
+    with pytest.raises(BuildError, match="no kernel fits") as caught:
+        worker._build(None, replace(cut, spec=replace(cut.spec, split_attention=tokens)), [].append)
+    assert "raise --workspace-gib" in caught.value.hint
+    assert ("sdtrt build --split-attention 0" in caught.value.hint) == way_out
 
 
 @pytest.mark.slow
@@ -250,7 +263,7 @@ def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_p
     rtx = BuildSpec(ExportSpec(), "tensorrt-rtx", (Profile.of(SIZES),), compute_capability=(8, 9))
     object.__setattr__(rtx, "split_attention", 90)  # which is refused, as it gains nothing there
     request = replace(cut, spec=rtx)
-    found = build._build(trt_api.open_library("tensorrt-rtx"), request, [].append)
+    found = worker._build(trt_api.open_library("tensorrt-rtx"), request, [].append)
     pieces = read_pieces(request.plan, request.contract)
     assert found["pieces"] == len(pieces) == 5
     assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
@@ -263,9 +276,9 @@ def test_tensorrt_takes_every_piece(cut, tmp_path):
     """The real builder, of TensorRT for RTX, as that needs no GPU."""
     pytest.importorskip("tensorrt_rtx")
     rtx = BuildSpec(ExportSpec(), "tensorrt-rtx", (Profile.of(SIZES),), compute_capability=(8, 9))
-    for number, source in enumerate(build._sources(cut, tmp_path, [].append)):
+    for number, source in enumerate(worker._sources(cut, tmp_path, [].append)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        found = build.build_plan(source.onnx, folder, source.piece.contract, rtx, timing_cache=None, console=QUIET)
+        found = build_plan(source.onnx, folder, source.piece.contract, rtx, timing_cache=None, console=QUIET)
         assert found["plan_bytes"] > 0
         assert found["precision"]["layers"]["fp16"] > 0

@@ -16,7 +16,7 @@ from sdtrt.errors import BuildError, EngineError
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 from sdtrt.trt_api import FEATURES, Log, parse_version
 
-SOURCES = [Path(trt_api.__file__).parent / name for name in ("trt_api.py", "build/tensorrt.py")]
+SOURCES = [Path(trt_api.__file__).parent / name for name in ("trt_api.py", "build/worker.py", "build/checking.py")]
 SOURCES += [Path(trt_api.__file__).parent / "runtime" / name for name in ("plan.py", "tensorrt.py", "pycuda.py")]
 # The names that variables for TensorRT's objects have in those files (`trt` is the module).
 RECEIVERS = {

@@ -10,8 +10,9 @@ from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
 from sdtrt import onnx_graph, trt_api
+from sdtrt.build.checking import LAYERS_FILE
 from sdtrt.build.group_norm import OPERATOR
-from sdtrt.build.tensorrt import LAYERS_FILE, build_plan
+from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import QUIET
 from sdtrt.metrics import relative_l2

@@ -1,0 +1,252 @@
+"""The process that builds TensorRT plans: parse, build, check; a request on its stdin, reports in JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtrt import onnx_graph, trt_api
+from sdtrt.build import group_norm, splitting
+from sdtrt.build.attentions import Facts, find_attentions
+from sdtrt.build.checking import check
+from sdtrt.build.splitting import Part
+from sdtrt.build.tensorrt import Report, Request
+from sdtrt.components import CONDITIONING, Contract
+from sdtrt.errors import BuildError, EngineError, SdtrtError
+from sdtrt.parts import VAE_HALVES
+from sdtrt.runtime.pieces import Piece, list_file, piece_file, write_pieces
+from sdtrt.trt_api import Draft, Library
+
+SHOW_SECONDS = 0.2  # between two lines of progress
+
+
+def serve() -> None:
+    """Read a request from stdin, build, and report in JSON lines on stdout. What libraries print goes to stderr."""
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def report(message: Mapping[str, Any]) -> None:
+        with lock:
+            reports.write(json.dumps(message) + "\n")
+
+    try:
+        request = Request.from_json(json.loads(sys.stdin.buffer.readline()))
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+        report({"result": build_here(request, report)})
+    except SdtrtError as error:
+        report({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    except Exception:
+        report({"bug": traceback.format_exc()})
+    reports.flush()
+    os._exit(0)  # the result is out: no tidying by TensorRT's and CUDA's destructors, which crash at times
+
+
+def _die_with_parent() -> None:
+    """End this process when stdin ends: the parent is gone."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
+
+
+def build_here(request: Request, report: Report) -> dict[str, Any]:
+    """Build and check a plan in this process."""
+    library = trt_api.open_library(request.spec.backend)
+    with request.log.open("a") as file, library.log.copied_to(file, verbose=request.verbose):
+        info = _build(library, request, report)
+        report({"show": "checking"})
+        start = time.perf_counter()
+        with _whole_as_a_way_out(info["pieces"]):
+            info |= check(library, request, report, info["precision"])
+        return info | {"check_seconds": round(time.perf_counter() - start, 3)}
+
+
+@contextmanager
+def _whole_as_a_way_out(pieces: int) -> Iterator[None]:
+    """Let the hint of an error say how to do without pieces, where there are several."""
+    try:
+        yield
+    except (BuildError, EngineError) as error:
+        if pieces == 1:
+            raise
+        raise type(error)(error.message, hint=f"{error.hint}; in one piece: sdtrt build --split-attention 0") from error
+
+
+def _build(library: Library, request: Request, report: Report) -> dict[str, Any]:
+    """Parse and build; write the plan files and the timing cache. The builder's memory is free again after this."""
+    report({"show": "reading the ONNX"})
+    list_file(request.plan).unlink(missing_ok=True)  # of an earlier build, in a folder that is kept
+    with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
+        sources = _sources(request, Path(folder), report)
+        with _whole_as_a_way_out(len(sources)):
+            measured = [_build_piece(library, request, source, report) for source in sources]
+    if len(sources) > 1:
+        write_pieces(request.plan, [source.piece for source in sources])
+    return {
+        "library": library.name,
+        "profiles": [str(profile) for profile in request.spec.profiles],
+        "pieces": len(sources),
+        "plan_bytes": sum(source.piece.plan.stat().st_size for source in sources),
+        "build_seconds": round(sum(seconds for seconds, _ in measured), 3),
+        "precision": measured[0][1],
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One piece of an engine, or the whole, and the ONNX that it is built from."""
+
+    onnx: Path
+    piece: Piece
+
+
+def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, ...]:
+    """What to build: the exported model, or its parts between attentions that are PyTorch's, written to a folder."""
+    parts = _parts(request, report)
+    if not parts:
+        return (_Source(request.onnx, Piece(request.plan, request.contract)),)
+    found: list[_Source] = []
+    while parts:  # one at a time: saving a part copies its weights
+        part, number = parts.pop(0), len(found)
+        onnx = folder / f"{number}.onnx"
+        onnx_graph.save(part.model, part.weights, onnx)
+        contract = Contract(request.contract.component, request.contract.precision, part.inputs, part.outputs)
+        found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, part.attentions)))
+    return tuple(found)
+
+
+def _parts(request: Request, report: Report) -> list[Part]:
+    """The exported model's parts; none where it is built as it is. Says why, where parts were asked for."""
+    tokens, asked = trt_api.split_tokens(request.spec), bool(request.spec.split_attention)
+    if not tokens:
+        return []
+    model, weights = onnx_graph.load_split(request.onnx)
+    splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
+    facts = Facts(model, weights)
+    attentions = splitting.choose(find_attentions(facts), tokens)
+    if not attentions:
+        if asked:
+            report({"warn": f"no self-attention is of {tokens} tokens or more: none is left to PyTorch"})
+        return []
+    try:
+        parts = list(splitting.split(model, weights, facts, attentions, CONDITIONING))
+        splitting.check_fixed(parts)
+    except ValueError as error:
+        if asked:
+            raise BuildError(str(error), hint="leave attention to TensorRT: --split-attention 0") from error
+        report({"warn": f"attention is left to TensorRT, which is slower here: {error}"})
+        return []
+    return parts
+
+
+def _build_piece(
+    library: Library, request: Request, source: _Source, report: Report
+) -> tuple[float, Mapping[str, Any]]:
+    """Build one plan; the seconds that took, and what is known of its precision."""
+    spec, contract = request.spec, source.piece.contract
+    draft = _parse(library, request, source.onnx)
+    _check_inputs(draft, contract)
+    shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
+    precisions = _fp32_nodes(draft, request, source.onnx), _fp16_nodes(draft, request, source.onnx)
+    config = trt_api.configure(draft, spec, shapes, *precisions)
+    for warning in draft.warnings:
+        report({"warn": warning})
+    if not trt_api.read_timing_cache(config, request.timing_cache):
+        report({"warn": f"{request.timing_cache} is of another TensorRT or GPU: starting a new timing cache"})
+    report({"show": "optimising"})  # all that 8.6 tells until it is done
+    monitor = trt_api.watch_progress(library, config, _throttled(report))
+    start = time.perf_counter()
+    plan = trt_api.serialize(draft, config)
+    seconds = time.perf_counter() - start
+    del monitor
+    with source.piece.plan.open("wb") as file:
+        file.write(plan)
+    _keep_timings(request.timing_cache, trt_api.timing_cache_bytes(config))
+    return seconds, _network_precision(draft)
+
+
+def _parse(library: Library, request: Request, onnx: Path) -> Draft:
+    """The network of an ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
+    spec = request.spec
+    fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
+    wanted = spec.norm_plugins and spec.export.precision == "fp16" and not spec.version_compatible
+    if not (wanted and fits) or not trt_api.has_plugin(library, group_norm.OPERATOR):
+        return trt_api.parse_onnx(library, onnx)
+    model, weights = onnx_graph.load_split(onnx)
+    if group_norm.use_plugin(model, weights) == 0:
+        return trt_api.parse_onnx(library, onnx)
+    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=request.folder) as folder:
+        changed = Path(folder) / onnx.name
+        onnx_graph.save(model, weights, changed)
+        del model, weights
+        return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
+
+
+def _fp32_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
+    """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
+    if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
+        return frozenset()
+    return onnx_graph.float32_nodes(onnx)
+
+
+def _fp16_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
+    """The ONNX's nodes that a weakly typed network must not take from memory, and give to it, in fp32.
+
+    They are the ends of a VAE's group normalisations. Left to itself, 8.6 read and wrote the largest, 256 channels of
+    512x512 pixels, in fp32: more than half of all memory that decoding took. Statistics are in fp32 all the same.
+    """
+    if draft.library.has("strong typing") or request.contract.component not in VAE_HALVES:
+        return frozenset()
+    return group_norm.ends(*onnx_graph.load_split(onnx))
+
+
+def _throttled(report: Report) -> Callable[[str], bool]:
+    """Report the builder's steps, at most a few a second. Never asks it to stop: the parent ends the process."""
+    last = 0.0
+
+    def show(text: str) -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SHOW_SECONDS:
+            last = now
+            report({"show": text})
+        return True
+
+    return show
+
+
+def _check_inputs(draft: Draft, contract: Contract) -> None:
+    """Hold the network's inputs against the contract."""
+    wanted = {spec.name: spec.dtype for spec in contract.inputs}
+    found = trt_api.network_inputs(draft)
+    if found != wanted:
+        raise BuildError(f"the ONNX takes {found}, and not {wanted}", hint="export it again: sdtrt export --force")
+
+
+def _network_precision(draft: Draft) -> dict[str, Any]:
+    """What a strongly typed network computes in; nothing is known of a weakly typed one before it is built."""
+    if not draft.library.has("strong typing"):
+        return {}
+    return {"layers": trt_api.network_precisions(draft), "read_from": "network"}
+
+
+def _keep_timings(file: Path | None, data: bytes) -> None:
+    """Replace the timing cache in one step; one that can't be written costs time, nothing else."""
+    if file is None or not data:
+        return
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(data)
+        draft.replace(file)
+    except OSError:
+        draft.unlink(missing_ok=True)
