@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from sdtrt import host, onnx_graph
+from sdtrt import host, keys, onnx_graph
+from sdtrt.build import FORMAT as BUILD_FORMAT
 from sdtrt.build.onnxruntime import optimize
 from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import Contract, TensorSpec, unet_contract
@@ -165,6 +166,18 @@ def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["us"])
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder with engines that another sdtrt has built: of the same name, they would be taken for today's."""
+    file, formats = folder / "formats.json", {"export": keys.FORMAT, "build": BUILD_FORMAT}
+    if not file.exists() and any(folder.glob("*/build.json")):
+        sys.exit(f"{folder} has engines of another sdtrt: name another --folder")
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(formats))
+    if json.loads(file.read_text()) != formats:
+        sys.exit(f"{folder} has engines of another sdtrt: name another --folder")
+
+
 def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contract, args: argparse.Namespace) -> None:
     """Export and build those variants that no earlier run with the same folder has left there."""
     missing = [variant for variant in variants if not variant.facts.exists()]
@@ -211,6 +224,7 @@ def measure_layers(args: argparse.Namespace) -> dict[str, Any]:
     contract = unet_contract(model.config("unet"), "fp16")
     device, sizes = device_of(args.backend), Sizes(2, args.height, args.width)
     variants = [Variant.of(name, args.folder) for name in args.variants]
+    check_folder(args.folder)
     prepare(variants, unet, contract, args)
     if args.build_only:
         return {}

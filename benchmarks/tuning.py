@@ -24,7 +24,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from fidelity import errors, feeds_of, kernels
+from fidelity import check_folder, errors, feeds_of, kernels
 from torch import Tensor, nn
 
 from sdtrt import host
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    check_folder(args.folder)
     contracts = {name: export(name, args.folder / name) for name in args.variants}  # one by one: traces don't mix
     failures: dict[str, str] = {}
 

@@ -165,19 +165,26 @@ class Entry:
         """
         path = self.file(name)
         companions = [self.path / other for other in sorted(self.files) if other.startswith(name)]
-        digest = digests_ahead(companions, ahead) if ahead else digest_of
+        with self._reading(path):
+            digest = digests_ahead(companions, ahead) if ahead else digest_of
         for companion in companions:
             self._verify(companion, digest)
         return path
 
     def _verify(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
         """Compare a file's content with its digest."""
-        try:
+        with self._reading(path):
             intact = digest(path) == self.digests[path.name]
-        except OSError as error:
-            raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
         if not intact:
             raise CacheError(f"{path} is damaged: its content is not what was published", hint=self._mend)
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Turn failures to read a file into `CacheError`."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
 
     def hold(self) -> IO[bytes]:
         """Keep the entry from being removed (`engines rm` and `prune` leave it) until what this returns is closed.

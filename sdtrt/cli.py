@@ -219,7 +219,7 @@ def build(
         Option(
             metavar="TOKENS",
             help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
-            " PyTorch's kernels, 0 for none; by default over 2048",
+            " PyTorch's kernels, 0 for none; by default 2048",
         ),
     ] = None,
     *,

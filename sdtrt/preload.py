@@ -21,13 +21,16 @@ def load_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
     """
     import torch
 
+    if not preloaded.is_wanted():
+        return
     with suppress(Exception):
         device = torch.cuda.current_device()
         if not host.has_primary_context(device):
             return
         torch.cuda.synchronize(device)  # TensorRT takes the context that is current in its thread: now it is
         for entry in likely_engines(spec, directory):
-            preloaded.load(entry, device)
+            with suppress(Exception):  # the others may be sound
+                preloaded.load(entry, device)
 
 
 def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry]:

@@ -581,10 +581,9 @@ def _set_precision(
     for layer in fp32_layers(draft, fp32_nodes):
         layer.precision = trt.DataType.FLOAT
         layer.set_output_type(0, trt.DataType.FLOAT)
-    for layer in (draft.network.get_layer(index) for index in range(draft.network.num_layers)):
-        if layer.name in fp16_nodes:
-            layer.precision = trt.DataType.HALF
-            layer.set_output_type(0, trt.DataType.HALF)
+    for layer in named_layers(draft, set(fp16_nodes) - set(fp32_nodes), "are to take and give fp16", "fp32"):
+        layer.precision = trt.DataType.HALF
+        layer.set_output_type(0, trt.DataType.HALF)
 
 
 # Layers that compute. Others move, store or convert numbers, and tell nothing about precision.
@@ -604,15 +603,25 @@ def fp32_layers(draft: Draft, nodes: Collection[str]) -> list[Any]:
     its node, which is how they are found. Norm statistics need no mention: the normalisation layer computes them in
     fp32 anyway.
     """
+    found = named_layers(draft, nodes, "the ONNX computes in fp32", "fp16")
+    return [layer for layer in found if layer.type.name in COMPUTING]
+
+
+def named_layers(draft: Draft, nodes: Collection[str], what: str, otherwise: str) -> list[Any]:
+    """The layers of some of the ONNX's nodes, by name; a warning of the draft says of how many there are none.
+
+    Args:
+        what: is to be of these nodes.
+        otherwise: the precision that they may be in without.
+    """
     layers = [draft.network.get_layer(index) for index in range(draft.network.num_layers)]
-    kept = [layer for layer in layers if layer.name in nodes and layer.type.name in COMPUTING]
     missing = set(nodes) - {layer.name for layer in layers}
     if missing:
         draft.warnings.append(
-            f"{len(missing)} of {len(nodes)} operators that the ONNX computes in fp32 may be computed in fp16:"
+            f"{len(missing)} of {len(nodes)} operators that {what} may be computed in {otherwise}:"
             f" TensorRT's parser has no layers of their names ({', '.join(sorted(missing)[:3])})"
         )
-    return kept
+    return [layer for layer in layers if layer.name in nodes]
 
 
 def _add_profile(builder: Any, config: Any, shapes: Mapping[str, ShapeRange]) -> None:

@@ -16,10 +16,12 @@ import factories
 import onnx
 import pytest
 import torch
+import trt_fakes
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
 from sdtrt import host, parts, trt_api
+from sdtrt.build import checking
 from sdtrt.build import tensorrt as build
 from sdtrt.build.checking import check_parity, check_precision, why_not_runnable
 from sdtrt.build.tensorrt import Request, build_plan
@@ -368,6 +370,27 @@ def test_a_request_comes_out_of_the_pipe_as_it_went_in(tiny_onnx, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
+
+
+def test_the_piece_of_the_text_may_be_in_any_precision_and_no_other(tmp_path, monkeypatch):
+    """It is a few products; the builder chooses."""
+    spec = BuildSpec(ExportSpec(), "tensorrt", (PROFILE,))
+    request = Request(
+        tmp_path / "model.onnx",
+        tmp_path,
+        unet_contract({"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8}, "fp16"),
+        spec,
+        None,
+        False,
+    )
+    monkeypatch.setattr(trt_api, "layer_precisions", lambda told: told)
+    wide, half = {"fp32": 2}, {"fp16": 3}
+    with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
+        checking._read_precision(request, [wide])
+    monkeypatch.setattr(checking, "read_pieces", lambda plan, contract: trt_fakes.three_pieces(plan))
+    assert checking._read_precision(request, [wide, half, half]) == {"fp32": 2, "fp16": 6}
+    with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
+        checking._read_precision(request, [half, wide, half])
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,21 @@ def test_it_follows_on_the_import_of_tensorrt(directory, loaded, tmp_path, monke
 # ------------------------------------------------------------------------------------------------- not, or let go
 
 
+def test_one_damaged_engine_hides_no_other(directory, loaded):
+    large, small = publish(directory, pieces=True), publish(directory, "vae_decoder")
+    plan = large.path / "engine.plan"
+    plan.write_bytes(plan.read_bytes()[:-1] + b"?")
+    in_background(SPEC, directory)
+    assert [(folder, plan) for folder, plan, _ in loaded] == [(small.name, "engine.plan")]
+
+
+def test_nothing_is_asked_of_the_gpu_where_nothing_is_wanted_any_more(directory, monkeypatch):
+    publish(directory)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("the GPU was asked"))
+    preloaded.let_go()
+    load_ahead(SPEC, directory)
+
+
 def test_a_damaged_file_is_never_deserialised_and_the_session_says_so(directory, loaded, hashed):
     entry = publish(directory, pieces=True)
     with (entry.path / "engine.plan.1").open("r+b") as file:

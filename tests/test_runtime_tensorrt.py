@@ -592,7 +592,11 @@ def test_sessions_share_the_scratch_memory(label, cuda, plan, needs):
 
 
 def contexts_of(session):
-    return [*session._contexts, *(one for graph in session._graphs.values() for one in graph.contexts)]
+    return [one for made in (session, *session._graphs.values()) for one in contexts_in(made).values()]
+
+
+def contexts_in(made):
+    return made._contexts if hasattr(made, "_contexts") else made.contexts
 
 
 def test_a_session_that_needs_more_leaves_the_others_where_they_are(cuda, plan, needs):

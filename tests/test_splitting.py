@@ -98,7 +98,7 @@ def test_pieces_of_a_dynamic_model_serve_other_sizes(exported, tmp_path, monkeyp
     source, contract = exported("small", "fp32")
     for name in ("freeze", "check_fixed"):
         monkeypatch.setattr(splitting, name, lambda *_: None)
-    monkeypatch.setattr(splitting, "choose", lambda found, _: found)
+    monkeypatch.setattr(splitting, "choose", lambda found, *_: found)
     pieces = cut_up(source, tmp_path, contract, 1)
     assert len(pieces) > 1
     for sizes in (SIZES, OTHER):
@@ -144,6 +144,9 @@ def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
     assert {(one.tokens, one.heads, one.width) for one in found} == {(96, 2, 16), (24, 2, 16), (6, 2, 32), (2, 2, 32)}
     assert [one.tokens for one in choose(found, 25)] == [96] * 3
     assert [one.tokens for one in choose(found, 20)] == [96, 24, 24, 24, 96, 96]
+    assert [one.tokens for one in choose(found, 20, most=5)] == [96] * 3  # whole resolutions only
+    assert choose(found, 20, most=2) == []
+    assert choose(found, 97) == []
     assert {one.scale for one in found} == {16**-0.5, 32**-0.5}
 
 
@@ -229,6 +232,17 @@ def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, m
     assert trt_api.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
     assert trt_api.split_tokens(replace(default, split_attention=0)) == 0
     assert trt_api.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
+
+
+def test_by_default_only_so_many_are_cut(cut, tmp_path, monkeypatch):
+    weakly_typed(monkeypatch, True)
+    monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 1)
+    default = replace(cut, spec=replace(cut.spec, split_attention=None))
+    assert len(worker._sources(default, tmp_path, [].append)) > 2 + 3
+    monkeypatch.setattr(worker, "MOST_CUTS", 3)
+    assert len(worker._sources(default, tmp_path, [].append)) == 2 + 3
+    asked = replace(cut, spec=replace(cut.spec, split_attention=1))
+    assert len(worker._sources(asked, tmp_path, [].append)) > 2 + 3
 
 
 def test_what_can_not_be_cut_is_whole_by_default_and_refused_where_it_was_asked_for(cut, tmp_path, monkeypatch):

@@ -307,6 +307,10 @@ def test_8_6_takes_and_gives_fp16_where_it_is_told_to():
     assert [layer.precision for layer in ends] == [half, half]
     assert all(layer._calls == [("set_output_type", 0, half)] for layer in ends)
     assert not any(layer._calls for layer in others)
+    assert not draft.warnings
+    trt_api.configure(draft, spec_of(), [], {"/Mul"}, {"/Mul", "/norm2/Reshape"})
+    assert ends[1].precision == library.module.DataType.FLOAT
+    assert "1 of 1 operators that are to take and give fp16 may be computed in fp32" in draft.warnings[0]
 
 
 def test_8_6_says_where_it_cannot_keep_fp32():

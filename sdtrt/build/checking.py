@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrt import host, trt_api
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.errors import BuildError
+from sdtrt.runtime.pieces import read_pieces
 from sdtrt.specs import BuildSpec, Profile
 from sdtrt.trt_api import Library
 
@@ -69,13 +70,15 @@ def _current_gpu() -> torch.device:
 def _read_precision(request: Request, information: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """How many computing layers of the built engine have each precision; the inspector's words are kept in a file.
 
-    Each piece must compute in what was asked for.
+    Each piece must compute in what was asked for, but for one that runs once for a text: it may be no more than a few
+    products, whose precision the builder chooses by itself.
     """
     told = information[0] if len(information) == 1 else information
     (request.folder / LAYERS_FILE).write_text(json.dumps(told, indent=1))
     layers = [trt_api.layer_precisions(one) for one in information]
-    for found in layers:
-        check_precision(request.spec, found)
+    for piece, found in zip(read_pieces(request.plan, request.contract), layers, strict=True):
+        if len(layers) == 1 or not piece.is_of_conditioning:
+            check_precision(request.spec, found)
     return dict(sum(map(Counter, layers), Counter()))
 
 

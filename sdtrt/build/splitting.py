@@ -73,9 +73,15 @@ def _join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, at
     return replace(attention, sources=(output,))
 
 
-def choose(attentions: Sequence[Attention], min_tokens: int) -> list[Attention]:
-    """Those of at least so many tokens."""
-    return [one for one in attentions if (one.tokens or 0) >= min_tokens]
+def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = None) -> list[Attention]:
+    """Those of at least so many tokens; with `most` only those resolutions, the largest first, that are so few."""
+    chosen: list[Attention] = []
+    for tokens in sorted({one.tokens or 0 for one in attentions}, reverse=True):
+        found = [one for one in attentions if one.tokens == tokens]
+        if tokens < min_tokens or (most is not None and len(chosen) + len(found) > most):
+            break
+        chosen += found
+    return [one for one in attentions if one in chosen]
 
 
 def split(

@@ -28,6 +28,9 @@ from sdtrt.runtime.pieces import Piece, list_file, piece_file, write_pieces
 from sdtrt.trt_api import Draft, Library
 
 SHOW_SECONDS = 0.2  # between two lines of progress
+# Cuts that nobody has asked for: each makes a plan more. Stable Diffusion XL has 10 attentions at its largest
+# resolution, and 60 at the next.
+MOST_CUTS = 16
 
 
 def serve() -> None:
@@ -133,7 +136,7 @@ def _parts(request: Request, report: Report) -> list[Part]:
     model, weights = onnx_graph.load_split(request.onnx)
     splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
     facts = Facts(model, weights)
-    attentions = splitting.choose(find_attentions(facts), tokens)
+    attentions = splitting.choose(find_attentions(facts), tokens, None if asked else MOST_CUTS)
     if not attentions:
         if asked:
             report({"warn": f"no self-attention is of {tokens} tokens or more: none is left to PyTorch"})
@@ -205,7 +208,8 @@ def _fp16_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
     They are the ends of a VAE's group normalisations. Left to itself, 8.6 read and wrote the largest, 256 channels of
     512x512 pixels, in fp32: more than half of all memory that decoding took. Statistics are in fp32 all the same.
     """
-    if draft.library.has("strong typing") or request.contract.component not in VAE_HALVES:
+    told = draft.library.has("strong typing") or request.spec.export.precision != "fp16"
+    if told or request.contract.component not in VAE_HALVES:
         return frozenset()
     return group_norm.ends(*onnx_graph.load_split(onnx))
 

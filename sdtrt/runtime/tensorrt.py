@@ -27,6 +27,7 @@ from sdtrt.trt_api import Library, Shape
 
 MAX_GRAPHS = 4  # shapes kept as CUDA graphs; each costs an execution context and its outputs
 Key = tuple[tuple[str, Shape], ...]
+Contexts = dict[int, Any]  # by the number of the piece
 
 # PyTorch's kernels for attention between pieces, the fastest first (`benchmarks/attention-h200.json`); each serves
 # where those before it don't.
@@ -48,7 +49,7 @@ _CAPTURING = threading.Lock()
 class _Graph:
     """One shape, captured: replaying writes `outputs`. The contexts must outlive the graph, and not be touched."""
 
-    contexts: tuple[Any, ...]
+    contexts: Contexts
     graph: torch.cuda.CUDAGraph
     outputs: dict[str, torch.Tensor]
 
@@ -103,7 +104,8 @@ class TensorRTSession(Session[torch.Tensor]):
         self._copied: dict[str, Remembered] = {}  # what lies in the buffers
         self._scratch = scratch or Scratch()
         self._pieces = read_pieces(plan, contract)
-        self._last_uses = last_uses(self._pieces, [spec.name for spec in contract.outputs])
+        self._first = int(len(self._pieces) > 1 and self._pieces[0].is_of_conditioning)  # that runs at each step
+        self._last_uses = last_uses(self._pieces, [spec.name for spec in (*contract.outputs, *self._kept_specs)])
         with torch.cuda.device(self._device), _memory_errors(plan):
             self._plans: tuple[LoadedPlan, ...] = tuple(
                 load_plan(
@@ -115,10 +117,9 @@ class TensorRTSession(Session[torch.Tensor]):
             self._scratch_bytes = max(trt_api.scratch_bytes(self._library, plan.engine) for plan in self._plans)
             self._block = self._scratch.block(self._scratch_bytes, self._device)
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
-            self._first = int(len(self._pieces) > 1 and self._pieces[0].is_of_conditioning)  # that runs at each step
-            self._kept = self._new_kept()
+            self._kept = {spec.name: self._new_tensor(spec.shape({}), spec) for spec in self._kept_specs}
             self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
-            self._contexts = self._new_contexts()
+            self._contexts = self._new_contexts(range(len(self._plans)))
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @property
@@ -152,8 +153,8 @@ class TensorRTSession(Session[torch.Tensor]):
         """What TensorRT's inspector tells of each piece: its layers, their data types and tactics."""
         self._check_open()
         return [
-            trt_api.inspect(self._library, plan.engine, context)
-            for plan, context in zip(self._plans, self._contexts, strict=True)
+            trt_api.inspect(self._library, plan.engine, self._contexts[number])
+            for number, plan in enumerate(self._plans)
         ]
 
     def close(self) -> None:
@@ -162,7 +163,7 @@ class TensorRTSession(Session[torch.Tensor]):
             return
         self._scratch.finish()
         self._graphs.clear()
-        self._contexts = ()
+        self._contexts = {}
         self._buffers.clear()
         self._kept.clear()
         self._copied.clear()
@@ -210,7 +211,7 @@ class TensorRTSession(Session[torch.Tensor]):
         """
         if self._max_graphs > 0 and key in self._seen and key not in self._failed:
             try:
-                contexts = self._new_contexts()
+                contexts = self._new_contexts(self._each_step)
                 outputs = self._run_on_stream(contexts, key, profile, self._each_step)  # must precede a capture
                 self._capture(contexts, key, outputs)
                 return outputs
@@ -225,9 +226,7 @@ class TensorRTSession(Session[torch.Tensor]):
         """The numbers of the pieces that run at each step."""
         return range(self._first, len(self._pieces))
 
-    def _run_on_stream(
-        self, contexts: tuple[Any, ...], key: Key, profile: int, numbers: range
-    ) -> dict[str, torch.Tensor]:
+    def _run_on_stream(self, contexts: Contexts, key: Key, profile: int, numbers: range) -> dict[str, torch.Tensor]:
         """Run the contexts of some pieces once, in order with the current stream; returns the outputs among theirs.
 
         Never on the default stream itself: TensorRT would wait for the whole GPU there, twice a run.
@@ -267,16 +266,14 @@ class TensorRTSession(Session[torch.Tensor]):
         for name in self._last_uses[number]:
             del tensors[name]
 
-    def _capture(self, contexts: tuple[Any, ...], key: Key, example: Mapping[str, torch.Tensor]) -> None:
+    def _capture(self, contexts: Contexts, key: Key, example: Mapping[str, torch.Tensor]) -> None:
         """Capture contexts that have just run into a CUDA graph with outputs of its own."""
         while len(self._graphs) >= self._max_graphs:
             torch.cuda.current_stream().synchronize()  # the one that leaves may still be running
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         outputs = {name: torch.empty_like(tensor) for name, tensor in example.items()}
-        if not all(
-            trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts[self._first :]
-        ):
+        if not all(trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts.values()):
             raise EngineError("TensorRT can't be captured at this shape", hint="open the session with graphs=0")
         tensors = self._inputs_of(key)
         # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
@@ -286,8 +283,8 @@ class TensorRTSession(Session[torch.Tensor]):
             _CAPTURING,
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
-            for number in self._each_step:
-                piece, context = self._pieces[number], contexts[number]
+            for number, context in contexts.items():
+                piece = self._pieces[number]
                 shapes = trt_api.output_shapes(self._library, context)
                 for spec in piece.contract.outputs:  # the graph keeps the memory of what crosses
                     own = outputs.get(spec.name)
@@ -296,9 +293,9 @@ class TensorRTSession(Session[torch.Tensor]):
                 self._enqueue(number, context, tensors, self._stream)
         self._graphs[key] = _Graph(contexts, graph, outputs)
 
-    def _new_contexts(self) -> tuple[Any, ...]:
-        """An execution context for each piece, all in this session's scratch memory."""
-        return tuple(self._new_context(plan) for plan in self._plans)
+    def _new_contexts(self, numbers: range) -> Contexts:
+        """An execution context for each of some pieces, all in this session's scratch memory."""
+        return {number: self._new_context(self._plans[number]) for number in numbers}
 
     def _new_context(self, loaded: LoadedPlan) -> Any:
         with loaded.lock:
@@ -319,19 +316,16 @@ class TensorRTSession(Session[torch.Tensor]):
         """What lies in buffers: the inputs, and what was made of the conditioning."""
         return {name: self._input(name, shape) for name, shape in key} | self._kept
 
-    def _new_kept(self) -> dict[str, torch.Tensor]:
-        """Memory for what the piece of conditioning gives."""
-        specs = [spec for piece in self._pieces[: self._first] for spec in piece.contract.outputs]
-        return {
-            spec.name: torch.empty(spec.shape({}), dtype=getattr(torch, spec.dtype), device=self._device)
-            for spec in specs
-        }
+    @property
+    def _kept_specs(self) -> list[TensorSpec]:
+        """What the piece of conditioning gives."""
+        return [spec for piece in self._pieces[: self._first] for spec in piece.contract.outputs]
 
     def _is_output(self, spec: TensorSpec) -> bool:
         return any(spec.name == output.name for output in self.outputs)
 
-    def _new_tensor(self, shape: Shape, spec: TensorSpec, stream: torch.cuda.Stream) -> torch.Tensor:
-        """Memory that is free to be used again, once it is let go, by what comes later on a stream."""
+    def _new_tensor(self, shape: Shape, spec: TensorSpec, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
+        """Memory that is free to be used again, once it is let go, by what comes later on a stream; the current one."""
         with torch.cuda.stream(stream):
             return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
 
