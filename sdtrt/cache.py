@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import stat
 import tempfile
@@ -29,36 +28,41 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
-from sdtrt import __version__
 from sdtrt.console import QUIET, Console
-from sdtrt.digests import digest_of, digests_ahead, sha256_file
-from sdtrt.errors import CacheError, EntryInUseError
+from sdtrt.digests import sha256_file
+from sdtrt.entries import (
+    MALFORMED,
+    SIDECAR,
+    Entry,
+    UnfitError,
+    entry_name,
+    entry_of,
+    exclusively,
+    in_use,
+    is_published,
+    key_digest,
+    seal,
+)
+from sdtrt.errors import CacheError
 from sdtrt.files import (
     FULL,
     NO_LOCKS,
-    OTHERS,
     delete,
     fsync,
     listing,
-    lock,
     replacers,
-    same_file,
     status,
     write_atomically,
     writers,
 )
 from sdtrt.specs import PruneSpec
 
-FORMAT = 1  # of keys and sidecars: entries of another format are foreign
-SIDECAR = "entry.json"
 ENVIRONMENT_VARIABLE = "SDTRT_ENGINE_DIR"
 MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
 FOREIGN_DRAFT_SECONDS = 2 * 86400  # older than any build: until then another machine's draft may be under way
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 
@@ -67,16 +71,6 @@ _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 T = TypeVar("T")
 Make = Callable[[Path], Mapping[str, Any]]
-
-
-def canonical_json(data: Any) -> str:
-    """JSON with sorted keys and no spaces: equal data gives equal text."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def key_digest(kind: str, key: Mapping[str, Any]) -> str:
-    """sha256 (hex) of an entry's kind and key."""
-    return hashlib.sha256(canonical_json({"format": FORMAT, "kind": kind, "key": key}).encode()).hexdigest()
 
 
 def default_directory() -> Path:
@@ -93,123 +87,6 @@ def default_directory() -> Path:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One published entry.
-
-    Args:
-        path: its folder.
-        kind: `onnx` or `engine`.
-        key: what it was made for (plain JSON data).
-        info: what is known of it (plain JSON data): contract, parity, times.
-        files: name → size in bytes.
-        digests: name → sha256 (hex) of the content that was published.
-        created: seconds since the epoch.
-    """
-
-    path: Path
-    kind: str
-    key: Mapping[str, Any]
-    info: Mapping[str, Any]
-    files: Mapping[str, int]
-    digests: Mapping[str, str]
-    created: float
-
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-        return self.path.name
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 (hex) of its key."""
-        return key_digest(self.kind, self.key)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all its files."""
-        return sum(self.files.values())
-
-    @property
-    def last_used(self) -> float:
-        """Seconds since the epoch (the sidecar's time stamp, which every use renews)."""
-        try:
-            return (self.path / SIDECAR).stat().st_mtime
-        except OSError:  # another process has removed the entry meanwhile
-            return self.created
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for `--json`."""
-        facts = {"name": self.name, "path": str(self.path), "kind": self.kind, "size_bytes": self.size_bytes}
-        return facts | {"created": self.created, "last_used": self.last_used, "key": self.key, "info": self.info}
-
-    def file(self, name: str) -> Path:
-        """The path of one of its files."""
-        if name not in self.files:
-            raise CacheError(f"{self.path} has no {name}", hint=self._mend)
-        return self.path / name
-
-    def verified(self, name: str, *, ahead: Callable[[], bool] | None = None) -> Path:
-        """The path of one of its files, once its content and that of its companions (`NAME.data`) is proven.
-
-        Args:
-            name: of the file.
-            ahead: of a use that comes later: says whether it still does. What is hashed serves that one, too
-                (`digests_ahead`).
-
-        Reads them whole: two seconds for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
-        would not do: a bit that flips on the disk changes neither its time nor its size. What this process has hashed
-        ahead, seconds ago (`hash_ahead`), does.
-
-        Raises:
-            CacheError: when one can't be read, or is not what was published.
-        """
-        path = self.file(name)
-        companions = [self.path / other for other in sorted(self.files) if other.startswith(name)]
-        with self._reading(path):
-            digest = digests_ahead(companions, ahead) if ahead else digest_of
-        for companion in companions:
-            self._verify(companion, digest)
-        return path
-
-    def _verify(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
-        """Compare a file's content with its digest."""
-        with self._reading(path):
-            intact = digest(path) == self.digests[path.name]
-        if not intact:
-            raise CacheError(f"{path} is damaged: its content is not what was published", hint=self._mend)
-
-    @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
-        """Turn failures to read a file into `CacheError`."""
-        try:
-            yield
-        except OSError as error:
-            raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
-
-    def hold(self) -> IO[bytes]:
-        """Keep the entry from being removed (`engines rm` and `prune` leave it) until what this returns is closed.
-
-        Raises:
-            CacheError: when another process has removed it, or is just removing it.
-        """
-        path = self.path / SIDECAR
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            raise CacheError(f"{path} can't be read: {error.strerror}", hint="run the command again") from error
-        if lock(file, shared=True) and same_file(file, path):
-            return file
-        file.close()
-        raise CacheError(f"another process has removed {self.path}", hint="run the command again to make it anew")
-
-    @property
-    def _mend(self) -> str:
-        """What to do about an entry that is not right."""
-        command = shlex.join(["sdtrt", "engines", "rm", self.name, "--engine-dir", str(self.path.parent)])
-        return f"{command}; the next run makes it again"
-
-
-@dataclass(frozen=True)
 class Checked:
     """What `EngineDirectory.check` found of one entry: `state` is `ok`, `damaged`, or `foreign` (of another format)."""
 
@@ -217,14 +94,6 @@ class Checked:
     state: str
     problem: str
     size_bytes: int
-
-
-class _UnfitError(Exception):
-    """Why a folder holds no entry that may be used; `foreign`: it is well, but of another format."""
-
-    def __init__(self, reason: str, *, foreign: bool = False) -> None:
-        super().__init__(reason)
-        self.foreign = foreign
 
 
 class EngineDirectory:
@@ -252,7 +121,7 @@ class EngineDirectory:
 
     def find(self, kind: str, key: Mapping[str, Any]) -> Entry | None:
         """The entry of a key, or None. Marks it as used."""
-        folder = self.path / _entry_name(kind, key)
+        folder = self.path / entry_name(kind, key)
         self._check_trust()
         with self._reading():
             if status(folder, follow=False) is None:
@@ -298,7 +167,7 @@ class EngineDirectory:
                 entry = self._examine(folder)
                 for name in sorted(entry.files):
                     entry._verify(entry.path / name)
-            except _UnfitError as reason:
+            except UnfitError as reason:
                 yield Checked(folder.name, "foreign" if reason.foreign else "damaged", str(reason), _size_of(folder))
             except CacheError as error:
                 yield Checked(folder.name, "damaged", error.message, entry.size_bytes)
@@ -355,7 +224,7 @@ class EngineDirectory:
                 return entry
             if exclusive:  # what is there of this key is a dead builder's
                 for path in self._drafts(key_digest(kind, key)):
-                    with _exclusively(path) as free:
+                    with exclusively(path) as free:
                         if free:  # else it was replaced while a process used it
                             delete(path)
             return self._publish(kind, key, make, force=force)
@@ -372,19 +241,19 @@ class EngineDirectory:
             EntryInUseError: when a process is using it.
         """
         folder = entry if isinstance(entry, Path) else entry.path
-        with self._writing(), _exclusively(folder) as free:
+        with self._writing(), exclusively(folder) as free:
             if not free:
-                raise _in_use(folder)
+                raise in_use(folder)
             self._discard(folder)
 
     def require_free(self, folder: Path) -> None:
         """Raise `EntryInUseError` where a process holds the entry in a folder."""
         if self.is_in_use(folder):
-            raise _in_use(folder)
+            raise in_use(folder)
 
     def is_in_use(self, folder: Path) -> bool:
         """Whether a process holds the entry in a folder."""
-        with _exclusively(folder) as free:
+        with exclusively(folder) as free:
             return not free
 
     def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry]:
@@ -413,7 +282,7 @@ class EngineDirectory:
         elsewhere = len(rest) > 1 and rest[0] != _HOST
         if elsewhere and found is not None and time.time() - found.st_mtime < FOREIGN_DRAFT_SECONDS:
             return False
-        with _exclusively(path) as free:
+        with exclusively(path) as free:
             return free and not self._is_locked(digest)
 
     def sweep(self) -> int:
@@ -467,34 +336,34 @@ class EngineDirectory:
         """The entry in a folder; None unless everything in its sidecar fits and its files are there at full size."""
         try:
             return self._examine(folder)
-        except _UnfitError:
+        except UnfitError:
             return None
 
     def _examine(self, folder: Path) -> Entry:
-        """The entry in a folder; its files' contents are not read. Raises `_UnfitError`."""
+        """The entry in a folder; its files' contents are not read. Raises `UnfitError`."""
         try:
             data = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-            entry = _entry_of(folder, data)
+            entry = entry_of(folder, data)
             for path in (folder, folder / SIDECAR, *(folder / name for name in entry.files)):
                 self._check_piece(path)
         except FileNotFoundError as error:
-            raise _UnfitError(f"{Path(error.filename).name} is missing") from error
+            raise UnfitError(f"{Path(error.filename).name} is missing") from error
         except OSError as error:
-            raise _UnfitError(f"it can't be read: {error.strerror}") from error
+            raise UnfitError(f"it can't be read: {error.strerror}") from error
         except MALFORMED as error:
-            raise _UnfitError(f"{SIDECAR} is damaged") from error
+            raise UnfitError(f"{SIDECAR} is damaged") from error
         for name, size in entry.files.items():
             if (found := (folder / name).stat()).st_size != size:
-                raise _UnfitError(f"{name} has {found.st_size} of {size} bytes")
+                raise UnfitError(f"{name} has {found.st_size} of {size} bytes")
         return entry
 
     def _check_piece(self, path: Path) -> None:
-        """Raise `_UnfitError` for a link, for what is neither folder nor file, and for what other users can change."""
+        """Raise `UnfitError` for a link, for what is neither folder nor file, and for what other users can change."""
         found = path.lstat()
         if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
-            raise _UnfitError(f"{path.name} is a link, or no file")
+            raise UnfitError(f"{path.name} is a link, or no file")
         if not self.trust_others and (who := writers(found)):
-            raise _UnfitError(f"{path.name} can be changed by {who}")
+            raise UnfitError(f"{path.name} can be changed by {who}")
 
     def _check_trust(self) -> None:
         """Refuse a directory that others can change: engines run code, and whoever writes them chooses which."""
@@ -516,10 +385,10 @@ class EngineDirectory:
         building = self.path / ".building"
         building.mkdir(exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{key_digest(kind, key)}-{_HOST}-", dir=building))
-        target = self.path / _entry_name(kind, key)
+        target = self.path / entry_name(kind, key)
         try:
             info = make(draft)
-            _seal(draft, kind, key, info)
+            seal(draft, kind, key, info)
             draft.chmod(stat.S_IMODE(self.path.stat().st_mode))  # as readable as the directory that it goes into
             if not force and (other := self._read(target)) is not None:  # without locks, another one was faster
                 shutil.rmtree(draft, ignore_errors=True)
@@ -611,7 +480,7 @@ class EngineDirectory:
             yield False
             return
         try:
-            if waited and not any(_is_published(path, digest) for path in listing(self.path)):
+            if waited and not any(is_published(path, digest) for path in listing(self.path)):
                 console.note("that process ended without it: making it here")
             yield True
         finally:
@@ -634,72 +503,12 @@ class EngineDirectory:
         return self.path / ".locks" / f"{digest}.lock"
 
 
-def _entry_name(kind: str, key: Mapping[str, Any]) -> str:
-    """A folder name that people can read and that no two keys share."""
-    words = (key["component"], key.get("backend", kind), key["precision"], key_digest(kind, key)[:16])
-    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(word)) for word in words)
-
-
-def _is_published(path: Path, digest: str) -> bool:
-    """Whether a folder has the name of the entry with this key digest."""
-    return path.name.endswith(f"-{digest[:16]}")
-
-
-def _entry_of(folder: Path, data: Any) -> Entry:
-    """The entry that a sidecar describes. Raises `_UnfitError`, or one of `MALFORMED`."""
-    if data["format"] != FORMAT or "seal" not in data:
-        raise _UnfitError("it was made by another version of sdtrt", foreign=True)
-    if data["seal"] != _seal_of(data):
-        raise _UnfitError(f"{SIDECAR} is damaged: its content is not what was published")
-    if not (isinstance(data["info"], dict) and isinstance(data["key"], dict)):
-        raise TypeError("key and info must be objects")
-    sizes, digests = _sizes(data["files"]), _digests(data["files"])
-    entry = Entry(folder, data["kind"], data["key"], data["info"], sizes, digests, float(data["created"]))
-    if folder.name != _entry_name(entry.kind, entry.key):
-        raise _UnfitError("its name is not that of its key")
-    return entry
-
-
-def _seal_of(sidecar: Mapping[str, Any]) -> str:
-    """sha256 (hex) of all that a sidecar says."""
-    content = {name: value for name, value in sidecar.items() if name != "seal"}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _in_use(folder: Path) -> EntryInUseError:
-    return EntryInUseError(f"{folder.name} is in use", hint="end the process that uses it, or wait for it")
-
-
-@contextmanager
-def _exclusively(folder: Path) -> Iterator[bool]:
-    """Keep an entry from being taken into use inside the block; yields False where it is in use already."""
-    try:
-        file = (folder / SIDECAR).open("rb+")  # network file systems give exclusive locks to writers alone
-    except OSError:  # not there, damaged or read-only: nothing that could be in use, or be removed
-        yield True
-        return
-    with file:
-        yield lock(file, shared=False)
-
-
 def _size_of(folder: Path) -> int:
     """Bytes of all the files below a folder, as far as that can be told."""
     total = 0
     with suppress(OSError):
         total = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     return total
-
-
-def _sizes(files: Mapping[str, Any]) -> dict[str, int]:
-    """File sizes of a sidecar; a name that leaves the folder makes the whole sidecar invalid."""
-    if any(name in ("", ".", "..") or Path(name).name != name for name in files):
-        raise ValueError("a sidecar names a file outside its folder")
-    return {name: int(facts["size_bytes"]) for name, facts in files.items()}
-
-
-def _digests(files: Mapping[str, Any]) -> dict[str, str]:
-    """File digests of a sidecar."""
-    return {name: str(facts["sha256"]) for name, facts in files.items()}
 
 
 def _replace(target: Path, draft: Path) -> None:
@@ -713,24 +522,6 @@ def _replace(target: Path, draft: Path) -> None:
         with suppress(OSError):  # nothing to put back; the first failure is the one to tell
             old.rename(target)
         raise
-    with suppress(OSError), _exclusively(old) as free:
+    with suppress(OSError), exclusively(old) as free:
         if free:  # the new entry is in place: what is left of the old one is swept later
             delete(old)
-
-
-def _seal(folder: Path, kind: str, key: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Write the sidecar over what `folder` holds, and flush everything to the disk."""
-    files = {
-        path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
-    sidecar = {"format": FORMAT, "kind": kind, "key": key, "info": info, "files": files}
-    sidecar |= {"created": time.time(), "sdtrt": __version__}
-    sidecar = json.loads(json.dumps(sidecar, allow_nan=False))  # as it will be read: keys as text, lists for tuples
-    sidecar["seal"] = _seal_of(sidecar)
-    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    for path in folder.iterdir():
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~OTHERS)
-        fsync(path)
-    fsync(folder)

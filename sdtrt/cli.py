@@ -53,7 +53,8 @@ from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
     from sdtrt.bench import BenchReport
-    from sdtrt.cache import Checked, Entry
+    from sdtrt.cache import Checked
+    from sdtrt.entries import Entry
     from sdtrt.inspection import EngineReport, ModelReport
     from sdtrt.models import Model
     from sdtrt.verify import VerifyReport

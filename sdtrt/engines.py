@@ -8,8 +8,9 @@ from typing import Any
 
 from sdtrt import host
 from sdtrt.build import FORMAT, backend_version, build_engine, host_key
-from sdtrt.cache import MALFORMED, EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
+from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError, EntryInUseError, SdtrtError
 from sdtrt.keys import export_key
 from sdtrt.models import Model

@@ -21,10 +21,11 @@ import onnx
 import torch
 
 from sdtrt import onnx_graph
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.components import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
+from sdtrt.entries import Entry
 from sdtrt.errors import ExportError, OutputError, UsageError
 from sdtrt.files import FULL, fsync, rename_to_free
 from sdtrt.keys import export_key

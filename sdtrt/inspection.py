@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import print_table
+from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.models import Model, empty_part, part_infos
 from sdtrt.runtime import stored_contract

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sdtrt.cache import Entry
+from sdtrt.entries import Entry
 from sdtrt.parts import sizes_of
 from sdtrt.specs import SIZE_MULTIPLE, Component, Profile, Sizes
 

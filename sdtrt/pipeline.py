@@ -12,9 +12,10 @@ import diffusers
 import torch
 
 from sdtrt import engines, images, memory, models, schedulers
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.components import DTYPES
 from sdtrt.console import Console
+from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, MemoryShortage, ModelError, UsageError
 from sdtrt.models import Model
 from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade

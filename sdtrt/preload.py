@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 
 from sdtrt import host
-from sdtrt.cache import MALFORMED, EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.engines import TENSORRT_BACKENDS, choose_backend, default_precision, runs_here
+from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import SdtrtError
 from sdtrt.parts import VAE_HALVES, sizes_of, unet_batch
 from sdtrt.runtime import preloaded

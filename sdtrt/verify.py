@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 
 from sdtrt import engines, host, images, models
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console, print_table, quiet_libraries
+from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.meters import free_memory, tf32
 from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, require_ssim, ssim

@@ -22,7 +22,7 @@ import atheris
 from PIL import Image
 
 with atheris.instrument_imports(include=["sdtrt"]):
-    from sdtrt import cache, checkpoints, images, weights
+    from sdtrt import cache, checkpoints, entries, images, weights
     from sdtrt.errors import SdtrtError
     from sdtrt.specs import PruneSpec
 
@@ -34,7 +34,7 @@ HEADER = b'{"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, "__
 PARAMETERS = b"a cat\nNegative prompt: a dog\nSteps: 20, Sampler: PNDM, CFG scale: 7.5, Seed: 1, Size: 64x64"
 
 
-def make_entry() -> cache.Entry:
+def make_entry() -> entries.Entry:
     """A sealed entry."""
 
     def make(folder: Path) -> dict[str, object]:
@@ -56,7 +56,7 @@ ENTRY, PNG = make_entry(), make_png()
 
 def sidecar(data: bytes) -> None:
     """An entry's JSON, in a directory that is listed, checked and pruned."""
-    (ENTRY.path / cache.SIDECAR).write_bytes(data)
+    (ENTRY.path / entries.SIDECAR).write_bytes(data)
     for entry in DIRECTORY.entries():
         entry.to_json()
         assert entry.size_bytes >= 0
@@ -89,7 +89,7 @@ def safetensors(data: bytes) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
-    "sidecar": (sidecar, [(ENTRY.path / cache.SIDECAR).read_bytes()]),
+    "sidecar": (sidecar, [(ENTRY.path / entries.SIDECAR).read_bytes()]),
     "parameters": (parameters, [PARAMETERS]),
     "png": (png, [b"\0parameters\0" + PARAMETERS, b'\0sdtrt\0{"seed": 1, "prompt": "a cat"}']),
     "safetensors": (safetensors, [HEADER + bytes(12)]),

@@ -29,7 +29,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
+from sdtrt.entries import Entry
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 

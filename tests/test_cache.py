@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt.cache import _HOST, SIDECAR, EngineDirectory, canonical_json, default_directory, key_digest
+from sdtrt.cache import _HOST, EngineDirectory, default_directory
 from sdtrt.console import Console
+from sdtrt.entries import SIDECAR, canonical_json, key_digest
 from sdtrt.errors import CacheError
 from sdtrt.specs import PruneSpec
 

@@ -27,12 +27,13 @@ from fuzzing import fuzz
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdtrt import cache, engines, images
+from sdtrt import engines, entries, images
 from sdtrt.build.onnxruntime import optimize
-from sdtrt.cache import SIDECAR, EngineDirectory
+from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
 from sdtrt.components import unet_contract
 from sdtrt.console import QUIET
+from sdtrt.entries import SIDECAR
 from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageError
 from sdtrt.generate import generate
 from sdtrt.inspection import inspect_engine
@@ -147,10 +148,10 @@ def test_sidecars_that_lie(directory, model, changes, sealed):
         folder = entry.path
         try:
             if sealed and isinstance(data, dict):
-                with contextlib.suppress(*cache.MALFORMED):
-                    data["seal"] = cache._seal_of(data)
-                with contextlib.suppress(*cache.MALFORMED, OSError):  # a liar would name the folder to fit
-                    folder = entry.path.rename(entry.path.with_name(cache._entry_name(data["kind"], data["key"])))
+                with contextlib.suppress(*entries.MALFORMED):
+                    data["seal"] = entries.seal_of(data)
+                with contextlib.suppress(*entries.MALFORMED, OSError):  # a liar would name the folder to fit
+                    folder = entry.path.rename(entry.path.with_name(entries.entry_name(data["kind"], data["key"])))
             (folder / SIDECAR).write_text(json.dumps(data))
             with contextlib.redirect_stdout(io.StringIO()), only_clean_errors():
                 use_everything(directory, model)
@@ -218,7 +219,7 @@ def test_onnx_files_that_are_damaged(directory, place, data, sealed):
     path.write_bytes(data.draw(damages(path.read_bytes())))
     if sealed:
         (entry.path / SIDECAR).unlink()
-        cache._seal(entry.path, entry.kind, entry.key, entry.info)
+        entries.seal(entry.path, entry.kind, entry.key, entry.info)
     for found in copied.entries("engine"):
         with only_clean_errors(), open_session(found, CPU) as session:
             session.run({})

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from sdtrt import export, images
-from sdtrt.cache import SIDECAR, EngineDirectory
+from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
 from sdtrt.console import Console, print_table
+from sdtrt.entries import SIDECAR
 from sdtrt.errors import ModelError, OutputError, SdtrtError, UsageError
 from sdtrt.images import Metadata, plan_output, read_init_image
 from sdtrt.specs import GenerateSpec

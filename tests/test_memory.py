@@ -12,7 +12,7 @@ from factories import sd1_folder
 from fault_server import UNET
 
 from sdtrt import memory, pipeline
-from sdtrt.cache import Entry
+from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.memory import ALLOWANCE_BYTES, by_scratch, demand_of, fitting, free_bytes
 from sdtrt.models import resolve_model

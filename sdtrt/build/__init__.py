@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt import host
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
+from sdtrt.entries import Entry
 from sdtrt.errors import BuildError
 from sdtrt.keys import export_key
 from sdtrt.models import Model

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdtrt.cache import MALFORMED, Entry
 from sdtrt.components import Contract
+from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError
 from sdtrt.runtime.pieces import list_file, read_pieces
 from sdtrt.runtime.session import Session

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrt.cache import MALFORMED
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
+from sdtrt.entries import MALFORMED
 from sdtrt.errors import EngineError
 from sdtrt.trt_api import REBUILD
 

@@ -12,7 +12,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from sdtrt import trt_api
-from sdtrt.cache import SIDECAR
 from sdtrt.components import (
     BATCH,
     IMAGE_HEIGHT,
@@ -23,6 +22,7 @@ from sdtrt.components import (
     Contract,
     TensorSpec,
 )
+from sdtrt.entries import SIDECAR
 from sdtrt.errors import EngineError
 from sdtrt.runtime.pieces import Piece
 from sdtrt.specs import SIZE_MULTIPLE

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sdtrt.cache import Entry
+from sdtrt.entries import Entry
 from sdtrt.runtime import plan_loader
 from sdtrt.runtime.plan import LoadedPlan
 

@@ -17,8 +17,9 @@ import torch
 
 from sdtrt import trt_api
 from sdtrt.build import build_engine
-from sdtrt.cache import EngineDirectory, Entry
+from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
+from sdtrt.entries import Entry
 from sdtrt.models import Model, resolve_model
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Precision, Profile, Range, Sizes
 
