@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -25,6 +25,7 @@ from sdtrt.files import FULL
 from sdtrt.options import (
     BackendOptions,
     BenchOptions,
+    BuildOptions,
     DirectoryOptions,
     ExporterOptions,
     GenerateOptions,
@@ -40,7 +41,6 @@ from sdtrt.specs import (
     GIB,
     PRECISIONS,
     Backend,
-    BuildSpec,
     Component,
     GenerateSpec,
     Precision,
@@ -201,29 +201,7 @@ def _document(entries: Sequence[Entry]) -> dict[str, Any]:
 @app.command()
 @grouped
 def build(
-    optimization_level: Annotated[
-        int | None, Option(help="TensorRT's builder effort, 0 to 5; by default its own, on 8.6: 1")
-    ] = None,
-    workspace_gib: Annotated[float | None, Option(help="cap on the builder's scratch memory")] = None,
-    compute_capability: Annotated[
-        str | None, Option(metavar="X.Y", help="build ahead of time for this GPU (tensorrt-rtx)")
-    ] = None,
-    version_compatible: Annotated[
-        bool, Option("--version-compatible", help="a plan that later TensorRT versions can load too")
-    ] = False,
-    norm_plugins: Annotated[
-        bool,
-        Option(help="TensorRT 8.6: normalise by its plugin, which is faster; without, results repeat to the bit"),
-    ] = True,
-    split_attention: Annotated[
-        int | None,
-        Option(
-            metavar="TOKENS",
-            help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
-            " PyTorch's kernels, 0 for none; by default 2048",
-        ),
-    ] = None,
-    *,
+    options: BuildOptions,
     sizes: ProfileOptions,
     exporter: ExporterOptions,
     backend: BackendOptions,
@@ -233,7 +211,7 @@ def build(
 ) -> None:
     """Build engines from the exported components, exporting first what is missing."""
     check_choice("backend", backend.backend, BACKENDS)
-    capability = _compute_capability(compute_capability)
+    options.check()
     _check_components(exporter, model, backend.precision or "fp16")
     sizes.profiles(Sizes(2, 512, 512))
     engines, console = directory.directory(), output.console()
@@ -247,33 +225,11 @@ def build(
         sizes.refuse("ONNX Runtime engines take any size")
     resolved = resolve_model(model.spec(), console)
     profiles = () if chosen == "onnxruntime" else sizes.profiles(Sizes(2, *resolved.default_size()))
-    specs = [
-        BuildSpec(
-            export=exporter.spec(model.spec(), fitting, name),
-            backend=chosen,
-            profiles=profiles_of(name, profiles),
-            optimization_level=optimization_level,
-            workspace_bytes=None if workspace_gib is None else bytes_of("--workspace-gib", workspace_gib),
-            compute_capability=capability,
-            version_compatible=version_compatible,
-            norm_plugins=norm_plugins,
-            split_attention=split_attention if name == "unet" else None,
-            force=exporter.force,
-        )
-        for name, fitting in _components(resolved, exporter, backend.precision or default_precision(chosen), console)
-    ]
-    entries = [build_engine(resolved, spec, engines, console) for spec in specs]
+    components = _components(resolved, exporter, backend.precision or default_precision(chosen), console)
+    exports = [exporter.spec(model.spec(), fitting, name) for name, fitting in components]
+    specs = options.specs(exports, chosen, {one.component: profiles_of(one.component, profiles) for one in exports})
+    entries = [build_engine(resolved, replace(spec, force=exporter.force), engines, console) for spec in specs]
     _render([str(entry.path) for entry in entries], _document(entries), output)
-
-
-def _compute_capability(text: str | None) -> tuple[int, int] | None:
-    """`8.9` → (8, 9)."""
-    if text is None:
-        return None
-    major, dot, minor = text.partition(".")
-    if not (dot and major.isdecimal() and minor.isdecimal()):
-        raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
-    return int(major), int(minor)
 
 
 @app.command()

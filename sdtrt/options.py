@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -31,10 +31,12 @@ from sdtrt.specs import (
     PRECISIONS,
     SAMPLE_PROMPT,
     SCHEDULERS,
+    Backend,
     BackendChoice,
     BaselineName,
     BenchSpec,
     BenchTask,
+    BuildSpec,
     Component,
     Exporter,
     ExportSpec,
@@ -47,6 +49,7 @@ from sdtrt.specs import (
     Sizes,
     Thresholds,
     VerifySpec,
+    bytes_of,
 )
 
 RANGE = "N or MIN:OPT:MAX"
@@ -221,6 +224,71 @@ Height = Annotated[int | None, Option("--height", "-H", help="pixels, a multiple
 Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")]
 Scheduler = Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")]
 NoBuild = Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How TensorRT builds."""
+
+    optimization_level: Annotated[
+        int | None, Option(help="TensorRT's builder effort, 0 to 5; by default its own, on 8.6: 1")
+    ] = None
+    workspace_gib: Annotated[float | None, Option(help="cap on the builder's scratch memory")] = None
+    compute_capability: Annotated[
+        str | None, Option(metavar="X.Y", help="build ahead of time for this GPU (tensorrt-rtx)")
+    ] = None
+    version_compatible: Annotated[
+        bool, Option("--version-compatible", help="a plan that later TensorRT versions can load too")
+    ] = False
+    norm_plugins: Annotated[
+        bool,
+        Option(help="TensorRT 8.6: normalise by its plugin, which is faster; without, results repeat to the bit"),
+    ] = True
+    split_attention: Annotated[
+        int | None,
+        Option(
+            metavar="TOKENS",
+            help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
+            " PyTorch's kernels, 0 for none; by default 2048",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise `UsageError` for a value that can't be read, before anything heavy is imported."""
+        self._capability()
+
+    def specs(
+        self, exports: Sequence[ExportSpec], backend: Backend, profiles: Mapping[Component, tuple[Profile, ...]]
+    ) -> list[BuildSpec]:
+        """The engines that are asked for, of some components."""
+        if self.split_attention and not any(export.component == "unet" for export in exports):
+            raise UsageError(
+                "only the UNet leaves attention to PyTorch", hint="add --component unet, or leave --split-attention out"
+            )
+        return [
+            BuildSpec(
+                export=export,
+                backend=backend,
+                profiles=profiles[export.component],
+                optimization_level=self.optimization_level,
+                workspace_bytes=None if self.workspace_gib is None else bytes_of("--workspace-gib", self.workspace_gib),
+                compute_capability=self._capability(),
+                version_compatible=self.version_compatible,
+                norm_plugins=self.norm_plugins,
+                split_attention=self.split_attention if export.component == "unet" else None,
+            )
+            for export in exports
+        ]
+
+    def _capability(self) -> tuple[int, int] | None:
+        """`8.9` → (8, 9)."""
+        text = self.compute_capability
+        if text is None:
+            return None
+        major, dot, minor = text.partition(".")
+        if not (dot and major.isdecimal() and minor.isdecimal()):
+            raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
+        return int(major), int(minor)
 
 
 @dataclass(frozen=True)

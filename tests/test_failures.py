@@ -180,6 +180,7 @@ MAKERS = {
     "sizes without effect": (*BUILD, "-b", "onnxruntime", "--height", "512"),
     "options without effect": (*BUILD, "-b", "onnxruntime", "--workspace-gib", "1"),
     "attention left to PyTorch": (*BUILD, "-b", "tensorrt-rtx", "--split-attention", "2048"),
+    "attention without a UNet": ("build", *MODEL, "--component", "text_encoder", "--split-attention", "2048"),
     "backend without engines": (*BUILD, "-b", "torch"),
     "export's name": ("export", *MODEL, "--component", "unet", "-o", "unet.txt"),
     "export of several parts": ("export", *MODEL, "-o", "unet.onnx"),
