@@ -10,6 +10,7 @@ import onnx
 import pytest
 from factories import SMALL, small_unet
 from onnx import numpy_helper
+from trt_fakes import fake_library
 
 from sdtrt import onnx_graph, trt_api
 from sdtrt.build import attentions, group_norm, splitting, worker
@@ -258,16 +259,51 @@ def test_what_can_not_be_cut_is_whole_by_default_and_refused_where_it_was_asked_
     assert "attention is left to TensorRT, which is slower here" in said[0]["warn"]
 
 
-@pytest.mark.parametrize(("tokens", "way_out"), [(90, True), (97, False)])
-def test_where_a_piece_can_not_be_built_the_hint_is_to_do_without(cut, monkeypatch, tokens, way_out):
+@pytest.fixture
+def no_pieces(monkeypatch):
+    """A TensorRT that builds whole engines only; what is built of them."""
+    built = []
+
+    def build(library, request, source, report):
+        source.piece.plan.write_bytes(b"plan")
+        if source.onnx != request.onnx and source.piece.plan.name != "engine.plan":
+            raise BuildError("no kernel fits", hint="raise --workspace-gib")
+        built.append(source.piece.plan.name)
+        return 1.0, {}
+
+    monkeypatch.setattr(worker, "_build_piece", build)
+    monkeypatch.setattr(worker, "check", lambda *_: {})
+    monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
+    monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 90)
+    return built
+
+
+def test_where_pieces_fail_that_nobody_asked_for_the_engine_is_built_whole(cut, no_pieces):
+    said = []
+    info = worker.build_here(replace(cut, spec=replace(cut.spec, split_attention=None)), said.append)
+    assert info["pieces"] == 1
+    assert no_pieces == ["engine.plan", "engine.plan"]
+    assert [word["warn"] for word in said if "warn" in word] == [
+        "the engine failed in pieces (no kernel fits): building it in one, which runs slower"
+    ]
+    assert [path.name for path in cut.folder.glob("engine.plan*")] == ["engine.plan"]
+
+
+def test_where_pieces_fail_that_were_asked_for_the_hint_is_to_do_without(cut, no_pieces):
+    with pytest.raises(BuildError, match="no kernel fits") as caught:
+        worker.build_here(cut, [].append)
+    assert "raise --workspace-gib" in caught.value.hint
+    assert "sdtrt build --split-attention 0" in caught.value.hint
+
+
+def test_where_a_whole_engine_fails_nothing_is_said_of_pieces(cut, no_pieces, monkeypatch):
     def fail(*_):
         raise BuildError("no kernel fits", hint="raise --workspace-gib")
 
     monkeypatch.setattr(worker, "_build_piece", fail)
     with pytest.raises(BuildError, match="no kernel fits") as caught:
-        worker._build(None, replace(cut, spec=replace(cut.spec, split_attention=tokens)), [].append)
-    assert "raise --workspace-gib" in caught.value.hint
-    assert ("sdtrt build --split-attention 0" in caught.value.hint) == way_out
+        worker.build_here(replace(cut, spec=replace(cut.spec, split_attention=0)), [].append)
+    assert caught.value.hint == "raise --workspace-gib"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, EngineError, SdtrtError
 from sdtrt.parts import VAE_HALVES
-from sdtrt.runtime.pieces import Piece, list_file, piece_file, write_pieces
+from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
 from sdtrt.trt_api import Draft, Library
 
 SHOW_SECONDS = 0.2  # between two lines of progress
@@ -62,36 +62,60 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
+class _PiecesError(Exception):
+    """An engine in pieces could not be made; in one piece it may."""
+
+    def __init__(self, error: BuildError | EngineError) -> None:
+        self.error = error
+
+
 def build_here(request: Request, report: Report) -> dict[str, Any]:
-    """Build and check a plan in this process."""
+    """Build and check a plan in this process; where nobody has asked for pieces and they fail, in one piece."""
     library = trt_api.open_library(request.spec.backend)
     with request.log.open("a") as file, library.log.copied_to(file, verbose=request.verbose):
-        info = _build(library, request, report)
-        report({"show": "checking"})
-        start = time.perf_counter()
-        with _whole_as_a_way_out(info["pieces"]):
-            info |= check(library, request, report, info["precision"])
-        return info | {"check_seconds": round(time.perf_counter() - start, 3)}
+        try:
+            return _build_and_check(library, request, report)
+        except _PiecesError as failed:
+            error = failed.error
+            if request.spec.split_attention is not None:
+                hint = f"{error.hint}; in one piece: sdtrt build --split-attention 0"
+                raise type(error)(error.message, hint=hint) from failed
+            report(
+                {"warn": f"in pieces the engine failed: it is built in one, which is slower to run ({error.message})"}
+            )
+        whole = replace(request, spec=replace(request.spec, split_attention=0))
+        return _build_and_check(library, whole, report)
+
+
+def _build_and_check(library: Library, request: Request, report: Report) -> dict[str, Any]:
+    """Raises `_PiecesError` where an engine of several pieces can't be built or is not right."""
+    for plan in request.folder.glob(f"{request.plan.name}*"):
+        plan.unlink()  # of an earlier build, in a folder that is kept
+    info = _build(library, request, report)
+    report({"show": "checking"})
+    start = time.perf_counter()
+    with _as_pieces(info["pieces"]):
+        info |= check(library, request, report, info["precision"])
+    return info | {"check_seconds": round(time.perf_counter() - start, 3)}
 
 
 @contextmanager
-def _whole_as_a_way_out(pieces: int) -> Iterator[None]:
-    """Let the hint of an error say how to do without pieces, where there are several."""
+def _as_pieces(count: int) -> Iterator[None]:
+    """Turn failures of an engine in several pieces into `_PiecesError`."""
     try:
         yield
     except (BuildError, EngineError) as error:
-        if pieces == 1:
+        if count == 1:
             raise
-        raise type(error)(error.message, hint=f"{error.hint}; in one piece: sdtrt build --split-attention 0") from error
+        raise _PiecesError(error) from error
 
 
 def _build(library: Library, request: Request, report: Report) -> dict[str, Any]:
     """Parse and build; write the plan files and the timing cache. The builder's memory is free again after this."""
     report({"show": "reading the ONNX"})
-    list_file(request.plan).unlink(missing_ok=True)  # of an earlier build, in a folder that is kept
     with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
         sources = _sources(request, Path(folder), report)
-        with _whole_as_a_way_out(len(sources)):
+        with _as_pieces(len(sources)):
             measured = [_build_piece(library, request, source, report) for source in sources]
     if len(sources) > 1:
         write_pieces(request.plan, [source.piece for source in sources])
