@@ -80,9 +80,7 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
             if request.spec.split_attention is not None:
                 hint = f"{error.hint}; in one piece: sdtrt build --split-attention 0"
                 raise type(error)(error.message, hint=hint) from failed
-            report(
-                {"warn": f"in pieces the engine failed: it is built in one, which is slower to run ({error.message})"}
-            )
+            report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which runs slower"})
         whole = replace(request, spec=replace(request.spec, split_attention=0))
         return _build_and_check(library, whole, report)
 
