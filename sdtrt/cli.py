@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from sdtrt.entries import Entry
     from sdtrt.inspection import EngineReport, ModelReport
     from sdtrt.models import Model
-    from sdtrt.verify import VerifyReport
+    from sdtrt.verdict import VerifyReport
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 DAY = 86400

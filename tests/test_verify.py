@@ -24,14 +24,8 @@ from sdtrt.console import QUIET
 from sdtrt.errors import CacheError, EngineError, SdtrtError, UsageError
 from sdtrt.models import TINY, resolve_model
 from sdtrt.specs import GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
-from sdtrt.verify import (
-    ImageError,
-    TimestepError,
-    compare_call,
-    judge,
-    spread,
-    verify,
-)
+from sdtrt.verdict import ImageError, TimestepError, compare_call, judge
+from sdtrt.verify import spread, verify
 
 PROMPT = "a red circle on a blue background"
 
