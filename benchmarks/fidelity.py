@@ -29,10 +29,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from sdtrt import host, keys, onnx_graph
+from sdtrt import host, keys, onnx_graph, tracing
 from sdtrt.build import FORMAT as BUILD_FORMAT
 from sdtrt.build.onnxruntime import optimize
 from sdtrt.build.tensorrt import build_plan
@@ -46,7 +47,7 @@ from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.session import Session
 from sdtrt.specs import Backend, BuildSpec, ExportSpec, ModelSpec, Profile, Sizes
-from sdtrt.tracing import WIDE_LAYERS, UNetCall, wide_convolutions
+from sdtrt.tracing import UNetCall, wide_convolutions
 
 TIMESTEPS = (981.0, 701.0, 421.0, 141.0, 1.0)
 # What a 3x3 convolution of 1280 channels loses by adding up in fp16 (measured, `convolutions`). It grows with the
@@ -169,13 +170,11 @@ def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
 def check_folder(folder: Path) -> None:
     """Refuse a folder with engines that another sdtrt has built: of the same name, they would be taken for today's."""
     file, formats = folder / "formats.json", {"export": keys.FORMAT, "build": BUILD_FORMAT}
-    if not file.exists() and any(folder.glob("*/build.json")):
+    known = json.loads(file.read_text()) if file.exists() else None
+    if known != formats and (known is not None or any(folder.glob("*/build.json"))):
         sys.exit(f"{folder} has engines of another sdtrt: name another --folder")
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(formats))
-    if json.loads(file.read_text()) != formats:
-        sys.exit(f"{folder} has engines of another sdtrt: name another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(formats))
 
 
 def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contract, args: argparse.Namespace) -> None:
@@ -346,7 +345,9 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
     feeds["timestep"] = torch.full_like(feeds["timestep"], 421.0)
     convolutions = {name: part for name, part in unet.named_modules() if isinstance(part, torch.nn.Conv2d)}
     unet.half()
-    wide = {layers: wide_convolutions(unet, layers) for layers in range(MAX_LAYERS + 1)}
+    default = wide_convolutions(unet)
+    with patch.object(tracing, "NARROW_CHANNELS", 0):  # what layers do by themselves
+        wide = [wide_convolutions(unet, layers) for layers in range(MAX_LAYERS + 1)]
     unet.float()  # the weights stay rounded, as an fp16 engine has them
     products = [part for part in unet.modules() if isinstance(part, torch.nn.Linear)]
     with torch.inference_mode():
@@ -357,7 +358,7 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
                 return errors([UNetCall(unet)(*feeds.values())], [expected])["relative_l2"][0]
 
         found = {name: error_of(noise_in([part])) for name, part in convolutions.items()}
-        left_over = [part for name, part in convolutions.items() if name not in wide[WIDE_LAYERS]]
+        left_over = [part for name, part in convolutions.items() if name not in default]
         together = {
             "convolutions": error_of(noise_in(convolutions.values())),
             "convolutions that are fp16 by default": error_of(noise_in(left_over)),
@@ -374,11 +375,11 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
             "additions": additions(convolutions[name]),
             "relative_l2": error,
             "share": error**2 / total,
-            "fp32_by_default": name in wide[WIDE_LAYERS],
+            "fp32_by_default": name in default,
         }
         for name, error in sorted(found.items(), key=lambda item: -item[1])
     ]
-    left = [1 - sum(found[name] ** 2 for name in names) / total for names in wide.values()]
+    left = [1 - sum(found[name] ** 2 for name in names) / total for names in wide]
     return {
         "model": args.model,
         "size": f"{args.width}x{args.height}",

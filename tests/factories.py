@@ -7,7 +7,8 @@ names) is that of Stable Diffusion 1.x, 2.x and XL.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,15 @@ SMALL = {
     "layers_per_block": 1,
     "sample_size": 8,
 }
+
+
+def in_threads(work: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call `work` with each of the arguments, each in a thread of its own, all at once; wait for all."""
+    threads = [threading.Thread(target=work, args=one) for one in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @contextmanager

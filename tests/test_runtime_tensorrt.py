@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from dataclasses import replace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import trt_fakes
+from factories import in_threads
 from trt_fakes import (
     CHANNELS,
     HEADS,
@@ -658,11 +658,7 @@ def test_threads_take_turns_in_a_scratch(cuda, plan, monkeypatch):
             for _ in range(5):
                 session.run(feeds(seed=seed))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, ((seed,) for seed in range(4)))
     assert most == 1
 
 
@@ -699,11 +695,7 @@ def test_a_replaced_plan_is_loaded_anew(cuda, plan):
 
 def test_threads_load_one_engine(cuda, plan):
     library, loaded = fake_library("tensorrt 8.6.1"), []
-    threads = [threading.Thread(target=lambda: loaded.append(load_plan(plan, CONTRACT, library, 0))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda: loaded.append(load_plan(plan, CONTRACT, library, 0)), [()] * 4)
     assert len({id(one) for one in loaded}) == 1
 
 

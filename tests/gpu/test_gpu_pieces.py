@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import gpu_engines
 import pytest
 import torch
+from factories import in_threads
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
 from sdtrt import trt_api
@@ -96,11 +95,7 @@ def test_two_threads_on_streams_of_their_own(split, expected):
         except BaseException as problem:
             failures.append(problem)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, ((seed,) for seed in range(2)))
     assert not failures
     assert len(errors) == 24
     assert max(errors) < FP16_ERROR

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import gpu_engines
 import numpy as np
 import pytest
 import torch
+from factories import in_threads
 from gpu_engines import LARGE_VARIABLE, NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
@@ -254,12 +254,7 @@ def test_sessions_of_one_scratch_on_two_streams_and_threads(entry):
 
     with open_session(entry, CUDA, scratch) as one, open_session(entry, CUDA, scratch) as other:
         assert one._block.data_ptr() == other._block.data_ptr()
-        pairs = zip((one, other), sizes, strict=True)
-        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, zip((one, other), sizes, strict=True))
     assert len(errors) == 120
     assert max(errors) < 1e-3
 
@@ -347,11 +342,7 @@ def test_two_sessions_in_two_threads(entry):
         except BaseException as problem:
             failures.append(problem)
 
-    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, ((size,) for size in sizes))
     assert not failures
     assert len(errors) == 60
     assert max(errors) < 1e-3
