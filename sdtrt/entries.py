@@ -103,7 +103,7 @@ class Entry:
             ahead: of a use that comes later: says whether it still does. What is hashed serves that one, too
                 (`digests_ahead`).
 
-        Reads them whole: two seconds for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
+        Reads them whole: a second for 2 GB (`benchmarks/reliability.md`). A note that a file was found right once
         would not do: a bit that flips on the disk changes neither its time nor its size. What this process has hashed
         ahead, seconds ago (`hash_ahead`), does.
 
