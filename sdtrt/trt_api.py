@@ -474,14 +474,12 @@ def configure(
     spec: BuildSpec,
     profiles: Sequence[Mapping[str, ShapeRange]],
     fp32_nodes: Collection[str] = (),
-    fp16_nodes: Collection[str] = (),
 ) -> Any:
     """The builder's configuration for a build.
 
     Args:
         profiles: input name → range, one mapping a profile.
         fp32_nodes: the ONNX nodes that compute in fp32; a weakly typed fp16 network must be told.
-        fp16_nodes: those that take and give fp16, where such a network would be free to choose fp32.
 
     Raises:
         BuildError: for what this version can't do.
@@ -506,7 +504,7 @@ def configure(
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if library.has("named compute capability"):
         _set_compute_capability(library, config, spec.compute_capability)
-    _set_precision(draft, config, spec.export.precision, fp32_nodes, fp16_nodes)
+    _set_precision(draft, config, spec.export.precision, fp32_nodes)
     for shapes in profiles:
         _add_profile(builder, config, shapes)
     return config
@@ -566,9 +564,7 @@ def _set_compute_capability(library: Library, config: Any, wanted: tuple[int, in
     config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
 
 
-def _set_precision(
-    draft: Draft, config: Any, precision: Precision, fp32_nodes: Collection[str], fp16_nodes: Collection[str]
-) -> None:
+def _set_precision(draft: Draft, config: Any, precision: Precision, fp32_nodes: Collection[str]) -> None:
     """Let the engine compute in `precision`. With strong typing the ONNX's own types already say so."""
     library = draft.library
     if precision == "bf16" and not library.has("bfloat16"):
@@ -581,9 +577,6 @@ def _set_precision(
     for layer in fp32_layers(draft, fp32_nodes):
         layer.precision = trt.DataType.FLOAT
         layer.set_output_type(0, trt.DataType.FLOAT)
-    for layer in named_layers(draft, set(fp16_nodes) - set(fp32_nodes), "are to take and give fp16", "fp32"):
-        layer.precision = trt.DataType.HALF
-        layer.set_output_type(0, trt.DataType.HALF)
 
 
 # Layers that compute. Others move, store or convert numbers, and tell nothing about precision.
@@ -603,25 +596,15 @@ def fp32_layers(draft: Draft, nodes: Collection[str]) -> list[Any]:
     its node, which is how they are found. Norm statistics need no mention: the normalisation layer computes them in
     fp32 anyway.
     """
-    found = named_layers(draft, nodes, "the ONNX computes in fp32", "fp16")
-    return [layer for layer in found if layer.type.name in COMPUTING]
-
-
-def named_layers(draft: Draft, nodes: Collection[str], what: str, otherwise: str) -> list[Any]:
-    """The layers of some of the ONNX's nodes, by name; a warning of the draft says of how many there are none.
-
-    Args:
-        what: is to be of these nodes.
-        otherwise: the precision that they may be in without.
-    """
     layers = [draft.network.get_layer(index) for index in range(draft.network.num_layers)]
+    kept = [layer for layer in layers if layer.name in nodes and layer.type.name in COMPUTING]
     missing = set(nodes) - {layer.name for layer in layers}
     if missing:
         draft.warnings.append(
-            f"{len(missing)} of {len(nodes)} operators that {what} may be computed in {otherwise}:"
+            f"{len(missing)} of {len(nodes)} operators that the ONNX computes in fp32 may be computed in fp16:"
             f" TensorRT's parser has no layers of their names ({', '.join(sorted(missing)[:3])})"
         )
-    return [layer for layer in layers if layer.name in nodes]
+    return kept
 
 
 def _add_profile(builder: Any, config: Any, shapes: Mapping[str, ShapeRange]) -> None:

@@ -294,25 +294,6 @@ def test_8_6_keeps_in_fp32_what_the_onnx_computes_in_fp32():
     assert not draft.warnings
 
 
-def test_8_6_takes_and_gives_fp16_where_it_is_told_to():
-    library = fake_library("tensorrt 8.6.1")
-    others = [
-        layer_of(library, "SHUFFLE", "FLOAT", "/norm1/Reshape_1"),
-        layer_of(library, "CONVOLUTION", "FLOAT", "/conv1"),
-    ]
-    ends = [layer_of(library, "SHUFFLE", "FLOAT", "/norm1/Reshape"), layer_of(library, "ELEMENTWISE", "FLOAT", "/Mul")]
-    draft, _, _ = draft_of(library, [*others, *ends])
-    trt_api.configure(draft, spec_of(), [], (), {"/norm1/Reshape", "/Mul"})
-    half = library.module.DataType.HALF
-    assert [layer.precision for layer in ends] == [half, half]
-    assert all(layer._calls == [("set_output_type", 0, half)] for layer in ends)
-    assert not any(layer._calls for layer in others)
-    assert not draft.warnings
-    trt_api.configure(draft, spec_of(), [], {"/Mul"}, {"/Mul", "/norm2/Reshape"})
-    assert ends[1].precision == library.module.DataType.FLOAT
-    assert "1 of 1 operators that are to take and give fp16 may be computed in fp32" in draft.warnings[0]
-
-
 def test_8_6_says_where_it_cannot_keep_fp32():
     library = fake_library("tensorrt 8.6.1")
     draft, _, _ = draft_of(library, [layer_of(library, "UNARY", "FLOAT", "(Unnamed Layer* 3) [Unary]")])

@@ -1,4 +1,7 @@
-"""Group normalisations as TensorRT 8.6's own plugin for them, which works in the layout of its convolutions.
+"""Group normalisations in forms that serve TensorRT 8.6 better than the exporter's.
+
+A UNet's become nodes of a plugin (`use_plugin`), which works in the layout of the convolutions; a VAE's are spelled out
+(`spell_out`), for left to itself 8.6 keeps the largest of them in fp32, at twice the memory and more.
 
 The ONNX spells a group normalisation out: reshape, instance normalisation, reshape, scale, shift, and often SiLU. 8.6
 turns that into three kernels with a change of layout before and after. Its plugin library has one made for Stable
@@ -41,10 +44,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class _Norm:
-    """One group normalisation of a graph: what it takes, and the nodes that it begins and ends with."""
+    """One group normalisation of a graph: what it takes, and the node that it ends with."""
 
     source: str
-    first: onnx.NodeProto
     last: onnx.NodeProto
     scale: Array
     shift: Array
@@ -78,10 +80,69 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
     return len(norms)
 
 
-def ends(model: onnx.ModelProto, weights: Weights) -> frozenset[str]:
-    """The names of the nodes that take what a group normalisation takes, and of those that give what it gives."""
-    norms = _find(model.graph, _constants(model.graph, weights))
-    return frozenset(node.name for norm in norms for node in (norm.first, norm.last))
+def spell_out(model: onnx.ModelProto, weights: Weights) -> int:
+    """Write group normalisations and their SiLU as means over channels and one fp32 product and sum; returns how many.
+
+    The mean and the variance (E[x²] - E[x]²) of a group come from those of its channels, and a scale and a shift for
+    each channel from both, so that nothing of a tensor's own size need be kept in fp32. Those without SiLU are left:
+    an attention's, small and of another rank.
+
+    Args:
+        model: an export's graph of opset 17, changed in place.
+        weights: the graph's; scales and shifts come in as fp32.
+    """
+    norms = [norm for norm in _find(model.graph, _constants(model.graph, weights)) if norm.swish]
+    for number, norm in enumerate(norms):
+        _spell_out(model.graph, norm, f"group_norm.{number}")
+    onnx_graph.drop_unused(model.graph, weights)
+    return len(norms)
+
+
+def _spell_out(graph: onnx.GraphProto, norm: _Norm, prefix: str) -> None:
+    """Replace the last node of a group normalisation by all that it is."""
+    nodes: list[onnx.NodeProto] = []
+
+    def constant(name: str, values: Array) -> str:
+        graph.initializer.append(numpy_helper.from_array(values, f"{prefix}.{name}"))
+        return f"{prefix}.{name}"
+
+    def add(operator: str, *inputs: str, name: str, **attributes: Any) -> str:
+        output = f"{prefix}.{name}"
+        nodes.append(onnx.helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def mean(name: str, value: str) -> str:
+        """Of each group, [B,G,1,1], by way of its channels."""
+        channels = add("ReduceMean", value, name=f"{name}_of_channels", axes=[2, 3], keepdims=1)
+        grouped = add("Reshape", channels, in_groups, name=f"{name}_in_groups")
+        return add("ReduceMean", grouped, name=name, axes=[2], keepdims=1)
+
+    in_groups = constant("in_groups", np.array([0, GROUPS, -1, 1]))
+    in_channels = constant("in_channels", np.array([0, -1, 1, 1]))
+    scale, shift = (
+        constant(name, values.astype(np.float32).reshape(1, GROUPS, -1, 1))
+        for name, values in (("scale", norm.scale), ("shift", norm.shift))
+    )
+    wide = add("Cast", norm.source, name="wide", to=onnx.TensorProto.FLOAT)
+    average = mean("mean", wide)
+    squares = mean("squares", add("Mul", wide, wide, name="square"))
+    difference = add("Sub", squares, add("Mul", average, average, name="square_of_mean"), name="difference")
+    variance = add("Relu", difference, name="variance")  # rounding may have left less than nothing
+    epsilon = constant("epsilon", np.array(norm.epsilon, np.float32))
+    deviation = add("Sqrt", add("Add", variance, epsilon, name="above_zero"), name="deviation")
+    factor = add("Div", scale, deviation, name="factor")
+    offset = add("Sub", shift, add("Mul", average, factor, name="factor_of_mean"), name="offset")
+    factors, offsets = (add("Reshape", one, in_channels, name=f"{one[len(prefix) + 1 :]}s") for one in (factor, offset))
+    again = add("Cast", norm.source, name="wide_again", to=onnx.TensorProto.FLOAT)  # read twice rather than kept
+    result = add("Add", add("Mul", again, factors, name="scaled"), offsets, name="result")
+    result = add("Mul", result, add("Sigmoid", result, name="gate"), name="silu")
+    nodes.append(
+        onnx.helper.make_node("Cast", [result], norm.last.output, name=norm.last.name, to=onnx.TensorProto.FLOAT16)
+    )
+    place = list(graph.node).index(norm.last)
+    graph.node.remove(norm.last)
+    for node in reversed(nodes):
+        graph.node.insert(place, node)
 
 
 def _constants(graph: onnx.GraphProto, weights: Weights) -> dict[str, Array]:
@@ -127,7 +188,7 @@ def _match(
         return None
     last, swish = _silu(chain[-1], takers)
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    return _Norm(split.input[0], split, last, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
+    return _Norm(split.input[0], last, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
 
 
 def _groups(split: onnx.NodeProto, constants: Mapping[str, Array]) -> int | None:

@@ -25,6 +25,7 @@ from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, EngineError, SdtrtError
 from sdtrt.parts import VAE_HALVES
 from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
+from sdtrt.specs import BuildSpec
 from sdtrt.trt_api import Draft, Library
 
 SHOW_SECONDS = 0.2  # between two lines of progress
@@ -179,11 +180,10 @@ def _build_piece(
 ) -> tuple[float, Mapping[str, Any]]:
     """Build one plan; the seconds that took, and what is known of its precision."""
     spec, contract = request.spec, source.piece.contract
-    draft = _parse(library, request, source.onnx)
+    draft, fp32_nodes = _parse(library, request, source.onnx)
     _check_inputs(draft, contract)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
-    precisions = _fp32_nodes(draft, request, source.onnx), _fp16_nodes(draft, request, source.onnx)
-    config = trt_api.configure(draft, spec, shapes, *precisions)
+    config = trt_api.configure(draft, spec, shapes, fp32_nodes)
     for warning in draft.warnings:
         report({"warn": warning})
     if not trt_api.read_timing_cache(config, request.timing_cache):
@@ -200,40 +200,35 @@ def _build_piece(
     return seconds, _network_precision(draft)
 
 
-def _parse(library: Library, request: Request, onnx: Path) -> Draft:
-    """The network of an ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
-    spec = request.spec
-    fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
-    wanted = spec.norm_plugins and spec.export.precision == "fp16" and not spec.version_compatible
-    if not (wanted and fits) or not trt_api.has_plugin(library, group_norm.OPERATOR):
-        return trt_api.parse_onnx(library, onnx)
+def _parse(library: Library, request: Request, onnx: Path) -> tuple[Draft, frozenset[str]]:
+    """The network of an ONNX, and the nodes that must be told to compute in fp32, as its types don't say so.
+
+    A weakly typed fp16 network's group normalisations are changed before: a VAE's are spelled out, a UNet's become
+    nodes of 8.6's plugin, where that is asked for and serves.
+    """
+    if library.has("strong typing") or request.spec.export.precision != "fp16":
+        return trt_api.parse_onnx(library, onnx), frozenset()
+    if request.contract.component in VAE_HALVES:
+        change, told = group_norm.spell_out, None
+    elif _plugin_serves(library, request.spec):
+        change, told = group_norm.use_plugin, onnx  # types can't be told from operators that ONNX does not know
+    else:
+        return trt_api.parse_onnx(library, onnx), onnx_graph.float32_nodes(onnx)
     model, weights = onnx_graph.load_split(onnx)
-    if group_norm.use_plugin(model, weights) == 0:
-        return trt_api.parse_onnx(library, onnx)
-    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=request.folder) as folder:
+    change(model, weights)
+    with tempfile.TemporaryDirectory(prefix=".norms-", dir=request.folder) as folder:
         changed = Path(folder) / onnx.name
         onnx_graph.save(model, weights, changed)
         del model, weights
-        return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
+        # The network has its own copy of the weights when the file goes.
+        return trt_api.parse_onnx(library, changed), onnx_graph.float32_nodes(told or changed)
 
 
-def _fp32_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
-    """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
-    if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
-        return frozenset()
-    return onnx_graph.float32_nodes(onnx)
-
-
-def _fp16_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
-    """The ONNX's nodes that a weakly typed network must not take from memory, and give to it, in fp32.
-
-    They are the ends of a VAE's group normalisations. Left to itself, 8.6 read and wrote the largest, 256 channels of
-    512x512 pixels, in fp32: more than half of all memory that decoding took. Statistics are in fp32 all the same.
-    """
-    told = draft.library.has("strong typing") or request.spec.export.precision != "fp16"
-    if told or request.contract.component not in VAE_HALVES:
-        return frozenset()
-    return group_norm.ends(*onnx_graph.load_split(onnx))
+def _plugin_serves(library: Library, spec: BuildSpec) -> bool:
+    """Whether group normalisations may be left to 8.6's plugin."""
+    fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
+    wanted = spec.norm_plugins and not spec.version_compatible
+    return wanted and fits and trt_api.has_plugin(library, group_norm.OPERATOR)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:
