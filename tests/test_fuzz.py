@@ -199,8 +199,10 @@ def test_lists_of_an_engines_pieces(place, data):
     list_file.write_bytes(data.draw(lists_of_pieces(list_file.read_bytes())))
     with only_clean_errors():
         pieces = pieces_module.read_pieces(plan, UNET_CONTRACT)
-        last = pieces_module.last_uses(pieces, [spec.name for spec in UNET_CONTRACT.outputs])
-        assert pieces_module.crossing_bytes(pieces, last) > 0
+        own = [spec.name for spec in UNET_CONTRACT.outputs]
+        _, size = pieces_module.lay_out(pieces, pieces_module.last_uses(pieces, own), own)
+        assert size > 0
+        assert pieces_module.attention_bytes(pieces) > 0
         (profile,) = profiles_of(UNET_CONTRACT, pieces, [None] * len(pieces))
         assert not profile.misfits({name: bounds[0] for name, bounds in profile.bounds.items()})
 

@@ -8,12 +8,16 @@ import sys
 import time
 import weakref
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import trt_fakes
 from factories import in_threads
+from hypothesis import given
+from hypothesis import strategies as st
 from trt_fakes import (
     CHANNELS,
     HEADS,
@@ -30,7 +34,7 @@ from trt_fakes import (
 from sdtrt import host, trt_api
 from sdtrt.build import checking
 from sdtrt.build.tensorrt import Request
-from sdtrt.components import Contract, unet_contract
+from sdtrt.components import Contract, TensorSpec, unet_contract
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
 from sdtrt.runtime import pycuda as pycuda_module
@@ -39,9 +43,12 @@ from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.pieces import (
     Attention,
+    Piece,
     last_uses,
+    lay_out,
     list_file,
     read_pieces,
+    size_bytes,
     write_pieces,
 )
 from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
@@ -212,6 +219,46 @@ def test_only_what_is_still_needed_keeps_its_memory(split_plan):
     first, second = last_uses(pieces, ["out_sample"])
     assert first == {"query", "key", "value", "sample"}
     assert second == {"doubled", "attended", "timestep", "encoder_hidden_states"}
+
+
+@given(data=st.data())
+def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
+    """Pieces in a row, each of which takes some of what those before it gave."""
+    pieces, made = [], []
+    for number in range(data.draw(st.integers(1, 6))):
+        taken = data.draw(st.lists(st.sampled_from(made), unique=True)) if made else []
+        sizes = data.draw(st.lists(st.integers(1, 400), min_size=1, max_size=4))
+        given = [TensorSpec(f"{number}.{index}", "float16", (size,)) for index, size in enumerate(sizes)]
+        pieces.append(Piece(Path(f"engine.plan.{number}"), Contract("unet", "fp16", tuple(taken), tuple(given))))
+        made += given
+    own = [pieces[-1].contract.outputs[0].name]
+    places, size = lay_out(pieces, last_uses(pieces, own), own)
+    assert places.keys() == {spec.name for spec in made} - set(own)
+    maker = {spec.name: number for number, piece in enumerate(pieces) for spec in piece.contract.outputs}
+    taker = dict(maker)
+    for number, piece in enumerate(pieces):
+        taker |= dict.fromkeys(piece.inputs, number)
+    ends = {spec.name: places[spec.name] + size_bytes(spec) for spec in made if spec.name in places}
+    assert all(place % 256 == 0 and ends[name] <= size for name, place in places.items())
+    for one, other in combinations(places, 2):
+        if maker[one] <= taker[other] and maker[other] <= taker[one]:
+            assert ends[one] <= places[other] or ends[other] <= places[one]
+
+
+def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan, needs, captured_attention):
+    """What lies between pieces is part of it, behind what the plans need; the fakes overwrite all that these have."""
+    scratch, plan = Scratch(), write_plan(split_plan.with_name("whole.plan"), [WIDE])
+    needs(2 * 10**6 + 1)
+    with session_on(plan, scratch=scratch) as whole:
+        needs(100_000)
+        with session_on(split_plan, scratch=scratch) as split:
+            for seed in range(4):
+                inputs = feeds(seed=seed)
+                found = split.run(inputs)["out_sample"]
+                np.testing.assert_allclose(found.float(), with_attention(inputs), rtol=2e-3, atol=1e-2)
+                np.testing.assert_array_equal(whole.run(inputs)["out_sample"], wanted(inputs))
+            assert split._block is whole._block
+            assert 100_000 < split.scratch_bytes < split._block.numel()
 
 
 def with_attention_of(entry, **changes):

@@ -140,6 +140,7 @@ class Context(Strict):
     def __init__(self, engine, needs_memory):
         super().__init__(engine._module)
         self._needs_memory = needs_memory
+        self._needed = type(engine).device_memory_size
         self._captured = False
         self._shapes, self._addresses, self._streams = {}, {}, []
         self.engine = engine
@@ -201,8 +202,12 @@ class Context(Strict):
     def _operation(self, shapes, addresses):
         assert not self._needs_memory, "the context has no scratch memory"
 
+        scratch, needed = getattr(self, "device_memory", None), self._needed
+
         def compute():
             kind = self.engine._kind
+            if scratch is not None:
+                ctypes.memset(scratch, 0xFF, needed)  # an engine writes there as it likes
             given = {name: _memory(addresses[name], shapes[name], name) for name in kind.inputs}
             for name, array in kind.compute(**given).items():
                 _memory(addresses[name], kind.shapes(shapes)[name], name)[...] = array

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sdtrt.errors import EngineError
 from sdtrt.trt_api import REBUILD
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ALIGNMENT = 256  # bytes, as CUDA allocates
 
 
 @dataclass(frozen=True)
@@ -177,16 +178,54 @@ def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[s
     return tuple(reversed(found))
 
 
-def crossing_bytes(pieces: Sequence[Piece], last: Sequence[frozenset[str]]) -> int:
-    """The most memory that what crosses between pieces takes at a time; `last` is of `last_uses`."""
-    if len(pieces) == 1:
-        return 0
-    live: dict[str, int] = {}
-    most = 0
-    for piece, gone in zip(pieces, last, strict=True):
+def lay_out(
+    pieces: Sequence[Piece], last: Sequence[frozenset[str]], own: Collection[str]
+) -> tuple[dict[str, int], int]:
+    """Where what plans give to each other lies in one block of memory: name → offset, and the block's size, in bytes.
+
+    A tensor takes the place of others that nothing takes any more when it is made.
+
+    Args:
+        pieces: of one engine, with fixed sizes where they are several.
+        last: of `last_uses`.
+        own: what has memory of its own.
+    """
+    ends = {name: number for number, gone in enumerate(last) for name in gone}
+    places: dict[str, int] = {}
+    live: list[tuple[int, int, int]] = []  # offset, end, and the last piece that it is for
+    size = 0
+    for number, piece in enumerate(pieces):
+        live = sorted(place for place in live if place[2] >= number)
         for spec in piece.contract.outputs:
-            live[spec.name] = math.prod(spec.shape({})) * ITEM_BYTES[spec.dtype]
-        live |= {one.result: live[one.sources[0]] for one in piece.attentions}
-        most = max(most, sum(live.values()))
-        live = {name: size for name, size in live.items() if name not in gone}
-    return most
+            if spec.name not in own:
+                place = _first_gap(live, aligned(size_bytes(spec)))
+                places[spec.name] = place[0]
+                live = sorted([*live, (*place, ends[spec.name])])
+                size = max(size, place[1])
+    return places, size
+
+
+def _first_gap(taken: Sequence[tuple[int, int, int]], size: int) -> tuple[int, int]:
+    """Where so many bytes fit between places in order, or after them."""
+    offset = 0
+    for begin, end, _ in taken:
+        if begin - offset >= size:
+            break
+        offset = max(offset, end)
+    return offset, offset + size
+
+
+def aligned(size: int) -> int:
+    """A size in bytes after which the next tensor may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def size_bytes(spec: TensorSpec) -> int:
+    """The bytes of a tensor of fixed size."""
+    return math.prod(spec.shape({})) * ITEM_BYTES[spec.dtype]
+
+
+def attention_bytes(pieces: Sequence[Piece]) -> int:
+    """At most what the attentions after one piece give."""
+    sizes = {spec.name: size_bytes(spec) for piece in pieces if piece.attentions for spec in piece.contract.outputs}
+    return max(sum(sizes[one.sources[0]] for one in piece.attentions) for piece in pieces)

@@ -17,7 +17,7 @@ from sdtrt import trt_api
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
-from sdtrt.runtime.pieces import Attention, crossing_bytes, last_uses, read_pieces
+from sdtrt.runtime.pieces import Attention, aligned, attention_bytes, last_uses, lay_out, read_pieces, size_bytes
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
@@ -105,7 +105,9 @@ class TensorRTSession(Session[torch.Tensor]):
         self._scratch = scratch or Scratch()
         self._pieces = read_pieces(plan, contract)
         self._first = int(len(self._pieces) > 1 and self._pieces[0].is_of_conditioning)  # that runs at each step
-        self._last_uses = last_uses(self._pieces, [spec.name for spec in (*contract.outputs, *self._kept_specs)])
+        own = [spec.name for spec in (*contract.outputs, *self._kept_specs)]
+        self._last_uses = last_uses(self._pieces, own)
+        places, self._crossing_bytes = lay_out(self._pieces, self._last_uses, own)
         with torch.cuda.device(self._device), _memory_errors(plan):
             self._plans: tuple[LoadedPlan, ...] = tuple(
                 load_plan(
@@ -114,8 +116,14 @@ class TensorRTSession(Session[torch.Tensor]):
                 for piece in self._pieces
             )
             self._profiles = profiles_of(contract, self._pieces, self._plans)
-            self._scratch_bytes = max(trt_api.scratch_bytes(self._library, plan.engine) for plan in self._plans)
-            self._block = self._scratch.block(self._scratch_bytes, self._device)
+            self._scratch_bytes = aligned(max(trt_api.scratch_bytes(self._library, one.engine) for one in self._plans))
+            self._block = self._scratch.block(self._scratch_bytes + self._crossing_bytes, self._device)
+            self._crossing = {
+                spec.name: self._placed(places[spec.name], spec)
+                for piece in self._pieces
+                for spec in piece.contract.outputs
+                if spec.name in places
+            }
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
             self._kept = {spec.name: self._new_tensor(spec.shape({}), spec) for spec in self._kept_specs}
             self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
@@ -130,7 +138,7 @@ class TensorRTSession(Session[torch.Tensor]):
     @property
     def scratch_bytes(self) -> int:
         """The memory beside its weights that the engine needs for the largest size that it serves."""
-        return self._scratch_bytes + crossing_bytes(self._pieces, self._last_uses)
+        return self._scratch_bytes + self._crossing_bytes + attention_bytes(self._pieces)
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""
@@ -166,6 +174,7 @@ class TensorRTSession(Session[torch.Tensor]):
         self._contexts = {}
         self._buffers.clear()
         self._kept.clear()
+        self._crossing.clear()
         self._copied.clear()
         self._block, self._scratch = torch.empty(0), Scratch()  # the shared one is the others' to keep
         self._plans = ()
@@ -242,9 +251,8 @@ class TensorRTSession(Session[torch.Tensor]):
                 taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
                 shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
                 for spec in piece.contract.outputs:
-                    if spec.name not in self._kept:
-                        home = current if self._is_output(spec) else stream  # where its memory is free to be used again
-                        tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec, home)
+                    if spec.name not in tensors:
+                        tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec)
                 if stream is not current:
                     stream.wait_stream(current)  # for what other threads have put there with the outputs' memory
                 self._enqueue(number, context, tensors, stream)
@@ -275,7 +283,7 @@ class TensorRTSession(Session[torch.Tensor]):
         outputs = {name: torch.empty_like(tensor) for name, tensor in example.items()}
         if not all(trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts.values()):
             raise EngineError("TensorRT can't be captured at this shape", hint="open the session with graphs=0")
-        tensors = self._inputs_of(key)
+        tensors = self._inputs_of(key) | outputs
         # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
         # PyTorch leaves the thread on the capture's stream where the capture fails at its end: hence the first `with`.
         with (
@@ -284,12 +292,6 @@ class TensorRTSession(Session[torch.Tensor]):
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
             for number, context in contexts.items():
-                piece = self._pieces[number]
-                shapes = trt_api.output_shapes(self._library, context)
-                for spec in piece.contract.outputs:  # the graph keeps the memory of what crosses
-                    own = outputs.get(spec.name)
-                    shape = output_shape(shapes, spec)
-                    tensors[spec.name] = self._new_tensor(shape, spec, self._stream) if own is None else own
                 self._enqueue(number, context, tensors, self._stream)
         self._graphs[key] = _Graph(contexts, graph, outputs)
 
@@ -313,21 +315,21 @@ class TensorRTSession(Session[torch.Tensor]):
         return self._buffers[name][:count].view(shape)
 
     def _inputs_of(self, key: Key) -> dict[str, torch.Tensor]:
-        """What lies in buffers: the inputs, and what was made of the conditioning."""
-        return {name: self._input(name, shape) for name, shape in key} | self._kept
+        """What has memory already: the inputs, what was made of the conditioning, what plans give to each other."""
+        return {name: self._input(name, shape) for name, shape in key} | self._kept | self._crossing
 
     @property
     def _kept_specs(self) -> list[TensorSpec]:
         """What the piece of conditioning gives."""
         return [spec for piece in self._pieces[: self._first] for spec in piece.contract.outputs]
 
-    def _is_output(self, spec: TensorSpec) -> bool:
-        return any(spec.name == output.name for output in self.outputs)
+    def _placed(self, offset: int, spec: TensorSpec) -> torch.Tensor:
+        """A tensor in the scratch memory, behind what the plans themselves need of it."""
+        begin = self._scratch_bytes + offset
+        return self._block[begin : begin + size_bytes(spec)].view(getattr(torch, spec.dtype)).view(spec.shape({}))
 
-    def _new_tensor(self, shape: Shape, spec: TensorSpec, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
-        """Memory that is free to be used again, once it is let go, by what comes later on a stream; the current one."""
-        with torch.cuda.stream(stream):
-            return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
+    def _new_tensor(self, shape: Shape, spec: TensorSpec) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
 
 
 def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
