@@ -48,6 +48,7 @@ class _Norm:
 
     source: str
     last: onnx.NodeProto
+    groups: int
     scale: Array
     shift: Array
     epsilon: float
@@ -68,7 +69,7 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
         weights: the graph's; scales and shifts come in as fp32, which the plugin asks for.
     """
     found = _find(model.graph, _constants(model.graph, weights))
-    norms = [norm for norm in found if serves(norm.scale.size)]
+    norms = [norm for norm in found if norm.groups == GROUPS and serves(norm.scale.size)]
     for number, norm in enumerate(norms):
         names = [f"group_norm.{number}.{kind}" for kind in ("scale", "shift")]
         for name, values in zip(names, (norm.scale, norm.shift), strict=True):
@@ -117,10 +118,10 @@ def _spell_out(graph: onnx.GraphProto, norm: _Norm, prefix: str) -> None:
         grouped = add("Reshape", channels, in_groups, name=f"{name}_in_groups")
         return add("ReduceMean", grouped, name=name, axes=[2], keepdims=1)
 
-    in_groups = constant("in_groups", np.array([0, GROUPS, -1, 1]))
+    in_groups = constant("in_groups", np.array([0, norm.groups, -1, 1]))
     in_channels = constant("in_channels", np.array([0, -1, 1, 1]))
     scale, shift = (
-        constant(name, values.astype(np.float32).reshape(1, GROUPS, -1, 1))
+        constant(name, values.astype(np.float32).reshape(1, norm.groups, -1, 1))
         for name, values in (("scale", norm.scale), ("shift", norm.shift))
     )
     wide = add("Cast", norm.source, name="wide", to=onnx.TensorProto.FLOAT)
@@ -175,7 +176,8 @@ def _match(
 ) -> _Norm | None:
     """The group normalisation around an instance normalisation, as PyTorch's TorchScript exporter writes it."""
     split = producers.get(node.input[0])
-    if split is None or split.op_type != "Reshape" or _groups(split, constants) != GROUPS:
+    groups = _groups(split, constants) if split is not None and split.op_type == "Reshape" else None
+    if split is None or groups is None:
         return None
     chain = [node]
     for operator in ("Reshape", "Mul", "Add"):
@@ -184,17 +186,17 @@ def _match(
             return None
         chain.append(after[0])
     scale, shift = (_other(one, before, constants) for before, one in pairwise(chain[1:]))
-    if scale is None or shift is None or scale.size != shift.size:
+    if scale is None or shift is None or scale.size != shift.size or scale.size % groups:
         return None
     last, swish = _silu(chain[-1], takers)
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    return _Norm(split.input[0], last, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
+    return _Norm(split.input[0], last, groups, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
 
 
 def _groups(split: onnx.NodeProto, constants: Mapping[str, Array]) -> int | None:
     """Into how many groups a reshape to [B,G,-1] splits the channels."""
     shape = constants.get(split.input[1])
-    return int(shape[1]) if shape is not None and shape.shape == (3,) else None
+    return int(shape[1]) if shape is not None and shape.shape == (3,) and shape[1] > 0 else None
 
 
 def _other(node: onnx.NodeProto, before: onnx.NodeProto, constants: Mapping[str, Array]) -> Array | None:
