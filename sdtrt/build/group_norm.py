@@ -92,58 +92,76 @@ def spell_out(model: onnx.ModelProto, weights: Weights) -> int:
         model: an export's graph of opset 17, changed in place.
         weights: the graph's; scales and shifts come in as fp32.
     """
-    norms = [norm for norm in _find(model.graph, _constants(model.graph, weights)) if norm.swish]
+    graph = model.graph
+    norms = [norm for norm in _find(graph, _constants(graph, weights)) if norm.swish]
     for number, norm in enumerate(norms):
-        _spell_out(model.graph, norm, f"group_norm.{number}")
-    onnx_graph.drop_unused(model.graph, weights)
+        spelling = _Spelling(norm, f"group_norm.{number}")
+        spelling.write()
+        graph.initializer.extend(spelling.constants)
+        place = list(graph.node).index(norm.last)
+        graph.node.remove(norm.last)
+        for node in reversed(spelling.nodes):
+            graph.node.insert(place, node)
+    onnx_graph.drop_unused(graph, weights)
     return len(norms)
 
 
-def _spell_out(graph: onnx.GraphProto, norm: _Norm, prefix: str) -> None:
-    """Replace the last node of a group normalisation by all that it is."""
-    nodes: list[onnx.NodeProto] = []
+class _Spelling:
+    """The nodes and constants that one group normalisation with SiLU is made of."""
 
-    def constant(name: str, values: Array) -> str:
-        graph.initializer.append(numpy_helper.from_array(values, f"{prefix}.{name}"))
-        return f"{prefix}.{name}"
+    def __init__(self, norm: _Norm, prefix: str) -> None:
+        self._norm, self._prefix = norm, prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
 
-    def add(operator: str, *inputs: str, name: str, **attributes: Any) -> str:
-        output = f"{prefix}.{name}"
-        nodes.append(onnx.helper.make_node(operator, inputs, [output], name=output, **attributes))
-        return output
+    def write(self) -> None:
+        """Make them, in order."""
+        factor, offset = self._scale_and_shift()
+        in_channels = self._constant("in_channels", np.array([0, -1, 1, 1]))
+        factors, offsets = (
+            self._add("Reshape", one, in_channels, name=f"{one}.of_channels") for one in (factor, offset)
+        )
+        wide = self._widened("wide_again")  # rather read twice than kept in fp32
+        result = self._add("Add", self._add("Mul", wide, factors, name="scaled"), offsets, name="result")
+        result = self._add("Mul", result, self._add("Sigmoid", result, name="gate"), name="silu")
+        last, half = self._norm.last, onnx.TensorProto.FLOAT16
+        self.nodes.append(onnx.helper.make_node("Cast", [result], last.output, name=last.name, to=half))
 
-    def mean(name: str, value: str) -> str:
+    def _scale_and_shift(self) -> tuple[str, str]:
+        """What a channel is to be multiplied with, and what is added then: [B,G,C/G,1]."""
+        norm, add = self._norm, self._add
+        wide = self._widened("wide")
+        mean = self._mean("mean", wide)
+        squares = self._mean("squares", add("Mul", wide, wide, name="square"))
+        difference = add("Sub", squares, add("Mul", mean, mean, name="square_of_mean"), name="difference")
+        variance = add("Relu", difference, name="variance")  # rounding may have left less than nothing
+        epsilon = self._constant("epsilon", np.array(norm.epsilon, np.float32))
+        deviation = add("Sqrt", add("Add", variance, epsilon, name="above_zero"), name="deviation")
+        scale, shift = (
+            self._constant(name, values.astype(np.float32).reshape(1, norm.groups, -1, 1))
+            for name, values in (("scale", norm.scale), ("shift", norm.shift))
+        )
+        factor = add("Div", scale, deviation, name="factor")
+        return factor, add("Sub", shift, add("Mul", mean, factor, name="factor_of_mean"), name="offset")
+
+    def _mean(self, name: str, value: str) -> str:
         """Of each group, [B,G,1,1], by way of its channels."""
-        channels = add("ReduceMean", value, name=f"{name}_of_channels", axes=[2, 3], keepdims=1)
-        grouped = add("Reshape", channels, in_groups, name=f"{name}_in_groups")
-        return add("ReduceMean", grouped, name=name, axes=[2], keepdims=1)
+        in_groups = self._constant(f"{name}.shape", np.array([0, self._norm.groups, -1, 1]))
+        channels = self._add("ReduceMean", value, name=f"{name}_of_channels", axes=[2, 3], keepdims=1)
+        grouped = self._add("Reshape", channels, in_groups, name=f"{name}_in_groups")
+        return self._add("ReduceMean", grouped, name=name, axes=[2], keepdims=1)
 
-    in_groups = constant("in_groups", np.array([0, norm.groups, -1, 1]))
-    in_channels = constant("in_channels", np.array([0, -1, 1, 1]))
-    scale, shift = (
-        constant(name, values.astype(np.float32).reshape(1, norm.groups, -1, 1))
-        for name, values in (("scale", norm.scale), ("shift", norm.shift))
-    )
-    wide = add("Cast", norm.source, name="wide", to=onnx.TensorProto.FLOAT)
-    average = mean("mean", wide)
-    squares = mean("squares", add("Mul", wide, wide, name="square"))
-    difference = add("Sub", squares, add("Mul", average, average, name="square_of_mean"), name="difference")
-    variance = add("Relu", difference, name="variance")  # rounding may have left less than nothing
-    epsilon = constant("epsilon", np.array(norm.epsilon, np.float32))
-    deviation = add("Sqrt", add("Add", variance, epsilon, name="above_zero"), name="deviation")
-    factor = add("Div", scale, deviation, name="factor")
-    offset = add("Sub", shift, add("Mul", average, factor, name="factor_of_mean"), name="offset")
-    factors, offsets = (add("Reshape", one, in_channels, name=f"{one[len(prefix) + 1 :]}s") for one in (factor, offset))
-    again = add("Cast", norm.source, name="wide_again", to=onnx.TensorProto.FLOAT)  # read twice rather than kept
-    result = add("Add", add("Mul", again, factors, name="scaled"), offsets, name="result")
-    result = add("Mul", result, add("Sigmoid", result, name="gate"), name="silu")
-    nodes.append(
-        onnx.helper.make_node("Cast", [result], norm.last.output, name=norm.last.name, to=onnx.TensorProto.FLOAT16)
-    )
-    place = list(graph.node).index(norm.last)
-    graph.node.remove(norm.last)
-    for node in reversed(nodes):
-        graph.node.insert(place, node)
+    def _widened(self, name: str) -> str:
+        return self._add("Cast", self._norm.source, name=name, to=onnx.TensorProto.FLOAT)
+
+    def _constant(self, name: str, values: Array) -> str:
+        self.constants.append(numpy_helper.from_array(values, f"{self._prefix}.{name}"))
+        return self.constants[-1].name
+
+    def _add(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
+        output = name if name.startswith(self._prefix) else f"{self._prefix}.{name}"
+        self.nodes.append(onnx.helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
 
 
 def _constants(graph: onnx.GraphProto, weights: Weights) -> dict[str, Array]:
