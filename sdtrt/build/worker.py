@@ -9,20 +9,20 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdtrt import onnx_graph, trt_api
-from sdtrt.build import group_norm, splitting
+from sdtrt.build import crew, group_norm, splitting
 from sdtrt.build.attentions import Facts, find_attentions
 from sdtrt.build.checking import check
 from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
-from sdtrt.errors import BuildError, EngineError, SdtrtError
+from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
 from sdtrt.parts import VAE_HALVES
 from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
 from sdtrt.trt_api import Draft, Library
@@ -31,6 +31,7 @@ SHOW_SECONDS = 0.2  # between two lines of progress
 # Cuts that nobody has asked for: each makes a plan more. Stable Diffusion XL has 10 attentions at its largest
 # resolution, and 60 at the next.
 MOST_CUTS = 16
+LOCK_SECONDS = 60  # a timing cache is written in a moment: who holds it for longer is stopped or hangs
 
 
 def serve() -> None:
@@ -49,6 +50,9 @@ def serve() -> None:
         report({"result": build_here(request, report)})
     except SdtrtError as error:
         report({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    except MemoryError:
+        hint = "end other programs, or build for a smaller --batch, --height and --width"
+        report({"error": BuildMemoryShortage.__name__, "message": "too little memory on the CPU", "hint": hint})
     except Exception:
         report({"bug": traceback.format_exc()})
     reports.flush()
@@ -70,9 +74,15 @@ class _PiecesError(Exception):
 
 
 def build_here(request: Request, report: Report) -> dict[str, Any]:
-    """Build and check a plan in this process; where nobody has asked for pieces and they fail, in one piece."""
+    """Build and check a plan in this process; where nobody has asked for pieces and they fail, in one piece.
+
+    A request for a piece is for its plan alone: `seconds` and `precision` are told of it.
+    """
     library = trt_api.open_library(request.spec.backend)
     with request.log.open("a") as file, library.log.copied_to(file, verbose=request.verbose):
+        if request.piece is not None:
+            seconds, precision = _build_piece(library, request, report)
+            return {"seconds": seconds, "precision": precision}
         try:
             return _build_and_check(library, request, report)
         except _PiecesError as failed:
@@ -114,16 +124,35 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
         sources = _sources(request, Path(folder), report)
         with _as_pieces(len(sources)):
-            measured = [_build_piece(library, request, source, report) for source in sources]
-    if len(sources) > 1:
-        write_pieces(request.plan, [source.piece for source in sources])
+            if len(sources) > 1:
+                measured = _build_pieces(request, sources, report)
+            else:
+                seconds, precision = _build_piece(library, request, report)
+                measured = {"build_seconds": round(seconds, 3), "precision": precision}
     return {
         "library": library.name,
         "profiles": [str(profile) for profile in request.spec.profiles],
         "pieces": len(sources),
         "plan_bytes": sum(source.piece.plan.stat().st_size for source in sources),
-        "build_seconds": round(sum(seconds for seconds, _ in measured), 3),
-        "precision": measured[0][1],
+        **measured,
+    }
+
+
+def _build_pieces(request: Request, sources: Sequence[_Source], report: Report) -> dict[str, Any]:
+    """Build an engine's pieces side by side and list them; how long it took, and what is known of the precision."""
+    whole = replace(request.spec, split_attention=0)
+    pieces = [
+        replace(request, onnx=source.onnx, contract=source.piece.contract, spec=whole, piece=number)
+        for number, source in enumerate(sources)
+    ]
+    start = time.perf_counter()
+    found = crew.build(pieces, request.log, report)
+    seconds = time.perf_counter() - start
+    write_pieces(request.plan, [source.piece for source in sources])
+    return {
+        "build_seconds": round(seconds, 3),
+        "piece_seconds": [round(one["seconds"], 3) for one in found],
+        "precision": found[0]["precision"],
     }
 
 
@@ -174,15 +203,13 @@ def _parts(request: Request, report: Report) -> list[Part]:
     return parts
 
 
-def _build_piece(
-    library: Library, request: Request, source: _Source, report: Report
-) -> tuple[float, Mapping[str, Any]]:
+def _build_piece(library: Library, request: Request, report: Report) -> tuple[float, Mapping[str, Any]]:
     """Build one plan; the seconds that took, and what is known of its precision."""
-    spec, contract = request.spec, source.piece.contract
-    draft = _parse(library, request, source.onnx)
+    spec, contract = request.spec, request.contract
+    draft = _parse(library, request)
     _check_inputs(draft, contract)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
-    precisions = _fp32_nodes(draft, request, source.onnx), _fp16_nodes(draft, request, source.onnx)
+    precisions = _fp32_nodes(draft, request), _fp16_nodes(draft, request)
     config = trt_api.configure(draft, spec, shapes, *precisions)
     for warning in draft.warnings:
         report({"warn": warning})
@@ -194,15 +221,15 @@ def _build_piece(
     plan = trt_api.serialize(draft, config)
     seconds = time.perf_counter() - start
     del monitor
-    with source.piece.plan.open("wb") as file:
+    with request.plan.open("wb") as file:
         file.write(plan)
-    _keep_timings(request.timing_cache, trt_api.timing_cache_bytes(config))
+    _keep_timings(request.timing_cache, config)
     return seconds, _network_precision(draft)
 
 
-def _parse(library: Library, request: Request, onnx: Path) -> Draft:
+def _parse(library: Library, request: Request) -> Draft:
     """The network of an ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
-    spec = request.spec
+    spec, onnx = request.spec, request.onnx
     fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
     wanted = spec.norm_plugins and spec.export.precision == "fp16" and not spec.version_compatible
     if not (wanted and fits) or not trt_api.has_plugin(library, group_norm.OPERATOR):
@@ -210,21 +237,22 @@ def _parse(library: Library, request: Request, onnx: Path) -> Draft:
     model, weights = onnx_graph.load_split(onnx)
     if group_norm.use_plugin(model, weights) == 0:
         return trt_api.parse_onnx(library, onnx)
-    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=request.folder) as folder:
+    place = request.folder if request.piece is None else onnx.parent  # which goes, whoever ends this process
+    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=place) as folder:
         changed = Path(folder) / onnx.name
         onnx_graph.save(model, weights, changed)
         del model, weights
         return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
 
 
-def _fp32_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
+def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
     """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
     if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
         return frozenset()
-    return onnx_graph.float32_nodes(onnx)
+    return onnx_graph.float32_nodes(request.onnx)
 
 
-def _fp16_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
+def _fp16_nodes(draft: Draft, request: Request) -> frozenset[str]:
     """The ONNX's nodes that a weakly typed network must not take from memory, and give to it, in fp32.
 
     They are the ends of a VAE's group normalisations. Left to itself, 8.6 read and wrote the largest, 256 channels of
@@ -233,7 +261,7 @@ def _fp16_nodes(draft: Draft, request: Request, onnx: Path) -> frozenset[str]:
     told = draft.library.has("strong typing") or request.spec.export.precision != "fp16"
     if told or request.contract.component not in VAE_HALVES:
         return frozenset()
-    return group_norm.ends(*onnx_graph.load_split(onnx))
+    return group_norm.ends(*onnx_graph.load_split(request.onnx))
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:
@@ -266,13 +294,26 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
     return {"layers": trt_api.network_precisions(draft), "read_from": "network"}
 
 
-def _keep_timings(file: Path | None, data: bytes) -> None:
-    """Replace the timing cache in one step; one that can't be written costs time, nothing else."""
-    if file is None or not data:
+def _keep_timings(file: Path | None, config: Any) -> None:
+    """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else.
+
+    Builds that end at the same time wait for each other; where the file system has no locks, the last one's are kept.
+    """
+    if file is None:
         return
+    from filelock import FileLock
+
     draft = file.with_name(f"{file.name}.{os.getpid()}")
+    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_SECONDS)
     try:
-        draft.write_bytes(data)
-        draft.replace(file)
+        with suppress(OSError, NotImplementedError):
+            lock.acquire()
+        kept = file.read_bytes() if file.is_file() else b""
+        if data := trt_api.timing_cache_bytes(config, kept):
+            draft.write_bytes(data)
+            draft.replace(file)
     except OSError:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
+    finally:
+        lock.release()
