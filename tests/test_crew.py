@@ -18,6 +18,7 @@ from test_trt_api import save_graph
 
 from sdtrt import host, trt_api
 from sdtrt.build import crew, worker
+from sdtrt.build import tensorrt as build
 from sdtrt.build.tensorrt import Request, build_plan
 from sdtrt.components import unet_contract
 from sdtrt.console import Console
@@ -198,6 +199,17 @@ def test_no_process_outlives_the_worker(building):
     assert b"TensorRT's builder died (SIGKILL)" in words
     kept = re.search(r"TensorRT's log is in (\S+)", words.decode())[1]
     assert "INFO" in Path(kept).read_text(), "what builders had said is kept, though nobody was left to join it"
+
+
+@needs_proc
+def test_what_ends_a_worker_ends_what_it_has_started():
+    """At once, though it does not listen: what is deleted next must have no one who writes there."""
+    command = ["sh", "-c", "sleep 100 & sleep 100 & wait"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+        wait_until(lambda: len(children_of(child.pid)) == 2)
+        started = children_of(child.pid)
+        build._end(child, with_group=True)
+    wait_until(lambda: not any(map(is_running, started)))
 
 
 # -------------------------------------------------------------------------------------------------- other builders

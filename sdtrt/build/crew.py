@@ -6,6 +6,7 @@ each other, and the largest of them 207 s. Processes, not threads: nobody has sh
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import threading
@@ -39,6 +40,7 @@ def build(pieces: Sequence[Request], log: Path, report: Report) -> list[dict[str
     """
     found: Found = {}
     jobs = min(most_jobs(), len(pieces))
+    _give_back()
     try:
         _Crew(pieces, log, report, found).run(jobs)
     except (BuildMemoryShortage, MemoryShortage) as error:
@@ -55,6 +57,12 @@ def most_jobs() -> int:
     if not host.has_gpu():
         return host.cores()
     return max(1, min(host.cores(), (host.free_memory() or 0) // GPU_BYTES))
+
+
+def _give_back() -> None:
+    """Give the system the memory of the weights that were split: freed, but glibc keeps it, and the builders need it."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Crew:
