@@ -60,7 +60,7 @@ def most_jobs() -> int:
 
 
 def _give_back() -> None:
-    """Give the system the memory of the weights that were split: freed, but glibc keeps it, and the builders need it."""
+    """Give the system the memory of what was split: glibc keeps it, and the builders need it."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
