@@ -325,7 +325,8 @@ def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_p
     pieces = read_pieces(request.plan, request.contract)
     assert found["pieces"] == len(pieces) == 5
     assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
-    wanted = {request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3, 4)), list_file(request.plan).name}
+    plans = (request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3, 4)))
+    wanted = {*plans, list_file(request.plan).name, request.log.name}
     assert {path.name for path in tmp_path.iterdir()} == wanted
 
 
