@@ -41,6 +41,10 @@ class BuildError(SdtrtError):
     """An ONNX graph that couldn't be turned into a correct engine."""
 
 
+class BuildMemoryShortage(BuildError):  # noqa: N818 (the word is the error)
+    """A build that needs more memory than there is: it may do where nothing else runs."""
+
+
 class EngineError(SdtrtError):
     """An engine that can't be found, loaded or run."""
 

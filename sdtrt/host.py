@@ -45,8 +45,12 @@ def library_versions() -> dict[str, str]:
 
 def processor() -> str:
     """The processor's name and how many of its cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{processor_name()}, {cores} cores"
+    return f"{processor_name()}, {cores()} cores"
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name() -> str:
@@ -106,6 +110,24 @@ def has_primary_context(index: int = 0) -> bool:
         return False
     status = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
     return bool(status == CUDA_SUCCESS and active.value)
+
+
+def free_memory(index: int = 0) -> int | None:
+    """The bytes that are free on a GPU; None where that isn't known, and where one process at a time may use it.
+
+    Makes the GPU's primary context, as only with one does the driver tell (`open_primary_context`).
+    """
+    if not open_primary_context(index) or not has_primary_context(index) or (driver := _driver()) is None:
+        return None
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) != CUDA_SUCCESS:
+        return None
+    driver.cuCtxPushCurrent_v2(context)
+    status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    return free.value if status == CUDA_SUCCESS else None
 
 
 @lru_cache(maxsize=1)

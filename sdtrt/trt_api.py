@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from sdtrt import host
-from sdtrt.errors import BuildError, EngineError, MemoryShortage
+from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, MemoryShortage, SdtrtError
 from sdtrt.specs import Backend, BuildSpec, Precision
 
 Family = Literal["tensorrt", "tensorrt_lean", "tensorrt_rtx"]
@@ -629,10 +629,19 @@ def read_timing_cache(config: Any, file: Path | None) -> bool:
     return bool(fits)
 
 
-def timing_cache_bytes(config: Any) -> bytes:
-    """The kernel timings that a build has gathered, to be kept for the next one."""
+def timing_cache_bytes(config: Any, kept: bytes = b"") -> bytes:
+    """The kernel timings that a build has gathered, to be kept for the next one.
+
+    Args:
+        kept: timings that others have kept since; all are together then, but for those of another TensorRT or GPU.
+    """
     timing = config.get_timing_cache()
-    return bytes(timing.serialize()) if timing is not None else b""
+    if timing is None:
+        return b""
+    others = config.create_timing_cache(kept) if kept else None
+    if others is not None:
+        timing.combine(others, False)
+    return bytes(timing.serialize())
 
 
 def watch_progress(library: Library, config: Any, show: Callable[[str], bool]) -> Any:
@@ -933,7 +942,14 @@ def _datatype(text: str) -> str:
 
 REBUILD = "build it again: sdtrt build --backend tensorrt --force"
 
-OUT_OF_MEMORY = r"out of memory|OutOfMemory|cudaError 2\b|insufficient memory|Requested amount of GPU memory"
+OUT_OF_MEMORY = (
+    r"out of memory|OutOfMemory|cudaError 2\b|initialization failure with error: 2\b|insufficient memory"
+    r"|Requested amount of GPU memory"
+)
+SHORTAGES: dict[type[SdtrtError], type[MemoryShortage] | type[BuildMemoryShortage]] = {
+    EngineError: MemoryShortage,
+    BuildError: BuildMemoryShortage,
+}
 
 # What TensorRT's messages mean. The first that matches is the cause: what comes with it is consequence.
 CAUSES: tuple[tuple[str, str, str], ...] = (
@@ -1012,8 +1028,8 @@ def explain(
     text = "\n".join(errors)
     for pattern, cause, hint in CAUSES:
         if match := re.search(pattern, text, re.DOTALL):
-            if pattern == OUT_OF_MEMORY and kind is EngineError:
-                kind = MemoryShortage
+            if pattern == OUT_OF_MEMORY:
+                kind = SHORTAGES.get(kind, kind)
             return kind(f"{what}: {cause.format(*match.groups())}{said}", hint=hint)
     last = "; ".join(error.strip()[:300] for error in errors[-3:]) or f"{library.name} gave no reason"
     return kind(f"{what}: {last}", hint="read TensorRT's log, named above" if kind is BuildError else REBUILD)

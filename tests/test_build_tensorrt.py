@@ -140,7 +140,10 @@ def test_build_in_a_child_process(tiny_onnx, tmp_path, capfd):
     assert sorted(file.name for file in folder.iterdir()) == ["build.log", "engine.plan"]
     assert "[INFO]" in (folder / "build.log").read_text()
     assert timings.stat().st_size > 0
-    assert [file.name for file in tmp_path.iterdir() if "timings" in file.name] == ["timings.cache"]
+    assert [file.name for file in sorted(tmp_path.iterdir()) if "timings" in file.name] == [
+        "timings.cache",
+        "timings.cache.lock",
+    ]
     assert json.loads(json.dumps(info)) == info
     assert shown[0] == "reading the ONNX"
     assert len(shown) > 2, "the progress monitor says what goes on"
@@ -367,6 +370,9 @@ def test_a_request_comes_out_of_the_pipe_as_it_went_in(tiny_onnx, tmp_path):
     request = request_for(tiny_onnx, tmp_path, timing_cache=tmp_path / "cache")
     request = replace(request, spec=replace(request.spec, compute_capability=(8, 9), workspace_bytes=2**30))
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
+    piece = replace(request, piece=3)
+    assert Request.from_json(json.loads(json.dumps(piece.to_json()))) == piece
+    assert (piece.plan.name, piece.log.name) == ("engine.plan.3", "build.log.3")
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

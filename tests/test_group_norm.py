@@ -222,7 +222,7 @@ def test_who_gets_the_plugin(label, options, used, wide_onnx, tmp_path, monkeypa
     read = []
     monkeypatch.setattr(trt_api, "parse_onnx", lambda library, onnx_path: read.append(onnx.load(onnx_path)))
     spec = BuildSpec(ExportSpec(), "tensorrt", **{"profiles": (Profile.of(Sizes(2, 64, 64)),), **options})
-    _parse(fake_library(label), Request(path, tmp_path, contract, spec, None, False), path)
+    _parse(fake_library(label), Request(path, tmp_path, contract, spec, None, False))
     assert ("GroupNorm" in {node.op_type for node in read[0].graph.node}) == used
     assert path.read_bytes() == before
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ class FakeDriver:
     def __init__(self, mode=0):
         self.mode = mode
         self.contexts = []
+        self.pushed = 0
 
     def cuDevicePrimaryCtxRetain(self, context, device):  # noqa: N802
         self.contexts.append(device.value)
@@ -46,6 +47,23 @@ class FakeDriver:
 
     def cuDeviceTotalMem_v2(self, size, device):  # noqa: N802
         size._obj.value = 80 * 2**30
+        return 0
+
+    def cuDevicePrimaryCtxGetState(self, device, flags, active):  # noqa: N802
+        active._obj.value = bool(self.contexts)
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context):  # noqa: N802
+        self.pushed += 1
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context):  # noqa: N802
+        self.pushed -= 1
+        return 0
+
+    def cuMemGetInfo_v2(self, free, total):  # noqa: N802
+        assert self.pushed == 1
+        free._obj.value, total._obj.value = 70 * 2**30, 80 * 2**30
         return 0
 
 
@@ -119,3 +137,21 @@ def test_a_context_that_can_not_be_made_is_none(monkeypatch, call):
 def test_no_driver_has_no_context(monkeypatch):
     use(monkeypatch, None)
     assert not host.open_primary_context()
+
+
+def test_free_memory_is_asked_in_the_primary_context(monkeypatch):
+    driver = FakeDriver()
+    use(monkeypatch, driver)
+    assert host.free_memory() == 70 * 2**30
+    assert driver.pushed == 0
+
+
+def test_free_memory_is_not_known_without_a_context(monkeypatch):
+    use(monkeypatch, FakeDriver(mode=3))
+    assert host.free_memory() is None
+    driver = FakeDriver()
+    driver.cuMemGetInfo_v2 = lambda *_: 2
+    use(monkeypatch, driver)
+    assert host.free_memory() is None
+    use(monkeypatch, None)
+    assert host.free_memory() is None

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from trt_fakes import fake_library
 
 from sdtrt import onnx_graph, trt_api
-from sdtrt.build import attentions, group_norm, splitting, worker
+from sdtrt.build import attentions, crew, group_norm, splitting, worker
 from sdtrt.build.attentions import Facts, check, find_attentions
 from sdtrt.build.splitting import FLOATS, choose, freeze, split
 from sdtrt.build.tensorrt import Request, build_plan
@@ -264,14 +264,20 @@ def no_pieces(monkeypatch):
     """A TensorRT that builds whole engines only; what is built of them."""
     built = []
 
-    def build(library, request, source, report):
-        source.piece.plan.write_bytes(b"plan")
-        if source.onnx != request.onnx and source.piece.plan.name != "engine.plan":
+    def build(library, request, report):
+        request.plan.write_bytes(b"plan")
+        if request.piece:
             raise BuildError("no kernel fits", hint="raise --workspace-gib")
-        built.append(source.piece.plan.name)
+        built.append(request.plan.name)
         return 1.0, {}
 
+    def run_here(request, report, started):
+        request.log.write_text("[ERROR] no kernel\n")
+        return worker.build_here(request, report)
+
     monkeypatch.setattr(worker, "_build_piece", build)
+    monkeypatch.setattr(crew, "run_worker", run_here)
+    monkeypatch.setattr(crew, "most_jobs", lambda: 1)
     monkeypatch.setattr(worker, "check", lambda *_: {})
     monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
     monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 90)
@@ -282,11 +288,13 @@ def test_where_pieces_fail_that_nobody_asked_for_the_engine_is_built_whole(cut, 
     said = []
     info = worker.build_here(replace(cut, spec=replace(cut.spec, split_attention=None)), said.append)
     assert info["pieces"] == 1
-    assert no_pieces == ["engine.plan", "engine.plan"]
+    assert no_pieces == ["engine.plan"]  # the largest piece came first, and failed
     assert [word["warn"] for word in said if "warn" in word] == [
         "the engine failed in pieces (no kernel fits): building it in one, which runs slower"
     ]
     assert [path.name for path in cut.folder.glob("engine.plan*")] == ["engine.plan"]
+    assert "\n[piece 2]\n[ERROR] no kernel\n" in (cut.folder / "build.log").read_text()
+    assert not list(cut.folder.glob("build.log.*"))
 
 
 def test_where_pieces_fail_that_were_asked_for_the_hint_is_to_do_without(cut, no_pieces):
@@ -317,7 +325,8 @@ def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_p
     pieces = read_pieces(request.plan, request.contract)
     assert found["pieces"] == len(pieces) == 5
     assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
-    wanted = {request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3, 4)), list_file(request.plan).name}
+    plans = (request.plan.name, *(f"engine.plan.{n}" for n in (1, 2, 3, 4)))
+    wanted = {*plans, list_file(request.plan).name, request.log.name}
     assert {path.name for path in tmp_path.iterdir()} == wanted
 
 

@@ -338,6 +338,22 @@ def test_a_foreign_timing_cache_is_replaced_by_an_empty_one(tmp_path):
     assert trt_api.read_timing_cache(config, tmp_path / "none.cache")
 
 
+@pytest.mark.parametrize("label", BUILDER_LABELS)
+def test_timings_that_others_have_kept_are_combined_with_ones_own(label):
+    module = fake_library(label).module
+    timing = recorder(module, "ITimingCache", serialize=lambda: b"all")
+    config = recorder(
+        module, "IBuilderConfig", get_timing_cache=lambda: timing, create_timing_cache=lambda data: ("of", data)
+    )
+    assert trt_api.timing_cache_bytes(config) == b"all"
+    assert timing._calls == []
+    assert trt_api.timing_cache_bytes(config, b"kept") == b"all"
+    assert timing._calls == [("combine", ("of", b"kept"), False)]
+    unread = recorder(module, "IBuilderConfig", get_timing_cache=lambda: timing, create_timing_cache=lambda data: None)
+    assert trt_api.timing_cache_bytes(unread, b"damaged") == b"all"
+    assert len(timing._calls) == 1
+
+
 def test_progress_is_shown_with_the_step():
     library = fake_library("tensorrt 10.3.0")
     config = recorder(library.module, "IBuilderConfig")

@@ -4,12 +4,16 @@ TensorRT's builder is one C++ call of minutes, which 8.6 can't be asked to
 leave: there, a process can be ended at once (Ctrl-C) and all its memory comes back; and should the builder crash, it
 takes nothing with it. The parent sends the request through the child's stdin and keeps that open: when the parent
 dies, however it dies, the child sees the end of stdin and goes too.
+
+The pieces of one engine are built by such processes too, which the first one starts (`build.crew`). They are of its
+process group, which ends as a whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +27,9 @@ from typing import IO, Any
 from sdtrt import errors, trt_api
 from sdtrt.components import Contract
 from sdtrt.console import Console
-from sdtrt.errors import BuildError, SdtrtError
+from sdtrt.errors import BuildError, BuildMemoryShortage, SdtrtError
 from sdtrt.runtime import TENSORRT_FILE
+from sdtrt.runtime.pieces import piece_file
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
 
 LOG_FILE = "build.log"
@@ -34,7 +39,11 @@ Report = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What the building process needs to know."""
+    """What the building process needs to know.
+
+    Args:
+        piece: the number of the piece of the engine that `onnx` is, with its own `contract`; None for the whole.
+    """
 
     onnx: Path
     folder: Path
@@ -42,6 +51,7 @@ class Request:
     spec: BuildSpec
     timing_cache: Path | None
     verbose: bool
+    piece: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
@@ -49,7 +59,8 @@ class Request:
         cache = None if self.timing_cache is None else str(self.timing_cache)
         spec = asdict(replace(self.spec, export=replace(self.spec.export, output=None)))
         contract = self.contract.to_json()
-        return {**paths, "contract": contract, "spec": spec, "timing_cache": cache, "verbose": self.verbose}
+        others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece}
+        return {**paths, "contract": contract, "spec": spec, **others}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
@@ -65,17 +76,18 @@ class Request:
             spec=BuildSpec(**spec | tuples | {"export": export}),
             timing_cache=data["timing_cache"] and Path(data["timing_cache"]),
             verbose=data["verbose"],
+            piece=data["piece"],
         )
 
     @property
     def plan(self) -> Path:
         """Where the plan goes."""
-        return self.folder / TENSORRT_FILE
+        return piece_file(self.folder / TENSORRT_FILE, self.piece or 0)
 
     @property
     def log(self) -> Path:
-        """Where TensorRT's messages go."""
-        return self.folder / LOG_FILE
+        """Where TensorRT's messages go; those of a piece for as long as it is built."""
+        return self.folder / (LOG_FILE if self.piece is None else f"{LOG_FILE}.{self.piece}")
 
 
 def build_plan(
@@ -95,13 +107,13 @@ def build_plan(
         onnx_path: the exported ONNX model; external data lies beside it.
         folder: an entry's folder.
         contract: of the model.
-        timing_cache: kernel timings of earlier builds, read and then replaced; None for none.
+        timing_cache: kernel timings of earlier builds, read and then added to; None for none.
 
     Returns:
         What is known of the engine: `precision` (computing layers by precision, and where that was read), `parity`
-        with the ONNX for each profile, `pieces` (how many plans), `unchecked` (why the engine was not run, else None),
-        `plan_bytes` and `scratch_bytes` (what a session takes of the GPU's memory; the latter only where the engine
-        was run), ...
+        with the ONNX for each profile, `pieces` (how many plans), `build_seconds` of them all and, of several,
+        `piece_seconds` of each, `unchecked` (why the engine was not run, else None), `plan_bytes` and `scratch_bytes`
+        (what a session takes of the GPU's memory; the latter only where the engine was run), ...
 
     Raises:
         BuildError, EngineError: where it can't be built or is not right. `folder` is then to be thrown away.
@@ -131,7 +143,33 @@ def check_request(request: Request) -> None:
 
 
 def _build_in_child(request: Request, console: Console, show: Callable[[str], None]) -> dict[str, Any]:
-    """Run `worker.serve` in a process of its own and follow it; end it whenever this function is left."""
+    """Run `worker.serve` in a process of its own, and tell the console what that tells."""
+
+    def report(message: Mapping[str, Any]) -> None:
+        show(message["show"]) if "show" in message else console.warn(message["warn"])
+
+    try:
+        return run_worker(request, report)
+    except SdtrtError:
+        _keep_log(request.log, console)
+        raise
+
+
+def run_worker(
+    request: Request, report: Report, started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None
+) -> dict[str, Any]:
+    """Run `worker.serve` in a process of its own and follow it; end it whenever this function is left.
+
+    Args:
+        report: gets what the process shows and warns of.
+        started: gets the process itself, before it has its request.
+
+    Returns:
+        What the process has found.
+
+    Raises:
+        SdtrtError: the process's own; `BuildError` where it died without a word.
+    """
     code = "from sdtrt.build.worker import serve; serve()"
     paths = os.pathsep.join(path for path in sys.path if path)  # the child finds what this process finds
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
@@ -143,30 +181,36 @@ def _build_in_child(request: Request, console: Console, show: Callable[[str], No
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
-            start_new_session=True,  # a Ctrl-C at the terminal is for the parent to handle
+            start_new_session=request.piece is None,  # a Ctrl-C at the terminal is for the parent to handle
         ) as child,
     ):
         assert child.stdin is not None
         assert child.stdout is not None
         try:
+            started(child)
             _send(request, child.stdin)
-            result = _follow(child.stdout, console, show)
-        except SdtrtError:
-            _keep_log(request.log, console)
-            raise
+            result = _follow(child.stdout, report)
         finally:
-            child.kill()
+            _end(child, with_group=request.piece is None)
     if result is None:
-        _keep_log(request.log, console)
         raise _crash(child.returncode, request.log)
     return result
+
+
+def _end(child: subprocess.Popen[bytes], *, with_group: bool) -> None:
+    """Kill a process; with its group, those that it has started too."""
+    if with_group and os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):  # it is gone already
+            os.killpg(child.pid, signal.SIGKILL)  # nobody has waited for it yet: the number is still its own
+    child.kill()
 
 
 def _keep_log(log: Path, console: Console) -> None:
     """Save the log of a failed build from the folder that is about to go, and say where it is."""
     with suppress(OSError):  # a full disk may be why the build failed, and that is what is to be told
         with tempfile.NamedTemporaryFile("wb", prefix="sdtrt-build-", suffix=".log", delete=False) as kept:
-            kept.write(log.read_bytes())
+            for file in sorted(log.parent.glob(f"{log.name}*")):  # and of pieces, where nobody was left to join them
+                kept.write(file.read_bytes())
         console.warn(f"the build failed; TensorRT's log is in {kept.name}")
 
 
@@ -180,14 +224,12 @@ def _send(request: Request, pipe: IO[bytes]) -> None:
             pipe.close()  # now: what is left in its buffer would fail again when `Popen` closes it
 
 
-def _follow(pipe: IO[bytes], console: Console, show: Callable[[str], None]) -> dict[str, Any] | None:
-    """Show what the child reports; returns its result, None if it ends without one."""
+def _follow(pipe: IO[bytes], report: Report) -> dict[str, Any] | None:
+    """Pass on what the child reports; returns its result, None if it ends without one."""
     for line in pipe:
         message = json.loads(line)
-        if "show" in message:
-            show(message["show"])
-        elif "warn" in message:
-            console.warn(message["warn"])
+        if "show" in message or "warn" in message:
+            report(message)
         elif "error" in message:
             raise getattr(errors, message["error"])(message["message"], hint=message["hint"])
         elif "bug" in message:
@@ -203,7 +245,8 @@ def _crash(code: int, log: Path) -> BuildError:
     last = " | ".join(lines[-3:])[-600:]
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     killed = " (the system ends processes that use too much memory this way)" if name == "SIGKILL" else ""
-    return BuildError(
+    short = killed or re.search(rf"{trt_api.OUT_OF_MEMORY}|bad_alloc", last)
+    return (BuildMemoryShortage if short else BuildError)(
         f"TensorRT's builder died ({name}){killed}; its last words: {last or 'none'}",
         hint="try a lower --batch, --height or --optimization-level, or update TensorRT and the driver",
     )

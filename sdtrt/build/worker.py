@@ -9,20 +9,20 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdtrt import onnx_graph, trt_api
-from sdtrt.build import group_norm, splitting
+from sdtrt.build import crew, group_norm, splitting
 from sdtrt.build.attentions import Facts, find_attentions
 from sdtrt.build.checking import check
 from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
-from sdtrt.errors import BuildError, EngineError, SdtrtError
+from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
 from sdtrt.parts import VAE_HALVES
 from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
@@ -32,6 +32,7 @@ SHOW_SECONDS = 0.2  # between two lines of progress
 # Cuts that nobody has asked for: each makes a plan more. Stable Diffusion XL has 10 attentions at its largest
 # resolution, and 60 at the next.
 MOST_CUTS = 16
+LOCK_SECONDS = 60  # a timing cache is written in a moment: who holds it for longer is stopped or hangs
 
 
 def serve() -> None:
@@ -50,6 +51,9 @@ def serve() -> None:
         report({"result": build_here(request, report)})
     except SdtrtError as error:
         report({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    except MemoryError:
+        hint = "end other programs, or build for a smaller --batch, --height and --width"
+        report({"error": BuildMemoryShortage.__name__, "message": "too little memory on the CPU", "hint": hint})
     except Exception:
         report({"bug": traceback.format_exc()})
     reports.flush()
@@ -71,9 +75,15 @@ class _PiecesError(Exception):
 
 
 def build_here(request: Request, report: Report) -> dict[str, Any]:
-    """Build and check a plan in this process; where nobody has asked for pieces and they fail, in one piece."""
+    """Build and check a plan in this process; where nobody has asked for pieces and they fail, in one piece.
+
+    A request for a piece is for its plan alone: `seconds` and `precision` are told of it.
+    """
     library = trt_api.open_library(request.spec.backend)
     with request.log.open("a") as file, library.log.copied_to(file, verbose=request.verbose):
+        if request.piece is not None:
+            seconds, precision = _build_piece(library, request, report)
+            return {"seconds": seconds, "precision": precision}
         try:
             return _build_and_check(library, request, report)
         except _PiecesError as failed:
@@ -115,16 +125,35 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
         sources = _sources(request, Path(folder), report)
         with _as_pieces(len(sources)):
-            measured = [_build_piece(library, request, source, report) for source in sources]
-    if len(sources) > 1:
-        write_pieces(request.plan, [source.piece for source in sources])
+            if len(sources) > 1:
+                measured = _build_pieces(request, sources, report)
+            else:
+                seconds, precision = _build_piece(library, request, report)
+                measured = {"build_seconds": round(seconds, 3), "precision": precision}
     return {
         "library": library.name,
         "profiles": [str(profile) for profile in request.spec.profiles],
         "pieces": len(sources),
         "plan_bytes": sum(source.piece.plan.stat().st_size for source in sources),
-        "build_seconds": round(sum(seconds for seconds, _ in measured), 3),
-        "precision": measured[0][1],
+        **measured,
+    }
+
+
+def _build_pieces(request: Request, sources: Sequence[_Source], report: Report) -> dict[str, Any]:
+    """Build an engine's pieces side by side and list them; how long it took, and what is known of the precision."""
+    whole = replace(request.spec, split_attention=0)
+    pieces = [
+        replace(request, onnx=source.onnx, contract=source.piece.contract, spec=whole, piece=number)
+        for number, source in enumerate(sources)
+    ]
+    start = time.perf_counter()
+    found = crew.build(pieces, request.log, report)
+    seconds = time.perf_counter() - start
+    write_pieces(request.plan, [source.piece for source in sources])
+    return {
+        "build_seconds": round(seconds, 3),
+        "piece_seconds": [round(one["seconds"], 3) for one in found],
+        "precision": found[0]["precision"],
     }
 
 
@@ -175,12 +204,10 @@ def _parts(request: Request, report: Report) -> list[Part]:
     return parts
 
 
-def _build_piece(
-    library: Library, request: Request, source: _Source, report: Report
-) -> tuple[float, Mapping[str, Any]]:
+def _build_piece(library: Library, request: Request, report: Report) -> tuple[float, Mapping[str, Any]]:
     """Build one plan; the seconds that took, and what is known of its precision."""
-    spec, contract = request.spec, source.piece.contract
-    draft, fp32_nodes = _parse(library, request, source.onnx)
+    spec, contract = request.spec, request.contract
+    draft, fp32_nodes = _parse(library, request)
     _check_inputs(draft, contract)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
     config = trt_api.configure(draft, spec, shapes, fp32_nodes)
@@ -194,18 +221,19 @@ def _build_piece(
     plan = trt_api.serialize(draft, config)
     seconds = time.perf_counter() - start
     del monitor
-    with source.piece.plan.open("wb") as file:
+    with request.plan.open("wb") as file:
         file.write(plan)
-    _keep_timings(request.timing_cache, trt_api.timing_cache_bytes(config))
+    _keep_timings(request.timing_cache, config)
     return seconds, _network_precision(draft)
 
 
-def _parse(library: Library, request: Request, onnx: Path) -> tuple[Draft, frozenset[str]]:
+def _parse(library: Library, request: Request) -> tuple[Draft, frozenset[str]]:
     """The network of an ONNX, and the nodes that must be told to compute in fp32, as its types don't say so.
 
     A weakly typed fp16 network's group normalisations are changed before: a VAE's are spelled out, a UNet's become
     nodes of 8.6's plugin, where that is asked for and serves.
     """
+    onnx = request.onnx
     if library.has("strong typing") or request.spec.export.precision != "fp16":
         return trt_api.parse_onnx(library, onnx), frozenset()
     if request.contract.component in VAE_HALVES:
@@ -216,7 +244,8 @@ def _parse(library: Library, request: Request, onnx: Path) -> tuple[Draft, froze
         return trt_api.parse_onnx(library, onnx), onnx_graph.float32_nodes(onnx)
     model, weights = onnx_graph.load_split(onnx)
     change(model, weights)
-    with tempfile.TemporaryDirectory(prefix=".norms-", dir=request.folder) as folder:
+    place = request.folder if request.piece is None else onnx.parent  # which goes, whoever ends this process
+    with tempfile.TemporaryDirectory(prefix=".norms-", dir=place) as folder:
         changed = Path(folder) / onnx.name
         onnx_graph.save(model, weights, changed)
         del model, weights
@@ -261,13 +290,26 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
     return {"layers": trt_api.network_precisions(draft), "read_from": "network"}
 
 
-def _keep_timings(file: Path | None, data: bytes) -> None:
-    """Replace the timing cache in one step; one that can't be written costs time, nothing else."""
-    if file is None or not data:
+def _keep_timings(file: Path | None, config: Any) -> None:
+    """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else.
+
+    Builds that end at the same time wait for each other; where the file system has no locks, the last one's are kept.
+    """
+    if file is None:
         return
+    from filelock import FileLock
+
     draft = file.with_name(f"{file.name}.{os.getpid()}")
+    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_SECONDS)
     try:
-        draft.write_bytes(data)
-        draft.replace(file)
+        with suppress(OSError, NotImplementedError):
+            lock.acquire()
+        kept = file.read_bytes() if file.is_file() else b""
+        if data := trt_api.timing_cache_bytes(config, kept):
+            draft.write_bytes(data)
+            draft.replace(file)
     except OSError:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
+    finally:
+        lock.release()
