@@ -7,9 +7,9 @@
 #
 # The model has Stable Diffusion 1.5's architecture and random weights, with activations as large as trained ones.
 # Builds take most of the time, a processor core each. Nothing is timed while anything is built or tested on the same
-# GPU: with two of them, what the first one times at 512x512 is built there, all else on the second, which runs the
-# tests beside its builds and measures when both are done; with one, all follow each other. All stays in FOLDER for a
-# second call.
+# GPU, and nothing built while the tests run there, which fill its memory: with two GPUs all is built on the first but
+# the tests' engines, and the last one runs the tests meanwhile; with one, all follow each other. All stays in FOLDER
+# for a second call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
@@ -79,15 +79,19 @@ tests() { # OPTION...
     "$python" -m pytest -m gpu -q -rsP --durations=10 "$@"
 }
 
-on_last() { # what the last GPU does while the first one measures; no more builds run
-    SDTRT_GPU_TEST_LARGE=1 tests tests/gpu/test_gpu_tensorrt.py -k large >"$out/logs/tests-large.log" 2>&1
-    local code=$?
-    echo "$(date +%T) tests-large ended with $code"
-    bench compile txt2img 512 torch-fp32,torch-compile || code=1
-    echo "$(date +%T) bench-compile ended with $code"
+on_last() { # what the last GPU does beside the first one
+    local code=0 builders="tests/gpu/test_gpu_group_norm.py tests/test_bench.py"
+    tests tests $(printf -- '--ignore %s ' $builders) >"$out/logs/tests.log" 2>&1 || code=1
+    echo "$(date +%T) tests ended with $code"
+    until [ -e "$out/built" ]; do sleep 1; done
+    SDTRT_GPU_TEST_LARGE=1 tests tests/gpu/test_gpu_tensorrt.py -k large >"$out/logs/tests-large.log" 2>&1 || code=1
+    echo "$(date +%T) tests-large ended, $code so far"
     bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph || code=1
-    echo "$(date +%T) bench-img2img ended with $code"
+    echo "$(date +%T) bench-img2img ended, $code so far"
+    bench compile txt2img 512 torch-fp32,torch-compile || code=1
+    echo "$(date +%T) bench-compile ended, $code so far"
     "$python" benchmarks/attention.py --output "$out/reports/attention.json" || code=1
+    tests $builders >"$out/logs/tests-that-build.log" 2>&1 || code=1
     return $code
 }
 
@@ -96,32 +100,28 @@ bench() { # FOLDER TASK WIDTH BASELINES
         --no-build --overwrite --repeats 3 --output "$out/reports/$1"
 }
 
-builders="tests/test_bench.py tests/gpu/test_gpu_group_norm.py"
+rm -f "$out/built"
 start "$last" test-dynamic "$python" tests/gpu/gpu_engines.py --one dynamic
-start "$last" tests-that-build tests $builders
+start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
+start "$last" test-split "$python" tests/gpu/gpu_engines.py --one split
+start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
+    --component text_encoder --component vae_decoder --component vae_encoder
 if [ ! -e "$model" ]; then
     start 0 model "$python" scripts/make_random_model.py "$model" --residual-gain 16
     finish model
 fi
 start 0 unet-512 large 512 unet
 start 0 parts-512 large 512 text_encoder vae_decoder vae_encoder
-start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
-start "$last" test-split "$python" tests/gpu/gpu_engines.py --one split
-start "$last" tiny "$python" -m sdtrt build --model tiny --backend tensorrt --optimization-level 0 --batch 2 \
-    --component text_encoder --component vae_decoder --component vae_encoder
-start "$last" unet-768 large 768 unet
-start "$last" parts-768 large 768 vae_decoder vae_encoder
-start "$last" ablation-build ablation --variants 0 "$layers-1024" --build-only --output "$out/reports/none"
+start 0 unet-768 large 768 unet
+start 0 parts-768 large 768 vae_decoder vae_encoder
+start 0 ablation-build ablation --variants 0 "$layers-1024" --build-only --output "$out/reports/none"
 finish test-dynamic test-fp32 test-split tiny
-start "$last" tests tests tests $(printf -- '--ignore %s ' $builders)
-others=(tests tests-that-build unet-768 parts-768 ablation-build)
-finish unet-512 parts-512
-[ "$last" -ne 0 ] || finish "${others[@]}"
+[ "$last" -eq 0 ] || start "$last" on-last on_last
+finish unet-512 parts-512 unet-768 parts-768 ablation-build
+touch "$out/built"
 
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
-finish "${others[@]}"
-[ "$last" -eq 0 ] || start "$last" on-last on_last
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
     --output "$out/reports/startup.json"
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
