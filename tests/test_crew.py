@@ -334,11 +334,19 @@ def test_a_builder_that_dies_is_told_by_its_own_last_words(builders, folder, mon
 
 
 @pytest.mark.parametrize(
-    ("has_gpu", "free", "count"),
-    [(False, None, 6), (True, None, 1), (True, 2**30, 1), (True, 9 * 2**30, 2), (True, 80 * 2**30, 6)],
+    ("cores", "has_gpu", "free", "count"),
+    [
+        (6, False, None, 6),
+        (6, True, None, 1),
+        (6, True, 2**30, 1),
+        (6, True, 9 * 2**30, 2),
+        (6, True, 80 * 2**30, 2),
+        (1, True, 80 * 2**30, 1),
+    ],
 )
-def test_how_many_builders_run_depends_on_cores_and_gpu_memory(monkeypatch, has_gpu, free, count):
-    monkeypatch.setattr(host, "cores", lambda: 6)
+def test_how_many_builders_run_depends_on_the_gpu_and_on_cores(monkeypatch, cores, has_gpu, free, count):
+    """On a GPU they time kernels: more than two would disturb each other, and gain nothing."""
+    monkeypatch.setattr(host, "cores", lambda: cores)
     monkeypatch.setattr(host, "has_gpu", lambda: has_gpu)
     monkeypatch.setattr(host, "free_memory", lambda: free)
     assert crew.most_jobs() == count

@@ -7,10 +7,8 @@ from pathlib import Path
 import factories
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -23,7 +21,6 @@ from sdtrt.build.tensorrt import Request
 from sdtrt.build.worker import _parse
 from sdtrt.components import Contract, unet_contract
 from sdtrt.export import write_onnx
-from sdtrt.metrics import relative_l2
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 
 # The smallest UNet with Stable Diffusion's own width.
@@ -132,61 +129,6 @@ def test_the_norms_of_a_unet_are_replaced_and_nothing_else(wide_onnx):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("groups", [32, 4])
-def test_a_norm_spelled_out_is_as_good_as_pytorchs(tmp_path, groups):
-    """Also far from zero, where the variance is a small difference of large numbers, and of one value alone."""
-    torch.manual_seed(0)
-    norm = nn.GroupNorm(groups, 64, eps=1e-6)
-    module = trained(nn.Sequential(norm, nn.SiLU())).half().eval()
-    model, weights = exported(module, tmp_path / "norm.onnx", 64)
-    assert group_norm.spell_out(model, weights) == 1
-    operators = [node.op_type for node in model.graph.node]
-    assert operators.count("ReduceMean") == 4
-    assert "InstanceNormalization" not in operators
-    onnx_graph.save(model, weights, tmp_path / "spelled.onnx")
-    onnx.checker.check_model(str(tmp_path / "spelled.onnx"), full_check=True)
-    sample = (torch.randn(2, 64, 9, 4) * torch.linspace(0.5, 300, 2).view(2, 1, 1, 1) + 40).half()
-    sample[:, : 64 // groups] = 7
-    session = onnxruntime.InferenceSession(str(tmp_path / "spelled.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": sample.numpy()})
-    assert found.dtype == np.float16
-    with torch.no_grad():
-        expected = module.float()(sample.float())
-    assert np.allclose(found.astype(np.float32), expected.numpy(), atol=4e-3, rtol=2e-3)
-
-
-def vae_onnx(folder):
-    """The decoder of a small VAE; how many norms with SiLU it has."""
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, **kinds).half()
-    model, weights = exported(trained(vae.decoder), folder / "decoder.onnx", 4)
-    norms = sum(isinstance(part, nn.GroupNorm) for part in vae.decoder.modules())
-    return model, weights, norms - 1  # an attention has the last
-
-
-def test_all_norms_of_a_vae_are_spelled_out(tmp_path):
-    model, weights, norms = vae_onnx(tmp_path)
-    before = onnxruntime_outputs(model, weights, tmp_path / "before.onnx")
-    assert group_norm.spell_out(model, weights) == norms
-    after = onnxruntime_outputs(model, weights, tmp_path / "after.onnx")
-    assert relative_l2(after, before) < 2e-3
-    told = onnx_graph.float32_nodes(tmp_path / "after.onnx")
-    computing = {"ReduceMean", "Mul", "Add", "Sub", "Div", "Sqrt", "Relu", "Sigmoid"}
-    spelled = {
-        node.name for node in model.graph.node if node.name.startswith("group_norm.") and node.op_type in computing
-    }
-    assert told == spelled
-    assert len(told) > 15 * norms
-
-
-def onnxruntime_outputs(model, weights, path):
-    onnx_graph.save(model, weights, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
-    return session.run(None, {"x": sample.numpy()})[0].astype(np.float32)
-
-
 def test_widths_that_the_plugin_does_not_serve_stay_as_they_are(tmp_path):
     """The built-in model's, say; a kernel that is asked for them would stop the build."""
     unet = factories.small_unet("sd1", **factories.SMALL).half()

@@ -91,7 +91,8 @@ def check_precision(spec: BuildSpec, layers: Mapping[str, int]) -> None:
     if not layers.get(wanted) or (wanted == "fp32" and any(layers.get(name) for name in ("fp16", "bf16"))):
         raise BuildError(
             f"an engine in {wanted} was asked for, and its computing layers are: {found or 'unknown'}",
-            hint=f"export it again: sdtrt export --precision {wanted} --force",
+            hint="end what else uses the GPU and build again, as TensorRT 8.6 chooses by its timings; if that does not"
+            f" help, export it again: sdtrt export --precision {wanted} --force",
         )
 
 

@@ -1,7 +1,9 @@
-"""The pieces of one engine, built side by side: each in a process of its own, as many as cores and GPU memory allow.
+"""The pieces of one engine, built side by side: each in a process of its own, as many as serve.
 
-A builder is mostly one processor core that compiles: the pieces of Stable Diffusion 1.5's UNet took 390 to 560 s after
-each other, and the largest of them 207 s. Processes, not threads: nobody has shown that TensorRT 8.6 builds in several.
+A builder is mostly one processor core that compiles. On a GPU it also times kernels, to choose among them, and others
+on that GPU get in its way: two side by side are enough, as the largest piece of Stable Diffusion 1.5's UNet took 207 s,
+and all others together 183 s; with 39 on one H200, the pieces took up to 616 s. Processes, not
+threads: nobody has shown that TensorRT 8.6 builds in several.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from sdtrt import host
 from sdtrt.build.tensorrt import Report, Request, run_worker
 from sdtrt.errors import BuildMemoryShortage, MemoryShortage
 
+MOST_ON_A_GPU = 2
 GPU_BYTES = 2**32  # of free memory, for each builder that runs beside others
 
 Found = dict[int, dict[str, Any]]  # by the number of a piece: what its builder has told
@@ -56,7 +59,7 @@ def most_jobs() -> int:
     """How many builders may run side by side here."""
     if not host.has_gpu():
         return host.cores()
-    return max(1, min(host.cores(), (host.free_memory() or 0) // GPU_BYTES))
+    return max(1, min(MOST_ON_A_GPU, host.cores(), (host.free_memory() or 0) // GPU_BYTES))
 
 
 def _give_back() -> None:

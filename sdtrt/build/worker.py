@@ -23,7 +23,6 @@ from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
-from sdtrt.parts import VAE_HALVES
 from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
 from sdtrt.trt_api import Draft, Library
@@ -207,10 +206,10 @@ def _parts(request: Request, report: Report) -> list[Part]:
 def _build_piece(library: Library, request: Request, report: Report) -> tuple[float, Mapping[str, Any]]:
     """Build one plan; the seconds that took, and what is known of its precision."""
     spec, contract = request.spec, request.contract
-    draft, fp32_nodes = _parse(library, request)
+    draft = _parse(library, request)
     _check_inputs(draft, contract)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
-    config = trt_api.configure(draft, spec, shapes, fp32_nodes)
+    config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
     for warning in draft.warnings:
         report({"warn": warning})
     if not trt_api.read_timing_cache(config, request.timing_cache):
@@ -227,30 +226,20 @@ def _build_piece(library: Library, request: Request, report: Report) -> tuple[fl
     return seconds, _network_precision(draft)
 
 
-def _parse(library: Library, request: Request) -> tuple[Draft, frozenset[str]]:
-    """The network of an ONNX, and the nodes that must be told to compute in fp32, as its types don't say so.
-
-    A weakly typed fp16 network's group normalisations are changed before: a VAE's are spelled out, a UNet's become
-    nodes of 8.6's plugin, where that is asked for and serves.
-    """
+def _parse(library: Library, request: Request) -> Draft:
+    """The network of an ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
     onnx = request.onnx
-    if library.has("strong typing") or request.spec.export.precision != "fp16":
-        return trt_api.parse_onnx(library, onnx), frozenset()
-    if request.contract.component in VAE_HALVES:
-        change, told = group_norm.spell_out, None
-    elif _plugin_serves(library, request.spec):
-        change, told = group_norm.use_plugin, onnx  # types can't be told from operators that ONNX does not know
-    else:
-        return trt_api.parse_onnx(library, onnx), onnx_graph.float32_nodes(onnx)
+    if request.spec.export.precision != "fp16" or not _plugin_serves(library, request.spec):
+        return trt_api.parse_onnx(library, onnx)
     model, weights = onnx_graph.load_split(onnx)
-    change(model, weights)
+    if group_norm.use_plugin(model, weights) == 0:
+        return trt_api.parse_onnx(library, onnx)
     place = request.folder if request.piece is None else onnx.parent  # which goes, whoever ends this process
-    with tempfile.TemporaryDirectory(prefix=".norms-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=place) as folder:
         changed = Path(folder) / onnx.name
         onnx_graph.save(model, weights, changed)
         del model, weights
-        # The network has its own copy of the weights when the file goes.
-        return trt_api.parse_onnx(library, changed), onnx_graph.float32_nodes(told or changed)
+        return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
 
 
 def _plugin_serves(library: Library, spec: BuildSpec) -> bool:
@@ -258,6 +247,13 @@ def _plugin_serves(library: Library, spec: BuildSpec) -> bool:
     fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
     wanted = spec.norm_plugins and not spec.version_compatible
     return wanted and fits and trt_api.has_plugin(library, group_norm.OPERATOR)
+
+
+def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
+    """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
+    if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
+        return frozenset()
+    return onnx_graph.float32_nodes(request.onnx)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:
