@@ -6,10 +6,10 @@
 #     PYTHON=python bash benchmarks/on_gpu.sh FOLDER
 #
 # The model has Stable Diffusion 1.5's architecture and random weights, with activations as large as trained ones.
-# Builds take most of the time, a processor core each. Nothing is timed while anything is built or tested on the same
-# GPU, and nothing built while the tests run there, which fill its memory: with two GPUs all is built on the first but
-# the tests' engines, and the last one runs the tests meanwhile; with one, all follow each other. All stays in FOLDER
-# for a second call.
+# Builds take most of the time, a processor core or two each, and spoil each other's timings where many share a GPU.
+# Nothing is timed while anything is built or tested on the same GPU, and nothing built where the tests run, which fill
+# its memory. With two GPUs the first one builds, at first only what is timed at 512x512; the last one builds the tests'
+# engines, tests, and measures that. With one, all follows in turn. All stays in FOLDER for a second call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
@@ -46,8 +46,8 @@ finish() { # NAME...: wait for them
     done
 }
 
-measure() { # NAME COMMAND...: run it alone on the first GPU
-    start 0 "$@"
+measure() { # NAME COMMAND...: run it alone on the last GPU
+    start "$last" "$@"
     finish "$1"
 }
 
@@ -79,28 +79,12 @@ tests() { # OPTION...
     "$python" -m pytest -m gpu -q -rsP --durations=10 "$@"
 }
 
-on_last() { # what the last GPU does beside the first one
-    local code=0 builders="tests/gpu/test_gpu_group_norm.py tests/test_bench.py"
-    tests tests $(printf -- '--ignore %s ' $builders) >"$out/logs/tests.log" 2>&1 || code=1
-    echo "$(date +%T) tests ended with $code"
-    until [ -e "$out/built" ]; do sleep 1; done
-    SDTRT_GPU_TEST_LARGE=1 tests tests/gpu/test_gpu_tensorrt.py -k large >"$out/logs/tests-large.log" 2>&1 || code=1
-    echo "$(date +%T) tests-large ended, $code so far"
-    bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph || code=1
-    echo "$(date +%T) bench-img2img ended, $code so far"
-    bench compile txt2img 512 torch-fp32,torch-compile || code=1
-    echo "$(date +%T) bench-compile ended, $code so far"
-    "$python" benchmarks/attention.py --output "$out/reports/attention.json" || code=1
-    tests $builders >"$out/logs/tests-that-build.log" 2>&1 || code=1
-    return $code
-}
-
 bench() { # FOLDER TASK WIDTH BASELINES
     "$python" -m sdtrt bench --model "$model" --backend tensorrt --task "$2" --height 512 --width "$3" --baselines "$4" \
         --no-build --overwrite --repeats 3 --output "$out/reports/$1"
 }
 
-rm -f "$out/built"
+builders="tests/gpu/test_gpu_group_norm.py tests/test_bench.py"
 start "$last" test-dynamic "$python" tests/gpu/gpu_engines.py --one dynamic
 start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
 start "$last" test-split "$python" tests/gpu/gpu_engines.py --one split
@@ -112,22 +96,28 @@ if [ ! -e "$model" ]; then
 fi
 start 0 unet-512 large 512 unet
 start 0 parts-512 large 512 text_encoder vae_decoder vae_encoder
+finish test-dynamic test-fp32 test-split tiny
+[ "$last" -eq 0 ] || start "$last" tests tests tests $(printf -- '--ignore %s ' $builders)
+finish unet-512 parts-512
 start 0 unet-768 large 768 unet
 start 0 parts-768 large 768 vae_decoder vae_encoder
 start 0 ablation-build ablation --variants 0 "$layers-1024" --build-only --output "$out/reports/none"
-finish test-dynamic test-fp32 test-split tiny
-[ "$last" -eq 0 ] || start "$last" on-last on_last
-finish unet-512 parts-512 unet-768 parts-768 ablation-build
-touch "$out/built"
+[ "$last" -ne 0 ] || finish unet-768 parts-768 ablation-build
+[ "$last" -ne 0 ] || start 0 tests tests tests $(printf -- '--ignore %s ' $builders)
+finish tests
 
-measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
     --output "$out/reports/startup.json"
+measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
+finish unet-768 parts-768 ablation-build
+measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
+measure bench-img2img bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure default-engine default_engine
 measure ablation ablation --variants 0 "$layers" "$layers-1024" --output "$out/reports/layers.json"
-[ "$last" -ne 0 ] || start 0 on-last on_last
-finish on-last
+SDTRT_GPU_TEST_LARGE=1 measure tests-large tests tests/gpu/test_gpu_tensorrt.py -k large
+measure attention "$python" benchmarks/attention.py --output "$out/reports/attention.json"
+measure tests-that-build tests $builders
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -124,7 +124,8 @@ def free_memory(index: int = 0) -> int | None:
     driver.cuDeviceGet(ctypes.byref(device), index)
     if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) != CUDA_SUCCESS:
         return None
-    driver.cuCtxPushCurrent_v2(context)
+    if driver.cuCtxPushCurrent_v2(context) != CUDA_SUCCESS:
+        return None
     status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     driver.cuCtxPopCurrent_v2(ctypes.byref(context))
     return free.value if status == CUDA_SUCCESS else None

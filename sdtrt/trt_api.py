@@ -946,6 +946,7 @@ OUT_OF_MEMORY = (
     r"out of memory|OutOfMemory|cudaError 2\b|initialization failure with error: 2\b|insufficient memory"
     r"|Requested amount of GPU memory"
 )
+NO_KERNEL = r"Could not find any implementation for node ([^\s.]+)"  # kernels that need more than is free are left out
 SHORTAGES: dict[type[SdtrtError], type[MemoryShortage] | type[BuildMemoryShortage]] = {
     EngineError: MemoryShortage,
     BuildError: BuildMemoryShortage,
@@ -999,7 +1000,7 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
         REBUILD,
     ),
     (
-        r"Could not find any implementation for node ([^\s.]+)",
+        NO_KERNEL,
         "no kernel fits the node {0}",
         "raise --workspace-gib, use --optimization-level 3, or try another --precision",
     ),
@@ -1028,7 +1029,7 @@ def explain(
     text = "\n".join(errors)
     for pattern, cause, hint in CAUSES:
         if match := re.search(pattern, text, re.DOTALL):
-            if pattern == OUT_OF_MEMORY:
+            if pattern in (OUT_OF_MEMORY, NO_KERNEL):
                 kind = SHORTAGES.get(kind, kind)
             return kind(f"{what}: {cause.format(*match.groups())}{said}", hint=hint)
     last = "; ".join(error.strip()[:300] for error in errors[-3:]) or f"{library.name} gave no reason"

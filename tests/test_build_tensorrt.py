@@ -392,11 +392,14 @@ def test_the_piece_of_the_text_may_be_in_any_precision_and_no_other(tmp_path, mo
     monkeypatch.setattr(trt_api, "layer_precisions", lambda told: told)
     wide, half = {"fp32": 2}, {"fp16": 3}
     with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
-        checking._read_precision(request, [wide])
+        checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide])
     monkeypatch.setattr(checking, "read_pieces", lambda plan, contract: trt_fakes.three_pieces(plan))
-    assert checking._read_precision(request, [wide, half, half]) == {"fp32": 2, "fp16": 6}
+    assert checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide, half, half]) == {
+        "fp32": 2,
+        "fp16": 6,
+    }
     with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
-        checking._read_precision(request, [half, wide, half])
+        checking._read_precision(fake_library("tensorrt 8.6.1"), request, [half, wide, half])
 
 
 @pytest.mark.parametrize(
@@ -413,11 +416,14 @@ def test_the_piece_of_the_text_may_be_in_any_precision_and_no_other(tmp_path, mo
 )
 def test_check_precision(precision, layers, right):
     spec = rtx_spec(precision)
-    if right:
-        check_precision(spec, layers)
-        return
-    with pytest.raises(BuildError, match=f"an engine in {precision} was asked for"):
-        check_precision(spec, layers)
+    for label in ("tensorrt 8.6.1", "tensorrt 10.13.3.9"):
+        library = fake_library(label)
+        if right:
+            check_precision(library, spec, layers)
+            continue
+        with pytest.raises(BuildError, match=f"an engine in {precision} was asked for") as caught:
+            check_precision(library, spec, layers)
+        assert ("by timings" in caught.value.hint) == label.startswith("tensorrt 8")
 
 
 @pytest.mark.parametrize(("error", "right"), [(0.008, True), (0.06, False), (float("nan"), False)])

@@ -172,7 +172,7 @@ def building(whole, folder, everywhere, tmp_path):
             (coordinator,) = children_of(parent.pid)
             wait_until(lambda: len(children_of(coordinator)) == min(crew.most_jobs(), COUNT))
             # Each has read its request, and builds: it has begun its log.
-            wait_until(lambda: sum("INFO" in log.read_text() for log in folder.glob("build.log.*")) > 0)
+            wait_until(lambda: sum("INFO" in log.read_text() for log in folder.glob("build.log.*")) == crew.most_jobs())
             yield parent, coordinator, children_of(coordinator)
         finally:
             parent.kill()
@@ -336,10 +336,11 @@ def test_a_builder_that_dies_is_told_by_its_own_last_words(builders, folder, mon
 @pytest.mark.parametrize(
     ("cores", "has_gpu", "free", "count"),
     [
-        (6, False, None, 6),
+        (6, False, None, 2),
         (6, True, None, 1),
         (6, True, 2**30, 1),
-        (6, True, 9 * 2**30, 2),
+        (6, True, 9 * 2**30, 1),
+        (6, True, 17 * 2**30, 2),
         (6, True, 80 * 2**30, 2),
         (1, True, 80 * 2**30, 1),
     ],
@@ -369,7 +370,7 @@ file, name = Path(sys.argv[1]), sys.argv[2]
 for count in range(5):
     own = Timing(f"{name}.{count}".encode())
     config = SimpleNamespace(get_timing_cache=lambda: own, create_timing_cache=Timing)
-    worker._keep_timings(file, config)
+    worker._keep_timings(file, config, print)
 """
 
 

@@ -261,6 +261,19 @@ def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan
             assert 100_000 < split.scratch_bytes < split._block.numel()
 
 
+def test_a_piece_that_gives_another_size_than_listed_is_refused(cuda, split_plan, monkeypatch):
+    """Its place in the scratch memory is of the listed size: more would be written over its neighbours."""
+    real = trt_api.prepare_context
+
+    def larger(*arguments):
+        return {name: tuple(2 * size for size in shape) for name, shape in real(*arguments).items()}
+
+    with session_on(split_plan) as session:
+        monkeypatch.setattr(trt_api, "prepare_context", larger)
+        with pytest.raises(EngineError, match="piece 0 gives query in another size"):
+            session.run(feeds())
+
+
 def with_attention_of(entry, **changes):
     return {**entry, "attentions": [{**entry["attentions"][0], **changes}]}
 

@@ -19,7 +19,7 @@ from sdtrt.models import Model
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
 
-FORMAT = 5  # of builds: raise it when the same request makes another engine than before
+FORMAT = 6  # of builds: raise it when the same request makes another engine than before
 
 
 def backend_version(backend: Backend) -> str:

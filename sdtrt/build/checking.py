@@ -43,7 +43,7 @@ def check(library: Library, request: Request, report: Report, precision: Mapping
     reason = why_not_runnable(library, request.spec)
     if reason is not None:
         report({"warn": f"the engine was built but not run: {reason}"})
-        check_precision(request.spec, precision.get("layers", {}))
+        check_precision(library, request.spec, precision.get("layers", {}))
         return {"unchecked": reason, "parity": []}
     from sdtrt.runtime.tensorrt import TensorRTSession
 
@@ -53,7 +53,7 @@ def check(library: Library, request: Request, report: Report, precision: Mapping
         request.plan, request.contract, backend=spec.backend, device=device, allow_host_code=compatible
     ) as session:
         parity = [_run_once(request, session, profile) for profile in spec.profiles]
-        layers = _read_precision(request, session.information())
+        layers = _read_precision(library, request, session.information())
         scratch = session.scratch_bytes
     if spec.export.precision == "bf16":
         report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
@@ -67,7 +67,7 @@ def _current_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def _read_precision(request: Request, information: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _read_precision(library: Library, request: Request, information: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """How many computing layers of the built engine have each precision; the inspector's words are kept in a file.
 
     Each piece must compute in what was asked for, but for one that runs once for a text: it may be no more than a few
@@ -78,21 +78,22 @@ def _read_precision(request: Request, information: Sequence[Mapping[str, Any]]) 
     layers = [trt_api.layer_precisions(one) for one in information]
     for piece, found in zip(read_pieces(request.plan, request.contract), layers, strict=True):
         if len(layers) == 1 or not piece.is_of_conditioning:
-            check_precision(request.spec, found)
+            check_precision(library, request.spec, found)
     return dict(sum(map(Counter, layers), Counter()))
 
 
-def check_precision(spec: BuildSpec, layers: Mapping[str, int]) -> None:
+def check_precision(library: Library, spec: BuildSpec, layers: Mapping[str, int]) -> None:
     """Raise `BuildError` for an engine that does not compute in what it was built for.
 
     fp16 quietly becoming fp32 is a known failure elsewhere; this is what finds it.
     """
     wanted, found = spec.export.precision, ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
     if not layers.get(wanted) or (wanted == "fp32" and any(layers.get(name) for name in ("fp16", "bf16"))):
+        by_timings = "end what else uses the GPU and build again, as this TensorRT chooses by timings; else "
+        hint = f"export it again: sdtrt export --precision {wanted} --force"
         raise BuildError(
             f"an engine in {wanted} was asked for, and its computing layers are: {found or 'unknown'}",
-            hint="end what else uses the GPU and build again, as TensorRT 8.6 chooses by its timings; if that does not"
-            f" help, export it again: sdtrt export --precision {wanted} --force",
+            hint=by_timings + hint if library.has("weak typing") else hint,
         )
 
 

@@ -1,9 +1,9 @@
 """The pieces of one engine, built side by side: each in a process of its own, as many as serve.
 
-A builder is mostly one processor core that compiles. On a GPU it also times kernels, to choose among them, and others
-on that GPU get in its way: two side by side are enough, as the largest piece of Stable Diffusion 1.5's UNet took 207 s,
-and all others together 183 s; with 39 on one H200, the pieces took up to 616 s. Processes, not
-threads: nobody has shown that TensorRT 8.6 builds in several.
+A builder is mostly one processor core that compiles. It also times kernels on the GPU, to choose among them, and others
+there get in its way: on an H200 with 39 of them each took three times as long (`benchmarks/tuning.md`). Two side by
+side should be enough, as one piece of Stable Diffusion 1.5's UNet holds most of the work. Processes, not threads:
+nobody has shown that TensorRT 8.6 builds in several.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sdtrt import host
 from sdtrt.build.tensorrt import Report, Request, run_worker
 from sdtrt.errors import BuildMemoryShortage, MemoryShortage
 
-MOST_ON_A_GPU = 2
-GPU_BYTES = 2**32  # of free memory, for each builder that runs beside others
+MOST_BUILDERS = 2
+GPU_BYTES = 2**33  # of free memory, for each builder that runs beside others: with too little, 8.6 leaves out kernels
 
 Found = dict[int, dict[str, Any]]  # by the number of a piece: what its builder has told
 
@@ -57,9 +57,8 @@ def build(pieces: Sequence[Request], log: Path, report: Report) -> list[dict[str
 
 def most_jobs() -> int:
     """How many builders may run side by side here."""
-    if not host.has_gpu():
-        return host.cores()
-    return max(1, min(MOST_ON_A_GPU, host.cores(), (host.free_memory() or 0) // GPU_BYTES))
+    room = (host.free_memory() or 0) // GPU_BYTES if host.has_gpu() else MOST_BUILDERS
+    return max(1, min(MOST_BUILDERS, host.cores(), room))
 
 
 def _give_back() -> None:
@@ -83,8 +82,8 @@ class _Crew:
         missing = [number for number in range(len(self._pieces)) if number not in self._found]
         missing.sort(key=lambda number: _weight(self._pieces[number]), reverse=True)
         with ThreadPoolExecutor(jobs) as pool:
-            futures = {pool.submit(self._build, self._pieces[number]): number for number in missing}
             try:
+                futures = {pool.submit(self._build, self._pieces[number]): number for number in missing}
                 self._show()
                 for future in as_completed(futures):
                     self._found[futures[future]] = future.result()
@@ -127,10 +126,10 @@ class _Crew:
 
     def _join_log(self, piece: Request) -> None:
         """Move a piece's messages to those of the others. Where the disk is full, they stay where they are."""
-        with suppress(OSError), self._lock, self._log.open("ab") as log, piece.log.open("rb") as own:
-            log.write(f"\n[piece {piece.piece}]\n".encode())
-            shutil.copyfileobj(own, log)
-            log.flush()
+        with suppress(OSError), self._lock:
+            with self._log.open("ab") as log, piece.log.open("rb") as own:
+                log.write(f"\n[piece {piece.piece}]\n".encode())
+                shutil.copyfileobj(own, log)
             piece.log.unlink()
 
 

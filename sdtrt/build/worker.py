@@ -222,7 +222,7 @@ def _build_piece(library: Library, request: Request, report: Report) -> tuple[fl
     del monitor
     with request.plan.open("wb") as file:
         file.write(plan)
-    _keep_timings(request.timing_cache, config)
+    _keep_timings(request.timing_cache, config, report)
     return seconds, _network_precision(draft)
 
 
@@ -286,10 +286,10 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
     return {"layers": trt_api.network_precisions(draft), "read_from": "network"}
 
 
-def _keep_timings(file: Path | None, config: Any) -> None:
+def _keep_timings(file: Path | None, config: Any, report: Report) -> None:
     """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else.
 
-    Builds that end at the same time wait for each other; where the file system has no locks, the last one's are kept.
+    Builds that end at the same time wait for each other; where there is no lock to be had, the last one's are kept.
     """
     if file is None:
         return
@@ -298,8 +298,10 @@ def _keep_timings(file: Path | None, config: Any) -> None:
     draft = file.with_name(f"{file.name}.{os.getpid()}")
     lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_SECONDS)
     try:
-        with suppress(OSError, NotImplementedError):
+        try:
             lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            report({"warn": f"no lock on TensorRT's timings ({error}): those of another build may be lost"})
         kept = file.read_bytes() if file.is_file() else b""
         if data := trt_api.timing_cache_bytes(config, kept):
             draft.write_bytes(data)

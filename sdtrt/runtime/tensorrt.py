@@ -251,8 +251,11 @@ class TensorRTSession(Session[torch.Tensor]):
                 taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
                 shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
                 for spec in piece.contract.outputs:
+                    shape = output_shape(shapes, spec)
                     if spec.name not in tensors:
-                        tensors[spec.name] = self._new_tensor(output_shape(shapes, spec), spec)
+                        tensors[spec.name] = self._new_tensor(shape, spec)
+                    elif shape != tensors[spec.name].shape:
+                        raise EngineError(f"piece {number} gives {spec.name} in another size", hint=trt_api.REBUILD)
                 if stream is not current:
                     stream.wait_stream(current)  # for what other threads have put there with the outputs' memory
                 self._enqueue(number, context, tensors, stream)
@@ -302,7 +305,7 @@ class TensorRTSession(Session[torch.Tensor]):
     def _new_context(self, loaded: LoadedPlan) -> Any:
         with loaded.lock:
             return trt_api.create_shared_context(
-                self._library, loaded.engine, self._block.data_ptr(), self._block.numel()
+                self._library, loaded.engine, self._block.data_ptr(), self._scratch_bytes
             )
 
     def _input_buffer(self, spec: TensorSpec) -> torch.Tensor:
