@@ -16,9 +16,8 @@ from sdtrt.build import splitting, worker
 from sdtrt.build.attentions import Facts
 from sdtrt.build.normalizations import check, find_normalizations
 from sdtrt.build.splitting import choose_norms, freeze, split
-from sdtrt.build.tensorrt import Request, build_plan
+from sdtrt.build.tensorrt import Request
 from sdtrt.components import vae_contract
-from sdtrt.console import QUIET
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
@@ -29,6 +28,7 @@ from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 
 SIZES = Sizes(2, 64, 96)
 LARGEST = "/decoder/up_blocks.3/resnets.0/norm1/Reshape_1_output_0"  # 16 channels of all pixels; the next have 8
+OPEN_LIBRARY = trt_api.open_library
 SD15 = {"block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32}
 
 
@@ -215,20 +215,23 @@ def test_a_request_for_a_whole_engine_stays_one_in_another_process(cut):
     assert len(worker._sources(whole, cut.folder, [].append)) == 1
 
 
-@pytest.mark.slow
-def test_tensorrt_takes_both_pieces(cut, tmp_path, monkeypatch):
-    """The real builder, of TensorRT for RTX, as that needs no GPU."""
+def test_the_build_makes_a_plan_of_each_piece(cut, monkeypatch):
+    """As 8.6 would be asked to, with the real builder of TensorRT for RTX, as that needs no GPU."""
     pytest.importorskip("tensorrt_rtx")
-    sources = worker._sources(cut, tmp_path, [].append)
-    monkeypatch.undo()
-    rtx = spec_of(backend="tensorrt-rtx", compute_capability=(8, 9))
-    assert len(sources) == 2
-    for number, source in enumerate(sources):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        found = build_plan(source.onnx, folder, source.piece.contract, rtx, timing_cache=None, console=QUIET)
-        assert found["plan_bytes"] > 0
-        assert found["precision"]["layers"]["fp16"] > 0
+    monkeypatch.setattr(trt_api, "open_library", OPEN_LIBRARY)
+    monkeypatch.setattr(trt_api, "splits_norms", lambda spec: True)  # which it gains nothing by
+    request = replace(cut, spec=spec_of(backend="tensorrt-rtx", compute_capability=(8, 9)))
+    said = []
+    found = worker.build_here(request, said.append)
+    pieces = read_pieces(request.plan, request.contract)
+    assert found["pieces"] == len(pieces) == len(found["piece_seconds"]) == 2
+    assert [cut.result for piece in pieces for cut in piece.cuts] == [LARGEST]
+    assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
+    assert found["precision"]["layers"]["fp16"] > 0
+    assert not any("pieces" in message.get("warn", "") for message in said)
+    assert {path.name for path in request.folder.iterdir()} == {
+        "build.log", "engine.plan", "engine.plan.1", "engine.plan.json"
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ PROJECTING = ("MatMul", "Gemm", "Add")  # what makes keys and values of a text
 
 # Which group normalisations are worth plans of their own. Of Stable Diffusion 1.5's VAE decoder at 512x512 one is of
 # 128 MiB and the next are of 64: TensorRT 8.6 has it in three copies in fp32, and works in 960 MiB, where the encoder,
-# whose largest is of 64, works in 512. A plan costs seconds, and a copy of what crosses: not for less than 32 MiB.
+# whose largest are of 64, works in 512. A plan more costs time, at each load and build: not for less than 32 MiB, which
+# are 192 in three copies. What stands out is one norm, or two; more would be a plan for each.
 NORM_BYTES, NORM_RATIO, MOST_NORMS = 2**25, 2, 2
 
 Array = npt.NDArray[Any]
@@ -96,7 +97,7 @@ def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = 
 def choose_norms(facts: Facts) -> list[Normalization]:
     """The group normalisations that are most of what a graph of fixed sizes works in: the largest, if they stand out.
 
-    Without them, 8.6's scratch memory is that of the next largest: so each plan more must halve it, and by megabytes.
+    What is left works in the memory that the next largest needs: if that were more than half, a cut would save little.
     """
     sizes = sizes_of_norms(facts)
     largest, *others = sorted(set(sizes), reverse=True) or [0]
