@@ -48,7 +48,7 @@ from sdtrt.runtime.pieces import (
     Attention,
     Normalization,
     Piece,
-    cut_bytes,
+    attention_bytes,
     last_uses,
     lay_out,
     list_file,
@@ -253,13 +253,13 @@ def test_what_is_normalised_and_taken_again_keeps_its_memory(norm_plan):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_norm_is_of_the_tensors_own_type_and_contiguous_under_autocast(dtype):
+def test_a_norm_computes_in_fp32_under_autocast_too(dtype):
     norm = Normalization("x", "y", 2, 1e-6)
-    given = torch.randn(1, 8, 6, 4).to(dtype).to(memory_format=torch.channels_last)
+    given = torch.randn(1, 8, 6, 4).to(dtype)
+    place = torch.empty_like(given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = compute(norm, {"x": given})
-    assert found.dtype == dtype
-    assert found.is_contiguous()
+        found = compute(norm, {"x": given, "y": place})
+    assert found is place
     expected = torch.nn.functional.group_norm(given.double(), 2, eps=1e-6)
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
 
@@ -298,11 +298,12 @@ def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
     taker = dict(maker)
     for number, piece in enumerate(pieces):
         taker |= dict.fromkeys(piece.inputs, number)
-    ends = {spec.name: places[spec.name] + size_bytes(spec) for spec in made if spec.name in places}
-    assert all(place % 256 == 0 and ends[name] <= size for name, place in places.items())
+    begins = {name: offset for name, (offset, _) in places.items()}
+    ends = {name: offset + size_bytes(spec) for name, (offset, spec) in places.items()}
+    assert all(begin % 256 == 0 and ends[name] <= size for name, begin in begins.items())
     for one, other in combinations(places, 2):
         if maker[one] <= taker[other] and maker[other] <= taker[one]:
-            assert ends[one] <= places[other] or ends[other] <= places[one]
+            assert ends[one] <= begins[other] or ends[other] <= begins[one]
 
 
 def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan, needs, captured_kernels):
@@ -364,6 +365,8 @@ def with_norm_of(entry, **changes):
         lambda data: [with_norm_of(data[0], source="normal"), data[1]],
         lambda data: [with_norm_of(data[0], source="encoder_hidden_states"), data[1]],  # comes later, and is no image
         lambda data: [with_norm_of(data[0], result="other"), data[1]],
+        lambda data: [with_norm_of(data[0], result="doubled"), data[1]],
+        lambda data: [with_norm_of(data[0], result="out_sample"), data[1]],
         lambda data: [with_dims_of(data[0], "doubled", [2, CHANNELS, 256], "outputs"), data[1]],
         lambda data: [with_dims_of(data[0], "doubled", ["batch", CHANNELS, 16, 16], "outputs"), data[1]],
         lambda data: [data[0], with_dims_of(data[1], "normal", [2, CHANNELS, 8, 32])],
@@ -383,7 +386,10 @@ def test_what_an_engine_takes_may_be_normalised(norm_plan):
     first, second = json.loads(file.read_text())
     file.write_text(json.dumps([with_norm_of(first, source="sample"), second]))
     pieces = read_pieces(norm_plan, CONTRACT)
-    assert cut_bytes(pieces) == 2 * CHANNELS * 16 * 16 * 2
+    places, size = lay_out(pieces, last_uses(pieces, ["out_sample"]), ["out_sample"])
+    assert size == 2 * size_bytes(places["normal"][1]) == 2 * 2 * CHANNELS * 16 * 16 * 2
+    assert places.keys() == {"doubled", "normal"}
+    assert attention_bytes(pieces) == 0
 
 
 @pytest.mark.parametrize("run", [1, 2])

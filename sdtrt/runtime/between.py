@@ -24,8 +24,10 @@ _CHOOSING = threading.Lock()
 
 
 def compute(cut: Cut, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What a cut gives, as a new tensor; its sources are among the tensors."""
-    return attend(cut, tensors) if isinstance(cut, Attention) else normalize(cut, tensors)
+    """What a cut gives, of tensors among which are its sources, and the place of what a normalisation gives."""
+    if isinstance(cut, Attention):
+        return attend(cut, tensors)
+    return normalize(cut, tensors[cut.source], tensors[cut.result])
 
 
 def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -46,18 +48,24 @@ def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.T
     return states.transpose(1, 2).flatten(2).contiguous()  # a view, where the kernel writes in its inputs' layout
 
 
-def normalize(normalization: Normalization, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Group normalisation in PyTorch's kernels, which add up in fp32 and need no copy in fp32 of what they normalise.
+def normalize(normalization: Normalization, given: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Group normalisation without a copy in fp32 of what is normalised, all arithmetic in fp32.
 
-    They round means and deviations to the tensor's type, as in PyTorch's own VAE in fp16.
+    PyTorch's own has one thread block for each group, of which there are 32, rounds means and deviations, and makes a
+    new tensor.
 
     Args:
-        tensors: the source among them, `[B,C,H,W]`.
+        given, out: `[B,C,H,W]`, contiguous, apart from each other.
 
     Returns:
-        `[B,C,H,W]`, contiguous.
+        `out`.
     """
-    given = tensors[normalization.source]
-    with torch.autocast(given.device.type, enabled=False):  # as for attention; it would be fp32
-        result = torch.nn.functional.group_norm(given, normalization.groups, eps=normalization.epsilon)
-    return result.contiguous()
+    groups, result = (one.view(one.shape[0], normalization.groups, -1) for one in (given, out))
+    count = groups.shape[-1]
+    with torch.autocast(given.device.type, enabled=False):  # it would make the copy
+        mean = groups.sum(-1, keepdim=True, dtype=torch.float32) / count
+        squares = torch.linalg.vector_norm(groups, dim=-1, keepdim=True, dtype=torch.float32).square() / count
+        variance = (squares - mean.square()).clamp(min=0)  # rounding may have left less than nothing
+        torch.sub(groups, mean, out=result)
+        result.mul_((variance + normalization.epsilon).rsqrt())
+    return out

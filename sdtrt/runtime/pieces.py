@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -190,12 +190,16 @@ def _check(pieces: Sequence[Piece], contract: Contract) -> None:
         raise ValueError(f"{len(pieces)} are listed")
     there: dict[str, TensorSpec] = {}
     wanted = {spec.name: spec for spec in contract.inputs}
+    ends = {spec.name for spec in (*contract.inputs, *contract.outputs)}
     for piece in pieces:
         for spec in piece.contract.inputs:
             _check_same(spec, there.setdefault(spec.name, spec) if spec.name in wanted else there.get(spec.name))
         for spec in piece.contract.outputs:
             _check_fixed(spec)
         there |= {spec.name: spec for spec in piece.contract.outputs}
+        for cut in piece.cuts:
+            if cut.result in there or cut.result in ends:
+                raise ValueError(f"{cut.result} is made twice")
         there |= {cut.result: cut.gives(there) for cut in piece.cuts}
     made = {spec.name: spec for piece in pieces for spec in piece.contract.outputs}
     for spec, found in [(spec, there) for spec in contract.inputs] + [(spec, made) for spec in contract.outputs]:
@@ -237,10 +241,11 @@ def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[s
 
 def lay_out(
     pieces: Sequence[Piece], last: Sequence[frozenset[str]], own: Collection[str]
-) -> tuple[dict[str, int], int]:
-    """Where what plans give to each other lies in one block of memory: name → offset, and the block's size, in bytes.
+) -> tuple[dict[str, tuple[int, TensorSpec]], int]:
+    """Where what crosses between plans lies in one block of memory: name → offset and tensor; and the block's size.
 
-    A tensor takes the place of others that nothing takes any more when it is made.
+    That is what plans give and what is normalised; attention's kernels make tensors of their own. A tensor takes the
+    place of others that nothing takes any more when it is made. All in bytes.
 
     Args:
         pieces: of one engine, with fixed sizes where they are several.
@@ -248,18 +253,28 @@ def lay_out(
         own: what has memory of its own.
     """
     ends = {name: number for number, gone in enumerate(last) for name in gone}
-    places: dict[str, int] = {}
+    places: dict[str, tuple[int, TensorSpec]] = {}
     live: list[tuple[int, int, int]] = []  # offset, end, and the last piece that it is for
     size = 0
-    for number, piece in enumerate(pieces):
+    for number, (specs, _) in enumerate(_made(pieces)):
         live = sorted(place for place in live if place[2] >= number)
-        for spec in piece.contract.outputs:
-            if spec.name not in own:
-                place = _first_gap(live, aligned(size_bytes(spec)))
-                places[spec.name] = place[0]
-                live = sorted([*live, (*place, ends[spec.name])])
-                size = max(size, place[1])
+        for spec in (spec for spec in specs if spec.name not in own):
+            begin, end = _first_gap(live, aligned(size_bytes(spec)))
+            places[spec.name] = begin, spec
+            live = sorted([*live, (begin, end, ends[spec.name])])
+            size = max(size, end)
     return places, size
+
+
+def _made(pieces: Sequence[Piece]) -> Iterator[tuple[list[TensorSpec], list[TensorSpec]]]:
+    """For each piece what it gives, with what is normalised after it, and what attentions after it give."""
+    there: dict[str, TensorSpec] = {}
+    for piece in pieces:
+        there |= {spec.name: spec for spec in (*piece.contract.inputs, *piece.contract.outputs)}
+        found = [(cut, cut.gives(there)) for cut in piece.cuts]
+        there |= {spec.name: spec for _, spec in found}
+        normalized = [spec for cut, spec in found if isinstance(cut, Normalization)]
+        yield [*piece.contract.outputs, *normalized], [spec for cut, spec in found if isinstance(cut, Attention)]
 
 
 def _first_gap(taken: Sequence[tuple[int, int, int]], size: int) -> tuple[int, int]:
@@ -282,12 +297,6 @@ def size_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape({})) * ITEM_BYTES[spec.dtype]
 
 
-def cut_bytes(pieces: Sequence[Piece]) -> int:
-    """At most what is computed after one piece gives."""
-    there: dict[str, TensorSpec] = {}
-    most = 0
-    for piece in pieces:
-        there |= {spec.name: spec for spec in (*piece.contract.inputs, *piece.contract.outputs)}
-        most = max(most, sum(size_bytes(there[cut.sources[0]]) for cut in piece.cuts))
-        there |= {cut.result: cut.gives(there) for cut in piece.cuts}
-    return most
+def attention_bytes(pieces: Sequence[Piece]) -> int:
+    """At most what the attentions after one piece give."""
+    return max(sum(map(size_bytes, attended)) for _, attended in _made(pieces))

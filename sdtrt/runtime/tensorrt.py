@@ -17,7 +17,7 @@ from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime.between import compute
-from sdtrt.runtime.pieces import aligned, cut_bytes, last_uses, lay_out, read_pieces, size_bytes
+from sdtrt.runtime.pieces import aligned, attention_bytes, last_uses, lay_out, read_pieces, size_bytes
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
@@ -106,12 +106,7 @@ class TensorRTSession(Session[torch.Tensor]):
             self._profiles = profiles_of(contract, self._pieces, self._plans)
             self._scratch_bytes = aligned(max(trt_api.scratch_bytes(self._library, one.engine) for one in self._plans))
             self._block = self._scratch.block(self._scratch_bytes + self._crossing_bytes, self._device)
-            self._crossing = {
-                spec.name: self._placed(places[spec.name], spec)
-                for piece in self._pieces
-                for spec in piece.contract.outputs
-                if spec.name in places
-            }
+            self._crossing = {name: self._placed(offset, spec) for name, (offset, spec) in places.items()}
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
             self._kept = {spec.name: self._new_tensor(spec.shape({}), spec) for spec in self._kept_specs}
             self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
@@ -126,7 +121,7 @@ class TensorRTSession(Session[torch.Tensor]):
     @property
     def scratch_bytes(self) -> int:
         """The memory beside its weights that the engine needs for the largest size that it serves."""
-        return self._scratch_bytes + self._crossing_bytes + cut_bytes(self._pieces)
+        return self._scratch_bytes + self._crossing_bytes + attention_bytes(self._pieces)
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""

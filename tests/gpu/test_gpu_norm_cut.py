@@ -46,14 +46,15 @@ def test_it_is_right_on_the_stream_and_from_the_graph(tmp_path):
         assert session.graph_count == 1
 
 
-def test_pytorchs_kernel_takes_no_copy_in_fp32():
-    """Of Stable Diffusion 1.5's largest norm: what it gives is 128 MiB, and little is beside that."""
+def test_normalising_takes_no_copy():
+    """Of Stable Diffusion 1.5's largest norm: what it takes and gives is 128 MiB each, and little is beside that."""
     norm, given = Normalization("x", "y", 32, 1e-6), 3 * torch.randn(1, 256, 512, 512, device=CUDA).half() + 1
+    found = torch.empty_like(given)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = normalize(norm, {"x": given})
+    normalize(norm, given, found)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < given.nbytes + 2**24
+    assert torch.cuda.max_memory_allocated() - before < 2**20
     expected = torch.nn.functional.group_norm(given.double(), 32, eps=1e-6)
     assert relative_l2(found.cpu().double().numpy(), expected.cpu().numpy()) < 1e-3
