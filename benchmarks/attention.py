@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend
 
 from sdtrt import host
 from sdtrt.meters import time_queued_calls
-from sdtrt.runtime import tensorrt
+from sdtrt.runtime import between
 from sdtrt.runtime.pieces import Attention
 
 KERNELS = {
@@ -46,13 +46,13 @@ def measure(shape: tuple[int, ...], kernel: str, joined: bool, device: torch.dev
     tensors = {name: torch.randn(sizes, dtype=torch.float16, device=device) for name in names}
     row: dict[str, Any] = {"shape": shape, "kernel": kernel, "layout": "joined" if joined else "separate"}
     try:
-        with torch.inference_mode(), patch.object(tensorrt, "KERNELS", [KERNELS[kernel]]):
-            states = tensorrt.attend(attention, tensors)
-            call, count = repeated(lambda: tensorrt.attend(attention, tensors), device)
+        with torch.inference_mode(), patch.object(between, "KERNELS", [KERNELS[kernel]]):
+            states = between.attend(attention, tensors)
+            call, count = repeated(lambda: between.attend(attention, tensors), device)
             call()
             found = time_queued_calls(call, repeats, device).scaled(1e6 / count).median
             work = kernels(call, 1) if device.type == "cuda" else []
-        exact = tensorrt.attend(attention, {name: tensor.double().cpu() for name, tensor in tensors.items()})
+        exact = between.attend(attention, {name: tensor.double().cpu() for name, tensor in tensors.items()})
     except RuntimeError as error:
         return row | {"error": " ".join(str(error).split())[:300]}
     return row | {"us": found, "relative_l2": errors([states], [exact])["relative_l2"][0], "kernels": work}

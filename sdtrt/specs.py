@@ -327,7 +327,7 @@ class BuildSpec:
             raise UsageError(
                 f"self-attention has no {self.split_attention} tokens", hint="use --split-attention 2048, or 0 for none"
             )
-        if self.split_attention and not self._is_splittable_unet:
+        if self.split_attention and not self._is_splittable("unet"):
             raise UsageError(
                 "only TensorRT UNets in fp16 that need not be version-compatible leave attention to PyTorch",
                 hint="leave --split-attention out",
@@ -341,12 +341,16 @@ class BuildSpec:
     @property
     def can_split(self) -> bool:
         """Whether attention can be left to PyTorch at all."""
-        return self._is_splittable_unet and self._is_of_one_size
+        return self._is_splittable("unet") and self._is_of_one_size
 
     @property
-    def _is_splittable_unet(self) -> bool:
+    def can_split_norms(self) -> bool:
+        """Whether group normalisations can be left to PyTorch at all."""
+        return self._is_splittable("vae_decoder") and self._is_of_one_size
+
+    def _is_splittable(self, component: Component) -> bool:
         kind = (self.backend, self.export.component, self.export.precision)
-        return kind == ("tensorrt", "unet", "fp16") and not self.version_compatible
+        return kind == ("tensorrt", component, "fp16") and not self.version_compatible
 
     @property
     def _is_of_one_size(self) -> bool:

@@ -20,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trt_fakes import (
     CHANNELS,
+    EPSILON,
+    GROUPS,
     HEADS,
     PIXELS,
     WIDTH,
@@ -41,9 +43,12 @@ from sdtrt.runtime import pycuda as pycuda_module
 from sdtrt.runtime import remembered
 from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
+from sdtrt.runtime.between import compute
 from sdtrt.runtime.pieces import (
     Attention,
+    Normalization,
     Piece,
+    attention_bytes,
     last_uses,
     lay_out,
     list_file,
@@ -127,6 +132,12 @@ def text_plan(tmp_path):
     return written(trt_fakes.three_pieces(tmp_path / "engine.plan"), ("text", "before", "last"))
 
 
+@pytest.fixture
+def norm_plan(tmp_path):
+    """An engine in two pieces, with PyTorch's group normalisation between them."""
+    return written(trt_fakes.normalized_pieces(tmp_path / "engine.plan"), ("doubling", "adding"))
+
+
 def written(pieces, kinds):
     """The plans of an engine's pieces, and their list; returns the first."""
     write_pieces(pieces[0].plan, pieces)
@@ -145,17 +156,25 @@ def with_attention(given):
     return wanted(given) + attended.numpy()
 
 
+def with_norm(given):
+    """What the engine with a normalisation computes."""
+    groups = 2 * given["sample"].float().unflatten(1, (GROUPS, -1))
+    mean, variance = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), correction=0, keepdim=True)
+    normal = ((groups - mean) / (variance + EPSILON).sqrt()).flatten(1, 2)
+    return wanted(given) + normal.numpy()
+
+
 @pytest.fixture
-def captured_attention(monkeypatch):
+def captured_kernels(monkeypatch):
     """PyTorch's kernels are captured with the pieces: here a fake graph notes them down as it does TensorRT's."""
 
-    def noted(attention, tensors, real=session_module.attend):
-        out, given = real(attention, tensors), dict(tensors)
+    def noted(cut, tensors, real=session_module.compute):
+        out, given = real(cut, tensors), dict(tensors)
         if trt_fakes.capturing is not None:
-            trt_fakes.capturing.append(lambda: out.copy_(real(attention, given)))
+            trt_fakes.capturing.append(lambda: out.copy_(real(cut, given)))
         return out
 
-    monkeypatch.setattr(session_module, "attend", noted)
+    monkeypatch.setattr(session_module, "compute", noted)
 
 
 @pytest.fixture
@@ -171,7 +190,7 @@ def text_runs(monkeypatch):
     return runs
 
 
-def test_what_is_made_of_the_text_alone_is_made_once_for_each_text(cuda, text_plan, captured_attention, text_runs):
+def test_what_is_made_of_the_text_alone_is_made_once_for_each_text(cuda, text_plan, captured_kernels, text_runs):
     first, other = feeds(seed=0), feeds(seed=9)
     with session_on(text_plan) as session:
         for turn in range(8):  # from the stream, while captured, and from the graph; the text changes in the midst
@@ -186,7 +205,7 @@ def test_what_is_made_of_the_text_alone_is_made_once_for_each_text(cuda, text_pl
         np.testing.assert_array_equal(run, given["encoder_hidden_states"])
 
 
-def test_what_was_made_of_a_text_is_made_again_after_that_failed(cuda, text_plan, captured_attention, text_runs):
+def test_what_was_made_of_a_text_is_made_again_after_that_failed(cuda, text_plan, captured_kernels, text_runs):
     given = feeds()
     with session_on(text_plan) as session:
         session.run(given)
@@ -201,7 +220,7 @@ def test_what_was_made_of_a_text_is_made_again_after_that_failed(cuda, text_plan
     assert len(text_runs) == 3
 
 
-def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, split_plan, captured_attention):
+def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, split_plan, captured_kernels):
     with session_on(split_plan) as session:
         for seed in range(5):
             given = feeds(seed=seed)
@@ -211,6 +230,47 @@ def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, 
         assert [len(told["Layers"]) for told in session.information()] == [1, 1]
         with pytest.raises(EngineError, match="height 128; got height 192"):
             session.run(feeds(height=24))
+
+
+def test_pieces_and_a_norm_run_in_order_on_the_stream_and_in_the_graph(cuda, norm_plan, captured_kernels):
+    with session_on(norm_plan) as session:
+        for seed in range(5):
+            given = feeds(seed=seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = session.run(given)["out_sample"]
+            np.testing.assert_allclose(found.float(), with_norm(given), rtol=2e-3, atol=1e-2)
+        assert session.graph_count == 1
+        doubled = session._crossing["doubled"]
+        assert session._block.data_ptr() <= doubled.data_ptr() < session._block.data_ptr() + session._block.numel()
+        # What the plans need of scratch memory, what crosses, and the norm's result.
+        assert session.scratch_bytes == 4096 + 2 * doubled.nbytes
+
+
+def test_what_is_normalised_and_taken_again_keeps_its_memory(norm_plan):
+    first, second = last_uses(read_pieces(norm_plan, CONTRACT), ["out_sample"])
+    assert first == {"sample"}
+    assert second == {"doubled", "normal", "timestep", "encoder_hidden_states"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_norm_computes_in_fp32_under_autocast_too(dtype):
+    norm = Normalization("x", "y", 2, 1e-6)
+    given = torch.randn(1, 8, 6, 4).to(dtype)
+    place = torch.empty_like(given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = compute(norm, {"x": given, "y": place})
+    assert found is place
+    expected = torch.nn.functional.group_norm(given.double(), 2, eps=1e-6)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_lists_from_before_there_were_norms_are_read(split_plan):
+    file = list_file(split_plan)
+    data = json.loads(file.read_text())
+    for entry in data:
+        assert entry.pop("normalizations") == []
+    file.write_text(json.dumps(data))
+    assert list(read_pieces(split_plan, CONTRACT)) == trt_fakes.two_pieces(split_plan)
 
 
 def test_only_what_is_still_needed_keeps_its_memory(split_plan):
@@ -238,14 +298,15 @@ def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
     taker = dict(maker)
     for number, piece in enumerate(pieces):
         taker |= dict.fromkeys(piece.inputs, number)
-    ends = {spec.name: places[spec.name] + size_bytes(spec) for spec in made if spec.name in places}
-    assert all(place % 256 == 0 and ends[name] <= size for name, place in places.items())
+    begins = {name: offset for name, (offset, _) in places.items()}
+    ends = {name: offset + size_bytes(spec) for name, (offset, spec) in places.items()}
+    assert all(begin % 256 == 0 and ends[name] <= size for name, begin in begins.items())
     for one, other in combinations(places, 2):
         if maker[one] <= taker[other] and maker[other] <= taker[one]:
-            assert ends[one] <= places[other] or ends[other] <= places[one]
+            assert ends[one] <= begins[other] or ends[other] <= begins[one]
 
 
-def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan, needs, captured_attention):
+def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan, needs, captured_kernels):
     """What lies between pieces is part of it, behind what the plans need; the fakes overwrite all that these have."""
     scratch, plan = Scratch(), write_plan(split_plan.with_name("whole.plan"), [WIDE])
     needs(2 * 10**6 + 1)
@@ -278,23 +339,71 @@ def with_attention_of(entry, **changes):
     return {**entry, "attentions": [{**entry["attentions"][0], **changes}]}
 
 
-def with_dims_of(entry, name, dims):
-    inputs = [{**spec, "dims": dims} if spec["name"] == name else spec for spec in entry["contract"]["inputs"]]
-    return {**entry, "contract": {**entry["contract"], "inputs": inputs}}
+def with_dims_of(entry, name, dims, kind="inputs"):
+    specs = [{**spec, "dims": dims} if spec["name"] == name else spec for spec in entry["contract"][kind]]
+    return {**entry, "contract": {**entry["contract"], kind: specs}}
+
+
+def with_norm_of(entry, **changes):
+    return {**entry, "normalizations": [{**entry["normalizations"][0], **changes}]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: [{**data[0], "normalizations": []}, data[1]],
+        lambda data: [{**data[0], "normalizations": [{"source": "doubled", "result": "normal"}]}, data[1]],
+        lambda data: [{**data[0], "normalizations": None}, data[1]],
+        lambda data: [with_norm_of(data[0], groups=0), data[1]],
+        lambda data: [with_norm_of(data[0], groups=-2), data[1]],
+        lambda data: [with_norm_of(data[0], groups=3), data[1]],  # of four channels
+        lambda data: [with_norm_of(data[0], groups=float("inf")), data[1]],
+        lambda data: [with_norm_of(data[0], epsilon=0), data[1]],
+        lambda data: [with_norm_of(data[0], epsilon=-1e-6), data[1]],
+        lambda data: [with_norm_of(data[0], epsilon=float("nan")), data[1]],
+        lambda data: [with_norm_of(data[0], epsilon=float("inf")), data[1]],
+        lambda data: [with_norm_of(data[0], source="normal"), data[1]],
+        lambda data: [with_norm_of(data[0], source="encoder_hidden_states"), data[1]],  # comes later, and is no image
+        lambda data: [with_norm_of(data[0], result="other"), data[1]],
+        lambda data: [with_norm_of(data[0], result="doubled"), data[1]],
+        lambda data: [with_norm_of(data[0], result="out_sample"), data[1]],
+        lambda data: [with_dims_of(data[0], "doubled", [2, CHANNELS, 256], "outputs"), data[1]],
+        lambda data: [with_dims_of(data[0], "doubled", ["batch", CHANNELS, 16, 16], "outputs"), data[1]],
+        lambda data: [data[0], with_dims_of(data[1], "normal", [2, CHANNELS, 8, 32])],
+        lambda data: json.loads(json.dumps(data).replace("float16", "int32")),
+    ],
+)
+def test_a_list_with_a_norm_that_can_not_be_is_refused(change, norm_plan):
+    file = list_file(norm_plan)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(EngineError, match="does not list the engine's pieces"):
+        read_pieces(norm_plan, CONTRACT)
+
+
+def test_what_an_engine_takes_may_be_normalised(norm_plan):
+    """No build makes such a list, but what is read can be used."""
+    file = list_file(norm_plan)
+    first, second = json.loads(file.read_text())
+    file.write_text(json.dumps([with_norm_of(first, source="sample"), second]))
+    pieces = read_pieces(norm_plan, CONTRACT)
+    places, size = lay_out(pieces, last_uses(pieces, ["out_sample"]), ["out_sample"])
+    assert size == 2 * size_bytes(places["normal"][1]) == 2 * 2 * CHANNELS * 16 * 16 * 2
+    assert places.keys() == {"doubled", "normal"}
+    assert attention_bytes(pieces) == 0
 
 
 @pytest.mark.parametrize("run", [1, 2])
 def test_a_run_that_fails_between_pieces_is_waited_for_all_the_same(run, cuda, split_plan, monkeypatch):
     """What it has put on the session's stream is still to come: others of the scratch memory come after it."""
-    real, calls = session_module.attend, []
+    real, calls = session_module.compute, []
 
-    def attend(attention, tensors):
-        calls.append(attention)
+    def compute(cut, tensors):
+        calls.append(cut)
         if len(calls) == run:
             raise cuda.OutOfMemoryError("CUDA out of memory")
-        return real(attention, tensors)
+        return real(cut, tensors)
 
-    monkeypatch.setattr(session_module, "attend", attend)
+    monkeypatch.setattr(session_module, "compute", compute)
     with session_on(split_plan, graphs=0) as session:
         for _ in range(run - 1):
             session.run(feeds())
@@ -310,7 +419,7 @@ def test_a_callers_autocast_does_not_change_what_the_next_piece_reads():
     attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5)
     tensors = {name: torch.randn(PIXELS).half() for name in attention.sources}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert session_module.attend(attention, tensors).dtype == torch.float16
+        assert compute(attention, tensors).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -343,7 +452,7 @@ def test_a_list_of_pieces_that_makes_no_engine_is_refused(change, cuda, split_pl
 
 
 def test_numpy_has_no_attention_to_run_between_pieces(split_plan):
-    with pytest.raises(EngineError, match="leaves large self-attentions to PyTorch") as caught:
+    with pytest.raises(EngineError, match="leaves some of its work to PyTorch") as caught:
         PyCudaSession(split_plan, CONTRACT)
     assert "--split-attention 0" in caught.value.hint
 

@@ -23,9 +23,9 @@ from sdtrt.errors import BuildError
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
+from sdtrt.runtime.between import compute
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.pieces import list_file, read_pieces, write_pieces
-from sdtrt.runtime.tensorrt import attend
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 
 SIZES = Sizes(2, 64, 96)
@@ -73,7 +73,7 @@ def difference(source, pieces, contract, sizes):
     for one in pieces:
         with OnnxRuntimeSession(one.onnx, one.piece.contract, optimized=False) as session:
             tensors |= session.run({name: tensors[name] for name in one.piece.inputs})
-        tensors |= {attention.result: attend(attention, tensors) for attention in one.piece.attentions}
+        tensors |= {cut.result: compute(cut, tensors) for cut in one.piece.cuts}
     return relative_l2(tensors["out_sample"].float().numpy(), expected.float().numpy())
 
 
@@ -81,7 +81,7 @@ def difference(source, pieces, contract, sizes):
 def test_pieces_are_the_whole_model_in_fp16(exported, tmp_path, name, count):
     source, contract = exported(name, "fp16")
     pieces = cut_up(source, tmp_path, contract, 1)
-    attentions = [one for source in pieces for one in source.piece.attentions]
+    attentions = [one for source in pieces for one in source.piece.cuts]
     assert len(attentions) == count
     assert {len(one.sources) for one in attentions} == {1}  # queries, keys and values by one product
     assert difference(source, pieces, contract, SIZES) < 1e-2
@@ -112,7 +112,7 @@ def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(expor
     facts = Facts(model, weights)
     pieces = split(model, weights, facts, find_attentions(facts))
     for before, after in pairwise(pieces):
-        assert {one.result for one in before.attentions} <= {spec.name for spec in after.inputs}
+        assert {one.result for one in before.cuts} <= {spec.name for spec in after.inputs}
     for piece in pieces:
         values = [*piece.model.graph.input, *piece.model.graph.output]
         assert {value.type.tensor_type.elem_type for value in values} <= set(FLOATS)

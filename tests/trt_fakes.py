@@ -3,7 +3,8 @@
 The fake TensorRT has, class by class, only the names that the real bindings of the version have
 (`data/trt_attributes.json`): code that asks for another one fails as it would there. Its engines read and write real
 memory through the addresses that they are given: `out_sample = 2 * sample + timestep + mean(encoder_hidden_states)`,
-and of an engine in two pieces the same plus the self-attention of the sample's pixels.
+and of an engine in two pieces the same plus the self-attention of the sample's pixels, or plus the sample with its
+channels normalised in groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from sdtrt.components import Contract, TensorSpec
-from sdtrt.runtime.pieces import Attention, Piece, piece_file
+from sdtrt.runtime.pieces import Attention, Normalization, Piece, piece_file
 from sdtrt.trt_api import Library, parse_version
 
 FILE = Path(__file__).parent / "data" / "trt_attributes.json"  # written by scripts/read_trt_bindings.py
@@ -253,6 +254,10 @@ def _last(doubled, attended, timestep, projected):
     return _after(doubled, attended, timestep, projected / 2)
 
 
+def _with_normal(doubled, normal, timestep, encoder_hidden_states):
+    return {"out_sample": expected(doubled.astype(np.float32) / 2, timestep, encoder_hidden_states) + normal}
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an engine takes, the shapes of what it gives, and how that is computed."""
@@ -273,6 +278,12 @@ KINDS = {
     "after": Kind(
         ("doubled", "attended", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _after
     ),
+    "doubling": Kind(
+        ("sample",), ("doubled",), lambda s: {"doubled": s["sample"]}, lambda sample: {"doubled": 2 * sample}
+    ),
+    "adding": Kind(
+        ("doubled", "normal", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _with_normal
+    ),
     "text": Kind(
         ("encoder_hidden_states",), ("projected",), lambda s: {"projected": s["encoder_hidden_states"]}, _text
     ),
@@ -282,6 +293,7 @@ KINDS = {
 
 FIXED = {"sample": (2, CHANNELS, 16, 16), "timestep": (2,), "encoder_hidden_states": (2, 77, WIDTH)}
 PIXELS, HEADS = (2, 256, CHANNELS), 2
+GROUPS, EPSILON = 2, 0.25
 
 
 def two_pieces(plan: Path) -> list[Piece]:
@@ -308,6 +320,18 @@ def three_pieces(plan: Path) -> list[Piece]:
         replace(before, plan=piece_file(plan, 1)),
         Piece(piece_file(plan, 2), replace(after.contract, inputs=last)),
     ]
+
+
+def normalized_pieces(plan: Path) -> list[Piece]:
+    """What an engine of the kinds `doubling` and `adding` is listed as."""
+    doubled, (sample, timestep, text) = ("doubled", FIXED["sample"]), FIXED.items()
+    taken = (doubled, ("normal", FIXED["sample"]), timestep, text)
+    contracts = [
+        Contract("unet", "fp16", _specs(sample), _specs(doubled)),
+        Contract("unet", "fp16", _specs(*taken), _specs(("out_sample", FIXED["sample"]))),
+    ]
+    norm = Normalization("doubled", "normal", GROUPS, EPSILON)
+    return [Piece(plan, contracts[0], (norm,)), Piece(piece_file(plan, 1), contracts[1])]
 
 
 def _specs(*shapes):

@@ -38,6 +38,11 @@ class Facts(onnx_graph.Facts):
                 self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self.makers, self.takers = onnx_graph.makers_of(model.graph), onnx_graph.takers_of(model.graph)
 
+    def bytes_of(self, name: str) -> int:
+        """A tensor's size; sizes that are not known count as one."""
+        item = onnx.helper.tensor_dtype_to_np_dtype(self.types[name]).itemsize
+        return int(item) * math.prod(dim or 1 for dim in self.dims.get(name, ()))
+
     def scalar(self, node: onnx.NodeProto) -> tuple[str, float] | None:
         """Of a node of two inputs, one of them a constant of one element: the other's name, and the constant."""
         for name, other in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):

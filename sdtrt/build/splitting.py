@@ -1,13 +1,14 @@
-"""Cut self-attentions out of an exported UNet, and the graph into the pieces between them.
+"""Cut out of an exported model what is left to PyTorch, and the graph into the pieces between that.
 
-A piece starts from the model's inputs, the attentions' results and what earlier pieces have made; only floating-point
+These are self-attentions of a UNet, and a VAE decoder's largest group normalisation.
+
+A piece starts from the model's inputs, the cuts' results and what earlier pieces have made; only floating-point
 tensors cross (TensorRT 8.6 has no int64 inputs), so arithmetic on shapes is repeated in each piece that needs it. The
 first piece may be what cross-attention makes of the text alone: it needs to run once for a text, and not at each step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,16 +19,25 @@ import onnx
 from onnx import TensorProto
 
 from sdtrt import onnx_graph
-from sdtrt.build.attentions import Facts, check
+from sdtrt.build.attentions import Facts
+from sdtrt.build.attentions import check as check_attention
+from sdtrt.build.normalizations import check as check_normalization
+from sdtrt.build.normalizations import find_normalizations, sizes_of_norms
 from sdtrt.components import TensorSpec
 from sdtrt.onnx_graph import ELEM_TYPES, Weights
-from sdtrt.runtime.pieces import Attention
+from sdtrt.runtime.pieces import Attention, Cut, Normalization
 
-MARK = "Attention"  # what stands for an attention in a graph that is being cut
+MARK = "Cut"  # what stands for one in a graph that is being cut
 MARK_DOMAIN = "sdtrt.cut"
 DTYPES: dict[int, str] = {number: name for name, number in ELEM_TYPES.items()}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 PROJECTING = ("MatMul", "Gemm", "Add")  # what makes keys and values of a text
+
+# Which group normalisations are worth plans of their own. Of Stable Diffusion 1.5's VAE decoder at 512x512 one is of
+# 128 MiB and the next are of 64: TensorRT 8.6 has it in three copies in fp32, and works in 960 MiB, where the encoder,
+# whose largest are of 64, works in 512. A plan more costs time, at each load and build: not for less than 32 MiB, which
+# are 192 in three copies. What stands out is one norm, or two; more would be a plan for each.
+NORM_BYTES, NORM_RATIO, MOST_NORMS = 2**25, 2, 2
 
 Array = npt.NDArray[Any]
 Dims = Sequence[int | None]
@@ -35,13 +45,13 @@ Dims = Sequence[int | None]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model: its graph, and the attentions to run after it."""
+    """One part of a model: its graph, and the cuts to compute after it."""
 
     model: onnx.ModelProto
     weights: Weights
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    attentions: tuple[Attention, ...]
+    cuts: tuple[Cut, ...]
 
 
 def freeze(model: onnx.ModelProto, weights: Weights, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -84,14 +94,28 @@ def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = 
     return [one for one in attentions if one in chosen]
 
 
+def choose_norms(facts: Facts) -> list[Normalization]:
+    """The group normalisations that are most of what a graph of fixed sizes works in: the largest, if they stand out.
+
+    What is left works in the memory that the next largest needs: if that were more than half, a cut would save little.
+    """
+    sizes = sizes_of_norms(facts)
+    largest, *others = sorted(set(sizes), reverse=True) or [0]
+    stands_out = largest >= NORM_BYTES and largest >= NORM_RATIO * max(others, default=0)
+    if not stands_out or sizes.count(largest) > MOST_NORMS:
+        return []
+    found = [one for one in find_normalizations(facts) if facts.bytes_of(one.source) == largest]
+    return found if len(found) == sizes.count(largest) else []
+
+
 def split(
     model: onnx.ModelProto,
     weights: Weights,
     facts: Facts,
-    attentions: Sequence[Attention],
+    cuts: Sequence[Cut],
     conditioning: Collection[str] = (),
 ) -> tuple[Part, ...]:
-    """Cut a graph at attentions of it, whose queries, keys and values become one product where that can be.
+    """Cut a graph; the queries, keys and values of an attention become one product where that can be.
 
     Args:
         model, weights: an exported graph; both are changed, and of no use afterwards.
@@ -99,21 +123,29 @@ def split(
         conditioning: inputs that stay the same from step to step: their projections become the first piece.
 
     Raises:
-        ValueError: where an attention is not what its nodes compute, or what it gives is what the model gives.
+        ValueError: where a cut is not what its nodes compute, or what it gives is what the model gives.
     """
     ends = {value.name for value in model.graph.output}
-    if last := ends.intersection(one.result for one in attentions):
-        raise ValueError(f"{', '.join(last)} is made by an attention")
+    if last := ends.intersection(cut.result for cut in cuts):
+        raise ValueError(f"{', '.join(last)} is made by what is cut out")
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    for attention in attentions:
-        check(facts, attention, opset)
-    attentions = [_join_projections(model, weights, facts, attention) for attention in attentions]
-    for attention in attentions:
-        mark = onnx.helper.make_node(MARK, attention.sources, [attention.result], domain=MARK_DOMAIN)
-        facts.makers[attention.result].CopyFrom(mark)
+    for cut in cuts:
+        _check(facts, cut, opset)
+    cuts = [_join_projections(model, weights, facts, cut) if isinstance(cut, Attention) else cut for cut in cuts]
+    for cut in cuts:
+        mark = onnx.helper.make_node(MARK, cut.sources, [cut.result], domain=MARK_DOMAIN)
+        facts.makers[cut.result].CopyFrom(mark)
     onnx_graph.drop_unused(model.graph, weights)
     partition = Partition(model, facts, conditioning)
-    return tuple(_assemble(model, weights, facts, partition, attentions, stage) for stage in range(partition.count))
+    return tuple(_assemble(model, weights, facts, partition, cuts, stage) for stage in range(partition.count))
+
+
+def _check(facts: Facts, cut: Cut, opset: int) -> None:
+    """Raise `ValueError` where a cut is not what its nodes compute."""
+    if isinstance(cut, Attention):
+        check_attention(facts, cut, opset)
+    else:
+        check_normalization(facts, cut, opset)
 
 
 def check_fixed(parts: Iterable[Part]) -> None:
@@ -150,7 +182,7 @@ class Partition:
         return node.op_type == "Constant" or any(self._facts.types[name] not in FLOATS for name in node.output)
 
     def home(self, name: str) -> int | None:
-        """The piece that makes a tensor, -1 for an attention; None for inputs, weights, and what is repeated."""
+        """The piece that makes a tensor, -1 for a cut; None for inputs, weights, and what is repeated."""
         node = self._makers.get(name)
         if node is None or self.is_repeated(node):
             return None
@@ -168,8 +200,7 @@ class Partition:
 
     def is_output(self, name: str) -> bool:
         """Whether others take what a piece has made."""
-        marks = any(is_mark(node) for node in self._takers[name])
-        return name in self._ends or marks or bool(self.needed_in(name) - {self.home(name)})
+        return name in self._ends or self._is_cut_at(name) or bool(self.needed_in(name) - {self.home(name)})
 
     def _earliest(self, node: onnx.NodeProto) -> int:
         if node.output[0] in self._projections:
@@ -195,17 +226,17 @@ class Partition:
         self.stages[node.output[0]] = min(stages, key=cost) if len(stages) > 1 else stages[0]
 
     def _crossing(self, name: str) -> int:
-        """The bytes that are written and read because a tensor crosses."""
+        """The bytes that are written and read because a tensor crosses; a cut has it written anyway."""
         home = self.home(name)
         if home is None or home < 0:
             return 0
         others = len(self.needed_in(name) - {home})
-        return self.bytes_of(name) * (others + 1) if others else 0
+        written = 0 if self._is_cut_at(name) else 1
+        return self._facts.bytes_of(name) * (others + written) if others else 0
 
-    def bytes_of(self, name: str) -> int:
-        """A tensor's size; sizes that are not known count as one."""
-        item = onnx.helper.tensor_dtype_to_np_dtype(self._facts.types[name]).itemsize
-        return item * math.prod(dim or 1 for dim in self._facts.dims.get(name, ()))
+    def _is_cut_at(self, name: str) -> bool:
+        """Whether a cut takes a tensor."""
+        return any(is_mark(node) for node in self._takers[name])
 
 
 def _projections_of(graph: onnx.GraphProto, facts: Facts, conditioning: Collection[str]) -> frozenset[str]:
@@ -220,7 +251,7 @@ def _projections_of(graph: onnx.GraphProto, facts: Facts, conditioning: Collecti
 
 
 def is_mark(node: onnx.NodeProto) -> bool:
-    """Whether a node stands for an attention that is cut out."""
+    """Whether a node stands for what is cut out."""
     return node.domain == MARK_DOMAIN
 
 
@@ -229,7 +260,7 @@ def _assemble(
     weights: Weights,
     facts: Facts,
     partition: Partition,
-    attentions: Sequence[Attention],
+    cuts: Sequence[Cut],
     stage: int,
 ) -> Part:
     """The piece of one stage."""
@@ -245,13 +276,13 @@ def _assemble(
         nodes, f"piece {stage}", [_value(facts, n) for n in inputs], [_value(facts, n) for n in outputs], kept
     )
     # What a mark waits for may be made by several pieces: it runs after the last of them.
-    after = [one for one in attentions if partition.stages[one.result] == stage + 1]
+    after = [cut for cut in cuts if partition.stages[cut.result] == stage + 1]
     return Part(
         model=onnx.helper.make_model(part, opset_imports=list(model.opset_import), ir_version=model.ir_version),
         weights={tensor.name: weights[tensor.name] for tensor in kept if tensor.name in weights},
         inputs=tuple(_spec(facts, name) for name in inputs),
         outputs=tuple(_spec(facts, name) for name in outputs),
-        attentions=tuple(after),
+        cuts=tuple(after),
     )
 
 

@@ -43,6 +43,7 @@ class Request:
 
     Args:
         piece: the number of the piece of the engine that `onnx` is, with its own `contract`; None for the whole.
+        whole: leave nothing to PyTorch, whatever the spec says.
     """
 
     onnx: Path
@@ -52,6 +53,7 @@ class Request:
     timing_cache: Path | None
     verbose: bool
     piece: int | None = None
+    whole: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
@@ -59,7 +61,7 @@ class Request:
         cache = None if self.timing_cache is None else str(self.timing_cache)
         spec = asdict(replace(self.spec, export=replace(self.spec.export, output=None)))
         contract = self.contract.to_json()
-        others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece}
+        others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece, "whole": self.whole}
         return {**paths, "contract": contract, "spec": spec, **others}
 
     @classmethod
@@ -77,6 +79,7 @@ class Request:
             timing_cache=data["timing_cache"] and Path(data["timing_cache"]),
             verbose=data["verbose"],
             piece=data["piece"],
+            whole=data["whole"],
         )
 
     @property
@@ -101,7 +104,7 @@ def build_plan(
 ) -> dict[str, Any]:
     """Build a plan into `folder/engine.plan`, TensorRT's messages into `folder/build.log`, and check the plan.
 
-    Where attention is left to PyTorch these are several (`runtime.pieces`).
+    Where something is left to PyTorch these are several (`runtime.pieces`).
 
     Args:
         onnx_path: the exported ONNX model; external data lies beside it.

@@ -23,7 +23,7 @@ from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
-from sdtrt.runtime.pieces import Piece, piece_file, write_pieces
+from sdtrt.runtime.pieces import Cut, Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
 from sdtrt.trt_api import Draft, Library
 
@@ -87,12 +87,12 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
             return _build_and_check(library, request, report)
         except _PiecesError as failed:
             error = failed.error
-            if request.spec.split_attention is not None:
+            if request.spec.split_attention:
                 hint = f"{error.hint}; in one piece: sdtrt build --split-attention 0"
                 raise type(error)(error.message, hint=hint) from failed
-            report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which runs slower"})
-        whole = replace(request, spec=replace(request.spec, split_attention=0))
-        return _build_and_check(library, whole, report)
+            loss = "takes more of the GPU's memory" if trt_api.splits_norms(request.spec) else "runs slower"
+            report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which {loss}"})
+        return _build_and_check(library, replace(request, whole=True), report)
 
 
 def _build_and_check(library: Library, request: Request, report: Report) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class _Source:
 
 
 def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, ...]:
-    """What to build: the exported model, or its parts between attentions that are PyTorch's, written to a folder."""
+    """What to build: the exported model, or its parts between what is left to PyTorch, written to a folder."""
     parts = _parts(request, report)
     if not parts:
         return (_Source(request.onnx, Piece(request.plan, request.contract)),)
@@ -175,30 +175,36 @@ def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, .
         onnx = folder / f"{number}.onnx"
         onnx_graph.save(part.model, part.weights, onnx)
         contract = Contract(request.contract.component, request.contract.precision, part.inputs, part.outputs)
-        found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, part.attentions)))
+        found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, part.cuts)))
     return tuple(found)
 
 
 def _parts(request: Request, report: Report) -> list[Part]:
     """The exported model's parts; none where it is built as it is. Says why, where parts were asked for."""
-    tokens, asked = trt_api.split_tokens(request.spec), bool(request.spec.split_attention)
-    if not tokens:
+    spec, asked = request.spec, bool(request.spec.split_attention)
+    tokens, norms = trt_api.split_tokens(spec), trt_api.splits_norms(spec)
+    if request.whole or not (tokens or norms):
         return []
     model, weights = onnx_graph.load_split(request.onnx)
-    splitting.freeze(model, weights, request.contract.input_shapes(request.spec.profiles[0].optimum))
+    splitting.freeze(model, weights, request.contract.input_shapes(spec.profiles[0].optimum))
     facts = Facts(model, weights)
-    attentions = splitting.choose(find_attentions(facts), tokens, None if asked else MOST_CUTS)
-    if not attentions:
+    cuts: Sequence[Cut]
+    if tokens:
+        cuts = splitting.choose(find_attentions(facts), tokens, None if asked else MOST_CUTS)
+    else:
+        cuts = splitting.choose_norms(facts)
+    if not cuts:
         if asked:
             report({"warn": f"no self-attention is of {tokens} tokens or more: none is left to PyTorch"})
         return []
     try:
-        parts = list(splitting.split(model, weights, facts, attentions, CONDITIONING))
+        parts = list(splitting.split(model, weights, facts, cuts, CONDITIONING))
         splitting.check_fixed(parts)
     except ValueError as error:
         if asked:
             raise BuildError(str(error), hint="leave attention to TensorRT: --split-attention 0") from error
-        report({"warn": f"attention is left to TensorRT, which is slower here: {error}"})
+        kept = "a group normalisation is left to TensorRT, which takes more of the GPU's memory"
+        report({"warn": f"{kept if norms else 'attention is left to TensorRT, which is slower here'}: {error}"})
         return []
     return parts
 

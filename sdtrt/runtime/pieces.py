@@ -1,4 +1,6 @@
-"""An engine in pieces: plans that follow each other, and the self-attentions that PyTorch computes between them.
+"""An engine in pieces: plans that follow each other, and what PyTorch computes between them.
+
+Of a UNet that is self-attentions, of a VAE's decoder its largest group normalisation.
 
 A first piece that takes nothing but conditioning gives the same at each step: it runs when that changes.
 
@@ -10,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,53 @@ class Attention:
     scale: float
     tokens: int | None = None
 
+    def gives(self, there: Mapping[str, TensorSpec]) -> TensorSpec:
+        """What it gives, of what is there; raise `ValueError` where it can't be computed."""
+        sources = [there[name] for name in self.sources if name in there]
+        count, channels = len(self.sources), self.heads * self.width
+        joined = channels if count == 3 else 3 * channels
+        fits = all(len(one.dims) == 3 and one.dims[2] == joined and one.dtype == sources[0].dtype for one in sources)
+        sound = min(self.heads, self.width) > 0 and math.isfinite(self.scale)
+        if count not in (1, 3) or len(sources) != count or not (fits and sound):
+            raise ValueError(f"{self.result} can't be computed")
+        return TensorSpec(self.result, sources[0].dtype, (*sources[0].dims[:2], channels))
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """One group normalisation, without a scale and a shift.
+
+    Args:
+        source: name of what is normalised, `[B,C,H,W]`.
+        result: name of what comes of it, of the same shape.
+        groups: of channels; C is a multiple.
+        epsilon: what is added to a group's variance.
+    """
+
+    source: str
+    result: str
+    groups: int
+    epsilon: float
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """As an attention has them."""
+        return (self.source,)
+
+    def gives(self, there: Mapping[str, TensorSpec]) -> TensorSpec:
+        """What it gives, of what is there; raise `ValueError` where it can't be computed."""
+        source = there.get(self.source)
+        sound = self.groups > 0 and math.isfinite(self.epsilon) and self.epsilon > 0
+        if source is None or not sound or len(source.dims) != 4:
+            raise ValueError(f"{self.result} can't be computed")
+        _check_fixed(source)
+        if source.shape({})[1] % self.groups:
+            raise ValueError(f"{self.source} has no {self.groups} groups of channels")
+        return replace(source, name=self.result)
+
+
+Cut = Attention | Normalization
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -52,12 +101,12 @@ class Piece:
     Args:
         plan: its file.
         contract: what it takes and gives; of one among several, with fixed sizes.
-        attentions: to be computed after it.
+        cuts: to be computed after it.
     """
 
     plan: Path
     contract: Contract
-    attentions: tuple[Attention, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -67,7 +116,7 @@ class Piece:
     @property
     def is_of_conditioning(self) -> bool:
         """Whether what it gives is the same at each step."""
-        return not self.attentions and all(name in CONDITIONING for name in self.inputs)
+        return not self.cuts and all(name in CONDITIONING for name in self.inputs)
 
 
 def piece_file(plan: Path, number: int) -> Path:
@@ -83,7 +132,11 @@ def list_file(plan: Path) -> Path:
 def write_pieces(plan: Path, pieces: Sequence[Piece]) -> None:
     """Write the list of an engine's pieces."""
     data = [
-        {"contract": piece.contract.to_json(), "attentions": [asdict(attention) for attention in piece.attentions]}
+        {
+            "contract": piece.contract.to_json(),
+            "attentions": [asdict(cut) for cut in piece.cuts if isinstance(cut, Attention)],
+            "normalizations": [asdict(cut) for cut in piece.cuts if isinstance(cut, Normalization)],
+        }
         for piece in pieces
     ]
     list_file(plan).write_text(json.dumps(data))
@@ -119,7 +172,16 @@ def _piece(plan: Path, data: Mapping[str, Any]) -> Piece:
         )
         for one in data["attentions"]
     )
-    return Piece(plan, Contract.from_json(data["contract"]), attentions)
+    normalizations = tuple(
+        Normalization(
+            source=str(one["source"]),
+            result=str(one["result"]),
+            groups=int(one["groups"]),
+            epsilon=float(one["epsilon"]),
+        )
+        for one in data.get("normalizations", ())  # lists of before there were such have none
+    )
+    return Piece(plan, Contract.from_json(data["contract"]), (*attentions, *normalizations))
 
 
 def _check(pieces: Sequence[Piece], contract: Contract) -> None:
@@ -128,11 +190,17 @@ def _check(pieces: Sequence[Piece], contract: Contract) -> None:
         raise ValueError(f"{len(pieces)} are listed")
     there: dict[str, TensorSpec] = {}
     wanted = {spec.name: spec for spec in contract.inputs}
+    ends = {spec.name for spec in (*contract.inputs, *contract.outputs)}
     for piece in pieces:
         for spec in piece.contract.inputs:
             _check_same(spec, there.setdefault(spec.name, spec) if spec.name in wanted else there.get(spec.name))
+        for spec in piece.contract.outputs:
+            _check_fixed(spec)
         there |= {spec.name: spec for spec in piece.contract.outputs}
-        there |= {one.result: _result_of(one, there) for one in piece.attentions}
+        for cut in piece.cuts:
+            if cut.result in there or cut.result in ends:
+                raise ValueError(f"{cut.result} is made twice")
+        there |= {cut.result: cut.gives(there) for cut in piece.cuts}
     made = {spec.name: spec for piece in pieces for spec in piece.contract.outputs}
     for spec, found in [(spec, there) for spec in contract.inputs] + [(spec, made) for spec in contract.outputs]:
         if spec.name not in found:
@@ -147,26 +215,19 @@ def _check_same(spec: TensorSpec, made: TensorSpec | None) -> None:
         raise ValueError(f"nothing makes {spec.name}")
     if (spec.dtype, spec.dims) != (made.dtype, made.dims):
         raise ValueError(f"{spec.name} is not taken as it is made")
-    if not all(isinstance(dim, int) and dim > 0 for dim in spec.dims):
+    _check_fixed(spec)
+
+
+def _check_fixed(spec: TensorSpec) -> None:
+    """Raise `ValueError` unless a tensor has one size, in bytes too."""
+    if spec.dtype not in ITEM_BYTES or not all(isinstance(dim, int) and dim > 0 for dim in spec.dims):
         raise ValueError(f"{spec.name} has no fixed size")
 
 
-def _result_of(attention: Attention, there: Mapping[str, TensorSpec]) -> TensorSpec:
-    """What an attention gives; raise `ValueError` where it can't be computed."""
-    sources = [there[name] for name in attention.sources if name in there]
-    count, channels = len(attention.sources), attention.heads * attention.width
-    joined = channels if count == 3 else 3 * channels
-    fits = all(len(spec.dims) == 3 and spec.dims[2] == joined and spec.dtype == sources[0].dtype for spec in sources)
-    sound = min(attention.heads, attention.width) > 0 and math.isfinite(attention.scale)
-    if count not in (1, 3) or len(sources) != count or not (fits and sound):
-        raise ValueError(f"{attention.result} can't be computed")
-    return TensorSpec(attention.result, sources[0].dtype, (*sources[0].dims[:2], channels))
-
-
 def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[str], ...]:
-    """For each piece, the tensors that nothing after it and its attentions takes, but for those to be kept."""
+    """For each piece, the tensors that nothing after it and its cuts takes, but for those to be kept."""
     uses = [
-        {*piece.inputs, *(name for one in piece.attentions for name in (*one.sources, one.result))}
+        {*piece.inputs, *(name for cut in piece.cuts for name in (*cut.sources, cut.result))}
         | {spec.name for spec in piece.contract.outputs}
         for piece in pieces
     ]
@@ -180,10 +241,11 @@ def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[s
 
 def lay_out(
     pieces: Sequence[Piece], last: Sequence[frozenset[str]], own: Collection[str]
-) -> tuple[dict[str, int], int]:
-    """Where what plans give to each other lies in one block of memory: name → offset, and the block's size, in bytes.
+) -> tuple[dict[str, tuple[int, TensorSpec]], int]:
+    """Where what crosses between plans lies in one block of memory: name → offset and tensor; and the block's size.
 
-    A tensor takes the place of others that nothing takes any more when it is made.
+    That is what plans give and what is normalised; attention's kernels make tensors of their own. A tensor takes the
+    place of others that nothing takes any more when it is made. All in bytes.
 
     Args:
         pieces: of one engine, with fixed sizes where they are several.
@@ -191,18 +253,28 @@ def lay_out(
         own: what has memory of its own.
     """
     ends = {name: number for number, gone in enumerate(last) for name in gone}
-    places: dict[str, int] = {}
+    places: dict[str, tuple[int, TensorSpec]] = {}
     live: list[tuple[int, int, int]] = []  # offset, end, and the last piece that it is for
     size = 0
-    for number, piece in enumerate(pieces):
+    for number, (specs, _) in enumerate(_made(pieces)):
         live = sorted(place for place in live if place[2] >= number)
-        for spec in piece.contract.outputs:
-            if spec.name not in own:
-                place = _first_gap(live, aligned(size_bytes(spec)))
-                places[spec.name] = place[0]
-                live = sorted([*live, (*place, ends[spec.name])])
-                size = max(size, place[1])
+        for spec in (spec for spec in specs if spec.name not in own):
+            begin, end = _first_gap(live, aligned(size_bytes(spec)))
+            places[spec.name] = begin, spec
+            live = sorted([*live, (begin, end, ends[spec.name])])
+            size = max(size, end)
     return places, size
+
+
+def _made(pieces: Sequence[Piece]) -> Iterator[tuple[list[TensorSpec], list[TensorSpec]]]:
+    """For each piece what it gives, with what is normalised after it, and what attentions after it give."""
+    there: dict[str, TensorSpec] = {}
+    for piece in pieces:
+        there |= {spec.name: spec for spec in (*piece.contract.inputs, *piece.contract.outputs)}
+        found = [(cut, cut.gives(there)) for cut in piece.cuts]
+        there |= {spec.name: spec for _, spec in found}
+        normalized = [spec for cut, spec in found if isinstance(cut, Normalization)]
+        yield [*piece.contract.outputs, *normalized], [spec for cut, spec in found if isinstance(cut, Attention)]
 
 
 def _first_gap(taken: Sequence[tuple[int, int, int]], size: int) -> tuple[int, int]:
@@ -227,5 +299,4 @@ def size_bytes(spec: TensorSpec) -> int:
 
 def attention_bytes(pieces: Sequence[Piece]) -> int:
     """At most what the attentions after one piece give."""
-    sizes = {spec.name: size_bytes(spec) for piece in pieces if piece.attentions for spec in piece.contract.outputs}
-    return max(sum(sizes[one.sources[0]] for one in piece.attentions) for piece in pieces)
+    return max(sum(map(size_bytes, attended)) for _, attended in _made(pieces))

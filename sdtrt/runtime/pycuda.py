@@ -156,11 +156,12 @@ def _primary_context(device: int) -> Any:
 
 
 def _check_whole(plan: Path) -> None:
-    """NumPy has no attention to run between an engine's pieces."""
+    """NumPy has nothing to run between an engine's pieces."""
     if list_file(plan).exists():
         raise EngineError(
-            f"{plan} leaves large self-attentions to PyTorch",
-            hint="build an engine that does not: sdtrt build --backend tensorrt --split-attention 0",
+            f"{plan} leaves some of its work to PyTorch",
+            hint="build an engine that does not: sdtrt build --backend tensorrt --split-attention 0,"
+            " and of a VAE's decoder one with --version-compatible",
         )
 
 

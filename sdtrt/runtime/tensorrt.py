@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrt import trt_api
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
-from sdtrt.runtime.pieces import Attention, aligned, attention_bytes, last_uses, lay_out, read_pieces, size_bytes
+from sdtrt.runtime.between import compute
+from sdtrt.runtime.pieces import aligned, attention_bytes, last_uses, lay_out, read_pieces, size_bytes
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
@@ -28,18 +28,6 @@ from sdtrt.trt_api import Library, Shape
 MAX_GRAPHS = 4  # shapes kept as CUDA graphs; each costs an execution context and its outputs
 Key = tuple[tuple[str, Shape], ...]
 Contexts = dict[int, Any]  # by the number of the piece
-
-# PyTorch's kernels for attention between pieces, the fastest first (`benchmarks/attention-h200.json`); each serves
-# where those before it don't.
-KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-# PyTorch's choice of kernels is the process's: threads change it one after the other, or they would restore wrong ones.
-_CHOOSING = threading.Lock()
 
 # While one thread captures, no other may: PyTorch's allocator serves one capture at a time.
 _CAPTURING = threading.Lock()
@@ -65,9 +53,9 @@ class TensorRTSession(Session[torch.Tensor]):
     What stays the same from step to step (`CONDITIONING`) is copied once: not again while the very same tensor comes
     unchanged, as `Remembered` tells. The session keeps no such tensor alive.
 
-    An engine in pieces (`runtime.pieces`) has one context for each, and PyTorch's attention runs between them, on the
-    same stream and in the same graph. A first piece that takes conditioning only runs when that has been copied, before
-    the graph, and what it gives stays in buffers.
+    An engine in pieces (`runtime.pieces`) has one context for each, and PyTorch's kernels (`runtime.between`) run
+    between them, on the same stream and in the same graph. A first piece that takes conditioning only runs when that
+    has been copied, before the graph, and what it gives stays in buffers.
 
     Args:
         plan: the plan file, the first where the engine is in pieces.
@@ -118,12 +106,7 @@ class TensorRTSession(Session[torch.Tensor]):
             self._profiles = profiles_of(contract, self._pieces, self._plans)
             self._scratch_bytes = aligned(max(trt_api.scratch_bytes(self._library, one.engine) for one in self._plans))
             self._block = self._scratch.block(self._scratch_bytes + self._crossing_bytes, self._device)
-            self._crossing = {
-                spec.name: self._placed(places[spec.name], spec)
-                for piece in self._pieces
-                for spec in piece.contract.outputs
-                if spec.name in places
-            }
+            self._crossing = {name: self._placed(offset, spec) for name, (offset, spec) in places.items()}
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
             self._kept = {spec.name: self._new_tensor(spec.shape({}), spec) for spec in self._kept_specs}
             self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
@@ -265,15 +248,15 @@ class TensorRTSession(Session[torch.Tensor]):
         return {spec.name: tensors[spec.name] for spec in self.outputs if spec.name in tensors}
 
     def _enqueue(self, number: int, context: Any, tensors: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> None:
-        """Put a piece and the attentions after it on a stream; leave out of `tensors` what nothing later takes."""
+        """Put a piece and what is computed after it on a stream; leave out of `tensors` what nothing later takes."""
         piece = self._pieces[number]
         specs = (*piece.contract.inputs, *piece.contract.outputs)
         addresses = {spec.name: tensors[spec.name].data_ptr() for spec in specs}
         trt_api.set_addresses(self._library, context, addresses)
         trt_api.enqueue(self._library, context, stream.cuda_stream)
-        if piece.attentions:
+        if piece.cuts:
             with torch.cuda.stream(stream):
-                tensors |= {attention.result: attend(attention, tensors) for attention in piece.attentions}
+                tensors |= {cut.result: compute(cut, tensors) for cut in piece.cuts}
         for name in self._last_uses[number]:
             del tensors[name]
 
@@ -333,24 +316,6 @@ class TensorRTSession(Session[torch.Tensor]):
 
     def _new_tensor(self, shape: Shape, spec: TensorSpec) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
-
-
-def attend(attention: Attention, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Self-attention in PyTorch's fused kernels, which add up in fp32 and read the heads where they lie.
-
-    Args:
-        tensors: the attention's sources among them: `[B,S,C]` each of queries, keys and values, or `[B,S,3C]` of all.
-
-    Returns:
-        `[B,S,C]`, contiguous.
-    """
-    given = [tensors[name] for name in attention.sources]
-    parts = given if len(given) == 3 else given[0].chunk(3, dim=-1)
-    query, key, value = (part.view(*part.shape[:2], attention.heads, attention.width).transpose(1, 2) for part in parts)
-    # A caller's autocast would give another dtype than the plan reads.
-    with torch.autocast(query.device.type, enabled=False), _CHOOSING, sdpa_kernel(KERNELS, set_priority=True):
-        states = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
-    return states.transpose(1, 2).flatten(2).contiguous()  # a view, where the kernel writes in its inputs' layout
 
 
 def _cuda_device(device: torch.device, library: Library) -> torch.device:
