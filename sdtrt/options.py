@@ -249,7 +249,7 @@ class BuildOptions:
         Option(
             metavar="TOKENS",
             help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
-            " PyTorch's kernels, 0 for none; by default 2048",
+            " PyTorch's kernels; 0 for none, nor the VAE's largest norm; by default 2048",
         ),
     ] = None
 
@@ -275,7 +275,10 @@ class BuildOptions:
                 compute_capability=self._capability(),
                 version_compatible=self.version_compatible,
                 norm_plugins=self.norm_plugins,
-                split_attention=self.split_attention if export.component == "unet" else None,
+                # 0 leaves nothing to PyTorch, of other parts neither.
+                split_attention=self.split_attention
+                if export.component == "unet" or not self.split_attention
+                else None,
             )
             for export in exports
         ]

@@ -541,13 +541,15 @@ def split_tokens(spec: BuildSpec) -> int:
 def splits_norms(spec: BuildSpec) -> bool:
     """Whether an engine leaves its largest group normalisation to PyTorch, if that is one of `splitting.choose_norms`.
 
-    That is a VAE decoder's on 8.6, where the engine is for one fixed size: no option and no other form of the norm
-    keeps 8.6 from three copies of it in fp32, which are most of the memory that the decoder works in.
+    That is a VAE decoder's on 8.6, where the engine is for one fixed size and the build does not leave nothing to
+    PyTorch (`split_attention` is 0): no flag and no other form of the norm keeps 8.6 from three copies of it in fp32,
+    which are most of the memory that the decoder works in.
 
     Raises:
         EngineError: where that depends on the version, and TensorRT is not there.
     """
-    return spec.can_split_norms and open_library(spec.backend).has("weak typing")
+    may = spec.can_split_norms and spec.split_attention != 0
+    return may and open_library(spec.backend).has("weak typing")
 
 
 def _make_version_compatible(library: Library, config: Any) -> None:

@@ -33,6 +33,7 @@ SMALL = Sizes(2, 64, 64)
 def tensorrt_is_not_asked(monkeypatch):
     """Keys of TensorRT's engines are made without TensorRT here."""
     monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 0)
+    monkeypatch.setattr(trt_api, "splits_norms", lambda spec: False)
 
 
 @pytest.fixture(scope="module")

@@ -344,6 +344,12 @@ def with_dims_of(entry, name, dims, kind="inputs"):
     return {**entry, "contract": {**entry["contract"], kind: specs}}
 
 
+def with_output_of(entry, name):
+    contract = entry["contract"]
+    more = {**contract["outputs"][0], "name": name, "dims": [2, CHANNELS, 3, 3]}
+    return {**entry, "contract": {**contract, "outputs": [*contract["outputs"], more]}}
+
+
 def with_norm_of(entry, **changes):
     return {**entry, "normalizations": [{**entry["normalizations"][0], **changes}]}
 
@@ -367,6 +373,10 @@ def with_norm_of(entry, **changes):
         lambda data: [with_norm_of(data[0], result="other"), data[1]],
         lambda data: [with_norm_of(data[0], result="doubled"), data[1]],
         lambda data: [with_norm_of(data[0], result="out_sample"), data[1]],
+        lambda data: [{**data[0], "normalizations": 2 * data[0]["normalizations"]}, data[1]],
+        lambda data: [data[0], with_output_of(data[1], "normal")],
+        lambda data: [data[0], with_output_of(data[1], "doubled")],
+        lambda data: [with_output_of(data[0], "sample"), data[1]],
         lambda data: [with_dims_of(data[0], "doubled", [2, CHANNELS, 256], "outputs"), data[1]],
         lambda data: [with_dims_of(data[0], "doubled", ["batch", CHANNELS, 16, 16], "outputs"), data[1]],
         lambda data: [data[0], with_dims_of(data[1], "normal", [2, CHANNELS, 8, 32])],

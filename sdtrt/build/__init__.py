@@ -77,14 +77,15 @@ def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dic
     }
 
 
-def _pieces(spec: BuildSpec) -> dict[str, int]:
-    """The part of a key that engines have which leave attention to PyTorch."""
+def _pieces(spec: BuildSpec) -> dict[str, int | bool]:
+    """The part of a key that engines have which leave something to PyTorch."""
     if spec.backend == "onnxruntime":
         return {}
     from sdtrt import trt_api
 
-    tokens = trt_api.split_tokens(spec)
-    return {"split_attention": tokens} if tokens else {}
+    if tokens := trt_api.split_tokens(spec):
+        return {"split_attention": tokens}
+    return {"split_norms": True} if trt_api.splits_norms(spec) else {}
 
 
 def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:

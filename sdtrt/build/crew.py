@@ -75,6 +75,7 @@ class _Crew:
         self._lock = threading.Lock()
         self._children: list[subprocess.Popen[bytes]] = []
         self._has_ended = False
+        self._failure: BaseException | None = None  # the first: that the others were ended is no news
         self._warned: set[str] = set()
 
     def run(self, jobs: int) -> None:
@@ -86,15 +87,26 @@ class _Crew:
                 futures = {pool.submit(self._build, self._pieces[number]): number for number in missing}
                 self._show()
                 for future in as_completed(futures):
-                    self._found[futures[future]] = future.result()
-                    self._show()
+                    if (found := future.result()) is not None:
+                        self._found[futures[future]] = found
+                        self._show()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._end()
+        if self._failure is not None:
+            raise self._failure
 
-    def _build(self, piece: Request) -> dict[str, Any]:
+    def _build(self, piece: Request) -> dict[str, Any] | None:
+        """What a piece's builder tells; None where that or another one has failed."""
+        if self._has_ended:
+            return None
         try:
             return run_worker(piece, self._pass_on, self._add)
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._end()
+            return None
         finally:
             self._join_log(piece)
 

@@ -40,20 +40,15 @@ def _match(facts: Facts, node: onnx.NodeProto) -> Normalization | None:
     split, join = facts.makers.get(node.input[0]), facts.only_taker(node.output[0], "Reshape")
     if split is None or split.op_type != "Reshape" or join is None:
         return None
-    source, result, (groups, epsilon) = split.input[0], join.output[0], _described(facts, node)
+    source, result = split.input[0], join.output[0]
     dims, by_groups = facts.dims.get(source, []), facts.dims.get(node.input[0], [])
-    is_image = len(dims) == 4 and None not in dims and facts.types.get(source) == onnx.TensorProto.FLOAT16
-    is_split = len(by_groups) == 3 and by_groups[:2] == [dims[0], groups] if is_image else False
-    if not is_split or (dims[1] or 0) % max(groups, 1) or facts.dims.get(result) != dims:
+    if len(dims) != 4 or None in dims or facts.types.get(source) != onnx.TensorProto.FLOAT16:
+        return None  # no image in fp16 of a fixed size
+    groups = (by_groups[1] or 0) if len(by_groups) == 3 and by_groups[0] == dims[0] else 0
+    if groups < 1 or (dims[1] or 0) % groups or facts.dims.get(result) != dims:
         return None
-    return Normalization(source, result, groups, epsilon)
-
-
-def _described(facts: Facts, node: onnx.NodeProto) -> tuple[int, float]:
-    """How many groups there are (0 where that is not known), and the epsilon."""
-    dims = facts.dims.get(node.input[0], [])
     epsilon = next((one.f for one in node.attribute if one.name == "epsilon"), DEFAULT_EPSILON)
-    return (dims[1] or 0) if len(dims) == 3 else 0, epsilon
+    return Normalization(source, result, groups, epsilon)
 
 
 def check(facts: Facts, normalization: Normalization, opset: int) -> float:

@@ -43,7 +43,6 @@ class Request:
 
     Args:
         piece: the number of the piece of the engine that `onnx` is, with its own `contract`; None for the whole.
-        whole: leave nothing to PyTorch, whatever the spec says.
     """
 
     onnx: Path
@@ -53,7 +52,6 @@ class Request:
     timing_cache: Path | None
     verbose: bool
     piece: int | None = None
-    whole: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
@@ -61,7 +59,7 @@ class Request:
         cache = None if self.timing_cache is None else str(self.timing_cache)
         spec = asdict(replace(self.spec, export=replace(self.spec.export, output=None)))
         contract = self.contract.to_json()
-        others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece, "whole": self.whole}
+        others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece}
         return {**paths, "contract": contract, "spec": spec, **others}
 
     @classmethod
@@ -79,7 +77,6 @@ class Request:
             timing_cache=data["timing_cache"] and Path(data["timing_cache"]),
             verbose=data["verbose"],
             piece=data["piece"],
-            whole=data["whole"],
         )
 
     @property

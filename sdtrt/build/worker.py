@@ -92,7 +92,8 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
                 raise type(error)(error.message, hint=hint) from failed
             loss = "takes more of the GPU's memory" if trt_api.splits_norms(request.spec) else "runs slower"
             report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which {loss}"})
-        return _build_and_check(library, replace(request, whole=True), report)
+        whole = replace(request, spec=replace(request.spec, split_attention=0))
+        return _build_and_check(library, whole, report)
 
 
 def _build_and_check(library: Library, request: Request, report: Report) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def _parts(request: Request, report: Report) -> list[Part]:
     """The exported model's parts; none where it is built as it is. Says why, where parts were asked for."""
     spec, asked = request.spec, bool(request.spec.split_attention)
     tokens, norms = trt_api.split_tokens(spec), trt_api.splits_norms(spec)
-    if request.whole or not (tokens or norms):
+    if not (tokens or norms):
         return []
     model, weights = onnx_graph.load_split(request.onnx)
     splitting.freeze(model, weights, request.contract.input_shapes(spec.profiles[0].optimum))

@@ -196,11 +196,11 @@ def _check(pieces: Sequence[Piece], contract: Contract) -> None:
             _check_same(spec, there.setdefault(spec.name, spec) if spec.name in wanted else there.get(spec.name))
         for spec in piece.contract.outputs:
             _check_fixed(spec)
-        there |= {spec.name: spec for spec in piece.contract.outputs}
+            _check_new(spec.name, there, wanted)
+            there[spec.name] = spec
         for cut in piece.cuts:
-            if cut.result in there or cut.result in ends:
-                raise ValueError(f"{cut.result} is made twice")
-        there |= {cut.result: cut.gives(there) for cut in piece.cuts}
+            _check_new(cut.result, there, ends)
+            there[cut.result] = cut.gives(there)
     made = {spec.name: spec for piece in pieces for spec in piece.contract.outputs}
     for spec, found in [(spec, there) for spec in contract.inputs] + [(spec, made) for spec in contract.outputs]:
         if spec.name not in found:
@@ -216,6 +216,12 @@ def _check_same(spec: TensorSpec, made: TensorSpec | None) -> None:
     if (spec.dtype, spec.dims) != (made.dtype, made.dims):
         raise ValueError(f"{spec.name} is not taken as it is made")
     _check_fixed(spec)
+
+
+def _check_new(name: str, there: Collection[str], others: Collection[str]) -> None:
+    """Raise `ValueError` for a name that something has: it would lie in a place of another size."""
+    if name in there or name in others:
+        raise ValueError(f"{name} is made twice")
 
 
 def _check_fixed(spec: TensorSpec) -> None:

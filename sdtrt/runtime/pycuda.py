@@ -160,8 +160,7 @@ def _check_whole(plan: Path) -> None:
     if list_file(plan).exists():
         raise EngineError(
             f"{plan} leaves some of its work to PyTorch",
-            hint="build an engine that does not: sdtrt build --backend tensorrt --split-attention 0,"
-            " and of a VAE's decoder one with --version-compatible",
+            hint="build an engine that does not: sdtrt build --backend tensorrt --split-attention 0",
         )
 
 
