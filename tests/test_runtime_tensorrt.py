@@ -283,18 +283,22 @@ def test_only_what_is_still_needed_keeps_its_memory(split_plan):
 
 @given(data=st.data())
 def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
-    """Pieces in a row, each of which takes some of what those before it gave."""
-    pieces, made = [], []
+    """Pieces in a row, each of which takes some of what those before it gave, and of what was normalised of that."""
+    pieces, made, maker = [], [], {}
     for number in range(data.draw(st.integers(1, 6))):
         taken = data.draw(st.lists(st.sampled_from(made), unique=True)) if made else []
         sizes = data.draw(st.lists(st.integers(1, 400), min_size=1, max_size=4))
-        given = [TensorSpec(f"{number}.{index}", "float16", (size,)) for index, size in enumerate(sizes)]
-        pieces.append(Piece(Path(f"engine.plan.{number}"), Contract("unet", "fp16", tuple(taken), tuple(given))))
-        made += given
+        outputs = [TensorSpec(f"{number}.{index}", "float16", (1, size, 1, 1)) for index, size in enumerate(sizes)]
+        count = data.draw(st.integers(0, len(outputs)))
+        norms = [Normalization(spec.name, f"{spec.name}.norm", 1, 1e-6) for spec in outputs[:count]]
+        contract = Contract("unet", "fp16", tuple(taken), tuple(outputs))
+        pieces.append(Piece(Path(f"engine.plan.{number}"), contract, tuple(norms)))
+        results = [replace(spec, name=norm.result) for spec, norm in zip(outputs, norms, strict=False)]
+        made += [*outputs, *results]
+        maker |= dict.fromkeys((spec.name for spec in (*outputs, *results)), number)
     own = [pieces[-1].contract.outputs[0].name]
     places, size = lay_out(pieces, last_uses(pieces, own), own)
     assert places.keys() == {spec.name for spec in made} - set(own)
-    maker = {spec.name: number for number, piece in enumerate(pieces) for spec in piece.contract.outputs}
     taker = dict(maker)
     for number, piece in enumerate(pieces):
         taker |= dict.fromkeys(piece.inputs, number)

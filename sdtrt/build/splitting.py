@@ -35,9 +35,9 @@ PROJECTING = ("MatMul", "Gemm", "Add")  # what makes keys and values of a text
 
 # Which group normalisations are worth plans of their own. Of Stable Diffusion 1.5's VAE decoder at 512x512 one is of
 # 128 MiB and the next are of 64: TensorRT 8.6 has it in three copies in fp32, and works in 960 MiB, where the encoder,
-# whose largest are of 64, works in 512. With a cut, what is normalised and the result, 256 MiB, come to such 512: a fifth
-# is saved at best, and a plan more costs time, at each load and build: not for less than 32 MiB, where some 48 would be
-# saved. What stands out is one norm, or two; more would be a plan for each.
+# whose largest are of 64, works in 512. With a cut, what is normalised and the result, 256 MiB, come to such 512: a
+# fifth is saved at best. A plan more costs time, at each load and build: not for less than 32 MiB, where some 48 would
+# be saved. What stands out is one norm, or two; more would be a plan for each.
 NORM_BYTES, NORM_RATIO, MOST_NORMS = 2**25, 2, 2
 
 Array = npt.NDArray[Any]
