@@ -23,7 +23,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -337,7 +337,7 @@ def self_attention_tokens(unet: Any) -> list[dict[str, int]]:
 
 
 def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of `noise`, the largest part of the error first; on the CPU, with the latents of one image."""
+    """The report of `noise`; on the CPU, with the latents of one image."""
     model = resolve_model(ModelSpec(args.model))
     unet = load_unet(model, torch.float32)
     contract = unet_contract(model.config("unet"), "fp32")
@@ -368,7 +368,21 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
             name = f"self-attention over {max(tokens.values())} tokens"
             together[name] = error_of(noise_in_attention(unet, tokens))
     total = sum(error**2 for error in found.values())
-    rows = [
+    return {
+        "model": args.model,
+        "size": f"{args.width}x{args.height}",
+        "share_left_by_layers": [1 - sum(found[name] ** 2 for name in names) / total for names in wide],
+        "together": together,
+        "rows": noise_rows(found, convolutions, default),
+    }
+
+
+def noise_rows(
+    found: Mapping[str, float], convolutions: Mapping[str, torch.nn.Conv2d], default: Collection[str]
+) -> list[dict[str, Any]]:
+    """What noise in each convolution gives at the output, the largest part of the error first."""
+    total = sum(error**2 for error in found.values())
+    return [
         {
             "convolution": name,
             "kernel": convolutions[name].kernel_size[0],
@@ -379,14 +393,6 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
         }
         for name, error in sorted(found.items(), key=lambda item: -item[1])
     ]
-    left = [1 - sum(found[name] ** 2 for name in names) / total for names in wide]
-    return {
-        "model": args.model,
-        "size": f"{args.width}x{args.height}",
-        "share_left_by_layers": left,
-        "together": together,
-        "rows": rows,
-    }
 
 
 def measure_convolutions(args: argparse.Namespace) -> dict[str, Any]:

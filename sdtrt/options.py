@@ -275,13 +275,14 @@ class BuildOptions:
                 compute_capability=self._capability(),
                 version_compatible=self.version_compatible,
                 norm_plugins=self.norm_plugins,
-                # 0 leaves nothing to PyTorch, of other parts neither.
-                split_attention=self.split_attention
-                if export.component == "unet" or not self.split_attention
-                else None,
+                split_attention=self._split_attention(export.component),
             )
             for export in exports
         ]
+
+    def _split_attention(self, component: Component) -> int | None:
+        """A number of tokens is for the UNet; 0 leaves nothing of any part to PyTorch."""
+        return self.split_attention if component == "unet" or self.split_attention == 0 else None
 
     def _capability(self) -> tuple[int, int] | None:
         """`8.9` → (8, 9)."""

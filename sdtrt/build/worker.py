@@ -294,27 +294,32 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
 
 
 def _keep_timings(file: Path | None, config: Any, report: Report) -> None:
-    """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else.
-
-    Builds that end at the same time wait for each other; where there is no lock to be had, the last one's are kept.
-    """
+    """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else."""
     if file is None:
         return
-    from filelock import FileLock
-
     draft = file.with_name(f"{file.name}.{os.getpid()}")
-    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_SECONDS)
     try:
-        try:
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            report({"warn": f"no lock on TensorRT's timings ({error}): those of another build may be lost"})
-        kept = file.read_bytes() if file.is_file() else b""
-        if data := trt_api.timing_cache_bytes(config, kept):
-            draft.write_bytes(data)
-            draft.replace(file)
+        with _alone_with(file, report):
+            kept = file.read_bytes() if file.is_file() else b""
+            if data := trt_api.timing_cache_bytes(config, kept):
+                draft.write_bytes(data)
+                draft.replace(file)
     except OSError:
         with suppress(OSError):
             draft.unlink()
+
+
+@contextmanager
+def _alone_with(file: Path, report: Report) -> Iterator[None]:
+    """Keep out builds that end at the same time; where there is no lock to be had, the last one's timings are kept."""
+    from filelock import FileLock
+
+    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # also where the file system has no locks
+        report({"warn": f"no lock on TensorRT's timings ({error}): those of another build may be lost"})
+    try:
+        yield
     finally:
         lock.release()
