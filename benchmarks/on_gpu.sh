@@ -101,7 +101,7 @@ finish test-dynamic test-fp32 test-split tiny
 finish unet-512 parts-512
 start 0 unet-768 large 768 unet
 start 0 parts-768 large 768 vae_decoder vae_encoder
-start 0 ablation-build ablation --variants 0 "$layers-1024" --build-only --output "$out/reports/none"
+start 0 ablation-build ablation --variants 0 $((layers - 1)) --build-only --output "$out/reports/none"
 [ "$last" -ne 0 ] || finish unet-768 parts-768 ablation-build
 [ "$last" -ne 0 ] || start 0 tests tests tests $(printf -- '--ignore %s ' $builders)
 finish tests
@@ -115,9 +115,10 @@ measure founding "$python" benchmarks/founding.py --model "$model" --output "$ou
 measure bench-img2img bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure default-engine default_engine
-measure ablation ablation --variants 0 "$layers" "$layers-1024" --output "$out/reports/layers.json"
+measure ablation ablation --variants 0 $((layers - 1)) "$layers" --output "$out/reports/layers.json"
 SDTRT_GPU_TEST_LARGE=1 measure tests-large tests tests/gpu/test_gpu_tensorrt.py -k large
 measure attention "$python" benchmarks/attention.py --output "$out/reports/attention.json"
+"$python" -m sdtrt engines list --json >"$out/reports/engines.json" 2>"$out/logs/engines.log" || failed+=(engines)
 measure tests-that-build tests $builders
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
