@@ -9,7 +9,8 @@
 # Builds take most of the time, a processor core or two each, and spoil each other's timings where many share a GPU.
 # Nothing is timed while anything is built or tested on the same GPU, and nothing built where the tests run, which fill
 # its memory. With two GPUs the first one builds, at first only what is timed at 512x512; the last one builds the tests'
-# engines, tests, and measures that. With one, all follows in turn. All stays in FOLDER for a second call.
+# engines, tests, and measures that, while the tests that build run on the first one. With one, all follows in turn.
+# All stays in FOLDER for a second call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
@@ -111,6 +112,7 @@ measure startup "$python" benchmarks/startup.py --model "$model" --backend tenso
     --output "$out/reports/startup.json"
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
 finish unet-768 parts-768 ablation-build
+[ "$last" -eq 0 ] || start 0 tests-that-build tests $builders
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure bench-img2img bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
@@ -119,6 +121,7 @@ measure ablation ablation --variants 0 $((layers - 1)) "$layers" --output "$out/
 SDTRT_GPU_TEST_LARGE=1 measure tests-large tests tests/gpu/test_gpu_tensorrt.py -k large
 measure attention "$python" benchmarks/attention.py --output "$out/reports/attention.json"
 "$python" -m sdtrt engines list --json >"$out/reports/engines.json" 2>"$out/logs/engines.log" || failed+=(engines)
-measure tests-that-build tests $builders
+[ "$last" -ne 0 ] || start 0 tests-that-build tests $builders
+finish tests-that-build
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
