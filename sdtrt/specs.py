@@ -345,12 +345,12 @@ class BuildSpec:
 
     @property
     def can_split_norms(self) -> bool:
-        """Whether group normalisations can be left to PyTorch at all."""
-        return self._is_splittable("vae_decoder") and self._is_of_one_size
+        """Whether group normalisations can be left to PyTorch at all: those of either half of a VAE."""
+        return self._is_splittable("vae_decoder", "vae_encoder") and self._is_of_one_size
 
-    def _is_splittable(self, component: Component) -> bool:
-        kind = (self.backend, self.export.component, self.export.precision)
-        return kind == ("tensorrt", component, "fp16") and not self.version_compatible
+    def _is_splittable(self, *components: Component) -> bool:
+        fits = self.export.component in components and (self.backend, self.export.precision) == ("tensorrt", "fp16")
+        return fits and not self.version_compatible
 
     @property
     def _is_of_one_size(self) -> bool:

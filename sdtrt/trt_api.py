@@ -539,11 +539,11 @@ def split_tokens(spec: BuildSpec) -> int:
 
 
 def splits_norms(spec: BuildSpec) -> bool:
-    """Whether an engine leaves its largest group normalisation to PyTorch, if that is one of `splitting.choose_norms`.
+    """Whether an engine leaves its large group normalisations to PyTorch, those of `splitting.choose_norms`.
 
-    That is a VAE decoder's on 8.6, where the engine is for one fixed size and the build does not leave nothing to
-    PyTorch (`split_attention` is 0): no flag and no other form of the norm keeps 8.6 from three copies of it in fp32,
-    which are most of the memory that the decoder works in.
+    That is one of a VAE's decoder or encoder on 8.6, for one fixed size, unless the build leaves nothing to PyTorch
+    (`split_attention` is 0): no flag and no other form of a norm keeps 8.6 from three copies of it in fp32, which are
+    most of the memory that either works in.
 
     Raises:
         EngineError: where that depends on the version, and TensorRT is not there.

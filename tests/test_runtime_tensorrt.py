@@ -246,6 +246,18 @@ def test_pieces_and_a_norm_run_in_order_on_the_stream_and_in_the_graph(cuda, nor
         assert session.scratch_bytes == 4096 + 2 * doubled.nbytes
 
 
+def test_what_nothing_else_takes_is_normalised_in_its_place(cuda, tmp_path, captured_kernels):
+    pieces = trt_fakes.pieces_in_place(tmp_path / "engine.plan")
+    with session_on(written(pieces, ("doubling", "adding in place"))) as session:
+        for seed in range(5):
+            given = feeds(seed=seed)
+            np.testing.assert_allclose(session.run(given)["out_sample"].float(), with_norm(given), rtol=2e-3, atol=1e-2)
+        assert session.graph_count == 1
+        doubled, normal = session._crossing["doubled"], session._crossing["normal"]
+        assert doubled.data_ptr() == normal.data_ptr()
+        assert session.scratch_bytes == 4096 + doubled.nbytes
+
+
 def test_what_is_normalised_and_taken_again_keeps_its_memory(norm_plan):
     first, second = last_uses(read_pieces(norm_plan, CONTRACT), ["out_sample"])
     assert first == {"sample"}
@@ -297,17 +309,36 @@ def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
         made += [*outputs, *results]
         maker |= dict.fromkeys((spec.name for spec in (*outputs, *results)), number)
     own = [pieces[-1].contract.outputs[0].name]
-    places, size = lay_out(pieces, last_uses(pieces, own), own)
-    assert places.keys() == {spec.name for spec in made} - set(own)
-    taker = dict(maker)
+    work = data.draw(st.lists(st.integers(0, 2000), min_size=len(pieces), max_size=len(pieces)))
+    layout = lay_out(pieces, own, work)
+    assert layout.places.keys() == {spec.name for spec in made} - set(own)
+    begins = {name: offset for name, (offset, _) in layout.places.items()} | dict(enumerate(layout.work))
+    sizes = {name: size_bytes(spec) for name, (_, spec) in layout.places.items()} | dict(enumerate(work))
+    assert all(begin % 256 == 0 and begin + sizes[name] <= layout.size for name, begin in begins.items())
+    # A plan runs at an even step, and what is normalised after it comes at the next.
+    steps = {name: {2 * number + name.endswith(".norm")} for name, number in maker.items()}
+    steps |= {number: {2 * number} for number in range(len(pieces))}
     for number, piece in enumerate(pieces):
-        taker |= dict.fromkeys(piece.inputs, number)
-    begins = {name: offset for name, (offset, _) in places.items()}
-    ends = {name: offset + size_bytes(spec) for name, (offset, spec) in places.items()}
-    assert all(begin % 256 == 0 and ends[name] <= size for name, begin in begins.items())
-    for one, other in combinations(places, 2):
-        if maker[one] <= taker[other] and maker[other] <= taker[one]:
-            assert ends[one] <= begins[other] or ends[other] <= begins[one]
+        for name in piece.inputs:
+            steps[name].add(2 * number)
+        for norm in piece.cuts:
+            steps[norm.source].add(2 * number + 1)
+    for one, other in combinations(begins, 2):
+        if max(map(min, (steps[one], steps[other]))) <= min(map(max, (steps[one], steps[other]))):
+            apart = begins[one] + sizes[one] <= begins[other] or begins[other] + sizes[other] <= begins[one]
+            assert apart or other == f"{one}.norm", "only what is normalised in place has its source's"
+    for name in maker.keys() - set(own):
+        if name.endswith(".norm") and (source := name.removesuffix(".norm")) not in own:
+            assert (begins[name] == begins[source]) == (max(steps[source]) == 2 * maker[source] + 1)
+
+
+def test_what_a_plan_works_in_and_what_crosses_later_have_the_same_bytes():
+    """Much of either at different times: together they need as much as the step that needs the most."""
+    small, large = (TensorSpec(f"of {kib} KiB", "float16", (1, 512 * kib, 1, 1)) for kib in (1, 8))
+    ends = (((), (small,)), ((small,), (large,)), ((large,), CONTRACT.outputs))
+    pieces = [Piece(Path(f"engine.plan.{number}"), Contract("unet", "fp16", *end)) for number, end in enumerate(ends)]
+    assert lay_out(pieces, ["out_sample"], [8 * 1024, 512, 1024]).size == 8 * 1024 + 1024 + 512
+    assert lay_out(pieces, ["out_sample"], [10 * 1024, 512, 1024]).size == 10 * 1024 + 1024
 
 
 def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan, needs, captured_kernels):
@@ -400,9 +431,9 @@ def test_what_an_engine_takes_may_be_normalised(norm_plan):
     first, second = json.loads(file.read_text())
     file.write_text(json.dumps([with_norm_of(first, source="sample"), second]))
     pieces = read_pieces(norm_plan, CONTRACT)
-    places, size = lay_out(pieces, last_uses(pieces, ["out_sample"]), ["out_sample"])
-    assert size == 2 * size_bytes(places["normal"][1]) == 2 * 2 * CHANNELS * 16 * 16 * 2
-    assert places.keys() == {"doubled", "normal"}
+    layout = lay_out(pieces, ["out_sample"], [0, 0])
+    assert layout.size == 2 * size_bytes(layout.places["normal"][1]) == 2 * 2 * CHANNELS * 16 * 16 * 2
+    assert layout.places.keys() == {"doubled", "normal"}
     assert attention_bytes(pieces) == 0
 
 

@@ -258,6 +258,10 @@ def _with_normal(doubled, normal, timestep, encoder_hidden_states):
     return {"out_sample": expected(doubled.astype(np.float32) / 2, timestep, encoder_hidden_states) + normal}
 
 
+def _with_sample(sample, normal, timestep, encoder_hidden_states):
+    return {"out_sample": expected(sample, timestep, encoder_hidden_states) + normal}
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an engine takes, the shapes of what it gives, and how that is computed."""
@@ -283,6 +287,9 @@ KINDS = {
     ),
     "adding": Kind(
         ("doubled", "normal", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _with_normal
+    ),
+    "adding in place": Kind(
+        ("sample", "normal", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _with_sample
     ),
     "text": Kind(
         ("encoder_hidden_states",), ("projected",), lambda s: {"projected": s["encoder_hidden_states"]}, _text
@@ -332,6 +339,13 @@ def normalized_pieces(plan: Path) -> list[Piece]:
     ]
     norm = Normalization("doubled", "normal", GROUPS, EPSILON)
     return [Piece(plan, contracts[0], (norm,)), Piece(piece_file(plan, 1), contracts[1])]
+
+
+def pieces_in_place(plan: Path) -> list[Piece]:
+    """What an engine of the kinds `doubling` and `adding in place` is listed as: it takes the normalised alone."""
+    first, second = normalized_pieces(plan)
+    taken = (*first.contract.inputs, *second.contract.inputs[1:])
+    return [first, replace(second, contract=replace(second.contract, inputs=taken))]
 
 
 def _specs(*shapes):

@@ -1,6 +1,6 @@
 """Cut out of an exported model what is left to PyTorch, and the graph into the pieces between that.
 
-These are self-attentions of a UNet, and a VAE decoder's largest group normalisation.
+These are self-attentions of a UNet, and the large group normalisations of a VAE's decoder or encoder.
 
 A piece starts from the model's inputs, the cuts' results and what earlier pieces have made; only floating-point
 tensors cross (TensorRT 8.6 has no int64 inputs), so arithmetic on shapes is repeated in each piece that needs it. The
@@ -9,6 +9,7 @@ first piece may be what cross-attention makes of the text alone: it needs to run
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,12 +34,14 @@ DTYPES: dict[int, str] = {number: name for name, number in ELEM_TYPES.items()}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 PROJECTING = ("MatMul", "Gemm", "Add")  # what makes keys and values of a text
 
-# Which group normalisations are worth plans of their own. Of Stable Diffusion 1.5's VAE decoder at 512x512 one is of
-# 128 MiB and the next are of 64: TensorRT 8.6 has it in three copies in fp32, and works in 960 MiB, where the encoder,
-# whose largest are of 64, works in 512. With a cut, what is normalised and the result, 256 MiB, come to such 512: a
-# fifth is saved at best. A plan more costs time, at each load and build: not for less than 32 MiB, where some 48 would
-# be saved. What stands out is one norm, or two; more would be a plan for each.
-NORM_BYTES, NORM_RATIO, MOST_NORMS = 2**25, 2, 2
+# Which group normalisations are worth plans of their own. TensorRT 8.6 has one in three copies in fp32, six times its
+# bytes: plans whose largest are of 64 and 96 MiB work in 512 and 960. One that PyTorch computes is there once or twice,
+# and all that is around those of full size, with or without them, comes to five to eight times the bytes of such a one:
+# one of half as many, left in, would take as much, one of a quarter does not. The second largest stands for them, as a
+# decoder's largest is one by itself. Of Stable Diffusion 1.5's VAE at 512x512 these are 13 in the decoder (one of 128
+# MiB, 7 of 64, 5 of 32) and 7 in the encoder. Each is a plan more to build and to load: none for less than 32 MiB, and
+# at most 16.
+NORM_BYTES, NORM_SHARE, MOST_NORMS = 2**25, 2, 16
 
 Array = npt.NDArray[Any]
 Dims = Sequence[int | None]
@@ -96,17 +99,19 @@ def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = 
 
 
 def choose_norms(facts: Facts) -> list[Normalization]:
-    """The group normalisations that are most of what a graph of fixed sizes works in: the largest, if they stand out.
+    """The group normalisations that a graph of fixed sizes works in most of its memory for: the largest ones.
 
-    What is left works in the memory that the next largest needs: if that were more than half, a cut would save little.
+    Of each size all or none; none at all where one of them has a form that is not known.
     """
-    sizes = sizes_of_norms(facts)
-    largest, *others = sorted(set(sizes), reverse=True) or [0]
-    stands_out = largest >= NORM_BYTES and largest >= NORM_RATIO * max(others, default=0)
-    if not stands_out or sizes.count(largest) > MOST_NORMS:
-        return []
-    found = [one for one in find_normalizations(facts) if facts.bytes_of(one.source) == largest]
-    return found if len(found) == sizes.count(largest) else []
+    sizes = sorted(sizes_of_norms(facts), reverse=True)
+    least = max([NORM_BYTES, *(size / NORM_SHARE for size in sizes[1:2])])
+    counts, chosen = Counter(sizes), set[int]()
+    for size in sorted(counts, reverse=True):
+        if size < least or sum(counts[one] for one in (*chosen, size)) > MOST_NORMS:
+            break
+        chosen.add(size)
+    found = [one for one in find_normalizations(facts) if facts.bytes_of(one.source) in chosen]
+    return found if len(found) == sum(counts[size] for size in chosen) else []
 
 
 def split(
@@ -217,11 +222,12 @@ class Partition:
         return self._earliest(node) if self._ends.intersection(node.output) else min(found)
 
     def _place(self, node: onnx.NodeProto) -> None:
-        """Put a node where the fewest bytes cross because of it, and of such pieces into the last."""
+        """Put a node where the fewest bytes cross because of it; of such pieces where the fewest are kept, or last."""
 
-        def cost(stage: int) -> tuple[int, int]:
+        def cost(stage: int) -> tuple[int, int, int]:
             self.stages[node.output[0]] = stage
-            return sum(self._crossing(name) for name in {*node.input, *node.output}), -stage
+            names = {*node.input, *node.output}
+            return sum(map(self._crossing, names)), sum(map(self._kept, names)), -stage
 
         stages = range(self._earliest(node), self._latest(node) + 1)
         self.stages[node.output[0]] = min(stages, key=cost) if len(stages) > 1 else stages[0]
@@ -234,6 +240,15 @@ class Partition:
         others = len(self.needed_in(name) - {home})
         written = 0 if self._is_cut_at(name) else 1
         return self._facts.bytes_of(name) * (others + written) if others else 0
+
+    def _kept(self, name: str) -> int:
+        """The bytes of a tensor for each piece that it is kept for after the one that makes it, or follows its cut."""
+        made = self.home(name)
+        if made is None:
+            return 0
+        if made < 0:
+            made = self.stages[name]
+        return self._facts.bytes_of(name) * (max(self.needed_in(name), default=made) - made)
 
     def _is_cut_at(self, name: str) -> bool:
         """Whether a cut takes a tensor."""

@@ -204,7 +204,7 @@ def _parts(request: Request, report: Report) -> list[Part]:
     except ValueError as error:
         if asked:
             raise BuildError(str(error), hint="leave attention to TensorRT: --split-attention 0") from error
-        kept = "a group normalisation is left to TensorRT, which takes more of the GPU's memory"
+        kept = "group normalisations are left to TensorRT, which takes more of the GPU's memory"
         report({"warn": f"{kept if norms else 'attention is left to TensorRT, which is slower here'}: {error}"})
         return []
     return parts

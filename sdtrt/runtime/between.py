@@ -56,7 +56,7 @@ def normalize(normalization: Normalization, given: torch.Tensor, out: torch.Tens
     32, rounds means and deviations, and makes a new tensor.
 
     Args:
-        given, out: `[B,C,H,W]`, contiguous, apart from each other.
+        given, out: `[B,C,H,W]`, contiguous; the same memory, or apart from each other.
 
     Returns:
         `out`.

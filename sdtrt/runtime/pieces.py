@@ -1,6 +1,6 @@
 """An engine in pieces: plans that follow each other, and what PyTorch computes between them.
 
-Of a UNet that is self-attentions, of a VAE's decoder its largest group normalisation.
+Of a UNet that is self-attentions, of a VAE's halves their large group normalisations.
 
 A first piece that takes nothing but conditioning gives the same at each step: it runs when that changes.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from sdtrt.errors import EngineError
 from sdtrt.trt_api import REBUILD
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-ALIGNMENT = 256  # bytes, as CUDA allocates
+ALIGNMENT = 512  # bytes, as PyTorch allocates on a GPU; TensorRT asks for 256
 
 
 @dataclass(frozen=True)
@@ -245,31 +246,94 @@ def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[s
     return tuple(reversed(found))
 
 
-def lay_out(
-    pieces: Sequence[Piece], last: Sequence[frozenset[str]], own: Collection[str]
-) -> tuple[dict[str, tuple[int, TensorSpec]], int]:
-    """Where what crosses between plans lies in one block of memory: name → offset and tensor; and the block's size.
+@dataclass(frozen=True)
+class Layout:
+    """Where lies in one block of memory what crosses between plans, and what each of them works in; all in bytes.
 
-    That is what plans give and what is normalised; attention's kernels make tensors of their own. A tensor takes the
-    place of others that nothing takes any more when it is made. All in bytes.
+    Args:
+        places: name → offset and tensor.
+        work: for each plan, the offset of its own scratch memory.
+        size: of the block.
+    """
+
+    places: Mapping[str, tuple[int, TensorSpec]]
+    work: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Memory that is needed from one step of an engine to another: a plan is a step, what is computed after it, too."""
+
+    size: int
+    first: int
+    last: int
+
+    def meets(self, other: _Span) -> bool:
+        return self.first <= other.last and other.first <= self.last
+
+
+def lay_out(pieces: Sequence[Piece], own: Collection[str], work: Sequence[int]) -> Layout:
+    """Where what crosses between plans, and what plans work in by themselves, lie in one block of memory.
+
+    What crosses is what plans give and what is normalised, in its source's place where nothing else takes that;
+    attention's kernels make tensors of their own. Two things have the same bytes where they are not needed at once, the
+    largest have their choice first: a plan that works in much when little crosses takes no more for that.
 
     Args:
         pieces: of one engine, with fixed sizes where they are several.
-        last: of `last_uses`.
         own: what has memory of its own.
+        work: the bytes that each plan works in by itself.
     """
-    ends = {name: number for number, gone in enumerate(last) for name in gone}
-    places: dict[str, tuple[int, TensorSpec]] = {}
-    live: list[tuple[int, int, int]] = []  # offset, end, and the last piece that it is for
-    size = 0
-    for number, (specs, _) in enumerate(_made(pieces)):
-        live = sorted(place for place in live if place[2] >= number)
-        for spec in (spec for spec in specs if spec.name not in own):
-            begin, end = _first_gap(live, aligned(size_bytes(spec)))
-            places[spec.name] = begin, spec
-            live = sorted([*live, (begin, end, ends[spec.name])])
-            size = max(size, end)
-    return places, size
+    specs = {spec.name: spec for made, _ in _made(pieces) for spec in made if spec.name not in own}
+    steps = _steps(pieces)
+    homes = _homes(pieces, steps, specs)
+    used: defaultdict[str, list[int]] = defaultdict(list)
+    for name in specs:
+        used[homes.get(name, name)] += steps[name]
+    spans: dict[str | int, _Span] = {
+        number: _Span(aligned(size), 2 * number, 2 * number) for number, size in enumerate(work)
+    }
+    spans |= {name: _Span(aligned(size_bytes(specs[name])), min(found), max(found)) for name, found in used.items()}
+    offsets = _offsets(spans)
+    return Layout(
+        places={name: (offsets[homes.get(name, name)], spec) for name, spec in specs.items()},
+        work=tuple(offsets[number] for number in range(len(work))),
+        size=max(offsets[key] + span.size for key, span in spans.items()),
+    )
+
+
+def _steps(pieces: Sequence[Piece]) -> dict[str, list[int]]:
+    """The steps that make or take each tensor, in order."""
+    steps: defaultdict[str, list[int]] = defaultdict(list)
+    for number, piece in enumerate(pieces):
+        for spec in (*piece.contract.inputs, *piece.contract.outputs):
+            steps[spec.name].append(2 * number)
+        for cut in piece.cuts:
+            for name in (*cut.sources, cut.result):
+                steps[name].append(2 * number + 1)
+    return steps
+
+
+def _homes(pieces: Sequence[Piece], steps: Mapping[str, Sequence[int]], placed: Collection[str]) -> dict[str, str]:
+    """What is normalised where its source lies → the tensor whose place that is: nothing else takes the source then."""
+    homes: dict[str, str] = {}
+    for number, piece in enumerate(pieces):
+        for cut in piece.cuts:
+            if not isinstance(cut, Normalization) or cut.source not in placed:
+                continue
+            if [step for step in steps[cut.source] if step > 2 * number] == [2 * number + 1]:
+                homes[cut.result] = homes.get(cut.source, cut.source)
+    return homes
+
+
+def _offsets(spans: Mapping[str | int, _Span]) -> dict[str | int, int]:
+    """A place for each span, the largest first, apart from those that are needed at the same step."""
+    offsets: dict[str | int, int] = {}
+    for key, span in sorted(spans.items(), key=lambda item: (-item[1].size, item[1].first, str(item[0]))):
+        taken = [(at, at + spans[other].size) for other, at in offsets.items() if spans[other].meets(span)]
+        offsets[key] = _first_gap(sorted(taken), span.size)
+    return offsets
 
 
 def _made(pieces: Sequence[Piece]) -> Iterator[tuple[list[TensorSpec], list[TensorSpec]]]:
@@ -283,14 +347,14 @@ def _made(pieces: Sequence[Piece]) -> Iterator[tuple[list[TensorSpec], list[Tens
         yield [*piece.contract.outputs, *normalized], [spec for cut, spec in found if isinstance(cut, Attention)]
 
 
-def _first_gap(taken: Sequence[tuple[int, int, int]], size: int) -> tuple[int, int]:
+def _first_gap(taken: Sequence[tuple[int, int]], size: int) -> int:
     """Where so many bytes fit between places in order, or after them."""
     offset = 0
-    for begin, end, _ in taken:
+    for begin, end in taken:
         if begin - offset >= size:
             break
         offset = max(offset, end)
-    return offset, offset + size
+    return offset
 
 
 def aligned(size: int) -> int:

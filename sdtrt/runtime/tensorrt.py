@@ -17,7 +17,7 @@ from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime.between import compute
-from sdtrt.runtime.pieces import aligned, attention_bytes, last_uses, lay_out, read_pieces, size_bytes
+from sdtrt.runtime.pieces import attention_bytes, last_uses, lay_out, read_pieces, size_bytes
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
@@ -95,7 +95,6 @@ class TensorRTSession(Session[torch.Tensor]):
         self._first = int(len(self._pieces) > 1 and self._pieces[0].is_of_conditioning)  # that runs at each step
         own = [spec.name for spec in (*contract.outputs, *self._kept_specs)]
         self._last_uses = last_uses(self._pieces, own)
-        places, self._crossing_bytes = lay_out(self._pieces, self._last_uses, own)
         with torch.cuda.device(self._device), _memory_errors(plan):
             self._plans: tuple[LoadedPlan, ...] = tuple(
                 load_plan(
@@ -104,9 +103,10 @@ class TensorRTSession(Session[torch.Tensor]):
                 for piece in self._pieces
             )
             self._profiles = profiles_of(contract, self._pieces, self._plans)
-            self._scratch_bytes = aligned(max(trt_api.scratch_bytes(self._library, one.engine) for one in self._plans))
-            self._block = self._scratch.block(self._scratch_bytes + self._crossing_bytes, self._device)
-            self._crossing = {name: self._placed(offset, spec) for name, (offset, spec) in places.items()}
+            self._work = [trt_api.scratch_bytes(self._library, one.engine) for one in self._plans]
+            self._layout = lay_out(self._pieces, own, self._work)
+            self._block = self._scratch.block(self._layout.size, self._device)
+            self._crossing = {name: self._placed(*place) for name, place in self._layout.places.items()}
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
             self._kept = {spec.name: self._new_tensor(spec.shape({}), spec) for spec in self._kept_specs}
             self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
@@ -121,7 +121,7 @@ class TensorRTSession(Session[torch.Tensor]):
     @property
     def scratch_bytes(self) -> int:
         """The memory beside its weights that the engine needs for the largest size that it serves."""
-        return self._scratch_bytes + self._crossing_bytes + attention_bytes(self._pieces)
+        return self._layout.size + attention_bytes(self._pieces)
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine on the current stream; the outputs are new tensors on the session's device."""
@@ -283,13 +283,12 @@ class TensorRTSession(Session[torch.Tensor]):
 
     def _new_contexts(self, numbers: range) -> Contexts:
         """An execution context for each of some pieces, all in this session's scratch memory."""
-        return {number: self._new_context(self._plans[number]) for number in numbers}
+        return {number: self._new_context(number) for number in numbers}
 
-    def _new_context(self, loaded: LoadedPlan) -> Any:
+    def _new_context(self, number: int) -> Any:
+        loaded, address = self._plans[number], self._block.data_ptr() + self._layout.work[number]
         with loaded.lock:
-            return trt_api.create_shared_context(
-                self._library, loaded.engine, self._block.data_ptr(), self._scratch_bytes
-            )
+            return trt_api.create_shared_context(self._library, loaded.engine, address, self._work[number])
 
     def _input_buffer(self, spec: TensorSpec) -> torch.Tensor:
         """The memory of one input, for every shape that the engine takes."""
@@ -310,9 +309,8 @@ class TensorRTSession(Session[torch.Tensor]):
         return [spec for piece in self._pieces[: self._first] for spec in piece.contract.outputs]
 
     def _placed(self, offset: int, spec: TensorSpec) -> torch.Tensor:
-        """A tensor in the scratch memory, behind what the plans themselves need of it."""
-        begin = self._scratch_bytes + offset
-        return self._block[begin : begin + size_bytes(spec)].view(getattr(torch, spec.dtype)).view(spec.shape({}))
+        """A tensor in the scratch memory."""
+        return self._block[offset : offset + size_bytes(spec)].view(getattr(torch, spec.dtype)).view(spec.shape({}))
 
     def _new_tensor(self, shape: Shape, spec: TensorSpec) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self._device)
