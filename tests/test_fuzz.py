@@ -38,7 +38,7 @@ from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageE
 from sdtrt.generate import generate
 from sdtrt.inspection import inspect_engine
 from sdtrt.models import load_parts, resolve_model
-from sdtrt.runtime import open_session
+from sdtrt.runtime import layout, open_session
 from sdtrt.runtime import pieces as pieces_module
 from sdtrt.runtime.plan import profiles_of
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
@@ -202,8 +202,8 @@ def test_lists_of_an_engines_pieces(place, data):
     with only_clean_errors():
         pieces = pieces_module.read_pieces(plan, UNET_CONTRACT)
         own = [spec.name for spec in UNET_CONTRACT.outputs]
-        assert pieces_module.lay_out(pieces, own, [1] * len(pieces)).size > 0
-        assert pieces_module.attention_bytes(pieces) >= 0
+        assert layout.lay_out(pieces, own, [1] * len(pieces)).size > 0
+        assert layout.attention_bytes(pieces) >= 0
         (profile,) = profiles_of(UNET_CONTRACT, pieces, [None] * len(pieces))
         assert not profile.misfits({name: bounds[0] for name, bounds in profile.bounds.items()})
 

@@ -23,8 +23,9 @@ from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.between import compute, normalize
+from sdtrt.runtime.layout import lay_out, size_bytes
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.runtime.pieces import Normalization, lay_out, list_file, read_pieces, size_bytes, write_pieces
+from sdtrt.runtime.pieces import Normalization, list_file, read_pieces, write_pieces
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 
 SIZES = Sizes(2, 64, 96)

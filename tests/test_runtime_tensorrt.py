@@ -44,18 +44,8 @@ from sdtrt.runtime import remembered
 from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.between import compute
-from sdtrt.runtime.pieces import (
-    Attention,
-    Normalization,
-    Piece,
-    attention_bytes,
-    last_uses,
-    lay_out,
-    list_file,
-    read_pieces,
-    size_bytes,
-    write_pieces,
-)
+from sdtrt.runtime.layout import attention_bytes, last_uses, lay_out, size_bytes
+from sdtrt.runtime.pieces import Attention, Normalization, Piece, list_file, read_pieces, write_pieces
 from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
 from sdtrt.runtime.pycuda import PyCudaSession
 from sdtrt.runtime.scratch import Scratch

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from sdtrt.errors import EngineError
 from sdtrt.trt_api import REBUILD
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-ALIGNMENT = 512  # bytes, as PyTorch allocates on a GPU; TensorRT asks for 256
 
 
 @dataclass(frozen=True)
@@ -229,144 +227,3 @@ def _check_fixed(spec: TensorSpec) -> None:
     """Raise `ValueError` unless a tensor has one size, in bytes too."""
     if spec.dtype not in ITEM_BYTES or not all(isinstance(dim, int) and dim > 0 for dim in spec.dims):
         raise ValueError(f"{spec.name} has no fixed size")
-
-
-def last_uses(pieces: Sequence[Piece], kept: Sequence[str]) -> tuple[frozenset[str], ...]:
-    """For each piece, the tensors that nothing after it and its cuts takes, but for those to be kept."""
-    uses = [
-        {*piece.inputs, *(name for cut in piece.cuts for name in (*cut.sources, cut.result))}
-        | {spec.name for spec in piece.contract.outputs}
-        for piece in pieces
-    ]
-    later: set[str] = set(kept)
-    found: list[frozenset[str]] = []
-    for used in reversed(uses):
-        found.append(frozenset(used - later))
-        later |= used
-    return tuple(reversed(found))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where lies in one block of memory what crosses between plans, and what each of them works in; all in bytes.
-
-    Args:
-        places: name → offset and tensor.
-        work: for each plan, the offset of its own scratch memory.
-        size: of the block.
-    """
-
-    places: Mapping[str, tuple[int, TensorSpec]]
-    work: tuple[int, ...]
-    size: int
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Memory that is needed from one step of an engine to another: a plan is a step, what is computed after it, too."""
-
-    size: int
-    first: int
-    last: int
-
-    def meets(self, other: _Span) -> bool:
-        return self.first <= other.last and other.first <= self.last
-
-
-def lay_out(pieces: Sequence[Piece], own: Collection[str], work: Sequence[int]) -> Layout:
-    """Where what crosses between plans, and what plans work in by themselves, lie in one block of memory.
-
-    What crosses is what plans give and what is normalised, in its source's place where nothing else takes that;
-    attention's kernels make tensors of their own. Two things have the same bytes where they are not needed at once, the
-    largest have their choice first: a plan that works in much when little crosses takes no more for that.
-
-    Args:
-        pieces: of one engine, with fixed sizes where they are several.
-        own: what has memory of its own.
-        work: the bytes that each plan works in by itself.
-    """
-    specs = {spec.name: spec for made, _ in _made(pieces) for spec in made if spec.name not in own}
-    steps = _steps(pieces)
-    homes = _homes(pieces, steps, specs)
-    used: defaultdict[str, list[int]] = defaultdict(list)
-    for name in specs:
-        used[homes.get(name, name)] += steps[name]
-    spans: dict[str | int, _Span] = {
-        number: _Span(aligned(size), 2 * number, 2 * number) for number, size in enumerate(work)
-    }
-    spans |= {name: _Span(aligned(size_bytes(specs[name])), min(found), max(found)) for name, found in used.items()}
-    offsets = _offsets(spans)
-    return Layout(
-        places={name: (offsets[homes.get(name, name)], spec) for name, spec in specs.items()},
-        work=tuple(offsets[number] for number in range(len(work))),
-        size=max(offsets[key] + span.size for key, span in spans.items()),
-    )
-
-
-def _steps(pieces: Sequence[Piece]) -> dict[str, list[int]]:
-    """The steps that make or take each tensor, in order."""
-    steps: defaultdict[str, list[int]] = defaultdict(list)
-    for number, piece in enumerate(pieces):
-        for spec in (*piece.contract.inputs, *piece.contract.outputs):
-            steps[spec.name].append(2 * number)
-        for cut in piece.cuts:
-            for name in (*cut.sources, cut.result):
-                steps[name].append(2 * number + 1)
-    return steps
-
-
-def _homes(pieces: Sequence[Piece], steps: Mapping[str, Sequence[int]], placed: Collection[str]) -> dict[str, str]:
-    """What is normalised where its source lies → the tensor whose place that is: nothing else takes the source then."""
-    homes: dict[str, str] = {}
-    for number, piece in enumerate(pieces):
-        for cut in piece.cuts:
-            if not isinstance(cut, Normalization) or cut.source not in placed:
-                continue
-            if [step for step in steps[cut.source] if step > 2 * number] == [2 * number + 1]:
-                homes[cut.result] = homes.get(cut.source, cut.source)
-    return homes
-
-
-def _offsets(spans: Mapping[str | int, _Span]) -> dict[str | int, int]:
-    """A place for each span, the largest first, apart from those that are needed at the same step."""
-    offsets: dict[str | int, int] = {}
-    for key, span in sorted(spans.items(), key=lambda item: (-item[1].size, item[1].first, str(item[0]))):
-        taken = [(at, at + spans[other].size) for other, at in offsets.items() if spans[other].meets(span)]
-        offsets[key] = _first_gap(sorted(taken), span.size)
-    return offsets
-
-
-def _made(pieces: Sequence[Piece]) -> Iterator[tuple[list[TensorSpec], list[TensorSpec]]]:
-    """For each piece what it gives, with what is normalised after it, and what attentions after it give."""
-    there: dict[str, TensorSpec] = {}
-    for piece in pieces:
-        there |= {spec.name: spec for spec in (*piece.contract.inputs, *piece.contract.outputs)}
-        found = [(cut, cut.gives(there)) for cut in piece.cuts]
-        there |= {spec.name: spec for _, spec in found}
-        normalized = [spec for cut, spec in found if isinstance(cut, Normalization)]
-        yield [*piece.contract.outputs, *normalized], [spec for cut, spec in found if isinstance(cut, Attention)]
-
-
-def _first_gap(taken: Sequence[tuple[int, int]], size: int) -> int:
-    """Where so many bytes fit between places in order, or after them."""
-    offset = 0
-    for begin, end in taken:
-        if begin - offset >= size:
-            break
-        offset = max(offset, end)
-    return offset
-
-
-def aligned(size: int) -> int:
-    """A size in bytes after which the next tensor may begin."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def size_bytes(spec: TensorSpec) -> int:
-    """The bytes of a tensor of fixed size."""
-    return math.prod(spec.shape({})) * ITEM_BYTES[spec.dtype]
-
-
-def attention_bytes(pieces: Sequence[Piece]) -> int:
-    """At most what the attentions after one piece give."""
-    return max(sum(map(size_bytes, attended)) for _, attended in _made(pieces))

@@ -17,7 +17,8 @@ from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime.between import compute
-from sdtrt.runtime.pieces import attention_bytes, last_uses, lay_out, read_pieces, size_bytes
+from sdtrt.runtime.layout import attention_bytes, last_uses, lay_out, size_bytes
+from sdtrt.runtime.pieces import read_pieces
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
