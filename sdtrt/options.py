@@ -249,7 +249,7 @@ class BuildOptions:
         Option(
             metavar="TOKENS",
             help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
-            " PyTorch's kernels; 0 for none, nor the VAE's largest norm; by default 2048",
+            " PyTorch's kernels; 0 for none, nor the VAE's large norms; by default 2048",
         ),
     ] = None
 

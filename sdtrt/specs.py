@@ -283,7 +283,8 @@ class BuildSpec:
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
         norm_plugins: let TensorRT 8.6 normalise by its plugin (see `build.group_norm`); later versions don't need it.
         split_attention: from how many tokens on the UNet's self-attentions are left to PyTorch's kernels (see
-            `build.splitting`), 0 for none; None for what gained on an H200 (`trt_api.split_tokens`).
+            `build.splitting`), 0 for none, nor a VAE's large norms; None for what gained on an H200
+            (`trt_api.split_tokens`).
         force: build again even if the engine directory has it.
     """
 

@@ -378,8 +378,8 @@ def test_a_request_comes_out_of_the_pipe_as_it_went_in(tiny_onnx, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- checks
 
 
-def test_the_piece_of_the_text_may_be_in_any_precision_and_no_other(tmp_path, monkeypatch):
-    """It is a few products; the builder chooses."""
+def test_the_piece_of_the_text_and_those_of_few_layers_may_be_in_any_precision_and_no_other(tmp_path, monkeypatch):
+    """They are a few products, or one convolution; the builder chooses. The whole may not be."""
     spec = BuildSpec(ExportSpec(), "tensorrt", (PROFILE,))
     request = Request(
         tmp_path / "model.onnx",
@@ -390,14 +390,16 @@ def test_the_piece_of_the_text_may_be_in_any_precision_and_no_other(tmp_path, mo
         False,
     )
     monkeypatch.setattr(trt_api, "layer_precisions", lambda told: told)
-    wide, half = {"fp32": 2}, {"fp16": 3}
+    few, wide, half = {"fp32": 1}, {"fp32": 9}, {"fp16": 9}
     with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
         checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide])
     monkeypatch.setattr(checking, "read_pieces", lambda plan, contract: trt_fakes.three_pieces(plan))
-    assert checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide, half, half]) == {
-        "fp32": 2,
-        "fp16": 6,
+    assert checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide, half, few]) == {
+        "fp32": 10,
+        "fp16": 9,
     }
+    with pytest.raises(BuildError, match="its computing layers are: 11 fp32"):
+        checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide, few, few])
     with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
         checking._read_precision(fake_library("tensorrt 8.6.1"), request, [half, wide, half])
 

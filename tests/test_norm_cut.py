@@ -96,7 +96,7 @@ def run_as_sessions_do(sources, contract, feeds):
     tensors = dict(feeds)
     for name, (offset, spec) in layout.places.items():
         tensors[name] = block[offset : offset + size_bytes(spec)].view(torch.float16).view(spec.shape({}))
-    for source, offset, size in zip(sources, layout.work, work, strict=True):
+    for source, offset, size in zip(sources, layout.work_offsets, work, strict=True):
         block[offset : offset + size] = 0xFF  # NaN in fp16
         with OnnxRuntimeSession(source.onnx, source.piece.contract, optimized=False) as session:
             found = session.run({name: tensors[name] for name in source.piece.inputs})
@@ -188,6 +188,14 @@ def test_all_of_a_size_are_cut_from_half_of_the_second_largest_on(exported, monk
     if chosen:
         assert min(facts.bytes_of(norm.source) for norm in chosen) == least * largest
         assert len([size for size in sizes_of_norms(facts) if size >= least * largest]) == count
+
+
+@pytest.mark.parametrize(("most", "count"), [(13, 13), (12, 7), (7, 7), (6, 1)])
+def test_there_are_only_so_many(cut, monkeypatch, most, count):
+    """One is the largest, six are of half its size, and six more of a quarter: of each size all or none."""
+    facts = frozen(cut.onnx, cut.contract)[2]
+    monkeypatch.setattr(splitting, "MOST_NORMS", most)
+    assert len(choose_norms(facts)) == count
 
 
 def test_where_one_of_them_is_of_another_form_none_is_cut(cut, monkeypatch):

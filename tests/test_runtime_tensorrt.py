@@ -217,6 +217,8 @@ def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, 
             found = session.run(given)["out_sample"]
             np.testing.assert_allclose(found.float(), with_attention(given), rtol=2e-3, atol=1e-2)
         assert session.graph_count == 1
+        assert session.scratch_bytes == session._block.numel() + attention_bytes(read_pieces(split_plan, CONTRACT))
+        assert attention_bytes(read_pieces(split_plan, CONTRACT)) == 2 * np.prod(trt_fakes.PIXELS)
         assert [len(told["Layers"]) for told in session.information()] == [1, 1]
         with pytest.raises(EngineError, match="height 128; got height 192"):
             session.run(feeds(height=24))
@@ -293,20 +295,22 @@ def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
         outputs = [TensorSpec(f"{number}.{index}", "float16", (1, size, 1, 1)) for index, size in enumerate(sizes)]
         count = data.draw(st.integers(0, len(outputs)))
         norms = [Normalization(spec.name, f"{spec.name}.norm", 1, 1e-6) for spec in outputs[:count]]
+        twice = [replace(norm, result=f"{norm.source}.other") for norm in norms if data.draw(st.booleans())]
         contract = Contract("unet", "fp16", tuple(taken), tuple(outputs))
-        pieces.append(Piece(Path(f"engine.plan.{number}"), contract, tuple(norms)))
-        results = [replace(spec, name=norm.result) for spec, norm in zip(outputs, norms, strict=False)]
+        pieces.append(Piece(Path(f"engine.plan.{number}"), contract, (*norms, *twice)))
+        sources = {spec.name: spec for spec in outputs}
+        results = [replace(sources[norm.source], name=norm.result) for norm in (*norms, *twice)]
         made += [*outputs, *results]
         maker |= dict.fromkeys((spec.name for spec in (*outputs, *results)), number)
     own = [pieces[-1].contract.outputs[0].name]
     work = data.draw(st.lists(st.integers(0, 2000), min_size=len(pieces), max_size=len(pieces)))
     layout = lay_out(pieces, own, work)
     assert layout.places.keys() == {spec.name for spec in made} - set(own)
-    begins = {name: offset for name, (offset, _) in layout.places.items()} | dict(enumerate(layout.work))
+    begins = {name: offset for name, (offset, _) in layout.places.items()} | dict(enumerate(layout.work_offsets))
     sizes = {name: size_bytes(spec) for name, (_, spec) in layout.places.items()} | dict(enumerate(work))
-    assert all(begin % 256 == 0 and begin + sizes[name] <= layout.size for name, begin in begins.items())
+    assert all(begin % 512 == 0 and begin + sizes[name] <= layout.size for name, begin in begins.items())
     # A plan runs at an even step, and what is normalised after it comes at the next.
-    steps = {name: {2 * number + name.endswith(".norm")} for name, number in maker.items()}
+    steps = {name: {2 * number + name.endswith((".norm", ".other"))} for name, number in maker.items()}
     steps |= {number: {2 * number} for number in range(len(pieces))}
     for number, piece in enumerate(pieces):
         for name in piece.inputs:
@@ -319,7 +323,8 @@ def test_what_crosses_lies_apart_from_all_that_is_still_needed(data):
             assert apart or other == f"{one}.norm", "only what is normalised in place has its source's"
     for name in maker.keys() - set(own):
         if name.endswith(".norm") and (source := name.removesuffix(".norm")) not in own:
-            assert (begins[name] == begins[source]) == (max(steps[source]) == 2 * maker[source] + 1)
+            is_taken_once = max(steps[source]) == 2 * maker[source] + 1 and f"{source}.other" not in maker
+            assert (begins[name] == begins[source]) == is_taken_once
 
 
 def test_what_a_plan_works_in_and_what_crosses_later_have_the_same_bytes():
@@ -379,6 +384,12 @@ def with_norm_of(entry, **changes):
     return {**entry, "normalizations": [{**entry["normalizations"][0], **changes}]}
 
 
+def with_chained_norms(entry):
+    """A second norm after the same piece, of what the first one gives."""
+    first = entry["normalizations"][0]
+    return {**entry, "normalizations": [first, {**first, "source": first["result"], "result": "again"}]}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -394,6 +405,7 @@ def with_norm_of(entry, **changes):
         lambda data: [with_norm_of(data[0], epsilon=float("nan")), data[1]],
         lambda data: [with_norm_of(data[0], epsilon=float("inf")), data[1]],
         lambda data: [with_norm_of(data[0], source="normal"), data[1]],
+        lambda data: [with_chained_norms(data[0]), data[1]],
         lambda data: [with_norm_of(data[0], source="encoder_hidden_states"), data[1]],  # comes later, and is no image
         lambda data: [with_norm_of(data[0], result="other"), data[1]],
         lambda data: [with_norm_of(data[0], result="doubled"), data[1]],

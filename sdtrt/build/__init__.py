@@ -19,9 +19,7 @@ from sdtrt.models import Model
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
 
-# Of builds: raise it when the same request makes another engine than before. 7: a VAE's decoder and encoder leave all
-# their large group normalisations to PyTorch on 8.6, where the decoder left one.
-FORMAT = 7
+FORMAT = 7  # of builds: raise it when the same request makes another engine than before (7: of a VAE on 8.6)
 
 
 def backend_version(backend: Backend) -> str:

@@ -242,12 +242,10 @@ class Partition:
         return self._facts.bytes_of(name) * (others + written) if others else 0
 
     def _kept(self, name: str) -> int:
-        """The bytes of a tensor for each piece that it is kept for after the one that makes it, or follows its cut."""
+        """The bytes of a tensor for each piece that it is kept for after the one that makes it (-1 for a cut)."""
         made = self.home(name)
         if made is None:
             return 0
-        if made < 0:
-            made = self.stages[name]
         return self._facts.bytes_of(name) * (max(self.needed_in(name), default=made) - made)
 
     def _is_cut_at(self, name: str) -> bool:

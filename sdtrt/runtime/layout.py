@@ -22,12 +22,12 @@ class Layout:
 
     Args:
         places: name → offset and tensor.
-        work: for each plan, the offset of its own scratch memory.
+        work_offsets: for each plan, where its own scratch memory begins.
         size: of the block.
     """
 
     places: Mapping[str, tuple[int, TensorSpec]]
-    work: tuple[int, ...]
+    work_offsets: tuple[int, ...]
     size: int
 
 
@@ -43,7 +43,7 @@ class _Span:
         return self.first <= other.last and other.first <= self.last
 
 
-def lay_out(pieces: Sequence[Piece], own: Collection[str], work: Sequence[int]) -> Layout:
+def lay_out(pieces: Sequence[Piece], own: Collection[str], work_bytes: Sequence[int]) -> Layout:
     """Where what crosses between plans, and what plans work in by themselves, lie in one block of memory.
 
     What crosses is what plans give and what is normalised, in its source's place where nothing else takes that;
@@ -53,7 +53,7 @@ def lay_out(pieces: Sequence[Piece], own: Collection[str], work: Sequence[int]) 
     Args:
         pieces: of one engine, with fixed sizes where they are several.
         own: what has memory of its own.
-        work: the bytes that each plan works in by itself.
+        work_bytes: what each plan works in by itself.
     """
     specs = {spec.name: spec for made, _ in _made(pieces) for spec in made if spec.name not in own}
     steps = _steps(pieces)
@@ -62,13 +62,13 @@ def lay_out(pieces: Sequence[Piece], own: Collection[str], work: Sequence[int]) 
     for name in specs:
         used[homes.get(name, name)] += steps[name]
     spans: dict[str | int, _Span] = {
-        number: _Span(_aligned(size), 2 * number, 2 * number) for number, size in enumerate(work)
+        number: _Span(_aligned(size), 2 * number, 2 * number) for number, size in enumerate(work_bytes)
     }
     spans |= {name: _Span(_aligned(size_bytes(specs[name])), min(found), max(found)) for name, found in used.items()}
     offsets = _offsets(spans)
     return Layout(
         places={name: (offsets[homes.get(name, name)], spec) for name, spec in specs.items()},
-        work=tuple(offsets[number] for number in range(len(work))),
+        work_offsets=tuple(offsets[number] for number in range(len(pieces))),
         size=max(offsets[key] + span.size for key, span in spans.items()),
     )
 

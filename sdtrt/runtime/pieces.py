@@ -197,9 +197,10 @@ def _check(pieces: Sequence[Piece], contract: Contract) -> None:
             _check_fixed(spec)
             _check_new(spec.name, there, wanted)
             there[spec.name] = spec
+        before = dict(there)  # cuts after one piece take nothing of each other
         for cut in piece.cuts:
             _check_new(cut.result, there, ends)
-            there[cut.result] = cut.gives(there)
+            there[cut.result] = cut.gives(before)
     made = {spec.name: spec for piece in pieces for spec in piece.contract.outputs}
     for spec, found in [(spec, there) for spec in contract.inputs] + [(spec, made) for spec in contract.outputs]:
         if spec.name not in found:

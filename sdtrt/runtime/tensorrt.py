@@ -104,8 +104,8 @@ class TensorRTSession(Session[torch.Tensor]):
                 for piece in self._pieces
             )
             self._profiles = profiles_of(contract, self._pieces, self._plans)
-            self._work = [trt_api.scratch_bytes(self._library, one.engine) for one in self._plans]
-            self._layout = lay_out(self._pieces, own, self._work)
+            self._work_bytes = [trt_api.scratch_bytes(self._library, one.engine) for one in self._plans]
+            self._layout = lay_out(self._pieces, own, self._work_bytes)
             self._block = self._scratch.block(self._layout.size, self._device)
             self._crossing = {name: self._placed(*place) for name, place in self._layout.places.items()}
             self._buffers = {spec.name: self._input_buffer(spec) for spec in contract.inputs}
@@ -287,9 +287,9 @@ class TensorRTSession(Session[torch.Tensor]):
         return {number: self._new_context(number) for number in numbers}
 
     def _new_context(self, number: int) -> Any:
-        loaded, address = self._plans[number], self._block.data_ptr() + self._layout.work[number]
+        loaded, address = self._plans[number], self._block.data_ptr() + self._layout.work_offsets[number]
         with loaded.lock:
-            return trt_api.create_shared_context(self._library, loaded.engine, address, self._work[number])
+            return trt_api.create_shared_context(self._library, loaded.engine, address, self._work_bytes[number])
 
     def _input_buffer(self, spec: TensorSpec) -> torch.Tensor:
         """The memory of one input, for every shape that the engine takes."""
