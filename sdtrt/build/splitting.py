@@ -9,7 +9,6 @@ first piece may be what cross-attention makes of the text alone: it needs to run
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,13 +104,11 @@ def choose_norms(facts: Facts) -> list[Normalization]:
     """
     sizes = sorted(sizes_of_norms(facts), reverse=True)
     least = max([NORM_BYTES, *(size / NORM_SHARE for size in sizes[1:2])])
-    counts, chosen = Counter(sizes), set[int]()
-    for size in sorted(counts, reverse=True):
-        if size < least or sum(counts[one] for one in (*chosen, size)) > MOST_NORMS:
-            break
-        chosen.add(size)
-    found = [one for one in find_normalizations(facts) if facts.bytes_of(one.source) in chosen]
-    return found if len(found) == sum(counts[size] for size in chosen) else []
+    large = [size for size in sizes if size >= least]
+    if len(large) > MOST_NORMS:
+        large = [size for size in large if size > large[MOST_NORMS]]
+    found = [one for one in find_normalizations(facts) if facts.bytes_of(one.source) in large]
+    return found if len(found) == len(large) else []
 
 
 def split(
