@@ -5,15 +5,19 @@ in a fork. Requests and replies are lines of JSON on stdin and stdout. A request
 
     {"kill_at": N}          SIGKILL to itself before its N-th operation on a file in the folder (from 1)
     {"kill_after": S}       SIGKILL from outside after S seconds, wherever it is then
+    {"kill_counting": true} SIGKILL to itself while it holds the lock of tqdm's progress bars
     {"interrupt_after": S}  SIGINT from outside after S seconds
     {"fail_at": N, "errno": E}  the N-th operation on a file fails with that error
     {"limit": BYTES}        no file may grow beyond that
     {"unprivileged": true}  even root must obey permissions
+
+A reply's "end" is done, error, interrupted, killed, bug, or hung: then with the stacks of what did not end.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -23,14 +27,17 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import factories
 import torch
+from tqdm import tqdm
 
 from sdtrt import build, export, generate
 from sdtrt.build.onnxruntime import seeded_feeds
@@ -54,10 +61,6 @@ SIZES = Sizes(2, 64, 64)
 PROMPT = "a red circle"
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.utime")
 PATIENCE_SECONDS = 60
-
-
-class HangError(Exception):
-    """A fork that did not end."""
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -205,6 +208,9 @@ def inject(fault: Mapping[str, Any], folder: Path) -> Callable[[], int]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
     if fault.get("unprivileged"):
         _drop_capabilities()
+    if fault.get("kill_counting"):
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
     os.fsync = counted_fsync
     return lambda: count
@@ -240,31 +246,47 @@ def run_here(request: Mapping[str, Any]) -> dict[str, Any]:
 def run_forked(request: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job in a fork, with its fault; `killed` where it said nothing any more."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        reply = json.dumps(run_here(request)).encode()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(reply)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        _strike(child, pipe.fileno(), request.get("fault") or {})
-        reply = pipe.read()
-    os.waitpid(child, 0)
+    with tempfile.TemporaryFile("w+") as stacks:
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            faulthandler.dump_traceback_later(PATIENCE_SECONDS - 2, file=stacks)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            reply = json.dumps(run_here(request)).encode()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(reply)
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            ended = _strike(child, pipe, request.get("fault") or {})
+            reply = pipe.read()
+        os.waitpid(child, 0)
+        if not ended:
+            stacks.seek(0)
+            return {"end": "hung", "trace": stacks.read()}
     return json.loads(reply) if reply else {"end": "killed"}
 
 
-def _strike(child: int, pipe: int, fault: Mapping[str, Any]) -> None:
-    """Send the signal that a fault asks for, when it is time; end a fork that hangs."""
+def _strike(child: int, pipe: IO[bytes], fault: Mapping[str, Any]) -> bool:
+    """Send the signal that a fault asks for, when it is time, and kill a fork that hangs; whether it did not hang."""
     for name, number in (("kill_after", signal.SIGKILL), ("interrupt_after", signal.SIGINT)):
-        if name in fault and not select.select([pipe], [], [], fault[name])[0]:
+        if name in fault and not _speaks(pipe, fault[name]):
             os.kill(child, number)
-    if not select.select([pipe], [], [], PATIENCE_SECONDS)[0]:
-        os.kill(child, signal.SIGKILL)
-        raise HangError(f"a job with the fault {dict(fault)} did not end")
+    if _speaks(pipe, PATIENCE_SECONDS):
+        return True
+    os.kill(child, signal.SIGKILL)
+    return False
+
+
+def _speaks(pipe: IO[bytes], seconds: float) -> bool:
+    return bool(select.select([pipe], [], [], seconds)[0])
+
+
+def part_progress_bars() -> None:
+    """Give each fork a lock of its own for tqdm's bars: one for all stays held where a fork is killed with it."""
+    tqdm.monitor_interval = 0  # nor a thread in the server, which could hold the lock while it forks
+    tqdm.set_lock(threading.RLock())
 
 
 def prepare(model: Path, folder: Path) -> None:
@@ -283,6 +305,7 @@ def main() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     model = Path(sys.argv[1])
+    part_progress_bars()
     prepare(model, model.with_name("prepared"))
     reports.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:

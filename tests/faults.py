@@ -25,13 +25,14 @@ class Server:
     """The forking server's other end."""
 
     process: subprocess.Popen[str]
+    log: Path
 
     def ask(self, job: str, folder: Path, **fault: Any) -> dict[str, Any]:
         """Run a job there, with a fault or without."""
         self.process.stdin.write(json.dumps({"job": job, "folder": str(folder), "fault": fault}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        assert line, "the server has died"
+        assert line, f"the server has died:\n{self.log.read_text()}"
         return json.loads(line)
 
 
@@ -52,8 +53,9 @@ def served(place: Path) -> Iterator[Server]:
         ) as process,
     ):
         line = process.stdout.readline()
-        assert line, (place / "server.log").read_text()
-        yield Server(process)
+        server = Server(process, place / "server.log")
+        assert line, server.log.read_text()
+        yield server
         process.stdin.close()
 
 
@@ -93,7 +95,7 @@ class Campaign:
         before = self._onnx_and_image()
         ended = self.server.ask(kind, self.folder, **fault)
         what = f"{kind} with {fault}: {ended['end']}"
-        if ended["end"] == "bug":
+        if ended["end"] in ("bug", "hung"):
             self.problems.append(f"{what}: {ended['trace']}")
         if ended["end"] == "done" and ended["value"] != self.references[kind]:
             self.problems.append(f"{what}, and with a wrong result")

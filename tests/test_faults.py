@@ -57,6 +57,12 @@ def test_kills_leave_nothing_broken(campaign, kind):
     assert list((campaign.folder / "engines" / ".building").iterdir()) == []
 
 
+def test_a_kill_between_two_bars_of_progress_holds_up_nobody(campaign):
+    """tqdm's lock belongs to all forks of a process, and one that is killed never gives it back."""
+    assert campaign.strike("images", kill_counting=True) == "killed"
+    assert campaign.problems == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fills_at_any_moment_is_a_clean_error(campaign, kind):
     for point in spread(campaign.operations[kind] // 2, 4):
