@@ -7,10 +7,10 @@
 #
 # The model has Stable Diffusion 1.5's architecture and random weights, with activations as large as trained ones.
 # Builds take most of the time, a processor core or two each, and spoil each other's timings where many share a GPU.
-# Nothing is timed while anything is built or tested on the same GPU, nothing beside PyTorch while anything is on that
-# host, and nothing is built where the tests run, which fill a GPU's memory. With two GPUs the first one builds, at first
-# only what is timed at 512x512; the last one builds the tests' engines, tests, and measures what the host does not
-# limit, or only to our own cost; then all that is left. With one, all follows in turn. All stays in FOLDER for a second call.
+# Nothing is timed while anything is built or tested on the same GPU, neither PyTorch nor the start-up while anything is
+# on that host, and nothing is built where the tests run, which fill a GPU's memory. With two GPUs the first one builds, at
+# first only what is timed at 512x512; the last one builds the tests' engines, tests, and measures what the host does not
+# limit; then all that is left. With one, all follows in turn. All stays in FOLDER for a second call.
 set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 cd "$(dirname "$0")/.."
@@ -107,8 +107,6 @@ start 0 ablation-build ablation --variants $((layers - 1)) --build-only --output
 [ "$last" -ne 0 ] || start 0 tests tests tests $(printf -- '--ignore %s ' $builders)
 finish tests
 
-measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
-    --output "$out/reports/startup.json"
 measure verify "$python" -m sdtrt verify --backend tensorrt --no-build --output "$out/reports" --json
 measure attention "$python" benchmarks/attention.py --output "$out/reports/attention.json"
 SDTRT_GPU_TEST_LARGE=1 measure tests-large tests tests/gpu/test_gpu_tensorrt.py -k large
@@ -117,6 +115,8 @@ measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-g
 measure bench-img2img bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
+measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
+    --output "$out/reports/startup.json"
 "$python" -m sdtrt engines list --json >"$out/reports/engines.json" 2>"$out/logs/engines.log" || failed+=(engines)
 start 0 tests-that-build tests $builders
 [ "$last" -ne 0 ] || finish tests-that-build
