@@ -381,7 +381,7 @@ def _row(one: Checked) -> tuple[str, str, str, str]:
 def prune_entries(
     older_than_days: Annotated[float | None, Option(help="remove what was not used for so many days")] = None,
     keep_gib: Annotated[float | None, Option(help="remove the least recently used until the rest fits")] = None,
-    foreign: Annotated[bool, Option("--foreign", help="remove engines that this machine can't load")] = False,
+    foreign: Annotated[bool, Option("--foreign", help="remove engines that this machine and sdtrt can't load")] = False,
     damaged: Annotated[bool, Option("--damaged", help="remove what engines verify finds damaged")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="only say what would go")] = False,
     *,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtrt import host
-from sdtrt.build import FORMAT, backend_version, build_engine, host_key
+from sdtrt.build import FORMATS, backend_version, build_engine, host_key
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import MALFORMED, Entry
@@ -212,19 +212,18 @@ def _build_missing(
 
 
 def is_foreign(entry: Entry) -> bool:
-    """Whether an engine was built for another GPU, processor or library version than this machine's."""
+    """Whether an engine was built for another GPU, processor, library version or sdtrt than this machine's."""
     if entry.kind != "engine":
         return False
     try:
-        backend: Backend = entry.key["backend"]
-        return entry.key["host"] != host_key(backend) or not _runs_in(backend_version(backend), entry.key)
+        return not runs_here(entry.key["backend"])(entry.key)
     except (SdtrtError, *MALFORMED):  # the backend is not there at all, or the key is not one of ours
         return True
 
 
 def runs_here(backend: Backend) -> Callable[[Mapping[str, Any]], bool]:
     """What says of an engine's key whether this sdtrt runs it, on this machine and in the backend's version."""
-    wanted = {"format": FORMAT, "backend": backend, "host": host_key(backend)}
+    wanted = {"format": FORMATS[backend], "backend": backend, "host": host_key(backend)}
     version = backend_version(backend)
 
     def runs(key: Mapping[str, Any]) -> bool:

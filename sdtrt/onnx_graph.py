@@ -95,10 +95,14 @@ def attach(
         model.graph.input.remove(inputs[name])
 
 
-def save(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
-    """Write `path`, and `path` + `.data` where protobuf's limit asks for it. Equal models give equal bytes."""
+def save(model: onnx.ModelProto, weights: Weights, path: Path, *, inline_bytes: int | None = None) -> None:
+    """Write `path`, and `path` + `.data` where it gets too large. Equal models give equal bytes.
+
+    Args:
+        inline_bytes: from how many bytes on weights are apart; None for what protobuf's limit asks for.
+    """
     total = sum(data.nbytes for data in weights.values()) + model.ByteSize()
-    if total < INLINE_LIMIT_BYTES:
+    if total < (INLINE_LIMIT_BYTES if inline_bytes is None else inline_bytes):
         for tensor in model.graph.initializer:
             if tensor.name in weights:
                 tensor.raw_data = weights[tensor.name].tobytes()

@@ -370,7 +370,7 @@ def test_a_request_comes_out_of_the_pipe_as_it_went_in(tiny_onnx, tmp_path):
     request = request_for(tiny_onnx, tmp_path, timing_cache=tmp_path / "cache")
     request = replace(request, spec=replace(request.spec, compute_capability=(8, 9), workspace_bytes=2**30))
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
-    piece = replace(request, piece=3)
+    piece = replace(request, piece=3, channels_last=("x", "y"))
     assert Request.from_json(json.loads(json.dumps(piece.to_json()))) == piece
     assert (piece.plan.name, piece.log.name) == ("engine.plan.3", "build.log.3")
 

@@ -308,8 +308,10 @@ def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
 
 def test_an_engine_of_an_older_build_format_is_not_used(model, directory, entry, monkeypatch):
     assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
-    monkeypatch.setattr(engines, "FORMAT", entry.key["format"] + 1)
+    assert not engines.is_foreign(entry)
+    monkeypatch.setattr(engines, "FORMATS", engines.FORMATS | {"onnxruntime": entry.key["format"] + 1})
     assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    assert engines.is_foreign(entry)
 
 
 def _empty(folder):

@@ -18,7 +18,7 @@ import trt_fakes
 from trt_fakes import CHANNELS, WIDTH, FakeCuda, fake_library, profile_shapes, two_pieces, write_plan
 
 from sdtrt import ahead, digests, host, memory, pipeline, trt_api
-from sdtrt.build import FORMAT
+from sdtrt.build import FORMATS
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
 from sdtrt.engines import host_key
@@ -101,7 +101,7 @@ def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny
         return {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
 
     key = {
-        "format": FORMAT,
+        "format": FORMATS["tensorrt"],
         "component": component,
         "precision": "fp16",
         "backend": "tensorrt",
@@ -145,7 +145,7 @@ def test_likely_are_engines_that_fit_the_largest_first(directory):
         {"backend": "tensorrt-rtx"},
         {"backend_version": "10.0.1"},
         {"host": {"gpu": "Another", "compute_capability": [8, 9]}},
-        {"format": FORMAT - 1},
+        {"format": FORMATS["tensorrt"] - 1},
         {"precision": "fp32"},
         {"profiles": [{"batch": {}}]},
         {"profiles": None},

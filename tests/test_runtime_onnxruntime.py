@@ -135,7 +135,7 @@ def test_onnx_runtime_logs_nothing_that_it_raises(place, entry_file, tmp_path, m
     if place == "runtime":
         OnnxRuntimeSession(entry_file, EXPAND).close()
     elif place == "build":
-        build._save_optimized(entry_file, tmp_path / "engine.onnx")
+        build._save_optimized(entry_file, tmp_path / "engine.onnx", entry_file)
     else:
         parity._open(entry_file)
     assert levels == [4]

@@ -19,7 +19,9 @@ from sdtrt.models import Model
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Backend, BuildSpec
 
-FORMAT = 7  # of builds: raise it when the same request makes another engine than before (7: of a VAE on 8.6)
+# Of builds: raise a backend's when the same request makes another engine than before (TensorRT 7: of a VAE on 8.6;
+# ONNX Runtime 8: attentions fused).
+FORMATS: Mapping[Backend, int] = {"tensorrt": 7, "tensorrt-rtx": 7, "onnxruntime": 8}
 
 
 def backend_version(backend: Backend) -> str:
@@ -59,7 +61,7 @@ def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None
 def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
     """The key of an engine: all that its bytes depend on. The export's own key stands for the weights."""
     return {
-        "format": FORMAT,
+        "format": FORMATS[spec.backend],
         "component": spec.export.component,
         "precision": spec.export.precision,
         "backend": spec.backend,
@@ -72,6 +74,7 @@ def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dic
             "version_compatible": spec.version_compatible,
             "norm_plugins": spec.norm_plugins,
             **_pieces(spec),
+            **({"channels_last": True} if spec.channels_last else {}),
         },
         "export": export_key(model, spec.export, directory),
     }

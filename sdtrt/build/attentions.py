@@ -1,4 +1,4 @@
-"""The self-attentions of an exported UNet: where they are, and whether they are what they seem.
+"""The attentions of an exported model: where they are, and whether they are what they seem.
 
 `find_attentions` knows the form that PyTorch's exporter gives scaled dot-product attention, `check` holds what it has
 read (heads, scale) against what those nodes compute.
@@ -22,7 +22,7 @@ from sdtrt.runtime.pieces import Attention
 
 BY_HEADS, TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)  # [B,S,heads,D] → [B,heads,S,D], [B,heads,D,S]
 ROUNDING = 2e-3  # what a scale in fp16, squared, may be off by
-CHECK_TOKENS, CHECK_TOLERANCE = 24, 1e-2
+CHECK_TOKENS, CHECK_TOLERANCE = (24, 31), 1e-2  # tokens of the queries; of keys and values
 
 Array = npt.NDArray[Any]
 Dims = Sequence[int | None]
@@ -111,15 +111,15 @@ def _projection(facts: Facts, name: str) -> onnx.NodeProto | None:
     return node if node is not None and node.op_type == "MatMul" else None
 
 
-def find_attentions(facts: Facts) -> list[Attention]:
-    """The self-attentions of a graph, in its order."""
+def find_attentions(facts: Facts, *, cross: bool = False) -> list[Attention]:
+    """The self-attentions of a graph, in its order; with `cross` also those with keys and values of other states."""
     nodes = {id(node): node for node in facts.makers.values() if node.op_type == "Softmax"}
-    found = (_match(facts, node) for node in nodes.values())
+    found = (_match(facts, node, cross) for node in nodes.values())
     return [attention for attention in found if attention is not None]
 
 
-def _match(facts: Facts, softmax: onnx.NodeProto) -> Attention | None:
-    """The self-attention around a softmax."""
+def _match(facts: Facts, softmax: onnx.NodeProto, cross: bool) -> Attention | None:
+    """The attention around a softmax."""
     if _attribute(softmax, "axis", -1) not in (-1, 3):
         return None
     product, weights = _back(facts, softmax.input[0]), softmax.output[0]
@@ -137,7 +137,9 @@ def _match(facts: Facts, softmax: onnx.NodeProto) -> Attention | None:
     if layouts != [BY_HEADS, TRANSPOSED, BY_HEADS] or product.axes != (0, 1, 2, 3) or parts[2].scale != 1:
         return None
     found = _described(facts, [part.node.input[0] for part in parts], result, shapes, [product, *parts])
-    return found if found is not None and _is_over_all(facts, found, [part.node.output[0] for part in parts]) else None
+    if found is None or not (cross or _is_of_one(facts, found)):
+        return None
+    return found if _is_over_all(facts, found, [part.node.output[0] for part in parts]) else None
 
 
 def _joined(facts: Facts, name: str) -> str | None:
@@ -152,11 +154,10 @@ def _joined(facts: Facts, name: str) -> str | None:
 def _described(
     facts: Facts, sources: list[str], result: str, shapes: set[tuple[int, ...] | None], walks: list[_Walk]
 ) -> Attention | None:
-    """The attention, if all three parts are made of the same states by heads of the same width."""
+    """The attention, if heads of all three parts are of the same width, and keys and values of the same states."""
     shape = shapes.pop()
-    projections = [_projection(facts, source) for source in sources]
-    states = {"" if node is None else node.input[0] for node in projections}
-    if shapes or shape is None or len(shape) != 2 or min(shape) < 1 or len(states) != 1 or "" in states:
+    states = [_states(facts, source) for source in sources]
+    if shapes or shape is None or len(shape) != 2 or min(shape) < 1 or None in states or states[1] != states[2]:
         return None
     scale, usual = math.prod(walk.scale for walk in walks), shape[1] ** -0.5
     dims = facts.dims.get(sources[0], ())
@@ -171,13 +172,33 @@ def _described(
     )
 
 
+def _states(facts: Facts, source: str) -> str | None:
+    """What queries, keys or values are a projection of."""
+    node = _projection(facts, source)
+    return None if node is None else node.input[0]
+
+
+def _is_of_one(facts: Facts, attention: Attention) -> bool:
+    """Whether queries, keys and values are projections of the same states: self-attention."""
+    return len({_states(facts, source) for source in attention.sources}) == 1
+
+
 def _is_over_all(facts: Facts, attention: Attention, by_heads: Sequence[str]) -> bool:
     """Whether it is over all tokens of a sample, and not over windows of them, as far as sizes are known."""
-    batch, tokens = (*facts.dims.get(attention.sources[0], ()), None, None)[:2]
-    flat = (batch, tokens, attention.heads * attention.width)
-    split_up = (batch, tokens, attention.heads, attention.width)
-    wanted = dict.fromkeys((*attention.sources, attention.result), flat) | dict.fromkeys(by_heads, split_up)
+    query, *others = zip(attention.sources, by_heads, strict=True)
+    batch, tokens = _rows(facts, query[0])
+    _, other_tokens = _rows(facts, others[0][0])
+    wanted: dict[str, Dims] = {attention.result: (batch, tokens, attention.heads * attention.width)}
+    for (source, split_up), count in ((query, tokens), *((one, other_tokens) for one in others)):
+        wanted[source] = (batch, count, attention.heads * attention.width)
+        wanted[split_up] = (batch, count, attention.heads, attention.width)
     return all(_agree(facts.dims.get(name, dims), dims) for name, dims in wanted.items())
+
+
+def _rows(facts: Facts, name: str) -> tuple[int | None, int | None]:
+    """Batch and tokens of what is projected, as far as they are known."""
+    batch, tokens = (*facts.dims.get(name, ()), None, None)[:2]
+    return batch, tokens
 
 
 def _agree(found: Dims, wanted: Dims) -> bool:
@@ -200,9 +221,10 @@ def check(facts: Facts, attention: Attention, opset: int) -> float:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
     import onnxruntime
 
-    generator, shape = np.random.default_rng(0), (1, CHECK_TOKENS, attention.heads * attention.width)
+    generator, channels = np.random.default_rng(0), attention.heads * attention.width
     dtype = onnx.helper.tensor_dtype_to_np_dtype(facts.types[attention.sources[0]])
-    given = [generator.standard_normal(shape).astype(dtype) for _ in attention.sources]
+    counts = (CHECK_TOKENS[0], CHECK_TOKENS[1], CHECK_TOKENS[1])
+    given = [generator.standard_normal((1, count, channels)).astype(dtype) for count in counts]
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         computed = session.run(None, dict(zip(attention.sources, given, strict=True)))[0].astype(np.float64)

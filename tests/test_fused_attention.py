@@ -1,0 +1,181 @@
+"""Attentions as one operator of ONNX Runtime each (`build.fused_attention`), and engines with them."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from factories import SMALL, small_text_encoder, small_unet, small_vae
+
+from sdtrt import onnx_graph
+from sdtrt.build import fused_attention
+from sdtrt.build import onnxruntime as build
+from sdtrt.build.attentions import Facts, check, find_attentions
+from sdtrt.build.fused_attention import OPERATOR, fuse
+from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
+from sdtrt.console import QUIET, Console
+from sdtrt.errors import BuildError
+from sdtrt.export import write_onnx
+from sdtrt.metrics import relative_l2
+from sdtrt.parity import seeded_feeds
+from sdtrt.runtime import ONNXRUNTIME_FILE
+from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.runtime.pieces import Attention
+from sdtrt.specs import Sizes
+
+ODD = Sizes(3, 72, 104, tokens=154)
+UNETS = {
+    "sd1": ("sd1", SMALL, 2 * 4),
+    "sd2-upcast": ("sd2", {"layers_per_block": 1, "upcast_attention": True}, 2 * 10),
+    "sdxl": ("sdxl", {"layers_per_block": 1, "transformer_layers_per_block": [1, 1, 2]}, 2 * 11),
+}
+
+
+def export_unet(name, precision, folder):
+    kind, overrides, count = UNETS[name]
+    unet = small_unet(kind, **overrides)
+    contract = unet_contract(dict(unet.config), precision)
+    write_onnx(unet.half() if precision == "fp16" else unet, contract, folder / "model.onnx")
+    return folder / "model.onnx", contract, count
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    """A small UNet's export, and its contract."""
+    return export_unet("sd1", "fp32", tmp_path_factory.mktemp("export"))[:2]
+
+
+def operators(file):
+    return [node.op_type for node in onnx.load(file, load_external_data=False).graph.node]
+
+
+def outputs(file, contract, sizes):
+    with OnnxRuntimeSession(file, contract, optimized=False) as session:
+        return next(iter(session.run(seeded_feeds(contract, sizes)).values())).double().numpy()
+
+
+@pytest.mark.parametrize(("name", "precision"), [("sd1", "fp32"), ("sdxl", "fp32"), ("sd2-upcast", "fp16")])
+def test_all_attentions_of_a_unet_are_one_operator_each_and_compute_the_same(name, precision, tmp_path):
+    source, contract, count = export_unet(name, precision, tmp_path)
+    (tmp_path / "entry").mkdir()
+    found = build.optimize(source, tmp_path / "entry", contract, QUIET)
+    assert found["fused_attentions"] == count
+    assert [file.name for file in (tmp_path / "entry").iterdir()] == [ONNXRUNTIME_FILE]
+    engine = tmp_path / "entry" / ONNXRUNTIME_FILE
+    made = operators(engine)
+    assert (made.count(OPERATOR), made.count("Softmax")) == (count, 0)
+    for sizes in (ODD, Sizes(2, 128, 128)):
+        error = relative_l2(outputs(engine, contract, sizes), outputs(source, contract, sizes))
+        assert error < (1e-5 if precision == "fp32" else 5e-3)
+
+
+def test_the_attention_of_a_vae_is_fused(tmp_path):
+    vae = small_vae()
+    contract = vae_contract(dict(vae.config), "fp32", "vae_decoder")
+    write_onnx(vae, contract, tmp_path / "model.onnx")
+    (tmp_path / "entry").mkdir()
+    assert build.optimize(tmp_path / "model.onnx", tmp_path / "entry", contract, QUIET)["fused_attentions"] == 1
+
+
+def test_attention_with_a_mask_is_left_alone(tmp_path):
+    encoder = small_text_encoder()
+    contract = text_encoder_contract(encoder.config.to_dict(), "fp32")
+    write_onnx(encoder, contract, tmp_path / "model.onnx")
+    assert fuse(tmp_path / "model.onnx", tmp_path, 0, QUIET) == (tmp_path / "model.onnx", 0)
+    (tmp_path / "entry").mkdir()
+    assert "fused_attentions" not in build.optimize(tmp_path / "model.onnx", tmp_path / "entry", contract, QUIET)
+    assert "Softmax" in operators(tmp_path / "entry" / ONNXRUNTIME_FILE)
+
+
+def test_cross_attention_is_found_where_it_is_asked_for_and_held_against_its_nodes(unet):
+    facts = Facts(*onnx_graph.load_split(unet[0]))
+    own, every = find_attentions(facts), find_attentions(facts, cross=True)
+    assert ["attn1" in one.result for one in own] == [True] * 4
+    others = [one for one in every if one not in own]
+    assert ["attn2" in one.result for one in others] == [True] * 4
+    for one in every:
+        assert check(facts, one, facts.opset) < 1e-5
+        with pytest.raises(ValueError, match="is not what the graph computes"):
+            check(facts, replace(one, scale=1.1 * one.scale), facts.opset)
+
+
+def misread(monkeypatch, source, count):
+    """So many of the attentions that are found have another scale than their nodes."""
+    found = find_attentions(Facts(*onnx_graph.load_split(source)), cross=True)
+    wrong = [replace(one, scale=math.e * one.scale) for one in found[:count]]
+    monkeypatch.setattr(fused_attention, "find_attentions", lambda *_, **__: [*wrong, *found[count:]])
+
+
+def test_an_attention_that_is_not_what_it_seemed_is_left_and_the_others_are_not(unet, tmp_path, monkeypatch, capsys):
+    source, contract = unet
+    misread(monkeypatch, source, 1)
+    info = build.optimize(source, tmp_path, contract, Console(quiet=True))
+    assert info["fused_attentions"] == 7
+    assert info["parity"]["relative_l2"] < 1e-5
+    said = capsys.readouterr().err
+    assert said.startswith("warning: an attention is kept as it was exported")
+    assert "is not what the graph computes" in said
+    made = operators(tmp_path / ONNXRUNTIME_FILE)
+    assert (made.count(OPERATOR), made.count("Softmax")) == (7, 1)
+
+
+def test_a_model_that_differs_is_optimised_as_it_was_exported_and_that_is_said(unet, tmp_path, monkeypatch, capsys):
+    source, contract = unet
+    misread(monkeypatch, source, 8)
+    monkeypatch.setattr(fused_attention, "check", lambda *_: 0.0)
+    monkeypatch.setattr(build, "EXTERNAL_BYTES", 0)  # the first attempt leaves two files
+    info = build.optimize(source, tmp_path, contract, Console(quiet=True))
+    assert "fused_attentions" not in info
+    assert info["parity"]["relative_l2"] < 1e-5
+    assert OPERATOR not in operators(tmp_path / ONNXRUNTIME_FILE)
+    assert capsys.readouterr().err.startswith("warning: attention is kept as it was exported")
+
+
+def test_a_model_that_gives_no_numbers_at_one_size_is_no_engine(unet, tmp_path, monkeypatch):
+    differences = iter([1e-7, math.nan] * 2)
+    monkeypatch.setattr(build, "relative_l2", lambda *_: next(differences))
+    with pytest.raises(BuildError, match="differs from its ONNX: relative L2 nan"):
+        build.optimize(unet[0], tmp_path, unet[1], QUIET)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(28, "No space left on device")])
+def test_what_may_pass_ends_the_build_and_makes_no_slower_engine(error, unet, tmp_path, monkeypatch):
+    """The engine would be found from then on."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(onnx_graph, "save", fail)
+    with pytest.raises((BuildError, OSError), match=r"memory|space"):
+        build.optimize(unet[0], tmp_path, unet[1], QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kinds", [{"query": 16}, {"result": 10}, {"query": 16, "key": 16, "value": 16, "result": 16}])
+def test_what_the_operator_has_no_types_for_is_left(kinds):
+    """16 is bfloat16, 10 fp16; the others are fp32."""
+    attention = Attention(("query", "key", "value"), "result", 2, 8, 1.0)
+    types = dict.fromkeys(("query", "key", "value", "result"), 1)
+    assert fused_attention._has_one_type(SimpleNamespace(types=types), attention)
+    assert not fused_attention._has_one_type(SimpleNamespace(types=types | kinds), attention)
+    assert not fused_attention._has_one_type(SimpleNamespace(types={}), attention)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_large_models_weights_are_in_a_file_of_their_own(apart, unet, tmp_path, monkeypatch):
+    """Whether the export has them so or not."""
+    source, contract = unet
+    if apart:
+        model, weights = onnx_graph.load_split(source)
+        source = tmp_path / "model.onnx"
+        onnx_graph.save(model, weights, source, inline_bytes=0)
+    monkeypatch.setattr(build, "EXTERNAL_BYTES", 2**20)
+    (tmp_path / "entry").mkdir()
+    assert build.optimize(source, tmp_path / "entry", contract, QUIET)["fused_attentions"] == 8
+    files = {file.name: file.stat().st_size for file in (tmp_path / "entry").iterdir()}
+    assert set(files) == {ONNXRUNTIME_FILE, f"{ONNXRUNTIME_FILE}.data"}
+    assert files[ONNXRUNTIME_FILE] < 2**20 < files[f"{ONNXRUNTIME_FILE}.data"]
+    moved = (tmp_path / "entry").rename(tmp_path / "published")
+    engine = moved / ONNXRUNTIME_FILE
+    assert relative_l2(outputs(engine, contract, ODD), outputs(source, contract, ODD)) < 1e-5
