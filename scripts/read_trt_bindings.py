@@ -76,6 +76,7 @@ CLASSES = (
     "ProfilingVerbosity",
     "Runtime",
     "TacticSource",
+    "TensorFormat",
     "TensorIOMode",
 )
 FUNCTIONS = ("get_nv_onnx_parser_version", "get_plugin_registry", "init_libnvinfer_plugins", "nptype")

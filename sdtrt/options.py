@@ -50,6 +50,7 @@ from sdtrt.specs import (
     Thresholds,
     VerifySpec,
     bytes_of,
+    may_be_in_pieces,
 )
 
 RANGE = "N or MIN:OPT:MAX"
@@ -252,6 +253,12 @@ class BuildOptions:
             " PyTorch's kernels; 0 for none, nor the VAE's large norms; by default 2048",
         ),
     ] = None
+    channels_last: Annotated[
+        bool,
+        Option(
+            help="TensorRT 8.6: what an engine's pieces give to each other lies channels last; not run on a GPU yet"
+        ),
+    ] = False
 
     def check(self) -> None:
         """Raise `UsageError` for a value that can't be read, before anything heavy is imported."""
@@ -265,6 +272,11 @@ class BuildOptions:
             raise UsageError(
                 "only the UNet leaves attention to PyTorch", hint="add --component unet, or leave --split-attention out"
             )
+        if self.channels_last and not any(may_be_in_pieces(backend, export) for export in exports):
+            raise UsageError(
+                "only TensorRT's engines of UNets and VAEs in fp16 are in pieces, which can be channels-last",
+                hint="use --backend tensorrt --component unet --precision fp16, or leave --channels-last out",
+            )
         return [
             BuildSpec(
                 export=export,
@@ -276,6 +288,7 @@ class BuildOptions:
                 version_compatible=self.version_compatible,
                 norm_plugins=self.norm_plugins,
                 split_attention=self._split_attention(export.component),
+                channels_last=self.channels_last and may_be_in_pieces(backend, export),
             )
             for export in exports
         ]

@@ -50,6 +50,7 @@ DEFAULT_VERIFY_SEED = 0
 MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
 GIB = 2**30
 
+IN_PIECES: tuple[Component, ...] = ("unet", "vae_decoder", "vae_encoder")  # what 8.6 leaves some of to PyTorch
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
 # exporter writes with a LayerNormalization of its own; the dynamo exporter starts at 18.
 DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
@@ -269,6 +270,11 @@ class ExportSpec:
         return self.opset if self.opset is not None else DEFAULT_OPSETS[self.exporter]
 
 
+def may_be_in_pieces(backend: Backend, export: ExportSpec) -> bool:
+    """Whether engines of an export may be several plans, with PyTorch between them: in fp16, and for one size."""
+    return backend == "tensorrt" and export.precision == "fp16" and export.component in IN_PIECES
+
+
 @dataclass(frozen=True)
 class BuildSpec:
     """An engine to be built.
@@ -285,6 +291,8 @@ class BuildSpec:
         split_attention: from how many tokens on the UNet's self-attentions are left to PyTorch's kernels (see
             `build.splitting`), 0 for none, nor a VAE's large norms; None for what gained on an H200
             (`trt_api.split_tokens`).
+        channels_last: what an engine's pieces give to each other lies channels last in memory (see
+            `build.splitting.channels_last`).
         force: build again even if the engine directory has it.
     """
 
@@ -297,6 +305,7 @@ class BuildSpec:
     version_compatible: bool = False
     norm_plugins: bool = True
     split_attention: int | None = None
+    channels_last: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -316,7 +325,8 @@ class BuildSpec:
             )
         check_precision(self.backend, self.export.precision)
         limited = self.optimization_level is not None or self.workspace_bytes is not None
-        changed = self.version_compatible or not self.norm_plugins or bool(self.split_attention)
+        in_pieces = bool(self.split_attention) or self.channels_last
+        changed = self.version_compatible or not self.norm_plugins or in_pieces
         if self.backend == "onnxruntime" and (limited or changed):
             raise UsageError(
                 "ONNX Runtime engines have no optimization level, workspace, version compatibility, plugins or pieces",
@@ -338,6 +348,12 @@ class BuildSpec:
                 "an engine that leaves attention to PyTorch is for one fixed size",
                 hint="use --batch 2 --height 512 --width 512, or leave --split-attention out",
             )
+        if self.channels_last and (self.split_attention == 0 or not (self.can_split or self.can_split_norms)):
+            raise UsageError(
+                "only engines in pieces can be channels-last: TensorRT's of UNets and VAEs, in fp16 and of one size,"
+                " that need not be version-compatible",
+                hint="leave --channels-last out",
+            )
 
     @property
     def can_split(self) -> bool:
@@ -350,7 +366,7 @@ class BuildSpec:
         return self._is_splittable("vae_decoder", "vae_encoder") and self._is_of_one_size
 
     def _is_splittable(self, *components: Component) -> bool:
-        fits = self.export.component in components and (self.backend, self.export.precision) == ("tensorrt", "fp16")
+        fits = self.export.component in components and may_be_in_pieces(self.backend, self.export)
         return fits and not self.version_compatible
 
     @property
@@ -609,7 +625,7 @@ class PruneSpec:
     Args:
         older_than_days: those not used for so long.
         keep_bytes: the least recently used ones, until the rest fits.
-        foreign: those that this machine can't load (another GPU or library version).
+        foreign: those that this machine can't load (another GPU, library version or sdtrt).
         damaged: those whose content is not what was published.
         dry_run: only say what would go.
     """

@@ -463,6 +463,28 @@ def network_inputs(draft: Draft) -> dict[str, str]:
     return {tensor.name: dtype_name(tensor.dtype) for tensor in tensors}
 
 
+CHANNELS_TOGETHER = 8  # of a tensor that lies channels last
+
+
+def lay_channels_last(draft: Draft, names: Collection[str]) -> None:
+    """Have some of a network's inputs and outputs lie channels last; fp16, a multiple of 8 channels.
+
+    TensorRT calls that `HWC8`: [N,C,H,W] as an array [N][H][W][(C+7)/8*8], so with such a C the very bytes of NHWC; in
+    8.x bound to fp16, and for three dimensions or more (8.5.3's Python API on `TensorFormat`). A mask on tensors that
+    are neither inputs nor outputs is ignored (Developer Guide, "I/O Formats"; NVIDIA/TensorRT issue 3604 for 8.6). Only
+    one format is in the mask, which leaves no choice: who gives and who takes a tensor agree. `BuilderFlag.DIRECT_IO`
+    is not set: it fails a build that needs a change of layout at an input or output ("no conformant implementation
+    exists", NVIDIA-AI-IOT/cuDLA-samples issue 36), and a fast layer inside may be worth one.
+    """
+    trt, network = draft.library.module, draft.network
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    tensors += [network.get_output(index) for index in range(network.num_outputs)]
+    assert set(names) <= {tensor.name for tensor in tensors}, "a plan would give or take another layout"
+    for tensor in tensors:
+        if tensor.name in names:
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
+
+
 def dtype_name(dtype: Any) -> str:
     """A TensorRT data type, as torch and NumPy spell it."""
     name: str = dtype.name

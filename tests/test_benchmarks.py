@@ -8,7 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from factories import SMALL, small_unet
 
+from sdtrt.errors import BuildError, ExportError
+from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.specs import Sizes
 from sdtrt.tracing import WIDE_LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +32,77 @@ def run_python(*arguments, **variables):
 def run(script, *arguments, **variables):
     """Run a benchmark."""
     run_python(ROOT / "benchmarks" / script, *arguments, **variables)
+
+
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """Run `tuning.py` on a small UNet; its engines are the exports, in ONNX Runtime on the CPU."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tuning
+
+    def export(*arguments, exporter, real=tuning.write_onnx, **options):
+        if exporter == "dynamo":
+            raise ExportError("no such operator", hint="use another")
+        real(*arguments, exporter=exporter, **options)
+
+    def build(onnx, folder, contract, spec, **_):
+        built.append(folder.name)
+        if spec.optimization_level == 2:
+            raise BuildError("no kernel fits", hint="raise --workspace-gib")
+        return {"build_seconds": 1.5, "pieces": 1}
+
+    built, report = [], tmp_path / "report.json"
+    monkeypatch.setattr(tuning, "make_unet", lambda: small_unet("sd1", **SMALL).half().eval())
+    monkeypatch.setattr(tuning, "SIZES", Sizes(2, 64, 96))
+    monkeypatch.setattr(tuning, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(tuning, "write_onnx", export)
+    monkeypatch.setattr(tuning, "build_plan", build)
+    monkeypatch.setattr(tuning, "kernels", lambda call: [])
+    monkeypatch.setattr(
+        tuning,
+        "TensorRTSession",
+        lambda plan, contract, device: OnnxRuntimeSession(plan.with_name("model.onnx"), contract),
+    )
+
+    def run_it(*arguments):
+        """The rows by variant, if any, and what was built in this call."""
+        built.clear()
+        report.unlink(missing_ok=True)
+        command = ["tuning.py", "--folder", str(tmp_path / "folder"), "--output", str(report), "--variants", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        tuning.main()
+        rows = json.loads(report.read_text())["rows"] if report.exists() else []
+        return {row.pop("variant"): row for row in rows}, list(built)
+
+    return run_it
+
+
+def test_variants_that_fail_are_rows_with_their_errors(tune):
+    rows, built = tune("product", "dynamo", "level-2", "two-profiles")
+    assert sorted(built) == ["level-2", "product", "two-profiles"]
+    assert rows["dynamo"] == {"error": "no such operator; use another"}
+    assert rows["level-2"] == {"error": "no kernel fits; raise --workspace-gib"}
+    for name in ("product", "two-profiles"):
+        assert 0 < rows[name]["worst_ratio_to_pytorch_fp16"] < 10
+        assert rows[name]["build"]["build_seconds"] == 1.5
+
+
+def test_what_was_built_in_an_earlier_run_is_measured_and_what_was_not_is_said(tune):
+    assert tune("product", "level-2", "--build-only") == ({}, ["product", "level-2"])
+    rows, built = tune("product", "level-2", "whole", "--no-build")
+    assert built == []
+    assert rows["product"]["step_ms"]
+    assert rows["level-2"]["error"].startswith("no kernel fits")
+    assert rows["whole"] == {"error": "not built"}
+    assert tune("product", "level-2", "whole")[1] == ["whole"]  # what has failed is not tried again
+
+
+def test_exports_are_checked_without_a_gpu(tune):
+    rows, built = tune("product", "opset-14", "dynamo", "channels-last", "dynamic", "--check")
+    assert built == []
+    assert "error" in rows.pop("dynamo")
+    assert all(row["relative_l2"] < 2e-3 and row["pieces"] == 1 for row in rows.values())  # no attention is so large
+    assert rows["channels-last"]["channels_last"] == 0
 
 
 @pytest.mark.slow

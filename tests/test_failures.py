@@ -181,6 +181,8 @@ MAKERS = {
     "options without effect": (*BUILD, "-b", "onnxruntime", "--workspace-gib", "1"),
     "attention left to PyTorch": (*BUILD, "-b", "tensorrt-rtx", "--split-attention", "2048"),
     "attention without a UNet": ("build", *MODEL, "--component", "text_encoder", "--split-attention", "2048"),
+    "channels-last without pieces": (*BUILD, "-b", "tensorrt", "--channels-last", "--split-attention", "0"),
+    "channels-last in fp32": (*BUILD, "-b", "tensorrt", "--channels-last", "--precision", "fp32"),
     "backend without engines": (*BUILD, "-b", "torch"),
     "export's name": ("export", *MODEL, "--component", "unet", "-o", "unet.txt"),
     "export of several parts": ("export", *MODEL, "-o", "unet.onnx"),

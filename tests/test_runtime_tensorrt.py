@@ -238,6 +238,30 @@ def test_pieces_and_a_norm_run_in_order_on_the_stream_and_in_the_graph(cuda, nor
         assert session.scratch_bytes == 4096 + 2 * doubled.nbytes
 
 
+def test_how_plans_lay_out_what_they_give_to_each_other_is_no_matter_of_the_session(
+    cuda, split_plan, captured_kernels, monkeypatch
+):
+    """`channels_last`: one writes [N][H][W][C] where PyTorch has memory for [N,C,H,W], and the other reads that."""
+    before, after = trt_fakes.KINDS["before"], trt_fakes.KINDS["after"]
+
+    def write(**given):
+        found = before.compute(**given)
+        return found | {"doubled": found["doubled"].transpose(0, 2, 3, 1).reshape(found["doubled"].shape)}
+
+    def read(doubled, **given):
+        batch, channels, height, width = doubled.shape
+        images = doubled.reshape(batch, height, width, channels).transpose(0, 3, 1, 2)
+        return after.compute(doubled=images, **given)
+
+    for name, kind, function in (("before", before, write), ("after", after, read)):
+        monkeypatch.setitem(trt_fakes.KINDS, name, replace(kind, compute=function))
+    with session_on(split_plan) as session:
+        for seed in range(4):
+            found = session.run(feeds(seed=seed))["out_sample"]
+            np.testing.assert_allclose(found.float(), with_attention(feeds(seed=seed)), rtol=2e-3, atol=1e-2)
+        assert session.graph_count == 1
+
+
 def test_what_nothing_else_takes_is_normalised_in_its_place(cuda, tmp_path, captured_kernels):
     pieces = trt_fakes.pieces_in_place(tmp_path / "engine.plan")
     with session_on(written(pieces, ("doubling", "adding in place"))) as session:

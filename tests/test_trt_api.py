@@ -36,7 +36,7 @@ RECEIVERS = {
     "options": "IRuntimeConfig",
 }
 BUILDER_CLASSES = {"Builder", "INetworkDefinition", "OnnxParser", "IBuilderConfig", "ILayer", "ITensor", "ParserError"}
-BUILDER_CLASSES |= {"OnnxParserFlag", "NetworkDefinitionCreationFlag", "EngineInspector", "LayerType"}
+BUILDER_CLASSES |= {"TensorFormat", "OnnxParserFlag", "NetworkDefinitionCreationFlag", "EngineInspector", "LayerType"}
 TORCH_TENSORS = {"dtype", "shape", "cpu", "isfinite", "clone", "data_ptr", "float"}  # `tensor` is torch's elsewhere
 MAPPINGS = {"get"}  # `layer` is also a mapping of the inspector's JSON
 

@@ -23,9 +23,10 @@ from sdtrt.build.attentions import Facts
 from sdtrt.build.attentions import check as check_attention
 from sdtrt.build.normalizations import check as check_normalization
 from sdtrt.build.normalizations import find_normalizations, sizes_of_norms
-from sdtrt.components import TensorSpec
+from sdtrt.components import Contract, TensorSpec
 from sdtrt.onnx_graph import ELEM_TYPES, Weights
-from sdtrt.runtime.pieces import Attention, Cut, Normalization
+from sdtrt.runtime.pieces import Attention, Cut, Normalization, Piece
+from sdtrt.trt_api import CHANNELS_TOGETHER
 
 MARK = "Cut"  # what stands for one in a graph that is being cut
 MARK_DOMAIN = "sdtrt.cut"
@@ -156,6 +157,25 @@ def check_fixed(parts: Iterable[Part]) -> None:
     for spec in (spec for part in parts for spec in (*part.inputs, *part.outputs)):
         if spec.dynamic_axes:
             raise ValueError(f"the size of {spec.name} does not follow from the model's inputs")
+
+
+def channels_last(pieces: Sequence[Piece], contract: Contract) -> frozenset[str]:
+    """The tensors that may lie channels last, as 8.6's convolutions have them: plans alone write and read these.
+
+    They are images in fp16 which one plan of an engine gives to others, of so many channels that none need padding.
+    Whatever PyTorch looks into stays as it is: the engine's inputs and outputs, the sources and results of cuts, and
+    what is made of conditioning, which is kept.
+    """
+    given = {spec for piece in pieces if not piece.is_of_conditioning for spec in piece.contract.outputs}
+    taken = {name for piece in pieces for name in piece.inputs}
+    seen = {name for piece in pieces for cut in piece.cuts for name in (*cut.sources, cut.result)}
+    seen |= {spec.name for spec in (*contract.inputs, *contract.outputs)}
+    return frozenset(spec.name for spec in given if spec.name in taken - seen and _fits_channels_last(spec))
+
+
+def _fits_channels_last(spec: TensorSpec) -> bool:
+    is_image = spec.dtype == "float16" and len(spec.dims) == 4 and not spec.dynamic_axes
+    return is_image and spec.shape({})[1] % CHANNELS_TOGETHER == 0
 
 
 class Partition:

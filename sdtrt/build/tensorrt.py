@@ -43,6 +43,7 @@ class Request:
 
     Args:
         piece: the number of the piece of the engine that `onnx` is, with its own `contract`; None for the whole.
+        channels_last: of a piece, the inputs and outputs that lie channels last in memory.
     """
 
     onnx: Path
@@ -52,6 +53,7 @@ class Request:
     timing_cache: Path | None
     verbose: bool
     piece: int | None = None
+    channels_last: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
@@ -60,7 +62,7 @@ class Request:
         spec = asdict(replace(self.spec, export=replace(self.spec.export, output=None)))
         contract = self.contract.to_json()
         others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece}
-        return {**paths, "contract": contract, "spec": spec, **others}
+        return {**paths, "contract": contract, "spec": spec, **others, "channels_last": self.channels_last}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
@@ -77,6 +79,7 @@ class Request:
             timing_cache=data["timing_cache"] and Path(data["timing_cache"]),
             verbose=data["verbose"],
             piece=data["piece"],
+            channels_last=tuple(data["channels_last"]),
         )
 
     @property
@@ -137,6 +140,11 @@ def check_request(request: Request) -> None:
         raise BuildError(
             f"{library.name} does not leave attention to PyTorch: only 8.6 gains by it",
             hint="leave --split-attention out",
+        )
+    if spec.channels_last and not library.has("weak typing"):
+        raise BuildError(
+            f"{library.name} builds no engines in pieces, which alone can be channels-last: only 8.6 gains by pieces",
+            hint="leave --channels-last out",
         )
     if not library.has("named compute capability"):
         trt_api.require_gpu(library)

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,13 +87,19 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
             return _build_and_check(library, request, report)
         except _PiecesError as failed:
             error = failed.error
-            if request.spec.split_attention:
-                hint = f"{error.hint}; in one piece: sdtrt build --split-attention 0"
-                raise type(error)(error.message, hint=hint) from failed
+            if without := _way_out(request.spec):
+                raise type(error)(error.message, hint=f"{error.hint}; {without}") from failed
             loss = "takes more of the GPU's memory" if trt_api.splits_norms(request.spec) else "runs slower"
             report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which {loss}"})
         whole = replace(request, spec=replace(request.spec, split_attention=0))
         return _build_and_check(library, whole, report)
+
+
+def _way_out(spec: BuildSpec) -> str | None:
+    """How to do without pieces, or without what was asked of them; None where nobody has asked for either."""
+    if spec.channels_last:
+        return "as by default: sdtrt build --no-channels-last"
+    return "in one piece: sdtrt build --split-attention 0" if spec.split_attention else None
 
 
 def _build_and_check(library: Library, request: Request, report: Report) -> dict[str, Any]:
@@ -124,9 +130,10 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
     report({"show": "reading the ONNX"})
     with tempfile.TemporaryDirectory(prefix=".pieces-", dir=request.folder) as folder:
         sources = _sources(request, Path(folder), report)
+        channels_last = _channels_last(request, sources, report)
         with _as_pieces(len(sources)):
             if len(sources) > 1:
-                measured = _build_pieces(request, sources, report)
+                measured = _build_pieces(request, sources, channels_last, report)
             else:
                 seconds, precision = _build_piece(library, request, report)
                 measured = {"build_seconds": round(seconds, 3), "precision": precision}
@@ -134,16 +141,36 @@ def _build(library: Library, request: Request, report: Report) -> dict[str, Any]
         "library": library.name,
         "profiles": [str(profile) for profile in request.spec.profiles],
         "pieces": len(sources),
+        **({"channels_last": len(channels_last)} if request.spec.channels_last else {}),
         "plan_bytes": sum(source.piece.plan.stat().st_size for source in sources),
         **measured,
     }
 
 
-def _build_pieces(request: Request, sources: Sequence[_Source], report: Report) -> dict[str, Any]:
+def _channels_last(request: Request, sources: Sequence[_Source], report: Report) -> frozenset[str]:
+    """What lies channels last between an engine's pieces; says so where that is asked for and nothing does."""
+    if not request.spec.channels_last:
+        return frozenset()
+    found = splitting.channels_last([source.piece for source in sources], request.contract)
+    if not found:
+        report({"warn": "no plan of this engine gives another one what could lie channels last: nothing does"})
+    return found
+
+
+def _build_pieces(
+    request: Request, sources: Sequence[_Source], channels_last: Collection[str], report: Report
+) -> dict[str, Any]:
     """Build an engine's pieces side by side and list them; how long it took, and what is known of the precision."""
-    whole = replace(request.spec, split_attention=0)
+    whole = replace(request.spec, split_attention=0, channels_last=False)
     pieces = [
-        replace(request, onnx=source.onnx, contract=source.piece.contract, spec=whole, piece=number)
+        replace(
+            request,
+            onnx=source.onnx,
+            contract=source.piece.contract,
+            spec=whole,
+            piece=number,
+            channels_last=tuple(name for name in source.piece.tensors if name in channels_last),
+        )
         for number, source in enumerate(sources)
     ]
     start = time.perf_counter()
@@ -215,6 +242,7 @@ def _build_piece(library: Library, request: Request, report: Report) -> tuple[fl
     spec, contract = request.spec, request.contract
     draft = _parse(library, request)
     _check_inputs(draft, contract)
+    trt_api.lay_channels_last(draft, request.channels_last)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
     config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
     for warning in draft.warnings:

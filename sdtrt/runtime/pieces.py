@@ -113,6 +113,11 @@ class Piece:
         return tuple(spec.name for spec in self.contract.inputs)
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of what it takes, then of what it gives."""
+        return (*self.inputs, *(spec.name for spec in self.contract.outputs))
+
+    @property
     def is_of_conditioning(self) -> bool:
         """Whether what it gives is the same at each step."""
         return not self.cuts and all(name in CONDITIONING for name in self.inputs)
