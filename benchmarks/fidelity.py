@@ -34,7 +34,7 @@ from unittest.mock import patch
 import torch
 
 from sdtrt import host, keys, onnx_graph, tracing
-from sdtrt.build import FORMAT as BUILD_FORMAT
+from sdtrt.build import FORMATS
 from sdtrt.build.onnxruntime import optimize
 from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import Contract, TensorSpec, unet_contract
@@ -169,7 +169,7 @@ def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder with engines that another sdtrt has built: of the same name, they would be taken for today's."""
-    file, formats = folder / "formats.json", {"export": keys.FORMAT, "build": BUILD_FORMAT}
+    file, formats = folder / "formats.json", {"export": keys.FORMAT, "build": dict(FORMATS)}
     known = json.loads(file.read_text()) if file.exists() else None
     if known != formats and (known is not None or any(folder.glob("*/build.json"))):
         sys.exit(f"{folder} has engines of another sdtrt: name another --folder")

@@ -6,6 +6,15 @@ The module is Stable Diffusion 1.5's UNet cut down to its two upper levels, atte
 weights: 64x64 latents, batch 2. That is where most of a step's time goes, and it builds in two minutes, not seven.
 Variants are built two at a time and then run one after the other: error against PyTorch in fp32, milliseconds from a
 CUDA graph, and the GPU time of each kernel (PyTorch's profiler). Results and what follows from them: `tuning.md`.
+
+Engines of several sizes are in one piece, and so are those whose attentions have a form that is not cut: `dynamic`,
+`dynamic-width`, `two-profiles`, `dynamo` and `fused-qkv` are to be compared with `whole`, not with `product` (whose
+pieces make queries, keys and values by one product anyway). Rows say in how many `pieces` they are.
+
+A variant that can't be exported, built or run is a row with its error. What was built, and what failed in that, stays
+in the folder: `--build-only` leaves the measuring to a later run, `--no-build` measures what is there, as where the
+time for building is limited from outside. `--check` needs no GPU: it holds each export against PyTorch on the CPU, and
+says what 8.6 would be given of it.
 """
 
 from __future__ import annotations
@@ -14,8 +23,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,23 +33,31 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from fidelity import check_folder, errors, feeds_of, kernels
 from torch import Tensor, nn
 
-from sdtrt import host
+from sdtrt import host, onnx_graph
+from sdtrt.build import group_norm, splitting
+from sdtrt.build.attentions import Facts, find_attentions
 from sdtrt.build.tensorrt import build_plan
-from sdtrt.components import Contract, unet_contract
+from sdtrt.components import CONDITIONING, Contract, unet_contract
 from sdtrt.console import Console
-from sdtrt.export import write_onnx
+from sdtrt.errors import SdtrtError
+from sdtrt.export import check_onnx, write_onnx
 from sdtrt.meters import time_queued_calls
+from sdtrt.runtime.pieces import Piece
 from sdtrt.runtime.tensorrt import TensorRTSession
-from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, Exporter, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.tracing import WIDE_LAYERS, UNetCall
+from sdtrt.trt_api import SPLIT_TOKENS
 
 SIZES = Sizes(2, 512, 512)
+CHECKED_SIZES = (Sizes(2, 128, 128), Sizes(1, 64, 96))  # on the CPU
 TIMESTEPS = (981.0, 421.0, 1.0)
 CUDA = torch.device("cuda")
+KEPT = ("build_seconds", "piece_seconds", "plan_bytes", "scratch_bytes", "precision", "pieces", "channels_last")
 PADDED_HEAD = 64  # the width that fused attention kernels like best; Stable Diffusion 1.5's is 40 here
 
 
@@ -52,16 +70,21 @@ class Choice:
         level: TensorRT's optimization level.
         plugins: group normalisation by 8.6's plugin.
         change: what is done to the module before its export.
-        dynamic: a profile of batch 1 to 4 and 256 to 768 pixels instead of one size.
+        profiles: the sizes that the engine accepts; with more than one it is in one piece.
         split: from how many tokens on self-attentions are PyTorch's, 0 for none; None for the product's choice.
+        channels_last: what its pieces give to each other lies channels last.
+        exporter, opset: that write the graph; None for the exporter's default.
     """
 
     layers: int = WIDE_LAYERS
     level: int = 1
     plugins: bool = True
     change: Callable[[nn.Module], None] | None = None
-    dynamic: bool = False
+    profiles: tuple[Profile, ...] = (Profile.of(SIZES),)
     split: int | None = None
+    channels_last: bool = False
+    exporter: Exporter = "torchscript"
+    opset: int | None = None
 
 
 def attend(module: nn.Module, processor: Callable[[Attention], Any]) -> None:
@@ -185,6 +208,37 @@ def merge_context(module: nn.Module) -> None:
         part.processor = SharedContext(part, made)
 
 
+class Given(nn.Module):
+    """A projection that was made elsewhere: gives what lies next in a list."""
+
+    def __init__(self, made: list[Tensor]) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, _: Tensor) -> Tensor:
+        """[B,T] → [B,C], what was made for this place."""
+        return self.made.pop(0)
+
+
+def merge_timestep(module: nn.Module) -> None:
+    """The timestep's projections of all resnets in one product, and its SiLU once, instead of one each a resnet."""
+    resnets = [part for part in module.modules() if isinstance(part, ResnetBlock2D)]
+    projections = [part.time_emb_proj for part in resnets]
+    widths = [projection.out_features for projection in projections]
+    merged = nn.Linear(projections[0].in_features, sum(widths)).half()
+    merged.weight.data = torch.cat([projection.weight.data for projection in projections])
+    merged.bias.data = torch.cat([projection.bias.data for projection in projections])
+    made: list[Tensor] = []
+
+    def project(embedding: nn.Module, given: Any, output: Tensor) -> None:
+        made[:] = embedding.projections(nn.functional.silu(output)).split(widths, dim=-1)
+
+    module.time_embedding.projections = merged
+    module.time_embedding.register_forward_hook(project)
+    for part in resnets:  # they run in the order in which they are registered, but of the middle, which is not there
+        part.time_emb_proj, part.skip_time_act = Given(made), True
+
+
 def one_pass_norms(module: nn.Module) -> None:
     """Group norms spelled out: mean and mean square of each channel in one pass, then of its group, all in fp32."""
 
@@ -203,6 +257,7 @@ def one_pass_norms(module: nn.Module) -> None:
 
 
 PRODUCT = Choice()
+SIDE = Range(256, 512, 768)
 VARIANTS: dict[str, Choice] = {
     "product": PRODUCT,
     "all-fp16": replace(PRODUCT, layers=0),
@@ -215,7 +270,13 @@ VARIANTS: dict[str, Choice] = {
     "fused-qkv": replace(PRODUCT, change=lambda module: attend(module, FusedProjections)),
     "padded-heads": replace(PRODUCT, change=lambda module: attend(module, PaddedHeads)),
     "merged-context": replace(PRODUCT, change=merge_context),
-    "dynamic": replace(PRODUCT, dynamic=True),
+    "merged-timestep": replace(PRODUCT, change=merge_timestep),
+    "channels-last": replace(PRODUCT, channels_last=True),
+    "dynamic": replace(PRODUCT, profiles=(Profile(Range(1, 2, 4), SIDE, SIDE),)),
+    "dynamic-width": replace(PRODUCT, profiles=(Profile(Range.of(2), Range.of(512), Range(512, 512, 768)),)),
+    "two-profiles": replace(PRODUCT, profiles=(Profile.of(SIZES), Profile.of(replace(SIZES, width=768)))),
+    **{f"opset-{opset}": replace(PRODUCT, opset=opset) for opset in (14, 16)},
+    "dynamo": replace(PRODUCT, exporter="dynamo"),
     **{f"level-{level}": replace(PRODUCT, level=level) for level in (0, 2, 3, 4, 5)},
 }
 
@@ -236,38 +297,96 @@ def make_unet() -> UNet2DConditionModel:
     return unet.half().eval()
 
 
-def export(name: str, folder: Path) -> Contract:
-    """Write a variant's ONNX into its folder."""
+def export(name: str, folder: Path, contract: Contract) -> UNet2DConditionModel:
+    """Write a variant's ONNX into its folder; returns what it is of."""
     unet, choice = make_unet(), VARIANTS[name]
-    contract = unet_contract(dict(unet.config), "fp16")
     if choice.change is not None:
         choice.change(unet)
     folder.mkdir(parents=True, exist_ok=True)
-    write_onnx(unet, contract, folder / "model.onnx", wide_layers=choice.layers, console=Console())
-    return contract
+    write_onnx(
+        unet,
+        contract,
+        folder / "model.onnx",
+        exporter=choice.exporter,
+        opset=choice.opset or DEFAULT_OPSETS[choice.exporter],
+        wide_layers=choice.layers,
+        console=Console(),
+    )
+    return unet
 
 
-def build(name: str, folder: Path, contract: Contract) -> None:
-    """Build a variant's engine, unless it is there; what the build measured goes beside it."""
-    facts, choice = folder / "build.json", VARIANTS[name]
-    if facts.exists():
-        return
-    side = Range(256, 512, 768)
-    profile = Profile(Range(1, 2, 4), side, side) if choice.dynamic else Profile.of(SIZES)
-    spec = BuildSpec(
+def spec_of(name: str) -> BuildSpec:
+    """The engine that a variant asks for."""
+    choice = VARIANTS[name]
+    return BuildSpec(
         ExportSpec(ModelSpec("tuning")),
         "tensorrt",
-        (profile,),
+        choice.profiles,
         choice.level,
         norm_plugins=choice.plugins,
         split_attention=choice.split,
+        channels_last=choice.channels_last,
     )
-    measured = build_plan(folder / "model.onnx", folder, contract, spec, timing_cache=None, console=Console())
-    facts.write_text(json.dumps(measured))
+
+
+def facts_of(folder: Path) -> dict[str, Any] | None:
+    """What is known of a variant's engine: what its build measured, or `error`; None before it."""
+    file = folder / "build.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
+
+
+def words_of(error: Exception) -> str:
+    """What a row says of a failure."""
+    return f"{error.message}; {error.hint}" if isinstance(error, SdtrtError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def noting_failure(name: str, folder: Path) -> Iterator[None]:
+    """Have whatever fails of a variant's export or build stay with it in place of what a build measures."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{name}: {words_of(error)}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.json").write_text(json.dumps({"error": words_of(error)}))
+
+
+def build(name: str, folder: Path, contract: Contract) -> None:
+    """Build a variant's engine; what the build measured goes beside it."""
+    with noting_failure(name, folder):
+        measured = build_plan(
+            folder / "model.onnx", folder, contract, spec_of(name), timing_cache=None, console=Console()
+        )
+        (folder / "build.json").write_text(json.dumps(measured))
+
+
+def build_all(names: Sequence[str], folder: Path, contract: Contract) -> None:
+    """Export one by one, for traces don't mix; build two at a time: each in processes of its own, more only wait."""
+    with ThreadPoolExecutor(2) as pool:
+        for name in names:
+            if facts_of(folder / name) is None:
+                with noting_failure(name, folder / name):
+                    export(name, folder / name, contract)
+                    pool.submit(build, name, folder / name, contract)
 
 
 def measure(name: str, folder: Path, contract: Contract, expected: list[Tensor], floor: list[float]) -> dict[str, Any]:
     """One row."""
+    built = facts_of(folder) or {"error": "not built"}
+    if "error" in built:
+        return {"variant": name, "error": built["error"]}
+    try:
+        return {
+            "variant": name,
+            **run(folder, contract, expected, floor),
+            "build": {key: built[key] for key in KEPT if key in built},
+        }
+    except Exception as error:
+        return {"variant": name, "error": words_of(error)}
+
+
+def run(folder: Path, contract: Contract, expected: list[Tensor], floor: list[float]) -> dict[str, Any]:
+    """A built engine's error, and its time as a whole and by kernels."""
     feeds = feeds_of(contract, SIZES, CUDA, TIMESTEPS)
     with TensorRTSession(folder / "engine.plan", contract, device=CUDA) as session:
         found = errors([session.run(one)["out_sample"] for one in feeds], expected)["relative_l2"]
@@ -279,51 +398,86 @@ def measure(name: str, folder: Path, contract: Contract, expected: list[Tensor],
             call()
         samples = [time_queued_calls(call, 100, CUDA).scaled(1000).median for _ in range(3)]
         work = kernels(call)
-    built = json.loads((folder / "build.json").read_text())
     return {
-        "variant": name,
         "step_ms": samples,
         "relative_l2": found,
         "worst_ratio_to_pytorch_fp16": max(one / own for one, own in zip(found, floor, strict=True)),
-        "build": {key: built[key] for key in ("build_seconds", "plan_bytes", "scratch_bytes", "precision")},
         "kernels": work,
     }
 
 
-def main() -> None:
-    """Build, measure, write the JSON; a variant that fails is a row with its error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
-    parser.add_argument("--folder", type=Path, required=True, help="where graphs and engines go; kept")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    check_folder(args.folder)
-    contracts = {name: export(name, args.folder / name) for name in args.variants}  # one by one: traces don't mix
-    failures: dict[str, str] = {}
-
-    def attempt(name: str) -> None:
-        try:
-            build(name, args.folder / name, contracts[name])
-        except Exception as error:
-            failures[name] = str(error)
-
-    with ThreadPoolExecutor(2) as pool:  # each builds in a process of its own; more only wait for the GPU
-        list(pool.map(attempt, args.variants))
-    unet, feeds = make_unet().to(CUDA), feeds_of(contracts[args.variants[0]], SIZES, CUDA, TIMESTEPS)
+def measure_all(names: Sequence[str], folder: Path, contract: Contract) -> dict[str, Any]:
+    """All rows, and PyTorch's own error in fp16."""
+    unet, feeds = make_unet().to(CUDA), feeds_of(contract, SIZES, CUDA, TIMESTEPS)
     with torch.inference_mode():
         half = [UNetCall(unet)(*one.values()) for one in feeds]
         expected = [UNetCall(unet.float())(*(tensor.float() for tensor in one.values())) for one in feeds]
     floor = errors(half, expected)["relative_l2"]
-    rows = [
-        {"variant": name, "error": failures[name]}
-        if name in failures
-        else measure(name, args.folder / name, contracts[name], expected, floor)
-        for name in args.variants
-    ]
+    rows = [measure(name, folder / name, contract, expected, floor) for name in names]
+    return {"pytorch_fp16": floor, "rows": rows}
+
+
+def check(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
+    """One row of `--check`: the export's error on the CPU, and what 8.6 would be given of it."""
+    try:
+        unet = export(name, folder, contract)
+        parity = check_onnx(folder / "model.onnx", unet, contract, CHECKED_SIZES).worst
+    except Exception as error:
+        return {"variant": name, "error": words_of(error)}
+    onnx = folder / "model.onnx"
+    return {
+        "variant": name,
+        "relative_l2": parity.relative_l2,
+        "cosine": parity.cosine,
+        "fp32_operators": len(onnx_graph.float32_nodes(onnx)),
+        "norms_by_plugin": group_norm.use_plugin(*onnx_graph.load_split(onnx)) if VARIANTS[name].plugins else 0,
+        **pieces_of(onnx, contract, VARIANTS[name]),
+    }
+
+
+def pieces_of(onnx: Path, contract: Contract, choice: Choice) -> dict[str, Any]:
+    """How many pieces 8.6 would build of a graph, and how many tensors would lie channels last between them."""
+    if choice.split == 0 or choice.profiles != PRODUCT.profiles:
+        return {"pieces": 1}
+    model, weights = onnx_graph.load_split(onnx)
+    splitting.freeze(model, weights, contract.input_shapes(SIZES))
+    facts = Facts(model, weights)
+    cuts = splitting.choose(find_attentions(facts), choice.split or SPLIT_TOKENS)
+    parts = splitting.split(model, weights, facts, cuts, CONDITIONING) if cuts else ()
+    pieces = [Piece(onnx, replace(contract, inputs=one.inputs, outputs=one.outputs), one.cuts) for one in parts]
+    last = {"channels_last": len(splitting.channels_last(pieces, contract))} if choice.channels_last else {}
+    return {"pieces": max(1, len(pieces)), **last}
+
+
+def main() -> None:
+    """Build and measure, or check, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--folder", type=Path, required=True, help="where graphs and engines go; kept")
+    parser.add_argument("--output", type=Path, required=True)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
+    modes.add_argument(
+        "--no-build", action="store_true", help="measure what is there; what is not is a row that says so"
+    )
+    modes.add_argument(
+        "--check", action="store_true", help="hold the exports against PyTorch on the CPU, and build none"
+    )
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    check_folder(args.folder)
+    contract = unet_contract(dict(make_unet().config), "fp16")
+    if not (args.check or args.no_build):
+        build_all(args.variants, args.folder, contract)
+    if args.build_only:
+        return
+    if args.check:
+        figures = {"rows": [check(name, args.folder / name, contract) for name in args.variants]}
+    else:
+        figures = measure_all(args.variants, args.folder, contract)
     command = shlex.join(["python", *sys.argv])
-    report = {"command": command, "host": host.facts(), "versions": host.library_versions()}
-    args.output.write_text(json.dumps(report | {"pytorch_fp16": floor, "rows": rows}, indent=1) + "\n")
+    report = {"command": command, "host": host.facts(), "versions": host.library_versions(), **figures}
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
