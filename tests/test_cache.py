@@ -342,7 +342,7 @@ def test_of_two_processes_one_makes_and_the_other_waits(directory):
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
-    said = [queue.get(timeout=5) for _ in range(3)]
+    said = [queue.get(timeout=30) for _ in range(3)]
     assert said.count("made") == 1
     assert len(set(said) - {"made"}) == 1
 

@@ -49,7 +49,7 @@ def right(path):
 
 
 def wait(condition):
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.001)
