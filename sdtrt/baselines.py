@@ -5,6 +5,7 @@ What they do to a UNet is done on its one instance; diffusers itself stays as it
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sdtrt.build.fused_attention import fuse
+from sdtrt.build.onnxruntime import EXTERNAL_BYTES
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
@@ -27,6 +30,7 @@ from sdtrt.specs import BaselineName, ExportSpec, Precision
 
 WARMUPS_BEFORE_CAPTURE = 3  # PyTorch's own recipe: libraries choose algorithms and allocate workspaces at first
 CUDA_PROVIDER = "CUDAExecutionProvider"
+CUDA_SETTINGS = {"prefer_nhwc": "1"}  # convolutions channels last, as cuDNN's kernels for fp16 are
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -58,7 +62,7 @@ BASELINES: dict[BaselineName, Baseline] = {
         Baseline("torch-graph", "torch", "fp16", "channels-last, CUDA graph", "CUDA graphs need a GPU"),
         Baseline("torch-compile", "torch", "fp16", "torch.compile, reduce-overhead"),
         Baseline("torch-compile-max", "torch", "fp16", "torch.compile, max-autotune", "its kernels are the GPU's"),
-        Baseline("onnxruntime-cuda", "onnxruntime", "fp16", "CUDA", "its CUDA provider needs a GPU"),
+        Baseline("onnxruntime-cuda", "onnxruntime", "fp16", "CUDA, attentions fused", "its CUDA provider needs a GPU"),
     )
 }
 
@@ -187,13 +191,20 @@ def compiled_forward(forward: Callable[..., Any], name: BaselineName, device: to
 
 @contextmanager
 def _open_onnxruntime(plan: Plan, directory: EngineDirectory, console: Console) -> Iterator[OpenPipeline]:
-    """The pipeline with its UNet in ONNX Runtime's CUDA provider, from the same ONNX file as the engines."""
+    """The pipeline with its UNet in ONNX Runtime's CUDA provider, from the same ONNX file as the engines.
+
+    Attentions are that library's operator, as in its engines for a CPU. Its optimiser for Stable Diffusion
+    (`onnxruntime.transformers`) fuses more, but only in graphs as older PyTorch wrote them.
+    """
     contract = unet_contract(plan.model.config("unet"), plan.precision)
     require_provider(CUDA_PROVIDER)
     entry = export_component(plan.model, ExportSpec(plan.model.spec, precision=plan.precision), directory, console)
     with open_pipeline(plan, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
-        with BoundSession(entry.verified(FILE_NAME), contract, plan.device) as session:
+        with tempfile.TemporaryDirectory(prefix="sdtrt-") as place:
+            model, _ = fuse(entry.verified(FILE_NAME), Path(place), EXTERNAL_BYTES, console)
+            session = BoundSession(model, contract, plan.device)
+        with session:
             opened.pipe.unet = UNetFacade(session, contract, plan.model.config("unet"), plan.device)
             yield opened
 
@@ -227,10 +238,11 @@ class BoundSession(Session[torch.Tensor]):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = LOG_SEVERITY
-        provider = CUDA_PROVIDER if device.type == "cuda" else "CPUExecutionProvider"
+        on_gpu = device.type == "cuda"
+        provider, settings = (CUDA_PROVIDER, CUDA_SETTINGS) if on_gpu else ("CPUExecutionProvider", {})
         self.contract, self._device = contract, device
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+            self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=[(provider, settings)])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(
                 f"ONNX Runtime can't load {model.name} with {provider}: {first_line(error)}", hint="sdtrt doctor"

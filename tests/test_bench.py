@@ -17,6 +17,7 @@ from PIL import Image
 from sdtrt import baselines, engines, meters, pipeline
 from sdtrt.baselines import BASELINES, BoundSession, GraphedForward
 from sdtrt.bench import FILES, BenchReport, Row, Runner, run_bench
+from sdtrt.build.fused_attention import fuse
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
@@ -112,7 +113,9 @@ def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
     assert [row["unet_calls"] for row in data["rows"][::4]] == [4, 3]  # PNDM has one call more than steps
     assert set(fast["components_ms"]) == {"text_encoder", "unet", "vae_decoder"}
     assert set(data["rows"][-1]["components_ms"]) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
-    assert 0.3 < fast["component_share"] < 1.5
+    parts = {name: timing["median"] / 1000 for name, timing in fast["components_ms"].items()}
+    once, call = parts["text_encoder"] + parts["vae_decoder"], fast["latency_s"]["median"]
+    assert fast["component_share"] == pytest.approx((once + 4 * parts["unet"]) / call)
     assert set(data["best_batch"]) == {"txt2img", "img2img"}
     report.check()
 
@@ -326,6 +329,26 @@ def test_a_bound_session_computes_what_a_plain_one_does(small, directory):
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(small, directory, monkeypatch):
+    """In its CPU provider, for there is no other here."""
+    counts = []
+
+    def noted(*arguments):
+        model, count = fuse(*arguments)
+        counts.append(count)
+        return model, count
+
+    monkeypatch.setattr(baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(baselines, "fuse", noted)
+    plan = pipeline.Plan(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
+    size, pictures = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}, []
+    for name in ("torch-fp32", "onnxruntime-cuda"):
+        with baselines.open_baseline(BASELINES[name], plan, directory, QUIET) as opened:
+            pictures.append(opened.pipe("red", generator=torch.Generator().manual_seed(3), **size).images)
+    assert counts[0] > 0
+    np.testing.assert_allclose(*pictures, atol=1e-3)
+
+
 def test_a_provider_that_is_missing_is_named():
     baselines.require_provider("CPUExecutionProvider")
     with pytest.raises(EngineError, match="NoSuchExecutionProvider"):
@@ -464,10 +487,16 @@ def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
 
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs Triton")
+NEEDS_PROVIDER = pytest.mark.skipif(not baselines.has_provider(baselines.CUDA_PROVIDER), reason="needs onnxruntime-gpu")
+ON_A_GPU = (
+    "torch-graph",
+    pytest.param("torch-compile", marks=NEEDS_TRITON),
+    pytest.param("onnxruntime-cuda", marks=NEEDS_PROVIDER),
+)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torch-graph", pytest.param("torch-compile", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu_a_baseline_makes_the_picture_of_plain_pytorch(name, small, directory):
     model = resolve_model(ModelSpec(str(small)))
     plan = pipeline.Plan(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
