@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtrt import host, trt_api
+from sdtrt import host
 from sdtrt.cache import EngineDirectory, default_directory
 from sdtrt.components import unet_contract
 from sdtrt.console import Console
@@ -31,6 +31,7 @@ from sdtrt.parity import seeded_feeds
 from sdtrt.pipeline import OpenPipeline, Plan, open_pipeline
 from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
 from sdtrt.tracing import UNetCall
+from sdtrt.trt_api import libraries
 
 STEPS, STRENGTH = 50, 0.8
 PROMPT = "a red circle on a blue background"
@@ -139,7 +140,7 @@ def main() -> None:
             )
     library = nvml()
     driver = None if library is None else library.driver_version()
-    versions = host.library_versions() | {"tensorrt": trt_api.version("tensorrt"), "driver": driver}
+    versions = host.library_versions() | {"tensorrt": libraries.version("tensorrt"), "driver": driver}
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "host": host.facts(),

@@ -255,8 +255,8 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "resolve_model": every_call(marks, lambda *_: "the model is read"),
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
         },
-        "sdtrt.trt_api": {
-            "open_library": first_call(marks, "TensorRT is opened"),
+        "sdtrt.trt_api.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
+        "sdtrt.trt_api.running": {
             "load_engine": every_call(marks, lambda _library, plan, *_: f"deserialise {file(plan)}"),
         },
         "sdtrt.preload": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},

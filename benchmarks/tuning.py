@@ -51,7 +51,7 @@ from sdtrt.runtime.pieces import Piece
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, Exporter, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.tracing import WIDE_LAYERS, UNetCall
-from sdtrt.trt_api import SPLIT_TOKENS
+from sdtrt.trt_api.building import SPLIT_TOKENS
 
 SIZES = Sizes(2, 512, 512)
 CHECKED_SIZES = (Sizes(2, 128, 128), Sizes(1, 64, 96))  # on the CPU

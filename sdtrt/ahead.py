@@ -17,9 +17,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 
-from sdtrt import host, trt_api
+from sdtrt import host
 from sdtrt.cache import EngineDirectory
 from sdtrt.specs import BackendChoice, GenerateSpec
+from sdtrt.trt_api import libraries
 
 
 def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
@@ -63,7 +64,7 @@ def import_tensorrt(backend: BackendChoice, gpu: Future[bool], then: Callable[[]
     """
     families = [
         family
-        for one, names in trt_api.MODULES.items()
+        for one, names in libraries.MODULES.items()
         if backend in (one, "auto")
         for family in names
         if importlib.util.find_spec(family) is not None

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdtrt import engines, host, trt_api
+from sdtrt import engines, host
 from sdtrt.cache import EngineDirectory
 from sdtrt.errors import SdtrtError
 from sdtrt.models import TINY
 from sdtrt.specs import GIB, Backend
+from sdtrt.trt_api import libraries
 
 State = Literal["ok", "optional", "missing"]
 
@@ -109,7 +110,7 @@ def _tensorrt() -> Iterable[Finding]:
     """Both TensorRTs: installed or not, whole or not, and whether they serve this GPU."""
     for backend in engines.TENSORRT_BACKENDS:
         try:
-            version = trt_api.version(backend)
+            version = libraries.version(backend)
         except SdtrtError as error:
             yield Finding(backend, "optional", error.message, error.hint)
             continue

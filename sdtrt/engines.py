@@ -61,12 +61,12 @@ def _automatic(console: Console) -> tuple[Backend, str]:
 
 def why_not(backend: Backend) -> SdtrtError | None:
     """Why a TensorRT can't build and run engines on this machine's first GPU; None if it can."""
-    from sdtrt import trt_api
+    from sdtrt.trt_api import libraries
 
     try:
-        library = trt_api.open_library(backend)
-        trt_api.require_gpu(library)
-        trt_api.require_builder(library)
+        library = libraries.open_library(backend)
+        libraries.require_gpu(library)
+        libraries.require_builder(library)
     except SdtrtError as error:
         return error
     return None

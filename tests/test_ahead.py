@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt import ahead, host, trt_api
+from sdtrt import ahead, host
+from sdtrt.trt_api import libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = """
@@ -48,7 +49,9 @@ def library(tmp_path, monkeypatch):
     name = "library_of_test_ahead"
     (tmp_path / f"{name}.py").write_text("import threading\nthread = threading.current_thread().name\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(trt_api, "MODULES", {"tensorrt": ("no_such_library", name), "tensorrt-rtx": ("not_this_one",)})
+    monkeypatch.setattr(
+        libraries, "MODULES", {"tensorrt": ("no_such_library", name), "tensorrt-rtx": ("not_this_one",)}
+    )
     monkeypatch.delitem(sys.modules, name, raising=False)
     return name
 

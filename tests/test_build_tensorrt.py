@@ -20,7 +20,7 @@ import trt_fakes
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
-from sdtrt import host, parts, trt_api
+from sdtrt import host, parts
 from sdtrt.build import checking
 from sdtrt.build import tensorrt as build
 from sdtrt.build.checking import check_parity, check_precision, why_not_runnable
@@ -31,6 +31,8 @@ from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError, EngineError
 from sdtrt.export import write_onnx
 from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, ExportSpec, Profile, Range, Sizes
+from sdtrt.trt_api import libraries, running
+from sdtrt.trt_api.header import read_header
 
 SM89 = (8, 9)
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
@@ -41,7 +43,7 @@ KINDS = {
     "sdxl": {**SMALL, "transformer_layers_per_block": [1, 1, 2]},
 }
 
-needs_rtx = pytest.mark.skipif(not trt_api.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
+needs_rtx = pytest.mark.skipif(not libraries.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
 
 
 def rtx_spec(precision="fp16", profiles=(PROFILE,), **values):
@@ -99,7 +101,7 @@ def test_every_kind_of_unet_builds(kind, exporter, tmp_path):
     layers = info["precision"]["layers"]
     assert layers["fp16"] > 5 * layers["fp32"] > 0, "but for the timestep and the ends of the U, all computes in fp16"
     assert info["plan_bytes"] == (tmp_path / "engine.plan").stat().st_size > 100_000
-    assert trt_api.read_header(tmp_path / "engine.plan").size_bytes == info["plan_bytes"]
+    assert read_header(tmp_path / "engine.plan").size_bytes == info["plan_bytes"]
 
 
 @needs_rtx
@@ -244,7 +246,7 @@ def test_without_a_gpu_the_plan_cannot_be_opened(tmp_path, tiny_onnx):
         pytest.skip("there is a GPU")
     build_here(request_for(tiny_onnx, tmp_path), lambda message: None)
     with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
-        trt_api.load_engine(trt_api.open_library("tensorrt-rtx"), tmp_path / "engine.plan")
+        running.load_engine(libraries.open_library("tensorrt-rtx"), tmp_path / "engine.plan")
 
 
 # ------------------------------------------------------------------------------------------- when it goes wrong
@@ -252,7 +254,7 @@ def test_without_a_gpu_the_plan_cannot_be_opened(tmp_path, tiny_onnx):
 
 def test_no_gpu_is_said_at_once(tiny_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: ())
-    monkeypatch.setattr(trt_api, "open_library", lambda backend: fake_library("tensorrt 8.6.1"))
+    monkeypatch.setattr(libraries, "open_library", lambda backend: fake_library("tensorrt 8.6.1"))
     path, contract = tiny_onnx
     spec = BuildSpec(ExportSpec(), "tensorrt", (PROFILE,))
     with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 needs an NVIDIA GPU"):
@@ -264,7 +266,7 @@ def test_no_gpu_is_said_at_once(tiny_onnx, tmp_path, monkeypatch):
     [("tensorrt 8.6.1", "bf16", "has no bf16"), ("tensorrt_lean 10.15.1.29", "fp16", "runs engines and builds none")],
 )
 def test_what_a_library_cannot_build_is_said_at_once(label, precision, message, tiny_onnx, tmp_path, monkeypatch):
-    monkeypatch.setattr(trt_api, "open_library", lambda backend: fake_library(label))
+    monkeypatch.setattr(libraries, "open_library", lambda backend: fake_library(label))
     path, contract = tiny_onnx
     spec = BuildSpec(ExportSpec(precision=precision), "tensorrt", (PROFILE,))
     with pytest.raises(BuildError, match=message):
@@ -389,7 +391,7 @@ def test_the_piece_of_the_text_and_those_of_few_layers_may_be_in_any_precision_a
         None,
         False,
     )
-    monkeypatch.setattr(trt_api, "layer_precisions", lambda told: told)
+    monkeypatch.setattr(running, "layer_precisions", lambda told: told)
     few, wide, half = {"fp32": 1}, {"fp32": 9}, {"fp16": 9}
     with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
         checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide])

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_splitting import no_pieces  # noqa: F401  # a fixture
 from trt_fakes import fake_library, recorder, three_pieces, two_pieces
 
-from sdtrt import build, trt_api
+from sdtrt import build
 from sdtrt.build import crew, splitting, worker
 from sdtrt.build.tensorrt import Request, check_request
 from sdtrt.components import Contract, TensorSpec, unet_contract, vae_contract
@@ -23,9 +23,10 @@ from sdtrt.onnx_graph import ELEM_TYPES
 from sdtrt.options import BuildOptions
 from sdtrt.runtime.pieces import Attention, Piece
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
+from sdtrt.trt_api import building, libraries
 
 SIZES = Sizes(2, 64, 96)
-OPEN_LIBRARY = trt_api.open_library
+OPEN_LIBRARY = libraries.open_library
 STATIC = (Profile.of(SIZES),)
 CUT_TOKENS = 90
 
@@ -75,7 +76,7 @@ def test_images_that_cross_between_a_unets_plans_and_nothing_else(asked, tmp_pat
 
 
 def test_what_is_normalised_between_a_vaes_plans_is_pytorchs_and_stays_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
+    monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
     monkeypatch.setattr(splitting, "NORM_BYTES", 1)
     vae = small_vae().half()
     contract = vae_contract(dict(vae.config), "fp16", "vae_decoder")
@@ -179,17 +180,17 @@ def networks(monkeypatch):
             "create_builder_config": lambda: config,
             "create_optimization_profile": lambda: recorder(library.module, "IOptimizationProfile"),
         }
-        return trt_api.Draft(library, recorder(library.module, "Builder", **makers), network, None)
+        return building.Draft(library, recorder(library.module, "Builder", **makers), network, None)
 
     def run_here(request, report, started):
         request.log.touch()
         sent = Request.from_json(json.loads(json.dumps(request.to_json())))
         return worker.build_here(sent, report)
 
-    monkeypatch.setattr(trt_api, "open_library", lambda _: library)
-    monkeypatch.setattr(trt_api, "parse_onnx", parse)
-    monkeypatch.setattr(trt_api, "serialize", lambda draft, config: b"plan")
-    monkeypatch.setattr(trt_api, "timing_cache_bytes", lambda config, kept: b"")
+    monkeypatch.setattr(libraries, "open_library", lambda _: library)
+    monkeypatch.setattr(building, "parse_onnx", parse)
+    monkeypatch.setattr(building, "serialize", lambda draft, config: b"plan")
+    monkeypatch.setattr(building, "timing_cache_bytes", lambda config, kept: b"")
     monkeypatch.setattr(crew, "run_worker", run_here)
     monkeypatch.setattr(crew, "most_jobs", lambda: 1)
     monkeypatch.setattr(worker, "check", lambda *_: {})
@@ -207,7 +208,7 @@ def masks(networks):
 def test_who_gives_and_who_takes_such_a_tensor_are_told_the_same_and_nobody_else(asked, networks, tmp_path):
     sources = worker._sources(asked, tmp_path, [].append)
     wanted = splitting.channels_last([source.piece for source in sources], asked.contract)
-    hwc8 = 1 << int(trt_api.open_library("tensorrt").module.TensorFormat.HWC8)
+    hwc8 = 1 << int(libraries.open_library("tensorrt").module.TensorFormat.HWC8)
     info = worker.build_here(asked, [].append)
     assert info["channels_last"] == len(wanted) > 3
     told = masks(networks)
@@ -244,7 +245,7 @@ def test_where_such_pieces_fail_the_hint_is_to_do_without(asked, no_pieces):  # 
 
 
 def test_later_versions_have_no_pieces(asked, monkeypatch):
-    monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 10.13.3.9"))
+    monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 10.13.3.9"))
     with pytest.raises(BuildError, match="builds no engines in pieces") as caught:
         check_request(replace(asked, spec=replace(asked.spec, split_attention=None)))
     assert "--channels-last" in caught.value.hint
@@ -281,12 +282,12 @@ def test_the_real_builder_takes_such_formats_on_inputs_and_outputs(rtx, tmp_path
     shape = ((2, 16, 32, 32),) * 3
     plans = {}
     for names in ((), ("x", "y"), ("y",)):
-        draft = trt_api.parse_onnx(rtx, tmp_path / "model.onnx")
-        trt_api.lay_channels_last(draft, names)
+        draft = building.parse_onnx(rtx, tmp_path / "model.onnx")
+        building.lay_channels_last(draft, names)
         ends = {"x": draft.network.get_input(0), "y": draft.network.get_output(0)}
         only = 1 << int(rtx.module.TensorFormat.HWC8)
         assert {name: ends[name].allowed_formats == only for name in ends} == {name: name in names for name in ends}
-        plans[names] = bytes(trt_api.serialize(draft, trt_api.configure(draft, spec, [{"x": shape}])))
+        plans[names] = bytes(building.serialize(draft, building.configure(draft, spec, [{"x": shape}])))
     assert len(set(plans.values())) == 3
 
 
@@ -350,7 +351,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
 
     gpu = host.Gpu("Fake", (9, 0), 2**30)
     monkeypatch.setattr(host, "gpus", lambda: (gpu,))
-    monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
+    monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
     model = resolve_model(ModelSpec("tiny"))
     spec = BuildSpec(ExportSpec(model.spec), "tensorrt", STATIC)
     last = replace(spec, channels_last=True)
@@ -372,6 +373,6 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
 
 def test_a_plan_that_would_lay_out_what_it_does_not_have_is_a_bug(tmp_path, networks):
     write_convolutions(tmp_path / "model.onnx")
-    draft = trt_api.parse_onnx(trt_api.open_library("tensorrt"), tmp_path / "model.onnx")
+    draft = building.parse_onnx(libraries.open_library("tensorrt"), tmp_path / "model.onnx")
     with pytest.raises(AssertionError):
-        trt_api.lay_channels_last(draft, ("x", "z"))
+        building.lay_channels_last(draft, ("x", "z"))

@@ -16,7 +16,7 @@ from factories import SMALL, small_unet
 from test_build_tensorrt import is_running, needs_rtx, recording, rtx_spec
 from test_trt_api import save_graph
 
-from sdtrt import host, trt_api
+from sdtrt import host
 from sdtrt.build import crew, worker
 from sdtrt.build import tensorrt as build
 from sdtrt.build.tensorrt import Request, build_plan
@@ -26,13 +26,18 @@ from sdtrt.errors import BuildError, BuildMemoryShortage
 from sdtrt.export import write_onnx
 from sdtrt.runtime.pieces import read_pieces
 from sdtrt.specs import Profile, Sizes
+from sdtrt.trt_api import building, libraries
+from sdtrt.trt_api.header import read_header
 
 SPEC = rtx_spec(profiles=(Profile.of(Sizes(2, 64, 96)),), optimization_level=None)
 COUNT = 5  # the pieces that attentions of 90 tokens leave of the UNet below
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 # In all processes of a build: TensorRT for RTX leaves attention to PyTorch too, which it never does by itself.
-SPLITS = "from sdtrt import trt_api\ntrt_api.split_tokens = lambda spec: 90 if spec.split_attention is None else 0\n"
-NEVER_ENDS = SPLITS + "import time\ntrt_api.serialize = lambda draft, config: time.sleep(100)\n"
+SPLITS = (
+    "from sdtrt.trt_api import building\n"
+    "building.split_tokens = lambda spec: 90 if spec.split_attention is None else 0\n"
+)
+NEVER_ENDS = SPLITS + "import time\nbuilding.serialize = lambda draft, config: time.sleep(100)\n"
 
 
 def children_of(pid):
@@ -105,7 +110,7 @@ def test_each_piece_is_built_in_a_process_of_its_own(whole, folder, everywhere):
     assert len(seen) == COUNT
     assert not any(map(is_running, seen))
     assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)
-    assert all(trt_api.read_header(piece.plan).size_bytes == piece.plan.stat().st_size for piece in pieces)
+    assert all(read_header(piece.plan).size_bytes == piece.plan.stat().st_size for piece in pieces)
     wanted = {"build.log", "engine.plan.json", *(piece.plan.name for piece in pieces)}
     assert {path.name for path in folder.iterdir()} == wanted
     assert [text for text in shown if "pieces" in text] == [
@@ -115,8 +120,8 @@ def test_each_piece_is_built_in_a_process_of_its_own(whole, folder, everywhere):
 
 @needs_rtx
 def test_all_that_builders_say_is_in_one_log_piece_by_piece(whole, folder, monkeypatch):
-    monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 90)
-    worker._build(trt_api.open_library("tensorrt-rtx"), Request(whole[0], folder, whole[1], SPEC, None, False), print)
+    monkeypatch.setattr(building, "split_tokens", lambda spec: 90)
+    worker._build(libraries.open_library("tensorrt-rtx"), Request(whole[0], folder, whole[1], SPEC, None, False), print)
     text = (folder / "build.log").read_text()
     assert sorted(re.findall(r"^\[piece (\d+)\]$", text, re.MULTILINE)) == [str(n) for n in range(COUNT)]
     for said in text.split("\n[piece ")[1:]:
@@ -136,7 +141,7 @@ def test_where_one_piece_fails_the_others_end_and_the_engine_is_built_whole(whol
         return found
 
     monkeypatch.setattr(worker, "_sources", one_is_odd)
-    monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 90 if spec.split_attention is None else 0)
+    monkeypatch.setattr(building, "split_tokens", lambda spec: 90 if spec.split_attention is None else 0)
     said = []
     found = worker.build_here(Request(whole[0], folder, whole[1], SPEC, None, False), said.append)
     assert found["pieces"] == 1
@@ -151,7 +156,7 @@ def test_where_one_piece_fails_the_others_end_and_the_engine_is_built_whole(whol
 
 
 @pytest.fixture
-def building(whole, folder, everywhere, tmp_path):
+def hung_build(whole, folder, everywhere, tmp_path):
     """A build that hangs in each of its builders, in a process of its own: that, its worker, the builders."""
     everywhere(NEVER_ENDS)
     script = (
@@ -181,8 +186,8 @@ def building(whole, folder, everywhere, tmp_path):
 @needs_rtx
 @needs_proc
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_process_outlives_the_parent(building, how):
-    parent, coordinator, builders = building
+def test_no_process_outlives_the_parent(hung_build, how):
+    parent, coordinator, builders = hung_build
     assert all(map(is_running, [coordinator, *builders]))
     parent.send_signal(how)
     wait_until(lambda: not any(map(is_running, [parent.pid, coordinator, *builders])))
@@ -190,9 +195,9 @@ def test_no_process_outlives_the_parent(building, how):
 
 @needs_rtx
 @needs_proc
-def test_no_process_outlives_the_worker(building):
+def test_no_process_outlives_the_worker(hung_build):
     """The parent says what it died of."""
-    parent, coordinator, builders = building
+    parent, coordinator, builders = hung_build
     os.kill(coordinator, signal.SIGKILL)
     wait_until(lambda: not any(map(is_running, [coordinator, *builders])))
     _, words = parent.communicate(timeout=20)

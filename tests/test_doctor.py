@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from sdtrt import doctor, engines, host, trt_api
+from sdtrt import doctor, engines, host
 from sdtrt.cache import EngineDirectory
 from sdtrt.errors import EngineError
+from sdtrt.trt_api import libraries
 
 RTX = host.Gpu("Some RTX", (8, 9), 24 * 2**30)
 
@@ -66,7 +67,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):
     assert "torch" in found.mend
 
 
-@pytest.mark.skipif(not trt_api.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
+@pytest.mark.skipif(not libraries.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
 @pytest.mark.parametrize(("capability", "state"), [((8, 9), "ok"), ((9, 0), "optional")])
 def test_tensorrt_for_rtx_serves_the_gpus_that_it_serves(directory, monkeypatch, capability, state):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("A GPU", capability, 2**34),))
@@ -82,7 +83,7 @@ def test_a_tensorrt_that_cannot_be_loaded_is_a_finding_and_no_end(directory, mon
             f"{backend} is installed but can't be loaded: no libcublas", hint="pip install --force-reinstall"
         )
 
-    monkeypatch.setattr(trt_api, "open_library", broken)
+    monkeypatch.setattr(libraries, "open_library", broken)
     found = finding(doctor.diagnose(directory), "tensorrt")
     assert (found.state, found.mend) == ("optional", "pip install --force-reinstall")
     assert "no libcublas" in found.detail

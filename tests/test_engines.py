@@ -13,7 +13,7 @@ import factories
 import pytest
 import torch
 
-from sdtrt import build, engines, host, parts, trt_api
+from sdtrt import build, engines, host, parts
 from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
@@ -24,6 +24,7 @@ from sdtrt.errors import BuildError, EngineError, UsageError
 from sdtrt.models import load_unet, resolve_model
 from sdtrt.runtime import open_session
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.trt_api import building
 
 CPU = torch.device("cpu")
 SMALL = Sizes(2, 64, 64)
@@ -32,8 +33,8 @@ SMALL = Sizes(2, 64, 64)
 @pytest.fixture(autouse=True)
 def tensorrt_is_not_asked(monkeypatch):
     """Keys of TensorRT's engines are made without TensorRT here."""
-    monkeypatch.setattr(trt_api, "split_tokens", lambda spec: 0)
-    monkeypatch.setattr(trt_api, "splits_norms", lambda spec: False)
+    monkeypatch.setattr(building, "split_tokens", lambda spec: 0)
+    monkeypatch.setattr(building, "splits_norms", lambda spec: False)
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from onnx.reference.op_run import OpRun
 from torch import nn
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph, trt_api
+from sdtrt import onnx_graph
 from sdtrt.build import group_norm
 from sdtrt.build.tensorrt import Request
 from sdtrt.build.worker import _parse
 from sdtrt.components import Contract, unet_contract
 from sdtrt.export import write_onnx
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
+from sdtrt.trt_api import building
 
 # The smallest UNet with Stable Diffusion's own width.
 SMALLEST = {
@@ -162,7 +163,7 @@ def test_who_gets_the_plugin(label, options, used, wide_onnx, tmp_path, monkeypa
     path, contract = wide_onnx.path, wide_onnx.contract
     before = path.read_bytes()
     read = []
-    monkeypatch.setattr(trt_api, "parse_onnx", lambda library, onnx_path: read.append(onnx.load(onnx_path)))
+    monkeypatch.setattr(building, "parse_onnx", lambda library, onnx_path: read.append(onnx.load(onnx_path)))
     spec = BuildSpec(ExportSpec(), "tensorrt", **{"profiles": (Profile.of(Sizes(2, 64, 64)),), **options})
     _parse(fake_library(label), Request(path, tmp_path, contract, spec, None, False))
     assert ("GroupNorm" in {node.op_type for node in read[0].graph.node}) == used

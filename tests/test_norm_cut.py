@@ -12,7 +12,7 @@ from test_group_norm import trained
 from test_splitting import no_pieces, weakly_typed  # noqa: F401  # a fixture
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph, trt_api
+from sdtrt import onnx_graph
 from sdtrt.build import splitting, worker
 from sdtrt.build.attentions import Facts
 from sdtrt.build.normalizations import check, find_normalizations, sizes_of_norms
@@ -27,10 +27,11 @@ from sdtrt.runtime.layout import lay_out, size_bytes
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.pieces import Normalization, list_file, read_pieces, write_pieces
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
+from sdtrt.trt_api import building, libraries
 
 SIZES = Sizes(2, 64, 96)
 LARGEST = "/decoder/up_blocks.3/resnets.0/norm1/Reshape_1_output_0"  # 16 channels of all pixels; the next 6 have 8
-OPEN_LIBRARY = trt_api.open_library
+OPEN_LIBRARY = libraries.open_library
 SD15 = {"block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32}
 
 
@@ -222,9 +223,9 @@ def test_what_holds_few_megabytes_is_not_worth_a_cut(cut, tmp_path, monkeypatch)
 def test_who_leaves_a_norm_to_pytorch(monkeypatch):
     """Halves of a VAE on 8.6, for one fixed size in fp16; not where the plan is to be version-compatible."""
     weakly_typed(monkeypatch, True)
-    assert trt_api.splits_norms(spec_of())
-    assert trt_api.splits_norms(spec_of("vae_encoder"))
-    assert not trt_api.splits_norms(spec_of(split_attention=0))  # nothing is to be left to PyTorch
+    assert building.splits_norms(spec_of())
+    assert building.splits_norms(spec_of("vae_encoder"))
+    assert not building.splits_norms(spec_of(split_attention=0))  # nothing is to be left to PyTorch
     ranged = Profile(Range.of(1), Range(64, 96, 128), Range(64, 96, 128))
     for other in (
         {"version_compatible": True},
@@ -235,9 +236,9 @@ def test_who_leaves_a_norm_to_pytorch(monkeypatch):
         {"export": ExportSpec(component="text_encoder")},
         {"export": ExportSpec(component="unet")},
     ):
-        assert not trt_api.splits_norms(spec_of(**other)), other
+        assert not building.splits_norms(spec_of(**other)), other
     weakly_typed(monkeypatch, False)
-    assert not trt_api.splits_norms(spec_of())
+    assert not building.splits_norms(spec_of())
 
 
 def test_what_was_read_is_held_against_what_the_graph_computes(exported):
@@ -276,7 +277,7 @@ def test_an_instance_normalisation_with_scales_of_its_own_is_not_cut_out(cut, tm
 
 
 def test_where_the_pieces_fail_the_decoder_is_built_whole(cut, no_pieces, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
+    monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
     said = []
     info = worker.build_here(cut, said.append)
     assert info["pieces"] == 1
@@ -291,8 +292,8 @@ def test_where_the_pieces_fail_the_decoder_is_built_whole(cut, no_pieces, monkey
 def test_the_build_makes_a_plan_of_each_piece(component, request_of, monkeypatch):
     """As 8.6 would be asked to, with the real builder of TensorRT for RTX, as that needs no GPU."""
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(trt_api, "open_library", OPEN_LIBRARY)
-    monkeypatch.setattr(trt_api, "splits_norms", lambda spec: True)  # which it gains nothing by
+    monkeypatch.setattr(libraries, "open_library", OPEN_LIBRARY)
+    monkeypatch.setattr(building, "splits_norms", lambda spec: True)  # which it gains nothing by
     spec = spec_of(component, backend="tensorrt-rtx", compute_capability=(8, 9))
     request = replace(request_of(component), spec=spec)
     said = []

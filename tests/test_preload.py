@@ -17,7 +17,7 @@ import torch
 import trt_fakes
 from trt_fakes import CHANNELS, WIDTH, FakeCuda, fake_library, profile_shapes, two_pieces, write_plan
 
-from sdtrt import ahead, digests, host, memory, pipeline, trt_api
+from sdtrt import ahead, digests, host, memory, pipeline
 from sdtrt.build import FORMATS
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
@@ -31,6 +31,7 @@ from sdtrt.runtime import scratch as scratch_module
 from sdtrt.runtime import tensorrt as session_module
 from sdtrt.runtime.pieces import write_pieces
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.trt_api import libraries, running
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def _gpu(monkeypatch):
         monkeypatch.setattr(module, "torch", trt_fakes.fake_torch(FakeCuda()))
     monkeypatch.setattr(remembered, "HOST", "none")
     monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
-    monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
+    monkeypatch.setattr(libraries, "open_library", lambda backend: library)
     digests._AHEAD.clear()
     yield
     preloaded.let_go()
@@ -63,13 +64,13 @@ def _gpu(monkeypatch):
 @pytest.fixture
 def loaded(monkeypatch):
     """The plans that are deserialised, by the entry's folder, the file, and the thread."""
-    calls, load = [], trt_api.load_engine
+    calls, load = [], running.load_engine
 
     def noting(library, plan, **options):
         calls.append((plan.parent.name, plan.name, threading.current_thread().name))
         return load(library, plan, **options)
 
-    monkeypatch.setattr(trt_api, "load_engine", noting)
+    monkeypatch.setattr(running, "load_engine", noting)
     return calls
 
 
@@ -213,7 +214,7 @@ def test_a_session_shares_what_was_loaded_and_nothing_is_read_twice(pieces, dire
 
 def test_what_is_being_loaded_is_waited_for_and_other_plans_are_not(directory, loaded, monkeypatch):
     unet, other = publish(directory), publish(directory, "vae_decoder", model="another")
-    begun, go, load = threading.Event(), threading.Event(), trt_api.load_engine
+    begun, go, load = threading.Event(), threading.Event(), running.load_engine
 
     def slowly(library, plan, **options):
         if threading.current_thread().name == "sdtrt-tensorrt":
@@ -221,7 +222,7 @@ def test_what_is_being_loaded_is_waited_for_and_other_plans_are_not(directory, l
             assert go.wait(10)
         return load(library, plan, **options)
 
-    monkeypatch.setattr(trt_api, "load_engine", slowly)
+    monkeypatch.setattr(running, "load_engine", slowly)
     preloaded.expect()
     thread = threading.Thread(target=load_ahead, args=(SPEC, directory), name="sdtrt-tensorrt")
     thread.start()
@@ -255,7 +256,7 @@ def test_it_follows_on_the_import_of_tensorrt(directory, loaded, tmp_path, monke
     name = "library_of_test_preload"
     (tmp_path / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(trt_api, "MODULES", {"tensorrt": (name,)})
+    monkeypatch.setattr(libraries, "MODULES", {"tensorrt": (name,)})
     monkeypatch.setattr(ahead, "wake_gpu", lambda: gpu)
     gpu = ahead.Future()
     entry = publish(directory)
@@ -329,10 +330,10 @@ def test_without_a_context_nothing_is_loaded(context, directory, loaded, monkeyp
 
 def test_what_fails_is_silent_and_the_session_tells(directory, capfd):
     entry = publish(directory)
-    trt_api.open_library("tensorrt").module.Runtime.deserialize_cuda_engine = lambda self, data: self.refuse()
+    libraries.open_library("tensorrt").module.Runtime.deserialize_cuda_engine = lambda self, data: self.refuse()
     in_background(SPEC, directory)
     assert not preloaded._KEPT
-    trt_api.open_library("tensorrt").module.Runtime.deserialize_cuda_engine = lambda self, data: None
+    libraries.open_library("tensorrt").module.Runtime.deserialize_cuda_engine = lambda self, data: None
     in_background(SPEC, directory)
     assert capfd.readouterr() == ("", "")
     with preloaded.taken([entry]), pytest.raises(EngineError, match="can't be loaded"):
@@ -401,14 +402,14 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
 
 def test_what_is_just_being_loaded_and_not_used_is_waited_for_then_freed(directory, monkeypatch):
     publish(directory)
-    begun, load = threading.Event(), trt_api.load_engine
+    begun, load = threading.Event(), running.load_engine
 
     def slowly(library, plan, **options):
         begun.set()
         time.sleep(0.1)
         return load(library, plan, **options)
 
-    monkeypatch.setattr(trt_api, "load_engine", slowly)
+    monkeypatch.setattr(running, "load_engine", slowly)
     preloaded.expect()
     threading.Thread(target=load_ahead, args=(SPEC, directory)).start()
     assert begun.wait(10)

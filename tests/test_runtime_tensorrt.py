@@ -33,7 +33,7 @@ from trt_fakes import (
     write_plan,
 )
 
-from sdtrt import host, trt_api
+from sdtrt import host
 from sdtrt.build import checking
 from sdtrt.build.tensorrt import Request
 from sdtrt.components import Contract, TensorSpec, unet_contract
@@ -51,6 +51,8 @@ from sdtrt.runtime.pycuda import PyCudaSession
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range
+from sdtrt.trt_api import libraries, running
+from sdtrt.trt_api.messages import REBUILD
 
 CONFIG = {"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}
 CONTRACT = unet_contract(CONFIG, "fp16")
@@ -378,13 +380,13 @@ def test_engines_in_pieces_share_the_scratch_memory_with_others(cuda, split_plan
 
 def test_a_piece_that_gives_another_size_than_listed_is_refused(cuda, split_plan, monkeypatch):
     """Its place in the scratch memory is of the listed size: more would be written over its neighbours."""
-    real = trt_api.prepare_context
+    real = running.prepare_context
 
     def larger(*arguments):
         return {name: tuple(2 * size for size in shape) for name, shape in real(*arguments).items()}
 
     with session_on(split_plan) as session:
-        monkeypatch.setattr(trt_api, "prepare_context", larger)
+        monkeypatch.setattr(running, "prepare_context", larger)
         with pytest.raises(EngineError, match="piece 0 gives query in another size"):
             session.run(feeds())
 
@@ -519,7 +521,7 @@ def test_a_list_of_pieces_that_makes_no_engine_is_refused(change, cuda, split_pl
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(EngineError, match="does not list the engine's pieces") as caught:
         session_on(split_plan)
-    assert caught.value.hint == trt_api.REBUILD
+    assert caught.value.hint == REBUILD
 
 
 def test_numpy_has_no_attention_to_run_between_pieces(split_plan):
@@ -631,7 +633,7 @@ def test_a_build_notes_what_a_session_takes(cuda, plan, tmp_path, monkeypatch):
     request = Request(tmp_path / "model.onnx", tmp_path, CONTRACT, spec, None, False)
     library = fake_library("tensorrt 8.6.1")
     monkeypatch.setattr(checking, "why_not_runnable", lambda library, spec: None)
-    monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
+    monkeypatch.setattr(libraries, "open_library", lambda backend: library)
     monkeypatch.setattr(checking, "_compare", lambda request, feeds, outputs: {})
     info = checking.check(library, request, lambda message: None, {})
     assert info["scratch_bytes"] == trt_fakes.Engine.device_memory_size
@@ -881,7 +883,7 @@ def test_one_sessions_run_waits_for_the_others_on_any_stream(cuda, plan):
 def test_threads_take_turns_in_a_scratch(cuda, plan, monkeypatch):
     """From waiting for the last run to noting the own one, nobody else may come between."""
     scratch, inside, most = Scratch(), 0, 0
-    enqueue = trt_api.enqueue
+    enqueue = running.enqueue
 
     def slowly(*arguments):
         nonlocal inside, most
@@ -891,7 +893,7 @@ def test_threads_take_turns_in_a_scratch(cuda, plan, monkeypatch):
         enqueue(*arguments)
         inside -= 1
 
-    monkeypatch.setattr(trt_api, "enqueue", slowly)
+    monkeypatch.setattr(running, "enqueue", slowly)
 
     def work(seed):
         with session_on(plan, graphs=0, scratch=scratch) as session:
@@ -1012,7 +1014,7 @@ def use(monkeypatch):
 
     def choose(label):
         library = fake_library(label)
-        monkeypatch.setattr(trt_api, "open_library", lambda backend: library)
+        monkeypatch.setattr(libraries, "open_library", lambda backend: library)
 
     return choose
 

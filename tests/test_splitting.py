@@ -12,7 +12,7 @@ from factories import SMALL, small_unet
 from onnx import numpy_helper
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph, trt_api
+from sdtrt import onnx_graph
 from sdtrt.build import attentions, crew, group_norm, splitting, worker
 from sdtrt.build.attentions import Facts, check, find_attentions
 from sdtrt.build.splitting import FLOATS, choose, freeze, split
@@ -27,6 +27,7 @@ from sdtrt.runtime.between import compute
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.pieces import list_file, read_pieces, write_pieces
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
+from sdtrt.trt_api import building, libraries
 
 SIZES = Sizes(2, 64, 96)
 OTHER = Sizes(1, 128, 64, tokens=154)
@@ -221,23 +222,23 @@ def test_an_engine_without_large_attentions_is_one_plan_and_says_so_where_others
 
 def weakly_typed(monkeypatch, answer):
     library = SimpleNamespace(has=lambda feature: feature == "weak typing" and answer)
-    monkeypatch.setattr(trt_api, "open_library", lambda _: library)
+    monkeypatch.setattr(libraries, "open_library", lambda _: library)
 
 
-@pytest.mark.parametrize(("is_8", "tokens"), [(True, trt_api.SPLIT_TOKENS), (False, 0)])
+@pytest.mark.parametrize(("is_8", "tokens"), [(True, building.SPLIT_TOKENS), (False, 0)])
 def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, monkeypatch, is_8, tokens):
     weakly_typed(monkeypatch, is_8)
     default = replace(cut.spec, split_attention=None)
-    assert trt_api.split_tokens(default) == tokens
-    assert trt_api.split_tokens(replace(default, version_compatible=True)) == 0
-    assert trt_api.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
-    assert trt_api.split_tokens(replace(default, split_attention=0)) == 0
-    assert trt_api.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
+    assert building.split_tokens(default) == tokens
+    assert building.split_tokens(replace(default, version_compatible=True)) == 0
+    assert building.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
+    assert building.split_tokens(replace(default, split_attention=0)) == 0
+    assert building.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
 
 
 def test_by_default_only_so_many_are_cut(cut, tmp_path, monkeypatch):
     weakly_typed(monkeypatch, True)
-    monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 1)
+    monkeypatch.setattr(building, "SPLIT_TOKENS", 1)
     default = replace(cut, spec=replace(cut.spec, split_attention=None))
     assert len(worker._sources(default, tmp_path, [].append)) > 2 + 3
     monkeypatch.setattr(worker, "MOST_CUTS", 3)
@@ -248,7 +249,7 @@ def test_by_default_only_so_many_are_cut(cut, tmp_path, monkeypatch):
 
 def test_what_can_not_be_cut_is_whole_by_default_and_refused_where_it_was_asked_for(cut, tmp_path, monkeypatch):
     weakly_typed(monkeypatch, True)
-    monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 90)
+    monkeypatch.setattr(building, "SPLIT_TOKENS", 90)
     monkeypatch.setattr(attentions, "CHECK_TOLERANCE", 0.0)
     with pytest.raises(BuildError, match="is not what the graph computes") as caught:
         worker._sources(cut, tmp_path, [].append)
@@ -279,8 +280,8 @@ def no_pieces(monkeypatch):
     monkeypatch.setattr(crew, "run_worker", run_here)
     monkeypatch.setattr(crew, "most_jobs", lambda: 1)
     monkeypatch.setattr(worker, "check", lambda *_: {})
-    monkeypatch.setattr(trt_api, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
-    monkeypatch.setattr(trt_api, "SPLIT_TOKENS", 90)
+    monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
+    monkeypatch.setattr(building, "SPLIT_TOKENS", 90)
     return built
 
 
@@ -321,7 +322,7 @@ def test_the_build_makes_a_plan_of_each_piece_and_leaves_nothing_else(cut, tmp_p
     rtx = BuildSpec(ExportSpec(), "tensorrt-rtx", (Profile.of(SIZES),), compute_capability=(8, 9))
     object.__setattr__(rtx, "split_attention", 90)  # which is refused, as it gains nothing there
     request = replace(cut, spec=rtx)
-    found = worker._build(trt_api.open_library("tensorrt-rtx"), request, [].append)
+    found = worker._build(libraries.open_library("tensorrt-rtx"), request, [].append)
     pieces = read_pieces(request.plan, request.contract)
     assert found["pieces"] == len(pieces) == 5
     assert found["plan_bytes"] == sum(piece.plan.stat().st_size for piece in pieces)

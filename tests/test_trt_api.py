@@ -11,13 +11,18 @@ from types import SimpleNamespace
 import pytest
 from trt_fakes import FACTS, fake_library, profile_shapes, recorder, write_plan
 
-from sdtrt import host, trt_api
+from sdtrt import host
 from sdtrt.errors import BuildError, EngineError
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
-from sdtrt.trt_api import FEATURES, Log, parse_version
+from sdtrt.trt_api import building, libraries, running
+from sdtrt.trt_api.header import PlanHeader, read_header
+from sdtrt.trt_api.libraries import FEATURES, Log, parse_version
+from sdtrt.trt_api.messages import explain
 
-SOURCES = [Path(trt_api.__file__).parent / name for name in ("trt_api.py", "build/worker.py", "build/checking.py")]
-SOURCES += [Path(trt_api.__file__).parent / "runtime" / name for name in ("plan.py", "tensorrt.py", "pycuda.py")]
+PACKAGE = Path(host.__file__).parent
+SOURCES = sorted((PACKAGE / "trt_api").glob("*.py"))
+SOURCES += [PACKAGE / "build" / name for name in ("worker.py", "checking.py")]
+SOURCES += [PACKAGE / "runtime" / name for name in ("plan.py", "tensorrt.py", "pycuda.py")]
 # The names that variables for TensorRT's objects have in those files (`trt` is the module).
 RECEIVERS = {
     "builder": "Builder",
@@ -84,7 +89,7 @@ def _tensorrt_name(node, path):
     receiver = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
     if receiver == "trt":
         return node.attr
-    if path.name != "trt_api.py" and receiver == "tensor" and node.attr in TORCH_TENSORS:
+    if path.parent.name != "trt_api" and receiver == "tensor" and node.attr in TORCH_TENSORS:
         return None
     if receiver == "layer" and node.attr in MAPPINGS:
         return None
@@ -161,15 +166,15 @@ def test_parse_version(text, version):
     ],
 )
 def test_serves(label, capability, served):
-    assert trt_api.serves(fake_library(label), capability) is served
+    assert libraries.serves(fake_library(label), capability) is served
 
 
 def test_missing_library_names_the_install_command(monkeypatch):
-    monkeypatch.setitem(trt_api.MODULES, "tensorrt", ("tensorrt_that_nobody_has",))
-    trt_api._open_library.cache_clear()
-    assert not trt_api.is_installed("tensorrt")
+    monkeypatch.setitem(libraries.MODULES, "tensorrt", ("tensorrt_that_nobody_has",))
+    libraries._open_library.cache_clear()
+    assert not libraries.is_installed("tensorrt")
     with pytest.raises(EngineError) as caught:
-        trt_api.version("tensorrt")
+        libraries.version("tensorrt")
     assert caught.value.hint == 'pip install "sdtrt[tensorrt]"'
 
 
@@ -178,9 +183,9 @@ def test_broken_and_old_libraries(tmp_path, monkeypatch):
     (tmp_path / "old_trt.py").write_text("__version__ = '8.5.3.1'")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(EngineError, match=r"libnvinfer\.so\.8"):
-        trt_api.library_of("broken_trt", "tensorrt")
+        libraries.library_of("broken_trt", "tensorrt")
     with pytest.raises(EngineError, match=r"8\.5\.3\.1 is too old"):
-        trt_api.library_of("old_trt", "tensorrt")
+        libraries.library_of("old_trt", "tensorrt")
 
 
 def test_no_gpu_is_said_before_tensorrt_is_touched(tmp_path, monkeypatch):
@@ -190,7 +195,7 @@ def test_no_gpu_is_said_before_tensorrt_is_touched(tmp_path, monkeypatch):
     library.module.Runtime = None
     plan = write_plan(tmp_path / "engine.plan", [profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))])
     with pytest.raises(EngineError, match="needs an NVIDIA GPU") as caught:
-        trt_api.load_engine(library, plan)
+        running.load_engine(library, plan)
     assert "onnxruntime" in caught.value.hint
 
 
@@ -203,7 +208,7 @@ def draft_of(library, layers=()):
     optimization = recorder(library.module, "IOptimizationProfile")
     makers = {"create_builder_config": lambda: config, "create_optimization_profile": lambda: optimization}
     builder = recorder(library.module, "Builder", **makers)
-    return trt_api.Draft(library, builder, network, None), config, optimization
+    return building.Draft(library, builder, network, None), config, optimization
 
 
 def layer_of(library, kind, dtype, name=""):
@@ -229,7 +234,7 @@ def test_configure_asks_each_version_for_what_it_has(label):
     extra = {"compute_capability": (8, 9)} if rtx else {"version_compatible": True}
     spec = spec_of(backend="tensorrt-rtx" if rtx else "tensorrt", workspace_bytes=2**30, optimization_level=1, **extra)
     shapes = {"timestep": ((1,), (2,), (4,))}
-    trt_api.configure(draft, spec, [shapes])
+    building.configure(draft, spec, [shapes])
     assert config.builder_optimization_level == 1
     assert ("set_memory_pool_limit", library.module.MemoryPoolType.WORKSPACE, 2**30) in config._calls
     assert ("set_shape", "timestep", (1,), (2,), (4,)) in optimization._calls
@@ -245,7 +250,7 @@ def test_8_6_keeps_off_external_libraries_and_shares_profiles():
     library = fake_library("tensorrt 8.6.1")
     trt = library.module
     draft, config, _ = draft_of(library)
-    trt_api.configure(draft, spec_of(), [])
+    building.configure(draft, spec_of(), [])
     sources = 1 << trt.TacticSource.EDGE_MASK_CONVOLUTIONS | 1 << trt.TacticSource.JIT_CONVOLUTIONS
     assert ("set_tactic_sources", sources) in config._calls
     assert ("set_preview_feature", trt.PreviewFeature.PROFILE_SHARING_0806, True) in config._calls
@@ -258,7 +263,7 @@ def test_the_builders_effort_where_nobody_asks_for_one(label):
     rtx = family_of(label) == "tensorrt_rtx"
     draft, config, _ = draft_of(library)
     spec = spec_of(backend="tensorrt-rtx", compute_capability=(8, 9)) if rtx else spec_of()
-    trt_api.configure(draft, spec, [])
+    building.configure(draft, spec, [])
     asked = config.__dict__.get("builder_optimization_level")
     assert asked == (1 if label == "tensorrt 8.6.1" else None)
 
@@ -267,15 +272,15 @@ def test_the_builders_effort_where_nobody_asks_for_one(label):
 def test_plugins_that_choose_types_are_for_weakly_typed_networks(label):
     """They are registered with the logger, so looking for one must come after."""
     library = fake_library(label)
-    assert trt_api.has_plugin(library, "GroupNorm") == (label == "tensorrt 8.6.1")
-    assert not trt_api.has_plugin(library, "NoSuchNorm")
+    assert building.has_plugin(library, "GroupNorm") == (label == "tensorrt 8.6.1")
+    assert not building.has_plugin(library, "NoSuchNorm")
 
 
 def test_fp32_means_fp32():
     """No TF32, which is on by default, and no fp16."""
     library = fake_library("tensorrt 8.6.1")
     draft, config, _ = draft_of(library)
-    trt_api.configure(draft, spec_of("fp32"), [])
+    building.configure(draft, spec_of("fp32"), [])
     assert ("clear_flag", library.module.BuilderFlag.TF32) in config._calls
     assert not [call for call in config._calls if call[0] == "set_flag"]
 
@@ -287,7 +292,7 @@ def test_8_6_keeps_in_fp32_what_the_onnx_computes_in_fp32():
     kept = layer_of(library, "UNARY", "FLOAT", "/unet/time_proj/Sin")
     moved = layer_of(library, "CONSTANT", "FLOAT", "/unet/time_proj/Constant")
     draft, _, _ = draft_of(library, [*half, kept, moved])
-    trt_api.configure(draft, spec_of(), [], {"/unet/time_proj/Sin", "/unet/time_proj/Constant"})
+    building.configure(draft, spec_of(), [], {"/unet/time_proj/Sin", "/unet/time_proj/Constant"})
     assert kept.precision == library.module.DataType.FLOAT
     assert ("set_output_type", 0, library.module.DataType.FLOAT) in kept._calls
     assert not any(layer._calls for layer in (*half, moved))
@@ -297,7 +302,7 @@ def test_8_6_keeps_in_fp32_what_the_onnx_computes_in_fp32():
 def test_8_6_says_where_it_cannot_keep_fp32():
     library = fake_library("tensorrt 8.6.1")
     draft, _, _ = draft_of(library, [layer_of(library, "UNARY", "FLOAT", "(Unnamed Layer* 3) [Unary]")])
-    trt_api.configure(draft, spec_of(), [], {"/unet/time_proj/Sin"})
+    building.configure(draft, spec_of(), [], {"/unet/time_proj/Sin"})
     assert "1 of 1 operators" in draft.warnings[0]
     assert "/unet/time_proj/Sin" in draft.warnings[0]
 
@@ -319,7 +324,7 @@ def test_what_a_version_cannot_do_is_refused(label, spec, message, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: ())
     draft, _, _ = draft_of(fake_library(label))
     with pytest.raises(BuildError, match=message):
-        trt_api.configure(draft, spec, [])
+        building.configure(draft, spec, [])
 
 
 def test_a_foreign_timing_cache_is_replaced_by_an_empty_one(tmp_path):
@@ -333,9 +338,9 @@ def test_a_foreign_timing_cache_is_replaced_by_an_empty_one(tmp_path):
         return timing == b""
 
     config = SimpleNamespace(create_timing_cache=lambda data: data, set_timing_cache=set_timing_cache)
-    assert not trt_api.read_timing_cache(config, file)
+    assert not building.read_timing_cache(config, file)
     assert attached == [b"of another GPU", b""]
-    assert trt_api.read_timing_cache(config, tmp_path / "none.cache")
+    assert building.read_timing_cache(config, tmp_path / "none.cache")
 
 
 @pytest.mark.parametrize("label", BUILDER_LABELS)
@@ -345,12 +350,12 @@ def test_timings_that_others_have_kept_are_combined_with_ones_own(label):
     config = recorder(
         module, "IBuilderConfig", get_timing_cache=lambda: timing, create_timing_cache=lambda data: ("of", data)
     )
-    assert trt_api.timing_cache_bytes(config) == b"all"
+    assert building.timing_cache_bytes(config) == b"all"
     assert timing._calls == []
-    assert trt_api.timing_cache_bytes(config, b"kept") == b"all"
+    assert building.timing_cache_bytes(config, b"kept") == b"all"
     assert timing._calls == [("combine", ("of", b"kept"), False)]
     unread = recorder(module, "IBuilderConfig", get_timing_cache=lambda: timing, create_timing_cache=lambda data: None)
-    assert trt_api.timing_cache_bytes(unread, b"damaged") == b"all"
+    assert building.timing_cache_bytes(unread, b"damaged") == b"all"
     assert len(timing._calls) == 1
 
 
@@ -358,22 +363,22 @@ def test_progress_is_shown_with_the_step():
     library = fake_library("tensorrt 10.3.0")
     config = recorder(library.module, "IBuilderConfig")
     shown = []
-    monitor = trt_api.watch_progress(library, config, lambda text: shown.append(text) or True)
+    monitor = building.watch_progress(library, config, lambda text: shown.append(text) or True)
     assert config.progress_monitor is monitor
     monitor.phase_start("Timing tactics", None, 3)
     assert monitor.step_complete("Timing tactics", 1)
     monitor.phase_finish("Timing tactics")
     assert shown == ["Timing tactics", "Timing tactics 2/3"]
-    assert trt_api.watch_progress(fake_library("tensorrt 8.6.1"), None, lambda text: True) is None
+    assert building.watch_progress(fake_library("tensorrt 8.6.1"), None, lambda text: True) is None
 
 
 def test_parse_errors_of_8_6_get_their_node_from_the_file(tmp_path):
     """8.6 gives the node's number only."""
     path = save_graph(tmp_path / "model.onnx", "Frobnicate")
     problem = SimpleNamespace(node=lambda: 1, desc=lambda: "No importer registered for op: Frobnicate")
-    described = trt_api._describe_problem(fake_library("tensorrt 8.6.1"), problem, path)
+    described = building._describe_problem(fake_library("tensorrt 8.6.1"), problem, path)
     assert described == "node /down/odd (Frobnicate): No importer registered for op: Frobnicate"
-    assert "this is 18" in trt_api._parse_hint(fake_library("tensorrt 8.6.1"), path)
+    assert "this is 18" in building._parse_hint(fake_library("tensorrt 8.6.1"), path)
 
 
 def save_graph(path, operator):
@@ -458,15 +463,15 @@ def test_log_keeps_errors_and_copies_everything():
     ],
 )
 def test_explain_real_messages(message, words, hint):
-    error = trt_api.explain(fake_library("tensorrt 8.6.1"), ["noise", message], "engine.plan can't be loaded")
+    error = explain(fake_library("tensorrt 8.6.1"), ["noise", message], "engine.plan can't be loaded")
     assert words in error.message
     assert error.message.startswith("engine.plan can't be loaded: ")
     assert hint in error.hint
 
 
 def test_explain_prefers_the_header():
-    header = trt_api.PlanHeader((10, 3, 0, 26), None)
-    error = trt_api.explain(fake_library("tensorrt 8.6.1"), ["magicTag"], "it failed", EngineError, header)
+    header = PlanHeader((10, 3, 0, 26), None)
+    error = explain(fake_library("tensorrt 8.6.1"), ["magicTag"], "it failed", EngineError, header)
     assert "built by TensorRT 10.3.0.26, and this is 8.6.1" in error.message
 
 
@@ -474,19 +479,19 @@ def test_damaged_plans_are_found_before_tensorrt_reads_them(tmp_path):
     library = fake_library("tensorrt_rtx 1.7.1.116")
     shapes = [profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))]
     plan = write_plan(tmp_path / "engine.plan", shapes)
-    assert trt_api.read_header(plan) == trt_api.PlanHeader((8, 6, 1, 6), plan.stat().st_size)
+    assert read_header(plan) == PlanHeader((8, 6, 1, 6), plan.stat().st_size)
     write_plan(plan, shapes, version=(10, 13, 3, 9))
-    assert trt_api.read_header(plan) == trt_api.PlanHeader((10, 13, 3, 9), None)
+    assert read_header(plan) == PlanHeader((10, 13, 3, 9), None)
     write_plan(plan, shapes, version=(1, 7, 1, 116), magic=b"vtrt")
-    assert trt_api.read_header(plan) == trt_api.PlanHeader((1, 7, 1, 116), plan.stat().st_size)
+    assert read_header(plan) == PlanHeader((1, 7, 1, 116), plan.stat().st_size)
     plan.write_bytes(plan.read_bytes()[:-10])
     for content, message in ((None, "cut short"), (b"", "no TensorRT plan"), (b"PK\3\4" * 20, "no TensorRT plan")):
         if content is not None:
             plan.write_bytes(content)
         with pytest.raises(EngineError, match=message):
-            trt_api.load_engine(library, plan)
+            running.load_engine(library, plan)
     with pytest.raises(EngineError, match="no engine at"):
-        trt_api.load_engine(library, tmp_path / "none.plan")
+        running.load_engine(library, tmp_path / "none.plan")
 
 
 INSPECTOR_8_6 = {
@@ -519,4 +524,4 @@ INSPECTOR_10 = {
     ],
 )
 def test_layer_precisions(information, layers):
-    assert trt_api.layer_precisions(json.loads(json.dumps(information))) == layers
+    assert running.layer_precisions(json.loads(json.dumps(information))) == layers

@@ -24,7 +24,7 @@ import torch
 
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.runtime.pieces import Attention, Normalization, Piece, piece_file
-from sdtrt.trt_api import Library, parse_version
+from sdtrt.trt_api.libraries import Library, parse_version
 
 FILE = Path(__file__).parent / "data" / "trt_attributes.json"  # written by scripts/read_trt_bindings.py
 FACTS = {

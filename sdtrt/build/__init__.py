@@ -31,9 +31,9 @@ def backend_version(backend: Backend) -> str:
         if version is None:
             raise BuildError("ONNX Runtime is not installed", hint="pip install onnxruntime")
         return version
-    from sdtrt import trt_api
+    from sdtrt.trt_api import libraries
 
-    return trt_api.version(backend)
+    return libraries.version(backend)
 
 
 def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def _pieces(spec: BuildSpec) -> dict[str, int | bool]:
     """The part of a key that engines have which leave something to PyTorch."""
     if spec.backend == "onnxruntime":
         return {}
-    from sdtrt import trt_api
+    from sdtrt.trt_api import building
 
-    if tokens := trt_api.split_tokens(spec):
+    if tokens := building.split_tokens(spec):
         return {"split_attention": tokens}
-    return {"split_norms": True} if trt_api.splits_norms(spec) else {}
+    return {"split_norms": True} if building.splits_norms(spec) else {}
 
 
 def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:

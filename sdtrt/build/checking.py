@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtrt import host, trt_api
+from sdtrt import host
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.errors import BuildError
 from sdtrt.runtime.pieces import read_pieces
 from sdtrt.specs import BuildSpec, Profile
-from sdtrt.trt_api import Library
+from sdtrt.trt_api import libraries, running
+from sdtrt.trt_api.libraries import Library
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ def why_not_runnable(library: Library, spec: BuildSpec) -> str | None:
     target, here = spec.compute_capability, gpus[0].compute_capability
     if target is not None and target != here:
         return f"it is for compute capability {target[0]}.{target[1]}, and this GPU has {here[0]}.{here[1]}"
-    if not trt_api.serves(library, here):
+    if not libraries.serves(library, here):
         return f"{library.name} does not serve {gpus[0].name}"
     return None
 
@@ -77,7 +78,7 @@ def _read_precision(library: Library, request: Request, information: Sequence[Ma
     """
     told = information[0] if len(information) == 1 else information
     (request.folder / LAYERS_FILE).write_text(json.dumps(told, indent=1))
-    layers = [trt_api.layer_precisions(one) for one in information]
+    layers = [running.layer_precisions(one) for one in information]
     whole = dict(sum(map(Counter, layers), Counter()))
     check_precision(library, request.spec, whole)
     for piece, found in zip(read_pieces(request.plan, request.contract), layers, strict=True):

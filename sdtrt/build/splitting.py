@@ -26,7 +26,7 @@ from sdtrt.build.normalizations import find_normalizations, sizes_of_norms
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.onnx_graph import ELEM_TYPES, Weights
 from sdtrt.runtime.pieces import Attention, Cut, Normalization, Piece
-from sdtrt.trt_api import CHANNELS_TOGETHER
+from sdtrt.trt_api.building import CHANNELS_TOGETHER
 
 MARK = "Cut"  # what stands for one in a graph that is being cut
 MARK_DOMAIN = "sdtrt.cut"

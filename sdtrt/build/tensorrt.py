@@ -24,13 +24,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from sdtrt import errors, trt_api
+from sdtrt import errors
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, BuildMemoryShortage, SdtrtError
 from sdtrt.runtime import TENSORRT_FILE
 from sdtrt.runtime.pieces import piece_file
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
+from sdtrt.trt_api import libraries
+from sdtrt.trt_api.messages import OUT_OF_MEMORY
 
 LOG_FILE = "build.log"
 
@@ -132,8 +134,8 @@ def build_plan(
 def check_request(request: Request) -> None:
     """Raise what can be known before any work: no GPU, a precision that the library lacks."""
     spec = request.spec
-    library = trt_api.open_library(spec.backend)
-    trt_api.require_builder(library)
+    library = libraries.open_library(spec.backend)
+    libraries.require_builder(library)
     if spec.export.precision == "bf16" and not library.has("bfloat16"):
         raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
     if spec.split_attention and not library.has("weak typing"):
@@ -147,7 +149,7 @@ def check_request(request: Request) -> None:
             hint="leave --channels-last out",
         )
     if not library.has("named compute capability"):
-        trt_api.require_gpu(library)
+        libraries.require_gpu(library)
 
 
 def _build_in_child(request: Request, console: Console, show: Callable[[str], None]) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def _crash(code: int, log: Path) -> BuildError:
     last = " | ".join(lines[-3:])[-600:]
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     killed = " (the system ends processes that use too much memory this way)" if name == "SIGKILL" else ""
-    short = killed or re.search(rf"{trt_api.OUT_OF_MEMORY}|bad_alloc", last)
+    short = killed or re.search(rf"{OUT_OF_MEMORY}|bad_alloc", last)
     return (BuildMemoryShortage if short else BuildError)(
         f"TensorRT's builder died ({name}){killed}; its last words: {last or 'none'}",
         hint="try a lower --batch, --height or --optimization-level, or update TensorRT and the driver",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdtrt import onnx_graph, trt_api
+from sdtrt import onnx_graph
 from sdtrt.build import crew, group_norm, splitting
 from sdtrt.build.attentions import Facts, find_attentions
 from sdtrt.build.checking import check
@@ -25,7 +25,9 @@ from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
 from sdtrt.runtime.pieces import Cut, Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
-from sdtrt.trt_api import Draft, Library
+from sdtrt.trt_api import building, libraries
+from sdtrt.trt_api.building import Draft
+from sdtrt.trt_api.libraries import Library
 
 SHOW_SECONDS = 0.2  # between two lines of progress
 # Cuts that nobody has asked for: each makes a plan more. Stable Diffusion XL has 10 attentions at its largest
@@ -78,7 +80,7 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
 
     A request for a piece is for its plan alone: `seconds` and `precision` are told of it.
     """
-    library = trt_api.open_library(request.spec.backend)
+    library = libraries.open_library(request.spec.backend)
     with request.log.open("a") as file, library.log.copied_to(file, verbose=request.verbose):
         if request.piece is not None:
             seconds, precision = _build_piece(library, request, report)
@@ -89,7 +91,7 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
             error = failed.error
             if without := _way_out(request.spec):
                 raise type(error)(error.message, hint=f"{error.hint}; {without}") from failed
-            loss = "takes more of the GPU's memory" if trt_api.splits_norms(request.spec) else "runs slower"
+            loss = "takes more of the GPU's memory" if building.splits_norms(request.spec) else "runs slower"
             report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which {loss}"})
         whole = replace(request, spec=replace(request.spec, split_attention=0))
         return _build_and_check(library, whole, report)
@@ -210,7 +212,7 @@ def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, .
 def _parts(request: Request, report: Report) -> list[Part]:
     """The exported model's parts; none where it is built as it is. Says why, where parts were asked for."""
     spec, asked = request.spec, bool(request.spec.split_attention)
-    tokens, norms = trt_api.split_tokens(spec), trt_api.splits_norms(spec)
+    tokens, norms = building.split_tokens(spec), building.splits_norms(spec)
     if not (tokens or norms):
         return []
     model, weights = onnx_graph.load_split(request.onnx)
@@ -242,17 +244,17 @@ def _build_piece(library: Library, request: Request, report: Report) -> tuple[fl
     spec, contract = request.spec, request.contract
     draft = _parse(library, request)
     _check_inputs(draft, contract)
-    trt_api.lay_channels_last(draft, request.channels_last)
+    building.lay_channels_last(draft, request.channels_last)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
-    config = trt_api.configure(draft, spec, shapes, _fp32_nodes(draft, request))
+    config = building.configure(draft, spec, shapes, _fp32_nodes(draft, request))
     for warning in draft.warnings:
         report({"warn": warning})
-    if not trt_api.read_timing_cache(config, request.timing_cache):
+    if not building.read_timing_cache(config, request.timing_cache):
         report({"warn": f"{request.timing_cache} is of another TensorRT or GPU: starting a new timing cache"})
     report({"show": "optimising"})  # all that 8.6 tells until it is done
-    monitor = trt_api.watch_progress(library, config, _throttled(report))
+    monitor = building.watch_progress(library, config, _throttled(report))
     start = time.perf_counter()
-    plan = trt_api.serialize(draft, config)
+    plan = building.serialize(draft, config)
     seconds = time.perf_counter() - start
     del monitor
     with request.plan.open("wb") as file:
@@ -265,23 +267,23 @@ def _parse(library: Library, request: Request) -> Draft:
     """The network of an ONNX; on 8.6 with group normalisations by its plugin, where that is asked for and serves."""
     onnx = request.onnx
     if request.spec.export.precision != "fp16" or not _plugin_serves(library, request.spec):
-        return trt_api.parse_onnx(library, onnx)
+        return building.parse_onnx(library, onnx)
     model, weights = onnx_graph.load_split(onnx)
     if group_norm.use_plugin(model, weights) == 0:
-        return trt_api.parse_onnx(library, onnx)
+        return building.parse_onnx(library, onnx)
     place = request.folder if request.piece is None else onnx.parent  # which goes, whoever ends this process
     with tempfile.TemporaryDirectory(prefix=".plugins-", dir=place) as folder:
         changed = Path(folder) / onnx.name
         onnx_graph.save(model, weights, changed)
         del model, weights
-        return trt_api.parse_onnx(library, changed)  # the network has its own copy of the weights then
+        return building.parse_onnx(library, changed)  # the network has its own copy of the weights then
 
 
 def _plugin_serves(library: Library, spec: BuildSpec) -> bool:
     """Whether group normalisations may be left to 8.6's plugin."""
     fits = all(profile.batch.max <= group_norm.MAX_BATCH for profile in spec.profiles)
     wanted = spec.norm_plugins and not spec.version_compatible
-    return wanted and fits and trt_api.has_plugin(library, group_norm.OPERATOR)
+    return wanted and fits and building.has_plugin(library, group_norm.OPERATOR)
 
 
 def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
@@ -309,7 +311,7 @@ def _throttled(report: Report) -> Callable[[str], bool]:
 def _check_inputs(draft: Draft, contract: Contract) -> None:
     """Hold the network's inputs against the contract."""
     wanted = {spec.name: spec.dtype for spec in contract.inputs}
-    found = trt_api.network_inputs(draft)
+    found = building.network_inputs(draft)
     if found != wanted:
         raise BuildError(f"the ONNX takes {found}, and not {wanted}", hint="export it again: sdtrt export --force")
 
@@ -318,7 +320,7 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
     """What a strongly typed network computes in; nothing is known of a weakly typed one before it is built."""
     if not draft.library.has("strong typing"):
         return {}
-    return {"layers": trt_api.network_precisions(draft), "read_from": "network"}
+    return {"layers": building.network_precisions(draft), "read_from": "network"}
 
 
 def _keep_timings(file: Path | None, config: Any, report: Report) -> None:
@@ -329,7 +331,7 @@ def _keep_timings(file: Path | None, config: Any, report: Report) -> None:
     try:
         with _alone_with(file, report):
             kept = file.read_bytes() if file.is_file() else b""
-            if data := trt_api.timing_cache_bytes(config, kept):
+            if data := building.timing_cache_bytes(config, kept):
                 draft.write_bytes(data)
                 draft.replace(file)
     except OSError:

@@ -61,10 +61,10 @@ def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tup
     Raises:
         CacheError, EngineError: as of `open_session`.
     """
-    from sdtrt import trt_api
     from sdtrt.runtime.plan import load_plan
+    from sdtrt.trt_api import libraries
 
-    contract, library = stored_contract(entry), trt_api.open_library(entry.key["backend"])
+    contract, library = stored_contract(entry), libraries.open_library(entry.key["backend"])
     plan, compatible = _proven_plan(entry, ahead=wanted)
 
     def load(device: int) -> tuple[LoadedPlan, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.entries import MALFORMED
 from sdtrt.errors import EngineError
-from sdtrt.trt_api import REBUILD
+from sdtrt.trt_api.messages import REBUILD
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

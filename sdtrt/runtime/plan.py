@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from sdtrt import trt_api
 from sdtrt.components import (
     BATCH,
     IMAGE_HEIGHT,
@@ -26,7 +25,9 @@ from sdtrt.entries import SIDECAR
 from sdtrt.errors import EngineError
 from sdtrt.runtime.pieces import Piece
 from sdtrt.specs import SIZE_MULTIPLE
-from sdtrt.trt_api import Library, Shape, ShapeRange
+from sdtrt.trt_api import running
+from sdtrt.trt_api.libraries import Library, Shape, ShapeRange
+from sdtrt.trt_api.messages import REBUILD
 
 Bounds = tuple[int, int, int]  # smallest, optimal, largest value of one dimension
 
@@ -100,9 +101,9 @@ def load_plan(
         loaded = _LOADED.get(key)
         if loaded is None:
             _check_sidecar(plan)
-            runtime, engine = trt_api.load_engine(library, plan, allow_host_code=allow_host_code)
-            _check_tensors(plan, contract, *trt_api.engine_tensors(library, engine))
-            shapes = trt_api.engine_profiles(engine, [spec.name for spec in contract.inputs])
+            runtime, engine = running.load_engine(library, plan, allow_host_code=allow_host_code)
+            _check_tensors(plan, contract, *running.engine_tensors(library, engine))
+            shapes = running.engine_profiles(engine, [spec.name for spec in contract.inputs])
             profiles = tuple(profile_of(contract, ranges) for ranges in shapes)
             loaded = _LOADED[key] = LoadedPlan(library, engine, runtime, profiles)
         return loaded
@@ -116,7 +117,7 @@ def _check_sidecar(plan: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     if size != known:
-        raise EngineError(f"{plan} is cut short: {size} of {known} bytes are there", hint=trt_api.REBUILD)
+        raise EngineError(f"{plan} is cut short: {size} of {known} bytes are there", hint=REBUILD)
 
 
 def _identity(plan: Path) -> tuple[object, ...]:
@@ -133,7 +134,7 @@ def _check_tensors(plan: Path, contract: Contract, inputs: Mapping[str, str], ou
     for word, specs, found in (("takes", contract.inputs, inputs), ("gives", contract.outputs, outputs)):
         wanted = {spec.name: spec.dtype for spec in specs}
         if wanted != dict(found):
-            raise EngineError(f"{plan} {word} {_listed(found)}, and not {_listed(wanted)}", hint=trt_api.REBUILD)
+            raise EngineError(f"{plan} {word} {_listed(found)}, and not {_listed(wanted)}", hint=REBUILD)
 
 
 def _listed(tensors: Mapping[str, str]) -> str:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sdtrt import trt_api
 from sdtrt.components import Contract, TensorSpec
 from sdtrt.errors import EngineError
 from sdtrt.runtime.pieces import list_file
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
-from sdtrt.trt_api import Shape
+from sdtrt.trt_api import libraries, running
+from sdtrt.trt_api.libraries import Shape
 
 Array = npt.NDArray[Any]
 
@@ -57,14 +57,14 @@ class PyCudaSession(Session[Array]):
         _check_dtypes(contract)
         _check_whole(plan)
         self.contract, self._backend = contract, backend
-        self._library = trt_api.open_library(backend)
-        trt_api.require_gpu(self._library)
+        self._library = libraries.open_library(backend)
+        libraries.require_gpu(self._library)
         self._cuda = _driver()
         self._primary = _primary_context(device)
         self._loaded: LoadedPlan | None = None
         with self._on_gpu():
             self._loaded = load_plan(plan, contract, self._library, device, allow_host_code=allow_host_code)
-            self._context = trt_api.create_context(self._library, self._loaded.engine)
+            self._context = running.create_context(self._library, self._loaded.engine)
             self._stream = self._cuda.Stream()
             self._host = {spec.name: self._pinned(self._loaded, spec) for spec in self.inputs + self.outputs}
             self._gpu = {name: self._cuda.mem_alloc(max(array.nbytes, 1)) for name, array in self._host.items()}
@@ -80,10 +80,10 @@ class PyCudaSession(Session[Array]):
         with self._on_gpu():
             for name, array in feeds.items():
                 self._send(name, array)
-            results = trt_api.prepare_context(self._library, self._context, profile, shapes, stream.handle)
+            results = running.prepare_context(self._library, self._context, profile, shapes, stream.handle)
             addresses = {name: int(memory) for name, memory in self._gpu.items()}
-            trt_api.set_addresses(self._library, self._context, addresses)
-            trt_api.enqueue(self._library, self._context, stream.handle)
+            running.set_addresses(self._library, self._context, addresses)
+            running.enqueue(self._library, self._context, stream.handle)
             views = {spec.name: self._fetch(spec.name, output_shape(results, spec)) for spec in self.outputs}
             stream.synchronize()
             return {name: view.copy() for name, view in views.items()}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from sdtrt import trt_api
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
@@ -24,7 +23,9 @@ from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import Backend
-from sdtrt.trt_api import Library, Shape
+from sdtrt.trt_api import libraries, running
+from sdtrt.trt_api.libraries import Library, Shape
+from sdtrt.trt_api.messages import REBUILD
 
 MAX_GRAPHS = 4  # shapes kept as CUDA graphs; each costs an execution context and its outputs
 Key = tuple[tuple[str, Shape], ...]
@@ -85,7 +86,7 @@ class TensorRTSession(Session[torch.Tensor]):
         scratch: Scratch | None = None,
     ) -> None:
         self.contract, self._backend, self._max_graphs = contract, backend, graphs
-        self._library = library or trt_api.open_library(backend)
+        self._library = library or libraries.open_library(backend)
         self._device = _cuda_device(device, self._library)
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._seen: set[Key] = set()
@@ -104,7 +105,7 @@ class TensorRTSession(Session[torch.Tensor]):
                 for piece in self._pieces
             )
             self._profiles = profiles_of(contract, self._pieces, self._plans)
-            self._work_bytes = [trt_api.scratch_bytes(self._library, one.engine) for one in self._plans]
+            self._work_bytes = [running.scratch_bytes(self._library, one.engine) for one in self._plans]
             self._layout = lay_out(self._pieces, own, self._work_bytes)
             self._block = self._scratch.block(self._layout.size, self._device)
             self._crossing = {name: self._placed(*place) for name, place in self._layout.places.items()}
@@ -145,7 +146,7 @@ class TensorRTSession(Session[torch.Tensor]):
         """What TensorRT's inspector tells of each piece: its layers, their data types and tactics."""
         self._check_open()
         return [
-            trt_api.inspect(self._library, plan.engine, self._contexts[number])
+            running.inspect(self._library, plan.engine, self._contexts[number])
             for number, plan in enumerate(self._plans)
         ]
 
@@ -233,13 +234,13 @@ class TensorRTSession(Session[torch.Tensor]):
             for number in numbers:
                 piece, context = self._pieces[number], contexts[number]
                 taken = {name: tuple(tensors[name].shape) for name in piece.inputs}
-                shapes = trt_api.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
+                shapes = running.prepare_context(self._library, context, profile, taken, stream.cuda_stream)
                 for spec in piece.contract.outputs:
                     shape = output_shape(shapes, spec)
                     if spec.name not in tensors:
                         tensors[spec.name] = self._new_tensor(shape, spec)
                     elif shape != tensors[spec.name].shape:
-                        raise EngineError(f"piece {number} gives {spec.name} in another size", hint=trt_api.REBUILD)
+                        raise EngineError(f"piece {number} gives {spec.name} in another size", hint=REBUILD)
                 if stream is not current:
                     stream.wait_stream(current)  # for what other threads have put there with the outputs' memory
                 self._enqueue(number, context, tensors, stream)
@@ -253,8 +254,8 @@ class TensorRTSession(Session[torch.Tensor]):
         piece = self._pieces[number]
         specs = (*piece.contract.inputs, *piece.contract.outputs)
         addresses = {spec.name: tensors[spec.name].data_ptr() for spec in specs}
-        trt_api.set_addresses(self._library, context, addresses)
-        trt_api.enqueue(self._library, context, stream.cuda_stream)
+        running.set_addresses(self._library, context, addresses)
+        running.enqueue(self._library, context, stream.cuda_stream)
         if piece.cuts:
             with torch.cuda.stream(stream):
                 tensors |= {cut.result: compute(cut, tensors) for cut in piece.cuts}
@@ -268,7 +269,7 @@ class TensorRTSession(Session[torch.Tensor]):
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         outputs = {name: torch.empty_like(tensor) for name, tensor in example.items()}
-        if not all(trt_api.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts.values()):
+        if not all(running.is_capturable(self._library, one, self._stream.cuda_stream) for one in contexts.values()):
             raise EngineError("TensorRT can't be captured at this shape", hint="open the session with graphs=0")
         tensors = self._inputs_of(key) | outputs
         # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
@@ -289,7 +290,7 @@ class TensorRTSession(Session[torch.Tensor]):
     def _new_context(self, number: int) -> Any:
         loaded, address = self._plans[number], self._block.data_ptr() + self._layout.work_offsets[number]
         with loaded.lock:
-            return trt_api.create_shared_context(self._library, loaded.engine, address, self._work_bytes[number])
+            return running.create_shared_context(self._library, loaded.engine, address, self._work_bytes[number])
 
     def _input_buffer(self, spec: TensorSpec) -> torch.Tensor:
         """The memory of one input, for every shape that the engine takes."""
@@ -321,7 +322,7 @@ def _cuda_device(device: torch.device, library: Library) -> torch.device:
     """The device with its index."""
     if device.type != "cuda":
         raise EngineError(f"TensorRT runs on a GPU, not on {device}", hint="use --backend onnxruntime on a CPU")
-    trt_api.require_gpu(library)
+    libraries.require_gpu(library)
     if not torch.cuda.is_available():
         raise EngineError("this PyTorch can't use the GPU", hint="install a CUDA build of PyTorch: https://pytorch.org")
     return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())

@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrt import trt_api
 from sdtrt.build import build_engine
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import Entry
 from sdtrt.models import Model, resolve_model
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Precision, Profile, Range, Sizes
+from sdtrt.trt_api import libraries
 
 # What every GPU test needs, and most need besides.
 NEEDS_GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
 )
-NEEDS_TENSORRT = pytest.mark.skipif(not trt_api.is_installed("tensorrt"), reason="TensorRT is not installed")
+NEEDS_TENSORRT = pytest.mark.skipif(not libraries.is_installed("tensorrt"), reason="TensorRT is not installed")
 
 DIRECTORY_VARIABLE = "SDTRT_GPU_TEST_ENGINE_DIR"
 LARGE_VARIABLE = "SDTRT_GPU_TEST_LARGE"

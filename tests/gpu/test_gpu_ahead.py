@@ -32,8 +32,8 @@ for thread in threading.enumerate():
 assert {"tensorrt", "tensorrt_lean"} & set(sys.modules), "TensorRT was not imported"
 driver, flags, active = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint(), ctypes.c_int()
 assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0 and active.value == 1
-from sdtrt import trt_api
-library = trt_api.open_library("tensorrt")
+from sdtrt.trt_api import libraries
+library = libraries.open_library("tensorrt")
 assert library.module.Runtime(library.logger) is not None
 assert float(torch.ones(3, device="cuda").sum()) == 3
 """
@@ -49,13 +49,13 @@ raise SystemExit(3)
 COMMAND = """
 import json, sys, threading
 from pathlib import Path
-from sdtrt import trt_api
+from sdtrt.trt_api import running
 from sdtrt.cli import main
-calls, load, marks = [], trt_api.load_engine, Path(sys.argv.pop(1))
+calls, load, marks = [], running.load_engine, Path(sys.argv.pop(1))
 def noting(library, plan, **options):
     calls.append([plan.parent.name, plan.name, threading.current_thread().name])
     return load(library, plan, **options)
-trt_api.load_engine = noting
+running.load_engine = noting
 try:
     main()
 finally:

@@ -9,7 +9,7 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
-from sdtrt import onnx_graph, trt_api
+from sdtrt import onnx_graph
 from sdtrt.build.checking import LAYERS_FILE
 from sdtrt.build.group_norm import OPERATOR
 from sdtrt.build.tensorrt import build_plan
@@ -19,6 +19,7 @@ from sdtrt.metrics import relative_l2
 from sdtrt.runtime import TENSORRT_FILE
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
+from sdtrt.trt_api import building, libraries
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(600)]
 CUDA = torch.device("cuda")
@@ -27,7 +28,7 @@ CUDA = torch.device("cuda")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("channels", "batch"), [(320, 2), (960, 2), (1920, 2), (2560, 2), (320, 32)])
 def test_the_plugin_normalises_as_pytorch_does(channels, batch, tmp_path):
-    if not trt_api.has_plugin(trt_api.open_library("tensorrt"), OPERATOR):
+    if not building.has_plugin(libraries.open_library("tensorrt"), OPERATOR):
         pytest.skip("this TensorRT has no need of the plugin")
     torch.manual_seed(0)
     module = nn.Sequential(nn.GroupNorm(32, channels, eps=1e-5), nn.SiLU()).half().eval()

@@ -7,7 +7,6 @@ import torch
 from factories import small_vae
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt import trt_api
 from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import vae_contract
 from sdtrt.console import QUIET
@@ -20,6 +19,7 @@ from sdtrt.runtime.pieces import Normalization
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 from sdtrt.tracing import reference
+from sdtrt.trt_api import libraries
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA, SIZES = torch.device("cuda"), Sizes(1, 768, 704)
@@ -29,7 +29,7 @@ WIDTHS = (32, 64, 64, 64)  # 32 channels of all pixels are 33 MiB in fp16, and 3
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("component", "pieces"), [("vae_decoder", 8), ("vae_encoder", 5)])
 def test_it_is_right_on_the_stream_and_from_the_graph(component, pieces, tmp_path):
-    if not trt_api.open_library("tensorrt").has("weak typing"):
+    if not libraries.open_library("tensorrt").has("weak typing"):
         pytest.skip("only TensorRT 8.6 leaves norms to PyTorch")
     vae = small_vae(block_out_channels=WIDTHS).half()
     contract = vae_contract(dict(vae.config), "fp16", component)

@@ -8,13 +8,13 @@ import torch
 from factories import in_threads
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt import trt_api
 from sdtrt.metrics import relative_l2
 from sdtrt.models import load_unet
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime import open_session, stored_contract
 from sdtrt.specs import Sizes
 from sdtrt.tracing import UNetCall
+from sdtrt.trt_api import libraries
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA, SIZES = torch.device("cuda"), Sizes(2, 512, 512)
@@ -23,7 +23,7 @@ FP16_ERROR = 5e-3
 
 @pytest.fixture(scope="module")
 def split(directory):
-    if not trt_api.open_library("tensorrt").has("weak typing"):
+    if not libraries.open_library("tensorrt").has("weak typing"):
         pytest.skip("only TensorRT 8.6 leaves attention to PyTorch")
     return gpu_engines.engine("split", directory)
 

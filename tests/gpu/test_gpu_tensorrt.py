@@ -20,7 +20,7 @@ from gpu_engines import LARGE_VARIABLE, NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
-from sdtrt import host, models, trt_api
+from sdtrt import host, models
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.components import Contract
 from sdtrt.console import QUIET
@@ -31,6 +31,8 @@ from sdtrt.runtime import open_session
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import GenerateSpec, Sizes
+from sdtrt.trt_api import libraries
+from sdtrt.trt_api.header import read_header
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA = torch.device("cuda")
@@ -109,8 +111,8 @@ def test_the_build_was_checked(entry):
 
 
 def test_the_plans_header_is_understood(entry):
-    header = trt_api.read_header(entry.file("engine.plan"))
-    assert header.version[:2] == trt_api.open_library("tensorrt").version[:2], header
+    header = read_header(entry.file("engine.plan"))
+    assert header.version[:2] == libraries.open_library("tensorrt").version[:2], header
     with entry.file("engine.plan").open("rb") as file:
         print(f"a plan of {entry.files['engine.plan']} bytes begins with {file.read(32).hex(' ')}")
 
@@ -422,7 +424,7 @@ def test_the_example_runs(entry):
 
 @pytest.fixture(scope="session")
 def compatible(directory):
-    library = trt_api.open_library("tensorrt")
+    library = libraries.open_library("tensorrt")
     if library.version < (10,) and not lean_library_is_here(library.version):
         pytest.skip(f"{library.name} embeds libnvinfer_lean in such a plan, and that library is not here")
     return gpu_engines.engine("compatible", directory)[1]
@@ -447,13 +449,14 @@ def test_compatible_plan_runs_only_where_it_is_allowed_to(compatible, reference,
 
 LEAN = """
 import json, pathlib, sys, torch
-from sdtrt import trt_api
+from sdtrt.trt_api import libraries
+from sdtrt.trt_api.header import read_header
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import Sizes
-library = trt_api.library_of(sys.argv[3], "tensorrt_lean")
+library = libraries.library_of(sys.argv[3], "tensorrt_lean")
 entry = next(e for e in EngineDirectory(pathlib.Path(sys.argv[1])).entries("engine") if e.name == sys.argv[2])
 contract, plan = Contract.from_json(entry.info["contract"]), entry.file("engine.plan")
 feeds = {name: tensor.cuda() for name, tensor in seeded_feeds(contract, Sizes(2, 128, 128)).items()}
