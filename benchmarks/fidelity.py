@@ -40,9 +40,10 @@ from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import Contract, TensorSpec, unet_contract
 from sdtrt.console import Console
 from sdtrt.export import write_onnx
+from sdtrt.loading import load_unet
 from sdtrt.meters import time_queued_calls
 from sdtrt.metrics import cosine, relative_l2
-from sdtrt.models import load_unet, resolve_model
+from sdtrt.models import resolve_model
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.session import Session

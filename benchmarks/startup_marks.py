@@ -251,8 +251,8 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "digest_of": every_call(marks, digested),
         },
         "sdtrt.engines": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
-        "sdtrt.models": {
-            "resolve_model": every_call(marks, lambda *_: "the model is read"),
+        "sdtrt.models": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
+        "sdtrt.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
         },
         "sdtrt.trt_api.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
@@ -269,7 +269,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "UNetFacade.forward": first_call(marks, "the first call of the UNet", synchronize),
             "VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize),
         },
-        "sdtrt.images": {"OutputPlan.save": first_call(marks, "the image is written")},
+        "sdtrt.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
     }
     if nothing_ahead:
         found["sdtrt.digests"]["hash_ahead"] = nothing

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtrt import __version__, charts, engines, host, images, meters, models
+from sdtrt import __version__, charts, engines, host, meters, models, saving
 from sdtrt.baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.build import backend_version
 from sdtrt.cache import EngineDirectory
@@ -259,7 +259,7 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
         UsageError, OutputError, ModelError: for a wrong request, before anything is timed.
     """
     if spec.output is not None:
-        images.check_files(spec.output, FILES, overwrite=spec.overwrite)
+        saving.check_files(spec.output, FILES, overwrite=spec.overwrite)
     facts = host.facts() | _state()
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
@@ -275,7 +275,7 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     versions = _versions(runners[0])
     report = BenchReport(tuple(rows), facts, versions, command, spec.model.name)
     if spec.output is not None:
-        for path in images.write_files(spec.output, _files(report), overwrite=spec.overwrite):
+        for path in saving.write_files(spec.output, _files(report), overwrite=spec.overwrite):
             console.note(f"wrote {path}")
     return report
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtrt import __version__, engines, host, images, memory, models, schedulers
+from sdtrt import __version__, engines, host, images, memory, models, saving, schedulers
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.errors import EngineError, MemoryShortage
@@ -106,7 +106,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     start = time.perf_counter()
     jobs = _jobs(spec)
     texts = [prompt + spec.negative_prompt for prompt in spec.prompts]
-    output = images.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
+    output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
     init = images.read_init_image(spec.init_image) if spec.init_image is not None else None
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
@@ -208,7 +208,7 @@ class _Run:
 
     spec: GenerateSpec
     opened: OpenPipeline
-    output: images.OutputPlan
+    output: saving.OutputPlan
     init: images.InitImage | None
     console: Console
     settings: Mapping[str, Any]

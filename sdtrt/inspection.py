@@ -15,7 +15,8 @@ from sdtrt.components import Contract, TensorSpec
 from sdtrt.console import print_table
 from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError
-from sdtrt.models import Model, empty_part, part_infos
+from sdtrt.loading import empty_part, part_infos
+from sdtrt.models import Model
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Component, Precision, Profile, check_choice
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo

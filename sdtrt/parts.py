@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from sdtrt.components import Contract, text_encoder_contract, unet_contract, vae_contract
 from sdtrt.errors import UsageError
-from sdtrt.models import Model, load_parts
+from sdtrt.loading import load_parts
+from sdtrt.models import Model
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_TOKENS,

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from sdtrt import engines, images, memory, models, schedulers
+from sdtrt import engines, images, loading, memory, schedulers
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import DTYPES
 from sdtrt.console import Console
@@ -202,7 +202,7 @@ def open_pipeline(
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
-    parts = models.load_parts(plan.model, ["scheduler"], torch.float32)
+    parts = loading.load_parts(plan.model, ["scheduler"], torch.float32)
     parts["scheduler"] = schedulers.make_scheduler(plan.scheduler, parts["scheduler"])
     schedulers.check_steps(parts["scheduler"], plan.steps)
     if plan.backend != "torch":  # that one stays diffusers' own, to be compared with
@@ -313,8 +313,8 @@ def _load_parts(plan: Plan, running: _Running) -> dict[str, Any]:
     encoders = text_encoders_of(plan.model)
     modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, plan.img2img)]
     names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *modules]
-    parts = {"unet": models.load_unet(plan.model, plan.parts_dtype)} if "unet" in names else {}
-    parts |= models.load_parts(plan.model, [name for name in names if name != "unet"], plan.parts_dtype)
+    parts = {"unet": loading.load_unet(plan.model, plan.parts_dtype)} if "unet" in names else {}
+    parts |= loading.load_parts(plan.model, [name for name in names if name != "unet"], plan.parts_dtype)
     for half in VAE_HALVES:
         if "vae" in modules and half in running.sessions:
             setattr(parts["vae"], half.removeprefix("vae_"), None)

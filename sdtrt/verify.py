@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdtrt import engines, images, models
+from sdtrt import engines, loading, models, saving
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console, quiet_libraries
@@ -51,7 +51,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
         SdtrtError: where scikit-image or matplotlib is missing, or the engine can't be had or run.
     """
     _require_extras()
-    output = images.plan_output(spec.output, count=2, overwrite=False)
+    output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = models.resolve_model(spec.image.model, console)
@@ -216,7 +216,7 @@ def _noise_floor(plan: Plan, reference: _Reference, console: Console) -> list[Ar
     precision: Precision = "bf16" if plan.precision == "bf16" else "fp16"
     own = replace(plan, backend="torch", precision=precision)
     try:
-        unet = models.load_unet(own.model, own.parts_dtype).to(own.device)
+        unet = loading.load_unet(own.model, own.parts_dtype).to(own.device)
     except SdtrtError as error:  # weights that don't fit into fp16: then there is no floor
         console.warn(f"no noise floor: {error.message}")
         return [np.full_like(call.output, np.nan) for call in reference.calls]
@@ -332,6 +332,6 @@ def _draw(folder: Path, errors: Sequence[TimestepError], actual: Array, expected
     figures = [(error.timestep, error.relative_l2, error.reference_relative_l2) for error in errors]
     timesteps, own, floor = (list(column) for column in zip(*figures, strict=True))
     return {
-        "comparison": images.save_new(comparison(actual, expected, label), folder, f"{stem}-comparison"),
-        "errors": images.save_new(error_plot(timesteps, own, floor, label), folder, f"{stem}-errors"),
+        "comparison": saving.save_new(comparison(actual, expected, label), folder, f"{stem}-comparison"),
+        "errors": saving.save_new(error_plot(timesteps, own, floor, label), folder, f"{stem}-errors"),
     }

@@ -178,11 +178,13 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def infos_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    """The header of tensors that are in memory."""
+def read_infos(path: Path) -> dict[str, TensorInfo]:
+    """Name, dtype and shape of a weight file's tensors; a pickle has no header, and is read whole for it."""
+    if not is_pickle(path):
+        return read_header(path)
     return {
         name: TensorInfo(str(value.dtype).removeprefix("torch."), tuple(value.shape), value.nbytes)
-        for name, value in tensors.items()
+        for name, value in read_pickle(path).items()
     }
 
 

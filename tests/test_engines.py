@@ -21,7 +21,8 @@ from sdtrt.cli import main
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, EngineError, UsageError
-from sdtrt.models import load_unet, resolve_model
+from sdtrt.loading import load_unet
+from sdtrt.models import resolve_model
 from sdtrt.runtime import open_session
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.trt_api import building

@@ -37,7 +37,8 @@ from sdtrt.entries import SIDECAR
 from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageError
 from sdtrt.generate import generate
 from sdtrt.inspection import inspect_engine
-from sdtrt.models import load_parts, resolve_model
+from sdtrt.loading import load_parts
+from sdtrt.models import resolve_model
 from sdtrt.runtime import layout, open_session
 from sdtrt.runtime import pieces as pieces_module
 from sdtrt.runtime.plan import profiles_of

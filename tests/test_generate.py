@@ -16,7 +16,7 @@ from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdtrt import engines, images, models
+from sdtrt import engines, images, loading, models
 from sdtrt import generate as generation
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
@@ -172,13 +172,13 @@ def test_what_engines_replace_is_not_loaded(components, img2img, rest, spec, dir
     spec = replace(spec, backend="onnxruntime", components=components)
     made(spec, directory)  # builds what is missing
     read = []
-    real = models.read_tensors
+    real = loading.read_tensors
 
     def watch(path, names):
         read.append(path.parent.name)
         return real(path, names)
 
-    monkeypatch.setattr(models, "read_tensors", watch)
+    monkeypatch.setattr(loading, "read_tensors", watch)
     report = generate(spec, directory, QUIET)
     assert sorted(read) == rest
     assert np.abs(pixels_of(report.images[0].path) - expected).max() <= 1
@@ -557,7 +557,7 @@ def test_tensorrt_without_a_gpu_is_a_clear_error(spec, directory):
 
 
 def test_a_unet_that_overflows_is_an_error_with_the_step_and_no_image(spec, directory, monkeypatch):
-    real = models.load_unet
+    real = loading.load_unet
 
     def damaged(model, dtype):
         unet = real(model, dtype)
@@ -565,7 +565,7 @@ def test_a_unet_that_overflows_is_an_error_with_the_step_and_no_image(spec, dire
         unet.conv_out.register_forward_hook(lambda _m, _i, output: output * (1e38 if next(calls) >= 1 else 1.0) * 1e9)
         return unet
 
-    monkeypatch.setattr(models, "load_unet", damaged)
+    monkeypatch.setattr(loading, "load_unet", damaged)
     with pytest.raises(EngineError, match="denoising step 2 of 4") as caught:
         generate(spec, directory, QUIET)
     assert "--scheduler" in caught.value.hint
@@ -591,7 +591,7 @@ def test_an_engine_with_a_nan_weight_is_an_error_with_the_step_and_no_image(spec
 @pytest.mark.parametrize("source", ["text_encoder", "vae_encoder", "vae_decoder"])
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_part_that_overflows_is_named_and_makes_no_image(source, value, spec, directory, init_image, monkeypatch):
-    real = models.load_parts
+    real = loading.load_parts
 
     def spoil(_module, _inputs, output):
         output[(0,) * output.ndim] = float(value)  # one pixel, which clamping would hide if it is infinite
@@ -606,7 +606,7 @@ def test_a_part_that_overflows_is_named_and_makes_no_image(source, value, spec, 
             layers[source].register_forward_hook(spoil)
         return parts
 
-    monkeypatch.setattr(models, "load_parts", damaged)
+    monkeypatch.setattr(loading, "load_parts", damaged)
     with pytest.raises(EngineError, match=f"{source} gave values that are not finite") as caught:
         generate(replace(spec, precision="bf16", init_image=init_image, height=64, width=64), directory, QUIET)
     assert caught.value.hint == "use --precision fp32"
@@ -622,7 +622,7 @@ def test_a_part_that_overflows_is_named_and_makes_no_image(source, value, spec, 
     ],
 )
 def test_each_of_sdxls_text_encoders_is_named_by_itself(part, layer, spec, sdxl, directory, monkeypatch):
-    real = models.load_parts
+    real = loading.load_parts
 
     def damaged(model, names, dtype):
         parts = real(model, names, dtype)
@@ -631,7 +631,7 @@ def test_each_of_sdxls_text_encoders_is_named_by_itself(part, layer, spec, sdxl,
             found.register_forward_hook(lambda _m, _i, output: _with_a_nan(output))
         return parts
 
-    monkeypatch.setattr(models, "load_parts", damaged)
+    monkeypatch.setattr(loading, "load_parts", damaged)
     with pytest.raises(EngineError) as caught:
         generate(replace(spec, model=ModelSpec(str(sdxl)), height=64, width=64), directory, QUIET)
     assert caught.value.message.startswith(f"{part} gave values that are not finite (torch, fp32)")

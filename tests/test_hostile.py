@@ -21,7 +21,8 @@ from sdtrt.cli import main
 from sdtrt.console import Console, print_table
 from sdtrt.entries import SIDECAR
 from sdtrt.errors import ModelError, OutputError, SdtrtError, UsageError
-from sdtrt.images import Metadata, plan_output, read_init_image
+from sdtrt.images import Metadata, read_init_image
+from sdtrt.saving import plan_output
 from sdtrt.specs import GenerateSpec
 from sdtrt.weights import read_header, read_json
 

@@ -19,19 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdtrt import images
+from sdtrt import saving
 from sdtrt.errors import OutputError, UsageError
 from sdtrt.images import (
     Metadata,
     encode_image,
     format_parameters,
     parse_parameters,
-    plan_output,
     read_init_image,
     read_metadata,
     read_parameters,
-    slug,
 )
+from sdtrt.saving import plan_output, slug
 
 FIELDS = {"Steps": 50, "Sampler": "PLMS", "CFG scale": 7.5, "Seed": 42, "Size": "128x96", "Version": "sdtrt 0.1.0"}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)
@@ -138,7 +137,7 @@ def test_a_file_that_came_into_being_meanwhile_is_not_overwritten(folder):
 
 def test_a_file_made_between_the_last_look_and_the_rename_is_not_overwritten(folder, monkeypatch):
     plan = plan_output(Path("one.png"), count=1, overwrite=False)
-    monkeypatch.setattr(images, "_is_taken", lambda path: False)  # the look is too early
+    monkeypatch.setattr(saving, "_is_taken", lambda path: False)  # the look is too early
     (folder / "one.png").write_text("precious")
     with pytest.raises(OutputError, match="exists"):
         save(plan)
@@ -153,7 +152,7 @@ def test_without_hard_links_nothing_is_overwritten_either(folder, monkeypatch):
     plan = plan_output(None, count=2, overwrite=False)
     first = save(plan)
     before = first.read_bytes()
-    monkeypatch.setattr(images, "_is_taken", lambda path: False)
+    monkeypatch.setattr(saving, "_is_taken", lambda path: False)
     assert save(plan, picture=Image.new("RGB", (8, 8))).name == "a-red-circle-42-2.png"
     assert first.read_bytes() == before
     assert len(names(folder)) == 2
@@ -256,7 +255,7 @@ def test_planning_leaves_no_trace(folder):
         ("🦊🦊", "image"),
         ("кот и пёс", "кот-и-пёс"),
         ("a\nb\0c\x1b[31m", "a-b-c-31m"),
-        ("x" * 1000, "x" * images.SLUG_LENGTH),
+        ("x" * 1000, "x" * saving.SLUG_LENGTH),
     ],
 )
 def test_slugs(prompt, expected):
@@ -267,7 +266,7 @@ def test_slugs(prompt, expected):
 def test_any_prompt_makes_a_safe_file_name(prompt):
     name = slug(prompt)
     assert name
-    assert len(name.encode()) <= images.SLUG_BYTES
+    assert len(name.encode()) <= saving.SLUG_BYTES
     assert not set(name) & set("/\\\0. \n")
     assert not name.startswith("-")
 

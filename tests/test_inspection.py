@@ -11,7 +11,7 @@ import pytest
 from factories import sd1_single_file, sdxl_folder, small_text_encoder, small_unet, small_vae
 from safetensors.torch import load_file, save_file
 
-from sdtrt import models
+from sdtrt import loading
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
 from sdtrt.errors import UsageError
@@ -27,7 +27,7 @@ def model(sd1):
 
 @pytest.fixture(autouse=True)
 def no_tensor_is_read(monkeypatch):
-    monkeypatch.setattr(models, "read_tensors", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(loading, "read_tensors", lambda *_: pytest.fail("a tensor was read"))
 
 
 def parameters(module) -> int:

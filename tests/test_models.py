@@ -16,10 +16,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from factories import sd1_folder, sd1_single_file, sdxl_folder, sdxl_single_file
 from safetensors.torch import load_file, save_file
 
-from sdtrt import models
+from sdtrt import loading
 from sdtrt.digests import sha256_file
 from sdtrt.errors import ModelError, SdtrtError, UsageError
-from sdtrt.models import SD_PARTS, SDXL_PARTS, check_part, load_parts, load_unet, resolve_model
+from sdtrt.loading import check_part, load_parts, load_unet
+from sdtrt.models import SD_PARTS, SDXL_PARTS, resolve_model
 from sdtrt.specs import ModelSpec
 
 ROOT = Path(__file__).parents[1]
@@ -134,8 +135,8 @@ def test_a_part_needs_no_other_parts_weights(folder):
 
 def test_of_a_single_file_only_the_asked_tensors_are_read(made, monkeypatch):
     read = []
-    original = models.read_tensors
-    monkeypatch.setattr(models, "read_tensors", lambda path, names: read.extend(names) or original(path, names))
+    original = loading.read_tensors
+    monkeypatch.setattr(loading, "read_tensors", lambda path, names: read.extend(names) or original(path, names))
     model = resolve_model(ModelSpec(str(made / "sd1.safetensors"), config=str(made / "sd1")))
     assert read == []
     load_unet(model, torch.float16)
@@ -199,7 +200,8 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "accelerate" else find(name, *rest)
 import torch
-from sdtrt.models import load_parts, resolve_model
+from sdtrt.loading import load_parts
+from sdtrt.models import resolve_model
 from sdtrt.specs import ModelSpec
 for name, config in ({str(made / "sd1")!r}, None), ({str(made / "sdxl.safetensors")!r}, {str(made / "sdxl")!r}):
     model = resolve_model(ModelSpec(name, config=config))
@@ -413,7 +415,7 @@ def test_all_parts_are_checked_before_one_is_loaded(folder, monkeypatch):
     change_tensors(folder / VAE, lambda tensors: tensors.pop("decoder.conv_in.weight"))
     model = resolve_model(ModelSpec(str(folder)))
     check_part(model, "unet")
-    monkeypatch.setattr(models, "read_tensors", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(loading, "read_tensors", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(ModelError, match=r"the vae weights of .* 1 are missing \(decoder\.conv_in\.weight\)"):
         load_parts(model, ("unet", "vae"), torch.float32)
 

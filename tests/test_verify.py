@@ -17,7 +17,7 @@ import torch
 from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine
 from safetensors.torch import load_file, save_file
 
-from sdtrt import engines, models, pipeline
+from sdtrt import engines, loading, pipeline
 from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
 from sdtrt.console import QUIET
@@ -138,7 +138,7 @@ def test_any_scheduler_and_no_guidance(spec, directory, scheduler):
 
 def test_no_two_unets_are_in_memory_at_once(spec, directory, monkeypatch):
     loaded, alive = [], []
-    load, open_session = models.load_unet, pipeline.open_session
+    load, open_session = loading.load_unet, pipeline.open_session
 
     def watched_load(model, dtype):
         alive.append(sum(unet() is not None for unet in loaded))
@@ -151,7 +151,7 @@ def test_no_two_unets_are_in_memory_at_once(spec, directory, monkeypatch):
         return open_session(*arguments)
 
     own_engine(spec, directory)
-    monkeypatch.setattr(models, "load_unet", watched_load)
+    monkeypatch.setattr(loading, "load_unet", watched_load)
     monkeypatch.setattr(pipeline, "open_session", watched_open)
     verify(spec, directory, QUIET)
     assert alive == [0] * 5  # at the reference, the noise floor, and the three engines

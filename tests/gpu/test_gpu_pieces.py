@@ -8,8 +8,8 @@ import torch
 from factories import in_threads
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
+from sdtrt.loading import load_unet
 from sdtrt.metrics import relative_l2
-from sdtrt.models import load_unet
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime import open_session, stored_contract
 from sdtrt.specs import Sizes

@@ -20,13 +20,13 @@ from gpu_engines import LARGE_VARIABLE, NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
-from sdtrt import host, models
+from sdtrt import host, loading
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.components import Contract
 from sdtrt.console import QUIET
 from sdtrt.errors import EngineError
+from sdtrt.loading import load_unet
 from sdtrt.metrics import relative_l2
-from sdtrt.models import load_unet
 from sdtrt.runtime import open_session
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.tensorrt import TensorRTSession
@@ -499,11 +499,11 @@ SCENES = {
 def no_torch_unet(monkeypatch):
     """When the engine is there, the PyTorch UNet is neither read nor put on the GPU."""
 
-    def refuse(model, name, dtype, _load=models._load_part):
+    def refuse(model, name, dtype, _load=loading._load_part):
         assert name != "unet", "the UNet's weights were read"
         return _load(model, name, dtype)
 
-    monkeypatch.setattr(models, "_load_part", refuse)
+    monkeypatch.setattr(loading, "_load_part", refuse)
 
 
 def right_share(report):
@@ -539,7 +539,7 @@ def test_the_whole_pipeline_in_engines(entry, directory, tmp_path, monkeypatch):
     init = generate(GenerateSpec(prompts[:1], output=tmp_path / "init", **options), directory, QUIET).images[0].path
     options |= {"num_images": 4, "init_image": init, "strength": 0.9}
     generate(GenerateSpec(prompts[:1], output=tmp_path / "first", **options), directory, QUIET)  # builds the encoder's
-    monkeypatch.setattr(models, "read_tensors", None)  # any part that is read would fail
+    monkeypatch.setattr(loading, "read_tensors", None)  # any part that is read would fail
     report = generate(GenerateSpec(prompts[1:], output=tmp_path / "img", **options), directory, QUIET)
     assert sorted(report.engines) == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert right_share(report) >= 0.7
