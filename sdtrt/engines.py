@@ -118,22 +118,6 @@ def find_engine(
     return best
 
 
-def ensure_engine(
-    model: Model,
-    backend: Backend,
-    precision: Precision,
-    sizes: Sizes,
-    directory: EngineDirectory,
-    *,
-    allow_build: bool = True,
-    console: Console = QUIET,
-) -> Entry:
-    """The engine of the UNet for a request, as `ensure_engines` finds or makes it."""
-    return ensure_engines(
-        model, backend, precision, sizes, directory, ("unet",), allow_build=allow_build, console=console
-    )["unet"]
-
-
 def ensure_engines(
     model: Model,
     backend: Backend,

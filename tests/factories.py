@@ -30,8 +30,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdtrt import engines
 from sdtrt.cache import EngineDirectory
 from sdtrt.entries import Entry
+from sdtrt.models import Model
+from sdtrt.specs import Backend, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 
@@ -405,3 +408,10 @@ def _ldm_vae_value(key: str, value: torch.Tensor) -> torch.Tensor:
     """The original attention projections are 1x1 convolutions."""
     is_projection = "attentions" in key and key.endswith("weight") and value.ndim == 2
     return value[:, :, None, None] if is_projection else value
+
+
+def unet_engine(
+    model: Model, backend: Backend, precision: Precision, sizes: Sizes, directory: EngineDirectory, **options: Any
+) -> Entry:
+    """The UNet's engine, as `ensure_engines` finds or makes it."""
+    return engines.ensure_engines(model, backend, precision, sizes, directory, ("unet",), **options)["unet"]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from factories import SMALL, sd1_folder, small_unet
+from factories import SMALL, sd1_folder, small_unet, unet_engine
 from PIL import Image
 
 from sdtrt import baselines, engines, meters, pipeline
@@ -72,7 +72,7 @@ def directory(small, tmp_path_factory):
     """With the engine in it."""
     directory = EngineDirectory(tmp_path_factory.mktemp("engines"))
     model = resolve_model(ModelSpec(str(small)))
-    engines.ensure_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
+    unet_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
     return directory
 
 

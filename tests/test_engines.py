@@ -50,7 +50,7 @@ def directory(engine_dir):
 
 @pytest.fixture(scope="module")
 def entry(model, directory):
-    return engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, directory)
+    return factories.unet_engine(model, "onnxruntime", "fp32", SMALL, directory)
 
 
 def test_without_a_gpu_auto_is_onnxruntime_and_says_why(capsys, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_named_backend_is_taken_as_it_is(capsys):
 
 def test_an_engine_is_built_once_and_serves_other_sizes(model, directory, entry):
     assert engines.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
-    assert engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
+    assert factories.unet_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
     assert engines.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
 
 
@@ -160,7 +160,7 @@ def test_a_garbled_engine_is_an_error_with_the_rebuild(entry, tmp_path):
 def test_no_build_names_the_command_that_builds(model, tmp_path):
     empty = EngineDirectory(tmp_path / "empty folder")
     with pytest.raises(EngineError) as caught:
-        engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, empty, allow_build=False)
+        factories.unet_engine(model, "onnxruntime", "fp32", SMALL, empty, allow_build=False)
     words = shlex.split(caught.value.hint)
     assert words[:2] == ["sdtrt", "build"]
     assert words[words.index("--engine-dir") + 1] == str(empty.path)
@@ -301,7 +301,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
 
 def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
     found = EngineDirectory(tmp_path / "engines")
-    first = engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, found)
+    first = factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found)
     options = dict(first.key["options"])
     for level in range(3):  # whichever way their names sort
         made = found.obtain("engine", dict(first.key) | {"options": options | {"level": level}}, _empty)
@@ -323,9 +323,9 @@ def _empty(folder):
 
 def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
     found = EngineDirectory(tmp_path / "engines")
-    first = engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, found)
+    first = factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found)
     found.obtain("engine", first.key, lambda folder: {"unchecked": "no GPU there"}, force=True)
-    engines.ensure_engine(model, "onnxruntime", "fp32", SMALL, found, console=Console())
+    factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found, console=Console())
     assert "never checked (no GPU there)" in capsys.readouterr().err
 
 
@@ -339,13 +339,13 @@ def test_the_build_command_names_all_that_the_model_needs(model):
 
 def test_bf16_is_refused_on_onnxruntime(model, directory):
     with pytest.raises(UsageError, match="bf16"):
-        engines.ensure_engine(model, "onnxruntime", "bf16", SMALL, directory)
+        factories.unet_engine(model, "onnxruntime", "bf16", SMALL, directory)
 
 
 @pytest.mark.skipif(host.has_gpu(), reason="needs a machine without a GPU")
 def test_tensorrt_without_a_gpu_says_what_to_use_instead(model, directory):
     with pytest.raises(BuildError) as caught:
-        engines.ensure_engine(model, "tensorrt-rtx", "fp16", SMALL, directory)
+        factories.unet_engine(model, "tensorrt-rtx", "fp16", SMALL, directory)
     assert "onnxruntime" in caught.value.hint
 
 

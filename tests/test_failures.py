@@ -17,11 +17,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder
+from factories import sd1_folder, unet_engine
 from fault_server import UNET
 from PIL import Image
 
-from sdtrt import engines, entries, memory
+from sdtrt import entries, memory
 from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
 from sdtrt.models import resolve_model
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     sd1_folder(place / "model", cross_attention_dim=32, **UNET)
     model = resolve_model(ModelSpec(str(place / "model")))
-    engines.ensure_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), EngineDirectory(place / "engines"))
+    unet_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), EngineDirectory(place / "engines"))
     (place / "text.png").write_text("no picture")
     (place / "folder").mkdir()
     for name in ("file", "weights.ckpt", "exists.onnx"):

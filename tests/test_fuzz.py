@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import trt_fakes
-from factories import sd1_folder
+from factories import sd1_folder, unet_engine
 from fault_server import UNET
 from fuzzing import fuzz
 from hypothesis import strategies as st
@@ -69,7 +69,7 @@ def model(tmp_path_factory):
 def directory(model, tmp_path_factory):
     """An engine directory with an export and an engine of it; tests give back what they change."""
     found = EngineDirectory(tmp_path_factory.mktemp("shared") / "engines")
-    engines.ensure_engine(resolve_model(ModelSpec(str(model))), "onnxruntime", "fp32", SIZES, found)
+    unet_engine(resolve_model(ModelSpec(str(model))), "onnxruntime", "fp32", SIZES, found)
     return found
 
 

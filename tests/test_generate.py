@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_engine
+from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_engine, unet_engine
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -544,10 +544,11 @@ def test_a_wrong_init_image_is_found_before_the_model_is_looked_for(spec, direct
         generate(wrong, directory, QUIET)
 
 
-def test_too_many_steps_are_refused_before_an_engine_is_built(spec, directory, monkeypatch):
-    monkeypatch.setattr(engines, "ensure_engine", lambda *_, **__: pytest.fail("built"))
+def test_too_many_steps_are_refused_before_an_engine_is_built(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built"))
+    request = replace(spec, backend="onnxruntime", scheduler="lcm", steps=51)
     with pytest.raises(UsageError, match="at most 50 steps, got 51"):
-        generate(replace(spec, backend="onnxruntime", scheduler="lcm", steps=51), directory, QUIET)
+        generate(request, EngineDirectory(tmp_path / "engines"), QUIET)
 
 
 def test_tensorrt_without_a_gpu_is_a_clear_error(spec, directory):
@@ -775,7 +776,7 @@ def test_an_engine_for_one_batch_alone_says_which_batch_to_ask_for(spec, directo
         return 0.0 if sizes.batch == (8 if key["component"] == "unet" else 4) else None
 
     spec = replace(spec, backend="onnxruntime", num_images=6, batch_size=4)
-    engines.ensure_engine(models.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
+    unet_engine(models.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
     monkeypatch.setattr(engines, "slack", for_four_images)
     with pytest.raises(MemoryShortage, match="out of memory at 64x64 pixels, 4 at once") as caught:
         generate(spec, directory, QUIET)

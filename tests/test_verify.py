@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine
+from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine, unet_engine
 from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, loading, pipeline
@@ -50,7 +50,7 @@ def spec(tmp_path):
 def own_engine(spec, directory):
     """The miniature's right engine."""
     model = resolve_model(spec.image.model)
-    return engines.ensure_engine(model, "onnxruntime", spec.image.precision, Sizes(2, 64, 64), directory)
+    return unet_engine(model, "onnxruntime", spec.image.precision, Sizes(2, 64, 64), directory)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_an_engine_of_another_model_with_the_same_shapes_fails(spec, wrong, tmp_
         return value.flatten()[torch.randperm(value.numel(), generator=generator)].reshape(value.shape)
 
     model = resolve_model(ModelSpec(str(changed_tiny(tmp_path / "other", shuffled))))
-    entry = engines.ensure_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), wrong)
+    entry = unet_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), wrong)
     report = verify(replace(spec, engine=entry.name), wrong, QUIET)
     assert not report.passed
     assert max(error.cosine for error in report.timesteps) < 0.9
@@ -393,7 +393,7 @@ def test_no_build_builds_none_of_the_other_components_either(spec, directory, tm
     only = EngineDirectory(tmp_path / "only")
     image = spec.image
     model = resolve_model(image.model, QUIET)
-    engines.ensure_engine(model, "onnxruntime", image.precision, Sizes(2, 64, 64), only)
+    unet_engine(model, "onnxruntime", image.precision, Sizes(2, 64, 64), only)
     before = [entry.name for entry in only.entries()]
     with pytest.raises(EngineError, match="text_encoder"):
         verify(replace(spec, image=replace(image, allow_build=False)), only, QUIET)

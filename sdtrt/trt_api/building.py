@@ -309,7 +309,7 @@ def _add_profile(builder: Any, config: Any, shapes: Mapping[str, ShapeRange]) ->
 def read_timing_cache(config: Any, file: Path | None) -> bool:
     """Start from the kernel timings of earlier builds; False where the file is another version's or GPU's.
 
-    The cache is always attached, empty at worst, so that `write_timing_cache` has something to write.
+    The cache is always attached, empty at worst, so that `timing_cache_bytes` has something to give.
     """
     data = file.read_bytes() if file is not None and file.is_file() else b""
     timing = config.create_timing_cache(data)
