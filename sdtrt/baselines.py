@@ -19,6 +19,7 @@ from sdtrt.build.onnxruntime import EXTERNAL_BYTES
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console
+from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, first_line
 from sdtrt.export import FILE_NAME, export_component
 from sdtrt.meters import tf32
@@ -202,11 +203,23 @@ def _open_onnxruntime(plan: Plan, directory: EngineDirectory, console: Console) 
     with open_pipeline(plan, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
         with tempfile.TemporaryDirectory(prefix="sdtrt-") as place:
-            model, _ = fuse(entry.verified(FILE_NAME), Path(place), EXTERNAL_BYTES, console)
-            session = BoundSession(model, contract, plan.device)
+            session = BoundSession(_fused(entry, Path(place), console), contract, plan.device)
         with session:
             opened.pipe.unet = UNetFacade(session, contract, plan.model.config("unet"), plan.device)
             yield opened
+
+
+def _fused(export: Entry, folder: Path, console: Console) -> Path:
+    """A file in a folder with an export whose attentions are fused; the export's own where none is, which is said."""
+    try:
+        model, count = fuse(export.verified(FILE_NAME), folder, EXTERNAL_BYTES, console)
+    except OSError as error:
+        raise EngineError(
+            f"can't write a copy of the UNet to {folder}: {error.strerror}", hint="free some space there, or set TMPDIR"
+        ) from error
+    if count == 0:
+        console.warn("ONNX Runtime's baseline has its attentions as they were exported: none was recognised")
+    return model
 
 
 def has_provider(provider: str) -> bool:
@@ -242,12 +255,14 @@ class BoundSession(Session[torch.Tensor]):
         provider, settings = (CUDA_PROVIDER, CUDA_SETTINGS) if on_gpu else ("CPUExecutionProvider", {})
         self.contract, self._device = contract, device
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=[(provider, settings)])
+            self._session: Any = onnxruntime.InferenceSession(
+                str(model), options, providers=[(provider, settings)], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(
                 f"ONNX Runtime can't load {model.name} with {provider}: {first_line(error)}", hint="sdtrt doctor"
             ) from error
-        if provider not in self._session.get_providers():  # it falls back to the CPU without a word
+        if provider not in self._session.get_providers():  # where its libraries are missing, it is left out
             raise EngineError(
                 f"ONNX Runtime can't use its {provider} here",
                 hint="install the CUDA and cuDNN libraries that your onnxruntime-gpu was built for",

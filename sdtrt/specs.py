@@ -290,7 +290,7 @@ class BuildSpec:
         norm_plugins: let TensorRT 8.6 normalise by its plugin (see `build.group_norm`); later versions don't need it.
         split_attention: from how many tokens on the UNet's self-attentions are left to PyTorch's kernels (see
             `build.splitting`), 0 for none, nor a VAE's large norms; None for what gained on an H200
-            (`building.split_tokens`).
+            (`trt_api.building.split_tokens`).
         channels_last: what an engine's pieces give to each other lies channels last in memory (see
             `build.splitting.channels_last`).
         force: build again even if the engine directory has it.

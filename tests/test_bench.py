@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from factories import SMALL, sd1_folder, small_unet, unet_engine
@@ -22,7 +25,7 @@ from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
 from sdtrt.components import Contract
-from sdtrt.console import QUIET
+from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, OutputError, UsageError
 from sdtrt.export import FILE_NAME, export_component
 from sdtrt.meters import MemoryMeter, Nvml, Timing
@@ -329,8 +332,14 @@ def test_a_bound_session_computes_what_a_plain_one_does(small, directory):
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(small, directory, monkeypatch):
-    """In its CPU provider, for there is no other here."""
+@pytest.fixture
+def onnxruntime_plan(small, monkeypatch):
+    """A plan for the baseline of ONNX Runtime, in its CPU provider, for there is no other here."""
+    monkeypatch.setattr(baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
+    return pipeline.Plan(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
+
+
+def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_plan, directory, monkeypatch, capsys):
     counts = []
 
     def noted(*arguments):
@@ -338,15 +347,46 @@ def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(small, direct
         counts.append(count)
         return model, count
 
-    monkeypatch.setattr(baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
     monkeypatch.setattr(baselines, "fuse", noted)
-    plan = pipeline.Plan(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
     size, pictures = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}, []
     for name in ("torch-fp32", "onnxruntime-cuda"):
-        with baselines.open_baseline(BASELINES[name], plan, directory, QUIET) as opened:
+        with baselines.open_baseline(BASELINES[name], onnxruntime_plan, directory, Console(quiet=True)) as opened:
             pictures.append(opened.pipe("red", generator=torch.Generator().manual_seed(3), **size).images)
     assert counts[0] > 0
     np.testing.assert_allclose(*pictures, atol=1e-3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_baseline_whose_attentions_are_not_fused_says_so(onnxruntime_plan, directory, monkeypatch, capsys):
+    monkeypatch.setattr(baselines, "fuse", lambda source, *_: (source, 0))
+    baseline = BASELINES["onnxruntime-cuda"]
+    with baselines.open_baseline(baseline, onnxruntime_plan, directory, Console(quiet=True)):
+        assert capsys.readouterr().err.startswith("warning: ONNX Runtime's baseline has its attentions as they were")
+
+
+def test_a_baseline_without_room_for_its_copy_names_the_place(onnxruntime_plan, directory, monkeypatch):
+    def fail(_, folder, *__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+
+    monkeypatch.setattr(baselines, "fuse", fail)
+    opening = baselines.open_baseline(BASELINES["onnxruntime-cuda"], onnxruntime_plan, directory, QUIET)
+    with pytest.raises(EngineError, match="No space left") as caught, opening:
+        pass
+    assert "TMPDIR" in caught.value.hint
+
+
+def test_a_provider_that_refuses_says_why_and_is_not_replaced(small, directory, monkeypatch, capsys):
+    """ONNX Runtime's own way is to print to stdout and go on with another one."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("this build has no NHWC operators")
+
+    model = resolve_model(ModelSpec(str(small)))
+    entry = export_component(model, ExportSpec(model.spec, precision="fp32"), directory, QUIET)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
+    with pytest.raises(EngineError, match="no NHWC operators"):
+        BoundSession(entry.file(FILE_NAME), Contract.from_json(entry.info["contract"]), torch.device("cpu"))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_provider_that_is_missing_is_named():

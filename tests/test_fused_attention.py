@@ -132,6 +132,29 @@ def test_a_model_that_differs_is_optimised_as_it_was_exported_and_that_is_said(u
     assert capsys.readouterr().err.startswith("warning: attention is kept as it was exported")
 
 
+def test_a_model_that_the_operator_fails_in_is_optimised_as_it_was_exported(unet, tmp_path, monkeypatch, capsys):
+    """Seven heads are not what any of its widths has."""
+    found = find_attentions(Facts(*onnx_graph.load_split(unet[0])), cross=True)
+    heads = [replace(one, heads=7) for one in found]
+    monkeypatch.setattr(fused_attention, "find_attentions", lambda *_, **__: heads)
+    monkeypatch.setattr(fused_attention, "check", lambda *_: 0.0)
+    info = build.optimize(unet[0], tmp_path, unet[1], Console(quiet=True))
+    assert "fused_attentions" not in info
+    assert OPERATOR not in operators(tmp_path / ONNXRUNTIME_FILE)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: attention is kept as it was exported")
+    assert "it fails: ONNX Runtime failed at" in said
+
+
+def test_a_graph_whose_types_cannot_be_inferred_is_left_and_that_is_said(unet, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise onnx.shape_inference.InferenceError("[ShapeInferenceError] no such type")
+
+    monkeypatch.setattr(fused_attention, "Facts", fail)
+    assert fused_attention.fuse(unet[0], tmp_path, 2**30, Console(quiet=True)) == (unet[0], 0)
+    assert "no such type" in capsys.readouterr().err
+
+
 def test_a_model_that_gives_no_numbers_at_one_size_is_no_engine(unet, tmp_path, monkeypatch):
     differences = iter([1e-7, math.nan] * 2)
     monkeypatch.setattr(build, "relative_l2", lambda *_: next(differences))
@@ -157,9 +180,10 @@ def test_what_the_operator_has_no_types_for_is_left(kinds):
     """16 is bfloat16, 10 fp16; the others are fp32."""
     attention = Attention(("query", "key", "value"), "result", 2, 8, 1.0)
     types = dict.fromkeys(("query", "key", "value", "result"), 1)
-    assert fused_attention._has_one_type(SimpleNamespace(types=types), attention)
-    assert not fused_attention._has_one_type(SimpleNamespace(types=types | kinds), attention)
-    assert not fused_attention._has_one_type(SimpleNamespace(types={}), attention)
+    fused_attention._check_types(SimpleNamespace(types=types), attention)
+    for wrong in (types | kinds, {}):
+        with pytest.raises(ValueError, match="fp32, or all fp16"):
+            fused_attention._check_types(SimpleNamespace(types=wrong), attention)
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from sdtrt import onnx_graph
 from sdtrt.build.attentions import Facts, check, find_attentions
 from sdtrt.console import Console
+from sdtrt.errors import first_line
 from sdtrt.onnx_graph import Weights
 from sdtrt.runtime.pieces import Attention
 
@@ -28,7 +29,7 @@ KEPT = "is kept as it was exported, which takes more time and memory"
 def fuse(source: Path, folder: Path, inline_bytes: int, console: Console) -> tuple[Path, int]:
     """Write an exported model with its attentions fused into a folder.
 
-    An attention that is not what its nodes seemed to be is left, which is said.
+    An attention that is not what its nodes seemed to be, or is computed in several types, is left, which is said.
 
     Args:
         inline_bytes: from how many bytes on weights are in a file apart.
@@ -39,7 +40,10 @@ def fuse(source: Path, folder: Path, inline_bytes: int, console: Console) -> tup
     try:
         model, weights = onnx_graph.load_split(source)
         count = _replace(model, weights, console)
-    except (DecodeError, onnx.shape_inference.InferenceError):  # ONNX Runtime reads it next, and says what is wrong
+    except DecodeError:  # ONNX Runtime reads it next, and says what is wrong
+        return source, 0
+    except onnx.shape_inference.InferenceError as error:
+        console.warn(f"attention {KEPT}: {first_line(error)}")
         return source, 0
     if count == 0:
         return source, 0
@@ -51,9 +55,8 @@ def _replace(model: onnx.ModelProto, weights: Weights, console: Console) -> int:
     """Put ONNX Runtime's operator in the place of each attention; returns how many."""
     facts, count = Facts(model, weights), 0
     for one in find_attentions(facts, cross=True):
-        if not _has_one_type(facts, one):
-            continue
         try:
+            _check_types(facts, one)
             check(facts, one, facts.opset)
         except ValueError as error:
             console.warn(f"an attention {KEPT}: {error}")
@@ -71,7 +74,8 @@ def _replace(model: onnx.ModelProto, weights: Weights, console: Console) -> int:
     return count
 
 
-def _has_one_type(facts: Facts, attention: Attention) -> bool:
-    """Whether all that an attention takes and gives is of one type that the operator knows."""
+def _check_types(facts: Facts, attention: Attention) -> None:
+    """Raise `ValueError` unless all that an attention takes and gives is of one type that the operator knows."""
     types = {facts.types.get(name) for name in (*attention.sources, attention.result)}
-    return len(types) == 1 and types <= set(TYPES)
+    if len(types) != 1 or not types <= set(TYPES):
+        raise ValueError("not all that it takes and gives is fp32, or all fp16")

@@ -27,11 +27,11 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Attention:
-    """One self-attention, softmax(scale · q kᵀ) v for each head.
+    """One attention, softmax(scale · q kᵀ) v for each head; what engines are cut at is self-attention.
 
     Args:
-        sources: names of the queries, keys and values `[B,S,C]`, the heads side by side in C; or of one tensor
-            `[B,S,3C]` of all three.
+        sources: names of the queries `[B,S,C]`, keys and values `[B,T,C]`, the heads side by side in C; or of one
+            tensor `[B,S,3C]` of all three. Of self-attention, T is S.
         result: name of the result `[B,S,C]`.
         heads, width: C is their product.
         scale: of the product of queries and keys.
