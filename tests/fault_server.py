@@ -228,19 +228,29 @@ def _drop_capabilities() -> None:
 
 
 def run_here(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a job in this process with its fault; what it ended with."""
+    """Run a job in this process with its fault; what it ended with. Interrupts count only while the job runs."""
     folder = Path(request["folder"])
     start = time.perf_counter()
     operations = inject(request.get("fault") or {}, folder)
     try:
-        result: dict[str, Any] = {"end": "done", "value": JOBS[request["job"]](ModelSpec(request["model"]), folder)}
-    except SdtrtError as error:
-        result = {"end": "error", "type": type(error).__name__, "message": error.message, "hint": error.hint}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        result = _end_of(JOBS[request["job"]], ModelSpec(request["model"]), folder)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
         result = {"end": "interrupted"}
-    except BaseException:
-        result = {"end": "bug", "trace": traceback.format_exc()}
     return result | {"operations": operations(), "seconds": time.perf_counter() - start}
+
+
+def _end_of(job: Callable[[ModelSpec, Path], Any], model: ModelSpec, folder: Path) -> dict[str, Any]:
+    """What a job ends with, but for an interrupt."""
+    try:
+        return {"end": "done", "value": job(model, folder)}
+    except SdtrtError as error:
+        return {"end": "error", "type": type(error).__name__, "message": error.message, "hint": error.hint}
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return {"end": "bug", "trace": traceback.format_exc()}
 
 
 def run_forked(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,9 +261,7 @@ def run_forked(request: Mapping[str, Any]) -> dict[str, Any]:
         if child == 0:
             os.close(reader)
             faulthandler.dump_traceback_later(PATIENCE_SECONDS - 2, file=stacks)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             reply = json.dumps(run_here(request)).encode()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             with os.fdopen(writer, "wb") as pipe:
                 pipe.write(reply)
             os._exit(0)
