@@ -90,11 +90,11 @@ def test_the_miniatures_own_engine_is_faithful_at_every_timestep(spec, directory
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_ten_pictures_are_faithful(directory, tmp_path, precision):
-    """Ten prompts with the defaults of txt2img, four timesteps of each (PyTorch's fp16 takes its time on a CPU)."""
+    """Ten prompts with the defaults of txt2img, ten timesteps of each (PyTorch's fp16 takes its time on a CPU)."""
     figures = []
     for seed, prompt in enumerate(TEN_PROMPTS):
         image = GenerateSpec((prompt,), backend="onnxruntime", precision=precision, seed=seed)
-        report = verify(VerifySpec(image, timesteps=4, output=tmp_path), directory, QUIET)
+        report = verify(VerifySpec(image, timesteps=10, output=tmp_path), directory, QUIET)
         assert report.passed, (prompt, report.failures)
         assert report.image.psnr_db >= 40
         figures.append((report.image.psnr_db, min(error.cosine for error in report.timesteps)))
