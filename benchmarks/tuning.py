@@ -4,8 +4,9 @@
 
 The module is Stable Diffusion 1.5's UNet cut down to its two upper levels, attention on the first only, with random
 weights: 64x64 latents, batch 2. That is where most of a step's time goes, and it builds in two minutes, not seven.
-Variants are built two at a time and then run one after the other: error against PyTorch in fp32, milliseconds from a
-CUDA graph, and the GPU time of each kernel (PyTorch's profiler). Results and what follows from them: `tuning.md`.
+Variants are built a few at a time (`--builders`) and then run one after the other: error against PyTorch in fp32,
+milliseconds from a CUDA graph, and the GPU time of each kernel (PyTorch's profiler). Results and what follows from
+them: `tuning.md`.
 
 Engines of several sizes are in one piece, and so are those whose attentions have a form that is not cut: `dynamic`,
 `dynamic-width`, `two-profiles`, `dynamo` and `fused-qkv` are to be compared with `whole`, not with `product` (whose
@@ -387,9 +388,9 @@ def build(name: str, folder: Path, contract: Contract) -> None:
         (folder / "build.json").write_text(json.dumps(measured))
 
 
-def build_all(names: Sequence[str], folder: Path, contract: Contract) -> None:
-    """Export one by one, for traces don't mix; build two at a time: each in processes of its own, more only wait."""
-    with ThreadPoolExecutor(2) as pool:
+def build_all(names: Sequence[str], folder: Path, contract: Contract, builders: int) -> None:
+    """Export one by one, for traces don't mix; build some at a time, each in processes of its own."""
+    with ThreadPoolExecutor(builders) as pool:
         for name in names:
             if facts_of(folder / name) is None:
                 with noting_failure(name, folder / name):
@@ -482,6 +483,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
     parser.add_argument("--folder", type=Path, required=True, help="where graphs and engines go; kept")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--builders", type=int, default=2, help="how many engines are built at a time (2)")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
     modes.add_argument(
@@ -495,7 +497,7 @@ def main() -> None:
     check_folder(args.folder)
     contract = unet_contract(dict(make_unet().config), "fp16")
     if not (args.check or args.no_build):
-        build_all(args.variants, args.folder, contract)
+        build_all(args.variants, args.folder, contract, args.builders)
     if args.build_only:
         return
     if args.check:
