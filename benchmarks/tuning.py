@@ -3,7 +3,7 @@
     python benchmarks/tuning.py --folder /tmp/tuning --variants product level-2 fused-qkv --output tuning.json
 
 The module is Stable Diffusion 1.5's UNet cut down to its two upper levels, attention on the first only, with random
-weights: 64x64 latents, batch 2. That is where most of a step's time goes, and it builds in two minutes, not seven.
+weights: 64x64 latents, batch 2. That is where most of a step's time goes, and it builds in two to four minutes.
 Variants are built a few at a time (`--builders`) and then run one after the other: error against PyTorch in fp32,
 milliseconds from a CUDA graph, and the GPU time of each kernel (PyTorch's profiler). Results and what follows from
 them: `tuning.md`.
@@ -434,15 +434,13 @@ def run(folder: Path, contract: Contract, expected: list[Tensor], floor: list[fl
     }
 
 
-def measure_all(names: Sequence[str], folder: Path, contract: Contract) -> dict[str, Any]:
-    """All rows, and PyTorch's own error in fp16."""
+def pytorch_outputs(contract: Contract) -> tuple[list[Tensor], list[float]]:
+    """What PyTorch gives in fp32 for each timestep, and its own error in fp16."""
     unet, feeds = make_unet().to(CUDA), feeds_of(contract, SIZES, CUDA, TIMESTEPS)
     with torch.inference_mode():
         half = [UNetCall(unet)(*one.values()) for one in feeds]
         expected = [UNetCall(unet.float())(*(tensor.float() for tensor in one.values())) for one in feeds]
-    floor = errors(half, expected)["relative_l2"]
-    rows = [measure(name, folder / name, contract, expected, floor) for name in names]
-    return {"pytorch_fp16": floor, "rows": rows}
+    return expected, errors(half, expected)["relative_l2"]
 
 
 def check(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
@@ -478,7 +476,7 @@ def pieces_of(onnx: Path, contract: Contract, choice: Choice) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Build and measure, or check, and write the JSON."""
+    """Build and measure, or check, and write the JSON anew with each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
     parser.add_argument("--folder", type=Path, required=True, help="where graphs and engines go; kept")
@@ -500,13 +498,18 @@ def main() -> None:
         build_all(args.variants, args.folder, contract, args.builders)
     if args.build_only:
         return
-    if args.check:
-        figures = {"rows": [check(name, args.folder / name, contract) for name in args.variants]}
-    else:
-        figures = measure_all(args.variants, args.folder, contract)
     command = shlex.join(["python", *sys.argv])
-    report = {"command": command, "host": host.facts(), "versions": host.library_versions(), **figures}
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    facts: dict[str, Any] = {"command": command, "host": host.facts(), "versions": host.library_versions()}
+    if args.check:
+        rows = (check(name, args.folder / name, contract) for name in args.variants)
+    else:
+        expected, floor = pytorch_outputs(contract)
+        facts["pytorch_fp16"] = floor
+        rows = (measure(name, args.folder / name, contract, expected, floor) for name in args.variants)
+    done: list[dict[str, Any]] = []
+    for row in rows:
+        done.append(row)
+        args.output.write_text(json.dumps({**facts, "rows": done}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
