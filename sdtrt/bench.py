@@ -307,7 +307,7 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
         chosen = [found for found in BASELINES.values() if found.name not in missing]
         why = "tuning takes many minutes; ONNX Runtime's CUDA baseline needs onnxruntime-gpu"
     left_out = [found.name for found in BASELINES.values() if found not in chosen]
-    console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines NAME,NAME asks for them")
+    console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines all, or their names, asks for them")
     return chosen
 
 

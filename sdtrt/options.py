@@ -416,8 +416,12 @@ class BenchOptions:
 
     task: Annotated[str, Option(help=f"{', '.join(BENCH_TASKS)} or both")] = "both"
     baselines: Annotated[
-        str, Option(metavar="all|none|NAME,NAME", help=f"what to compare with: {', '.join(BASELINES)}")
-    ] = "all"
+        str,
+        Option(
+            metavar="auto|all|none|NAME,NAME",
+            help=f"what to compare with: {', '.join(BASELINES)}; auto: what suits this machine without long tuning",
+        ),
+    ] = "auto"
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     strength: Annotated[float, Option(help="of img2img: the share of the steps that run")] = DEFAULT_STRENGTH
@@ -456,10 +460,13 @@ class BenchOptions:
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:
-        """`all` → None, `none` → nothing, else the names."""
-        if self.baselines in ("all", "none"):
-            return None if self.baselines == "all" else ()
-        return cast("tuple[BaselineName, ...]", tuple(dict.fromkeys(self.baselines.replace(" ", "").split(","))))
+        """`auto` → None, `all` and `none` → so many names, else those given."""
+        if self.baselines == "auto":
+            return None
+        named = {"all": BASELINES, "none": ()}.get(self.baselines)
+        if named is None:
+            named = tuple(dict.fromkeys(self.baselines.replace(" ", "").split(",")))
+        return cast("tuple[BaselineName, ...]", named)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

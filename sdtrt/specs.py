@@ -487,7 +487,7 @@ class BenchSpec:
     Args:
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
         tasks: whole pipeline calls, each of them with all batch sizes.
-        baselines: what to compare with; None for all that this machine has a use for.
+        baselines: what to compare with; None for those that suit this machine (`--baselines auto`).
         height, width: pixels; None for the model's own.
         strength: of img2img; `strength * steps` steps run.
         batch_sizes: images made in one call.

@@ -30,6 +30,7 @@ from sdtrt.errors import EngineError, OutputError, UsageError
 from sdtrt.export import FILE_NAME, export_component
 from sdtrt.meters import MemoryMeter, Nvml, Timing
 from sdtrt.models import resolve_model
+from sdtrt.options import BackendOptions, BenchOptions
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
@@ -500,6 +501,19 @@ def test_a_backend_that_can_not_run_is_exit_1_with_the_table(run):
 )
 def test_wrong_options_are_exit_2(run, arguments):
     assert run(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("auto", None),
+        ("all", BASELINE_NAMES),
+        ("none", ()),
+        ("torch-graph, torch-fp32,torch-graph", ("torch-graph", "torch-fp32")),
+    ],
+)
+def test_baselines_are_named_or_left_to_the_machine(asked, found):
+    assert BenchOptions(baselines=asked).spec(ModelSpec(), BackendOptions()).baselines == found
 
 
 @pytest.mark.slow
