@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,13 +81,27 @@ def keep_on_host(scheduler: Any) -> None:
 def check_steps(scheduler: Any, steps: int) -> None:
     """Raise `UsageError` for more steps than the scheduler has (diffusers would repeat timesteps, or fail late)."""
     config = scheduler.config
-    most = config.get("num_train_timesteps", steps)
+    most = min(steps, config.get("num_train_timesteps", steps))
     if type(scheduler).__name__ == _KINDS["lcm"].class_name:
         most = min(most, config.original_inference_steps)
-    if steps > most:
-        raise UsageError(
-            f"{type(scheduler).__name__} runs at most {most} steps, got {steps}", hint=f"use --steps {most}"
-        )
+    if most == steps and _has_steps(scheduler, steps):
+        return
+    while most > 1 and not _has_steps(scheduler, most):
+        most -= 1
+    raise UsageError(f"{type(scheduler).__name__} runs at most {most} steps, got {steps}", hint=f"use --steps {most}")
+
+
+def _has_steps(scheduler: Any, steps: int) -> bool:
+    """Whether so many steps all have noise levels of their own, at timesteps that the model was trained for.
+
+    `timestep_spacing="leading"` with `steps_offset=1`, as Stable Diffusion has it, goes one too far with the last one.
+    Others round two of a thousand to one, which some multistep solvers divide by the difference of.
+    """
+    tried = copy.deepcopy(scheduler)
+    type(scheduler).set_timesteps(tried, steps, device="cpu")  # the class's own: the instance's may be another's
+    timesteps = tried.timesteps.tolist()
+    levels = tried.sigmas[:-1].tolist() if hasattr(tried, "sigmas") else timesteps
+    return len(set(levels)) >= steps and max(timesteps) < tried.config.get("num_train_timesteps", math.inf)
 
 
 def sampler_name(scheduler: Any) -> str:

@@ -133,13 +133,35 @@ def test_special_spacings_have_a_name():
     assert schedule_type(SD1) is None
 
 
-@pytest.mark.parametrize(("name", "most"), [("lcm", 50), ("ddim", 1000), ("pndm", 1000), ("euler", 1000)])
-def test_more_steps_than_there_are_is_a_usage_error(name, most):
-    scheduler = make_scheduler(name, SD1)
+# Stable Diffusion's DDIM and PNDM begin at timestep 1, so that the last of a thousand steps would be at 1000; DPM++ and
+# UniPC round two of a thousand to one timestep.
+MOST_STEPS = {"lcm": 50, "euler": 1000, "euler-a": 1000, "heun": 1000}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_more_steps_than_there_are_is_a_usage_error(name):
+    scheduler, most = make_scheduler(name, SD1), MOST_STEPS.get(name, 999)
+    keep_on_host(scheduler)
+    before = scheduler.num_inference_steps
     check_steps(scheduler, most)
-    with pytest.raises(UsageError, match=str(most + 1)) as caught:
-        check_steps(scheduler, most + 1)
-    assert caught.value.hint == f"use --steps {most}"
+    for steps in (most + 1, 10**9):
+        with pytest.raises(UsageError, match=str(steps)) as caught:
+            check_steps(scheduler, steps)
+        assert caught.value.hint == f"use --steps {most}"
+    assert scheduler.num_inference_steps == before
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_as_many_steps_as_are_let_through_run(name):
+    result = denoise(make_scheduler(name, SD1), MOST_STEPS.get(name, 999), lambda latents, _: latents * 0.5)
+    assert torch.isfinite(result).all()
+
+
+def test_karras_spacing_may_be_at_a_timestep_twice():
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(SD1.config, use_karras_sigmas=True)
+    scheduler.set_timesteps(200)
+    assert len(set(scheduler.timesteps.tolist())) < 200
+    check_steps(scheduler, 200)
 
 
 # --- nothing to wait for ---------------------------------------------------------------------------------------------
