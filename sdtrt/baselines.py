@@ -1,4 +1,4 @@
-"""What sdtrt is compared with: PyTorch at its best, and ONNX Runtime on the GPU, inside the same diffusers pipelines.
+"""What sdtrt is compared with, inside the same diffusers pipelines: PyTorch in several forms, ONNX Runtime on the GPU.
 
 What they do to a UNet is done on its one instance; diffusers itself stays as it is.
 """

@@ -8,16 +8,18 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from factories import SMALL, sd1_folder, small_unet, unet_engine
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from factories import SMALL, sd1_folder, sdxl_folder, small_unet, unet_engine
 from PIL import Image
 
-from sdtrt import baselines, engines, meters, pipeline
+from sdtrt import baselines, bench, engines, meters, pipeline
 from sdtrt.baselines import BASELINES, BoundSession, GraphedForward
 from sdtrt.bench import FILES, BenchReport, Row, Runner, run_bench
 from sdtrt.build.fused_attention import fuse
@@ -28,8 +30,9 @@ from sdtrt.components import Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, OutputError, UsageError
 from sdtrt.export import FILE_NAME, export_component
-from sdtrt.meters import MemoryMeter, Nvml, Timing
+from sdtrt.meters import MemoryMeter, Nvml, Timing, time_calls
 from sdtrt.models import resolve_model
+from sdtrt.modules import UNetFacade
 from sdtrt.options import BackendOptions, BenchOptions
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import BASELINES as BASELINE_NAMES
@@ -130,6 +133,61 @@ def test_the_parts_of_a_pipeline_are_put_back_as_they_were(spec, directory):
     with meters.tf32(not before[0]):
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is not before[0]
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_calls_are_warmed_up_counted_and_without_tf32(spec, directory, monkeypatch):
+    """TF32 is on before, as a program may have it; each runner's calls are so many, and have it off."""
+    calls = []
+    inner = StableDiffusionPipeline.__call__
+
+    def call(pipe, *given, **named):
+        calls.append((type(pipe.unet), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return inner(pipe, *given, **named)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    with meters.tf32(True):
+        run_bench(replace(spec, tasks=("txt2img",), warmups=4, repeats=3), directory, QUIET, "")
+    assert calls == [(UNetFacade, False, False)] * 7 + [(UNet2DConditionModel, False, False)] * 7
+
+
+def test_parts_are_warm_when_they_are_timed(monkeypatch):
+    """Sessions capture a CUDA graph in their third call."""
+    timed = []
+    monkeypatch.setattr("sdtrt.bench.time_queued_calls", lambda call, repeats, device: timed.append(len(calls)))
+    calls = []
+    bench._time_component(lambda: calls.append(None), torch.device("cpu"))
+    assert timed == [3]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, tmp_path, monkeypatch):
+    """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
+    folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
+    plan = pipeline.Plan(
+        resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
+    )
+    seen = []
+
+    def note(name, inner):
+        def call(self, given, *more, **named):
+            seen.append((name, tuple(given.shape), given.dtype, self.dtype))
+            return inner(self, given, *more, **named)
+
+        return call
+
+    for part, name in ((AutoencoderKL, "encode"), (AutoencoderKL, "decode"), (UNet2DConditionModel, "forward")):
+        monkeypatch.setattr(part, name, note(name, getattr(part, name)))
+    with pipeline.open_pipeline(plan, EngineDirectory(tmp_path / "engines"), QUIET) as opened:
+        pictures = [Image.new("RGB", (64, 64))] * batch
+        generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+        opened.pipe(["red"] * batch, image=pictures, num_inference_steps=2, strength=1.0, generator=generators)
+        asked, seen[:] = Counter(seen), []
+        for name, part in bench._parts(opened, batch).items():
+            assert (name, part()) is not None
+        assert opened.pipe.vae.dtype == torch.float16
+    unet = next(one for one in asked if one[0] == "forward")
+    assert Counter(seen) == asked - Counter({unet: asked[unet] - 1})
 
 
 def test_a_baseline_that_fails_is_a_row_with_the_reason(spec, directory, monkeypatch):
@@ -397,6 +455,21 @@ def test_a_provider_that_is_missing_is_named():
 
 
 # Meters
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"), [(1, 1), (3, 3), (6, 6), (7, 7), (9, 9), (10, 9), (11, 10), (20, 18), (110, 99)]
+)
+def test_nine_in_ten_do_not_exceed_the_p90(count, rank):
+    assert Timing(tuple(float(number) for number in range(count, 0, -1))).p90 == rank
+
+
+def test_the_clock_runs_while_the_gpu_works_and_no_longer(monkeypatch):
+    done = []
+    monkeypatch.setattr(meters, "synchronize", lambda device: done.append("wait"))
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: done.append("clock") or 0.0)
+    time_calls(lambda: done.append("call"), 2, torch.device("cpu"))
+    assert done == ["wait", "clock", "call", "wait", "clock"] * 2
 
 
 def test_percentiles_are_samples():
