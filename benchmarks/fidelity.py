@@ -33,7 +33,7 @@ from unittest.mock import patch
 
 import torch
 
-from sdtrt import host, keys, onnx_graph, tracing
+from sdtrt import host, keys, onnx_facts, tracing
 from sdtrt.build import FORMATS
 from sdtrt.build.onnxruntime import optimize
 from sdtrt.build.tensorrt import build_plan
@@ -186,7 +186,7 @@ def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contra
         write_onnx(unet, contract, variant.onnx, wide_layers=variant.layers, console=Console())
 
     def make(variant: Variant) -> None:
-        operators = len(onnx_graph.float32_nodes(variant.onnx))
+        operators = len(onnx_facts.float32_nodes(variant.onnx))
         variant.facts.write_text(json.dumps(build(variant, contract, args) | {"fp32_operators": operators}))
 
     with ThreadPoolExecutor(max(len(missing), 1)) as pool:  # each builds in a process of its own

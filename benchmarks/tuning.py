@@ -42,15 +42,16 @@ from onnx.checker import check_model
 from onnx.helper import get_attribute_value
 from torch import Tensor, nn
 
-from sdtrt import host, onnx_graph
+from sdtrt import host, onnx_facts, onnx_graph
 from sdtrt.build import group_norm, splitting
-from sdtrt.build.attentions import Facts, find_attentions
+from sdtrt.build.attentions import find_attentions
 from sdtrt.build.tensorrt import build_plan
 from sdtrt.components import CONDITIONING, Contract, unet_contract
 from sdtrt.console import Console
 from sdtrt.errors import SdtrtError
 from sdtrt.export import check_onnx, write_onnx
 from sdtrt.meters import time_queued_calls
+from sdtrt.onnx_facts import Facts
 from sdtrt.runtime.pieces import Piece
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, Exporter, ExportSpec, ModelSpec, Profile, Range, Sizes
@@ -455,7 +456,7 @@ def check(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
         "variant": name,
         "relative_l2": parity.relative_l2,
         "cosine": parity.cosine,
-        "fp32_operators": len(onnx_graph.float32_nodes(onnx)),
+        "fp32_operators": len(onnx_facts.float32_nodes(onnx)),
         "norms_by_plugin": group_norm.use_plugin(*onnx_graph.load_split(onnx)) if VARIANTS[name].plugins else 0,
         **pieces_of(onnx, contract, VARIANTS[name]),
     }

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_graph, onnx_simplify
 from sdtrt.cache import EngineDirectory
 from sdtrt.components import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract
 from sdtrt.console import QUIET, Console
@@ -126,7 +126,7 @@ def write_onnx(
     ):
         raw = Path(folder) / FILE_NAME
         model, weights = _trace(module, contract, raw, exporter, opset, wide_layers)
-        onnx_graph.simplify(model, weights)
+        onnx_simplify.simplify(model, weights)
         onnx_graph.apply_contract(model, contract, metadata(contract))
         onnx_graph.save(model, weights, path)
 

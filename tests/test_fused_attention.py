@@ -11,13 +11,14 @@ from factories import SMALL, small_text_encoder, small_unet, small_vae
 from sdtrt import onnx_graph
 from sdtrt.build import fused_attention
 from sdtrt.build import onnxruntime as build
-from sdtrt.build.attentions import Facts, check, find_attentions
+from sdtrt.build.attentions import check, find_attentions
 from sdtrt.build.fused_attention import OPERATOR, fuse
 from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
+from sdtrt.onnx_facts import Facts
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime import ONNXRUNTIME_FILE
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession

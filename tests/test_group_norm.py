@@ -15,7 +15,7 @@ from onnx.reference.op_run import OpRun
 from torch import nn
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_graph, onnx_simplify
 from sdtrt.build import group_norm
 from sdtrt.build.tensorrt import Request
 from sdtrt.build.worker import _parse
@@ -83,7 +83,7 @@ def exported(module, path, channels):
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}}
     torch.onnx.export(module, (sample,), str(path), dynamo=False, opset_version=17, **names)
     model, weights = onnx_graph.load_split(path)
-    onnx_graph.simplify(model, weights)
+    onnx_simplify.simplify(model, weights)
     return model, weights
 
 

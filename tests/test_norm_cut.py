@@ -14,13 +14,13 @@ from trt_fakes import fake_library
 
 from sdtrt import onnx_graph
 from sdtrt.build import splitting, worker
-from sdtrt.build.attentions import Facts
 from sdtrt.build.normalizations import check, find_normalizations, sizes_of_norms
 from sdtrt.build.splitting import choose_norms, freeze, split
 from sdtrt.build.tensorrt import Request
 from sdtrt.components import vae_contract
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
+from sdtrt.onnx_facts import Facts
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.between import compute, normalize
 from sdtrt.runtime.layout import lay_out, size_bytes

@@ -12,9 +12,9 @@ from factories import SMALL, small_unet
 from onnx import numpy_helper
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_facts, onnx_graph
 from sdtrt.build import attentions, crew, group_norm, splitting, worker
-from sdtrt.build.attentions import Facts, check, find_attentions
+from sdtrt.build.attentions import check, find_attentions
 from sdtrt.build.splitting import FLOATS, choose, freeze, split
 from sdtrt.build.tensorrt import Request, build_plan
 from sdtrt.components import unet_contract
@@ -22,6 +22,7 @@ from sdtrt.console import QUIET
 from sdtrt.errors import BuildError
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
+from sdtrt.onnx_facts import Facts
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.between import compute
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
@@ -132,7 +133,7 @@ def test_norm_plugins_and_fp32_nodes_are_found_in_pieces_as_in_the_whole(exporte
     assert len(files) > 1
     norms = sum(group_norm.use_plugin(*onnx_graph.load_split(file)) for file in files)
     assert norms == group_norm.use_plugin(*onnx_graph.load_split(source)) > 10
-    assert {node for file in files for node in onnx_graph.float32_nodes(file)} == onnx_graph.float32_nodes(source)
+    assert {node for file in files for node in onnx_facts.float32_nodes(file)} == onnx_facts.float32_nodes(source)
 
 
 def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):

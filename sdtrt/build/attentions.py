@@ -16,8 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt import onnx_graph
-from sdtrt.onnx_graph import Weights
+from sdtrt.onnx_facts import Facts
 from sdtrt.runtime.pieces import Attention
 
 BY_HEADS, TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)  # [B,S,heads,D] → [B,heads,S,D], [B,heads,D,S]
@@ -26,45 +25,6 @@ CHECK_TOKENS, CHECK_TOLERANCE = (24, 31), 1e-2  # tokens of the queries; of keys
 
 Array = npt.NDArray[Any]
 Dims = Sequence[int | None]
-
-
-class Facts(onnx_graph.Facts):
-    """What is known of a graph, small constants among it, and who makes and takes what."""
-
-    def __init__(self, model: onnx.ModelProto, weights: Weights) -> None:
-        super().__init__(model, weights)
-        for node in model.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        self.makers, self.takers = onnx_graph.makers_of(model.graph), onnx_graph.takers_of(model.graph)
-
-    def bytes_of(self, name: str) -> int:
-        """A tensor's size; sizes that are not known count as one."""
-        item = onnx.helper.tensor_dtype_to_np_dtype(self.types[name]).itemsize
-        return int(item) * math.prod(dim or 1 for dim in self.dims.get(name, ()))
-
-    def scalar(self, node: onnx.NodeProto) -> tuple[str, float] | None:
-        """Of a node of two inputs, one of them a constant of one element: the other's name, and the constant."""
-        for name, other in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
-            value = self.values.get(other)
-            if value is not None and value.size == 1:
-                return name, float(value.ravel()[0])
-        return None
-
-    def end_of_shape(self, name: str, count: int) -> tuple[int, ...] | None:
-        """The last elements of a shape, if they are known."""
-        if (value := self.values.get(name)) is not None:
-            return tuple(int(size) for size in value.ravel()[-count:])
-        node = self.makers.get(name)
-        if node is None or node.op_type != "Concat" or len(node.input) < count:
-            return None
-        parts = [self.values.get(part) for part in node.input[-count:]]
-        return tuple(int(part.ravel()[0]) for part in parts if part is not None and part.size == 1)
-
-    def only_taker(self, name: str, operator: str) -> onnx.NodeProto | None:
-        """The one node that takes a tensor, if it is of that kind."""
-        takers = self.takers[name]
-        return takers[0] if len(takers) == 1 and takers[0].op_type == operator else None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from sdtrt import onnx_graph
-from sdtrt.build.attentions import Facts, check, find_attentions
+from sdtrt import onnx_graph, onnx_simplify
+from sdtrt.build.attentions import check, find_attentions
 from sdtrt.console import Console
 from sdtrt.errors import first_line
+from sdtrt.onnx_facts import Facts
 from sdtrt.onnx_graph import Weights
 from sdtrt.runtime.pieces import Attention
 
@@ -69,7 +70,7 @@ def _replace(model: onnx.ModelProto, weights: Weights, console: Console) -> int:
         )
         count += 1
     if count:
-        onnx_graph.drop_unused(model.graph, weights)
+        onnx_simplify.drop_unused(model.graph, weights)
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     return count
 

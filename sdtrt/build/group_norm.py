@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_facts, onnx_simplify
 from sdtrt.onnx_graph import Weights
 
 OPERATOR = "GroupNorm"  # the plugin's name in TensorRT's registry; the parser looks operators up there
@@ -72,7 +72,7 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
         attributes: dict[str, Any] = {"epsilon": norm.epsilon, "bSwish": int(norm.swish), "plugin_version": "1"}
         inputs = [norm.source, *names]
         norm.last.CopyFrom(onnx.helper.make_node(OPERATOR, inputs, norm.last.output, name=norm.last.name, **attributes))
-    onnx_graph.drop_unused(model.graph, weights)
+    onnx_simplify.drop_unused(model.graph, weights)
     return len(norms)
 
 
@@ -92,7 +92,7 @@ def _constants(graph: onnx.GraphProto, weights: Weights) -> dict[str, Array]:
 
 
 def _find(graph: onnx.GraphProto, constants: Mapping[str, Array]) -> list[_Norm]:
-    producers, takers = onnx_graph.makers_of(graph), onnx_graph.takers_of(graph)
+    producers, takers = onnx_facts.makers_of(graph), onnx_facts.takers_of(graph)
     norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
     found = (_match(node, producers, takers, constants) for node in norms)
     return [norm for norm in found if norm is not None and serves(norm.scale.size)]

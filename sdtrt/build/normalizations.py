@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt.build.attentions import Facts
+from sdtrt.onnx_facts import Facts
 from sdtrt.runtime.pieces import Normalization
 
 OPERATOR = "InstanceNormalization"

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from sdtrt import onnx_graph
-from sdtrt.build.attentions import Facts
+from sdtrt import onnx_facts, onnx_simplify
 from sdtrt.build.attentions import check as check_attention
 from sdtrt.build.normalizations import check as check_normalization
 from sdtrt.build.normalizations import find_normalizations, sizes_of_norms
 from sdtrt.components import Contract, TensorSpec
+from sdtrt.onnx_facts import Facts
 from sdtrt.onnx_graph import ELEM_TYPES, Weights
 from sdtrt.runtime.pieces import Attention, Cut, Normalization, Piece
 from sdtrt.trt_api.building import CHANNELS_TOGETHER
@@ -65,7 +65,7 @@ def freeze(model: onnx.ModelProto, weights: Weights, shapes: Mapping[str, Sequen
             dim.dim_value = size
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")  # names of dimensions that are none any more
-    onnx_graph.simplify(model, weights)
+    onnx_simplify.simplify(model, weights)
 
 
 def _join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, attention: Attention) -> Attention:
@@ -139,7 +139,7 @@ def split(
     for cut in cuts:
         mark = onnx.helper.make_node(MARK, cut.sources, [cut.result], domain=MARK_DOMAIN)
         facts.makers[cut.result].CopyFrom(mark)
-    onnx_graph.drop_unused(model.graph, weights)
+    onnx_simplify.drop_unused(model.graph, weights)
     partition = Partition(model, facts, conditioning)
     return tuple(_assemble(model, weights, facts, partition, cuts, stage) for stage in range(partition.count))
 
@@ -191,7 +191,7 @@ class Partition:
         self._facts, self._nodes = facts, list(model.graph.node)
         self._projections = _projections_of(model.graph, facts, conditioning)
         self._ends = {value.name for value in model.graph.output}
-        self._makers, self._takers = onnx_graph.makers_of(model.graph), onnx_graph.takers_of(model.graph)
+        self._makers, self._takers = onnx_facts.makers_of(model.graph), onnx_facts.takers_of(model.graph)
         self.stages: dict[str, int] = {}
         for node in self._nodes:
             self.stages[node.output[0]] = self._earliest(node)

@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_facts, onnx_graph
 from sdtrt.build import crew, group_norm, splitting
-from sdtrt.build.attentions import Facts, find_attentions
+from sdtrt.build.attentions import find_attentions
 from sdtrt.build.checking import check
 from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
+from sdtrt.onnx_facts import Facts
 from sdtrt.runtime.pieces import Cut, Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
 from sdtrt.trt_api import building, libraries
@@ -290,7 +291,7 @@ def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
     """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
     if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
         return frozenset()
-    return onnx_graph.float32_nodes(request.onnx)
+    return onnx_facts.float32_nodes(request.onnx)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:

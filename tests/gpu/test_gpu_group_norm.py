@@ -9,7 +9,7 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
-from sdtrt import onnx_graph
+from sdtrt import onnx_graph, onnx_simplify
 from sdtrt.build.checking import LAYERS_FILE
 from sdtrt.build.group_norm import OPERATOR
 from sdtrt.build.tensorrt import build_plan
@@ -40,7 +40,7 @@ def test_the_plugin_normalises_as_pytorch_does(channels, batch, tmp_path):
     names = {"input_names": ["sample"], "output_names": ["out_sample"]}
     torch.onnx.export(module, (torch.randn(shape).half(),), str(path), dynamo=False, opset_version=17, **names)
     model, weights = onnx_graph.load_split(path)
-    onnx_graph.simplify(model, weights)
+    onnx_simplify.simplify(model, weights)
     onnx_graph.save(model, weights, path)
     spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(Sizes(batch, 128, 96)),))
     build_plan(path, tmp_path, contract, spec, timing_cache=None, console=QUIET)
