@@ -391,7 +391,7 @@ def prune_entries(
     """Remove entries by age, size, host or damage, and what killed builds left behind; nothing that is in use."""
     keep_bytes = None if keep_gib is None else bytes_of("--keep-gib", keep_gib)
     spec = PruneSpec(older_than_days, keep_bytes, foreign, damaged, dry_run)
-    from sdtrt.engines import prune
+    from sdtrt.pruning import prune
 
     console = output.console()
     pruned = prune(directory.directory(), spec, console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sdtrt import host
@@ -11,22 +10,12 @@ from sdtrt.build import FORMATS, backend_version, build_engine, host_key
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import MALFORMED, Entry
-from sdtrt.errors import EngineError, EntryInUseError, SdtrtError
+from sdtrt.errors import EngineError, SdtrtError
 from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, precision_of, sizes_of
 from sdtrt.runtime import preloaded
-from sdtrt.specs import (
-    Backend,
-    BackendChoice,
-    BuildSpec,
-    Component,
-    ExportSpec,
-    Precision,
-    Profile,
-    PruneSpec,
-    Sizes,
-)
+from sdtrt.specs import Backend, BackendChoice, BuildSpec, Component, ExportSpec, Precision, Profile, Sizes
 
 TENSORRT_BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
@@ -236,35 +225,6 @@ def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
 def _numbers(version: str) -> tuple[int, ...]:
     """`10.13.3.9.post1` → (10, 13, 3, 9)."""
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What pruning has removed (or would), what that freed, and how many killed builds' leftovers went with it."""
-
-    removed: tuple[str, ...]
-    freed_bytes: int
-    leftovers: int
-    dry_run: bool
-
-
-def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET) -> Pruned:
-    """Remove the entries that `spec` names, and what killed builds left behind; what is in use stays, with a word."""
-    leftovers = len(directory.abandoned()) if spec.dry_run else directory.sweep()
-    chosen = {entry.path: entry.size_bytes for entry in directory.prunable(spec, is_foreign)}
-    if spec.damaged:
-        checked = (one for one in directory.check() if one.state == "damaged")
-        chosen |= {directory.path / one.name: one.size_bytes for one in checked}
-    removed = []
-    for path in chosen:
-        try:
-            (directory.require_free if spec.dry_run else directory.remove)(path)
-        except EntryInUseError as error:
-            console.note(f"{error.message}: it stays")
-        else:
-            removed.append(path)
-    freed = sum(chosen[path] for path in removed)
-    return Pruned(tuple(path.name for path in removed), freed, leftovers, spec.dry_run)
 
 
 def build_command(

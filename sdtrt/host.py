@@ -112,7 +112,7 @@ def has_primary_context(index: int = 0) -> bool:
     return bool(status == CUDA_SUCCESS and active.value)
 
 
-def free_memory(index: int = 0) -> int | None:
+def free_gpu_bytes(index: int = 0) -> int | None:
     """The bytes that are free on a GPU; None where that isn't known, and where one process at a time may use it.
 
     Makes the GPU's primary context, as only with one does the driver tell (`open_primary_context`).

@@ -102,7 +102,7 @@ class MemoryMeter:
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __post_init__(self) -> None:
-        free_memory(self.device)
+        release_memory(self.device)
         self.base_bytes = gpu_bytes(self.device)
         reset_process_peak()
 
@@ -145,7 +145,7 @@ class MemoryMeter:
             self.read()
 
 
-def free_memory(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Give back what nobody refers to any more, so that one measurement does not carry another's memory."""
     gc.collect()
     if device.type == "cuda":

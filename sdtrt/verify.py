@@ -23,7 +23,7 @@ from sdtrt.components import Contract, unet_contract
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError
-from sdtrt.meters import free_memory, tf32
+from sdtrt.meters import release_memory, tf32
 from sdtrt.metrics import count_non_finite, require_ssim
 from sdtrt.models import Model
 from sdtrt.pictures import comparison, error_plot
@@ -201,7 +201,7 @@ def _reference(spec: VerifySpec, plan: Plan, directory: EngineDirectory, console
         with hooked(opened.pipe.unet, recorder):
             pixels = _image(spec.image, opened, "fp32 reference", console)
     del opened  # or its UNet would stay where it is
-    free_memory(plan.device)
+    release_memory(plan.device)
     reference = _Reference(tuple(recorder.calls), pixels)
     if count_non_finite(pixels) or any(count_non_finite(call.output) for call in reference.calls):
         raise EngineError(
@@ -222,7 +222,7 @@ def _noise_floor(plan: Plan, reference: _Reference, console: Console) -> list[Ar
         return [np.full_like(call.output, np.nan) for call in reference.calls]
     outputs = _replay(unet, reference, own, f"{precision} noise floor", console)
     del unet
-    free_memory(plan.device)
+    release_memory(plan.device)
     return outputs
 
 

@@ -354,7 +354,7 @@ def test_how_many_builders_run_depends_on_the_gpu_and_on_cores(monkeypatch, core
     """On a GPU they time kernels: more than two would disturb each other, and gain nothing."""
     monkeypatch.setattr(host, "cores", lambda: cores)
     monkeypatch.setattr(host, "has_gpu", lambda: has_gpu)
-    monkeypatch.setattr(host, "free_memory", lambda: free)
+    monkeypatch.setattr(host, "free_gpu_bytes", lambda: free)
     assert crew.most_jobs() == count
 
 

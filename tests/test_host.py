@@ -142,16 +142,16 @@ def test_no_driver_has_no_context(monkeypatch):
 def test_free_memory_is_asked_in_the_primary_context(monkeypatch):
     driver = FakeDriver()
     use(monkeypatch, driver)
-    assert host.free_memory() == 70 * 2**30
+    assert host.free_gpu_bytes() == 70 * 2**30
     assert driver.pushed == 0
 
 
 def test_free_memory_is_not_known_without_a_context(monkeypatch):
     use(monkeypatch, FakeDriver(mode=3))
-    assert host.free_memory() is None
+    assert host.free_gpu_bytes() is None
     driver = FakeDriver()
     driver.cuMemGetInfo_v2 = lambda *_: 2
     use(monkeypatch, driver)
-    assert host.free_memory() is None
+    assert host.free_gpu_bytes() is None
     use(monkeypatch, None)
-    assert host.free_memory() is None
+    assert host.free_gpu_bytes() is None

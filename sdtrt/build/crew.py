@@ -57,7 +57,7 @@ def build(pieces: Sequence[Request], log: Path, report: Report) -> list[dict[str
 
 def most_jobs() -> int:
     """How many builders may run side by side here."""
-    room = (host.free_memory() or 0) // GPU_BYTES if host.has_gpu() else MOST_BUILDERS
+    room = (host.free_gpu_bytes() or 0) // GPU_BYTES if host.has_gpu() else MOST_BUILDERS
     return max(1, min(MOST_BUILDERS, host.cores(), room))
 
 
