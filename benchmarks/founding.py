@@ -28,7 +28,7 @@ from sdtrt.console import Console
 from sdtrt.meters import Timing, nvml, time_calls, time_queued_calls
 from sdtrt.models import resolve_model
 from sdtrt.parity import seeded_feeds
-from sdtrt.pipeline import OpenPipeline, Plan, open_pipeline
+from sdtrt.pipeline import OpenPipeline, PipelineSpec, open_pipeline
 from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
 from sdtrt.tracing import UNetCall
 from sdtrt.trt_api import libraries
@@ -67,13 +67,13 @@ def pipeline_call(opened: OpenPipeline, task: Task) -> Callable[[], Any]:
 
 def unet_step_ms(opened: OpenPipeline) -> Timing:
     """GPU milliseconds of one UNet call with guidance: 50 after 5 warm-ups, by CUDA events, no wait between calls."""
-    plan, config = opened.plan, opened.plan.model.config("unet")
-    feeds = seeded_feeds(unet_contract(config, plan.precision), plan.sizes).values()
-    inputs = [tensor.to(plan.device) for tensor in feeds]
+    spec, config = opened.spec, opened.spec.model.config("unet")
+    feeds = seeded_feeds(unet_contract(config, spec.precision), spec.sizes).values()
+    inputs = [tensor.to(spec.device) for tensor in feeds]
     unet = UNetCall(opened.pipe.unet)
     for _ in range(5):
         unet(*inputs)
-    return time_queued_calls(lambda: unet(*inputs), 50, plan.device).scaled(1000)
+    return time_queued_calls(lambda: unet(*inputs), 50, spec.device).scaled(1000)
 
 
 def measure(
@@ -81,7 +81,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row."""
     torch.cuda.reset_peak_memory_stats()
-    plan = Plan(
+    spec = PipelineSpec(
         model=resolve_model(ModelSpec(str(args.model))),
         backend=backend,
         precision=precision,
@@ -89,11 +89,11 @@ def measure(
         steps=STEPS,
         img2img=task.img2img,
     )
-    with open_pipeline(plan, EngineDirectory(args.engine_dir), Console(), allow_build=args.build) as opened:
+    with open_pipeline(spec, EngineDirectory(args.engine_dir), Console(), allow_build=args.build) as opened:
         call = pipeline_call(opened, task)
         for _ in range(2):  # a shape's second run captures its CUDA graph, also of what runs once a call
             call()
-        latency = time_calls(call, repeats, plan.device)
+        latency = time_calls(call, repeats, spec.device)
         step = unet_step_ms(opened)
         used = {name: {"name": entry.name, "key": entry.key} for name, entry in opened.entries.items()}
     return {

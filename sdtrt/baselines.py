@@ -24,7 +24,7 @@ from sdtrt.errors import EngineError, first_line
 from sdtrt.export import FILE_NAME, export_component
 from sdtrt.meters import tf32
 from sdtrt.modules import UNetFacade
-from sdtrt.pipeline import OpenPipeline, Plan, open_pipeline
+from sdtrt.pipeline import OpenPipeline, PipelineSpec, open_pipeline
 from sdtrt.runtime.onnxruntime import LOG_SEVERITY
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import BaselineName, ExportSpec, Precision
@@ -70,26 +70,26 @@ BASELINES: dict[BaselineName, Baseline] = {
 
 @contextmanager
 def open_baseline(
-    baseline: Baseline, plan: Plan, directory: EngineDirectory, console: Console
+    baseline: Baseline, spec: PipelineSpec, directory: EngineDirectory, console: Console
 ) -> Iterator[OpenPipeline]:
-    """Open a baseline's pipeline; `plan` is of the torch backend, in the baseline's precision.
+    """Open a baseline's pipeline; `spec` is of the torch backend, in the baseline's precision.
 
     Raises:
         EngineError: where this machine can't run it.
         Exception: whatever torch.compile and ONNX Runtime raise.
     """
     if baseline.name == "onnxruntime-cuda":
-        with _open_onnxruntime(plan, directory, console) as opened:
+        with _open_onnxruntime(spec, directory, console) as opened:
             yield opened
         return
-    with tf32(baseline.tf32), open_pipeline(plan, directory, console) as opened:
+    with tf32(baseline.tf32), open_pipeline(spec, directory, console) as opened:
         unet = opened.pipe.unet
         if baseline.name == "torch-graph":
             unet.to(memory_format=torch.channels_last)
             unet.forward = GraphedForward(unet.forward)
         elif baseline.name in ("torch-compile", "torch-compile-max"):
             unet.to(memory_format=torch.channels_last)
-            unet.forward = compiled_forward(unet.forward, baseline.name, plan.device)
+            unet.forward = compiled_forward(unet.forward, baseline.name, spec.device)
         yield opened
 
 
@@ -191,21 +191,21 @@ def compiled_forward(forward: Callable[..., Any], name: BaselineName, device: to
 
 
 @contextmanager
-def _open_onnxruntime(plan: Plan, directory: EngineDirectory, console: Console) -> Iterator[OpenPipeline]:
+def _open_onnxruntime(spec: PipelineSpec, directory: EngineDirectory, console: Console) -> Iterator[OpenPipeline]:
     """The pipeline with its UNet in ONNX Runtime's CUDA provider, from the same ONNX file as the engines.
 
     Attentions are that library's operator, as in its engines for a CPU. Its optimiser for Stable Diffusion
     (`onnxruntime.transformers`) fuses more, but only in graphs as older PyTorch wrote them.
     """
-    contract = unet_contract(plan.model.config("unet"), plan.precision)
+    contract = unet_contract(spec.model.config("unet"), spec.precision)
     require_provider(CUDA_PROVIDER)
-    entry = export_component(plan.model, ExportSpec(plan.model.spec, precision=plan.precision), directory, console)
-    with open_pipeline(plan, directory, console) as opened:
+    entry = export_component(spec.model, ExportSpec(spec.model.spec, precision=spec.precision), directory, console)
+    with open_pipeline(spec, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
         with tempfile.TemporaryDirectory(prefix="sdtrt-") as place:
-            session = BoundSession(_fused(entry, Path(place), console), contract, plan.device)
+            session = BoundSession(_fused(entry, Path(place), console), contract, spec.device)
         with session:
-            opened.pipe.unet = UNetFacade(session, contract, plan.model.config("unet"), plan.device)
+            opened.pipe.unet = UNetFacade(session, contract, spec.model.config("unet"), spec.device)
             yield opened
 
 

@@ -27,8 +27,8 @@ from sdtrt.models import Model
 from sdtrt.parity import seeded_feeds
 from sdtrt.pipeline import (
     OpenPipeline,
-    Plan,
-    check_plan,
+    PipelineSpec,
+    check_spec,
     engine_facts,
     engines_of,
     hooked,
@@ -365,12 +365,12 @@ class _Bench:
 
     def row(self, task: BenchTask, runner: Runner, batch: int) -> Row:
         """Measure one row, or say why it can't be."""
-        plan = self._plan(task, runner, batch)
-        sizes = plan.sizes
+        pipeline_spec = self._pipeline_spec(task, runner, batch)
+        sizes = pipeline_spec.sizes
         row = Row(task, runner, self.spec.steps_run(task), sizes.height, sizes.width, batch)
         self.console.note(f"{task}, batch {batch}: {runner.title} ...")
         try:
-            measured = self._measure(task, runner, plan, batch)
+            measured = self._measure(task, runner, pipeline_spec, batch)
         except UsageError:
             raise
         except Exception as error:
@@ -381,13 +381,13 @@ class _Bench:
             return replace(row, error=reason, hint=error.hint if isinstance(error, SdtrtError) else None)
         return replace(row, measured=measured)
 
-    def _plan(self, task: BenchTask, runner: Runner, batch: int) -> Plan:
+    def _pipeline_spec(self, task: BenchTask, runner: Runner, batch: int) -> PipelineSpec:
         """How a runner runs: a baseline is the torch backend's pipeline, changed afterwards."""
         spec, (own_height, own_width) = self.spec, self.model.default_size()
         guidance = spec.request(task).uses_guidance
         sizes = unet_sizes(self.model, batch, spec.height or own_height, spec.width or own_width, guidance=guidance)
         backend: Backend = runner.backend if runner.asked else "torch"  # type: ignore[assignment]  # a backend's name
-        return Plan(
+        return PipelineSpec(
             model=self.model,
             backend=backend,
             precision=runner.precision,
@@ -398,48 +398,49 @@ class _Bench:
             images=batch,
         )
 
-    def _measure(self, task: BenchTask, runner: Runner, plan: Plan, batch: int) -> Measured:
+    def _measure(self, task: BenchTask, runner: Runner, pipeline_spec: PipelineSpec, batch: int) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""
-        check_plan(plan)
+        check_spec(pipeline_spec)
         # Before memory is watched: a build is no part of generating.
-        engines_of(plan, self.directory, self.console, allow_build=self.spec.allow_build)
-        meter = MemoryMeter(plan.device)
-        with self._open(runner, plan) as opened, out_of_memory(plan):
+        engines_of(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
+        device = pipeline_spec.device
+        meter = MemoryMeter(device)
+        with self._open(runner, pipeline_spec) as opened, out_of_memory(pipeline_spec):
             call = self._call(opened, task, batch)
             unet_calls = _count_calls(opened.pipe.unet, call)
             # What compiles has done it in that call, and that is no part of generating either.
-            meters.free_memory(plan.device)
+            meters.release_memory(device)
             with meter.watching():
                 for _ in range(self.spec.warmups - 1):
                     call()
-            energy = meters.energy_joules(plan.device)
-            latency = time_calls(call, self.spec.repeats, plan.device)
-            used = meters.energy_joules(plan.device)
+            energy = meters.energy_joules(device)
+            latency = time_calls(call, self.spec.repeats, device)
+            used = meters.energy_joules(device)
             meter.read()
             memory, peak = meter.to_json(), meter.peak_bytes
-            components = {name: _time_component(part, plan.device) for name, part in _parts(opened, batch).items()}
+            components = {name: _time_component(part, device) for name, part in _parts(opened, batch).items()}
         joules = None if energy is None or used is None else (used - energy) / self.spec.repeats
         engine = None if opened.entry is None else engine_facts(opened.entry)
-        device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else plan.device.type
-        return Measured(device, latency, components, unet_calls, memory, peak, joules, engine)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return Measured(name, latency, components, unet_calls, memory, peak, joules, engine)
 
     @contextmanager
-    def _open(self, runner: Runner, plan: Plan) -> Iterator[OpenPipeline]:
+    def _open(self, runner: Runner, pipeline_spec: PipelineSpec) -> Iterator[OpenPipeline]:
         """The runner's pipeline. TF32 is off but for the one baseline that is about it."""
         with tf32(False):
             if runner.baseline is None:
                 allow_build = self.spec.allow_build
-                with open_pipeline(plan, self.directory, self.console, allow_build=allow_build) as opened:
+                with open_pipeline(pipeline_spec, self.directory, self.console, allow_build=allow_build) as opened:
                     yield opened
                 return
-            if runner.baseline.needs_gpu is not None and plan.device.type != "cuda":
+            if runner.baseline.needs_gpu is not None and pipeline_spec.device.type != "cuda":
                 raise EngineError(runner.baseline.needs_gpu, hint="leave this baseline out")
-            with open_baseline(runner.baseline, plan, self.directory, self.console) as opened:
+            with open_baseline(runner.baseline, pipeline_spec, self.directory, self.console) as opened:
                 yield opened
 
     def _call(self, opened: OpenPipeline, task: BenchTask, batch: int) -> Callable[[], object]:
         """The diffusers call of a task: the same noise each time."""
-        spec, sizes = self.spec, opened.plan.sizes
+        spec, sizes = self.spec, opened.spec.sizes
         arguments: dict[str, Any] = {
             "prompt": [SAMPLE_PROMPT] * batch,
             "num_inference_steps": spec.steps,
@@ -473,14 +474,14 @@ def _count_calls(module: torch.nn.Module, call: Callable[[], object]) -> int:
 
 def _parts(opened: OpenPipeline, batch: int) -> dict[str, Callable[[], object]]:
     """One call of each part, as the pipeline makes it."""
-    pipe, plan = opened.pipe, opened.plan
-    contract = unet_contract(plan.model.config("unet"), plan.precision)
-    feeds = {name: tensor.to(plan.device) for name, tensor in seeded_feeds(contract, plan.sizes).items()}
+    pipe, spec = opened.pipe, opened.spec
+    contract = unet_contract(spec.model.config("unet"), spec.precision)
+    feeds = {name: tensor.to(spec.device) for name, tensor in seeded_feeds(contract, spec.sizes).items()}
     for name in feeds.keys() - {"timestep", "time_ids"}:
-        feeds[name] = feeds[name].to(plan.parts_dtype)
+        feeds[name] = feeds[name].to(spec.parts_dtype)
     unet, latents = UNetCall(pipe.unet), feeds["sample"][:batch]
-    image = torch.rand(batch, 3, plan.sizes.height, plan.sizes.width, device=plan.device, dtype=plan.parts_dtype)
-    guided = plan.sizes.batch > batch
+    image = torch.rand(batch, 3, spec.sizes.height, spec.sizes.width, device=spec.device, dtype=spec.parts_dtype)
+    guided = spec.sizes.batch > batch
 
     def decode() -> None:
         with _widened(opened) as dtype:
@@ -494,14 +495,14 @@ def _parts(opened: OpenPipeline, batch: int) -> dict[str, Callable[[], object]]:
     parts: dict[str, Callable[[], object]] = {
         "text_encoder": lambda: pipe.encode_prompt(
             prompt=[SAMPLE_PROMPT] * batch,
-            device=plan.device,
+            device=spec.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         ),
         "unet": lambda: unet(*feeds.values()),
         "vae_decoder": decode,
     }
-    return parts | ({"vae_encoder": encode} if plan.img2img else {})
+    return parts | ({"vae_encoder": encode} if spec.img2img else {})
 
 
 @contextmanager
@@ -511,7 +512,7 @@ def _widened(opened: OpenPipeline) -> Iterator[torch.dtype]:
     diffusers' pipelines of SDXL widen one in fp16 that would overflow (`force_upcast`) for each call of it.
     """
     vae, own = opened.pipe.vae, opened.pipe.vae.dtype
-    widen = opened.plan.model.is_sdxl and own == torch.float16 and vae.config.force_upcast
+    widen = opened.spec.model.is_sdxl and own == torch.float16 and vae.config.force_upcast
     try:
         yield (vae.float() if widen else vae).dtype
     finally:

@@ -20,7 +20,7 @@ from sdtrt.console import Console, quiet_libraries
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.models import Model
 from sdtrt.parts import TEXT_ENCODERS, sizes_of, text_encoders_of
-from sdtrt.pipeline import OpenPipeline, engine_facts, hooked, open_pipeline, out_of_memory, plan_image
+from sdtrt.pipeline import OpenPipeline, engine_facts, hooked, open_pipeline, out_of_memory, resolve_request
 from sdtrt.specs import Component, GenerateSpec
 
 RANDOM_SEEDS = 2**32
@@ -115,8 +115,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = models.resolve_model(spec.model, console)
-        plan = plan_image(spec, model, console, init)
-        with open_pipeline(plan, directory, console, allow_build=spec.allow_build) as opened:
+        pipeline_spec = resolve_request(spec, model, console, init)
+        with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
             for text in dict.fromkeys((*spec.prompts, spec.negative_prompt)):
                 _warn_truncated(opened.pipe, text, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
@@ -216,7 +216,7 @@ class _Run:
     def make_all(self, jobs: Sequence[Job]) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
         made: list[GeneratedImage] = []
-        size = self.opened.plan.images
+        size = self.opened.spec.images
         while len(made) < len(jobs):
             try:
                 made += self.make(jobs, len(made), size)
@@ -262,7 +262,7 @@ class _Run:
         pipe, finite = self.opened.pipe, _Finite()
         steps = len(self._timesteps())
         watching = finite.watching(pipe)
-        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.plan, size), watching:
+        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.spec, size), watching:
 
             def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
                 advance()
@@ -280,8 +280,8 @@ class _Run:
 
     def _takes(self, count: int) -> bool:
         """Whether all engines take so many images at once."""
-        plan = self.opened.plan
-        unet = replace(plan.sizes, batch=plan.sizes.batch // plan.images * count)
+        pipeline_spec = self.opened.spec
+        unet = replace(pipeline_spec.sizes, batch=pipeline_spec.sizes.batch // pipeline_spec.images * count)
         return all(
             engines.slack(entry.key, sizes_of(name, unet, count)) is not None
             for name, entry in self.opened.entries.items()
@@ -290,14 +290,14 @@ class _Run:
     def _timesteps(self) -> Any:
         """The timesteps that the pipeline will run: PNDM has one more than steps, Heun nearly twice as many."""
         pipe, spec = self.opened.pipe, self.spec
-        pipe.scheduler.set_timesteps(spec.steps, device=self.opened.plan.device)
+        pipe.scheduler.set_timesteps(spec.steps, device=self.opened.spec.device)
         if self.init is None:
             return pipe.scheduler.timesteps
-        return pipe.get_timesteps(spec.steps, spec.strength, self.opened.plan.device)[0]
+        return pipe.get_timesteps(spec.steps, spec.strength, self.opened.spec.device)[0]
 
     def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
         """The pipeline's arguments."""
-        spec, sizes = self.spec, self.opened.plan.sizes
+        spec, sizes = self.spec, self.opened.spec.sizes
         common = {
             "prompt": [job.prompt for job in batch],
             "negative_prompt": [spec.negative_prompt] * len(batch) if spec.negative_prompt else None,
@@ -313,20 +313,22 @@ class _Run:
         """Refuse an image that would come out black."""
         if bad is None:
             return
-        plan = self.opened.plan
+        pipeline_spec = self.opened.spec
         where = f"{bad} of {steps}" if bad.startswith("unet") else bad
         hint = "use --precision fp32"
-        if plan.precision == "fp32":
+        if pipeline_spec.precision == "fp32":
             hint = "the model's weights may be damaged; try another --scheduler or --guidance-scale, or --backend torch"
-        if plan.backend != "torch" and bad.startswith("unet"):
+        if pipeline_spec.backend != "torch" and bad.startswith("unet"):
             hint += "; sdtrt verify holds the engine against PyTorch"
         raise EngineError(
-            f"{where} gave values that are not finite ({plan.backend}, {plan.precision}): no image was made", hint=hint
+            f"{where} gave values that are not finite ({pipeline_spec.backend}, {pipeline_spec.precision}):"
+            " no image was made",
+            hint=hint,
         )
 
     def _metadata(self, prompt: str, seed: int, size: int) -> images.Metadata:
         """The text that one image carries. Nothing in it changes between two runs with one seed."""
-        spec, sizes, settings = self.spec, self.opened.plan.sizes, self.settings
+        spec, sizes, settings = self.spec, self.opened.spec.sizes, self.settings
         scheduler = self.opened.pipe.scheduler
         fields = {
             "Steps": spec.steps,
@@ -336,7 +338,7 @@ class _Run:
             "Seed": seed,
             "Size": f"{sizes.width}x{sizes.height}",
             "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,
-            "Model": _model_title(self.opened.plan.model),
+            "Model": _model_title(self.opened.spec.model),
             "Denoising strength": float(spec.strength) if self.init is not None else None,
             "Version": f"sdtrt {__version__}",
         }
@@ -358,18 +360,18 @@ def _settings(
     spec: GenerateSpec, opened: OpenPipeline, init: images.InitImage | None, directory: EngineDirectory
 ) -> dict[str, Any]:
     """What all images of a request have in common, as plain data."""
-    plan, scheduler = opened.plan, opened.pipe.scheduler
+    pipeline_spec, scheduler = opened.spec, opened.pipe.scheduler
     return {
-        "model": _model_facts(plan.model, directory),
-        "backend": plan.backend,
-        "device": _device_name(plan.device),
-        "precision": plan.precision,
+        "model": _model_facts(pipeline_spec.model, directory),
+        "backend": pipeline_spec.backend,
+        "device": _device_name(pipeline_spec.device),
+        "precision": pipeline_spec.precision,
         "scheduler": {"name": spec.scheduler, "class": type(scheduler).__name__},
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
-        "batch_size": plan.images,
+        "batch_size": pipeline_spec.images,
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
 

@@ -38,7 +38,7 @@ LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelineSpec:
     """How one model runs: settled before anything heavy is loaded.
 
     Args:
@@ -92,7 +92,7 @@ class OpenPipeline:
     """A diffusers pipeline that is ready to run, and the engines in it."""
 
     pipe: Any
-    plan: Plan
+    spec: PipelineSpec
     entries: Mapping[Component, Entry]
 
     @property
@@ -101,7 +101,9 @@ class OpenPipeline:
         return self.entries.get("unet")
 
 
-def plan_image(spec: GenerateSpec, model: Model, console: Console, init: images.InitImage | None = None) -> Plan:
+def resolve_request(
+    spec: GenerateSpec, model: Model, console: Console, init: images.InitImage | None = None
+) -> PipelineSpec:
     """How a request runs: backend, precision and size; no batch is larger than there are images to make.
 
     Raises:
@@ -111,7 +113,7 @@ def plan_image(spec: GenerateSpec, model: Model, console: Console, init: images.
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
     count = spec.images_at_once
-    plan = Plan(
+    pipeline_spec = PipelineSpec(
         model,
         backend,
         precision,
@@ -122,23 +124,23 @@ def plan_image(spec: GenerateSpec, model: Model, console: Console, init: images.
         components=choose_components(model, spec.components) if spec.components else None,
         images=count,
     )
-    check_plan(plan)
-    _note_parts(plan, console)
-    return plan
+    check_spec(pipeline_spec)
+    _note_parts(pipeline_spec, console)
+    return pipeline_spec
 
 
-def _note_parts(plan: Plan, console: Console) -> None:
+def _note_parts(spec: PipelineSpec, console: Console) -> None:
     """Say what a choice of components means: which of them are not called at all, and what PyTorch runs, in fp32."""
-    if not plan.components or plan.backend == "torch":
+    if not spec.components or spec.backend == "torch":
         return
-    idle = [name for name in plan.components if name not in plan.in_engines]
-    if not plan.in_engines:
+    idle = [name for name in spec.components if name not in spec.in_engines]
+    if not spec.in_engines:
         raise UsageError(
             f"--component {' --component '.join(idle)} leaves no engine to run", hint="name what txt2img uses, as unet"
         )
     if idle:
         console.note(f"{', '.join(idle)}: not called without an init image")
-    rest = [name for name in components_of(plan.model) if name not in (*plan.components, "vae_encoder")]
+    rest = [name for name in components_of(spec.model) if name not in (*spec.components, "vae_encoder")]
     if rest:
         console.note(f"{', '.join(rest)}: in PyTorch, in fp32")
 
@@ -167,51 +169,51 @@ def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None,
     return height, width
 
 
-def check_plan(plan: Plan) -> None:
+def check_spec(spec: PipelineSpec) -> None:
     """Refuse what no engine can run, before anything is exported."""
-    if plan.device.type == "cuda" and not torch.cuda.is_available():
+    if spec.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
-            f"{plan.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
+            f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
             hint="run: sdtrt doctor; or --backend auto",
         )
-    if plan.backend == "torch":
+    if spec.backend == "torch":
         return
-    for component in plan.in_engines:
-        contract_of(plan.model, component, plan.precision)
-    if plan.model.vae_scale_factor != SIZE_MULTIPLE:
+    for component in spec.in_engines:
+        contract_of(spec.model, component, spec.precision)
+    if spec.model.vae_scale_factor != SIZE_MULTIPLE:
         raise ModelError(
-            f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {plan.model.spec.name} has"
-            f" {plan.model.vae_scale_factor}",
+            f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {spec.model.spec.name} has"
+            f" {spec.model.vae_scale_factor}",
             hint="use --backend torch for this model",
         )
 
 
 @contextmanager
 def open_pipeline(
-    plan: Plan,
+    spec: PipelineSpec,
     directory: EngineDirectory,
     console: Console,
     *,
     allow_build: bool = True,
     unet_engine: Entry | None = None,
 ) -> Iterator[OpenPipeline]:
-    """Load what a plan needs and no more, with the engines' facades as the parts that they replace.
+    """Load what a pipeline needs and no more, with the engines' facades as the parts that they replace.
 
     The scheduler comes first, so that too many steps are refused before an engine is built.
 
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
-    parts = loading.load_parts(plan.model, ["scheduler"], torch.float32)
-    parts["scheduler"] = schedulers.make_scheduler(plan.scheduler, parts["scheduler"])
-    schedulers.check_steps(parts["scheduler"], plan.steps)
-    if plan.backend != "torch":  # that one stays diffusers' own, to be compared with
+    parts = loading.load_parts(spec.model, ["scheduler"], torch.float32)
+    parts["scheduler"] = schedulers.make_scheduler(spec.scheduler, parts["scheduler"])
+    schedulers.check_steps(parts["scheduler"], spec.steps)
+    if spec.backend != "torch":  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
-    with _open_engines(plan, directory, console, allow_build, unet_engine) as running, torch.no_grad():
+    with _open_engines(spec, directory, console, allow_build, unet_engine) as running, torch.no_grad():
         with console.stage("loading the pipeline"):
-            parts |= _load_parts(plan, running)
-            parts |= _facades(plan, running, parts.get("vae"))
-        yield OpenPipeline(_assemble(plan, parts), plan, running.entries)
+            parts |= _load_parts(spec, running)
+            parts |= _facades(spec, running, parts.get("vae"))
+        yield OpenPipeline(_assemble(spec, parts), spec, running.entries)
 
 
 @dataclass(frozen=True)
@@ -228,23 +230,23 @@ class _Running:
 
 
 def engines_of(
-    plan: Plan,
+    spec: PipelineSpec,
     directory: EngineDirectory,
     console: Console,
     *,
     allow_build: bool = True,
     unet_engine: Entry | None = None,
 ) -> dict[Component, Entry]:
-    """Find or build the engines of a plan; none for the torch backend. `unet_engine`: as of `open_pipeline`."""
+    """Find or build the engines of a pipeline; none for the torch backend. `unet_engine`: as of `open_pipeline`."""
     given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
     return given | engines.ensure_engines(
-        plan.model,
-        plan.backend,
-        plan.precision,
-        plan.sizes,
+        spec.model,
+        spec.backend,
+        spec.precision,
+        spec.sizes,
         directory,
-        [name for name in plan.in_engines if name not in given],
-        images=plan.images,
+        [name for name in spec.in_engines if name not in given],
+        images=spec.images,
         allow_build=allow_build,
         console=console,
     )
@@ -252,55 +254,55 @@ def engines_of(
 
 @contextmanager
 def _open_engines(
-    plan: Plan, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
+    spec: PipelineSpec, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
 ) -> Iterator[_Running]:
-    """Find or build the engines of a plan, then open all of them."""
-    if not plan.in_engines:
+    """Find or build the engines of a pipeline, then open all of them."""
+    if not spec.in_engines:
         preloaded.let_go()
         yield _Running()
         return
-    entries = engines_of(plan, directory, console, allow_build=allow_build, unet_engine=unet_engine)
+    entries = engines_of(spec, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     scratch = Scratch()  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
-            _check_memory(plan, entries, loaded)
+            _check_memory(spec, entries, loaded)
             sessions = {
-                name: stack.enter_context(open_session(entries[name], plan.device, scratch))
+                name: stack.enter_context(open_session(entries[name], spec.device, scratch))
                 for name in memory.by_scratch(entries)
             }
         yield _Running(entries, sessions)
 
 
-def _check_memory(plan: Plan, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+def _check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
     """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
 
     Args:
         loaded: folders of those whose plans lie there already.
     """
-    free = memory.free_bytes(plan.device)
+    free = memory.free_bytes(spec.device)
     if free is None:
         return
     free += memory.weights_of(entry for entry in entries.values() if entry.path in loaded)
-    demand = memory.demand_of(entries, plan.sizes, plan.images)
+    demand = memory.demand_of(entries, spec.sizes, spec.images)
     if demand.total <= free:
         return
-    size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {plan.images} at once" * (plan.images > 1)
+    size = f"{spec.sizes.width}x{spec.sizes.height} pixels" + f", {spec.images} at once" * (spec.images > 1)
     need, left = (f"{count / 2**30:.2f} GiB" for count in (demand.total, free))
     raise MemoryShortage(
         f"the engines for {size} need {need} of GPU memory, and {left} are free",
-        hint=_what_fits(plan, demand, free),
+        hint=_what_fits(spec, demand, free),
     )
 
 
-def _what_fits(plan: Plan, demand: memory.Demand, free: int) -> str:
+def _what_fits(spec: PipelineSpec, demand: memory.Demand, free: int) -> str:
     """The hint for engines that are too large for the GPU."""
-    found = memory.fitting(demand, free, plan.sizes, plan.images)
+    found = memory.fitting(demand, free, spec.sizes, spec.images)
     if found is None:
-        smaller = "use --precision fp16, " if plan.precision == "fp32" else ""
+        smaller = "use --precision fp16, " if spec.precision == "fp32" else ""
         return f"end other programs on the GPU, {smaller}or use a GPU with more memory: the weights alone take too much"
     count, sizes = found
     side = f"--height {sizes.height} --width {sizes.width}"
-    words = [f"--batch-size {count}"] * (count < plan.images) + [side] * (sizes.height < plan.sizes.height)
+    words = [f"--batch-size {count}"] * (count < spec.images) + [side] * (sizes.height < spec.sizes.height)
     fits = f"use {' '.join(words)}" if words else "that size fits"
     if demand.scratch <= demand.wanted:
         return f"{fits}, or end other programs on the GPU"
@@ -308,45 +310,45 @@ def _what_fits(plan: Plan, demand: memory.Demand, free: int) -> str:
     return f"{fits} with engines for nothing larger ({build}), or end other programs on the GPU"
 
 
-def _load_parts(plan: Plan, running: _Running) -> dict[str, Any]:
-    """What PyTorch runs, on the plan's device, and the tokenizers."""
-    encoders = text_encoders_of(plan.model)
-    modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, plan.img2img)]
+def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
+    """What PyTorch runs, on the pipeline's device, and the tokenizers."""
+    encoders = text_encoders_of(spec.model)
+    modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, spec.img2img)]
     names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *modules]
-    parts = {"unet": loading.load_unet(plan.model, plan.parts_dtype)} if "unet" in names else {}
-    parts |= loading.load_parts(plan.model, [name for name in names if name != "unet"], plan.parts_dtype)
+    parts = {"unet": loading.load_unet(spec.model, spec.parts_dtype)} if "unet" in names else {}
+    parts |= loading.load_parts(spec.model, [name for name in names if name != "unet"], spec.parts_dtype)
     for half in VAE_HALVES:
         if "vae" in modules and half in running.sessions:
             setattr(parts["vae"], half.removeprefix("vae_"), None)
     for name in modules:
-        parts[name].to(plan.device).eval()
+        parts[name].to(spec.device).eval()
     return parts
 
 
-def _facades(plan: Plan, running: _Running, vae: Any) -> dict[str, torch.nn.Module]:
+def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch.nn.Module]:
     """What stands in for the parts that engines run; `vae` is PyTorch's, where a half of it has no engine."""
     facades: dict[str, torch.nn.Module] = {}
     for name, session in running.sessions.items():
-        config = plan.model.config(part_of(name))
+        config = spec.model.config(part_of(name))
         if name == "unet":
-            facades[name] = UNetFacade(session, session.contract, config, plan.device)
+            facades[name] = UNetFacade(session, session.contract, config, spec.device)
         elif name in TEXT_ENCODERS:
-            facades[name] = TextEncoderFacade(session, config, plan.device, plan.parts_dtype)
+            facades[name] = TextEncoderFacade(session, config, spec.device, spec.parts_dtype)
         else:
             decoder, encoder = (running.sessions.get(half) for half in VAE_HALVES)
-            facades["vae"] = VaeFacade(config, plan.device, decoder=decoder, encoder=encoder, rest=vae)
+            facades["vae"] = VaeFacade(config, spec.device, decoder=decoder, encoder=encoder, rest=vae)
     return facades
 
 
-def _assemble(plan: Plan, parts: Mapping[str, Any]) -> Any:
+def _assemble(spec: PipelineSpec, parts: Mapping[str, Any]) -> Any:
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
-    if plan.model.is_sdxl:
-        cls = diffusers.StableDiffusionXLImg2ImgPipeline if plan.img2img else diffusers.StableDiffusionXLPipeline
-        zeros = plan.model.pipeline_options.get("force_zeros_for_empty_prompt", True)
+    if spec.model.is_sdxl:
+        cls = diffusers.StableDiffusionXLImg2ImgPipeline if spec.img2img else diffusers.StableDiffusionXLPipeline
+        zeros = spec.model.pipeline_options.get("force_zeros_for_empty_prompt", True)
         options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
     else:
-        cls = diffusers.StableDiffusionImg2ImgPipeline if plan.img2img else diffusers.StableDiffusionPipeline
+        cls = diffusers.StableDiffusionImg2ImgPipeline if spec.img2img else diffusers.StableDiffusionPipeline
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = cls(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
@@ -369,11 +371,11 @@ def engine_facts(entry: Entry) -> dict[str, str]:
 
 
 @contextmanager
-def out_of_memory(plan: Plan, images: int | None = None) -> Iterator[None]:
+def out_of_memory(spec: PipelineSpec, images: int | None = None) -> Iterator[None]:
     """Turn failures to allocate into a `MemoryShortage` (PyTorch's on the CPU is a bare `RuntimeError`).
 
     Args:
-        images: made at once, if not as many as planned.
+        images: made at once, if not as many as the spec says.
     """
     try:
         yield
@@ -382,9 +384,9 @@ def out_of_memory(plan: Plan, images: int | None = None) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(text in str(error) for text in texts):
             raise
-        count = images or plan.images
-        size = f"{plan.sizes.width}x{plan.sizes.height} pixels" + f", {count} at once," * (count > 1)
+        count = images or spec.images
+        size = f"{spec.sizes.width}x{spec.sizes.height} pixels" + f", {count} at once," * (count > 1)
         raise MemoryShortage(
-            f"out of memory at {size} with {plan.backend} in {plan.precision}",
+            f"out of memory at {size} with {spec.backend} in {spec.precision}",
             hint="use a smaller --height and --width" + ", or --batch-size" * (count > 1),
         ) from error

@@ -29,13 +29,13 @@ from sdtrt.models import Model
 from sdtrt.pictures import comparison, error_plot
 from sdtrt.pipeline import (
     OpenPipeline,
-    Plan,
+    PipelineSpec,
     engine_facts,
     engines_of,
     hooked,
     open_pipeline,
     out_of_memory,
-    plan_image,
+    resolve_request,
 )
 from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, Profile, VerifySpec
 from sdtrt.verdict import TimestepError, VerifyReport, compare_call, compare_images, judge
@@ -55,21 +55,21 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = models.resolve_model(spec.image.model, console)
-        plan, found = _subject(spec, model, directory, console)
+        pipeline_spec, found = _subject(spec, model, directory, console)
         entry = found.get("unet")
         same_weights = _same_weights(model, entry, directory)
         if same_weights is False and entry is not None:
             console.note(f"{entry.name} was built from other weights than those of {model.name}")
-        reference = _reference(spec, plan, directory, console)
-        floor = _noise_floor(plan, reference, console)
-        outputs, pixels = _candidate(spec, plan, entry, reference, directory, console)
+        reference = _reference(spec, pipeline_spec, directory, console)
+        floor = _noise_floor(pipeline_spec, reference, console)
+        outputs, pixels = _candidate(spec, pipeline_spec, entry, reference, directory, console)
     errors = _compare(reference.calls, floor, outputs)
     image = compare_images(pixels, reference.pixels)
-    files = _draw(output.folder, errors, pixels, reference.pixels, plan)
-    settings = _settings(spec, plan)
+    files = _draw(output.folder, errors, pixels, reference.pixels, pipeline_spec)
+    settings = _settings(spec, pipeline_spec)
     failures = judge(spec.thresholds, errors, image)
     facts = {name: engine_facts(one) for name, one in found.items()}
-    rebuild = _rebuild(plan, found, directory)
+    rebuild = _rebuild(pipeline_spec, found, directory)
     return VerifyReport(settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild)
 
 
@@ -87,25 +87,27 @@ def _require_extras() -> None:
 
 def _subject(
     spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
-) -> tuple[Plan, Mapping[Component, Entry]]:
+) -> tuple[PipelineSpec, Mapping[Component, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
     if spec.engine is not None:
         entry = directory.named(spec.engine)
-        plan = plan_image(_as_engine(spec.image, entry), model, console)
-        _check_fits(entry, plan)
+        pipeline_spec = resolve_request(_as_engine(spec.image, entry), model, console)
+        _check_fits(entry, pipeline_spec)
     else:
-        entry, plan = None, plan_image(spec.image, model, console)
+        entry, pipeline_spec = None, resolve_request(spec.image, model, console)
     # All that the image needs, before the long part begins.
-    return plan, engines_of(plan, directory, console, allow_build=spec.image.allow_build, unet_engine=entry)
+    return pipeline_spec, engines_of(
+        pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
+    )
 
 
-def _rebuild(plan: Plan, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
+def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
     """The command that builds the engines beside the UNet's again; empty where there are none."""
     others = [name for name in entries if name != "unet"]
     if not others:
         return ""
     command = engines.build_command(
-        plan.model, plan.backend, plan.precision, plan.sizes, directory, others, plan.images
+        spec.model, spec.backend, spec.precision, spec.sizes, directory, others, spec.images
     )
     return f"{command} --force"
 
@@ -120,18 +122,18 @@ def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
     return replace(image, backend=entry.key["backend"], precision=entry.key["precision"])
 
 
-def _check_fits(entry: Entry, plan: Plan) -> None:
+def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
     """Refuse an engine of another architecture, or one that does not take the run's sizes."""
-    if Contract.from_json(entry.info["contract"]) != unet_contract(plan.model.config("unet"), plan.precision):
+    if Contract.from_json(entry.info["contract"]) != unet_contract(spec.model.config("unet"), spec.precision):
         raise EngineError(
-            f"{entry.name} takes other inputs than the unet of {plan.model.name}",
+            f"{entry.name} takes other inputs than the unet of {spec.model.name}",
             hint=f"it was built for {entry.info.get('model')}: give that as --model",
         )
-    if engines.slack(entry.key, plan.sizes) is None:
+    if engines.slack(entry.key, spec.sizes) is None:
         best = Profile.from_json(entry.key["profiles"][0]).optimum
         guidance = " --guidance-scale 1" if best.batch == 1 else ""
         raise EngineError(
-            f"{entry.name} does not take {plan.sizes}",
+            f"{entry.name} does not take {spec.sizes}",
             hint=f"use --height {best.height} --width {best.width}{guidance}",
         )
 
@@ -193,28 +195,30 @@ class _Recorder:
         self.count += 1
 
 
-def _reference(spec: VerifySpec, plan: Plan, directory: EngineDirectory, console: Console) -> _Reference:
+def _reference(
+    spec: VerifySpec, pipeline_spec: PipelineSpec, directory: EngineDirectory, console: Console
+) -> _Reference:
     """Run the whole pipeline in PyTorch, in fp32 without TF32."""
-    plan = replace(plan, backend="torch", precision="fp32")
-    with tf32(False), open_pipeline(plan, directory, console) as opened:
+    pipeline_spec = replace(pipeline_spec, backend="torch", precision="fp32")
+    with tf32(False), open_pipeline(pipeline_spec, directory, console) as opened:
         recorder = _Recorder(spread(_count_calls(opened), spec.timesteps))
         with hooked(opened.pipe.unet, recorder):
             pixels = _image(spec.image, opened, "fp32 reference", console)
     del opened  # or its UNet would stay where it is
-    release_memory(plan.device)
+    release_memory(pipeline_spec.device)
     reference = _Reference(tuple(recorder.calls), pixels)
     if count_non_finite(pixels) or any(count_non_finite(call.output) for call in reference.calls):
         raise EngineError(
-            f"{plan.model.name} itself gives values that are not finite in fp32, without any engine",
+            f"{pipeline_spec.model.name} itself gives values that are not finite in fp32, without any engine",
             hint="its weights may be damaged; try another --scheduler or --guidance-scale",
         )
     return reference
 
 
-def _noise_floor(plan: Plan, reference: _Reference, console: Console) -> list[Array]:
+def _noise_floor(spec: PipelineSpec, reference: _Reference, console: Console) -> list[Array]:
     """PyTorch's own UNet in half precision (bf16 for an engine in bf16, else fp16) on the recorded inputs."""
-    precision: Precision = "bf16" if plan.precision == "bf16" else "fp16"
-    own = replace(plan, backend="torch", precision=precision)
+    precision: Precision = "bf16" if spec.precision == "bf16" else "fp16"
+    own = replace(spec, backend="torch", precision=precision)
     try:
         unet = loading.load_unet(own.model, own.parts_dtype).to(own.device)
     except SdtrtError as error:  # weights that don't fit into fp16: then there is no floor
@@ -222,13 +226,13 @@ def _noise_floor(plan: Plan, reference: _Reference, console: Console) -> list[Ar
         return [np.full_like(call.output, np.nan) for call in reference.calls]
     outputs = _replay(unet, reference, own, f"{precision} noise floor", console)
     del unet
-    release_memory(plan.device)
+    release_memory(spec.device)
     return outputs
 
 
 def _candidate(
     spec: VerifySpec,
-    plan: Plan,
+    pipeline_spec: PipelineSpec,
     entry: Entry | None,
     reference: _Reference,
     directory: EngineDirectory,
@@ -236,27 +240,27 @@ def _candidate(
 ) -> tuple[list[Array], Array]:
     """The engine on the recorded inputs, and the whole image as `sdtrt txt2img` makes it with this engine."""
     allow_build = spec.image.allow_build
-    with open_pipeline(plan, directory, console, allow_build=allow_build, unet_engine=entry) as opened:
-        name = "engine" if entry is not None else f"{plan.backend} {plan.precision}"
-        outputs = _replay(opened.pipe.unet, reference, plan, name, console)
+    with open_pipeline(pipeline_spec, directory, console, allow_build=allow_build, unet_engine=entry) as opened:
+        name = "engine" if entry is not None else f"{pipeline_spec.backend} {pipeline_spec.precision}"
+        outputs = _replay(opened.pipe.unet, reference, pipeline_spec, name, console)
         return outputs, _image(spec.image, opened, f"image with {name}", console)
 
 
-def _replay(unet: Any, reference: _Reference, plan: Plan, name: str, console: Console) -> list[Array]:
+def _replay(unet: Any, reference: _Reference, spec: PipelineSpec, name: str, console: Console) -> list[Array]:
     """What a UNet gives for the recorded inputs, in its own precision."""
     outputs = []
-    with torch.inference_mode(), console.bar(name, len(reference.calls)) as advance, out_of_memory(plan):
+    with torch.inference_mode(), console.bar(name, len(reference.calls)) as advance, out_of_memory(spec):
         for call in reference.calls:
-            outputs.append(_numpy(unet(**call.inputs(plan.device, unet.dtype), return_dict=False)[0]))
+            outputs.append(_numpy(unet(**call.inputs(spec.device, unet.dtype), return_dict=False)[0]))
             advance()
     return outputs
 
 
 def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Console) -> Array:
     """One call of a pipeline: pixels `[H,W,3]`, finite or not."""
-    plan = opened.plan
+    spec = opened.spec
     seed = DEFAULT_VERIFY_SEED if image.seed is None else image.seed
-    with console.bar(name, _count_calls(opened)) as advance, out_of_memory(plan):
+    with console.bar(name, _count_calls(opened)) as advance, out_of_memory(spec):
 
         def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
             advance()
@@ -268,8 +272,8 @@ def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Consol
             num_inference_steps=image.steps,
             guidance_scale=image.guidance_scale,
             generator=torch.Generator().manual_seed(seed),
-            height=plan.sizes.height,
-            width=plan.sizes.width,
+            height=spec.sizes.height,
+            width=spec.sizes.width,
             callback_on_step_end=on_step_end,
             output_type="np",
         )
@@ -279,7 +283,7 @@ def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Consol
 
 def _count_calls(opened: OpenPipeline) -> int:
     """How often a run calls the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
-    opened.pipe.scheduler.set_timesteps(opened.plan.steps)
+    opened.pipe.scheduler.set_timesteps(opened.spec.steps)
     return len(opened.pipe.scheduler.timesteps)
 
 
@@ -304,31 +308,33 @@ def _compare(calls: Sequence[_Call], floor: Sequence[Array], outputs: Sequence[A
     )
 
 
-def _settings(spec: VerifySpec, plan: Plan) -> dict[str, Any]:
+def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
     """What was run, as plain data."""
     image = spec.image
     return {
-        "model": plan.model.name,
-        "backend": plan.backend,
-        "precision": plan.precision,
+        "model": pipeline_spec.model.name,
+        "backend": pipeline_spec.backend,
+        "precision": pipeline_spec.precision,
         "prompt": image.prompts[0],
         "negative_prompt": image.negative_prompt,
         "seed": DEFAULT_VERIFY_SEED if image.seed is None else image.seed,
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
         "scheduler": image.scheduler,
-        "height": plan.sizes.height,
-        "width": plan.sizes.width,
+        "height": pipeline_spec.sizes.height,
+        "width": pipeline_spec.sizes.width,
     }
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def _draw(folder: Path, errors: Sequence[TimestepError], actual: Array, expected: Array, plan: Plan) -> dict[str, Path]:
+def _draw(
+    folder: Path, errors: Sequence[TimestepError], actual: Array, expected: Array, spec: PipelineSpec
+) -> dict[str, Path]:
     """Write the two pictures under new names."""
-    stem = f"verify-{plan.backend}-{plan.precision}"
-    label = f"{plan.backend} {plan.precision}"
+    stem = f"verify-{spec.backend}-{spec.precision}"
+    label = f"{spec.backend} {spec.precision}"
     figures = [(error.timestep, error.relative_l2, error.reference_relative_l2) for error in errors]
     timesteps, own, floor = (list(column) for column in zip(*figures, strict=True))
     return {

@@ -164,7 +164,7 @@ def test_parts_are_warm_when_they_are_timed(monkeypatch):
 def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, tmp_path, monkeypatch):
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
-    plan = pipeline.Plan(
+    plan = pipeline.PipelineSpec(
         resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
     )
     seen = []
@@ -392,13 +392,13 @@ def test_a_bound_session_computes_what_a_plain_one_does(small, directory):
 
 
 @pytest.fixture
-def onnxruntime_plan(small, monkeypatch):
-    """A plan for the baseline of ONNX Runtime, in its CPU provider, for there is no other here."""
+def onnxruntime_spec(small, monkeypatch):
+    """A pipeline for the baseline of ONNX Runtime, in its CPU provider, for there is no other here."""
     monkeypatch.setattr(baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
-    return pipeline.Plan(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
+    return pipeline.PipelineSpec(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
 
 
-def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_plan, directory, monkeypatch, capsys):
+def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_spec, directory, monkeypatch, capsys):
     counts = []
 
     def noted(*arguments):
@@ -409,26 +409,26 @@ def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_p
     monkeypatch.setattr(baselines, "fuse", noted)
     size, pictures = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}, []
     for name in ("torch-fp32", "onnxruntime-cuda"):
-        with baselines.open_baseline(BASELINES[name], onnxruntime_plan, directory, Console(quiet=True)) as opened:
+        with baselines.open_baseline(BASELINES[name], onnxruntime_spec, directory, Console(quiet=True)) as opened:
             pictures.append(opened.pipe("red", generator=torch.Generator().manual_seed(3), **size).images)
     assert counts[0] > 0
     np.testing.assert_allclose(*pictures, atol=1e-3)
     assert capsys.readouterr().err == ""
 
 
-def test_a_baseline_whose_attentions_are_not_fused_says_so(onnxruntime_plan, directory, monkeypatch, capsys):
+def test_a_baseline_whose_attentions_are_not_fused_says_so(onnxruntime_spec, directory, monkeypatch, capsys):
     monkeypatch.setattr(baselines, "fuse", lambda source, *_: (source, 0))
     baseline = BASELINES["onnxruntime-cuda"]
-    with baselines.open_baseline(baseline, onnxruntime_plan, directory, Console(quiet=True)):
+    with baselines.open_baseline(baseline, onnxruntime_spec, directory, Console(quiet=True)):
         assert capsys.readouterr().err.startswith("warning: ONNX Runtime's baseline has its attentions as they were")
 
 
-def test_a_baseline_without_room_for_its_copy_names_the_place(onnxruntime_plan, directory, monkeypatch):
+def test_a_baseline_without_room_for_its_copy_names_the_place(onnxruntime_spec, directory, monkeypatch):
     def fail(_, folder, *__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
 
     monkeypatch.setattr(baselines, "fuse", fail)
-    opening = baselines.open_baseline(BASELINES["onnxruntime-cuda"], onnxruntime_plan, directory, QUIET)
+    opening = baselines.open_baseline(BASELINES["onnxruntime-cuda"], onnxruntime_spec, directory, QUIET)
     with pytest.raises(EngineError, match="No space left") as caught, opening:
         pass
     assert "TMPDIR" in caught.value.hint
@@ -626,10 +626,10 @@ ON_A_GPU = (
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu_a_baseline_makes_the_picture_of_plain_pytorch(name, small, directory):
     model = resolve_model(ModelSpec(str(small)))
-    plan = pipeline.Plan(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
+    spec = pipeline.PipelineSpec(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
     pictures = []
     for baseline in ("torch-fp16", name):
-        with baselines.open_baseline(BASELINES[baseline], plan, directory, QUIET) as opened:
+        with baselines.open_baseline(BASELINES[baseline], spec, directory, QUIET) as opened:
             for _ in range(2):
                 generator = torch.Generator().manual_seed(3)
                 made = opened.pipe("red", num_inference_steps=5, height=64, width=64, generator=generator)

@@ -48,10 +48,10 @@ def entries(sizes=SQUARE, images=1, weights=2.0, scratch=4.0):
 
 def refused(model, monkeypatch, free, found, sizes=SQUARE, images=1, precision="fp16"):
     """The error for that much free memory (GiB); None where the request passes."""
-    plan = pipeline.Plan(model, "tensorrt", precision, sizes, steps=2, images=images)
+    spec = pipeline.PipelineSpec(model, "tensorrt", precision, sizes, steps=2, images=images)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * GIB))
     try:
-        pipeline._check_memory(plan, found)
+        pipeline._check_memory(spec, found)
     except MemoryShortage as error:
         return error
     return None
@@ -158,8 +158,8 @@ def test_a_pipelines_sessions_share_one_scratch_and_the_largest_comes_first(mode
     monkeypatch.setattr(pipeline, "engines_of", lambda *_, **__: found)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     monkeypatch.setattr(pipeline, "open_session", lambda *given: opened.append(given) or nullcontext(given))
-    plan = pipeline.Plan(model, "tensorrt", "fp16", SQUARE, steps=2)
-    with pipeline._open_engines(plan, None, None, True, None) as running:
+    spec = pipeline.PipelineSpec(model, "tensorrt", "fp16", SQUARE, steps=2)
+    with pipeline._open_engines(spec, None, None, True, None) as running:
         assert list(running.entries) == ["unet", "text_encoder", "vae_decoder"]
         assert {name: given[0] for name, given in running.sessions.items()} == found
     assert [entry for entry, *_ in opened] == [found[name] for name in ("vae_decoder", "unet", "text_encoder")]

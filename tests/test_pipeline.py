@@ -12,7 +12,7 @@ from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET
 from sdtrt.models import resolve_model
 from sdtrt.modules import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline import Plan, open_pipeline
+from sdtrt.pipeline import PipelineSpec, open_pipeline
 from sdtrt.specs import ModelSpec, Sizes
 
 
@@ -22,21 +22,23 @@ def _on_the_cpu(monkeypatch):
 
 
 @pytest.fixture
-def plan(sd1):
-    return Plan(resolve_model(ModelSpec(str(sd1))), "torch", "fp32", Sizes(2, 64, 64), steps=2, scheduler="euler")
+def spec(sd1):
+    return PipelineSpec(
+        resolve_model(ModelSpec(str(sd1))), "torch", "fp32", Sizes(2, 64, 64), steps=2, scheduler="euler"
+    )
 
 
-def test_a_pipeline_can_be_opened_for_other_uses(plan, engine_dir):
-    with open_pipeline(plan, EngineDirectory(engine_dir), QUIET) as opened:
+def test_a_pipeline_can_be_opened_for_other_uses(spec, engine_dir):
+    with open_pipeline(spec, EngineDirectory(engine_dir), QUIET) as opened:
         result = opened.pipe("red", num_inference_steps=2, height=64, width=64, output_type="np").images
     assert result.shape == (1, 64, 64, 3)
     assert type(opened.pipe) is diffusers.StableDiffusionPipeline
     assert opened.entry is None
 
 
-def test_engines_are_in_diffusers_own_pipeline_by_their_facades(plan, engine_dir):
-    plan = replace(plan, backend="onnxruntime", components=("text_encoder", "vae_decoder"))
-    with open_pipeline(plan, EngineDirectory(engine_dir), QUIET) as opened:
+def test_engines_are_in_diffusers_own_pipeline_by_their_facades(spec, engine_dir):
+    spec = replace(spec, backend="onnxruntime", components=("text_encoder", "vae_decoder"))
+    with open_pipeline(spec, EngineDirectory(engine_dir), QUIET) as opened:
         pipe = opened.pipe
     assert type(pipe) is diffusers.StableDiffusionPipeline
     assert (type(pipe.text_encoder), type(pipe.vae)) == (TextEncoderFacade, VaeFacade)

@@ -372,7 +372,7 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     in_background(SPEC, directory)
     engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
     assert len(engines) == 2
-    plan = pipeline.Plan(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
+    spec = pipeline.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
     monkeypatch.setattr(pipeline, "engines_of", lambda *_, **__: {"unet": unet})
     free = []
 
@@ -389,13 +389,13 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     monkeypatch.setattr(memory, "free_bytes", judged)
     monkeypatch.setattr(pipeline, "open_session", opened)
     free.append(memory.ALLOWANCE_BYTES)
-    with pipeline._open_engines(plan, directory, None, True, None):
+    with pipeline._open_engines(spec, directory, None, True, None):
         assert engines[unet.path]() is None, "sessions hold what they use"
     directory.remove(unused)
     in_background(SPEC, directory)
     engines[unet.path] = weakref.ref(preloaded._KEPT[unet.path][0][0])
     free[0] -= 1
-    with pytest.raises(MemoryShortage), pipeline._open_engines(plan, directory, None, True, None):
+    with pytest.raises(MemoryShortage), pipeline._open_engines(spec, directory, None, True, None):
         pass
     assert engines[unet.path]() is None
 
