@@ -244,6 +244,9 @@ class BoundSession(Session[torch.Tensor]):
         model: the ONNX file; it is optimised when it is loaded.
         contract: its inputs and outputs.
         device: `cuda` (or `cpu`, which the tests use).
+
+    Raises:
+        EngineError: where ONNX Runtime can't load the file, or can't use the GPU.
     """
 
     def __init__(self, model: Path, contract: Contract, device: torch.device) -> None:

@@ -120,7 +120,11 @@ class EngineDirectory:
             )
 
     def find(self, kind: str, key: Mapping[str, Any]) -> Entry | None:
-        """The entry of a key, or None. Marks it as used."""
+        """The entry of a key, or None. Marks it as used.
+
+        Raises:
+            CacheError: where the directory can't be read, or other users can change it.
+        """
         folder = self.path / entry_name(kind, key)
         self._check_trust()
         with self._reading():
@@ -216,6 +220,10 @@ class EngineDirectory:
 
         Two processes that want one key: one makes it, the other waits, then finds it, or makes it if the first one
         died. Where the file system has no locks, both may make it; the first one's is kept.
+
+        Raises:
+            CacheError: where the directory can't be read or written, or other users can change it.
+            Exception: whatever `make` raises.
         """
         if not force and (entry := self.find(kind, key)) is not None:
             return entry
@@ -286,7 +294,11 @@ class EngineDirectory:
             return free and not self._is_locked(digest)
 
     def sweep(self) -> int:
-        """Delete what killed builds left behind; returns how many folders and files that were."""
+        """Delete what killed builds left behind; returns how many folders and files that were.
+
+        Raises:
+            CacheError: where the directory can't be read, or one of them can't be deleted.
+        """
         leftovers = self.abandoned()
         for path in leftovers:
             try:
@@ -296,7 +308,11 @@ class EngineDirectory:
         return len(leftovers)
 
     def timing_cache(self, name: str) -> Path:
-        """Where a builder keeps its timing cache: one file for each TensorRT version and GPU."""
+        """Where a builder keeps its timing cache: one file for each TensorRT version and GPU.
+
+        Raises:
+            CacheError: where the directory can't be written, or other users can change it.
+        """
         folder = self.path / ".timing"
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)

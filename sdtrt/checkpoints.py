@@ -76,7 +76,11 @@ def inferred_repo(infos: Mapping[str, TensorInfo]) -> str:
 
 
 def meta_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
-    """Stand-ins without data, for code that converts names and shapes."""
+    """Stand-ins without data, for code that converts names and shapes.
+
+    Raises:
+        ModelError: for a tensor of a dtype that PyTorch lacks.
+    """
     import torch
 
     tensors = {}

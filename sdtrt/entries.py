@@ -90,7 +90,11 @@ class Entry:
         return facts | {"created": self.created, "last_used": self.last_used, "key": self.key, "info": self.info}
 
     def file(self, name: str) -> Path:
-        """The path of one of its files."""
+        """The path of one of its files.
+
+        Raises:
+            CacheError: where it has none of that name.
+        """
         if name not in self.files:
             raise CacheError(f"{self.path} has no {name}", hint=self._mend)
         return self.path / name

@@ -68,7 +68,11 @@ class InitImage:
     pixels: Image.Image
 
     def result_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The result's (height, width): as asked, else the image's own, rounded down to a multiple of 8."""
+        """The result's (height, width): as asked, else the image's own, rounded down to a multiple of 8.
+
+        Raises:
+            UsageError: for an image with a side of less than 8 pixels, unless that side is asked for.
+        """
         sides = []
         for name, asked, own in (("height", height, self.pixels.height), ("width", width, self.pixels.width)):
             side = asked if asked is not None else own - own % SIZE_MULTIPLE

@@ -82,7 +82,11 @@ def _prefixes(model: Model, part: str) -> tuple[str, ...]:
 
 
 def empty_part(model: Model, part: str) -> torch.nn.Module:
-    """The module of a part on PyTorch's meta device: its whole structure, no memory for weights."""
+    """The module of a part on PyTorch's meta device: its whole structure, no memory for weights.
+
+    Raises:
+        ModelError: where its configuration is missing, or makes no such module.
+    """
     import torch
 
     config = model.config(part)

@@ -115,7 +115,11 @@ class Model:
         return str(self.index[part][1])
 
     def config(self, part: str) -> dict[str, Any]:
-        """The configuration that is stored with a part (without its class's defaults)."""
+        """The configuration that is stored with a part (without its class's defaults).
+
+        Raises:
+            ModelError: where the model has no such part, or its configuration can't be read.
+        """
         self._check_has(part)
         return read_json(self.config_file(part))
 

@@ -267,7 +267,11 @@ class BuildOptions:
     def specs(
         self, exports: Sequence[ExportSpec], backend: Backend, profiles: Mapping[Component, tuple[Profile, ...]]
     ) -> list[BuildSpec]:
-        """The engines that are asked for, of some components."""
+        """The engines that are asked for, of some components.
+
+        Raises:
+            UsageError: for an option that serves none of them, and for values that no build may have.
+        """
         if self.split_attention and not any(export.component == "unet" for export in exports):
             raise UsageError(
                 "only the UNet leaves attention to PyTorch", hint="add --component unet, or leave --split-attention out"

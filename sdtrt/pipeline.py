@@ -170,7 +170,12 @@ def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None,
 
 
 def check_spec(spec: PipelineSpec) -> None:
-    """Refuse what no engine can run, before anything is exported."""
+    """Refuse what no engine can run, before anything is exported.
+
+    Raises:
+        EngineError: where the backend needs a GPU that PyTorch can't use.
+        ModelError: for a model that engines don't serve.
+    """
     if spec.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
             f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",

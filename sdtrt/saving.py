@@ -84,7 +84,11 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], *, overwrite: bool) -> list[Path]:
-    """Write files into a folder, each whole or not at all, and return their paths."""
+    """Write files into a folder, each whole or not at all, and return their paths.
+
+    Raises:
+        OutputError: where one is there and not to be overwritten, or the folder can't be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return [_publish(data, folder / name, overwrite=overwrite) for name, data in contents.items()]

@@ -116,7 +116,11 @@ class Range:
 
     @classmethod
     def parse(cls, text: str, option: str) -> Range:
-        """Read `N` or `MIN:OPT:MAX`; `option` names what is parsed in the error."""
+        """Read `N` or `MIN:OPT:MAX`; `option` names what is parsed in the error.
+
+        Raises:
+            UsageError: for a text of another form, and for bounds that are not in order or less than 1.
+        """
         parts = [part.strip() for part in text.split(":")]  # more than `int` would strip: control characters too
         if len(parts) not in (1, 3) or not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
             raise UsageError(f"{option} must be N or MIN:OPT:MAX, got {text!r}", hint=f"as in {option} 512:512:768")
@@ -174,7 +178,11 @@ class Profile:
 
     @classmethod
     def parse(cls, text: str, default: Profile) -> Profile:
-        """Read `batch=2,height=512,width=512:512:768`; what is left out is taken from `default`."""
+        """Read `batch=2,height=512,width=512:512:768`; what is left out is taken from `default`.
+
+        Raises:
+            UsageError: for an unknown name, a range that can't be read, or sizes that no profile may have.
+        """
         ranges = {"batch": default.batch, "height": default.height, "width": default.width, "tokens": default.tokens}
         for item in text.split(","):
             name, equals, bounds = item.partition("=")

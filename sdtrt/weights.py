@@ -139,7 +139,11 @@ def _not_safetensors(path: Path, start: bytes) -> ModelError:
 
 
 def read_tensors(path: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Read the named tensors of a safetensors file, and nothing else of it."""
+    """Read the named tensors of a safetensors file, and nothing else of it.
+
+    Raises:
+        ModelError: if the file can't be read or lacks one of them.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -179,7 +183,11 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_infos(path: Path) -> dict[str, TensorInfo]:
-    """Name, dtype and shape of a weight file's tensors; a pickle has no header, and is read whole for it."""
+    """Name, dtype and shape of a weight file's tensors; a pickle has no header, and is read whole for it.
+
+    Raises:
+        ModelError: as of `read_header` and `read_pickle`.
+    """
     if not is_pickle(path):
         return read_header(path)
     return {
@@ -210,6 +218,9 @@ def find_weights(folder: Path, spec: ModelSpec, part: str, *, strict: bool) -> t
 
     Args:
         strict: whether a shard that is missing is an error (it is not where it can be fetched).
+
+    Raises:
+        ModelError: for a missing shard, if `strict`, and for an index of shards that can't be read or is none.
     """
     stem, pickle_stem = WEIGHT_NAMES[part]
     variant = f".{spec.variant}" if spec.variant else ""

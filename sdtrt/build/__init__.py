@@ -42,6 +42,9 @@ def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None
     Args:
         backend: that runs the engine.
         compute_capability: the GPU that is built for ahead of time, if it is not this machine's.
+
+    Raises:
+        BuildError: for TensorRT without a `compute_capability`, where there is no NVIDIA GPU.
     """
     if backend == "onnxruntime":
         return {"processor": host.processor_name(), "instructions": list(host.instruction_sets())}

@@ -41,7 +41,12 @@ def why_not_runnable(library: Library, spec: BuildSpec) -> str | None:
 
 
 def check(library: Library, request: Request, report: Report, precision: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the plan, read its precision back, run it once at each profile's optimum against the ONNX."""
+    """Load the plan, read its precision back, run it once at each profile's optimum against the ONNX.
+
+    Raises:
+        BuildError: where it computes in another precision than was asked for, or something else than its ONNX.
+        EngineError: where it can't be loaded or run.
+    """
     reason = why_not_runnable(library, request.spec)
     if reason is not None:
         report({"warn": f"the engine was built but not run: {reason}"})

@@ -70,7 +70,11 @@ class PyCudaSession(Session[Array]):
             self._gpu = {name: self._cuda.mem_alloc(max(array.nbytes, 1)) for name, array in self._host.items()}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the engine once; the outputs are new arrays."""
+        """Run the engine once; the outputs are new arrays.
+
+        Raises:
+            EngineError: for arrays that fit neither the contract nor a profile, too little memory, or a closed session.
+        """
         if self._loaded is None:
             raise EngineError("the session is closed", hint="open a new one")
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}

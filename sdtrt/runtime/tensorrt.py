@@ -126,7 +126,12 @@ class TensorRTSession(Session[torch.Tensor]):
         return self._layout.size + attention_bytes(self._pieces)
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the engine on the current stream; the outputs are new tensors on the session's device."""
+        """Run the engine on the current stream; the outputs are new tensors on the session's device.
+
+        Raises:
+            EngineError: for tensors that don't fit the contract or any profile, a closed session, or a run that fails.
+            MemoryShortage: where the GPU has too little memory.
+        """
         self._check_open()
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in feeds.items()}
