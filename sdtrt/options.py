@@ -249,8 +249,8 @@ class BuildOptions:
         int | None,
         Option(
             metavar="TOKENS",
-            help="TensorRT 8.6, one fixed size: leave the UNet's self-attentions over so many tokens and more to"
-            " PyTorch's kernels; 0 for none, nor the VAE's large norms; by default 2048",
+            help="TensorRT 8.6, fixed size only: UNet self-attentions with at least TOKENS tokens run in PyTorch;"
+            " 0: everything stays in TensorRT, the VAE's norms too (default 2048)",
         ),
     ] = None
     channels_last: Annotated[

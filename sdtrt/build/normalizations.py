@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 
 def sizes_of_norms(facts: Facts) -> list[int]:
-    """The bytes of what each instance normalisation of a graph gives, of whatever form, where they are known."""
+    """The size in bytes of each instance normalisation's output, whatever its form, where its type is known."""
     names = [node.output[0] for node in facts.makers.values() if node.op_type == OPERATOR]
     return [facts.bytes_of(name) for name in names if name in facts.types]
 

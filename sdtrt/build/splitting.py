@@ -1,6 +1,6 @@
-"""Cut out of an exported model what is left to PyTorch, and the graph into the pieces between that.
+"""Cut an exported model into pieces; what is cut out between them is left to PyTorch.
 
-These are self-attentions of a UNet, and the large group normalisations of a VAE's decoder or encoder.
+That is self-attentions of a UNet, or the large group normalisations of a VAE's decoder or encoder.
 
 A piece starts from the model's inputs, the cuts' results and what earlier pieces have made; only floating-point
 tensors cross (TensorRT 8.6 has no int64 inputs), so arithmetic on shapes is repeated in each piece that needs it. The
@@ -88,7 +88,12 @@ def _join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, at
 
 
 def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = None) -> list[Attention]:
-    """Those of at least so many tokens; with `most` only those resolutions, the largest first, that are so few."""
+    """The attentions of at least `min_tokens` tokens.
+
+    Args:
+        most: how many there may be; whole resolutions are taken, the largest first, until the next would be too many.
+            None for no limit.
+    """
     chosen: list[Attention] = []
     for tokens in sorted({one.tokens or 0 for one in attentions}, reverse=True):
         found = [one for one in attentions if one.tokens == tokens]
@@ -99,9 +104,9 @@ def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = 
 
 
 def choose_norms(facts: Facts) -> list[Normalization]:
-    """The group normalisations that a graph of fixed sizes works in most of its memory for: the largest ones.
+    """The largest group normalisations of a graph of fixed sizes: TensorRT 8.6 needs most of its memory for them.
 
-    Of each size all or none; none at all where one of them has a form that is not known.
+    All or none of each size; none at all where one of them has a form that is not recognised.
     """
     sizes = sorted(sizes_of_norms(facts), reverse=True)
     least = max([NORM_BYTES, *(size / NORM_SHARE for size in sizes[1:2])])
@@ -119,7 +124,7 @@ def split(
     cuts: Sequence[Cut],
     conditioning: Collection[str] = (),
 ) -> tuple[Part, ...]:
-    """Cut a graph; the queries, keys and values of an attention become one product where that can be.
+    """Cut a graph into parts; the three projections of an attention become one matrix product where they can.
 
     Args:
         model, weights: an exported graph; both are changed, and of no use afterwards.
@@ -127,7 +132,7 @@ def split(
         conditioning: inputs that stay the same from step to step: their projections become the first piece.
 
     Raises:
-        ValueError: where a cut is not what its nodes compute, or what it gives is what the model gives.
+        ValueError: where a cut's nodes compute something else, or its result is an output of the model.
     """
     ends = {value.name for value in model.graph.output}
     if last := ends.intersection(cut.result for cut in cuts):
@@ -160,7 +165,7 @@ def check_fixed(parts: Iterable[Part]) -> None:
 
 
 def channels_last(pieces: Sequence[Piece], contract: Contract) -> frozenset[str]:
-    """The tensors that may lie channels last, as 8.6's convolutions have them: plans alone write and read these.
+    """The tensors that may lie channels last, the layout of 8.6's convolutions: those that only plans write and read.
 
     They are images in fp16 which one plan of an engine gives to others, of so many channels that none need padding.
     Whatever PyTorch looks into stays as it is: the engine's inputs and outputs, the sources and results of cuts, and
@@ -179,12 +184,12 @@ def _fits_channels_last(spec: TensorSpec) -> bool:
 
 
 class Partition:
-    """Which piece makes what: first as early as can be, then later, where fewer bytes cross.
+    """Which piece computes which node: at first the earliest that can, then a later one where fewer bytes cross.
 
-    What is made of conditioning alone is the first piece, if there is such, and nothing else is in it.
+    Projections of conditioning alone, where there are any, are the first piece, and nothing else is in it.
 
-    `stages` has the piece of each node, by its first output. Constants, and what makes whole numbers or truth values of
-    shapes, belong to no piece: every piece has its own.
+    `stages` is the number of each node's piece, by the node's first output. Constants, and nodes that compute integers
+    or booleans from shapes, belong to no piece: each piece that needs them has its own copies.
     """
 
     def __init__(self, model: onnx.ModelProto, facts: Facts, conditioning: Collection[str] = ()) -> None:
@@ -271,7 +276,7 @@ class Partition:
 
 
 def _projections_of(graph: onnx.GraphProto, facts: Facts, conditioning: Collection[str]) -> frozenset[str]:
-    """What is projected from conditioning alone. Where its heads are parted is left to the attention that takes it."""
+    """The outputs of projections of conditioning alone. The attentions that take them split them into heads."""
     stored = {tensor.name for tensor in graph.initializer}
     found: set[str] = set()
     for node in graph.node:

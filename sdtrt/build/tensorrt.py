@@ -44,7 +44,7 @@ class Request:
     """What the building process needs to know.
 
     Args:
-        piece: the number of the piece of the engine that `onnx` is, with its own `contract`; None for the whole.
+        piece: which piece of the engine `onnx` and `contract` are, counted from 0; None for the whole engine.
         channels_last: of a piece, the inputs and outputs that lie channels last in memory.
     """
 

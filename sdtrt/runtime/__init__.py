@@ -49,14 +49,16 @@ def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = N
 
 
 def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tuple[LoadedPlan, ...]]:
-    """Prove a TensorRT engine ahead of its session; what this returns then loads its plans, which the session shares.
+    """Check a TensorRT engine's files ahead of its session, and return the function that loads its plans.
+
+    A session that is opened while these plans exist shares them.
 
     Args:
-        entry: which is held, of an engine that runs here.
-        wanted: says whether it still is; where it is not, proving it is given up.
+        entry: of an engine that runs here; the caller holds it.
+        wanted: whether the engine is still wanted; once it is not, the check is given up.
 
     Returns:
-        A function of the current GPU's index.
+        A function that takes the current GPU's index and returns the loaded plans.
 
     Raises:
         CacheError, EngineError: as of `open_session`.

@@ -24,7 +24,11 @@ _CHOOSING = threading.Lock()
 
 
 def compute(cut: Cut, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What a cut gives, of tensors among which are its sources, and the place of what a normalisation gives."""
+    """Compute one cut.
+
+    Args:
+        tensors: the cut's sources by name and, for a normalisation, the buffer that its result is written to.
+    """
     if isinstance(cut, Attention):
         return attend(cut, tensors)
     return normalize(cut, tensors[cut.source], tensors[cut.result])

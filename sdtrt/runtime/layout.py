@@ -1,4 +1,4 @@
-"""When an engine's pieces need which memory, and where that lies in one block: `lay_out`.
+"""Which memory an engine's pieces need at which step, and where it lies in one block: `lay_out`.
 
 A step is what runs at once: each plan is one, and what PyTorch computes after it is the next.
 
@@ -21,10 +21,10 @@ ALIGNMENT = 512  # bytes, as PyTorch allocates on a GPU; TensorRT asks for 256
 
 @dataclass(frozen=True)
 class Layout:
-    """Where lies in one block of memory what crosses between plans, and what each of them works in; all in bytes.
+    """Where the tensors that cross between plans, and each plan's own scratch memory, lie in one block; all in bytes.
 
     Args:
-        places: name → offset and tensor.
+        places: a tensor's name → its offset and its spec.
         work_offsets: for each plan, where its own scratch memory begins.
         size: of the block.
     """
@@ -36,7 +36,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Span:
-    """Memory that is needed from one step of an engine to another: a plan is a step, what is computed after it, too."""
+    """Memory in use from a first to a last step: each plan is a step, and what PyTorch computes after it the next."""
 
     size: int
     first: int
@@ -47,16 +47,17 @@ class _Span:
 
 
 def lay_out(pieces: Sequence[Piece], own: Collection[str], work_bytes: Sequence[int]) -> Layout:
-    """Where what crosses between plans, and what plans work in by themselves, lie in one block of memory.
+    """Place the tensors that cross between plans, and each plan's own scratch memory, in one block of memory.
 
-    What crosses is what plans give and what is normalised, in its source's place where nothing else takes that;
-    attention's kernels make tensors of their own. Two things have the same bytes where they are not needed at once, the
-    largest have their choice first: a plan that works in much when little crosses takes no more for that.
+    The tensors are plans' outputs and the results of normalisations; a normalisation writes over its source where
+    nothing else takes that afterwards. Results of attentions are not placed: PyTorch's kernels allocate them. What is
+    never in use at the same step may share memory. The largest are placed first, so a plan that needs much scratch
+    memory while few tensors cross may add nothing to the block.
 
     Args:
         pieces: of one engine, with fixed sizes where they are several.
-        own: what has memory of its own.
-        work_bytes: what each plan works in by itself.
+        own: names of tensors that have memory elsewhere.
+        work_bytes: the scratch memory that each plan needs for itself.
     """
     specs = {spec.name: spec for made, _ in _made(pieces) for spec in made if spec.name not in own}
     steps = _steps(pieces)
@@ -77,7 +78,7 @@ def lay_out(pieces: Sequence[Piece], own: Collection[str], work_bytes: Sequence[
 
 
 def last_uses(pieces: Sequence[Piece], kept: Collection[str]) -> tuple[frozenset[str], ...]:
-    """For each piece, the tensors that nothing after it and its cuts takes, but for those to be kept."""
+    """For each piece, the tensors that nothing takes after it and its cuts; never those in `kept`."""
     ends = {name: steps[-1] // 2 for name, steps in _steps(pieces).items() if name not in kept}
     return tuple(frozenset(name for name, end in ends.items() if end == number) for number in range(len(pieces)))
 
@@ -95,7 +96,7 @@ def _steps(pieces: Sequence[Piece]) -> dict[str, list[int]]:
 
 
 def _homes(pieces: Sequence[Piece], steps: Mapping[str, Sequence[int]], placed: Collection[str]) -> dict[str, str]:
-    """What is normalised where its source lies → the tensor whose place that is: nothing else takes the source then."""
+    """Result of a normalisation → the tensor whose place it is written to, where nothing takes its source later."""
     homes: dict[str, str] = {}
     for number, piece in enumerate(pieces):
         for cut in piece.cuts:
@@ -107,7 +108,7 @@ def _homes(pieces: Sequence[Piece], steps: Mapping[str, Sequence[int]], placed: 
 
 
 def _offsets(spans: Mapping[str | int, _Span]) -> dict[str | int, int]:
-    """A place for each span, the largest first, apart from those that are needed at the same step."""
+    """An offset for each span, the largest chosen first; spans in use at the same step don't overlap."""
     offsets: dict[str | int, int] = {}
     for key, span in sorted(spans.items(), key=lambda item: (-item[1].size, item[1].first, str(item[0]))):
         taken = [(at, at + spans[other].size) for other, at in offsets.items() if spans[other].meets(span)]
@@ -116,7 +117,7 @@ def _offsets(spans: Mapping[str | int, _Span]) -> dict[str | int, int]:
 
 
 def _made(pieces: Sequence[Piece]) -> Iterator[tuple[list[TensorSpec], list[TensorSpec]]]:
-    """For each piece what it gives, with what is normalised after it, and what attentions after it give."""
+    """For each piece: its outputs and the results of normalisations after it; the results of attentions after it."""
     there: dict[str, TensorSpec] = {}
     for piece in pieces:
         there |= {spec.name: spec for spec in (*piece.contract.inputs, *piece.contract.outputs)}
@@ -147,5 +148,5 @@ def size_bytes(spec: TensorSpec) -> int:
 
 
 def attention_bytes(pieces: Sequence[Piece]) -> int:
-    """At most what the attentions after one piece give."""
+    """The most bytes that the results of the attentions after one piece take."""
     return max(sum(map(size_bytes, attended)) for _, attended in _made(pieces))

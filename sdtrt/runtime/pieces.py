@@ -46,7 +46,11 @@ class Attention:
     tokens: int | None = None
 
     def gives(self, there: Mapping[str, TensorSpec]) -> TensorSpec:
-        """What it gives, of what is there; raise `ValueError` where it can't be computed."""
+        """The result's name, dtype and shape, given the tensors available so far.
+
+        Raises:
+            ValueError: where it can't be computed from these.
+        """
         sources = [there[name] for name in self.sources if name in there]
         count, channels = len(self.sources), self.heads * self.width
         joined = channels if count == 3 else 3 * channels
@@ -79,7 +83,11 @@ class Normalization:
         return (self.source,)
 
     def gives(self, there: Mapping[str, TensorSpec]) -> TensorSpec:
-        """What it gives, of what is there; raise `ValueError` where it can't be computed."""
+        """The result's name, dtype and shape, given the tensors available so far.
+
+        Raises:
+            ValueError: where it can't be computed from these.
+        """
         source = there.get(self.source)
         sound = self.groups > 0 and math.isfinite(self.epsilon) and self.epsilon > 0
         if source is None or not sound or len(source.dims) != 4:
@@ -119,7 +127,7 @@ class Piece:
 
     @property
     def is_of_conditioning(self) -> bool:
-        """Whether what it gives is the same at each step."""
+        """Whether it takes conditioning alone, so that its outputs stay the same from step to step."""
         return not self.cuts and all(name in CONDITIONING for name in self.inputs)
 
 

@@ -189,7 +189,7 @@ class TensorRTSession(Session[torch.Tensor]):
             self._copied[name] = last
 
     def _keep(self, key: Key, profile: int) -> None:
-        """Run the piece of conditioning, unless what it gives is there."""
+        """Run the piece that takes conditioning alone, unless its outputs are those of this conditioning already."""
         if not self._is_kept and self._first:
             self._run_on_stream(self._contexts, key, profile, range(self._first))
         self._is_kept = True
@@ -312,7 +312,7 @@ class TensorRTSession(Session[torch.Tensor]):
 
     @property
     def _kept_specs(self) -> list[TensorSpec]:
-        """What the piece of conditioning gives."""
+        """The outputs of the piece that takes conditioning alone; none where there is no such piece."""
         return [spec for piece in self._pieces[: self._first] for spec in piece.contract.outputs]
 
     def _placed(self, offset: int, spec: TensorSpec) -> torch.Tensor:
