@@ -164,7 +164,7 @@ def test_parts_are_warm_when_they_are_timed(monkeypatch):
 def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, tmp_path, monkeypatch):
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
-    plan = pipeline.PipelineSpec(
+    pipeline_spec = pipeline.PipelineSpec(
         resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
     )
     seen = []
@@ -178,7 +178,7 @@ def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, t
 
     for part, name in ((AutoencoderKL, "encode"), (AutoencoderKL, "decode"), (UNet2DConditionModel, "forward")):
         monkeypatch.setattr(part, name, note(name, getattr(part, name)))
-    with pipeline.open_pipeline(plan, EngineDirectory(tmp_path / "engines"), QUIET) as opened:
+    with pipeline.open_pipeline(pipeline_spec, EngineDirectory(tmp_path / "engines"), QUIET) as opened:
         pictures = [Image.new("RGB", (64, 64))] * batch
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
         opened.pipe(["red"] * batch, image=pictures, num_inference_steps=2, strength=1.0, generator=generators)
