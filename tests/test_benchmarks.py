@@ -1,5 +1,6 @@
 """The scripts in `benchmarks/` that run without a GPU, on the built-in model."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,9 +8,13 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from factories import SMALL, small_unet
+from onnx import TensorProto, helper
 
 from sdtrt.errors import BuildError, ExportError
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
@@ -35,15 +40,20 @@ def run(script, *arguments, **variables):
 
 
 @pytest.fixture
-def tune(tmp_path, monkeypatch):
-    """Run `tuning.py` on a small UNet; its engines are the exports, in ONNX Runtime on the CPU."""
+def tuning(monkeypatch):
+    """`tuning.py` as a module."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import tuning
+    return importlib.import_module("tuning")
 
-    def export(*arguments, exporter, real=tuning.write_onnx, **options):
-        if exporter == "dynamo":
+
+@pytest.fixture
+def tune(tuning, tmp_path, monkeypatch):
+    """Run `tuning.py` on a small UNet; its engines are the exports, in ONNX Runtime on the CPU."""
+
+    def export(*arguments, opset, real=tuning.write_onnx, **options):
+        if opset == 16:
             raise ExportError("no such operator", hint="use another")
-        real(*arguments, exporter=exporter, **options)
+        real(*arguments, opset=opset, **options)
 
     def build(onnx, folder, contract, spec, **_):
         built.append(folder.name)
@@ -78,9 +88,9 @@ def tune(tmp_path, monkeypatch):
 
 
 def test_variants_that_fail_are_rows_with_their_errors(tune):
-    rows, built = tune("product", "dynamo", "level-2", "two-profiles")
+    rows, built = tune("product", "opset-16", "level-2", "two-profiles")
     assert sorted(built) == ["level-2", "product", "two-profiles"]
-    assert rows["dynamo"] == {"error": "no such operator; use another"}
+    assert rows["opset-16"] == {"error": "no such operator; use another"}
     assert rows["level-2"] == {"error": "no kernel fits; raise --workspace-gib"}
     for name in ("product", "two-profiles"):
         assert 0 < rows[name]["worst_ratio_to_pytorch_fp16"] < 10
@@ -97,12 +107,50 @@ def test_what_was_built_in_an_earlier_run_is_measured_and_what_was_not_is_said(t
     assert tune("product", "level-2", "whole")[1] == ["whole"]  # what has failed is not tried again
 
 
-def test_exports_are_checked_without_a_gpu(tune):
-    rows, built = tune("product", "opset-14", "dynamo", "channels-last", "dynamic", "--check")
+def test_exports_are_checked_without_a_gpu(tune, tmp_path):
+    rows, built = tune("product", "opset-14", "opset-16", "dynamo", "channels-last", "dynamic", "--check")
     assert built == []
-    assert "error" in rows.pop("dynamo")
+    assert "error" in rows.pop("opset-16")
     assert all(row["relative_l2"] < 2e-3 and row["pieces"] == 1 for row in rows.values())  # no attention is so large
     assert rows["channels-last"]["channels_last"] == 0
+    written = {name: onnx.load(tmp_path / "folder" / name / "model.onnx", load_external_data=False) for name in rows}
+    opsets = {name: model.opset_import[0].version for name, model in written.items()}
+    assert opsets == {**dict.fromkeys(rows, 17), "opset-14": 14}  # 8.6 reads up to 17
+
+
+def graph_of_opset_18(path, **resize):
+    """Write a graph with what opset 18 changed: the second half of the channels is made twice as large."""
+    nodes = [
+        helper.make_node("Split", ["x"], ["first", "second"], axis=1, num_outputs=2),
+        helper.make_node("Resize", ["second", "", "scales"], ["larger"], name="resize", mode="linear", **resize),
+    ]
+    values = {"x": [1, 4, 4, 4], "first": [1, 2, 4, 4], "larger": [1, 2, 8, 8]}
+    x, *outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items())
+    scales = helper.make_tensor("scales", TensorProto.FLOAT, [4], [1, 1, 2, 2])
+    graph = helper.make_graph(nodes, "graph", [x], outputs, [scales])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+def test_a_lowered_graph_computes_what_it_did(tuning, tmp_path):
+    path = graph_of_opset_18(tmp_path / "model.onnx", antialias=0, keep_aspect_ratio_policy="stretch")
+    given = {"x": np.arange(64, dtype=np.float32).reshape(1, 4, 4, 4)}
+    before = onnxruntime.InferenceSession(path).run(None, given)
+    tuning.lower_opset(path)
+    model = onnx.load(path)
+    assert model.opset_import[0].version == 17
+    assert [[one.name for one in node.attribute] for node in model.graph.node] == [["axis"], ["mode"]]
+    for one, other in zip(onnxruntime.InferenceSession(path).run(None, given), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("attribute", [{"antialias": 1}, {"keep_aspect_ratio_policy": "not_larger"}])
+def test_what_opset_17_cannot_say_is_not_lowered(attribute, tuning, tmp_path):
+    path = graph_of_opset_18(tmp_path / "model.onnx", **attribute)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"resize: {next(iter(attribute))} can't be said in opset 17"):
+        tuning.lower_opset(path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.slow
