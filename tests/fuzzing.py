@@ -1,16 +1,19 @@
-"""How long a fuzz target runs: a few examples in CI, or as long as `SDTRT_FUZZ_SECONDS` says."""
+"""How long a fuzz target runs: a few examples in CI, or as long as `SDTRT_FUZZ_SECONDS` says; what it may end with."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import seed as seeded
+
+from sdtrt.errors import SdtrtError
 
 SECONDS = float(os.environ.get("SDTRT_FUZZ_SECONDS", "0"))
 FIRST_SEED = int(os.environ.get("SDTRT_FUZZ_SEED", "0"))
@@ -38,3 +41,18 @@ def fuzz(examples: int = 50, **strategies: Any) -> Callable[[Callable[..., None]
         return pytest.mark.timeout(0)(long)
 
     return decorate
+
+
+@contextmanager
+def only_clean_errors() -> Iterator[None]:
+    """Nothing but `SdtrtError`, with something said in both lines."""
+    caught = None
+    try:
+        yield
+    except SdtrtError as error:
+        caught = error
+    if caught is not None:
+        assert caught.message.isprintable()
+        assert caught.hint.isprintable()
+        assert caught.message
+        assert caught.hint

@@ -23,7 +23,7 @@ import torch
 import trt_fakes
 from factories import sd1_folder, unet_engine
 from fault_server import UNET
-from fuzzing import fuzz
+from fuzzing import fuzz, only_clean_errors
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -34,7 +34,7 @@ from sdtrt.cli import main
 from sdtrt.components import unet_contract
 from sdtrt.console import QUIET
 from sdtrt.entries import SIDECAR
-from sdtrt.errors import BuildError, EngineError, ModelError, SdtrtError, UsageError
+from sdtrt.errors import BuildError, EngineError, ModelError, UsageError
 from sdtrt.generate import generate
 from sdtrt.inspection import inspect_engine
 from sdtrt.loading import load_parts
@@ -76,21 +76,6 @@ def directory(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("place")
-
-
-@contextlib.contextmanager
-def only_clean_errors():
-    """Nothing but `SdtrtError`, with something said in both lines."""
-    caught = None
-    try:
-        yield
-    except SdtrtError as error:
-        caught = error
-    if caught is not None:
-        assert caught.message.isprintable()
-        assert caught.hint.isprintable()
-        assert caught.message
-        assert caught.hint
 
 
 def damaged(draw, data: bytes) -> bytes:
