@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
+from pathlib import Path
 
 import factories
 import pytest
 import torch
+
+from sdtrt.cache import EngineDirectory
+from sdtrt.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Jobs in the background ignore it, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,3 +30,39 @@ def sd1(tmp_path_factory):
 def engine_dir(tmp_path_factory):
     """The engine directory that tests share; it gains engines and must lose none."""
     return tmp_path_factory.mktemp("shared") / "engines"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """An engine directory of the test's own, which is not there yet."""
+    return EngineDirectory(tmp_path / "engines")
+
+
+@pytest.fixture
+def folder(tmp_path, engine_dir, monkeypatch):
+    """An empty working folder; the engine directory is the tests' shared one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command in this process (torch is loaded already); returns exit code, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def on_the_cpu(request, monkeypatch):
+    """The same tests everywhere: a GPU is used by those that ask for one."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -25,7 +25,6 @@ from sdtrt.bench import FILES, BenchReport, Row, Runner, run_bench
 from sdtrt.build.fused_attention import fuse
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
 from sdtrt.components import Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, OutputError, UsageError
@@ -38,6 +37,7 @@ from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 ROW_KEYS = {
     "task",
     "backend",
@@ -52,13 +52,6 @@ ROW_KEYS = {
     "peak_bytes",
     "speedup",
 }
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(request, monkeypatch):
-    """The same tests everywhere: a GPU is used by those that ask for one."""
-    if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -526,18 +519,9 @@ def test_energy_and_driver_come_from_the_drivers_library():
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path, engine_dir):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sdtrt", "bench", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return call
+def run(run, folder):
+    """`sdtrt bench`, in an empty folder, with the shared engines."""
+    return lambda *arguments: run("bench", *arguments)
 
 
 FAST = ("--steps", "2", "--repeats", "1", "--height", "64", "--width", "64", "--quiet")

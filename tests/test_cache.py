@@ -30,11 +30,6 @@ def write(content: bytes = b"engine"):
     return make
 
 
-@pytest.fixture
-def directory(tmp_path):
-    return EngineDirectory(tmp_path / "engines")
-
-
 def test_nothing_is_created_by_looking(directory):
     assert directory.find("onnx", KEY) is None
     assert directory.entries() == []

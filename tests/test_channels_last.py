@@ -337,13 +337,6 @@ def test_the_option_is_for_those_parts_that_may_be_in_pieces():
         BuildOptions(channels_last=True).specs(exports[:1], "tensorrt", {"text_encoder": STATIC})
 
 
-@pytest.fixture
-def directory(tmp_path):
-    from sdtrt.cache import EngineDirectory
-
-    return EngineDirectory(tmp_path / "engines")
-
-
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
     from sdtrt import engines, host
     from sdtrt.models import resolve_model

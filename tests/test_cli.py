@@ -17,22 +17,12 @@ from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
 from sdtrt import __version__, cache, digests, host
-from sdtrt.cli import main
 
 PROMPT = "a red circle on a blue background"
 RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
 REPOSITORY = Path(__file__).resolve().parents[1]
 TWO_COMPONENTS = ("--component", "vae_decoder", "--component", "text_encoder")
 FAST = ("--steps", "2", "--seed", "1", "--quiet")  # pictures that nobody looks at
-
-
-@pytest.fixture
-def folder(tmp_path, engine_dir, monkeypatch):
-    """An empty working folder; the engine directory is the tests' shared one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    return tmp_path
 
 
 def process(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -45,20 +35,6 @@ def cpu_seconds() -> float:
     """Processor seconds of the child processes that have ended: what a command costs, whatever else runs here."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run a command in this process (torch is loaded already); returns exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_the_first_command_makes_the_picture_and_a_second_one_the_same(folder):

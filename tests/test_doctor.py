@@ -17,11 +17,6 @@ from sdtrt.trt_api import libraries
 RTX = host.Gpu("Some RTX", (8, 9), 24 * 2**30)
 
 
-@pytest.fixture
-def directory(tmp_path):
-    return EngineDirectory(tmp_path / "engines")
-
-
 def finding(diagnosis, name):
     return next(found for found in diagnosis.findings if found.name == name)
 

@@ -27,6 +27,7 @@ from sdtrt.parts import sizes_of
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, Sizes
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 # Of CLIP's text encoder, whose modules lie one level deeper before transformers 5.
 LAST_NORM = "final_layer_norm" if int(transformers.__version__.split(".")[0]) >= 5 else "text_model.final_layer_norm"
 
@@ -53,13 +54,6 @@ class Recorder(Console):
             entry["done"] += 1
 
         yield advance
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(request, monkeypatch):
-    """The same tests everywhere: a GPU is used by those that ask for one."""
-    if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")

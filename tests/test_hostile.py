@@ -17,7 +17,6 @@ from PIL import Image
 
 from sdtrt import export, images
 from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
 from sdtrt.console import Console, print_table
 from sdtrt.entries import SIDECAR
 from sdtrt.errors import ModelError, OutputError, SdtrtError, UsageError
@@ -135,17 +134,10 @@ def test_an_export_does_not_overwrite_what_came_into_being_meanwhile(tmp_path):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command in this process, in an empty folder; returns exit code, stdout and stderr."""
+def run(run, monkeypatch, tmp_path):
+    """In an empty folder, whose engine directory is what is used."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    return call
+    return run
 
 
 def fill(folder: Path) -> EngineDirectory:

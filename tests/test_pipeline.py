@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import diffusers
 import pytest
-import torch
 
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET
@@ -15,10 +14,7 @@ from sdtrt.modules import TextEncoderFacade, VaeFacade
 from sdtrt.pipeline import PipelineSpec, open_pipeline
 from sdtrt.specs import ModelSpec, Sizes
 
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture

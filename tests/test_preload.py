@@ -19,7 +19,6 @@ from trt_fakes import CHANNELS, WIDTH, FakeCuda, fake_library, profile_shapes, t
 
 from sdtrt import ahead, digests, host, memory, pipeline
 from sdtrt.build import FORMATS
-from sdtrt.cache import EngineDirectory
 from sdtrt.components import unet_contract
 from sdtrt.engines import host_key
 from sdtrt.errors import CacheError, EngineError, EntryInUseError, MemoryShortage
@@ -80,11 +79,6 @@ def hashed(monkeypatch):
     calls, hash_file = [], digests.sha256_file
     monkeypatch.setattr(digests, "sha256_file", lambda path: calls.append(path) or hash_file(path))
     return calls
-
-
-@pytest.fixture
-def directory(tmp_path):
-    return EngineDirectory(tmp_path / "engines")
 
 
 def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny", pieces=False, **key):

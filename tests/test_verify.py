@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from sdtrt import engines, loading, pipeline
 from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
 from sdtrt.console import QUIET
 from sdtrt.errors import CacheError, EngineError, SdtrtError, UsageError
 from sdtrt.models import TINY, resolve_model
@@ -27,12 +26,8 @@ from sdtrt.specs import GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
 from sdtrt.verdict import ImageError, TimestepError, compare_call, judge
 from sdtrt.verify import spread, verify
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PROMPT = "a red circle on a blue background"
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -404,19 +399,9 @@ def test_no_build_builds_none_of_the_other_components_either(spec, directory, tm
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, engine_dir, tmp_path):
-    """Run a command in this process; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SDTRT_ENGINE_DIR", str(engine_dir))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return call
+def run(run, folder):
+    """In an empty folder, with the shared engines."""
+    return run
 
 
 QUICK = ("--steps", "2", "--timesteps", "2", "--height", "64", "--width", "64", "-q", "--backend", "onnxruntime")
