@@ -6,6 +6,7 @@ names) is that of Stable Diffusion 1.x, 2.x and XL.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -97,6 +98,11 @@ def in_threads(work: Callable[..., object], arguments: Iterable[tuple[Any, ...]]
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

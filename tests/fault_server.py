@@ -70,13 +70,13 @@ def make_export(model: ModelSpec, folder: Path) -> str:
     """Export into the engine directory, again even if it is there."""
     spec = ExportSpec(model, precision="fp32", force=True)
     entry = export.export_component(resolve_model(model), spec, EngineDirectory(folder / "engines"))
-    return digest(entry.verified("model.onnx"))
+    return factories.sha256_of(entry.verified("model.onnx"))
 
 
 def make_file(model: ModelSpec, folder: Path) -> str:
     """Export to a file that is there already."""
     spec = ExportSpec(model, precision="fp32", output=folder / "out" / "unet.onnx", overwrite=True)
-    return digest(export.export_file(resolve_model(model), spec))
+    return factories.sha256_of(export.export_file(resolve_model(model), spec))
 
 
 def make_engine(model: ModelSpec, folder: Path) -> str:
@@ -92,14 +92,14 @@ def make_engine(model: ModelSpec, folder: Path) -> str:
 def make_images(model: ModelSpec, folder: Path) -> str:
     """Two images into a folder, the engine built if it is missing."""
     report = generate.generate(_request(model, num_images=2, output=folder / "out"), _directory(folder), QUIET)
-    return ",".join(digest(image.path) for image in report.images)
+    return ",".join(factories.sha256_of(image.path) for image in report.images)
 
 
 def make_image(model: ModelSpec, folder: Path) -> str:
     """One image in place of another."""
     output = folder / "out" / "again.png"
     generate.generate(_request(model, output=output, overwrite=True), _directory(folder), QUIET)
-    return digest(output)
+    return factories.sha256_of(output)
 
 
 def crowd(model: ModelSpec, folder: Path, count: int = 8) -> dict[str, list[str]]:
@@ -140,7 +140,7 @@ def check(model: ModelSpec, folder: Path) -> list[list[str]]:
         if path.name.startswith(".sdtrt-"):  # a killed process's draft: hidden, and nobody's file
             path.unlink()
             continue
-        found.append([path.name, digest(path)])
+        found.append([path.name, factories.sha256_of(path)])
     return found
 
 
@@ -167,11 +167,6 @@ def _directory(folder: Path) -> EngineDirectory:
 
 def _request(model: ModelSpec, **values: Any) -> GenerateSpec:
     return GenerateSpec((PROMPT,), model, "onnxruntime", steps=1, height=64, width=64, seed=1, **values)
-
-
-def digest(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- faults

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from factories import sha256_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = ("export", "file", "build", "images", "image")
@@ -127,7 +128,7 @@ class Campaign:
     def _onnx_and_image(self) -> dict[str, str]:
         """Digests of the two results that are replaced, where they are there."""
         paths = (self.folder / "out" / name for name in ("unet.onnx", "again.png"))
-        return {path.name: _digest(path) for path in paths if path.exists()}
+        return {path.name: sha256_of(path) for path in paths if path.exists()}
 
     def _look(self, what: str, before: dict[str, str]) -> None:
         """Everything that must hold after a fault."""
@@ -151,10 +152,6 @@ class Campaign:
                 self.problems.append(f"{what}: {name} is no image that was asked for")
         lost = before.keys() - {name for name, _ in found["value"]}
         self.problems += [f"{what}: {name} is gone" for name in sorted(lost)]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _remove(folder: Path) -> None:

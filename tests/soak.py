@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
@@ -64,9 +63,9 @@ def _request(
     output = folder / "images"
     spec = GenerateSpec(("a red circle",), ModelSpec(str(model)), "onnxruntime", steps=2, seed=seed, height=height)
     report = generate(replace(spec, width=width, output=output, num_images=count), directory, QUIET)
-    digest = hashlib.sha256(report.images[0].path.read_bytes()).hexdigest()
+    first = factories.sha256_of(report.images[0].path)
     shutil.rmtree(output)
-    return digest
+    return first
 
 
 def resident_bytes() -> int:

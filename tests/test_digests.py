@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -10,9 +9,9 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
+from factories import sha256_of as right
 
 from sdtrt import digests
-from sdtrt.cache import EngineDirectory
 from sdtrt.digests import digest_of, digests_ahead, hash_ahead, sha256_file
 from sdtrt.errors import CacheError
 
@@ -42,10 +41,6 @@ def file(tmp_path):
     path = tmp_path / "engine.plan"
     path.write_bytes(os.urandom(1000))
     return path
-
-
-def right(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def wait(condition):
@@ -141,9 +136,9 @@ def test_a_read_error_reaches_who_asks(file, monkeypatch):
 
 
 @pytest.fixture
-def directory(tmp_path, monkeypatch):
+def directory(directory, monkeypatch):
     monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 500)
-    return EngineDirectory(tmp_path / "engines")
+    return directory
 
 
 def publish(directory, component, number, *, model="one", backend="tensorrt", size=1000, kind="engine"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import warnings
@@ -87,10 +86,6 @@ def exported(tmp_path_factory):
         return made[key]
 
     return get
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- right at every size ---------------------------------------------------------------------------------------------
@@ -360,7 +355,7 @@ def test_exporting_twice_gives_the_same_bytes_and_says_nothing(tmp_path, exporte
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again = make(tmp_path, exporter=exporter, **(SMALLEST if exporter == "dynamo" else {}))
-    assert digest(again.path) == digest(before.path)
+    assert factories.sha256_of(again.path) == factories.sha256_of(before.path)
     assert [str(warning.message) for warning in caught] == []
     assert capfd.readouterr() == ("", "")
 
@@ -463,7 +458,7 @@ def test_an_entry_is_made_once(tmp_path, tiny_model, spec, monkeypatch):
     assert list(entry.files) == ["model.onnx"]
     assert Contract.from_json(entry.info["contract"]) == unet_contract(tiny_model.config("unet"), "fp16")
     assert entry.info["parity"]["checks"][1]["sizes"] == {"batch": 2, "height": 72, "width": 104, "tokens": 77}
-    assert entry.info["sha256"] == {"model.onnx": digest(entry.file("model.onnx"))}
+    assert entry.info["sha256"] == {"model.onnx": factories.sha256_of(entry.file("model.onnx"))}
     json.dumps(entry.info)
     monkeypatch.setattr(export, "write_onnx", None)  # a second export would fail
     assert export_component(tiny_model, spec, directory).path == entry.path
@@ -512,7 +507,7 @@ def test_export_to_a_file(tmp_path, tiny_model, spec, monkeypatch, capfd):
     assert " s\n" in err  # elapsed times
     assert "relative L2" in err
 
-    before = digest(spec.output)
+    before = factories.sha256_of(spec.output)
     with pytest.raises(UsageError, match="exists") as caught:
         export_file(tiny_model, spec)
     assert "--overwrite" in caught.value.hint
@@ -523,7 +518,7 @@ def test_export_to_a_file(tmp_path, tiny_model, spec, monkeypatch, capfd):
     monkeypatch.undo()
     export_file(tiny_model, replace(spec, overwrite=True))  # the data file of the one before goes with it
     assert [path.name for path in spec.output.parent.iterdir()] == ["unet.onnx"]
-    assert digest(spec.output) == before
+    assert factories.sha256_of(spec.output) == before
 
 
 def test_a_full_disk_is_an_output_error(tmp_path, tiny_model, spec, monkeypatch):
