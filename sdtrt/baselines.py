@@ -298,3 +298,4 @@ class BoundSession(Session[torch.Tensor]):
     def close(self) -> None:
         """Free the model."""
         self._session = None
+        self.let_go()

@@ -226,6 +226,18 @@ def test_pieces_and_attention_run_in_order_on_the_stream_and_in_the_graph(cuda, 
             session.run(feeds(height=24))
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["the session's stream", "the caller's stream"])
+def test_what_lies_between_pieces_is_on_their_stream(own, cuda, split_plan, captured_kernels, monkeypatch):
+    """Anywhere else it would not wait for the piece before, nor the next piece for it."""
+    streams = []
+    monkeypatch.setattr(session_module, "compute", lambda *given: streams.append(cuda.current) or compute(*given))
+    with session_on(split_plan, graphs=0) as session:
+        stream = cuda.Stream() if own else session._stream
+        with cuda.stream(stream if own else cuda.current):
+            session.run(feeds())
+        assert streams == [stream]
+
+
 def test_pieces_and_a_norm_run_in_order_on_the_stream_and_in_the_graph(cuda, norm_plan, captured_kernels):
     with session_on(norm_plan) as session:
         for seed in range(5):
@@ -283,13 +295,18 @@ def test_what_is_normalised_and_taken_again_keeps_its_memory(norm_plan):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_norm_computes_in_fp32_under_autocast_too(dtype):
+def test_a_norm_computes_in_fp32_under_autocast_too(dtype, monkeypatch):
     norm = Normalization("x", "y", 2, 1e-6)
     given = torch.randn(1, 8, 6, 4).to(dtype)
     place = torch.empty_like(given)
+    inner, seen = torch.linalg.vector_norm, []
+    monkeypatch.setattr(
+        torch.linalg, "vector_norm", lambda *a, **b: seen.append(torch.is_autocast_enabled("cpu")) or inner(*a, **b)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = compute(norm, {"x": given, "y": place})
     assert found is place
+    assert seen == [False]  # a GPU's autocast would have it make a copy in fp32; a CPU's leaves it alone
     expected = torch.nn.functional.group_norm(given.double(), 2, eps=1e-6)
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
 
@@ -551,6 +568,42 @@ def test_shapes_take_turns_in_a_bounded_number_of_graphs(cuda, plan):
             assert session.graph_count == (2 if seed else 0)
 
 
+def test_a_graph_that_leaves_is_waited_for(cuda, plan, monkeypatch):
+    with session_on(plan, graphs=1) as session:
+        for _ in range(2):
+            session.run(feeds())
+        held, graphs = [], list(session._graphs)
+        monkeypatch.setattr(cuda.current, "synchronize", lambda: held.append(list(session._graphs)))
+        for _ in range(2):
+            session.run(feeds(1))
+        assert held == [graphs]
+        assert graphs != list(session._graphs)
+
+
+def test_one_graph_is_captured_at_a_time(cuda, plan, monkeypatch):
+    """And contexts are made of an engine one after the other: TensorRT's engines are not for two threads at once."""
+    captured, made = [], []
+    enqueue, create = running.enqueue, running.create_shared_context
+
+    def note_capture(*given):
+        captured.append((trt_fakes.capturing is not None, session_module._CAPTURING.locked()))
+        return enqueue(*given)
+
+    def note_context(library, engine, *given):
+        (loaded,) = (one for one in plan_module._LOADED.values() if one.engine is engine)
+        made.append(loaded.lock.locked())
+        return create(library, engine, *given)
+
+    monkeypatch.setattr(running, "enqueue", note_capture)
+    monkeypatch.setattr(running, "create_shared_context", note_context)
+    with session_on(plan) as session:
+        for _ in range(2):
+            session.run(feeds())
+    assert set(captured) == {(False, False), (True, True)}
+    assert made
+    assert all(made)
+
+
 def test_no_graphs_on_request(cuda, plan):
     with session_on(plan, graphs=0) as session:
         for seed in range(3):
@@ -654,6 +707,28 @@ def test_close_frees_and_may_come_twice(cuda, plan):
     session.close()
     with pytest.raises(EngineError, match="closed"):
         session.run(feeds())
+
+
+def test_nothing_is_freed_before_the_gpu_has_finished(cuda, plan, monkeypatch):
+    session = session_on(plan)
+    for _ in range(2):
+        session.run(feeds())
+    held, finish = [], session._scratch.finish
+    monkeypatch.setattr(
+        session._scratch, "finish", lambda: held.append((session.graph_count, *session._buffers)) or finish()
+    )
+    session.close()
+    assert held == [(1, "sample", "timestep", "encoder_hidden_states")]
+
+
+def test_a_session_opened_in_inference_mode_runs_outside_it(cuda, split_plan, captured_kernels):
+    with torch.inference_mode():
+        session = session_on(split_plan)
+    with session:
+        for seed in range(3):
+            given = feeds(seed=seed)
+            found = session.run(given)["out_sample"]
+            np.testing.assert_allclose(found.float(), with_attention(given), rtol=2e-3, atol=1e-2)
 
 
 def test_sessions_share_the_engine_and_not_the_context(cuda, plan):

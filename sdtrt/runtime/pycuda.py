@@ -105,6 +105,7 @@ class PyCudaSession(Session[Array]):
                 memory.free()
             self._gpu.clear()
             del self._stream
+        self.let_go()
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:

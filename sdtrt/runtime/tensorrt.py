@@ -97,7 +97,8 @@ class TensorRTSession(Session[torch.Tensor]):
         self._first = int(len(self._pieces) > 1 and self._pieces[0].is_of_conditioning)  # that runs at each step
         own = [spec.name for spec in (*contract.outputs, *self._kept_specs)]
         self._last_uses = last_uses(self._pieces, own)
-        with torch.cuda.device(self._device), _memory_errors(plan):
+        # Buffers are written to at each run: made in inference mode, they could be so in that mode alone.
+        with torch.cuda.device(self._device), _memory_errors(plan), torch.inference_mode(False):
             self._plans: tuple[LoadedPlan, ...] = tuple(
                 load_plan(
                     piece.plan, piece.contract, self._library, self._device.index, allow_host_code=allow_host_code
