@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
 import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -36,8 +38,9 @@ from trt_fakes import (
 from sdtrt import host
 from sdtrt.build import checking
 from sdtrt.build.tensorrt import Request
+from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract, TensorSpec, unet_contract
-from sdtrt.errors import EngineError, MemoryShortage
+from sdtrt.errors import CacheError, EngineError, MemoryShortage
 from sdtrt.runtime import plan as plan_module
 from sdtrt.runtime import pycuda as pycuda_module
 from sdtrt.runtime import remembered
@@ -1083,6 +1086,12 @@ def driver(cuda, monkeypatch):
     pycuda_module._primary_context.cache_clear()
 
 
+def damage(path):
+    """Change the last byte."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 @pytest.fixture
 def use(monkeypatch):
     """Make a fake library the usual one."""
@@ -1116,6 +1125,42 @@ def test_pycuda_leaves_the_context_as_it_was_after_an_error(driver, use, plan):
     with pytest.raises(EngineError, match="damaged"):
         PyCudaSession(plan, CONTRACT)
     assert driver.active == 0
+
+
+@pytest.mark.parametrize("kind", ["PyCUDA", "PyTorch"])
+def test_every_session_lets_the_entry_go_when_it_closes(kind, driver, use, plan, tmp_path):
+    use("tensorrt 8.6.1")
+    session = PyCudaSession(plan, CONTRACT) if kind == "PyCUDA" else session_on(plan)
+    hold = plan.open("rb")
+    session.keep(hold)
+    session.close()
+    assert hold.closed
+
+
+def test_the_example_runs_the_unet_and_proves_it_first(driver, use, plan, tmp_path, monkeypatch, capsys):
+    use("tensorrt 8.6.1")
+    directory = EngineDirectory(tmp_path / "engines")
+    profile = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
+
+    def publish(component):
+        def make(folder):
+            shutil.copy(plan, folder / "engine.plan")
+            return {"contract": CONTRACT.to_json()}
+
+        key = {"component": component, "backend": "tensorrt", "precision": "fp16", "profiles": [asdict(profile)]}
+        return directory.obtain("engine", {**key, "options": {"version_compatible": False}}, make)
+
+    publish("text_encoder")
+    script = Path(__file__).resolve().parents[1] / "scripts" / "run_engine_pycuda.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(directory.path)])
+    with pytest.raises(SystemExit, match="no such TensorRT engine of a UNet"):
+        runpy.run_path(str(script))
+    entry = publish("unet")
+    runpy.run_path(str(script))
+    assert capsys.readouterr().out.startswith(f"{entry.name}: out_sample float16 [2, {CHANNELS}, 16, 16], std ")
+    damage(entry.file("engine.plan"))
+    with pytest.raises(CacheError, match="damaged"):
+        runpy.run_path(str(script))
 
 
 def test_numpy_has_no_bfloat16(plan):
