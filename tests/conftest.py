@@ -12,12 +12,20 @@ import torch
 
 from sdtrt.cache import EngineDirectory
 from sdtrt.cli import main
+from sdtrt.console import QUIET
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Jobs in the background ignore it, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small models; more threads only wait for each other where the cores are shared
+
+
+@pytest.fixture(autouse=True)
+def _stderr_of_each_test():
+    """The console that tests share writes to the stderr of its first warning, which a capturing test closes."""
+    yield
+    QUIET._rich = None
 
 
 @pytest.fixture(scope="session")
