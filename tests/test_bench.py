@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from factories import SMALL, sd1_folder, sdxl_folder, small_unet, unet_engine
+from factories import SMALL, sd1_folder, sdxl_folder, small_unet
 from PIL import Image
 
 from sdtrt import baselines, bench, engines, meters, pipeline
@@ -69,10 +69,10 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def directory(small, tmp_path_factory):
-    """With the engine in it."""
+    """With the engines of a text's pictures in it."""
     directory = EngineDirectory(tmp_path_factory.mktemp("engines"))
-    model = resolve_model(ModelSpec(str(small)))
-    unet_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
+    model, parts = resolve_model(ModelSpec(str(small))), ("text_encoder", "unet", "vae_decoder")
+    engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
     return directory
 
 
