@@ -1,10 +1,14 @@
 """Attentions as one operator of ONNX Runtime each (`build.fused_attention`), and engines with them."""
 
 import math
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
 import onnx
+import onnxruntime
 import pytest
 from factories import SMALL, small_text_encoder, small_unet, small_vae
 
@@ -13,9 +17,10 @@ from sdtrt.build import fused_attention
 from sdtrt.build import onnxruntime as build
 from sdtrt.build.attentions import check, find_attentions
 from sdtrt.build.fused_attention import OPERATOR, fuse
+from sdtrt.cache import EngineDirectory
 from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import BuildError
+from sdtrt.errors import BuildError, CacheError
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
 from sdtrt.onnx_facts import Facts
@@ -25,6 +30,7 @@ from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.pieces import Attention
 from sdtrt.specs import Sizes
 
+KEY = {"component": "unet", "precision": "fp32", "backend": "onnxruntime"}
 ODD = Sizes(3, 72, 104, tokens=154)
 UNETS = {
     "sd1": ("sd1", SMALL, 2 * 4),
@@ -174,6 +180,46 @@ def test_what_may_pass_ends_the_build_and_makes_no_slower_engine(error, unet, tm
     with pytest.raises((BuildError, OSError), match=r"memory|space"):
         build.optimize(unet[0], tmp_path, unet[1], QUIET)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "error"), [(4096, OSError), (2**40, BuildError)])
+def test_a_save_that_fails_with_the_disk_full_ends_the_build(free, error, unet, tmp_path, monkeypatch):
+    """ONNX Runtime says the same of both; with room left the model is tried as it was exported, which fails, too."""
+
+    def fail(*_, **__):
+        (tmp_path / ONNXRUNTIME_FILE).write_bytes(b"the first part")
+        raise RuntimeError("INVALID_PROTOBUF : Protobuf serialization failed.")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(error, match=r"No space left on device|serialization failed"):
+        build.optimize(unet[0], tmp_path, unet[1], QUIET)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts file systems")
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_disk_that_the_optimised_model_fills_publishes_no_slower_engine(apart, unet, tmp_path, monkeypatch):
+    """There is room for the model with its attentions fused, and for a part of what ONNX Runtime makes of it."""
+    source, contract = unet
+    monkeypatch.setattr(build, "EXTERNAL_BYTES", 0 if apart else 2**30)
+    size_bytes = int(1.7 * source.stat().st_size)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", tmp_path]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("may not mount here")
+    try:
+        directory = EngineDirectory(tmp_path / "engines")
+
+        def make(folder):
+            return build.optimize(source, folder, contract, QUIET)
+
+        with pytest.raises(CacheError, match="can't be written: No space left on device") as caught:
+            directory.obtain("engine", KEY, make)
+        assert caught.value.hint.startswith("free some space there")
+        assert directory.entries() == []
+        subprocess.run(["mount", "-o", f"remount,size={4 * size_bytes}", tmp_path], check=True)
+        assert directory.obtain("engine", KEY, make).info["fused_attentions"] == 8
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("kinds", [{"query": 16}, {"result": 10}, {"query": 16, "key": 16, "value": 16, "result": 16}])

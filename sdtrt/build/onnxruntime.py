@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from sdtrt.specs import Sizes
 
 __all__ = ["optimize", "seeded_feeds"]
 
+MARGIN_BYTES = 2**20  # where not even so much can be written after a failure, the disk is taken to be its cause
 EXTERNAL_BYTES = 2**30  # protobuf holds 2 GiB; weights beyond half of that go to a file beside the graph
 # Fusions reorder sums: fp32 results differ in the last bits, fp16 ones where ONNX Runtime keeps fp32 between casts.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
@@ -42,6 +46,7 @@ def optimize(source: Path, folder: Path, contract: Contract, console: Console) -
 
     Raises:
         BuildError: where ONNX Runtime can't optimise or run it, or the result differs from the original.
+        OSError: where the disk is full.
     """
     try:
         with console.stage("optimising for ONNX Runtime"):
@@ -76,12 +81,40 @@ def _optimize(source: Path, folder: Path, contract: Contract, console: Console) 
 
 
 def _write(model: Path, source: Path, folder: Path, contract: Contract) -> float:
-    """Write a model, optimised, into a folder; how much the result differs from `source`."""
+    """Write a model, optimised, into a folder; how much the result differs from `source`. `OSError` on a full disk."""
     target = folder / ONNXRUNTIME_FILE
-    for file in folder.glob(f"{target.name}*"):
+    for file in _files(target):
         file.unlink()  # of an attempt before this one
-    _save_optimized(model, target, source)
-    return _difference(source, target, contract)
+    try:
+        _save_optimized(model, target, source)
+        return _difference(source, target, contract)
+    except (BuildError, EngineError):
+        _require_room(target, _size_of(model))
+        raise
+
+
+def _files(model: Path) -> list[Path]:
+    """A model's file, and that of its weights where they are apart."""
+    return sorted(model.parent.glob(f"{model.name}*"))
+
+
+def _size_of(model: Path) -> int:
+    """Bytes of a model, weights included."""
+    return sum(file.stat().st_size for file in _files(model))
+
+
+def _require_room(target: Path, size_bytes: int) -> None:
+    """Raise `OSError` where what has failed may be for want of room: ONNX Runtime doesn't tell that of other failures.
+
+    It leaves what it has written of `target`, so writing on from there fails where it failed (a quota's end, too).
+    """
+    if shutil.disk_usage(target.parent).free < size_bytes - _size_of(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    largest = max(_files(target), key=lambda file: file.stat().st_size, default=target)
+    with largest.open("ab") as file:
+        file.write(bytes(MARGIN_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _save_optimized(model: Path, target: Path, source: Path) -> None:
@@ -92,7 +125,7 @@ def _save_optimized(model: Path, target: Path, source: Path) -> None:
     options.log_severity_level = LOG_SEVERITY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(target)
-    if sum(path.stat().st_size for path in model.parent.glob(f"{model.name}*")) > EXTERNAL_BYTES:
+    if _size_of(model) > EXTERNAL_BYTES:
         entry = "session.optimized_model_external_initializers_file_name"
         options.add_session_config_entry(entry, f"{target.name}.data")
     try:
