@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 import tempfile
@@ -52,8 +53,10 @@ from sdtrt.files import (
     NO_LOCKS,
     delete,
     fsync,
+    is_anothers,
     listing,
     replacers,
+    safe_command,
     status,
     write_atomically,
     writers,
@@ -388,13 +391,19 @@ class EngineDirectory:
         with self._reading():
             found = status(self.path)
             who = writers(found) if found is not None else None
-            culprits = [(self.path, who)] if who else list(replacers(self.path))
-        for path, other in culprits[:1]:
-            where = "it" if path == self.path else str(path)
-            raise CacheError(
-                f"the engine directory {self.path} is not safe: {other} can change {where}, and engines run code",
-                hint=f"chmod go-w {path}, or name another --engine-dir; --trust-engine-dir takes it as it is",
-            )
+            if found is not None and who:
+                raise self._unsafe(who, "it", f"{safe_command(self.path, found)}, or ")
+            for folder, other in replacers(self.path):
+                # Another user's folder is not to be taken away from them for what lies in it.
+                mend = "" if is_anothers(folder.stat()) else f"chmod go-w {shlex.quote(str(folder))}, or "
+                raise self._unsafe(other, str(folder), mend)
+
+    def _unsafe(self, who: str, where: str, mend: str) -> CacheError:
+        """The error for a directory that others can change."""
+        return CacheError(
+            f"the engine directory {self.path} is not safe: {who} can change {where}, and engines run code",
+            hint=f"{mend}name another --engine-dir; --trust-engine-dir takes it as it is",
+        )
 
     def _publish(self, kind: str, key: Mapping[str, Any], make: Make, *, force: bool) -> Entry:
         """Make an entry in a temporary folder, then rename it into place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import stat
 import tempfile
@@ -114,13 +115,31 @@ def writers(found: os.stat_result) -> str | None:
     """Who but this user and root can change a file or folder; None for nobody. Says nothing on Windows."""
     if os.name == "nt":
         return None
-    if found.st_uid not in (0, os.geteuid()):
+    if is_anothers(found):
         return f"its owner, {_user_name(found.st_uid)}"
     if found.st_mode & stat.S_IWOTH:
         return "everybody"
     if found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid):
         return f"the group {_group_name(found.st_gid)}"
     return None
+
+
+def is_anothers(found: os.stat_result) -> bool:
+    """Whether a file or folder is neither this user's nor root's."""
+    return found.st_uid not in (0, os.geteuid())
+
+
+def safe_command(folder: Path, found: os.stat_result) -> str:
+    """The command that leaves a folder, and all that is in it, to this user where `writers` names others.
+
+    Args:
+        folder: to be made safe.
+        found: what is known of it, or of what is wrong in it.
+    """
+    if not is_anothers(found):
+        return f"chmod -R go-w {shlex.quote(str(folder))}"
+    # The number, for not every user of a container has a name; only root gives files away.
+    return f"{'sudo ' * (os.geteuid() != 0)}chown -R $(id -u) {shlex.quote(str(folder))}"
 
 
 def replacers(path: Path) -> Iterator[tuple[Path, str]]:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -508,7 +509,7 @@ def test_a_directory_that_others_can_write_is_refused(directory, mode, who, use)
     }
     with pytest.raises(CacheError, match=f"is not safe: {who} can change it") as caught:
         calls[use]()
-    assert f"chmod go-w {directory.path}" in caught.value.hint
+    assert f"chmod -R go-w {directory.path}, or" in caught.value.hint
     assert "--trust-engine-dir" in caught.value.hint
     assert len(EngineDirectory(directory.path, trust_others=True).entries()) == 1
 
@@ -518,18 +519,34 @@ def test_so_is_one_in_a_folder_where_others_can_rename_it(tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     directory = EngineDirectory(tmp_path / "open" / "engines")
-    with pytest.raises(CacheError, match=f"everybody can change {tmp_path / 'open'}"):
+    with pytest.raises(CacheError, match=f"everybody can change {tmp_path / 'open'}") as caught:
         directory.obtain("onnx", KEY, write())
+    assert caught.value.hint.startswith(f"chmod go-w {tmp_path / 'open'}, or")
     (tmp_path / "open").chmod(0o1777)  # as /tmp: nobody renames what is another's
     directory.obtain("onnx", KEY, write())
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
-def test_a_directory_of_another_user_is_refused(directory):
-    directory.obtain("onnx", KEY, write())
-    os.chown(directory.path, 12345, 12345)
-    with pytest.raises(CacheError, match="its owner, user 12345"):
+def test_a_directory_of_another_user_is_refused_until_it_is_taken_over(tmp_path):
+    directory = EngineDirectory(tmp_path / "my engines")
+    entry = directory.obtain("onnx", KEY, write())
+    for path in (directory.path, entry.path, *entry.path.iterdir()):
+        os.chown(path, 12345, 12345)
+    with pytest.raises(CacheError, match="its owner, user 12345") as caught:
         directory.entries()
+    mend, rest = caught.value.hint.split(", or ")
+    assert "--trust-engine-dir" in rest
+    subprocess.run(["sh", "-c", mend], check=True)
+    assert directory.entries() == [entry]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
+def test_a_folder_above_that_is_another_users_is_left_to_them(tmp_path):
+    (tmp_path / "home").mkdir()
+    os.chown(tmp_path / "home", 12345, 12345)
+    with pytest.raises(CacheError, match="its owner, user 12345 can change .*home") as caught:
+        EngineDirectory(tmp_path / "home" / "engines").obtain("onnx", KEY, write())
+    assert caught.value.hint == "name another --engine-dir; --trust-engine-dir takes it as it is"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root gives files away")
