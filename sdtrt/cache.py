@@ -39,6 +39,7 @@ from sdtrt.entries import (
     SIDECAR,
     Entry,
     UnfitError,
+    UnsafeError,
     entry_name,
     entry_of,
     exclusively,
@@ -91,7 +92,14 @@ def default_directory() -> Path:
 
 @dataclass(frozen=True)
 class Checked:
-    """What `EngineDirectory.check` found of one entry: `state` is `ok`, `damaged`, or `foreign` (of another format)."""
+    """What `EngineDirectory.check` found of one entry.
+
+    Args:
+        name: of the entry.
+        state: `ok`, `damaged`, `foreign` (of another format), or `unsafe` (other users can change it).
+        problem: what is wrong with it.
+        size_bytes: of all its files.
+    """
 
     name: str
     state: str
@@ -114,6 +122,7 @@ class EngineDirectory:
     def __init__(self, path: Path, *, trust_others: bool = False) -> None:
         self.path = path.absolute()
         self.trust_others = trust_others
+        self._warned = False
         with self._reading():
             found = status(self.path)
         if found is not None and not stat.S_ISDIR(found.st_mode):
@@ -174,12 +183,41 @@ class EngineDirectory:
                 entry = self._examine(folder)
                 for name in sorted(entry.files):
                     entry._verify(entry.path / name)
+            except UnsafeError as reason:
+                yield Checked(folder.name, "unsafe", str(reason), _size_of(folder))
             except UnfitError as reason:
                 yield Checked(folder.name, "foreign" if reason.foreign else "damaged", str(reason), _size_of(folder))
             except CacheError as error:
                 yield Checked(folder.name, "damaged", error.message, entry.size_bytes)
             else:
                 yield Checked(folder.name, "ok", "", entry.size_bytes)
+
+    def unsafe(self) -> dict[str, str]:
+        """The entries that are passed over because other users can change them, each with the command that mends it."""
+        found = {}
+        for folder in self._folders():
+            try:
+                self._examine(folder)
+            except UnsafeError as reason:
+                found[folder.name] = reason.mend
+            except UnfitError:
+                continue
+        return found
+
+    def warn_of_unsafe(self, console: Console) -> bool:
+        """Say once that entries are passed over because other users can change them, and what mends that.
+
+        Returns:
+            Whether it was said just now.
+        """
+        unsafe = {} if self._warned else self.unsafe()
+        if unsafe:
+            self._warned = True
+            console.warn(
+                f"{len(unsafe)} of the entries of {self.path} are passed over, for other users can change them:"
+                f" {mend_of(unsafe)} mends that, if nobody has"
+            )
+        return bool(unsafe)
 
     def _folders(self) -> list[Path]:
         """What may be entries, by name."""
@@ -238,6 +276,8 @@ class EngineDirectory:
                     with exclusively(path) as free:
                         if free:  # else it was replaced while a process used it
                             delete(path)
+            if status(self.path / entry_name(kind, key), follow=False) is not None and not force:
+                self.warn_of_unsafe(console)
             return self._publish(kind, key, make, force=force)
 
     def touch(self, entry: Entry) -> None:
@@ -382,7 +422,7 @@ class EngineDirectory:
         if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
             raise UnfitError(f"{path.name} is a link, or no file")
         if not self.trust_others and (who := writers(found)):
-            raise UnfitError(f"{path.name} can be changed by {who}")
+            raise UnsafeError(f"{path.name} can be changed by {who}", safe_command(self.path, found))
 
     def _check_trust(self) -> None:
         """Refuse a directory that others can change: engines run code, and whoever writes them chooses which."""
@@ -526,6 +566,11 @@ class EngineDirectory:
 
     def _lock_file(self, digest: str) -> Path:
         return self.path / ".locks" / f"{digest}.lock"
+
+
+def mend_of(unsafe: Mapping[str, str]) -> str:
+    """The command after which other users can't change the entries that `EngineDirectory.unsafe` has found."""
+    return " && ".join(sorted(set(unsafe.values())))
 
 
 def _size_of(folder: Path) -> int:

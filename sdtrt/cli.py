@@ -19,6 +19,7 @@ import typer
 from typer import Argument, Option
 
 from sdtrt import __version__
+from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
 from sdtrt.errors import CacheError, SdtrtError, UsageError, printable
 from sdtrt.files import FULL
@@ -53,7 +54,6 @@ from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
     from sdtrt.bench import BenchReport
-    from sdtrt.cache import Checked
     from sdtrt.entries import Entry
     from sdtrt.inspection import EngineReport, ModelReport
     from sdtrt.models import Model
@@ -354,7 +354,7 @@ def remove_entries(
 @engines_app.command("verify")
 @grouped
 def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
-    """Read every entry whole and compare it with what was published; exit 1 where one is damaged."""
+    """Read every entry whole and compare it with what was published; exit 1 where one is damaged or unsafe."""
     found = directory.directory()
     with output.console().stage("verifying"):
         checked = list(found.check())
@@ -368,6 +368,12 @@ def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
             f"{len(damaged)} of {len(checked)} entries are damaged: {', '.join(damaged)}",
             hint=f"{shlex.join(['sdtrt', 'engines', 'rm', *damaged, '--engine-dir', str(found.path)])};"
             " what is needed of them is made again",
+        )
+    if unsafe := found.unsafe():
+        removal = shlex.join(["sdtrt", "engines", "rm", *unsafe, "--engine-dir", str(found.path)])
+        raise CacheError(
+            f"{len(unsafe)} of {len(checked)} entries can be changed by other users: {', '.join(unsafe)}",
+            hint=f"{mend_of(unsafe)}, if nobody has; else {removal}",
         )
 
 
@@ -405,6 +411,8 @@ def _list(directory: DirectoryOptions, output: OutputOptions) -> None:
     """Show all entries."""
     found = directory.directory()
     entries = found.entries()
+    console = output.console()
+    passed_over = found.warn_of_unsafe(console)
     if output.as_json:
         print(json.dumps({"directory": str(found.path), "entries": [entry.to_json() for entry in entries]}, indent=2))
         return
@@ -414,8 +422,8 @@ def _list(directory: DirectoryOptions, output: OutputOptions) -> None:
     ]
     if rows:
         print_table(("name", "model", "size", "last used"), rows)
-    else:
-        output.console().note(f"{found.path} has no engines yet: sdtrt build makes one")
+    elif not passed_over:
+        console.note(f"{found.path} has no engines yet: sdtrt build makes one")
 
 
 def _age(moment: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdtrt import engines, host
-from sdtrt.cache import EngineDirectory
+from sdtrt.cache import EngineDirectory, mend_of
 from sdtrt.errors import SdtrtError
 from sdtrt.models import TINY
 from sdtrt.specs import GIB, Backend
@@ -142,14 +142,16 @@ def _directory(directory: EngineDirectory) -> Finding:
     except OSError as error:
         return Finding("engine directory", "missing", f"{directory.path}: {error.strerror}", "use --engine-dir FOLDER")
     try:
-        entries = directory.entries()
+        entries, unsafe = directory.entries(), directory.unsafe()
     except SdtrtError as error:
         return Finding("engine directory", "missing", error.message, error.hint)
     held = sum(entry.size_bytes for entry in entries) / GIB
     free = shutil.disk_usage(nearest).free / GIB
-    return Finding(
-        "engine directory", "ok", f"{directory.path}: {len(entries)} entries, {held:.2f} GiB; {free:.0f} GiB free"
-    )
+    detail = f"{directory.path}: {len(entries)} entries, {held:.2f} GiB; {free:.0f} GiB free"
+    if unsafe:
+        others = f"; {len(unsafe)} more that other users can change are passed over"
+        return Finding("engine directory", "optional", detail + others, f"{mend_of(unsafe)}, if nobody has")
+    return Finding("engine directory", "ok", detail)
 
 
 def _tiny() -> Finding:

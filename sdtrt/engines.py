@@ -132,6 +132,8 @@ def ensure_engines(
     own = {component: sizes_of(component, sizes, images) for component in components}
     found = {name: find_engine(model, backend, precision, own[name], directory, name) for name in components}
     missing = [name for name in components if found[name] is None]
+    if missing:
+        directory.warn_of_unsafe(console)
     if missing and not allow_build:
         precision = _precision_of_all(model, precision, missing)
         wanted = _describe(model, precision, {name: own[name] for name in missing})

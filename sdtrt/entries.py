@@ -168,6 +168,14 @@ class UnfitError(Exception):
         self.foreign = foreign
 
 
+class UnsafeError(UnfitError):
+    """An entry that other users can change; `mend` is the command after which they can't."""
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.mend = mend
+
+
 def entry_name(kind: str, key: Mapping[str, Any]) -> str:
     """A folder name that people can read and that no two keys share."""
     words = (key["component"], key.get("backend", kind), key["precision"], key_digest(kind, key)[:16])

@@ -116,7 +116,7 @@ def test_a_damaged_entry_is_never_found(directory, damage):
     elif damage == "open to all":
         entry.file("model.onnx").chmod(0o666)
     (found,) = directory.check()
-    assert found.state == ("foreign" if damage == "format" else "damaged"), found
+    assert found.state == {"format": "foreign", "open to all": "unsafe"}.get(damage, "damaged"), found
     assert found.problem
     assert directory.find("onnx", KEY) is None
     assert directory.entries() == []
@@ -515,6 +515,36 @@ def test_a_directory_that_others_can_write_is_refused(directory, mode, who, use)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_an_entry_that_others_can_change_is_passed_over_with_a_word_and_comes_back(directory, capsys):
+    safe = directory.obtain("onnx", KEY | {"weights": "b"}, write())
+    entry = directory.obtain("onnx", KEY, write())
+    entry.path.chmod(0o777)
+    assert directory.entries() == [safe]
+    mend = f"chmod -R go-w {directory.path}"
+    assert directory.unsafe() == {entry.name: mend}
+    assert directory.warn_of_unsafe(Console())
+    assert not directory.warn_of_unsafe(Console())
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 1 of the entries of")
+    assert said.endswith(f"{mend} mends that, if nobody has\n")
+    subprocess.run(["sh", "-c", mend], check=True)
+    assert directory.unsafe() == {}
+    assert directory.find("onnx", KEY) == entry
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_an_entry_that_others_can_change_is_made_again_with_a_word(directory, capsys):
+    other = directory.obtain("onnx", KEY | {"weights": "b"}, write())
+    directory.obtain("onnx", KEY, write()).path.chmod(0o777)
+    directory.obtain("onnx", KEY | {"weights": "c"}, write(), Console())
+    assert capsys.readouterr().err == ""  # it has nothing to do with that one
+    directory.obtain("onnx", KEY, write(), Console())
+    assert "passed over" in capsys.readouterr().err
+    assert len(directory.entries()) == 3
+    assert other in directory.entries()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
 def test_so_is_one_in_a_folder_where_others_can_rename_it(tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
@@ -544,7 +574,7 @@ def test_a_directory_of_another_user_is_refused_until_it_is_taken_over(tmp_path)
 def test_a_folder_above_that_is_another_users_is_left_to_them(tmp_path):
     (tmp_path / "home").mkdir()
     os.chown(tmp_path / "home", 12345, 12345)
-    with pytest.raises(CacheError, match="its owner, user 12345 can change .*home") as caught:
+    with pytest.raises(CacheError, match=r"its owner, user 12345 can change .*home") as caught:
         EngineDirectory(tmp_path / "home" / "engines").obtain("onnx", KEY, write())
     assert caught.value.hint == "name another --engine-dir; --trust-engine-dir takes it as it is"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -165,6 +166,15 @@ def test_no_build_names_the_command_that_builds(model, tmp_path):
     assert words[:2] == ["sdtrt", "build"]
     assert words[words.index("--engine-dir") + 1] == str(empty.path)
     assert not empty.path.exists()
+
+
+def test_an_engine_that_others_can_change_is_not_just_missing(model, entry, tmp_path, capsys):
+    found = EngineDirectory(tmp_path / "engines")
+    shutil.copytree(entry.path, found.path / entry.name)
+    (found.path / entry.name).chmod(0o777)
+    with pytest.raises(EngineError, match="fits"):
+        factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found, allow_build=False, console=Console())
+    assert f"chmod -R go-w {found.path} mends that" in capsys.readouterr().err
 
 
 def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(model, directory, entry, tmp_path):

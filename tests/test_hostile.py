@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,32 @@ def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path)
         assert f"{entry.name} is in use: it stays" in err
         assert run("engines", "rm", entry.name)[0] == 1
     assert run("engines", "prune", "--keep-gib", "0")[1] == f"{entry.name}\n"
+
+
+def test_the_hint_for_a_directory_that_all_can_change_brings_its_engines_back(run, tmp_path):
+    directory = EngineDirectory(tmp_path / "my engines")
+    directory.obtain("engine", KEY, lambda f: (f / "engine.onnx").write_bytes(b"abc") and {})
+    (entry,) = directory.entries()
+    where = ("--engine-dir", str(directory.path))
+    subprocess.run(["chmod", "-R", "a+w", directory.path], check=True)
+    code, _, err = run("engines", "list", *where)
+    assert code == 1
+    mend = re.search("hint: (.+), or name another", err)[1]
+    subprocess.run(["chmod", "go-w", directory.path], check=True)  # half of it
+    code, out, err = run("engines", "list", *where)
+    assert (code, out) == (0, "")
+    assert "1 of the entries" in err
+    assert mend in err
+    assert "has no engines yet" not in err
+    code, out, err = run("engines", "verify", "--json", *where)
+    assert code == 1
+    assert [one["state"] for one in json.loads(out)["entries"]] == ["unsafe"]
+    assert f"hint: {mend}, if nobody has; else sdtrt engines rm {entry.name}" in err
+    assert json.loads(run("doctor", "--json", *where)[1])["healthy"]
+    assert run("engines", "prune", "--damaged", *where)[1] == ""
+    subprocess.run(["sh", "-c", mend], check=True)
+    assert entry.name in run("engines", "list", *where)[1]
+    assert run("engines", "verify", *where)[0] == 0
 
 
 def test_folders_of_others_are_no_damaged_entries(run, tmp_path):
