@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +66,7 @@ from sdtrt.files import (
 from sdtrt.specs import PruneSpec
 
 ENVIRONMENT_VARIABLE = "SDTRT_ENGINE_DIR"
+MODE = 0o755  # of all folders that are made, whatever the umask lets others do
 MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
 FOREIGN_DRAFT_SECONDS = 2 * 86400  # older than any build: until then another machine's draft may be under way
 
@@ -358,7 +360,7 @@ class EngineDirectory:
         """
         folder = self.path / ".timing"
         with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=MODE, exist_ok=True)
         return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".cache")
 
     def file_digest(self, path: Path) -> str:
@@ -448,7 +450,7 @@ class EngineDirectory:
     def _publish(self, kind: str, key: Mapping[str, Any], make: Make, *, force: bool) -> Entry:
         """Make an entry in a temporary folder, then rename it into place."""
         building = self.path / ".building"
-        building.mkdir(exist_ok=True)
+        building.mkdir(mode=MODE, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{key_digest(kind, key)}-{_HOST}-", dir=building))
         target = self.path / entry_name(kind, key)
         try:
@@ -472,7 +474,7 @@ class EngineDirectory:
     def _discard(self, folder: Path) -> None:
         """Rename a folder out of sight, then delete it; one that another process has removed is gone already."""
         trash = self.path / ".building" / f"trash-{time.time_ns()}"
-        trash.parent.mkdir(exist_ok=True)
+        trash.parent.mkdir(mode=MODE, exist_ok=True)
         with suppress(FileNotFoundError):
             folder.rename(trash)
         with suppress(OSError):  # it is out of the way: what is left of it is swept later
@@ -483,10 +485,14 @@ class EngineDirectory:
         return [path for path in listing(self.path / ".building") if path.name.startswith(f"{digest}-{_HOST}-")]
 
     def _make_folder(self) -> None:
-        """Make the directory if it isn't there, for this user alone to write; flushed, as what goes into it is."""
-        if status(self.path) is None:
-            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fsync(self.path.parent)
+        """Make the directory if it isn't there, for this user alone to write; flushed, as what goes into it is.
+
+        So are the folders above it: `mkdir(parents=True)` makes those as the umask has it, then they may be refused.
+        """
+        missing = list(takewhile(lambda folder: status(folder) is None, (self.path, *self.path.parents)))
+        for folder in reversed(missing):
+            folder.mkdir(mode=MODE, exist_ok=True)
+            fsync(folder.parent)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -529,7 +535,7 @@ class EngineDirectory:
         from filelock import FileLock, Timeout
 
         file = self._lock_file(digest)
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(mode=MODE, exist_ok=True)
         lock = FileLock(file, timeout=0)
         waited = False
         try:

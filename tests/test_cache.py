@@ -588,13 +588,19 @@ def test_a_group_with_others_in_it_is_refused(directory):
         directory.entries()
 
 
-def test_what_is_published_only_its_user_can_change(directory):
+def test_what_is_published_only_its_user_can_change(tmp_path):
+    """Nor may others change the new folders above it, without which it would be refused at once."""
+    directory = EngineDirectory(tmp_path / "above" / "all" / "engines")
     old = os.umask(0)
     try:
         entry = directory.obtain("onnx", KEY, write())
+        directory.timing_cache("8.6")
     finally:
         os.umask(old)
-    assert all(path.stat().st_mode & 0o022 == 0 for path in (directory.path, entry.path, *entry.path.iterdir()))
+    folders = (directory.path.parents[1], directory.path.parent, directory.path, *directory.path.iterdir())
+    assert {".building", ".locks", ".timing"} < {path.name for path in folders}
+    assert all(path.stat().st_mode & 0o022 == 0 for path in (*folders, *entry.path.iterdir()))
+    assert directory.find("onnx", KEY) == entry
 
 
 def test_everything_is_flushed_before_it_is_renamed_into_place(directory, monkeypatch):
