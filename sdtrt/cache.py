@@ -80,16 +80,31 @@ Make = Callable[[Path], Mapping[str, Any]]
 
 
 def default_directory() -> Path:
-    """The engine directory when none is named: $SDTRT_ENGINE_DIR, `./engines` if it is there, the user's cache."""
+    """The engine directory when none is named: $SDTRT_ENGINE_DIR, `./engines` if it is there, the user's cache.
+
+    Raises:
+        CacheError: where that is in a home directory which isn't known.
+    """
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
-        return Path(named).expanduser()
+        return in_home(Path(named))
     if Path("engines").is_dir():
         return Path("engines")
     if os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or in_home(Path("~", "AppData", "Local")))
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or in_home(Path("~", ".cache")))
     return base / "sdtrt" / "engines"
+
+
+def in_home(path: Path) -> Path:
+    """A path with `~` or `~user` at its beginning as that home directory. Raises `CacheError` where there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # containers run users that the system doesn't know
+        raise CacheError(
+            f"the engine directory would be {path}, and no home directory is known for {path.parts[0]}",
+            hint="name a folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR",
+        ) from error
 
 
 @dataclass(frozen=True)

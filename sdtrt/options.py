@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from typer import Option
 
-from sdtrt.cache import EngineDirectory, default_directory
+from sdtrt.cache import EngineDirectory, default_directory, in_home
 from sdtrt.console import Console
 from sdtrt.errors import UsageError
 from sdtrt.specs import (
@@ -118,8 +118,9 @@ class DirectoryOptions:
     ] = False
 
     def directory(self) -> EngineDirectory:
-        """The engine directory."""
-        return EngineDirectory(self.engine_dir or default_directory(), trust_others=self.trust_engine_dir)
+        """The engine directory. Shells leave the `~` of `--engine-dir=~/x` to us: it is a home directory, too."""
+        folder = default_directory() if self.engine_dir is None else in_home(self.engine_dir)
+        return EngineDirectory(folder, trust_others=self.trust_engine_dir)
 
 
 @dataclass(frozen=True)

@@ -719,3 +719,37 @@ def test_default_directory_order(tmp_path, monkeypatch):
     assert default_directory().name == "engines"
     monkeypatch.setenv("SDTRT_ENGINE_DIR", str(tmp_path / "named"))
     assert default_directory() == tmp_path / "named"
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    """A user that the system doesn't know, as containers run them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "USERPROFILE", "HOMEPATH", "LOCALAPPDATA", "XDG_CACHE_HOME", "SDTRT_ENGINE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7, raising=False)
+
+
+@pytest.mark.parametrize("named", [None, "~/x", "~nosuch/x"])
+def test_without_a_home_directory_the_engine_directory_must_be_named(named, homeless, run, monkeypatch, tmp_path):
+    if named:
+        monkeypatch.setenv("SDTRT_ENGINE_DIR", named)
+    wanted = named or str(Path("~", ".cache"))
+    error = (
+        f"error: the engine directory would be {wanted}, and no home directory is known for {wanted.split('/')[0]}\n"
+    )
+    hint = "hint: name a folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR\n"
+    for command in (("engines", "list"), ("doctor",), ("txt2img", "-p", "x", "-b", "torch")):
+        assert run(*command) == (1, "", error + hint)
+    assert run("engines", "list", "--engine-dir", str(tmp_path / "engines"))[0] == 0
+
+
+def test_a_tilde_is_the_home_directory_wherever_it_comes_from(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SDTRT_ENGINE_DIR", "~/x")
+    expected = (tmp_path / "x").absolute()
+    assert default_directory() == expected
+    assert json.loads(run("engines", "list", "--json", "--engine-dir=~/x")[1])["directory"] == str(expected)
+    code, out, err = run("engines", "list", "--engine-dir=~nosuch/x")
+    assert (code, out) == (1, "")
+    assert "no home directory is known for ~nosuch" in err
