@@ -49,7 +49,7 @@ from sdtrt.entries import (
     key_digest,
     seal,
 )
-from sdtrt.errors import CacheError
+from sdtrt.errors import CacheError, SdtrtError
 from sdtrt.files import (
     FULL,
     NO_LOCKS,
@@ -280,7 +280,7 @@ class EngineDirectory:
         died. Where the file system has no locks, both may make it; the first one's is kept.
 
         Raises:
-            CacheError: where the directory can't be read or written, or other users can change it.
+            CacheError: where the directory can't be read or written, other users can change it, or it vanishes.
             Exception: whatever `make` raises.
         """
         if not force and (entry := self.find(kind, key)) is not None:
@@ -478,7 +478,9 @@ class EngineDirectory:
             _replace(target, draft)
             fsync(building)
             fsync(self.path)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, SdtrtError) and status(draft) is None:  # other libraries say that in their own ways
+                raise self._vanished(draft) from error
             shutil.rmtree(draft, ignore_errors=True)
             raise
         entry = self._read(target)
@@ -529,9 +531,18 @@ class EngineDirectory:
             yield
         except OSError as error:
             inside = Path(str(error.filename or self.path)).is_relative_to(self.path)
+            if error.errno == errno.ENOENT and error.filename and inside:
+                raise self._vanished(error.filename) from error
             if error.errno not in REFUSALS or not inside:
                 raise
             raise self._refusal(error, "written") from error
+
+    def _vanished(self, path: Path | str) -> CacheError:
+        """The error for what is gone while it is being made."""
+        return CacheError(
+            f"{path} has vanished: something else removes from the engine directory {self.path}",
+            hint="run the command again, and leave what is in .building to it until it ends",
+        )
 
     def _refusal(self, error: OSError, wanted: str) -> CacheError:
         """The error for what the directory refuses: to be `read` or `written`."""

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ import pytest
 from sdtrt.cache import _HOST, EngineDirectory, default_directory
 from sdtrt.console import Console
 from sdtrt.entries import SIDECAR, canonical_json, key_digest
-from sdtrt.errors import CacheError
+from sdtrt.errors import BuildError, CacheError
 from sdtrt.specs import PruneSpec
 
 KEY = {"component": "unet", "precision": "fp32", "weights": "abc"}
@@ -287,6 +288,31 @@ def test_only_a_full_disk_is_about_space(directory, code, space):
     with pytest.raises(CacheError, match="can't be written") as caught:
         directory.obtain("onnx", KEY, make)
     assert ("space" in caught.value.hint) == space
+
+
+@pytest.mark.parametrize("when", ["in the draft", "in a library", "after the draft"])
+def test_a_directory_that_is_removed_while_something_is_made_is_an_error_with_a_hint(directory, when):
+    def make(folder):
+        shutil.rmtree(directory.path)
+        if when == "in the draft":
+            (folder / "model.onnx").write_bytes(b"engine")
+        if when == "in a library":
+            raise BuildError("NO_SUCHFILE", hint="try another")
+        return {}
+
+    with pytest.raises(CacheError, match="has vanished: something else removes from") as caught:
+        directory.obtain("onnx", KEY, make)
+    assert "run the command again" in caught.value.hint
+    assert directory.obtain("onnx", KEY, write()).file("model.onnx").read_bytes() == b"engine"
+
+
+@pytest.mark.parametrize("name", [(), ("elsewhere/weights.safetensors",)])
+def test_what_is_missing_elsewhere_is_not_the_directorys(directory, name):
+    def make(folder):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", *name)
+
+    with pytest.raises(FileNotFoundError):
+        directory.obtain("onnx", KEY, make)
 
 
 def test_failures_in_a_folder_whose_name_only_begins_the_same_are_not_the_directorys(directory):
