@@ -461,8 +461,6 @@ def _as_it_came_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def main() -> NoReturn:
     """Run the command line; every failure that its reader can mend is an `error:` and a `hint:` line on stderr."""
-    if sys.stdout is None:  # started with stdout closed
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         codecs.register_error("sdtrt", _as_it_came_or_escaped)
         sys.stdout.reconfigure(errors="sdtrt")

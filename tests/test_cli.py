@@ -221,6 +221,18 @@ def test_a_closed_or_full_stdout_is_no_traceback(folder):
         assert ended.returncode == code, ended.stderr
 
 
+def test_what_belongs_on_a_closed_stderr_goes_nowhere(folder):
+    """Not into the result, and into no file that would get its number."""
+    build = f"'{sys.executable}' -m sdtrt build --component vae_decoder --backend onnxruntime --engine-dir own --json"
+    for closed in ("2>&-", "<&- 2>&-"):
+        ended = subprocess.run(["sh", "-c", f"{build} {closed}"], capture_output=True, timeout=200, check=False)
+        assert ended.returncode == 0
+        assert json.loads(ended.stdout)["path"].startswith(str(folder / "own"))
+    wrong = f"'{sys.executable}' -m sdtrt txt2img -p x --steps 0 2>&-"
+    ended = subprocess.run(["sh", "-c", wrong], capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+
+
 def test_ctrl_c_says_so_and_keeps_what_is_done(folder):
     command = [sys.executable, "-m", "sdtrt", "txt2img", "-p", PROMPT, "--num-images", "50", "-o", "out", "--no-build"]
     assert process("build", "-q").returncode == 0
