@@ -1,8 +1,10 @@
 """`python -m sdtrt`, and the command `sdtrt`: Ctrl-C is no traceback, not even while Python still loads or winds up."""
 
+import io
 import os
 import signal
 import sys
+from typing import Any
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -19,10 +21,35 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
+class _Lossy(io.FileIO):
+    """A file descriptor that loses what it can't take, as on a full disk or for a reader that has left."""
+
+    def write(self, data: Any, /) -> int:
+        """Bytes taken or lost: what is left of them is written the next time."""
+        try:
+            taken = super().write(data)
+        except OSError:
+            taken = None
+        return memoryview(data).nbytes if taken is None else taken  # None: a pipe that is full and does not wait
+
+
+def make_stderr_lossy() -> None:
+    """Let no note or warning end the work that it is about: what stderr can't take is lost, from any library too."""
+    stderr = sys.stderr
+    if os.name == "nt" or not isinstance(stderr, io.TextIOWrapper):  # Windows' consoles are no plain descriptors
+        return
+    stderr.flush()
+    raw = _Lossy(stderr.fileno(), "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=stderr.encoding, errors=stderr.errors, line_buffering=True
+    )
+
+
 def main() -> None:
     """Run the command line; ends the process."""
     try:
         open_closed_streams()
+        make_stderr_lossy()
         from sdtrt.cli import main as run
 
         run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -231,6 +232,21 @@ def test_what_belongs_on_a_closed_stderr_goes_nowhere(folder):
     wrong = f"'{sys.executable}' -m sdtrt txt2img -p x --steps 0 2>&-"
     ended = subprocess.run(["sh", "-c", wrong], capture_output=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (2, b"")
+
+
+def test_a_full_or_broken_stderr_ends_no_work(folder):
+    """Of notes, warnings and bars; errors keep their exit code."""
+    command = f"'{sys.executable}' -m sdtrt txt2img -p x --steps 2 --num-images 2 -n text --guidance-scale 1 -o out"
+    ended = subprocess.run(["sh", "-c", f"{command} 2>/dev/full"], capture_output=True, timeout=200, check=False)
+    assert ended.returncode == 0
+    assert len(ended.stdout.splitlines()) == len(list(Path("out").iterdir())) == 2
+    read, write = os.pipe()
+    os.close(read)
+    wrong = [sys.executable, "-m", "sdtrt", "txt2img", "-p", "x", "--steps", "0"]
+    for target in (write, os.open("/dev/full", os.O_WRONLY)):
+        with os.fdopen(target, "wb") as stderr:
+            ended = subprocess.run(wrong, stdout=subprocess.PIPE, stderr=stderr, timeout=60, check=False)
+        assert (ended.returncode, ended.stdout) == (2, b"")
 
 
 def test_ctrl_c_says_so_and_keeps_what_is_done(folder):
