@@ -43,6 +43,7 @@ DEFAULT_TOKENS = 77
 SAMPLE_PROMPT = "a red circle on a blue background"
 SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
+MOST_STEPS = 999  # that schedulers run of a model's 1000 timesteps
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
@@ -473,9 +474,14 @@ class GenerateSpec:
             )
         if self.init_image is not None and int(self.steps * self.strength) < 1:
             raise UsageError(
-                f"strength {self.strength} of {self.steps} steps leaves no step to run",
-                hint=f"use --steps {math.ceil(1 / self.strength)} or a higher --strength",
+                f"strength {self.strength} of {self.steps} steps leaves no step to run", hint=self._more_to_run()
             )
+
+    def _more_to_run(self) -> str:
+        """What makes img2img run a step: more of them where schedulers have so many, else more strength."""
+        if self.strength >= 1 / MOST_STEPS and int(self.strength * (steps := math.ceil(1 / self.strength))):
+            return f"use --steps {steps} or a higher --strength"
+        return f"use --strength {math.ceil(1000 / self.steps) / 1000:g} or higher"
 
     @property
     def images_at_once(self) -> int:

@@ -135,6 +135,20 @@ def test_img2img_refuses_strengths_that_run_no_step(tmp_path, strength, steps):
         GenerateSpec(("a circle",), init_image=tmp_path / "x.png", strength=strength, steps=steps)
 
 
+@pytest.mark.parametrize("strength", [5e-324, 1e-320, 0.0001, 0.001, 1 / 49, 0.0049])
+def test_strengths_too_low_are_refused_with_a_hint_that_works(tmp_path, strength):
+    """Schedulers run 999 steps at most."""
+    for steps in range(1, 1500):
+        if int(steps * strength) > 0:
+            break
+        with pytest.raises(UsageError) as caught:
+            GenerateSpec(("a circle",), init_image=tmp_path / "x.png", strength=strength, steps=steps)
+        _, option, value, *_ = caught.value.hint.split()
+        better = {"steps": int(value)} if option == "--steps" else {"strength": float(value)}
+        assert better.get("steps", 1) <= 999
+        GenerateSpec(("x",), init_image=tmp_path / "x.png", **({"steps": steps, "strength": strength} | better))
+
+
 def test_strength_does_not_matter_without_an_init_image():
     assert GenerateSpec(("a circle",), strength=0.0).init_image is None
 
