@@ -9,6 +9,7 @@ from sdtrt.checkpoints import PREFIXES, convert, meta_tensors
 from sdtrt.console import quiet_libraries
 from sdtrt.errors import ModelError, first_line
 from sdtrt.models import UNUSED_PARTS, Model
+from sdtrt.specs import DEFAULT_TOKENS
 from sdtrt.weights import (
     WEIGHT_NAMES,
     TensorInfo,
@@ -226,16 +227,22 @@ def _load_scheduler(model: Model) -> Any:
 
 
 def _load_tokenizer(model: Model, name: str) -> Any:
-    """A CLIP tokenizer from its own files."""
+    """A CLIP tokenizer from its own files, that makes no more tokens than its text encoder has positions for.
+
+    `model_max_length` may be missing: transformers takes 1e30 then.
+    """
     model.class_name(name)
     folder = model.config_folder / name
+    positions = model.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings", DEFAULT_TOKENS)
     with quiet_libraries():
         from transformers import CLIPTokenizer
 
         try:
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         except Exception as error:  # the tokenizers library raises bare Exceptions
             reason = first_line(error)
             raise ModelError(
                 f"can't read the tokenizer in {folder}: {reason}", hint="download or copy the model again"
             ) from error
+    return tokenizer

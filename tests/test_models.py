@@ -347,6 +347,19 @@ def test_a_configuration_that_makes_no_unet(folder):
         load_unet(resolve_model(ModelSpec(str(folder))), torch.float32)
 
 
+@pytest.mark.parametrize("own", [None, 10**30, 128, 20])
+def test_a_tokenizer_makes_no_more_tokens_than_the_text_encoder_takes(folder, own):
+    """transformers takes 1e30 where the tokenizer does not say; fewer are its own choice."""
+    file = folder / "tokenizer/tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["model_max_length"]
+    file.write_text(json.dumps(config | ({} if own is None else {"model_max_length": own})))
+    tokenizer = load_parts(resolve_model(ModelSpec(str(folder))), ("tokenizer",), torch.float32)["tokenizer"]
+    wanted = min(own or 77, 77)
+    assert len(tokenizer("a circle", padding="max_length", return_tensors="pt").input_ids[0]) == wanted
+    assert len(tokenizer("a circle " * 99, truncation=True).input_ids) == wanted
+
+
 def test_damaged_tokenizer_is_named(folder):
     (folder / "tokenizer/vocab.json").write_text('{"red": ')
     with pytest.raises(ModelError, match=r"can't read the tokenizer in .*/tokenizer"):
