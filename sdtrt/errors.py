@@ -6,6 +6,8 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import re
+
 
 class SdtrtError(Exception):
     """A failure that its reader can mend.
@@ -76,7 +78,8 @@ def printable(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
+    """Text whose line ends are spaces; those in a path stay as they are."""
+    return printable(re.sub(r"\s*[\r\n]\s*", " ", text.strip()).replace("\t", " "))
 
 
 def first_line(error: BaseException) -> str:

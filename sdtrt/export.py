@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import diffusers
@@ -256,7 +257,7 @@ def _check_target(target: Path, component: str, *, overwrite: bool) -> None:
     if target.suffix != ".onnx" or target.is_dir():
         is_folder = target.is_dir() or not (target.suffix or target.exists())
         better = target / f"{component}.onnx" if is_folder else target.with_suffix(".onnx")
-        raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {better}")
+        raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {quote(str(better))}")
     for path in (target, _data_file(target)):
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists", hint="use --overwrite, or another --output")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -220,7 +221,9 @@ def read_init_image(path: Path) -> InitImage:
     except UsageError:
         raise
     except PermissionError as error:
-        raise UsageError(f"init image {path} can't be read: {error.strerror}", hint=f"run: chmod +r {path}") from error
+        raise UsageError(
+            f"init image {path} can't be read: {error.strerror}", hint=f"run: chmod +r {quote(str(path))}"
+        ) from error
     except Image.DecompressionBombError as error:
         raise UsageError(f"init image {path} is too large: {error}", hint="scale it down first") from error
     except UnidentifiedImageError as error:

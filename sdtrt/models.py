@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sdtrt.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
@@ -226,7 +227,7 @@ def _unknown_name(name: str) -> UsageError | ModelError:
     )
     close = get_close_matches(path.name.lower(), [found.lower() for found in candidates.values()], n=1)
     meant = [full for full, found in candidates.items() if close and found.lower() == close[0]]
-    hint = f"did you mean {meant[0]}? " if meant else ""
+    hint = f"did you mean {quote(meant[0])}? " if meant else ""
     hint += "pass tiny, a diffusers folder, a hub id (owner/name) or a .safetensors file"
     if len(path.parts) > 1 or _has_weight_suffix(name):
         return ModelError(f"there is no model at {name}", hint=hint)
@@ -329,11 +330,13 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     below = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
     checkpoints = sorted(path.name for path in folder.glob("*.safetensors"))
     if below:
-        hint = f"it holds diffusers folders; pass one of them, as in --model {Path(name) / below[0]}"
+        hint = f"it holds diffusers folders; pass one of them, as in --model {quote(str(Path(name) / below[0]))}"
     elif (folder / "config.json").is_file():
         hint = "it looks like one part of a model; pass the folder above it"
     elif checkpoints:
-        hint = f"it holds a single-file checkpoint; pass the file, as in --model {Path(name) / checkpoints[0]}"
+        hint = (
+            f"it holds a single-file checkpoint; pass the file, as in --model {quote(str(Path(name) / checkpoints[0]))}"
+        )
     else:
         hint = "pass a folder that diffusers' save_pretrained wrote, or a .safetensors checkpoint"
     raise ModelError(f"{name} is no diffusers model: it has no model_index.json", hint=hint)
@@ -358,11 +361,11 @@ def _refuse_weights(model: Model, part: str) -> tuple[Path, ...]:
     if pickles and not variants:
         raise ModelError(
             f"the {part} of {spec.name} has pickle weights only ({pickles[0]}); reading pickle can run any code",
-            hint=f"convert the model to safetensors, or if you trust it: --allow-pickle {spec.name}",
+            hint=f"convert the model to safetensors, or if you trust it: --allow-pickle {quote(spec.name)}",
         )
     wanted = f"{spec.variant} weights" if spec.variant else "safetensors weights"
     if variants and not spec.variant:
-        hint = f"it has the variant {variants[0]}: use --variant {variants[0]}"
+        hint = f"it has the variant {variants[0]}: use --variant {quote(variants[0])}"
     elif spec.variant:
         hint = f"use one of its variants ({', '.join(variants)})" if variants else "leave --variant away"
     elif model.repo is not None:
@@ -387,7 +390,7 @@ def _from_single_file(spec: ModelSpec, path: Path, console: Console) -> Model:
     if is_pickle(path) and not allows(spec, str(path)):
         raise ModelError(
             f"{path} is a pickle file, and reading pickle can run any code",
-            hint=f"convert it to safetensors, or if you trust it: --allow-pickle {path.name}",
+            hint=f"convert it to safetensors, or if you trust it: --allow-pickle {quote(path.name)}",
         )
     infos = read_infos(path)
     check_checkpoint(path, infos)

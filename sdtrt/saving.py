@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from PIL import Image
 
@@ -104,20 +105,25 @@ def _plan(output: Path, count: int, overwrite: bool, texts: Sequence[str]) -> Ou
         return OutputPlan(output, None, overwrite)
     if output.suffix.lower() not in FORMATS:
         if output.exists() and not output.suffix:
-            raise OutputError(f"output {output} is a file, not a folder", hint=f"use --output {output}.png or a folder")
+            raise OutputError(
+                f"output {output} is a file, not a folder", hint=f"use --output {quote(f'{output}.png')} or a folder"
+            )
         raise UsageError(
             f"unknown image format {output.suffix!r} of output {output}",
-            hint=f"use --output {output.with_suffix('.png')}, .jpg or .webp; for a folder of that name: mkdir {output}",
+            hint=f"use --output {quote(str(output.with_suffix('.png')))}, .jpg or .webp; for a folder of that name:"
+            f" mkdir {quote(str(output))}",
         )
     if count > 1:
         raise UsageError(
             f"{count} images don't fit into the one file {output}",
-            hint=f"use --output {output.with_suffix('')} (a folder)",
+            hint=f"use --output {quote(str(output.with_suffix('')))} (a folder)",
         )
     if _is_taken(output) and not (overwrite and output.is_file()):
         raise _exists(output)
     if FORMATS[output.suffix.lower()] == "JPEG" and any(_jpeg_bytes(text) > JPEG_TEXT_BYTES for text in texts):
-        raise UsageError(f"{output} can't carry a prompt so long", hint=f"use --output {output.with_suffix('.png')}")
+        raise UsageError(
+            f"{output} can't carry a prompt so long", hint=f"use --output {quote(str(output.with_suffix('.png')))}"
+        )
     return OutputPlan(output.parent, output, overwrite)
 
 

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.errors import ModelError, first_line
@@ -92,7 +93,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             file.seek(8)
             header = file.read(length) if plausible else b""
     except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}", hint=f"check it with ls -l {path}") from error
+        raise ModelError(
+            f"can't read {path}: {error.strerror}", hint=f"check it with ls -l {quote(str(path))}"
+        ) from error
     if not plausible:
         raise _not_safetensors(path, start)
     if len(header) < length:

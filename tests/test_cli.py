@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
 from sdtrt import __version__, cache, digests, host
+from sdtrt.errors import SdtrtError
 
 PROMPT = "a red circle on a blue background"
 RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
@@ -206,6 +208,37 @@ def test_bad_input_ends_with_an_error_and_a_hint_and_leaves_nothing(folder, run,
     assert [line.split(":")[0] for line in lines if not line.startswith("backend:")] == ["error", "hint"], err
     assert all(line.split(":", 1)[1].strip() for line in lines)
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [
+        (("txt2img", "-p", "x", "-o", "my  pics.gif"), "my  pics.png,"),
+        (("txt2img", "-p", "x", "-o", "my  pics.gif"), "my  pics.gif"),
+        (("txt2img", "-p", "x", "-o", "my  pics.png", "--num-images", "2"), "my  pics"),
+        (("txt2img", "-p", "x", "-o", "my  file"), "my  file.png"),
+        (("txt2img", "-p", "x" * 40_000, "-o", "my  pics.jpg"), "my  pics.png"),
+        (("inspect", "--model", "my  models"), "my  models/m"),
+        (("inspect", "--model", "my  models/mm"), "my  models/m?"),
+        (("inspect", "--model", "a  b.ckpt"), "a  b.ckpt"),
+        (("export", "--component", "unet", "-o", "my  pics"), "my  pics/unet.onnx"),
+    ],
+)
+def test_hints_quote_paths_so_that_a_shell_takes_them(folder, run, arguments, mend):
+    Path("my  file").touch()
+    Path("a  b.ckpt").write_bytes(b"\x80\x02}.")
+    Path("my  models/m").mkdir(parents=True)
+    Path("my  models/m/model_index.json").touch()
+    code, out, err = run(*arguments)
+    assert (code > 0, out) == (True, "")
+    error, hint = err.splitlines()
+    assert any(word.endswith(mend) for word in shlex.split(hint)), hint
+    assert arguments[-1] in error or "--num-images" in arguments
+
+
+def test_an_error_is_one_line_with_the_spaces_that_a_path_has():
+    error = SdtrtError(" can't read a  b.png:\n\n  no\r\n\tsuch file\n", hint="use 'a  b'")
+    assert (error.message, error.hint) == ("can't read a  b.png: no such file", "use 'a  b'")
 
 
 def test_a_reader_that_leaves_early_is_no_traceback(folder):
