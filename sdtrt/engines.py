@@ -146,7 +146,7 @@ def ensure_engines(
     entries = {}
     for name, entry in found.items():
         if entry is not None and (reason := entry.info.get("unchecked")):
-            console.warn(f"{entry.name} was built but never checked ({reason}): sdtrt engines rm {entry.name} drops it")
+            console.warn(f"{entry.name} was built but never checked ({reason}): {entry.removal} drops it")
         entries[name] = entry or _build_missing(model, backend, precision, own[name], directory, name, console)
     return entries
 

@@ -72,6 +72,11 @@ class Entry:
         return key_digest(self.kind, self.key)
 
     @property
+    def removal(self) -> str:
+        """The command that removes it."""
+        return shlex.join(["sdtrt", "engines", "rm", self.name, "--engine-dir", str(self.path.parent)])
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all its files."""
         return sum(self.files.values())
@@ -156,8 +161,7 @@ class Entry:
     @property
     def _mend(self) -> str:
         """What to do about an entry that is not right."""
-        command = shlex.join(["sdtrt", "engines", "rm", self.name, "--engine-dir", str(self.path.parent)])
-        return f"{command}; the next run makes it again"
+        return f"{self.removal}; the next run makes it again"
 
 
 class UnfitError(Exception):

@@ -262,9 +262,7 @@ def inspect_engine(entry: Entry) -> EngineReport:
     try:
         profiles = tuple(Profile.from_json(data) for data in entry.key.get("profiles", ()))
     except (SdtrtError, *MALFORMED) as error:
-        raise EngineError(
-            f"{entry.name} does not say what sizes it takes", hint=f"sdtrt engines rm {entry.name}"
-        ) from error
+        raise EngineError(f"{entry.name} does not say what sizes it takes", hint=entry.removal) from error
     return EngineReport(
         name=entry.name,
         path=entry.path,

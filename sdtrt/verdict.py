@@ -68,6 +68,7 @@ class VerifyReport:
         engines: name and digest of the engine's entry, for each component that an engine ran.
         same_weights: whether the UNet's engine was built from this model's weights; None where there is no engine.
         rebuild: the command that builds the other components' engines again; empty where there are none.
+        removal: the command that removes the UNet's engine; empty where there is none.
     """
 
     settings: Mapping[str, Any]
@@ -79,6 +80,7 @@ class VerifyReport:
     engines: Mapping[Component, Mapping[str, str]]
     same_weights: bool | None
     rebuild: str
+    removal: str
 
     @property
     def engine(self) -> Mapping[str, str] | None:
@@ -152,7 +154,7 @@ class VerifyReport:
         if self.unet_passed:
             return ", or ".join([*hints, *self._suspects()]) or "the model's weights may be damaged"
         if self.engine is not None:
-            hints.append(f"build it again (sdtrt engines rm {self.engine['name']} drops it)")
+            hints.append(f"build it again ({self.removal} drops it)")
         return ", or ".join(hints) or "the model's weights may be damaged"
 
     def _suspects(self) -> Iterator[str]:

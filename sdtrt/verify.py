@@ -7,6 +7,7 @@ recorded inputs, and the whole pipeline with it.
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +71,10 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     failures = judge(spec.thresholds, errors, image)
     facts = {name: engine_facts(one) for name, one in found.items()}
     rebuild = _rebuild(pipeline_spec, found, directory)
-    return VerifyReport(settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild)
+    removal = entry.removal if entry is not None else ""
+    return VerifyReport(
+        settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal
+    )
 
 
 def _require_extras() -> None:
@@ -115,7 +119,8 @@ def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
     """The request with an engine's backend and precision; refuses other ones."""
     if entry.kind != "engine" or entry.key["component"] != "unet":
-        raise UsageError(f"{entry.name} is no engine of a unet", hint="sdtrt engines list shows the engines")
+        listing = shlex.join(["sdtrt", "engines", "list", "--engine-dir", str(entry.path.parent)])
+        raise UsageError(f"{entry.name} is no engine of a unet", hint=f"{listing} shows the engines")
     for name, given in (("backend", image.backend), ("precision", image.precision)):
         if given not in (None, "auto", entry.key[name]):
             raise UsageError(f"{entry.name} is for {entry.key[name]}, not {given}", hint=f"leave --{name} out")

@@ -341,7 +341,8 @@ def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
     first = factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found)
     found.obtain("engine", first.key, lambda folder: {"unchecked": "no GPU there"}, force=True)
     factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found, console=Console())
-    assert "never checked (no GPU there)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"never checked (no GPU there): sdtrt engines rm {first.name} --engine-dir {found.path} drops it" in said
 
 
 def test_the_build_command_names_all_that_the_model_needs(model):

@@ -419,8 +419,9 @@ def test_an_engine_whose_host_is_nothing(directory, tmp_path, capsys):
 def test_an_engine_that_does_not_say_what_it_takes(directory, info):
     found = replace(directory.entries("engine")[0], info=info)
     for use in (inspect_engine, lambda entry: open_session(entry, CPU)):
-        with pytest.raises(EngineError, match="does not say what its inputs and outputs are"):
+        with pytest.raises(EngineError, match="does not say what its inputs and outputs are") as caught:
             use(found)
+        assert caught.value.hint == f"sdtrt engines rm {found.name} --engine-dir {directory.path}"
 
 
 def test_a_number_of_images_that_fills_the_memory():

@@ -222,7 +222,16 @@ def test_an_engine_whose_weight_was_changed_fails_though_its_key_is_right(spec, 
     assert not report.passed
     with pytest.raises(EngineError) as caught:
         report.raise_on_failure()
-    assert f"sdtrt engines rm {entry.name}" in caught.value.hint
+    assert f"sdtrt engines rm {entry.name} --engine-dir {wrong.path}" in caught.value.hint
+
+
+def test_an_engine_of_another_part_is_refused_with_where_to_look(spec, directory):
+    other = engines.ensure_engines(
+        resolve_model(spec.image.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory, ("vae_decoder",)
+    )["vae_decoder"]
+    with pytest.raises(UsageError, match="is no engine of a unet") as caught:
+        verify(replace(spec, engine=other.name), directory, QUIET)
+    assert f"sdtrt engines list --engine-dir {directory.path} shows" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["noise", "nan"])

@@ -89,9 +89,7 @@ def stored_contract(entry: Entry) -> Contract:
             raise TypeError("names and dtypes must be text")
         return contract
     except MALFORMED as error:
-        raise EngineError(
-            f"{entry.name} does not say what its inputs and outputs are", hint=f"sdtrt engines rm {entry.name}"
-        ) from error
+        raise EngineError(f"{entry.name} does not say what its inputs and outputs are", hint=entry.removal) from error
 
 
 def _proven_plan(entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tuple[Path, bool]:
@@ -104,9 +102,7 @@ def _proven_plan(entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tu
 def _check_list(entry: Entry, plan: Path) -> None:
     """Refuse a list of pieces that is not the entry's: nobody has checked its content."""
     if list_file(plan).name not in entry.files and list_file(plan).exists():
-        raise EngineError(
-            f"{list_file(plan)} is not among the files of {entry.name}", hint=f"sdtrt engines rm {entry.name}"
-        )
+        raise EngineError(f"{list_file(plan)} is not among the files of {entry.name}", hint=entry.removal)
 
 
 def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
@@ -124,4 +120,4 @@ def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Sessio
         return TensorRTSession(
             plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch
         )
-    raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=f"sdtrt engines rm {entry.name}")
+    raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=entry.removal)
