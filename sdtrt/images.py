@@ -205,8 +205,8 @@ def read_init_image(path: Path) -> InitImage:
     """Read an init image as RGB: upright as its EXIF says, transparency flattened on white, first frame.
 
     Raises:
-        UsageError: for a file that is missing, no image, damaged, larger than `MAX_INIT_PIXELS`, or of floating-point
-            pixels.
+        UsageError: for a file that is missing, no image, damaged, larger than `MAX_INIT_PIXELS`, or of pixels whose
+            range is unknown (floating-point, 32-bit or signed integers).
     """
     hint = "give --init-image a PNG, JPEG or WebP file"
     try:
@@ -237,6 +237,11 @@ def _check_header(path: Path, image: Image.Image) -> None:
     if image.mode == "F":  # white may be 1, 255 or anything: Pillow clips to 0 to 255, black where it is 1
         raise UsageError(
             f"init image {path} has floating-point pixels, whose range is unknown",
+            hint="save it with 8 or 16 bits a channel first, as PNG for instance",
+        )
+    if image.mode == "I" and image.format == "TIFF":  # white may be 255, 65535 or anything
+        raise UsageError(
+            f"init image {path} has pixels of 32-bit or signed integers, whose range is unknown",
             hint="save it with 8 or 16 bits a channel first, as PNG for instance",
         )
     width, height = image.size

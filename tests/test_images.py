@@ -455,6 +455,28 @@ def test_floating_point_pixels_are_refused_rather_than_clipped_to_black(tmp_path
     assert "PNG" in caught.value.hint
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int16])
+def test_integer_pixels_of_unknown_range_are_refused_rather_than_scaled_to_black(dtype, tmp_path):
+    path = tmp_path / "integers.tif"
+    pixels = np.arange(64, dtype=dtype).reshape(8, 8) * 4
+    if dtype is np.int32:
+        Image.fromarray(pixels).save(path)
+    else:  # Pillow reads signed 16 bits and writes none
+        Image.frombytes("I;16", (8, 8), pixels.astype("<i2").tobytes()).save(path, tiffinfo={339: 2})
+    with pytest.raises(UsageError, match="range is unknown") as caught:
+        read_init_image(path)
+    assert "PNG" in caught.value.hint
+
+
+def test_16_bits_of_known_range_are_scaled(tmp_path):
+    grey = Image.fromarray(np.full((8, 8), 257 * 90, dtype=np.uint16))
+    for name in ("grey.tif", "grey.png"):
+        grey.save(tmp_path / name)
+    (tmp_path / "grey.pgm").write_bytes(b"P5 8 8 65535\n" + bytes([90, 90]) * 64)
+    for name in ("grey.tif", "grey.png", "grey.pgm"):
+        assert read_init_image(tmp_path / name).pixels.getpixel((0, 0)) == (90, 90, 90), name
+
+
 def bomb(width, height):
     """A PNG whose header promises more pixels than anyone wants."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
