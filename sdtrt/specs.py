@@ -182,9 +182,11 @@ class Profile:
         """Read `batch=2,height=512,width=512:512:768`; what is left out is taken from `default`.
 
         Raises:
-            UsageError: for an unknown name, a range that can't be read, or sizes that no profile may have.
+            UsageError: for a name that is unknown or given twice, a range that can't be read, or sizes that no profile
+                may have.
         """
         ranges = {"batch": default.batch, "height": default.height, "width": default.width, "tokens": default.tokens}
+        given: set[str] = set()
         for item in text.split(","):
             name, equals, bounds = item.partition("=")
             if not equals or name.strip() not in ranges:
@@ -192,7 +194,14 @@ class Profile:
                     f"--profile takes {', '.join(f'{known}=RANGE' for known in ranges)}; got {item!r}",
                     hint="as in --profile batch=2,height=512,width=512:512:768",
                 )
-            ranges[name.strip()] = Range.parse(bounds, f"--profile {name.strip()}")
+            name = name.strip()
+            if name in given:
+                raise UsageError(
+                    f"--profile has {name} twice: {text!r}",
+                    hint="give it once; for several profiles give --profile several times",
+                )
+            given.add(name)
+            ranges[name] = Range.parse(bounds, f"--profile {name}")
         return cls(**ranges)
 
     def __contains__(self, sizes: Sizes) -> bool:

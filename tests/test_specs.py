@@ -99,7 +99,7 @@ def test_profile_parse_takes_what_is_left_out_from_the_default():
     assert profile == Profile(Range.of(4), Range(512, 512, 768), Range.of(512))
 
 
-@pytest.mark.parametrize("text", ["", "depth=3", "height", "height=500", "height=1:2"])
+@pytest.mark.parametrize("text", ["", "depth=3", "height", "height=500", "height=1:2", "height=64, height=64"])
 def test_bad_profile_is_refused(text):
     with pytest.raises(UsageError):
         Profile.parse(text, STATIC)
