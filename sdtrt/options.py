@@ -308,7 +308,7 @@ class BuildOptions:
         if text is None:
             return None
         major, dot, minor = text.partition(".")
-        if not (dot and major.isdecimal() and minor.isdecimal()):
+        if not (dot and all(part.isdecimal() and len(part) <= MAX_DIGITS for part in (major, minor))):
             raise UsageError(f"--compute-capability must be X.Y, got {text!r}", hint="as in --compute-capability 8.9")
         return int(major), int(minor)
 

@@ -165,6 +165,7 @@ BAD_INPUT = {
     "build backend": (2, ("build", "--backend", "tensort")),
     "profile": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--height", "1:2")),
     "compute capability": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "x")),
+    "digits": (2, ("build", "--backend", "tensorrt-rtx", "--compute-capability", "8." + "9" * 5000)),
     "height beyond all": (2, ("txt2img", "-p", "x", "--height", "9223372036854775800")),
     "keep nan": (2, ("engines", "prune", "--keep-gib", "nan")),
     "keep negative": (2, ("engines", "prune", "--keep-gib", "-1")),
