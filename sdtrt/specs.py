@@ -68,6 +68,15 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     raise UsageError(f"unknown {option}: {value!r}", hint=f"{hint}choose one of {', '.join(choices)}")
 
 
+def check_output(output: Path | None) -> None:
+    """Raise `UsageError` for `-`, which would be a folder of that name where people mean stdout."""
+    if output == Path("-"):
+        raise UsageError(
+            "--output - would be a file or folder of that name: nothing but paths and JSON goes to stdout",
+            hint="name a file or folder, as in --output out",
+        )
+
+
 def check_precision(backend: str, precision: str | None) -> None:
     """Raise `UsageError` for a precision that a backend never computes in."""
     if (backend, precision) == ("onnxruntime", "bf16"):
@@ -275,6 +284,7 @@ class ExportSpec:
         check_choice("component", self.component, COMPONENTS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("exporter", self.exporter, EXPORTERS)
+        check_output(self.output)
         lowest, highest = {"torchscript": (14, 20), "dynamo": (18, 23)}[self.exporter]
         if not lowest <= self.resolved_opset <= highest:
             raise UsageError(
@@ -442,6 +452,7 @@ class GenerateSpec:
             check_precision(self.backend, self.precision)
         if self.scheduler is not None:
             check_choice("scheduler", self.scheduler, SCHEDULERS)
+        check_output(self.output)
         self._check_prompts()
         self._check_numbers()
         for name in ("height", "width"):
@@ -539,6 +550,7 @@ class BenchSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         for task in self.tasks:
             check_choice("task", task, BENCH_TASKS)
         for baseline in self.baselines or ():
@@ -628,6 +640,7 @@ class VerifySpec:
     output: Path | None = None
 
     def __post_init__(self) -> None:
+        check_output(self.output)
         if self.image.init_image is not None or self.image.num_images * len(self.image.prompts) != 1:
             raise UsageError("verify makes one image from one prompt", hint="give --prompt once")
         if self.timesteps is not None and self.timesteps < 1:

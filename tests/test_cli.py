@@ -190,6 +190,10 @@ BAD_INPUT = {
     "foreign checkpoint": (1, ("txt2img", "-p", "x", "--model", foreign)),
     "engine directory is a file": (1, ("txt2img", "-p", "x", "--engine-dir", "text.png")),
     "output can't be written": (1, ("txt2img", "-p", "x", "-o", "/proc/nowhere/x.png")),
+    "images to stdout": (2, ("txt2img", "-p", "x", "-o", "-")),
+    "a report to stdout": (2, ("bench", "-o", "-")),
+    "pictures to stdout": (2, ("verify", "-o", "-")),
+    "ONNX to stdout": (2, ("export", "--component", "unet", "-o", "-")),
     "no such engine": (1, ("inspect", "--engine", "nothing")),
     "no such entry": (1, ("engines", "rm", "nothing")),
 }
