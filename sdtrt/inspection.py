@@ -56,7 +56,8 @@ class PartReport:
 
     Args:
         parameters: how many numbers its weights are; None for a part without weights.
-        size_bytes: of its weights on disk; None where they are not on this machine yet.
+        size_bytes: of its weights on disk; None where they are not on this machine.
+        fetchable: whether the hub has weights that are not on this machine.
         dtypes: of its weights, the most frequent first.
         sizes: the main values of its configuration.
         files: where its weights are stored.
@@ -66,6 +67,7 @@ class PartReport:
     class_name: str
     parameters: int | None
     size_bytes: int | None
+    fetchable: bool
     dtypes: tuple[str, ...]
     sizes: Mapping[str, Any]
     files: tuple[Path, ...]
@@ -73,7 +75,8 @@ class PartReport:
     @property
     def cells(self) -> tuple[str, ...]:
         """Its row in the table."""
-        size = "not downloaded" if self.parameters and self.size_bytes is None else human_bytes(self.size_bytes)
+        absent = "not downloaded" if self.fetchable else "not found"
+        size = absent if self.parameters and self.size_bytes is None else human_bytes(self.size_bytes)
         values = ", ".join(f"{name} {_short(value)}" for name, value in self.sizes.items())
         return self.name, self.class_name, human_count(self.parameters), size, ", ".join(self.dtypes), values
 
@@ -216,6 +219,7 @@ def _inspect_part(model: Model, part: str) -> PartReport:
         class_name=model.class_name(part),
         parameters=_count_parameters(model, part, infos) if part in WEIGHT_NAMES else None,
         size_bytes=_size_on_disk(model, files, infos) if files else None,
+        fetchable=part in WEIGHT_NAMES and model.repo is not None,
         dtypes=_dtypes(infos),
         sizes={name: config[name] for name in names if config.get(name) is not None},
         files=files,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,8 @@ def test_reports_a_part_whose_weights_are_not_here(sd1, tmp_path):
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     (part,) = inspect_model(resolve_model(ModelSpec(str(folder))), "vae").parts
     assert (part.parameters, part.size_bytes, part.dtypes, part.files) == (EXPECTED["vae"], None, (), ())
+    assert part.cells[3] == "not found"
+    assert replace(part, fetchable=True).cells[3] == "not downloaded"
 
 
 @pytest.mark.parametrize(
