@@ -465,6 +465,7 @@ def main() -> NoReturn:
         codecs.register_error("sdtrt", _as_it_came_or_escaped)
         sys.stdout.reconfigure(errors="sdtrt")
     try:
+        _check_working_folder()
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except SdtrtError as error:
@@ -490,6 +491,14 @@ def main() -> NoReturn:
     if code == INTERRUPTED:  # newer typers turn the exception into this code themselves
         _fail("interrupted", "nothing half-done was left; finished images were kept", INTERRUPTED)
     sys.exit(code)
+
+
+def _check_working_folder() -> None:
+    """Raise `SdtrtError` where the working folder is gone: libraries end the process without a word of sense."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        raise SdtrtError(f"the working folder can't be used: {error.strerror}", hint="cd to one that exists") from error
 
 
 def _drop_stdout() -> None:

@@ -287,6 +287,13 @@ def test_a_full_or_broken_stderr_ends_no_work(folder):
         assert (ended.returncode, ended.stdout) == (2, b"")
 
 
+def test_a_working_folder_that_is_gone_is_an_error(folder):
+    command = f"mkdir gone; cd gone; rmdir ../gone; '{sys.executable}' -m sdtrt txt2img -p x -o {folder / 'out'}"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert [line.split(":")[0] for line in ended.stderr.splitlines()] == ["error", "hint"], ended.stderr
+
+
 def test_ctrl_c_says_so_and_keeps_what_is_done(folder):
     command = [sys.executable, "-m", "sdtrt", "txt2img", "-p", PROMPT, "--num-images", "50", "-o", "out", "--no-build"]
     assert process("build", "-q").returncode == 0
