@@ -261,7 +261,7 @@ class EngineDirectory:
         wrong = f"{len(found)} entries that begin with" if found else "no entry named"
         raise CacheError(
             f"{self.path} has {wrong} {name!r}",
-            hint=f"sdtrt engines list --engine-dir {self.path} shows the names",
+            hint=f"{shlex.join(['sdtrt', 'engines', 'list', '--engine-dir', str(self.path)])} shows the names",
         )
 
     def obtain(

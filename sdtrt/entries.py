@@ -74,7 +74,7 @@ class Entry:
     @property
     def removal(self) -> str:
         """The command that removes it."""
-        return shlex.join(["sdtrt", "engines", "rm", self.name, "--engine-dir", str(self.path.parent)])
+        return removal_of(self.path)
 
     @property
     def size_bytes(self) -> int:
@@ -178,6 +178,11 @@ class UnsafeError(UnfitError):
     def __init__(self, reason: str, mend: str) -> None:
         super().__init__(reason)
         self.mend = mend
+
+
+def removal_of(folder: Path) -> str:
+    """The command that removes the entry that a folder is."""
+    return shlex.join(["sdtrt", "engines", "rm", folder.name, "--engine-dir", str(folder.parent)])
 
 
 def entry_name(kind: str, key: Mapping[str, Any]) -> str:

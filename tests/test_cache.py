@@ -779,3 +779,12 @@ def test_a_tilde_is_the_home_directory_wherever_it_comes_from(run, monkeypatch, 
     code, out, err = run("engines", "list", "--engine-dir=~nosuch/x")
     assert (code, out) == (1, "")
     assert "no home directory is known for ~nosuch" in err
+
+
+def test_hints_are_commands_for_any_folder(tmp_path):
+    directory = EngineDirectory(tmp_path / "my  engines")
+    directory.obtain("onnx", KEY, write())
+    with pytest.raises(CacheError, match="has no entry named 'b'") as caught:
+        directory.named("b")
+    command = caught.value.hint.removesuffix(" shows the names")
+    assert shlex.split(command) == ["sdtrt", "engines", "list", "--engine-dir", str(directory.path)]

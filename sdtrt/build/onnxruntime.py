@@ -15,11 +15,12 @@ import numpy as np
 from sdtrt.build.fused_attention import KEPT, fuse
 from sdtrt.components import Contract
 from sdtrt.console import Console
+from sdtrt.entries import removal_of
 from sdtrt.errors import BuildError, EngineError
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime import ONNXRUNTIME_FILE
-from sdtrt.runtime.onnxruntime import LOG_SEVERITY, OnnxRuntimeSession, is_out_of_memory, remove_command
+from sdtrt.runtime.onnxruntime import LOG_SEVERITY, OnnxRuntimeSession, is_out_of_memory
 from sdtrt.specs import Sizes
 
 __all__ = ["optimize", "seeded_feeds"]
@@ -135,7 +136,7 @@ def _save_optimized(model: Path, target: Path, source: Path) -> None:
             raise MemoryError(str(error)) from error
         raise BuildError(
             f"ONNX Runtime can't optimise {source}: {error}",
-            hint=f"remove the export: {remove_command(source)}; the next build makes it again",
+            hint=f"remove the export: {removal_of(source.parent)}; the next build makes it again",
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from sdtrt.components import Contract
+from sdtrt.entries import removal_of
 from sdtrt.errors import EngineError
 from sdtrt.runtime.session import Session, check_feeds
 
@@ -103,12 +103,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def remove_command(file: Path) -> str:
-    """The command that removes the entry that `file` is of."""
-    folder = file.parent
-    return shlex.join(["sdtrt", "engines", "rm", folder.name, "--engine-dir", str(folder.parent)])
-
-
 def _mend(model: Path) -> str:
     """A hint that is right for every model and precision: the session knows its file's place only."""
-    return f"remove it: {remove_command(model)}; the next run, or sdtrt build, makes it again"
+    return f"remove it: {removal_of(model.parent)}; the next run, or sdtrt build, makes it again"
