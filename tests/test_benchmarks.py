@@ -108,7 +108,7 @@ def test_what_was_built_in_an_earlier_run_is_measured_and_what_was_not_is_said(t
 
 
 def test_exports_are_checked_without_a_gpu(tune, tmp_path):
-    rows, built = tune("product", "opset-14", "opset-16", "dynamo", "channels-last", "dynamic", "--check")
+    rows, built = tune("product", "opset-14", "opset-16", "dynamo", "channels-last", "--check")
     assert built == []
     assert "error" in rows.pop("opset-16")
     assert all(row["relative_l2"] < 2e-3 and row["pieces"] == 1 for row in rows.values())  # no attention is so large
@@ -189,9 +189,9 @@ def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path):
     size = (*SIZE, "--backend", "onnxruntime")
     first = ("txt2img", *size, "--prompt", "a red circle", "--steps", "1", "--output", tmp_path / "first.png")
     run_python("-m", "sdtrt", *first, **directory)
-    run("startup.py", *size, "--repeats", "2", "--output", report, **directory)
+    run("startup.py", *size, "--repeats", "1", "--output", report, **directory)
     found = json.loads(report.read_text())
-    assert len(found["seconds"]["samples"]) == 2
+    assert len(found["seconds"]["samples"]) == 1
     assert 0.5 < found["seconds"]["median"] < 60
     spans = {span["name"]: span for span in found["timeline"]["spans"]}
     order = ["import sdtrt.cli", "import torch", "import diffusers", "import onnxruntime", "open unet"]

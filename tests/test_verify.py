@@ -83,11 +83,14 @@ def test_the_miniatures_own_engine_is_faithful_at_every_timestep(spec, directory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_ten_pictures_are_faithful(directory, tmp_path, precision):
-    """Ten prompts with the defaults of txt2img, ten timesteps of each (PyTorch's fp16 takes its time on a CPU)."""
+@pytest.mark.parametrize(("precision", "count"), [("fp32", 3), ("fp16", 10)])
+def test_pictures_are_faithful(directory, tmp_path, precision, count):
+    """Prompts with the defaults of txt2img, ten timesteps of each (PyTorch's fp16 takes its time on a CPU).
+
+    In fp32 the images are 80 dB within the bound, and three show it.
+    """
     figures = []
-    for seed, prompt in enumerate(TEN_PROMPTS):
+    for seed, prompt in enumerate(TEN_PROMPTS[:count]):
         image = GenerateSpec((prompt,), backend="onnxruntime", precision=precision, seed=seed)
         report = verify(VerifySpec(image, timesteps=10, output=tmp_path), directory, QUIET)
         assert report.passed, (prompt, report.failures)
