@@ -21,6 +21,7 @@ from typer import Argument, Option
 from sdtrt import __version__
 from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
+from sdtrt.entries import removal_of
 from sdtrt.errors import CacheError, SdtrtError, UsageError, printable
 from sdtrt.files import FULL
 from sdtrt.options import (
@@ -366,14 +367,12 @@ def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
     if damaged:
         raise CacheError(
             f"{len(damaged)} of {len(checked)} entries are damaged: {', '.join(damaged)}",
-            hint=f"{shlex.join(['sdtrt', 'engines', 'rm', *damaged, '--engine-dir', str(found.path)])};"
-            " what is needed of them is made again",
+            hint=f"{removal_of(found.path, *damaged)}; what is needed of them is made again",
         )
     if unsafe := found.unsafe():
-        removal = shlex.join(["sdtrt", "engines", "rm", *unsafe, "--engine-dir", str(found.path)])
         raise CacheError(
             f"{len(unsafe)} of {len(checked)} entries can be changed by other users: {', '.join(unsafe)}",
-            hint=f"{mend_of(unsafe)}, if nobody has; else {removal}",
+            hint=f"{mend_of(unsafe)}, if nobody has; else {removal_of(found.path, *unsafe)}",
         )
 
 

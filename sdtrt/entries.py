@@ -74,7 +74,7 @@ class Entry:
     @property
     def removal(self) -> str:
         """The command that removes it."""
-        return removal_of(self.path)
+        return removal_of(self.path.parent, self.name)
 
     @property
     def size_bytes(self) -> int:
@@ -180,9 +180,9 @@ class UnsafeError(UnfitError):
         self.mend = mend
 
 
-def removal_of(folder: Path) -> str:
-    """The command that removes the entry that a folder is."""
-    return shlex.join(["sdtrt", "engines", "rm", folder.name, "--engine-dir", str(folder.parent)])
+def removal_of(directory: Path, *names: str) -> str:
+    """The command that removes entries of an engine directory."""
+    return shlex.join(["sdtrt", "engines", "rm", *names, "--engine-dir", str(directory)])
 
 
 def entry_name(kind: str, key: Mapping[str, Any]) -> str:

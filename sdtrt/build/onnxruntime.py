@@ -134,9 +134,10 @@ def _save_optimized(model: Path, target: Path, source: Path) -> None:
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
+        removal = removal_of(source.parent.parent, source.parent.name)
         raise BuildError(
             f"ONNX Runtime can't optimise {source}: {error}",
-            hint=f"remove the export: {removal_of(source.parent)}; the next build makes it again",
+            hint=f"remove the export: {removal}; the next build makes it again",
         ) from error
 
 

@@ -105,4 +105,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _mend(model: Path) -> str:
     """A hint that is right for every model and precision: the session knows its file's place only."""
-    return f"remove it: {removal_of(model.parent)}; the next run, or sdtrt build, makes it again"
+    return (
+        f"remove it: {removal_of(model.parent.parent, model.parent.name)}; the next run, or sdtrt build, makes it again"
+    )
