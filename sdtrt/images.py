@@ -234,14 +234,14 @@ def read_init_image(path: Path) -> InitImage:
 
 def _check_header(path: Path, image: Image.Image) -> None:
     """Refuse an image by its header, before its pixels are decoded."""
+    kind = None
     if image.mode == "F":  # white may be 1, 255 or anything: Pillow clips to 0 to 255, black where it is 1
+        kind = "floating-point pixels"
+    elif image.mode == "I" and image.format == "TIFF":  # white may be 255, 65535 or anything
+        kind = "pixels of 32-bit or signed integers"
+    if kind is not None:
         raise UsageError(
-            f"init image {path} has floating-point pixels, whose range is unknown",
-            hint="save it with 8 or 16 bits a channel first, as PNG for instance",
-        )
-    if image.mode == "I" and image.format == "TIFF":  # white may be 255, 65535 or anything
-        raise UsageError(
-            f"init image {path} has pixels of 32-bit or signed integers, whose range is unknown",
+            f"init image {path} has {kind}, whose range is unknown",
             hint="save it with 8 or 16 bits a channel first, as PNG for instance",
         )
     width, height = image.size

@@ -84,11 +84,12 @@ def check_steps(scheduler: Any, steps: int) -> None:
     most = min(steps, config.get("num_train_timesteps", steps))
     if type(scheduler).__name__ == _KINDS["lcm"].class_name:
         most = min(most, config.original_inference_steps)
-    if most == steps and _has_steps(scheduler, steps):
-        return
     while most > 1 and not _has_steps(scheduler, most):
         most -= 1
-    raise UsageError(f"{type(scheduler).__name__} runs at most {most} steps, got {steps}", hint=f"use --steps {most}")
+    if steps > most:
+        raise UsageError(
+            f"{type(scheduler).__name__} runs at most {most} steps, got {steps}", hint=f"use --steps {most}"
+        )
 
 
 def _has_steps(scheduler: Any, steps: int) -> bool:
