@@ -105,6 +105,13 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def flip(path: Path) -> None:
+    """Change one bit of a file; its size, and all that an entry's sidecar says of it but the digest, stay the same."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator inside the block, and restore it after."""

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from factories import flip
 
 from sdtrt.cache import _HOST, EngineDirectory, default_directory
 from sdtrt.console import Console
@@ -150,13 +151,6 @@ def test_a_sidecar_of_nonsense_is_no_entry(directory, text):
     (entry.path / SIDECAR).write_text(text)
     assert directory.entries() == []
     assert len(list(directory.check())) == 1
-
-
-def flip(path):
-    """Change one bit; size and everything that the sidecar says of it but the digest stay the same."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 def write_two(folder):

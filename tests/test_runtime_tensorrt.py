@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import trt_fakes
-from factories import in_threads
+from factories import flip, in_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from trt_fakes import (
@@ -1086,12 +1086,6 @@ def driver(cuda, monkeypatch):
     pycuda_module._primary_context.cache_clear()
 
 
-def damage(path):
-    """Change the last byte."""
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
 @pytest.fixture
 def use(monkeypatch):
     """Make a fake library the usual one."""
@@ -1158,7 +1152,7 @@ def test_the_example_runs_the_unet_and_proves_it_first(driver, use, plan, tmp_pa
     entry = publish("unet")
     runpy.run_path(str(script))
     assert capsys.readouterr().out.startswith(f"{entry.name}: out_sample float16 [2, {CHANNELS}, 16, 16], std ")
-    damage(entry.file("engine.plan"))
+    flip(entry.file("engine.plan"))
     with pytest.raises(CacheError, match="damaged"):
         runpy.run_path(str(script))
 
