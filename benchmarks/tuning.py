@@ -37,9 +37,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from fidelity import check_folder, errors, feeds_of, kernels
-from onnx import NodeProto, load
-from onnx.checker import check_model
-from onnx.helper import get_attribute_value
+from lowering import lower_opset
 from torch import Tensor, nn
 
 from sdtrt import host, onnx_facts, onnx_graph
@@ -56,7 +54,7 @@ from sdtrt.runtime.pieces import Piece
 from sdtrt.runtime.tensorrt import TensorRTSession
 from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, Exporter, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.tracing import WIDE_LAYERS, UNetCall
-from sdtrt.trt_api.building import MAX_OPSET_8, SPLIT_TOKENS
+from sdtrt.trt_api.building import SPLIT_TOKENS
 
 SIZES = Sizes(2, 512, 512)
 CHECKED_SIZES = (Sizes(2, 128, 128), Sizes(1, 64, 96))  # on the CPU
@@ -64,11 +62,6 @@ TIMESTEPS = (981.0, 421.0, 1.0)
 CUDA = torch.device("cuda")
 KEPT = ("build_seconds", "piece_seconds", "plan_bytes", "scratch_bytes", "precision", "pieces", "channels_last")
 PADDED_HEAD = 64  # the width that fused attention kernels like best; Stable Diffusion 1.5's is 40 here
-
-NEW_IN_18: dict[str, dict[str, Callable[[NodeProto], Any]]] = {  # by operator: attributes, and what 17 does
-    "Split": {"num_outputs": lambda node: len(node.output)},
-    "Resize": {"keep_aspect_ratio_policy": lambda _: b"stretch", "antialias": lambda _: 0},
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ class Choice:
         split: from how many tokens on self-attentions are PyTorch's, 0 for none; None for the product's choice.
         channels_last: what its pieces give to each other lies channels last.
         exporter, opset: that write the graph; None for the exporter's default. What the dynamo exporter writes is
-            lowered to an opset that 8.6 reads (`lower_opset`).
+            lowered to one that 8.6 reads (`lowering.py`).
     """
 
     layers: int = WIDE_LAYERS
@@ -326,22 +319,6 @@ def export(name: str, folder: Path, contract: Contract) -> UNet2DConditionModel:
     if choice.exporter == "dynamo":
         lower_opset(folder / "model.onnx")
     return unet
-
-
-def lower_opset(onnx: Path) -> None:
-    """Make the dynamo exporter's opset 18 the 17 that 8.6 reads. (ONNX's own converter leaves what 17 does not know.)
-
-    Of what a UNet is made of, opset 18 changed Split and Resize: their new attributes go, which say what 17 does.
-    """
-    model = load(onnx, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in [one for one in node.attribute if one.name in NEW_IN_18.get(node.op_type, {})]:
-            if get_attribute_value(attribute) != NEW_IN_18[node.op_type][attribute.name](node):
-                raise ValueError(f"{node.name}: {attribute.name} can't be said in opset {MAX_OPSET_8}")
-            node.attribute.remove(attribute)
-    model.opset_import[0].version = MAX_OPSET_8
-    onnx.write_bytes(model.SerializeToString())
-    check_model(str(onnx))
 
 
 def spec_of(name: str) -> BuildSpec:
