@@ -114,6 +114,7 @@ finish unet-768 parts-768 ablation-build
 measure bench bench txt2img txt2img 512 torch-fp32,torch-tf32,torch-fp16,torch-graph
 measure bench-img2img bench img2img img2img 768 torch-fp32,torch-fp16,torch-graph
 measure bench-compile bench compile txt2img 512 torch-fp32,torch-compile
+measure bench-onnxruntime bench ort txt2img 512 torch-graph,onnxruntime-cuda # a row with the reason where it is the CPU's
 measure founding "$python" benchmarks/founding.py --model "$model" --output "$out/reports/founding.json"
 measure startup "$python" benchmarks/startup.py --model "$model" --backend tensorrt --height 512 --width 512 --repeats 3 \
     --output "$out/reports/startup.json"

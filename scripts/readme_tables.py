@@ -61,7 +61,7 @@ def table(rows: Sequence[Row]) -> str:
     """The Markdown table of a report: one line a request, one column of seconds a runner.
 
     Speed-up and UNet step are of the runner that was asked for: the one that is no baseline, or where the report does
-    not say so the last one that is not PyTorch.
+    not say so the last one that is not PyTorch. Without PyTorch fp32 there is no speed-up.
     """
     runners = list(dict.fromkeys(runner_of(row) for row in rows))
     asked = [runner_of(row) for row in rows if row.get("baseline", ...) is None]
@@ -70,7 +70,8 @@ def table(rows: Sequence[Row]) -> str:
     runners.sort(key=subject.__eq__)  # it comes last
     batched = any(row["batch"] != 1 for row in rows)
     head = ["task", "size", "steps", *(["batch"] if batched else []), *(f"{title(runner)}, s" for runner in runners)]
-    lines = [[*head, "speed-up", "UNet step, ms"]]
+    compared = any(row.get("speedup") is not None for row in rows)
+    lines = [[*head, *(["speed-up"] if compared else []), "UNet step, ms"]]
     for request in dict.fromkeys(request_of(row) for row in rows):
         found = {runner_of(row): row for row in rows if request_of(row) == request}
         task, width, height, steps, batch = request
@@ -78,7 +79,8 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             [task, f"{width}×{height}", str(steps), *([str(batch)] if batched else [])]
             + [seconds(found.get(runner)) for runner in runners]
-            + ["–" if speedup is None else f"{speedup:.1f}×", milliseconds(found.get(subject, {}).get("unet_step_ms"))]
+            + (["–" if speedup is None else f"{speedup:.1f}×"] if compared else [])
+            + [milliseconds(found.get(subject, {}).get("unet_step_ms"))]
         )
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
