@@ -13,12 +13,12 @@ from onnx import numpy_helper
 from trt_fakes import fake_library
 
 from sdtrt import onnx_facts, onnx_graph
-from sdtrt.build import attentions, crew, group_norm, splitting, worker
+from sdtrt.build import attentions, crew, group_norm, splitting, tensorrt, worker
 from sdtrt.build.attentions import check, find_attentions
 from sdtrt.build.splitting import FLOATS, choose, freeze, split
 from sdtrt.build.tensorrt import Request, build_plan
 from sdtrt.components import unet_contract
-from sdtrt.console import QUIET
+from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError
 from sdtrt.export import write_onnx
 from sdtrt.metrics import relative_l2
@@ -27,7 +27,7 @@ from sdtrt.parity import seeded_feeds
 from sdtrt.runtime.between import compute
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.runtime.pieces import list_file, read_pieces, write_pieces
-from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
+from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 from sdtrt.trt_api import building, libraries
 
 SIZES = Sizes(2, 64, 96)
@@ -235,6 +235,23 @@ def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, m
     assert building.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
     assert building.split_tokens(replace(default, split_attention=0)) == 0
     assert building.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
+
+
+@pytest.mark.parametrize("is_8", [True, False])
+def test_the_build_says_where_an_engine_for_each_size_is_faster(cut, tmp_path, capsys, monkeypatch, is_8):
+    weakly_typed(monkeypatch, is_8)
+    monkeypatch.setattr(tensorrt, "check_request", lambda request: None)  # there is no GPU
+    monkeypatch.setattr(tensorrt, "_build_in_child", lambda request, console, show: {})
+    (profile,) = cut.spec.profiles
+    one = replace(cut.spec, split_attention=None)
+    several = replace(one, profiles=(profile, replace(profile, height=Range.of(2 * profile.height.opt))))
+    dynamic = replace(one, profiles=(replace(profile, batch=Range(1, 2, 4)),))
+    others = [replace(dynamic, split_attention=0), replace(several, version_compatible=True)]
+    for spec in (one, several, dynamic, *others):
+        tensorrt.build_plan(cut.onnx, tmp_path, cut.contract, spec, timing_cache=None, console=Console())
+        assert ("faster with an engine for each size" in capsys.readouterr().err) is (
+            is_8 and spec in (several, dynamic)
+        )
 
 
 def test_by_default_only_so_many_are_cut(cut, tmp_path, monkeypatch):

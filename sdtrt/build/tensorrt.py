@@ -31,7 +31,7 @@ from sdtrt.errors import BuildError, BuildMemoryShortage, SdtrtError
 from sdtrt.runtime import TENSORRT_FILE
 from sdtrt.runtime.pieces import piece_file
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
-from sdtrt.trt_api import libraries
+from sdtrt.trt_api import building, libraries
 from sdtrt.trt_api.messages import OUT_OF_MEMORY
 
 LOG_FILE = "build.log"
@@ -127,6 +127,10 @@ def build_plan(
     check_request(request)
     sizes = "; ".join(map(contract.describe, spec.profiles))
     console.note(f"{spec.backend} {spec.export.precision} engine of the {contract.component} for {sizes}")
+    if building.gains_alone(spec):
+        console.note(
+            "TensorRT 8.6 is faster with an engine for each size, such as sdtrt build --height 512 --width 512"
+        )
     with console.activity("building the engine") as show:
         return _build_in_child(request, console, show)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sdtrt import host
 from sdtrt.errors import BuildError
-from sdtrt.specs import BuildSpec, Precision
+from sdtrt.specs import BuildSpec, Precision, Profile
 from sdtrt.trt_api import libraries
 from sdtrt.trt_api.libraries import Library, ShapeRange, capability_name, compute_capabilities, dtype_name
 from sdtrt.trt_api.messages import explain
@@ -212,6 +212,16 @@ def split_tokens(spec: BuildSpec) -> int:
     if spec.split_attention is not None or not spec.can_split:
         return spec.split_attention or 0
     return SPLIT_TOKENS if libraries.open_library(spec.backend).has("weak typing") else 0
+
+
+def gains_alone(spec: BuildSpec) -> bool:
+    """Whether an engine of several sizes would be faster as one for each: only such a one leaves attention to PyTorch.
+
+    Raises:
+        EngineError: where that depends on the version, and TensorRT is not there.
+    """
+    alone = replace(spec, profiles=(Profile.of(spec.profiles[0].optimum),))
+    return spec.split_attention is None and not spec.can_split and split_tokens(alone) > 0
 
 
 def splits_norms(spec: BuildSpec) -> bool:
