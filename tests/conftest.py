@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def _stderr_of_each_test():
     """The console that tests share writes to the stderr of its first warning, which a capturing test closes."""
     yield
     QUIET._rich = None
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder of this test run, the same one for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,25 @@ SMALL = {
     "sample_size": 8,
 }
 
+# Two resolutions of two widths, for each kind: the dynamo exporter takes a quarter of a minute for them.
+_TWO_BLOCKS = {
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "attention_head_dim": [2, 4],
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SMALLEST: dict[Kind, dict[str, Any]] = {
+    "sd1": _TWO_BLOCKS,
+    "sd2": _TWO_BLOCKS,
+    "sdxl": {
+        **_TWO_BLOCKS,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2],
+    },
+}
+
 
 def in_threads(work: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> None:
     """Call `work` with each of the arguments, each in a thread of its own, all at once; wait for all."""

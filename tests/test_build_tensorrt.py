@@ -96,7 +96,7 @@ def request_for(tiny_onnx, folder, spec=None, **values):
 )
 def test_every_kind_of_unet_builds(kind, exporter, tmp_path):
     """Parsed and built by a real TensorRT from the real export: convolutional and linear projections, SDXL's inputs."""
-    path, contract = export_to(tmp_path, kind, exporter)
+    path, contract = export_to(tmp_path, kind, exporter, **(factories.SMALLEST[kind] if exporter == "dynamo" else {}))
     info = build_here(Request(path, tmp_path, contract, rtx_spec(), None, False), lambda message: None)
     layers = info["precision"]["layers"]
     assert layers["fp16"] > 5 * layers["fp32"] > 0, "but for the timestep and the ends of the U, all computes in fp16"

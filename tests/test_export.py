@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from filelock import FileLock
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -32,22 +33,8 @@ from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = tuple(factories.UNET_CONFIGS)
-# Exporters' time goes by the number of layers. Two layers a block are no different from one; the slow dynamo exporter
-# gets two blocks in place of three or four as well.
-SMALLER = {"layers_per_block": 1}
-SMALLEST = {
-    **SMALLER,
-    "block_out_channels": (32, 64),
-    "attention_head_dim": [2, 4],
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-SMALLEST_SDXL = {
-    **SMALLEST,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2],
-}
+SMALLER = {"layers_per_block": 1}  # exporters' time goes by the number of layers, and two a block are as one
+SMALLEST = factories.SMALLEST["sd1"]
 FEW_SIZES = (Sizes(1, 128, 128), Sizes(5, 72, 104, tokens=154))
 NAMES = ["torchscript", "dynamo"]
 
@@ -63,27 +50,35 @@ class Exported:
         return onnx.load(self.path)
 
 
-def make(folder, kind="sd1", precision="fp16", exporter="torchscript", **overrides):
+def module_of(kind, precision, **overrides):
     unet = factories.small_unet(kind, **{**SMALLER, **overrides})
     torch.nn.Module.to(unet, DTYPES[precision])
-    contract = unet_contract(unet.config, precision)
+    return unet, unet_contract(unet.config, precision)
+
+
+def make(folder, kind="sd1", precision="fp16", exporter="torchscript", **overrides):
+    unet, contract = module_of(kind, precision, **overrides)
     path = folder / "model.onnx"
     write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
     return Exported(path, unet, contract)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Exports by kind, precision and exporter, each made once; tests must not change them."""
-    made = {}
+def exported(shared):
+    """Exports by kind, precision and exporter, each made once in a test run; tests must not change them."""
 
     def get(kind="sd1", precision="fp16", exporter="torchscript"):
-        key = (kind, precision, exporter)
-        if key not in made:
-            smallest = SMALLEST_SDXL if kind == "sdxl" else SMALLEST
-            overrides = smallest if exporter == "dynamo" else {}
-            made[key] = make(tmp_path_factory.mktemp("-".join(key)), *key, **overrides)
-        return made[key]
+        folder = shared / "-".join((kind, precision, exporter))
+        overrides = factories.SMALLEST[kind] if exporter == "dynamo" else {}
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                unet, contract = module_of(kind, precision, **overrides)
+                return Exported(folder / "model.onnx", unet, contract)
+            draft = folder.with_suffix(".draft")
+            draft.mkdir()
+            it = make(draft, kind, precision, exporter, **overrides)
+            draft.rename(folder)
+            return replace(it, path=folder / "model.onnx")
 
     return get
 
