@@ -125,21 +125,29 @@ def test_exports_are_checked_without_a_gpu(tune, tmp_path):
     assert opsets == {**dict.fromkeys(rows, 17), "opset-14": 14}  # 8.6 reads up to 17
 
 
-def graph_of_opset_18(path, **resize):
+def graph_of_opset_18(path, *more, **resize):
     """Write a graph with what opset 18 changed and what 8.6 misreads: half of the channels, made twice as large."""
     nodes = [
         helper.make_node("Split", ["x"], ["first", "second"], axis=1, num_outputs=2),
         helper.make_node("Resize", ["second", "", "scales"], ["larger"], name="resize", mode="linear", **resize),
-        helper.make_node("Shape", ["larger"], ["sizes"], name="sizes", start=-3, end=-1),
-        helper.make_node("Constant", [], ["ends"], value_ints=[-1, 1]),
-        helper.make_node("Concat", ["ends", "sizes"], ["shape"], axis=0),
+        helper.make_node("Shape", ["larger"], ["both"], start=-3, end=-1),
+        helper.make_node("Shape", ["larger"], ["from"], start=3),
+        helper.make_node("Shape", ["larger"], ["until"], end=1),
+        helper.make_node("Shape", ["larger"], ["sizes"]),
+        helper.make_node("Constant", [], ["ones"], value_ints=[1, 1]),
+        helper.make_node("Constant", [], ["third"], value_int=2),
+        helper.make_node("Gather", ["sizes", "third"], ["height"]),
+        helper.make_node("Div", ["from", "height"], ["one"]),
+        helper.make_node("Concat", ["ones", "until", "both", "from", "one"], ["shape"], axis=0),
         helper.make_node("Reshape", ["larger", "shape"], ["shaped"]),
+        *more,
     ]
-    values = {"x": [1, 4, 4, 4], "first": [1, 2, 4, 4], "shaped": [None] * 4}
+    values = {"x": [1, 4, 4, 4], "first": [1, 2, 4, 4], "shaped": [None] * 7}
     x, *outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items())
     scales = helper.make_tensor("scales", TensorProto.FLOAT, [4], [1, 1, 2, 2])
     graph = helper.make_graph(nodes, "graph", [x], outputs, [scales])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    opsets = [helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     return path
 
 
@@ -147,25 +155,38 @@ def test_a_lowered_graph_computes_what_it_did(lowering, tmp_path):
     path = graph_of_opset_18(tmp_path / "model.onnx", antialias=0, keep_aspect_ratio_policy="stretch")
     given = {"x": np.arange(64, dtype=np.float32).reshape(1, 4, 4, 4)}
     before = onnxruntime.InferenceSession(path).run(None, given)
+    assert before[1].shape == (1, 1, 1, 2, 8, 8, 1)
     lowering.lower_opset(path)
     model = onnx.load(path)
-    assert model.opset_import[0].version == 17
-    attributes = [(node.op_type, [one.name for one in node.attribute]) for node in model.graph.node]
-    kept = {"Split": ["axis"], "Resize": ["mode"], "Concat": ["axis"]}
-    assert attributes == [
-        (name, kept.get(name, [])) for name in ("Split", "Resize", "Shape", "Slice", "Concat", "Reshape")
-    ]
+    assert [opset.version for opset in model.opset_import] == [1, 17]
+    assert "Constant" not in {node.op_type for node in model.graph.node}
+    assert [one.name for node in model.graph.node for one in node.attribute] == ["axis", "mode", "axis"]
     for one, other in zip(onnxruntime.InferenceSession(path).run(None, given), before, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("attribute", [{"antialias": 1}, {"keep_aspect_ratio_policy": "not_larger"}])
-def test_what_opset_17_cannot_say_is_not_lowered(attribute, lowering, tmp_path):
-    path = graph_of_opset_18(tmp_path / "model.onnx", **attribute)
+REDUCTION = helper.make_node("ReduceMean", ["x", "ones"], ["mean"])  # 17 has its axes as an attribute
+BRANCH = helper.make_node("If", ["x"], [], name="branch", then_branch=helper.make_graph([], "then", [], []))
+
+
+@pytest.mark.parametrize(
+    ("more", "attributes", "words"),
+    [
+        ([], {"antialias": 1}, "resize: antialias can't be said in opset 17"),
+        ([], {"keep_aspect_ratio_policy": "not_larger"}, "resize: keep_aspect_ratio_policy can't be said in opset 17"),
+        ([REDUCTION], {}, "can't be said in opset 17: .*ReduceMean"),
+        ([BRANCH], {}, "branch: nodes inside of a node"),
+    ],
+    ids=["antialias", "aspect ratio", "axes", "branch"],
+)
+def test_what_opset_17_cannot_say_is_not_lowered(more, attributes, words, lowering, tmp_path):
+    path = graph_of_opset_18(tmp_path / "model.onnx", *more, **attributes)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"resize: {next(iter(attribute))} can't be said in opset 17"):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
         lowering.lower_opset(path)
     assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 @pytest.mark.slow

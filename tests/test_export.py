@@ -75,7 +75,7 @@ def exported(shared):
                 unet, contract = module_of(kind, precision, **overrides)
                 return Exported(folder / "model.onnx", unet, contract)
             draft = folder.with_suffix(".draft")
-            draft.mkdir()
+            draft.mkdir(exist_ok=True)
             it = make(draft, kind, precision, exporter, **overrides)
             draft.rename(folder)
             return replace(it, path=folder / "model.onnx")

@@ -127,10 +127,9 @@ def build_plan(
     check_request(request)
     sizes = "; ".join(map(contract.describe, spec.profiles))
     console.note(f"{spec.backend} {spec.export.precision} engine of the {contract.component} for {sizes}")
-    if building.gains_alone(spec):
-        console.note(
-            "TensorRT 8.6 is faster with an engine for each size, such as sdtrt build --height 512 --width 512"
-        )
+    if (alone := building.faster_alone(spec)) is not None:
+        options = f"--batch {alone.batch} --height {alone.height} --width {alone.width}"
+        console.note(f"TensorRT 8.6 is faster with an engine for each size, such as sdtrt build {options}")
     with console.activity("building the engine") as show:
         return _build_in_child(request, console, show)
 

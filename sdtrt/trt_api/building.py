@@ -10,7 +10,7 @@ from typing import Any
 
 from sdtrt import host
 from sdtrt.errors import BuildError
-from sdtrt.specs import BuildSpec, Precision, Profile
+from sdtrt.specs import SIZE_MULTIPLE, BuildSpec, Precision, Profile, Sizes
 from sdtrt.trt_api import libraries
 from sdtrt.trt_api.libraries import Library, ShapeRange, capability_name, compute_capabilities, dtype_name
 from sdtrt.trt_api.messages import explain
@@ -214,14 +214,20 @@ def split_tokens(spec: BuildSpec) -> int:
     return SPLIT_TOKENS if libraries.open_library(spec.backend).has("weak typing") else 0
 
 
-def gains_alone(spec: BuildSpec) -> bool:
-    """Whether an engine of several sizes would be faster as one for each: only such a one leaves attention to PyTorch.
+def faster_alone(spec: BuildSpec) -> Sizes | None:
+    """A size of an engine of several sizes that would be faster in one of its own; None where no such is known.
+
+    Only an engine of one fixed size leaves attention to PyTorch. Whether any is large enough for that is taken from the
+    size in pixels: of attention at the latents' own resolution.
 
     Raises:
         EngineError: where that depends on the version, and TensorRT is not there.
     """
-    alone = replace(spec, profiles=(Profile.of(spec.profiles[0].optimum),))
-    return spec.split_attention is None and not spec.can_split and split_tokens(alone) > 0
+    for sizes in () if spec.can_split else [profile.optimum for profile in spec.profiles]:
+        tokens = sizes.height * sizes.width // SIZE_MULTIPLE**2
+        if 0 < split_tokens(replace(spec, profiles=(Profile.of(sizes),))) <= tokens:
+            return sizes
+    return None
 
 
 def splits_norms(spec: BuildSpec) -> bool:
