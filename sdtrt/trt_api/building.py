@@ -223,7 +223,9 @@ def faster_alone(spec: BuildSpec) -> Sizes | None:
     Raises:
         EngineError: where that depends on the version, and TensorRT is not there.
     """
-    for sizes in () if spec.can_split else [profile.optimum for profile in spec.profiles]:
+    if spec.can_split:  # it is of one already
+        return None
+    for sizes in (profile.optimum for profile in spec.profiles):
         tokens = sizes.height * sizes.width // SIZE_MULTIPLE**2
         if 0 < split_tokens(replace(spec, profiles=(Profile.of(sizes),))) <= tokens:
             return sizes
