@@ -9,11 +9,12 @@
 side (`--backend tensorrt`, or `onnxruntime` without a GPU), and holds each against PyTorch in fp32 (TF32 off), with
 PyTorch's own fp16 beside it: relative L2 error and cosine at timesteps over the whole range, the time of a step, and
 the GPU time of each kernel in it (PyTorch's profiler). `-native` is without TensorRT 8.6's plugin for group
-normalisation; `-whole` leaves no self-attention to PyTorch, and `-1024` those over 1024 tokens and more. `convolutions`
-does so for single 3x3 convolutions of Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it
-adds noise of the size of fp16's additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at
-the output; the same for all convolutions, matrix products and self-attentions of a resolution together (as many tokens
-as in an image of the model's own size, whatever the size that is computed).
+normalisation; `-whole` leaves no self-attention to PyTorch, and `-1024` those over 1024 tokens and more; `-last` has
+what the engine's pieces give to each other lie channels last. `convolutions` does so for single 3x3 convolutions of
+Stable Diffusion's widths, where the builder may choose. `noise` needs no GPU: it adds noise of the size of fp16's
+additions to one convolution at a time of an fp32 UNet, and tells what of it arrives at the output; the same for all
+convolutions, matrix products and self-attentions of a resolution together (as many tokens as in an image of the model's
+own size, whatever the size that is computed).
 """
 
 from __future__ import annotations
@@ -61,21 +62,23 @@ Feeds = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """One engine: its folder, its fp32 layers, whether norms are by the plugin, and from how many tokens on
-    self-attentions are PyTorch's (None for the product's own choice).
+    """One engine: its folder, its fp32 layers, whether norms are by the plugin, from how many tokens on self-attentions
+    are PyTorch's (None for the product's own choice), and whether its pieces give each other channels last.
     """
 
     folder: Path
     layers: int
     plugins: bool
     split: int | None
+    channels_last: bool
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Variant:
-        """`5`, `5-native`, `5-whole` or `5-1024`."""
+        """`5`, `5-native`, `5-whole`, `5-1024` or `5-last`."""
         layers, *words = name.split("-")
         tokens = next((int(word) for word in words if word.isdecimal()), None)
-        return cls(folder / name, int(layers), "native" not in words, 0 if "whole" in words else tokens)
+        split = 0 if "whole" in words else tokens
+        return cls(folder / name, int(layers), "native" not in words, split, "last" in words)
 
     @property
     def onnx(self) -> Path:
@@ -107,6 +110,7 @@ def build(variant: Variant, contract: Contract, args: argparse.Namespace) -> dic
         args.optimization_level,
         norm_plugins=variant.plugins,
         split_attention=variant.split,
+        channels_last=variant.channels_last,
     )
     return build_plan(variant.onnx, variant.folder, contract, spec, timing_cache=None, console=console)
 
@@ -208,6 +212,7 @@ def row_of(variant: Variant, contract: Contract, state: Mapping[str, Any]) -> di
         "layers": variant.layers,
         "norm_plugins": variant.plugins,
         "split_attention": variant.split,
+        "channels_last": variant.channels_last,
         "fp32_operators": built.get("fp32_operators"),
         **found,
         "worst_ratio_to_pytorch_fp16": max(ratios),
@@ -409,7 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--variants", nargs="+", default=["0", "2", "5"], metavar="N[-native][-whole|-TOKENS]")
+    parser.add_argument("--variants", nargs="+", default=["0", "2", "5"], metavar="N[-native][-whole|-TOKENS][-last]")
     parser.add_argument("--build-only", action="store_true", help="measure in a later run with the same --folder")
     parser.add_argument("--height", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)

@@ -27,7 +27,7 @@ ALL_AXES = np.iinfo(np.int64).max  # as the end of a Slice
 
 
 def lower_opset(path: Path) -> None:
-    """Lower an ONNX file to opset 17 in place; its weights stay where they are. (8.6 has not been given one yet.)
+    """Lower an ONNX file to opset 17 in place; its weights stay where they are.
 
     Raises:
         ValueError: where opset 17 can't say what a node does; the file is as it was.
