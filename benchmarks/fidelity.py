@@ -269,7 +269,7 @@ def measure_convolution(channels: int, out_channels: int, side: int, args: argpa
         (TensorSpec("out_sample", "float16", (2, out_channels, side, side)),),
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, torch.inference_mode():
-        variant = Variant(0, False, Path(folder))
+        variant = Variant(Path(folder), layers=0, plugins=False, split=0, channels_last=False)
         names = {"input_names": ["sample"], "output_names": ["out_sample"]}
         torch.onnx.export(module, (sample,), str(variant.onnx), dynamo=False, opset_version=17, **names)
         build(variant, contract, args)
@@ -299,7 +299,8 @@ def additions(module: torch.nn.Conv2d | torch.nn.Linear) -> int:
 def noisy(tensor: torch.Tensor, additions: int) -> torch.Tensor:
     """A result with the noise of so many additions in fp16."""
     share = MEASURED_NOISE * (additions / MEASURED_ADDITIONS) ** 0.5
-    return tensor + share * tensor.std() * torch.randn_like(tensor)
+    result: torch.Tensor = tensor + share * tensor.std() * torch.randn_like(tensor)
+    return result
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def soak(count: int, seed: int, each: int) -> dict[str, Any]:
     """Generate in one process, changing sizes and models; resident memory along the way."""
     from soak import run
 
-    return run(count, seed, each=each)
+    return dict(run(count, seed, each=each))
 
 
 def digest(repeats: int) -> dict[str, Any]:

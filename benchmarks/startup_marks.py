@@ -368,7 +368,7 @@ def floor_read(marks: Marks, *paths: str) -> None:
     with marks.span("read"):
         for path in paths:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                while file.readinto(buffer):  # type: ignore[attr-defined]
+                while file.readinto(buffer):
                     pass
 
 

@@ -194,7 +194,7 @@ class SharedContext(ScaledQueries):
         return tuple(split_heads(part, self.heads) for part in (module.to_q(states), key, value))
 
 
-def merge_context(module: nn.Module) -> None:
+def merge_context(module: UNet2DConditionModel) -> None:
     """All keys and values of the text in one product at the start, instead of two small ones a layer."""
     layers = [part for name, part in module.named_modules() if name.endswith("attn2")]
     projections = [projection for part in layers for projection in (part.to_k, part.to_v)]
@@ -203,7 +203,7 @@ def merge_context(module: nn.Module) -> None:
     module.context.weight.data = torch.cat([projection.weight.data for projection in projections])
     made: list[Tensor] = []
 
-    def project(unet: nn.Module, given: Any, named: dict[str, Any]) -> None:
+    def project(unet: UNet2DConditionModel, given: Any, named: dict[str, Any]) -> None:
         context = named["encoder_hidden_states"] if "encoder_hidden_states" in named else given[2]
         made[:] = unet.context(context).split(widths, dim=-1)
 
@@ -224,7 +224,7 @@ class Given(nn.Module):
         return self.made.pop(0)
 
 
-def merge_timestep(module: nn.Module) -> None:
+def merge_timestep(module: UNet2DConditionModel) -> None:
     """The timestep's projections of all resnets in one product, and its SiLU once, instead of one each a resnet."""
     resnets = [part for part in module.modules() if isinstance(part, ResnetBlock2D)]
     projections = [part.time_emb_proj for part in resnets]
@@ -234,7 +234,7 @@ def merge_timestep(module: nn.Module) -> None:
     merged.bias.data = torch.cat([projection.bias.data for projection in projections])
     made: list[Tensor] = []
 
-    def project(embedding: nn.Module, given: Any, output: Tensor) -> None:
+    def project(embedding: Any, given: Any, output: Tensor) -> None:
         made[:] = embedding.projections(nn.functional.silu(output)).split(widths, dim=-1)
 
     module.time_embedding.projections = merged
@@ -257,7 +257,7 @@ def one_pass_norms(module: nn.Module) -> None:
 
     for part in module.modules():
         if isinstance(part, nn.GroupNorm):
-            part.forward = forward.__get__(part)
+            part.forward = forward.__get__(part)  # type: ignore[method-assign]
 
 
 PRODUCT = Choice()

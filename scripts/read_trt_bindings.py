@@ -135,7 +135,7 @@ def read(family: str, requirement: str, folder: Path) -> dict[str, object]:
     wanted = json.dumps([CLASSES, FUNCTIONS])
     command = [sys.executable, "-W", "ignore", "-c", READER, package, wanted]
     result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout)
+    return dict(json.loads(result.stdout))
 
 
 def _output(*command: str) -> str:

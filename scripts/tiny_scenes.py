@@ -105,7 +105,7 @@ def sample_scenes(n: int, height: int, width: int, generator: torch.Generator, w
         return torch.randint(high, shape, generator=generator, device=device)
 
     count = 1 + (torch.rand(pairs, generator=generator, device=device) < 0.65).long()
-    layout = [count, integers(2, pairs), integers(len(KINDS), pairs, 2), integers(len(SIZES), pairs, 2)]
+    layout = (count, integers(2, pairs), integers(len(KINDS), pairs, 2), integers(len(SIZES), pairs, 2))
     count, vertical, kind, size = (part.repeat_interleave(2, dim=0) for part in layout)
     x, y, radius = (part.repeat_interleave(2, dim=0) for part in _place(*layout, height, width, generator))
     blank = torch.zeros_like(kind)

@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
@@ -68,7 +69,7 @@ def held_out_prompts(n: int, sizes: list[tuple[int, int]], seed: int) -> list[Pr
 
 def full_template(view: str, rng: random.Random) -> str:
     """A wording that says every kind and colour, the background, and where two shapes lie."""
-    needed = ("{a.colour}", "{a.kind}", "{b.colour}", "{b.kind}", "{background}")
+    needed: tuple[str, ...] = ("{a.colour}", "{a.kind}", "{b.colour}", "{b.kind}", "{background}")
     if view == VIEWS[0]:
         needed = ("{a.colour}", "{a.kind}", "{background}")
     while True:
@@ -280,7 +281,7 @@ Image to image, the same layout in other colours (50 steps, guidance scale 7.5):
 """
 
 
-def write_model_card(folder: Path, report: dict) -> None:
+def write_model_card(folder: Path, report: dict[str, Any]) -> None:
     """Write the scores and how the model was made into the folder's README.md."""
     guided, unguided, parts = report["held_out"], report["guidance_1"], report["parameters"]
     text = CARD.format(

@@ -472,7 +472,7 @@ def save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def save_checkpoint(plan: Plan, stage: UnetStage) -> None:
     """Four files: weights, averaged weights, optimiser moments (bfloat16), and the clock."""
-    moments = {}
+    moments: dict[str, Tensor] = {}
     for name, parameter in stage.model.named_parameters():
         state = stage.optimizer.state[parameter]
         moments |= {f"{name}/{key}": state[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")}

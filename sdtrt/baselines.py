@@ -164,7 +164,7 @@ def _buffer(tensor: torch.Tensor) -> torch.Tensor:
 
 def capture_graph(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
     """Capture a call into a CUDA graph: its replay, and the tensor that each replay writes."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARMUPS_BEFORE_CAPTURE):
@@ -184,7 +184,7 @@ def compiled_forward(forward: Callable[..., Any], name: BaselineName, device: to
     compiled = torch.compile(forward, mode=mode if device.type == "cuda" else "default", dynamic=False)
 
     def call(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        torch.compiler.cudagraph_mark_step_begin()
         return (compiled(*args, **kwargs, return_dict=False)[0].clone(),)
 
     return call

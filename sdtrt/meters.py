@@ -76,7 +76,7 @@ def time_queued_calls(call: Callable[[], object], repeats: int, device: torch.de
     """
     if device.type != "cuda":
         return time_calls(call, repeats, device)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     synchronize(device)
     events[0].record()
     for event in events[1:]:

@@ -1,5 +1,6 @@
 """The scripts in `benchmarks/` that run without a GPU, on the built-in model."""
 
+import argparse
 import importlib
 import json
 import os
@@ -51,6 +52,13 @@ def lowering(monkeypatch):
     """`lowering.py` as a module."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("lowering")
+
+
+@pytest.fixture
+def fidelity(monkeypatch):
+    """`fidelity.py` as a module."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("fidelity")
 
 
 @pytest.fixture
@@ -187,6 +195,30 @@ def test_what_opset_17_cannot_say_is_not_lowered(more, attributes, words, loweri
         lowering.lower_opset(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_convolution_by_itself_is_as_good_as_pytorchs(fidelity, tmp_path):
+    asked = argparse.Namespace(backend="onnxruntime", folder=tmp_path, repeats=2)
+    row = fidelity.measure_convolution(8, 16, 32, asked)
+    assert (row["channels"], row["out_channels"], row["side"]) == (8, 16, 32)
+    assert 0 < row["relative_l2"] < 1.1 * row["pytorch_fp16_relative_l2"] < 1e-3
+    assert len(row["step_us"]["samples"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("0", (0, True, None, False)),
+        ("5-native", (5, False, None, False)),
+        ("2-whole", (2, True, 0, False)),
+        ("2-1024-last", (2, True, 1024, True)),
+    ],
+)
+def test_what_a_variants_name_says(fidelity, tmp_path, name, found):
+    variant = fidelity.Variant.of(name, tmp_path)
+    assert (variant.layers, variant.plugins, variant.split, variant.channels_last) == found
+    assert variant.onnx == tmp_path / name / "model.onnx"
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class Scratch:
         """
         with self._lock:
             if self._done is None:
-                self._done, self._device = torch.cuda.Event(), device  # type: ignore[no-untyped-call]
+                self._done, self._device = torch.cuda.Event(), device
             assert self._device == device, "a scratch serves one GPU"
             if self._block is None or self._block.numel() < size_bytes:
                 self._block = torch.empty(size_bytes, dtype=torch.uint8, device=device)

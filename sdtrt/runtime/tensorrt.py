@@ -114,7 +114,7 @@ class TensorRTSession(Session[torch.Tensor]):
             self._kept = {spec.name: self._new_tensor(spec.shape({}), spec) for spec in self._kept_specs}
             self._is_kept = False  # whether what lies there is of the conditioning that lies in the buffers
             self._contexts = self._new_contexts(range(len(self._plans)))
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self._device)
 
     @property
     def graph_count(self) -> int:
