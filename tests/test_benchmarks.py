@@ -40,25 +40,18 @@ def run(script, *arguments, **variables):
     run_python(ROOT / "benchmarks" / script, *arguments, **variables)
 
 
-@pytest.fixture
-def tuning(monkeypatch):
-    """`tuning.py` as a module."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("tuning")
+def module(name):
+    """A fixture: one of `benchmarks/` as a module."""
+
+    @pytest.fixture(name=name)
+    def load(monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module(name)
+
+    return load
 
 
-@pytest.fixture
-def lowering(monkeypatch):
-    """`lowering.py` as a module."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("lowering")
-
-
-@pytest.fixture
-def fidelity(monkeypatch):
-    """`fidelity.py` as a module."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("fidelity")
+tuning, lowering, fidelity = map(module, ("tuning", "lowering", "fidelity"))
 
 
 @pytest.fixture
