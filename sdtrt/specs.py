@@ -52,8 +52,9 @@ MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
 GIB = 2**30
 
 IN_PIECES: tuple[Component, ...] = ("unet", "vae_decoder", "vae_encoder")  # what 8.6 leaves some of to PyTorch
-# The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads and that the TorchScript
-# exporter writes with a LayerNormalization of its own; the dynamo exporter starts at 18.
+# The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads, and the first with layer
+# normalisation as one operator: spelled out, it costs 8.6 a quarter of a step (benchmarks/tuning.md). The dynamo
+# exporter starts at 18.
 DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
 
 
