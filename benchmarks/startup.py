@@ -36,6 +36,7 @@ from sdtrt import host
 MARKS = Path(__file__).with_name("startup_marks.py")
 ROOT = Path(sdtrt.__file__).parents[1]
 FIRST_STEP = "the first call of the UNet"
+NO_ENGINE = "no engine runs the UNet: name a --backend other than torch"
 SLOWEST = 25
 SHOWN_S = 0.02  # spans shorter than that are in the JSON only
 LARGE_LIBRARY = 10_000_000  # bytes: smaller ones take no time to read
@@ -112,7 +113,7 @@ def command_timeline(runs: Sequence[Marks]) -> dict[str, Any]:
     """The timeline of a command, with the end of its first step."""
     steps = [span["end"] for one in runs for span in one["spans"] if span["name"] == FIRST_STEP]
     if len(steps) != len(runs):
-        raise RuntimeError("no engine ran the UNet: name a --backend other than torch")
+        raise RuntimeError(NO_ENGINE)  # as `auto` may choose
     return {"first_step_s": samples(steps), **timeline(runs)}
 
 
@@ -296,6 +297,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if args.backend == "torch":
+        parser.error(NO_ENGINE)
     if not args.output.parent.is_dir():
         parser.error(f"there is no folder {args.output.parent}")
     with tempfile.TemporaryDirectory() as folder:

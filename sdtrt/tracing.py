@@ -20,8 +20,10 @@ from torch.nn import functional
 from sdtrt.components import BATCH, IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
-# constant of 0 and 1. Small, as the TorchScript exporter runs the module once.
-TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, IMAGE_HEIGHT: 80, IMAGE_WIDTH: 112, TOKENS: 7}
+# constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
+# a VAE, which works on pixels, is traced at fewer latents than a UNet, whose lowest level is to have more than one.
+TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, TOKENS: 7}
+VAE_TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 3, LATENT_WIDTH: 5, IMAGE_HEIGHT: 24, IMAGE_WIDTH: 40}
 
 # `UNet2DConditionModel.forward` passes the sizes of its skip connections to the upsamplers only where a latent side is
 # not a multiple of 2**num_upsamplers, and a trace keeps the branch that it took. No side is a multiple of 2**40.
@@ -191,8 +193,9 @@ def _encode_text(encoder: Any, contract: Contract, input_ids: Tensor) -> tuple[T
 def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
     """Inputs to trace with, in the contract's order."""
     generator = torch.Generator().manual_seed(0)
+    sizes = VAE_TRACE_SIZES if contract.component in ("vae_decoder", "vae_encoder") else TRACE_SIZES
     return tuple(
-        torch.rand(spec.shape(TRACE_SIZES), generator=generator).mul(spec.below or 1).to(getattr(torch, spec.dtype))
+        torch.rand(spec.shape(sizes), generator=generator).mul(spec.below or 1).to(getattr(torch, spec.dtype))
         for spec in contract.inputs
     )
 

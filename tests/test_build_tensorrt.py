@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 import trt_fakes
+from exports import EACH_BY_BOTH, exported_unet
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
@@ -30,7 +31,7 @@ from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import BuildError, EngineError
 from sdtrt.export import write_onnx
-from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, ExportSpec, Profile, Range, Sizes
+from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 from sdtrt.trt_api import libraries, running
 from sdtrt.trt_api.header import read_header
 
@@ -53,13 +54,13 @@ def rtx_spec(precision="fp16", profiles=(PROFILE,), **values):
     )
 
 
-def export_to(folder, kind="sd1", exporter="torchscript", precision="fp16", **overrides):
+def export_to(folder, kind="sd1", precision="fp16", **overrides):
     """Export a small UNet; returns the file and its contract."""
     unet = factories.small_unet(kind, **{**KINDS[kind], **overrides})
     unet = unet.to({"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     contract = unet_contract(unet.config, precision)
     path = folder / "model.onnx"
-    write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter], console=QUIET)
+    write_onnx(unet, contract, path)
     return path, contract
 
 
@@ -83,20 +84,14 @@ def request_for(tiny_onnx, folder, spec=None, **values):
 
 
 @needs_rtx
-@pytest.mark.parametrize(
-    ("kind", "exporter"),
-    [
-        ("sd1", "torchscript"),
-        pytest.param("sd1", "dynamo", marks=pytest.mark.slow),
-        ("sd2", "torchscript"),
-        pytest.param("sd2", "dynamo", marks=pytest.mark.slow),
-        ("sdxl", "torchscript"),
-        pytest.param("sdxl", "dynamo", marks=pytest.mark.slow),
-    ],
-)
-def test_every_kind_of_unet_builds(kind, exporter, tmp_path):
+@pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)
+def test_every_kind_of_unet_builds(kind, exporter, tmp_path, shared):
     """Parsed and built by a real TensorRT from the real export: convolutional and linear projections, SDXL's inputs."""
-    path, contract = export_to(tmp_path, kind, exporter, **(factories.SMALLEST[kind] if exporter == "dynamo" else {}))
+    if exporter == "dynamo":
+        it = exported_unet(shared, kind, "fp16", exporter)
+        path, contract = it.path, it.contract
+    else:
+        path, contract = export_to(tmp_path, kind)
     info = build_here(Request(path, tmp_path, contract, rtx_spec(), None, False), lambda message: None)
     layers = info["precision"]["layers"]
     assert layers["fp16"] > 5 * layers["fp32"] > 0, "but for the timestep and the ends of the U, all computes in fp16"
@@ -185,7 +180,7 @@ def test_attention_that_overflows_builds_with_fp32_inside(tmp_path):
     for upcast in (False, True):
         folder = tmp_path / str(upcast)
         folder.mkdir()
-        path, contract = export_to(folder, "sd2", upcast_attention=upcast)
+        path, contract = export_to(folder, "sd2", **{**factories.SMALLEST["sd2"], "upcast_attention": upcast})
         info = build_here(Request(path, folder, contract, rtx_spec(), None, False), lambda message: None)
         layers[upcast] = info["precision"]["layers"]
     assert layers[True]["fp32"] > layers[False]["fp32"]

@@ -6,7 +6,8 @@ import errno
 import json
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import factories
@@ -14,9 +15,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from filelock import FileLock
+from exports import DTYPES, EACH_BY_BOTH, EXPORTERS, exported_unet, make
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -31,63 +31,20 @@ from sdtrt.models import resolve_model
 from sdtrt.parity import TOLERANCES, seeded_feeds
 from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-KINDS = tuple(factories.UNET_CONFIGS)
-SMALLER = {"layers_per_block": 1}  # exporters' time goes by the number of layers, and two a block are as one
 SMALLEST = factories.SMALLEST["sd1"]
 FEW_SIZES = (Sizes(1, 128, 128), Sizes(5, 72, 104, tokens=154))
-NAMES = ["torchscript", "dynamo"]
-
-
-@dataclass(frozen=True)
-class Exported:
-    path: Path
-    unet: UNet2DConditionModel
-    contract: Contract
-
-    @property
-    def model(self):
-        return onnx.load(self.path)
-
-
-def module_of(kind, precision, **overrides):
-    unet = factories.small_unet(kind, **{**SMALLER, **overrides})
-    torch.nn.Module.to(unet, DTYPES[precision])
-    return unet, unet_contract(unet.config, precision)
-
-
-def make(folder, kind="sd1", precision="fp16", exporter="torchscript", **overrides):
-    unet, contract = module_of(kind, precision, **overrides)
-    path = folder / "model.onnx"
-    write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
-    return Exported(path, unet, contract)
 
 
 @pytest.fixture(scope="module")
 def exported(shared):
-    """Exports by kind, precision and exporter, each made once in a test run; tests must not change them."""
-
-    def get(kind="sd1", precision="fp16", exporter="torchscript"):
-        folder = shared / "-".join((kind, precision, exporter))
-        overrides = factories.SMALLEST[kind] if exporter == "dynamo" else {}
-        with FileLock(f"{folder}.lock"):
-            if folder.is_dir():
-                unet, contract = module_of(kind, precision, **overrides)
-                return Exported(folder / "model.onnx", unet, contract)
-            draft = folder.with_suffix(".draft")
-            draft.mkdir(exist_ok=True)
-            it = make(draft, kind, precision, exporter, **overrides)
-            draft.rename(folder)
-            return replace(it, path=folder / "model.onnx")
-
-    return get
+    """Exports by kind, precision and exporter (`exports.exported_unet`)."""
+    return partial(exported_unet, shared)
 
 
 # --- right at every size ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exporter", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)
 def test_fp16_graph_computes_what_pytorch_does(exported, kind, exporter):
     it = exported(kind, "fp16", exporter)
     report = check_onnx(it.path, it.unet, it.contract)
@@ -207,8 +164,7 @@ def test_inputs_of_the_check_are_those_of_a_denoising_loop(exported):
 # --- the contract's, and plain ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exporter", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)
 def test_inputs_and_outputs_are_the_contracts(exported, kind, exporter):
     it = exported(kind, "fp16", exporter)
     for values, specs in ((it.model.graph.input, it.contract.inputs), (it.model.graph.output, it.contract.outputs)):
@@ -227,7 +183,7 @@ def test_the_file_says_what_it_is(exported):
     assert [(entry.domain, entry.version) for entry in it.model.opset_import] == [("", 17)]
 
 
-@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("exporter", EXPORTERS)
 def test_nothing_of_this_machine_is_in_the_file(exported, exporter):
     it = exported("sd1", "fp16", exporter)
     content = it.path.read_bytes()
@@ -238,8 +194,7 @@ def test_nothing_of_this_machine_is_in_the_file(exported, exporter):
     assert not it.model.graph.value_info
 
 
-@pytest.mark.parametrize("exporter", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)
 def test_the_graph_is_plain(exported, kind, exporter):
     it = exported(kind, "fp16", exporter)
     graph = it.model.graph
@@ -261,7 +216,7 @@ def test_the_graph_is_plain(exported, kind, exporter):
     assert {name for name, value in parameters.items() if value.dim() > 1} <= names
 
 
-@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("exporter", EXPORTERS)
 def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
     made = exported("sd1", exporter=exporter)
@@ -270,7 +225,7 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
 
 
-@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("exporter", EXPORTERS)
 def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
     """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
     made = exported("sd1", exporter=exporter)
@@ -327,8 +282,7 @@ def test_more_or_no_layers_in_fp32(tmp_path, exported, monkeypatch):
     assert not tracing.wide_convolutions(exported("sd1", "bf16").unet)
 
 
-@pytest.mark.parametrize("exporter", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)
 def test_queries_and_keys_are_scaled_before_their_product(exported, kind, exporter):
     graph = exported(kind, "fp16", exporter).model.graph
     makers = {name: node for node in graph.node for name in node.output}
@@ -343,7 +297,7 @@ def test_queries_and_keys_are_scaled_before_their_product(exported, kind, export
             assert scale
 
 
-@pytest.mark.parametrize("exporter", NAMES)
+@pytest.mark.parametrize("exporter", EXPORTERS)
 def test_exporting_twice_gives_the_same_bytes_and_says_nothing(tmp_path, exported, exporter, capfd):
     before = exported("sd1", "fp16", exporter)
     capfd.readouterr()

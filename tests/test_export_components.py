@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from filelock import FileLock
 from onnx import numpy_helper
 
 from sdtrt import tracing
@@ -51,18 +52,18 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Exports, each made once."""
-    known = {}
+def exported(shared):
+    """Exports, each made once in a test run, whichever process of pytest-xdist wants it first."""
 
     def get(name, precision="fp16", exporter="torchscript"):
-        key = (name, precision, exporter)
-        if key not in known:
-            module, contract = make(name, precision)
-            path = tmp_path_factory.mktemp("export") / "model.onnx"
-            write_onnx(module, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
-            known[key] = Exported(path, module, contract)
-        return known[key]
+        module, contract = make(name, precision)
+        path = shared / f"{name}-{precision}-{exporter}.onnx"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                draft = path.with_suffix(".draft")
+                write_onnx(module, contract, draft, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
+                draft.rename(path)
+        return Exported(path, module, contract)
 
     return get
 
@@ -130,6 +131,16 @@ def test_export_leaves_the_module_as_it_was(exported):
     it = exported("vae_decoder")
     assert not any("forward" in vars(module) for module in it.module.modules())
     assert not hasattr(it.module, "num_upsamplers")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_graph_is_the_same_whatever_sizes_it_is_traced_with(name, exported, tmp_path, monkeypatch):
+    larger = {"batch": 3, "latent_height": 10, "latent_width": 14, "image_height": 80, "image_width": 112, "tokens": 9}
+    for sizes in ("TRACE_SIZES", "VAE_TRACE_SIZES"):
+        monkeypatch.setattr(tracing, sizes, larger)
+    module, contract = make(name, "fp16")
+    write_onnx(module, contract, tmp_path / "model.onnx")
+    assert factories.sha256_of(tmp_path / "model.onnx") == factories.sha256_of(exported(name).path)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
