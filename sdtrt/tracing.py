@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdtrt.components import BATCH, IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract
+from sdtrt.parts import VAE_HALVES
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
 # constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
@@ -193,7 +194,7 @@ def _encode_text(encoder: Any, contract: Contract, input_ids: Tensor) -> tuple[T
 def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
     """Inputs to trace with, in the contract's order."""
     generator = torch.Generator().manual_seed(0)
-    sizes = VAE_TRACE_SIZES if contract.component in ("vae_decoder", "vae_encoder") else TRACE_SIZES
+    sizes = VAE_TRACE_SIZES if contract.component in VAE_HALVES else TRACE_SIZES
     return tuple(
         torch.rand(spec.shape(sizes), generator=generator).mul(spec.below or 1).to(getattr(torch, spec.dtype))
         for spec in contract.inputs

@@ -1,8 +1,9 @@
-"""Exports of small UNets, each made once in a test run, whichever test and process of pytest-xdist wants it first."""
+"""Exports, each made once in a test run, whichever test and process of pytest-xdist wants it first; small UNets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import factories
@@ -52,16 +53,18 @@ def make(folder, kind="sd1", precision="fp16", exporter="torchscript", **overrid
     return Exported(path, unet, contract)
 
 
+def made_once(path, write):
+    """A file of the test run, which `write` makes where no test of any process has made it yet."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            draft = path.with_suffix(".draft")
+            write(draft)
+            draft.rename(path)
+    return path
+
+
 def exported_unet(shared, kind="sd1", precision="fp16", exporter="torchscript"):
     """By kind, precision and exporter, in the folder of the test run; tests must not change it."""
-    folder = shared / "-".join((kind, precision, exporter))
-    overrides = factories.SMALLEST[kind] if exporter == "dynamo" else {}
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            unet, contract = module_of(kind, precision, **overrides)
-            return Exported(folder / "model.onnx", unet, contract)
-        draft = folder.with_suffix(".draft")
-        draft.mkdir(exist_ok=True)
-        it = make(draft, kind, precision, exporter, **overrides)
-        draft.rename(folder)
-        return replace(it, path=folder / "model.onnx")
+    unet, contract = module_of(kind, precision, **(factories.SMALLEST[kind] if exporter == "dynamo" else {}))
+    write = partial(write_onnx, unet, contract, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
+    return Exported(made_once(shared / f"{kind}-{precision}-{exporter}.onnx", write), unet, contract)

@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 import trt_fakes
-from exports import EACH_BY_BOTH, exported_unet
+from exports import EACH_BY_BOTH, exported_unet, make
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
@@ -37,11 +37,10 @@ from sdtrt.trt_api.header import read_header
 
 SM89 = (8, 9)
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
-SMALL = {"layers_per_block": 1}
 KINDS = {
-    "sd1": SMALL,
-    "sd2": {**SMALL, "upcast_attention": True},
-    "sdxl": {**SMALL, "transformer_layers_per_block": [1, 1, 2]},
+    "sd1": {},
+    "sd2": {"upcast_attention": True},
+    "sdxl": {"transformer_layers_per_block": [1, 1, 2]},
 }
 
 needs_rtx = pytest.mark.skipif(not libraries.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
@@ -56,12 +55,8 @@ def rtx_spec(precision="fp16", profiles=(PROFILE,), **values):
 
 def export_to(folder, kind="sd1", precision="fp16", **overrides):
     """Export a small UNet; returns the file and its contract."""
-    unet = factories.small_unet(kind, **{**KINDS[kind], **overrides})
-    unet = unet.to({"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    contract = unet_contract(unet.config, precision)
-    path = folder / "model.onnx"
-    write_onnx(unet, contract, path)
-    return path, contract
+    it = make(folder, kind, precision, **{**KINDS[kind], **overrides})
+    return it.path, it.contract
 
 
 @pytest.fixture(scope="module")
