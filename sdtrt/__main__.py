@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import Any
 
-INTERRUPTED = 130  # what shells expect after Ctrl-C
+from sdtrt.interrupts import HINT, INTERRUPTED, MESSAGE, heeded, listen
 
 
 def open_closed_streams() -> None:
@@ -50,11 +50,12 @@ def main() -> None:
     try:
         open_closed_streams()
         make_stderr_lossy()
-        from sdtrt.cli import main as run
-
+        listen()
+        with heeded():
+            from sdtrt.cli import main as run
         run()
     except KeyboardInterrupt:  # before the command line could say it, or while it did
-        print("error: interrupted\nhint: nothing half-done was left; finished images were kept", file=sys.stderr)
+        print(f"error: {MESSAGE}\nhint: {HINT}", file=sys.stderr)
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise

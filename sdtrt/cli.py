@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 from typer import Argument, Option
 
-from sdtrt import __version__
+from sdtrt import __version__, interrupts
 from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
 from sdtrt.entries import removal_of
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from sdtrt.models import Model
     from sdtrt.verdict import VerifyReport
 
-INTERRUPTED = 130  # what shells expect after Ctrl-C
 DAY = 86400
 
 app = typer.Typer(
@@ -464,13 +463,14 @@ def main() -> NoReturn:
         codecs.register_error("sdtrt", _as_it_came_or_escaped)
         sys.stdout.reconfigure(errors="sdtrt")
     try:
-        _check_working_folder()
-        code = app(standalone_mode=False) or 0
-        sys.stdout.flush()
+        with interrupts.heeded():
+            _check_working_folder()
+            code = app(standalone_mode=False) or 0
+            sys.stdout.flush()
     except SdtrtError as error:
         code = _fail(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        code = interrupts.INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()
         code = 1
@@ -487,8 +487,8 @@ def main() -> NoReturn:
         message = error.format_message()  # empty where the help was shown instead, for want of arguments
         hint = f"{_command_path(error)} --help shows the options"
         code = _fail(message, hint, error.exit_code) if message else error.exit_code
-    if code == INTERRUPTED:  # newer typers turn the exception into this code themselves
-        _fail("interrupted", "nothing half-done was left; finished images were kept", INTERRUPTED)
+    if code == interrupts.INTERRUPTED:  # newer typers turn the exception into this code themselves
+        _fail(interrupts.MESSAGE, interrupts.HINT, interrupts.INTERRUPTED)
     sys.exit(code)
 
 

@@ -235,6 +235,24 @@ def test_what_others_can_change_is_used_only_when_asked_to(run, tmp_path):
     assert "is not safe" in out  # the table would break a long path's line anywhere
 
 
+def run_program(code: str) -> subprocess.CompletedProcess[bytes]:
+    """Run Python code in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=environment,
+        preexec_fn=heed_ctrl_c,
+    )
+
+
+def heed_ctrl_c() -> None:
+    """Let a child be interrupted even where these tests run in a shell's background, which ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_path_of_any_bytes_goes_out_as_it_came(tmp_path):
     (tmp_path / "engines").mkdir()
     code = (
@@ -243,8 +261,7 @@ def test_a_path_of_any_bytes_goes_out_as_it_came(tmp_path):
         "cli.app = lambda **_: print(name)\n"
         "cli.main()"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False, env=environment)
+    ended = run_program(code)
     assert (ended.returncode, ended.stdout) == (0, b"\xff.png\n"), ended.stderr
 
 
@@ -253,12 +270,57 @@ def interrupted(arguments: list[str], folder: Path, seconds: float) -> tuple[int
     command = [sys.executable, "-m", "sdtrt", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SDTRT_ENGINE_DIR": str(folder / "engines")}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=folder,
+        preexec_fn=heed_ctrl_c,
     ) as running:
         time.sleep(seconds)
         running.send_signal(signal.SIGINT)
         err = running.communicate(timeout=100)[1]
     return running.returncode, err
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "torch.tensor(Sequence())",  # ValueError: could not determine the shape of object type 'Sequence'
+        "Deleted(); time.sleep(100)",  # Exception ignored in: <function Deleted.__del__>
+        "collected = weakref.ref(Any(), press); time.sleep(100)",
+    ],
+)
+def test_ctrl_c_ends_the_command_where_a_library_would_lose_it(lost):
+    code = f"""
+import signal, time, weakref, torch
+from sdtrt import cli
+from sdtrt.__main__ import main
+
+def press(*_): signal.raise_signal(signal.SIGINT)
+class Any: pass
+class Sequence:
+    def __len__(self): press()
+    def __getitem__(self, index): return 0
+class Deleted:
+    def __del__(self): press()
+
+def app(**_): {lost}
+cli.app = app
+main()
+"""
+    ended = run_program(code)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.startswith(b"error: interrupted\n")
+
+
+@pytest.mark.parametrize("error", ["OSError(28, 'No space left on device')", "MemoryError()", "ValueError('a bug')"])
+def test_what_fails_without_ctrl_c_is_what_it_is(error):
+    code = f"from sdtrt import cli; from sdtrt.__main__ import main\ndef app(**_): raise {error}\ncli.app = app; main()"
+    ended = run_program(code)
+    assert ended.returncode == 1
+    assert b"interrupted" not in ended.stderr
 
 
 @pytest.mark.slow
