@@ -17,13 +17,14 @@ import torch
 from sdtrt.build.fused_attention import fuse
 from sdtrt.build.onnxruntime import EXTERNAL_BYTES
 from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract, unet_contract
+from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, first_line
 from sdtrt.export import FILE_NAME, export_component
 from sdtrt.meters import tf32
 from sdtrt.modules import UNetFacade
+from sdtrt.parts import contract_of
 from sdtrt.pipeline import OpenPipeline, PipelineSpec, open_pipeline
 from sdtrt.runtime.onnxruntime import LOG_SEVERITY
 from sdtrt.runtime.session import Session, check_feeds
@@ -197,7 +198,7 @@ def _open_onnxruntime(spec: PipelineSpec, directory: EngineDirectory, console: C
     Attentions are that library's operator, as in its engines for a CPU. Its optimiser for Stable Diffusion
     (`onnxruntime.transformers`) fuses more, but only in graphs as older PyTorch wrote them.
     """
-    contract = unet_contract(spec.model.config("unet"), spec.precision)
+    contract = contract_of(spec.model, "unet", spec.precision)
     require_provider(CUDA_PROVIDER)
     entry = export_component(spec.model, ExportSpec(spec.model.spec, precision=spec.precision), directory, console)
     with open_pipeline(spec, directory, console) as opened:

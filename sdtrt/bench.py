@@ -19,16 +19,17 @@ from sdtrt import __version__, charts, engines, host, meters, models, saving
 from sdtrt.baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.build import backend_version
 from sdtrt.cache import EngineDirectory
-from sdtrt.components import unet_contract
 from sdtrt.console import Console, print_table, quiet_libraries
 from sdtrt.errors import EngineError, SdtrtError, UsageError, first_line
 from sdtrt.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
 from sdtrt.models import Model
 from sdtrt.parity import seeded_feeds
+from sdtrt.parts import contract_of
 from sdtrt.pipeline import (
     OpenPipeline,
     PipelineSpec,
     check_spec,
+    check_task,
     engine_facts,
     engines_of,
     hooked,
@@ -264,11 +265,12 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = models.resolve_model(spec.model, console)
+        tasks = _tasks(spec, model, console)
         runners = _runners(spec, console)
         bench = _Bench(spec, model, directory, console)
         rows = [
             row
-            for task in spec.tasks
+            for task in tasks
             for batch in spec.batch_sizes
             for row in _with_speedups([bench.row(task, runner, batch) for runner in runners])
         ]
@@ -278,6 +280,15 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
         for path in saving.write_files(spec.output, _files(report), overwrite=spec.overwrite):
             console.note(f"wrote {path}")
     return report
+
+
+def _tasks(spec: BenchSpec, model: Model, console: Console) -> tuple[BenchTask, ...]:
+    """Of the tasks that are asked for, those that the model does: SDXL's refiner makes no image from text alone."""
+    tasks = tuple(task for task in spec.tasks if task == "img2img" or not model.is_refiner)
+    check_task(model, img2img="img2img" in tasks)
+    if tasks != spec.tasks:
+        console.note(f"{model.name} is a refiner, which makes no images from text alone: {', '.join(tasks)} only")
+    return tasks
 
 
 def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
@@ -475,7 +486,7 @@ def _count_calls(module: torch.nn.Module, call: Callable[[], object]) -> int:
 def _parts(opened: OpenPipeline, batch: int) -> dict[str, Callable[[], object]]:
     """One call of each part, as the pipeline makes it."""
     pipe, spec = opened.pipe, opened.spec
-    contract = unet_contract(spec.model.config("unet"), spec.precision)
+    contract = contract_of(spec.model, "unet", spec.precision)
     feeds = {name: tensor.to(spec.device) for name, tensor in seeded_feeds(contract, spec.sizes).items()}
     for name in feeds.keys() - {"timestep", "time_ids"}:
         feeds[name] = feeds[name].to(spec.parts_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +19,8 @@ Layout = Literal["folder", "single-file"]
 PREFIXES = {  # part → where its tensors lie in an original checkpoint
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-    "text_encoder_2": ("conditioner.embedders.1.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer."),
+    "text_encoder_2": ("conditioner.embedders.1.", "conditioner.embedders.0.model."),  # the latter: of SDXL's refiner
 }
 _UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 _LATENT_CHANNELS = 4
@@ -30,9 +30,21 @@ _FOREIGN_KEYS = {  # what else a safetensors file can be, told by its keys
     "a Flux model": r"double_blocks\.",
     "a Stable Diffusion 3 model": r"joint_blocks\.",
     "a diffusers UNet without the rest of its folder": r"^down_blocks\.",
-    "a VAE alone": r"^(first_stage_model\.)?decoder\.",
-    "a text encoder alone": r"text_model\.",
+    "a file of EMA weights alone (model_ema.*)": r"^model_ema\.",
 }
+_PARTS_ALONE = {  # what a file without a UNet holds of a model: the part, told by its keys
+    "vae": r"^(first_stage_model\.|vae\.)?(decoder|encoder)\.",
+    "text encoder": r"text_model\.|^cond_stage_model\.|^conditioner\.embedders\.",
+}
+_EMA = next(kind for kind in _FOREIGN_KEYS if "EMA" in kind)
+_HINTS = {
+    _EMA: "use its full or its pruned version: one that has model.diffusion_model.* tensors",
+    "a VAE alone": "pass it as --vae, beside a checkpoint as --model",
+}
+# Numbers that quantised weights are to be multiplied with: those of fp8 with scales, of bitsandbytes.
+_SCALES = re.compile(
+    r"\.(scale_weight|weight_scale|scale_input|input_scale|absmax|quant_map|SCB)$|\.quant_state\.|(^|\.)scaled_fp8$"
+)
 # Tensors that old files hold and today's text encoders don't take.
 _LEFT_OVER = re.compile(r"position_ids$|logit_scale$|^text_projection|^vision_model\.|^visual_projection|attn_mask$")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -52,11 +64,13 @@ _OPEN_CLIP_NAMES = {
 def check_checkpoint(path: Path, infos: Mapping[str, TensorInfo]) -> None:
     """Raise `ModelError` unless the keys are those of a text-to-image Stable Diffusion."""
     if _UNET_INPUT not in infos:
-        kinds = [kind for kind, pattern in _FOREIGN_KEYS.items() if any(re.search(pattern, name) for name in infos)]
-        what = f"it looks like {kinds[0]}" if kinds else f"it has no {_UNET_INPUT}"
+        what = describe(infos)
         raise ModelError(
             f"{path} is no Stable Diffusion checkpoint: {what}",
-            hint="pass a Stable Diffusion 1.x, 2.x or XL checkpoint, or a diffusers folder",
+            hint=next(
+                (hint for kind, hint in _HINTS.items() if kind in what),
+                "pass a Stable Diffusion 1.x, 2.x or XL checkpoint, or a diffusers folder",
+            ),
         )
     channels = infos[_UNET_INPUT].shape[1:2]
     if channels != (_LATENT_CHANNELS,):
@@ -65,6 +79,40 @@ def check_checkpoint(path: Path, infos: Mapping[str, TensorInfo]) -> None:
             "a model for inpainting or editing, which sdtrt does not support",
             hint="use the text-to-image checkpoint that it was made from",
         )
+
+
+def describe(names: Iterable[str]) -> str:
+    """What a file without a whole model is, by the names of its tensors: `it looks like a LoRA`."""
+    names = tuple(names)
+    kinds = [kind for kind, pattern in _FOREIGN_KEYS.items() if any(re.search(pattern, name) for name in names)]
+    if kinds:
+        return f"it looks like {kinds[0]}"
+    parts = [part for part, pattern in _PARTS_ALONE.items() if any(re.search(pattern, name) for name in names)]
+    if len(parts) == 1:
+        return f"it looks like a {'VAE' if parts[0] == 'vae' else parts[0]} alone"
+    return f"it has no unet, only a {' and a '.join(parts)}" if parts else f"it has no {_UNET_INPUT}"
+
+
+def check_plain(part: str, name: str, dtypes: Mapping[str, str]) -> None:
+    """Refuse weights that are quantised: whole numbers, or numbers that others beside them are to be multiplied with.
+
+    Args:
+        part: whose tensors they are.
+        name: of what they lie in.
+        dtypes: of the tensors, by their stored names.
+
+    Raises:
+        ModelError: naming some of them.
+    """
+    scales = sorted(tensor for tensor in dtypes if _SCALES.search(tensor))
+    if not scales:
+        return
+    kind = "fp8 with scales" if any(dtype.startswith("float8") for dtype in dtypes.values()) else "quantised"
+    some = ", ".join(scales[:3]) + (", …" if len(scales) > 3 else "")
+    raise ModelError(
+        f"the {part} weights of {name} are {kind} ({some}), which sdtrt does not read",
+        hint="use a version in fp16, bf16 or fp32: one without scales, not quantised",
+    )
 
 
 def inferred_repo(infos: Mapping[str, TensorInfo]) -> str:
@@ -147,7 +195,7 @@ def _strip_encoder_prefix(tensors: dict[str, torch.Tensor], module: torch.nn.Mod
     for prefix in ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."):
         if any(name.startswith(prefix) for name in tensors):
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    for prefix in ("cond_stage_model.model.", "conditioner.embedders.1.model."):
+    for prefix in ("cond_stage_model.model.", "conditioner.embedders.1.model.", "conditioner.embedders.0.model."):
         if any(name.startswith(prefix) for name in tensors):
             config: Any = module.config
             return _from_open_clip(tensors, prefix, int(config.num_hidden_layers))

@@ -185,6 +185,8 @@ def _components(
     """The components that are asked for, each with the precision that it is made in."""
     from sdtrt.parts import choose_components, precision_of
 
+    if model.missing and not exporter.component:
+        console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
     for name in choose_components(model, exporter.component or ()):
         fitting = precision_of(model, name, cast("Precision", precision))
         if fitting != precision:

@@ -16,6 +16,8 @@ from sdtrt.specs import SIZE_MULTIPLE, Component, Precision, Profile, Sizes
 BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS = "batch", "latent_height", "latent_width", "tokens"
 IMAGE_HEIGHT, IMAGE_WIDTH = "image_height", "image_width"
 SDXL_TIME_IDS = 6  # original size, crop, target size: two numbers each
+REFINER_TIME_IDS = 5  # of SDXL's refiner: original size, crop, aesthetic score
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 # Inputs of a UNet beside latents and timestep: diffusers' loops make them once and pass them at every step.
 ADDED_CONDITIONING = ("text_embeds", "time_ids")  # in `added_cond_kwargs`
@@ -114,16 +116,19 @@ def dimension_values(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def unet_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
+def unet_contract(config: Mapping[str, Any], precision: Precision, pooled: int | None = None) -> Contract:
     """The contract of a `UNet2DConditionModel`.
 
     Args:
         config: the UNet's diffusers configuration.
         precision: of the weights; all tensors but `timestep` and `time_ids` have its dtype.
+        pooled: the width of SDXL's pooled text (`pooled_width` of the second text encoder); None for a UNet alone,
+            which is taken for one of SDXL's base.
 
     Returns:
         `sample [B,C,H,W]`, `timestep [B]` (float32: fractional timesteps exist, and TensorRT 8.6 narrows int64),
-        `encoder_hidden_states [B,S,D]`, with SDXL `text_embeds [B,P]` and `time_ids [B,6]` → `out_sample [B,C,H,W]`.
+        `encoder_hidden_states [B,S,D]`, with SDXL `text_embeds [B,P]` and `time_ids [B,6]` (the refiner's: `[B,5]`)
+        → `out_sample [B,C,H,W]`.
 
     Raises:
         ModelError: for a UNet that takes inputs beyond these.
@@ -139,14 +144,39 @@ def unet_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
         TensorSpec("encoder_hidden_states", dtype, (BATCH, TOKENS, width)),
     ]
     if config.get("addition_embed_type") == "text_time":
-        time_width = SDXL_TIME_IDS * config["addition_time_embed_dim"]
-        pooled = config["projection_class_embeddings_input_dim"] - time_width
+        time_ids = SDXL_TIME_IDS if pooled is None else time_ids_of(config, pooled)
+        time_width = time_ids * config["addition_time_embed_dim"]
         inputs += [
-            TensorSpec("text_embeds", dtype, (BATCH, pooled)),
-            TensorSpec("time_ids", "float32", (BATCH, SDXL_TIME_IDS)),
+            TensorSpec("text_embeds", dtype, (BATCH, config["projection_class_embeddings_input_dim"] - time_width)),
+            TensorSpec("time_ids", "float32", (BATCH, time_ids)),
         ]
     output = TensorSpec("out_sample", dtype, (BATCH, config["out_channels"], LATENT_HEIGHT, LATENT_WIDTH))
     return Contract("unet", precision, tuple(inputs), (output,))
+
+
+def time_ids_of(config: Mapping[str, Any], pooled: int | None) -> int:
+    """How many time ids an SDXL UNet takes: what its added conditioning has beside the pooled text.
+
+    Args:
+        config: the UNet's diffusers configuration.
+        pooled: the width of the pooled text; None for a UNet alone, which is taken for one of SDXL's base.
+
+    Raises:
+        ModelError: where that is no whole number.
+    """
+    if pooled is None:
+        return SDXL_TIME_IDS
+    total, width = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+    numbers = isinstance(total, int) and isinstance(width, int) and width > 0
+    ids, rest = divmod(total - pooled, width) if numbers else (0, 0)  # type: ignore[operator]  # both are numbers
+    if ids < 1 or rest:
+        raise ModelError(
+            f"the model's unet takes {total} numbers of added conditioning, which are not text_encoder_2's {pooled}"
+            f" and time ids of {width} numbers each",
+            hint="check projection_class_embeddings_input_dim and addition_time_embed_dim of the unet,"
+            " and projection_dim of text_encoder_2",
+        )
+    return ids
 
 
 def _check_supported(config: Mapping[str, Any]) -> None:
@@ -209,19 +239,68 @@ def text_encoder_contract(
 _CLIP_DEFAULTS = {"max_position_embeddings": 77, "hidden_size": 512, "vocab_size": 49408, "projection_dim": 512}
 
 
+def text_width(config: Mapping[str, Any]) -> int:
+    """The width of a text encoder's states. Raises `ModelError` where its configuration has no number for it."""
+    return _clip_number(config, "hidden_size")
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """The width of the pooled text of SDXL's second encoder. Raises `ModelError` where there is no number for it."""
+    return _clip_number(config, "projection_dim")
+
+
+def _clip_number(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name, _CLIP_DEFAULTS[name])
+    if not isinstance(value, int):
+        raise ModelError(
+            f"a text encoder of the model has {name} = {value!r}, which is no whole number",
+            hint="check its config.json, or download the model again",
+        )
+    return value
+
+
 def vae_contract(config: Mapping[str, Any], precision: Precision, component: Component) -> Contract:
-    """The contract of one half of an `AutoencoderKL`; its batch is the number of images.
+    """The contract of one half of an `AutoencoderKL` or an `AutoencoderTiny`; its batch is the number of images.
 
     Returns:
         For `vae_decoder`: `latents [B,C,H,W]` → `image [B,3,8H,8W]`, as `AutoencoderKL.decode`. For `vae_encoder`:
         `image [B,3,8H,8W]` → `moments [B,2C,H,W]`, mean and log-variance of the latents; sampling is diffusers' own.
+        A tiny VAE's latents are of unit variance, `scaled_latents [B,C,H,W]`, and its encoder gives them themselves.
     """
-    dtype, channels = DTYPES[precision], config.get("latent_channels", 4)
+    dtype, channels = DTYPES[precision], latent_channels_of(config)
     pixels = (IMAGE_HEIGHT, IMAGE_WIDTH)
+    name, moments = ("scaled_latents", "scaled_latents") if is_tiny_vae(config) else ("latents", "moments")
     if component == "vae_decoder":
-        latents = TensorSpec("latents", dtype, (BATCH, channels, LATENT_HEIGHT, LATENT_WIDTH))
+        latents = TensorSpec(name, dtype, (BATCH, channels, LATENT_HEIGHT, LATENT_WIDTH))
         image = TensorSpec("image", dtype, (BATCH, config.get("out_channels", 3), *pixels))
         return Contract(component, precision, (latents,), (image,))
     image = TensorSpec("image", dtype, (BATCH, config.get("in_channels", 3), *pixels))
-    moments = TensorSpec("moments", dtype, (BATCH, 2 * channels, LATENT_HEIGHT, LATENT_WIDTH))
-    return Contract(component, precision, (image,), (moments,))
+    given = channels if is_tiny_vae(config) else 2 * channels
+    encoded = TensorSpec(moments, dtype, (BATCH, given, LATENT_HEIGHT, LATENT_WIDTH))
+    return Contract(component, precision, (image,), (encoded,))
+
+
+def is_tiny_vae(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE's configuration is that of an `AutoencoderTiny`."""
+    return bool(config.get("_class_name") == "AutoencoderTiny")
+
+
+def latent_channels_of(config: Mapping[str, Any]) -> Any:
+    """The channels of a VAE's latents (4 in either class's default)."""
+    return config.get("latent_channels", 4)
+
+
+def vae_scale_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent, in each direction."""
+    if not is_tiny_vae(config):
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+    blocks = config.get("decoder_block_out_channels", (64,) * 4)
+    return int(config.get("upsampling_scaling_factor", 2) ** (len(blocks) - 1))
+
+
+def overflows_in_fp16(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE is to be computed in fp32 by SDXL's pipelines, as its configuration says (`force_upcast`).
+
+    diffusers' default is yes; its class for tiny VAEs is never widened.
+    """
+    return not is_tiny_vae(config) and bool(config.get("force_upcast", True))

@@ -246,8 +246,8 @@ def build_command(
     if backend != "onnxruntime":
         words += _size_options(model, precision, sizes, components, images)
     spec = model.spec
-    options = (spec.revision, spec.variant, spec.config, spec.allow_pickle)
-    for name, value in zip(("revision", "variant", "config", "allow-pickle"), options, strict=True):
+    options = (spec.revision, spec.variant, spec.config, spec.allow_pickle, spec.vae)
+    for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += ["--offline"] if spec.offline else []
     return shlex.join([*words, "--engine-dir", str(directory.path)])

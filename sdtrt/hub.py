@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,10 @@ class Repo:
                 bars.enable_progress_bars()
         return Path(folder)
 
+    def files(self) -> frozenset[str] | None:
+        """The paths of all files of the repository; None where the hub can't be asked."""
+        return None if self.cache_only else _files_of(self)
+
     @property
     def cache_only(self) -> bool:
         """Whether the hub must not be asked."""
@@ -113,3 +118,15 @@ class Repo:
             f"{what} of {name}: not in the hub cache, and the download failed: {reason}",
             hint="check the network connection and the free disk space, or pass a folder as --model",
         )
+
+
+@functools.cache
+def _files_of(repo: Repo) -> frozenset[str] | None:
+    """The paths of a repository's files, asked for once in a process; None where the hub does not answer."""
+    import huggingface_hub
+
+    try:
+        return frozenset(huggingface_hub.HfApi().list_repo_files(repo.repo_id, revision=repo.revision))
+    except Exception as error:  # HTTP clients differ, and so do their errors; what the cache holds may do
+        repo.console.detail(f"{repo.repo_id}: no list of its files: {first_line(error)}")
+        return None

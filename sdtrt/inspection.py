@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.components import Contract, TensorSpec
+from sdtrt.components import Contract, TensorSpec, is_tiny_vae
 from sdtrt.console import print_table
 from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError
 from sdtrt.loading import empty_part, part_infos
 from sdtrt.models import Model
+from sdtrt.origins import Origin
 from sdtrt.runtime import stored_contract
 from sdtrt.specs import Component, Precision, Profile, check_choice
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo
@@ -37,6 +38,7 @@ MAIN_SIZES: dict[str, tuple[str, ...]] = {
         "addition_embed_type",
     ),
     "vae": ("sample_size", "latent_channels", "block_out_channels", "layers_per_block", "scaling_factor"),
+    "tiny vae": ("latent_channels", "decoder_block_out_channels", "num_decoder_blocks", "scaling_factor"),
     "text_encoder": (
         "hidden_size",
         "num_hidden_layers",
@@ -190,8 +192,8 @@ def inspect_model(model: Model, part: str | None = None, *, tree: bool = False) 
         UsageError: for a part that the model has not, or a tree of no part or of one that is no module.
     """
     if part is not None:
-        check_choice("part", part, model.parts)
-    modules = tuple(name for name in model.parts if name in WEIGHT_NAMES)
+        check_choice("part", part, tuple(model.origins))
+    modules = tuple(name for name in model.origins if name in WEIGHT_NAMES)
     if tree and part not in modules:
         wrong = f"the {part} is no PyTorch module" if part else "a module tree is of one part, and none is named"
         raise UsageError(wrong, hint=f"use --part {modules[0]} --tree (or {', '.join(modules[1:])})")
@@ -203,7 +205,7 @@ def inspect_model(model: Model, part: str | None = None, *, tree: bool = False) 
         pipeline=model.pipeline_class,
         height=height,
         width=width,
-        parts=tuple(_inspect_part(model, name) for name in ((part,) if part else model.parts)),
+        parts=tuple(_inspect_part(model, name) for name in ((part,) if part else model.origins)),
         tree=_inspect_module(part, empty_part(model, part)) if tree and part else None,
     )
 
@@ -211,15 +213,15 @@ def inspect_model(model: Model, part: str | None = None, *, tree: bool = False) 
 def _inspect_part(model: Model, part: str) -> PartReport:
     """One part, from its configuration and the headers of its weight files."""
     config = model.config(part)
-    names = MAIN_SIZES[part.removesuffix("_2")]
+    names = MAIN_SIZES["tiny vae" if is_tiny_vae(config) else part.removesuffix("_2")]
     files = model.stored_weight_files(part) if part in WEIGHT_NAMES else ()
     infos = part_infos(model, part) if files else {}
     return PartReport(
         name=part,
         class_name=model.class_name(part),
         parameters=_count_parameters(model, part, infos) if part in WEIGHT_NAMES else None,
-        size_bytes=_size_on_disk(model, files, infos) if files else None,
-        fetchable=part in WEIGHT_NAMES and model.repo is not None,
+        size_bytes=_size_on_disk(model.origin(part), files, infos) if files else None,
+        fetchable=part in WEIGHT_NAMES and model.origin(part).repo is not None,
         dtypes=_dtypes(infos),
         sizes={name: config[name] for name in names if config.get(name) is not None},
         files=files,
@@ -228,14 +230,14 @@ def _inspect_part(model: Model, part: str) -> PartReport:
 
 def _count_parameters(model: Model, part: str, infos: Mapping[str, TensorInfo]) -> int:
     """Parameters by the stored tensors; of a part without files of its own, by its architecture."""
-    if infos and model.layout == "folder":
+    if infos and model.origin(part).file is None:
         return sum(info.elements for info in infos.values() if info.is_floating_point)
     return sum(parameter.numel() for parameter in empty_part(model, part).parameters())
 
 
-def _size_on_disk(model: Model, files: tuple[Path, ...], infos: Mapping[str, TensorInfo]) -> int:
+def _size_on_disk(origin: Origin, files: tuple[Path, ...], infos: Mapping[str, TensorInfo]) -> int:
     """Bytes of a part's files, or of its tensors in a file that it shares."""
-    if model.layout == "single-file":
+    if origin.file is not None:
         return sum(info.size_bytes for info in infos.values())
     return sum(file.stat().st_size for file in files)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.checkpoints import PREFIXES, convert, meta_tensors
+from sdtrt.checkpoints import check_plain, convert, meta_tensors
 from sdtrt.console import quiet_libraries
 from sdtrt.errors import ModelError, first_line
 from sdtrt.models import UNUSED_PARTS, Model
@@ -63,9 +63,12 @@ def check_part(model: Model, part: str) -> None:
         ModelError: naming some of what is missing, unexpected or of another shape.
     """
     files = model.weight_files(part)
+    origin = model.origin(part)
     if not any(is_pickle(file) for file in files):  # a pickle has no header; it is checked when it is loaded
+        infos = part_infos(model, part)
+        check_plain(part, origin.spec.name, {name: info.dtype for name, info in infos.items()})
         module = empty_part(model, part)
-        _check_fit(model, part, module, convert(part, model.layout, meta_tensors(part_infos(model, part)), module))
+        _check_fit(model, part, module, convert(part, origin.layout, meta_tensors(infos), module))
 
 
 def part_infos(model: Model, part: str) -> dict[str, TensorInfo]:
@@ -73,13 +76,8 @@ def part_infos(model: Model, part: str) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     for file in model.weight_files(part):
         infos.update(read_infos(file))
-    prefixes = _prefixes(model, part)
-    return {name: info for name, info in infos.items() if name.startswith(prefixes)}
-
-
-def _prefixes(model: Model, part: str) -> tuple[str, ...]:
-    """What the stored names of a part begin with."""
-    return PREFIXES[part] if model.layout == "single-file" else ("",)
+    is_mine = model.origin(part).is_mine
+    return {name: info for name, info in infos.items() if is_mine(name)}
 
 
 def empty_part(model: Model, part: str) -> torch.nn.Module:
@@ -105,7 +103,7 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
 
 
 def _build_module(class_name: str, config: dict[str, Any]) -> torch.nn.Module:
-    """A module of one of the four classes that sdtrt knows."""
+    """A module of one of the classes that sdtrt knows."""
     if class_name in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         import transformers
 
@@ -125,8 +123,12 @@ def _load_module(model: Model, part: str, dtype: torch.dtype) -> torch.nn.Module
     """
     import torch
 
+    origin, stored = model.origin(part), _read_part(model, part)
+    check_plain(
+        part, origin.spec.name, {name: str(value.dtype).removeprefix("torch.") for name, value in stored.items()}
+    )
     module = empty_part(model, part)
-    tensors = convert(part, model.layout, _read_part(model, part), module)
+    tensors = convert(part, origin.layout, stored, module)
     _check_fit(model, part, module, tensors)
     wanted = module.state_dict().keys()
     cast = {name: _cast(model, part, name, tensors[name], dtype) for name in wanted}
@@ -143,12 +145,12 @@ def _load_module(model: Model, part: str, dtype: torch.dtype) -> torch.nn.Module
 def _read_part(model: Model, part: str) -> dict[str, torch.Tensor]:
     """The stored tensors of a part, by their stored names."""
     tensors: dict[str, torch.Tensor] = {}
-    prefixes = _prefixes(model, part)
+    is_mine = model.origin(part).is_mine
     for file in model.weight_files(part):
         if is_pickle(file):
-            found = {name: value for name, value in read_pickle(file).items() if name.startswith(prefixes)}
+            found = {name: value for name, value in read_pickle(file).items() if is_mine(name)}
         else:
-            found = read_tensors(file, [name for name in read_header(file) if name.startswith(prefixes)])
+            found = read_tensors(file, [name for name in read_header(file) if is_mine(name)])
         tensors.update(found)
     return tensors
 
@@ -194,11 +196,22 @@ def _check_fit(model: Model, part: str, module: torch.nn.Module, tensors: Mappin
     for what, names in problems.items():
         if names:
             some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            single = "pass the configuration of its kind of model as --config, or " * (model.layout == "single-file")
             raise ModelError(
-                f"the {part} weights of {model.name} don't fit its configuration: {len(names)} {what} ({some})",
-                hint=f"{single}download or convert the model again",
+                f"the {part} weights of {model.origin(part).spec.name} don't fit its configuration:"
+                f" {len(names)} {what} ({some})",
+                hint=_mend(model, part, what),
             )
+
+
+def _mend(model: Model, part: str, what: str) -> str:
+    """What helps where a part's weights don't fit."""
+    origin = model.origin(part)
+    if what == "are quantised":
+        return "use a version of it in fp16, bf16 or fp32"
+    if part == "vae" and model.spec.vae is not None:
+        return "use a VAE of the model's kind as --vae, best its folder with its configuration"
+    single = "pass the configuration of its kind of model as --config, or " * (origin.layout == "single-file")
+    return f"{single}download or convert the model again"
 
 
 def _load_scheduler(model: Model) -> Any:
@@ -232,7 +245,7 @@ def _load_tokenizer(model: Model, name: str) -> Any:
     `model_max_length` may be missing: transformers takes 1e30 then.
     """
     model.class_name(name)
-    folder = model.config_folder / name
+    folder = model.origin(name).folder
     positions = model.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings", DEFAULT_TOKENS)
     with quiet_libraries():
         from transformers import CLIPTokenizer

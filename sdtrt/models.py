@@ -10,27 +10,37 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from sdtrt.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
+from sdtrt.components import (
+    REFINER_TIME_IDS,
+    SDXL_TIME_IDS,
+    VAE_CLASSES,
+    latent_channels_of,
+    pooled_width,
+    text_width,
+    time_ids_of,
+    vae_scale_factor,
+)
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ModelError, UsageError
 from sdtrt.hub import Repo, is_repo_id
-from sdtrt.specs import DEFAULT_MODEL, ModelSpec
-from sdtrt.weights import (
-    WEIGHT_NAMES,
-    TensorInfo,
-    allows,
-    find_weights,
-    is_pickle,
-    read_header,
-    read_infos,
-    read_json,
-    weight_patterns,
+from sdtrt.origins import (
+    Origin,
+    choose_variants,
+    has_weight_suffix,
+    in_file,
+    in_folder,
+    local_path,
+    read_checkpoint_infos,
 )
+from sdtrt.specs import DEFAULT_MODEL, ModelSpec
+from sdtrt.vaes import with_vae
+from sdtrt.weights import WEIGHT_NAMES, TensorInfo, is_pickle, read_header, read_json
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -48,12 +58,7 @@ _PART_CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
-_CONFIG_NAMES = {
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
+    "vae": VAE_CLASSES,
 }
 # Configuration that says where a model came from, not what it computes.
 _PROVENANCE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version")
@@ -65,10 +70,11 @@ class Model:
 
     Args:
         source: the diffusers folder, or the checkpoint file.
-        config_folder: where the parts' configuration lies (`source` itself for a folder).
+        config_folder: where the configuration of the parts lies (`source` itself for a folder).
         parts: names of the parts that it has.
         index: the content of its `model_index.json`.
-        repo: the hub repository that `source` is a snapshot of.
+        origins: where each part lies; that of a missing one has its configuration alone.
+        missing: names of the parts that its kind has, and it lacks: a single file need not be whole.
     """
 
     spec: ModelSpec
@@ -78,7 +84,8 @@ class Model:
     pipeline_class: str
     parts: tuple[str, ...]
     index: Mapping[str, Any] = field(repr=False)
-    repo: Repo | None = field(default=None, repr=False)
+    origins: Mapping[str, Origin] = field(repr=False)
+    missing: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,13 +94,23 @@ class Model:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether it takes SDXL's added conditioning and has two text encoders."""
+        """Whether it takes SDXL's added conditioning (its base has two text encoders, its refiner the second alone)."""
         return self.pipeline_class in SDXL_PIPELINES
+
+    @property
+    def is_refiner(self) -> bool:
+        """Whether it only changes images: SDXL's refiner, whose time ids have an aesthetic score for a target size."""
+        return self.is_sdxl and time_ids_of(self.config("unet"), self.pooled_width) == REFINER_TIME_IDS
+
+    @property
+    def pooled_width(self) -> int | None:
+        """The width of the pooled text that the UNet takes; None where it takes none."""
+        return pooled_width(self.config("text_encoder_2")) if "text_encoder_2" in self.origins else None
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent."""
-        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+        return vae_scale_factor(self.config("vae"))
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
@@ -110,46 +127,51 @@ class Model:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
 
+    def origin(self, part: str) -> Origin:
+        """Where a part lies. Raises `ModelError` where models of its kind have no such part."""
+        if part not in self.origins:
+            raise ModelError(f"{self.name} has no {part}", hint=f"it has {', '.join(self.parts)}")
+        return self.origins[part]
+
     def class_name(self, part: str) -> str:
-        """The class of a part, as `model_index.json` has it."""
-        self._check_has(part)
-        return str(self.index[part][1])
+        """The class of a part."""
+        return self.origin(part).class_name
 
     def config(self, part: str) -> dict[str, Any]:
-        """The configuration that is stored with a part (without its class's defaults).
+        """The configuration that is stored with a part (without its class's defaults), also with a missing one.
 
         Raises:
-            ModelError: where the model has no such part, or its configuration can't be read.
+            ModelError: where models of its kind have no such part, or its configuration can't be read.
         """
-        self._check_has(part)
-        return read_json(self.config_file(part))
+        return self.origin(part).config()
 
     def config_file(self, part: str) -> Path:
         """Where the configuration of a part is stored."""
-        return self.config_folder / part / _CONFIG_NAMES.get(part, "config.json")
+        origin = self.origin(part)
+        return origin.config_file or origin.folder
 
     def weight_files(self, part: str) -> tuple[Path, ...]:
         """The files that hold a part's weights, downloaded if they lie on the hub; empty for a part without weights.
 
         Raises:
-            ModelError: if they can't be had, or are pickle files that the user didn't allow.
+            ModelError: if they are missing, can't be had, or are pickle files that the user didn't allow.
         """
-        self._check_has(part)
-        if part not in WEIGHT_NAMES:
-            return ()
-        if self.layout == "single-file":
-            return (self.source,)
-        files = self.stored_weight_files(part)
-        if not files and self.repo is not None:
-            self.repo.fetch(weight_patterns(self.spec, part), f"{part} weights", large=True)
-            files = self.stored_weight_files(part)
-        return files or _refuse_weights(self, part)
+        self.check_has(part)
+        return self.origin(part).files()
 
     def stored_weight_files(self, part: str) -> tuple[Path, ...]:
         """The weight files of a part that are on this machine already; empty if there are none."""
-        if self.layout == "single-file":
-            return (self.source,) if part in WEIGHT_NAMES else ()
-        return find_weights(self.source, self.spec, part, strict=self.repo is None)
+        return () if part in self.missing else self.origin(part).stored_files()
+
+    def check_has(self, *parts: str) -> None:
+        """Raise `ModelError` if any of these parts (or none named: any at all) is missing, saying what to add."""
+        missing = [part for part in self.missing if part in parts or not parts]
+        if not missing:
+            return
+        folder = "pass a diffusers folder of the same kind, with weights, as --config FOLDER"
+        add = "add a VAE with --vae FILE, FOLDER or hub id"
+        hint = add if missing == ["vae"] else f"{folder}; or {add}" if "vae" in missing else folder
+        raise ModelError(f"{self.name} has no {' and no '.join(missing)}", hint=hint)
 
     def fingerprint(self, part: str, digest: Callable[[Path], str]) -> str:
         """Sha256 of what a part computes: its configuration and weights, wherever the model lies.
@@ -160,15 +182,11 @@ class Model:
         config = {name: value for name, value in self.config(part).items() if name not in _PROVENANCE}
         content = {
             "part": part,
-            "layout": self.layout,
+            "layout": self.origin(part).layout,
             "config": config,
             "weights": sorted(digest(path) for path in self.weight_files(part)),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    def _check_has(self, part: str) -> None:
-        if part not in self.parts:
-            raise ModelError(f"{self.name} has no {part}", hint=f"it has {', '.join(self.parts)}")
 
 
 # --- finding a model ---------------------------------------------------------------------------------------------
@@ -184,28 +202,15 @@ def resolve_model(spec: ModelSpec, console: Console = QUIET) -> Model:
         ModelError: for a model that is missing, damaged, unsupported or not allowed.
     """
     if spec.name == DEFAULT_MODEL:
-        return _from_folder(spec, TINY)
-    path = _local_path(spec.name)
+        return _from_folder(spec, TINY, console)
+    path = local_path(spec.name)
     if path is not None and path.is_dir():
-        return _from_folder(spec, path)
+        return _from_folder(spec, path, console)
     if path is not None and path.is_file():
         return _from_single_file(spec, path, console)
-    if is_repo_id(spec.name) and not _has_weight_suffix(spec.name):
+    if is_repo_id(spec.name) and not has_weight_suffix(spec.name):
         return _from_hub(spec, console)
     raise _unknown_name(spec.name)
-
-
-def _local_path(name: str) -> Path | None:
-    """The path that a name stands for if it exists."""
-    try:
-        path = Path(name).expanduser()
-        return path if name.strip() and path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such user
-        return None
-
-
-def _has_weight_suffix(name: str) -> bool:
-    return Path(name).suffix.lower() == ".safetensors" or is_pickle(Path(name))
 
 
 def _unknown_name(name: str) -> UsageError | ModelError:
@@ -229,7 +234,7 @@ def _unknown_name(name: str) -> UsageError | ModelError:
     meant = [full for full, found in candidates.items() if close and found.lower() == close[0]]
     hint = f"did you mean {quote(meant[0])}? " if meant else ""
     hint += "pass tiny, a diffusers folder, a hub id (owner/name) or a .safetensors file"
-    if len(path.parts) > 1 or _has_weight_suffix(name):
+    if len(path.parts) > 1 or has_weight_suffix(name):
         return ModelError(f"there is no model at {name}", hint=hint)
     return UsageError(f"unknown model: {name!r}", hint=hint)
 
@@ -245,11 +250,11 @@ def _refuse_options(spec: ModelSpec, kind: str, names: tuple[str, ...]) -> None:
             raise UsageError(f"--{name} does not apply to {kind} ({spec.name})", hint=f"leave --{name} away")
 
 
-def _from_folder(spec: ModelSpec, folder: Path) -> Model:
+def _from_folder(spec: ModelSpec, folder: Path, console: Console) -> Model:
     """A local diffusers folder: its weights' headers are checked too."""
     _refuse_options(spec, "a local folder", ("revision", "config"))
     index = _read_index(folder, spec.name)
-    model = _folder_model(spec, folder, index, repo=None)
+    model = _folder_model(spec, folder, index, None, console)
     for part in WEIGHT_NAMES:
         if part in model.parts and (part == "unet" or model.stored_weight_files(part)):
             _check_headers(model.weight_files(part))
@@ -262,14 +267,18 @@ def _from_hub(spec: ModelSpec, console: Console) -> Model:
     repo = Repo(spec.name, spec.revision, spec.offline, console)
     folder = repo.fetch(_config_patterns(), "configuration")
     index = _read_index(folder, spec.name)
-    return _folder_model(spec, folder, index, repo=repo.pinned(folder))
+    return _folder_model(spec, folder, index, repo.pinned(folder), console)
 
 
-def _folder_model(spec: ModelSpec, folder: Path, index: Mapping[str, Any], repo: Repo | None) -> Model:
+def _folder_model(
+    spec: ModelSpec, folder: Path, index: Mapping[str, Any], repo: Repo | None, console: Console
+) -> Model:
     """A model whose parts lie in folders of their own."""
     pipeline_class = _check_pipeline_class(index, spec.name)
-    parts = _check_parts(index, spec.name)
-    model = Model(spec, "folder", folder, folder, pipeline_class, parts, index, repo)
+    classes = _check_parts(index, spec.name)
+    origins = {part: in_folder(spec, folder, part, name, repo) for part, name in classes.items()}
+    origins = choose_variants(with_vae(spec, origins, console), console)
+    model = Model(spec, "folder", folder, folder, pipeline_class, tuple(classes), index, origins)
     _check_configs(model)
     return model
 
@@ -284,16 +293,13 @@ def _check_pipeline_class(index: Mapping[str, Any], name: str) -> str:
     return pipeline_class
 
 
-def _check_parts(index: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The parts that the pipeline needs, each of a class that sdtrt knows."""
-    parts = SDXL_PARTS if index["_class_name"] in SDXL_PIPELINES else SD_PARTS
-    for part in parts:
-        entry = index.get(part)
-        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+def _check_parts(index: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The parts that the pipeline needs, each of a class that sdtrt knows: name → class."""
+    classes = {}
+    for part in _parts_of(index):
+        library, class_name = _entry(index, part)
         if class_name is None:
-            raise ModelError(
-                f"{name} has no {part}", hint="use a complete text-to-image model, not a refiner or a part"
-            )
+            raise ModelError(f"{name} has no {part}", hint="use a complete model, not a part of one")
         allowed = _PART_CLASSES.get(part)
         if allowed is None:  # schedulers: checked against diffusers' own when loaded
             fits = library == "diffusers" and re.fullmatch(r"[A-Za-z0-9]+Scheduler", str(class_name)) is not None
@@ -304,19 +310,62 @@ def _check_parts(index: Mapping[str, Any], name: str) -> tuple[str, ...]:
                 f"the {part} of {name} is a {library}.{class_name}, which sdtrt does not support",
                 hint=f"use a model whose {part} is a {' or '.join(allowed or ('diffusers scheduler',))}",
             )
-    return parts
+        classes[part] = str(class_name)
+    return classes
+
+
+def _parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a kind of model; SDXL's refiner has the second text encoder alone."""
+    if index["_class_name"] not in SDXL_PIPELINES:
+        return SD_PARTS
+    first = ("tokenizer", "text_encoder")
+    alone = all(_entry(index, part) == (None, None) for part in first)
+    return tuple(part for part in SDXL_PARTS if not (alone and part in first))
+
+
+def _entry(index: Mapping[str, Any], part: str) -> tuple[Any, Any]:
+    """The library and the class of a part; None and None where there is none."""
+    entry = index.get(part)
+    return (entry[0], entry[1]) if isinstance(entry, list) and len(entry) == 2 else (None, None)
 
 
 def _check_configs(model: Model) -> None:
-    """Each part's configuration is there, and the UNet takes the VAE's latents and nothing else."""
-    for part in model.parts:
+    """Each part's configuration is there; the UNet takes the VAE's latents, the encoders' text, and nothing else."""
+    for part in model.origins:
         model.config(part)
-    channels, latent_channels = model.config("unet").get("in_channels"), model.config("vae").get("latent_channels")
+    if model.config("vae").get("_class_name", VAE_CLASSES[0]) != model.class_name("vae"):
+        raise ModelError(
+            f"the vae of {model.name} is said to be an {model.class_name('vae')}, and its configuration is that of an"
+            f" {model.config('vae')['_class_name']}",
+            hint=f"check {model.config_file('vae')}, or download the model again",
+        )
+    if model.is_sdxl:
+        _check_conditioning(model)
+    channels, latent_channels = model.config("unet").get("in_channels"), latent_channels_of(model.config("vae"))
     if channels != latent_channels:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae makes {latent_channels}: "
             "a model for inpainting or editing, which sdtrt does not support",
             hint="use the text-to-image model that it was made from",
+        )
+
+
+def _check_conditioning(model: Model) -> None:
+    """SDXL's UNet takes the text of the encoders that there are, and as many time ids as diffusers' pipelines make."""
+    unet = model.config("unet")
+    widths = [text_width(model.config(part)) for part in model.origins if part.startswith("text_encoder")]
+    if unet.get("cross_attention_dim") != sum(widths):
+        raise ModelError(
+            f"the unet of {model.name} takes text of width {unet.get('cross_attention_dim')}, where its text encoders"
+            f" make {' + '.join(map(str, widths))}",
+            hint="use a complete model: download or convert it again",
+        )
+    count = time_ids_of(unet, model.pooled_width)
+    if count not in (SDXL_TIME_IDS, REFINER_TIME_IDS):
+        raise ModelError(
+            f"the unet of {model.name} takes {count} time ids, where SDXL has {SDXL_TIME_IDS}, and its refiner"
+            f" {REFINER_TIME_IDS}",
+            hint=f"check {model.config_file('unet')} and {model.config_file('text_encoder_2')}",
         )
 
 
@@ -350,31 +399,6 @@ def _config_patterns() -> list[str]:
     return ["model_index.json", *(f"{part}/{name}" for part in SDXL_PARTS for name in ("*.json", "merges.txt"))]
 
 
-def _refuse_weights(model: Model, part: str) -> tuple[Path, ...]:
-    """Say why a part has no weights that may be read."""
-    folder, spec = model.source / part, model.spec
-    stem, pickle_stem = WEIGHT_NAMES[part]
-    if model.repo is not None and model.repo.cache_only:
-        raise model.repo.not_cached(f"{part} weights")
-    pickles = sorted(path.name for path in folder.glob(f"{pickle_stem}*.bin"))
-    variants = sorted({path.name.split(".")[1].split("-")[0] for path in folder.glob(f"{stem}.*.safetensors")})
-    if pickles and not variants:
-        raise ModelError(
-            f"the {part} of {spec.name} has pickle weights only ({pickles[0]}); reading pickle can run any code",
-            hint=f"convert the model to safetensors, or if you trust it: --allow-pickle {quote(spec.name)}",
-        )
-    wanted = f"{spec.variant} weights" if spec.variant else "safetensors weights"
-    if variants and not spec.variant:
-        hint = f"it has the variant {variants[0]}: use --variant {quote(variants[0])}"
-    elif spec.variant:
-        hint = f"use one of its variants ({', '.join(variants)})" if variants else "leave --variant away"
-    elif model.repo is not None:
-        hint = f"see its files at https://huggingface.co/{spec.name}/tree/main; it may need --variant or --allow-pickle"
-    else:
-        hint = "download or copy the model again, or convert its weights to safetensors"
-    raise ModelError(f"{spec.name} has no {wanted} for its {part}", hint=hint)
-
-
 def _check_headers(files: Sequence[Path]) -> None:
     for file in files:
         if not is_pickle(file):
@@ -385,45 +409,58 @@ def _check_headers(files: Sequence[Path]) -> None:
 
 
 def _from_single_file(spec: ModelSpec, path: Path, console: Console) -> Model:
-    """A checkpoint with the original key names; its configuration comes from elsewhere."""
-    _refuse_options(spec, "a single file", ("revision", "variant"))
-    if is_pickle(path) and not allows(spec, str(path)):
-        raise ModelError(
-            f"{path} is a pickle file, and reading pickle can run any code",
-            hint=f"convert it to safetensors, or if you trust it: --allow-pickle {quote(path.name)}",
-        )
-    infos = read_infos(path)
+    """A checkpoint with the original key names; its configuration comes from elsewhere, and so does what it lacks."""
+    from_elsewhere = spec.config is not None or spec.vae is not None
+    _refuse_options(spec, "a single file", ("revision",) if from_elsewhere else ("revision", "variant"))
+    infos = read_checkpoint_infos(spec, path)
     check_checkpoint(path, infos)
-    config_folder = _config_folder(spec, infos, console)
+    config_folder, repo = _config_folder(spec, infos, console)
     index = _read_index(config_folder, str(config_folder))
     pipeline_class = _check_pipeline_class(index, str(config_folder))
-    parts = tuple(
-        part
-        for part in _check_parts(index, str(config_folder))
-        if part not in PREFIXES or any(name.startswith(PREFIXES[part]) for name in infos)
-    )
-    model = Model(spec, "single-file", path, config_folder, pipeline_class, parts, index)
-    for part in parts:
-        model.config(part)
+    classes = _check_parts(index, str(config_folder))
+    origins = {part: in_file(spec, path, config_folder, part, name) for part, name in classes.items()}
+    lacking = {part for part in PREFIXES if part in classes and not any(map(origins[part].is_mine, infos))}
+    wanted = lacking - ({"vae"} if spec.vae else set())
+    elsewhere = _from_config(spec, config_folder, {part: classes[part] for part in sorted(wanted)}, repo)
+    if elsewhere:
+        console.note(f"{' and '.join(elsewhere)} of {spec.name}: from {spec.config}")
+    origins = choose_variants(with_vae(spec, origins | elsewhere, console), console)
+    if spec.variant and all(origin.file for part, origin in origins.items() if part in WEIGHT_NAMES):
+        _refuse_options(spec, "a single file", ("variant",))
+    missing = tuple(part for part in classes if part in wanted - elsewhere.keys())
+    parts = tuple(part for part in classes if part not in missing)
+    model = Model(spec, "single-file", path, config_folder, pipeline_class, parts, index, origins, missing)
+    _check_configs(model)
     return model
 
 
-def _config_folder(spec: ModelSpec, infos: Mapping[str, TensorInfo], console: Console) -> Path:
+def _from_config(spec: ModelSpec, folder: Path, classes: Mapping[str, str], repo: Repo | None) -> dict[str, Origin]:
+    """Of the parts that a single file lacks, those whose weights lie where the user says its configuration is."""
+    if spec.config is None:
+        return {}
+    there = replace(spec, name=spec.config, revision=None)
+    found = {part: in_folder(there, folder, part, name, repo) for part, name in classes.items()}
+    return {part: origin for part, origin in found.items() if origin.has(spec.variant) or origin.has(None)}
+
+
+def _config_folder(spec: ModelSpec, infos: Mapping[str, TensorInfo], console: Console) -> tuple[Path, Repo | None]:
     """Where the configuration of a single file lies: as asked, else where diffusers would look on the hub."""
     source = spec.config
     if source == DEFAULT_MODEL:
-        return TINY
-    path = _local_path(source) if source else None
+        return TINY, None
+    path = local_path(source) if source else None
     if path is not None:
-        return path
+        return path, None
     if source and not is_repo_id(source):
         raise ModelError(
             f"there is no configuration at {source}", hint="pass a diffusers folder or a hub id as --config"
         )
     repo_id = source or inferred_repo(infos)
     console.note(f"configuration of {spec.name}: {repo_id}")
+    repo = Repo(repo_id, None, spec.offline, console)
     try:
-        return Repo(repo_id, None, spec.offline, console).fetch(_config_patterns(), "configuration")
+        folder = repo.fetch(_config_patterns(), "configuration")
+        return folder, repo.pinned(folder)
     except ModelError as error:
         hint = f"pass a diffusers folder of the same kind as --config FOLDER ({error.hint})"
         raise ModelError(

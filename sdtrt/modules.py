@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sdtrt.components import ADDED_CONDITIONING, CONDITIONING, Contract
+from sdtrt.components import ADDED_CONDITIONING, CONDITIONING, Contract, is_tiny_vae
 from sdtrt.errors import EngineError
 from sdtrt.runtime.remembered import Remembered
 from sdtrt.runtime.session import Session
@@ -249,7 +250,7 @@ def _no_state(what: str) -> EngineError:
 
 
 class VaeFacade(torch.nn.Module):
-    """An `AutoencoderKL` for diffusers' pipelines, each half of it run by an engine, or by PyTorch, or not there.
+    """An `AutoencoderKL` (or `AutoencoderTiny`) for diffusers' pipelines: each half is an engine's, PyTorch's, or none.
 
     Args:
         config: the VAE's configuration; what it leaves out has the class's defaults.
@@ -268,7 +269,7 @@ class VaeFacade(torch.nn.Module):
         rest: Any = None,
     ) -> None:
         super().__init__()
-        self.config = FrozenDict({**_default_config(AutoencoderKL), **config})
+        self.config = FrozenDict(_tiny_config(config) if is_tiny_vae(config) else _full_config(config))
         self.device = device
         self.decoder_session, self.encoder_session, self.rest = decoder, encoder, rest
 
@@ -301,14 +302,17 @@ class VaeFacade(torch.nn.Module):
 
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Images `[B,3,8H,8W]` → the distribution of their latents, in the dtype of `x`."""
+    ) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple[DiagonalGaussianDistribution | torch.Tensor]:
+        """Images `[B,3,8H,8W]` → the distribution of their latents (a tiny VAE's: them), in the dtype of `x`."""
         if self.encoder_session is None:
             encoded: AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]
             encoded = self._half("encoder").encode(x, return_dict=return_dict)
             return encoded
-        (moments,) = _run(self.encoder_session, self.device, x).values()
-        distribution = DiagonalGaussianDistribution(moments.to(x.dtype))
+        (given,) = _run(self.encoder_session, self.device, x).values()
+        if is_tiny_vae(self.config):
+            latents = given.to(x.dtype)
+            return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+        distribution = DiagonalGaussianDistribution(given.to(x.dtype))
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
     def _half(self, name: str) -> Any:
@@ -336,6 +340,17 @@ def _default_config(cls: Any) -> dict[str, Any]:
     """The configuration of a diffusers model that sets nothing: old models' files leave newer entries out."""
     parameters = inspect.signature(cls.__init__).parameters
     return {name: value.default for name, value in parameters.items() if value.default is not inspect.Parameter.empty}
+
+
+def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A full VAE's configuration, whole."""
+    return {**_default_config(AutoencoderKL), **config}
+
+
+def _tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tiny VAE's configuration, whole, with what its class itself adds to what is stored."""
+    whole = {**_default_config(AutoencoderTiny), **config}
+    return whole | {"block_out_channels": whole["decoder_block_out_channels"], "force_upcast": False}
 
 
 def _current_stream(device: torch.device) -> int:

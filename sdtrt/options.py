@@ -137,10 +137,15 @@ class ModelOptions:
         str | None, Option(metavar="FILE", help="trust the pickle file of this name (reading it runs its code)")
     ] = None
     offline: Annotated[bool, Option("--offline", help="never ask the hub")] = False
+    vae: Annotated[
+        str | None,
+        Option(metavar="FILE|FOLDER|ID", help="a VAE in the place of the model's own, full or tiny (such as TAESD)"),
+    ] = None
 
     def spec(self) -> ModelSpec:
         """The model that is asked for."""
-        return ModelSpec(self.model, self.revision, self.variant, self.config, self.allow_pickle, self.offline)
+        named = (self.model, self.revision, self.variant, self.config, self.allow_pickle)
+        return ModelSpec(*named, self.offline, self.vae)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from sdtrt import onnx_graph
-from sdtrt.components import Contract
+from sdtrt.components import REFINER_TIME_IDS, Contract
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ExportError, first_line
 from sdtrt.metrics import cosine, max_abs, relative_l2
@@ -38,6 +38,7 @@ CHECK_SIZES = (
 # Largest relative L2 error. Measured on small random UNets of each kind: fp32 1e-6 (the order of summation); fp16 7e-4,
 # where PyTorch in fp16 itself is 1.5e-3 from fp32; bf16, checked in fp32 (see `check_onnx`), 1e-4 (rounded constants).
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-3}
+AESTHETIC_SCORE = 6.0  # what diffusers tells SDXL's refiner unless asked
 LATENT_DEVIATION = 1 / 0.18215  # Stable Diffusion's VAE; its latents are scaled by that to a deviation of 1
 
 Array = npt.NDArray[Any]
@@ -137,7 +138,9 @@ def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, t
         if name == "timestep":
             tensors[name] = torch.linspace(999, 0.75, shape[0]) if shape[0] > 1 else torch.tensor([500.25])
         elif name == "time_ids":
-            row = [sizes.height, sizes.width, 0, 0, sizes.height, sizes.width]
+            row: list[float] = [sizes.height, sizes.width, 0, 0, sizes.height, sizes.width]
+            if shape[1] == REFINER_TIME_IDS:
+                row[4:] = [AESTHETIC_SCORE]
             tensors[name] = torch.tensor(row, dtype=torch.float32).expand(shape).contiguous()
         elif (below := bounds[name]) is not None:
             tensors[name] = _token_ids(shape, below, generator)

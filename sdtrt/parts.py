@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sdtrt.components import Contract, text_encoder_contract, unet_contract, vae_contract
+from sdtrt.components import Contract, overflows_in_fp16, text_encoder_contract, unet_contract, vae_contract
 from sdtrt.errors import UsageError
 from sdtrt.loading import load_parts
 from sdtrt.models import Model
@@ -54,6 +54,7 @@ def choose_components(model: Model, names: Iterable[str]) -> tuple[Component, ..
     wanted = set(names)
     for name in wanted:
         check_choice("component", name, COMPONENTS)
+        model.check_has(part_of(name))  # type: ignore[arg-type]  # checked above
         if name not in known:
             raise UsageError(f"{model.spec.name} has no {name}", hint=f"it has {', '.join(known)}")
     return tuple(name for name in known if not wanted or name in wanted)
@@ -67,7 +68,7 @@ def contract_of(model: Model, component: Component, precision: Precision) -> Con
     """
     config = model.config(part_of(component))
     if component == "unet":
-        return unet_contract(config, precision)
+        return unet_contract(config, precision, model.pooled_width)
     if component in TEXT_ENCODERS:
         return text_encoder_contract(config, precision, component)
     return vae_contract(config, precision, component)
@@ -79,7 +80,7 @@ def precision_of(model: Model, component: Component, precision: Precision) -> Pr
     SDXL's VAE overflows in fp16. Its configuration says so (`force_upcast`, which by default is on), and diffusers'
     SDXL pipelines then compute it in fp32; those for Stable Diffusion 1.x and 2.x never ask.
     """
-    upcast = model.is_sdxl and part_of(component) == "vae" and model.config("vae").get("force_upcast", True)
+    upcast = model.is_sdxl and part_of(component) == "vae" and overflows_in_fp16(model.config("vae"))
     return "fp32" if precision == "fp16" and upcast else precision
 
 

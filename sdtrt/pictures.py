@@ -17,6 +17,12 @@ MAX_GAIN = 1024  # of the difference that is shown
 Array = npt.NDArray[Any]
 
 
+def gradient(height: int, width: int) -> Image.Image:
+    """A picture that is always the same, for models that make none from text alone: colours that change smoothly."""
+    down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    return Image.fromarray((255 * np.stack([across, down, 1 - across * down], axis=-1)).astype(np.uint8))
+
+
 def comparison(actual: Array, expected: Array, label: str) -> bytes:
     """A PNG: the reference, the engine's image, and their difference, made large enough to be seen, side by side."""
     difference = np.nan_to_num(np.abs(np.nan_to_num(actual) - expected), posinf=1)

@@ -109,6 +109,7 @@ def resolve_request(
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
     """
+    check_task(model, img2img=init is not None)
     backend = engines.choose_backend(spec.backend, console)
     precision = spec.precision or engines.default_precision(backend)
     height, width = _image_size(spec, model, init, console)
@@ -127,6 +128,21 @@ def resolve_request(
     check_spec(pipeline_spec)
     _note_parts(pipeline_spec, console)
     return pipeline_spec
+
+
+def check_task(model: Model, *, img2img: bool) -> None:
+    """Refuse a model that lacks a part, or that makes no images from text alone.
+
+    Raises:
+        ModelError: where a single file lacks a part, naming it.
+        UsageError: for SDXL's refiner without an image.
+    """
+    model.check_has()
+    if model.is_refiner and not img2img:
+        raise UsageError(
+            f"{model.name} is a refiner: it changes images, and makes none from text alone",
+            hint="use sdtrt img2img --init-image FILE, or another model (bench: --task img2img)",
+        )
 
 
 def _note_parts(spec: PipelineSpec, console: Console) -> None:
@@ -352,6 +368,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any]) -> Any:
         cls = diffusers.StableDiffusionXLImg2ImgPipeline if spec.img2img else diffusers.StableDiffusionXLPipeline
         zeros = spec.model.pipeline_options.get("force_zeros_for_empty_prompt", True)
         options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        options |= {name: None for name in ("tokenizer", "text_encoder") if name not in parts}
+        options |= {"requires_aesthetics_score": True} if spec.model.is_refiner else {}
     else:
         cls = diffusers.StableDiffusionImg2ImgPipeline if spec.img2img else diffusers.StableDiffusionPipeline
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

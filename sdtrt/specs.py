@@ -252,6 +252,7 @@ class ModelSpec:
         config: diffusers folder or hub id that holds the configuration of a single-file checkpoint.
         allow_pickle: name of the pickle file that the user trusts (pickle runs code when it is read).
         offline: never ask the hub.
+        vae: a VAE in the place of the model's own: its folder (or a model's), a hub id, or a file that holds one.
     """
 
     name: str = DEFAULT_MODEL
@@ -260,6 +261,7 @@ class ModelSpec:
     config: str | None = None
     allow_pickle: str | None = None
     offline: bool = False
+    vae: str | None = None
 
 
 @dataclass(frozen=True)

@@ -132,11 +132,11 @@ class TextEncoderCall(torch.nn.Module):
 
 
 class VaeDecoderCall(torch.nn.Module):
-    """The half of an `AutoencoderKL` that makes images of latents."""
+    """The half of an `AutoencoderKL` or `AutoencoderTiny` that makes images of latents."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        self.post_quant_conv, self.decoder = getattr(vae, "post_quant_conv", None), vae.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [B,C,H,W] → image [B,3,8H,8W]."""
@@ -147,14 +147,14 @@ class VaeDecoderCall(torch.nn.Module):
 
 
 class VaeEncoderCall(torch.nn.Module):
-    """The half of an `AutoencoderKL` that makes latents of images."""
+    """The half of an `AutoencoderKL` or `AutoencoderTiny` that makes latents of images."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.encoder, self.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [B,3,8H,8W] → moments [B,2C,H,W]: mean and log-variance."""
+        """image [B,3,8H,8W] → moments [B,2C,H,W]: mean and log-variance; of a tiny VAE the latents [B,C,H,W]."""
         moments: Tensor = self.encoder(image)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
@@ -178,8 +178,14 @@ def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outp
     if contract.component == "vae_decoder":
         return lambda latents: own.decode(latents).sample
     if contract.component == "vae_encoder":
-        return lambda image: own.encode(image).latent_dist.parameters
+        return lambda image: _encoded(own.encode(image))
     return partial(_encode_text, own, contract)
+
+
+def _encoded(result: Any) -> Tensor:
+    """What a VAE's encoder gives: a distribution's mean and log-variance, or a tiny VAE's latents themselves."""
+    encoded: Tensor = result.latents if hasattr(result, "latents") else result.latent_dist.parameters
+    return encoded
 
 
 def _encode_text(encoder: Any, contract: Contract, input_ids: Tensor) -> tuple[Tensor, ...]:

@@ -20,14 +20,16 @@ import torch
 
 from sdtrt import engines, loading, models, saving
 from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract, unet_contract
+from sdtrt.components import Contract
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError
+from sdtrt.images import InitImage
 from sdtrt.meters import release_memory, tf32
 from sdtrt.metrics import count_non_finite, require_ssim
 from sdtrt.models import Model
-from sdtrt.pictures import comparison, error_plot
+from sdtrt.parts import contract_of
+from sdtrt.pictures import comparison, error_plot, gradient
 from sdtrt.pipeline import (
     OpenPipeline,
     PipelineSpec,
@@ -93,16 +95,28 @@ def _subject(
     spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
 ) -> tuple[PipelineSpec, Mapping[Component, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
+    start = _start(spec.image, model) if model.is_refiner else None
     if spec.engine is not None:
         entry = directory.named(spec.engine)
-        pipeline_spec = resolve_request(_as_engine(spec.image, entry), model, console)
+        pipeline_spec = resolve_request(_as_engine(spec.image, entry), model, console, start)
         _check_fits(entry, pipeline_spec)
     else:
-        entry, pipeline_spec = None, resolve_request(spec.image, model, console)
+        entry, pipeline_spec = None, resolve_request(spec.image, model, console, start)
     # All that the image needs, before the long part begins.
     return pipeline_spec, engines_of(
         pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
     )
+
+
+def _start(image: GenerateSpec, model: Model) -> InitImage:
+    """What SDXL's refiner starts from, which makes no image from text alone: always the same picture."""
+    own_height, own_width = model.default_size()
+    return InitImage(Path("gradient"), "", gradient(image.height or own_height, image.width or own_width))
+
+
+def _strength(image: GenerateSpec) -> float:
+    """How much of that picture is replaced: at least one step runs."""
+    return image.strength if int(image.steps * image.strength) else 1.0
 
 
 def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
@@ -129,7 +143,7 @@ def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
 
 def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
     """Refuse an engine of another architecture, or one that does not take the run's sizes."""
-    if Contract.from_json(entry.info["contract"]) != unet_contract(spec.model.config("unet"), spec.precision):
+    if Contract.from_json(entry.info["contract"]) != contract_of(spec.model, "unet", spec.precision):
         raise EngineError(
             f"{entry.name} takes other inputs than the unet of {spec.model.name}",
             hint=f"it was built for {entry.info.get('model')}: give that as --model",
@@ -206,7 +220,7 @@ def _reference(
     """Run the whole pipeline in PyTorch, in fp32 without TF32."""
     pipeline_spec = replace(pipeline_spec, backend="torch", precision="fp32")
     with tf32(False), open_pipeline(pipeline_spec, directory, console) as opened:
-        recorder = _Recorder(spread(_count_calls(opened), spec.timesteps))
+        recorder = _Recorder(spread(_count_calls(spec.image, opened), spec.timesteps))
         with hooked(opened.pipe.unet, recorder):
             pixels = _image(spec.image, opened, "fp32 reference", console)
     del opened  # or its UNet would stay where it is
@@ -265,7 +279,9 @@ def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Consol
     """One call of a pipeline: pixels `[H,W,3]`, finite or not."""
     spec = opened.spec
     seed = DEFAULT_VERIFY_SEED if image.seed is None else image.seed
-    with console.bar(name, _count_calls(opened)) as advance, out_of_memory(spec):
+    own = {"height": spec.sizes.height, "width": spec.sizes.width}
+    start = {"image": gradient(**own), "strength": _strength(image)}
+    with console.bar(name, _count_calls(image, opened)) as advance, out_of_memory(spec):
 
         def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
             advance()
@@ -277,8 +293,7 @@ def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Consol
             num_inference_steps=image.steps,
             guidance_scale=image.guidance_scale,
             generator=torch.Generator().manual_seed(seed),
-            height=spec.sizes.height,
-            width=spec.sizes.width,
+            **(start if spec.img2img else own),
             callback_on_step_end=on_step_end,
             output_type="np",
         )
@@ -286,10 +301,13 @@ def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Consol
     return pixels
 
 
-def _count_calls(opened: OpenPipeline) -> int:
+def _count_calls(image: GenerateSpec, opened: OpenPipeline) -> int:
     """How often a run calls the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
-    opened.pipe.scheduler.set_timesteps(opened.spec.steps)
-    return len(opened.pipe.scheduler.timesteps)
+    pipe, steps = opened.pipe, opened.spec.steps
+    pipe.scheduler.set_timesteps(steps)
+    if not opened.spec.img2img:
+        return len(pipe.scheduler.timesteps)
+    return len(pipe.get_timesteps(steps, _strength(image), opened.spec.device)[0])
 
 
 def _numpy(tensor: torch.Tensor) -> Array:
@@ -328,6 +346,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "scheduler": image.scheduler,
         "height": pipeline_spec.sizes.height,
         "width": pipeline_spec.sizes.width,
+        **({"strength": _strength(image)} if pipeline_spec.img2img else {}),
     }
 
 

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -199,27 +200,35 @@ def read_infos(path: Path) -> dict[str, TensorInfo]:
     }
 
 
-def weight_patterns(spec: ModelSpec, part: str) -> list[str]:
-    """What to fetch of a hub model to load one part."""
+def weight_patterns(spec: ModelSpec, part: str, subfolder: str) -> list[str]:
+    """What to fetch of a hub model to load one part, whose files lie in `subfolder` (empty: at the top)."""
     stem, pickle_stem = WEIGHT_NAMES[part]
     variant = f".{spec.variant}" if spec.variant else ""
     digits = "[0-9]" * 5
+    place = f"{subfolder}/" if subfolder else ""
     patterns = [
-        f"{part}/config.json",
-        f"{part}/{stem}{variant}.safetensors",
-        f"{part}/{stem}{variant}-{digits}-of-{digits}.safetensors",
-        f"{part}/{stem}-{digits}-of-{digits}{variant}.safetensors",
+        f"{place}config.json",
+        f"{place}{stem}{variant}.safetensors",
+        f"{place}{stem}{variant}-{digits}-of-{digits}.safetensors",
+        f"{place}{stem}-{digits}-of-{digits}{variant}.safetensors",
     ]
-    pickle_name = f"{pickle_stem}{variant}.bin"
-    if allows(spec, f"{part}/{pickle_name}"):
-        patterns.append(f"{part}/{pickle_name}")
+    pickle_name = f"{place}{pickle_stem}{variant}.bin"
+    if allows(spec, pickle_name):
+        patterns.append(pickle_name)
     return patterns
+
+
+def is_wanted(spec: ModelSpec, part: str, subfolder: str, name: str) -> bool:
+    """Whether a file of a hub model has weights of a part, in the variant that is asked for."""
+    _config, *weights = weight_patterns(spec, part, subfolder)
+    return any(fnmatchcase(name, pattern) for pattern in weights)
 
 
 def find_weights(folder: Path, spec: ModelSpec, part: str, *, strict: bool) -> tuple[Path, ...]:
     """The weight files of a part that are there.
 
     Args:
+        folder: of the part's files.
         strict: whether a shard that is missing is an error (it is not where it can be fetched).
 
     Raises:
@@ -227,17 +236,17 @@ def find_weights(folder: Path, spec: ModelSpec, part: str, *, strict: bool) -> t
     """
     stem, pickle_stem = WEIGHT_NAMES[part]
     variant = f".{spec.variant}" if spec.variant else ""
-    index = folder / part / f"{stem}.safetensors.index{variant}.json"
+    index = folder / f"{stem}.safetensors.index{variant}.json"
     if index.is_file():
         shards = _shards(index)
         missing = [shard for shard in shards if not shard.is_file()]
         if missing and strict:
             raise ModelError(f"{missing[0]} is missing: {index.name} names it", hint="download or copy the model again")
         return () if missing else shards
-    single = folder / part / f"{stem}{variant}.safetensors"
+    single = folder / f"{stem}{variant}.safetensors"
     if single.is_file():
         return (single,)
-    pickle = folder / part / f"{pickle_stem}{variant}.bin"
+    pickle = folder / f"{pickle_stem}{variant}.bin"
     return (pickle,) if pickle.is_file() and allows(spec, f"{part}/{pickle.name}") else ()
 
 

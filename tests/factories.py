@@ -22,9 +22,11 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -78,6 +80,10 @@ _SDXL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": SDXL_TIME_WIDTH,
     "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * SDXL_TIME_WIDTH,
+}
+_REFINER = {  # what its UNet differs in from SDXL's: one text encoder, five time ids
+    "cross_attention_dim": TEXT_WIDTH,
+    "projection_class_embeddings_input_dim": TEXT_WIDTH + 5 * SDXL_TIME_WIDTH,
 }
 UNET_CONFIGS: dict[Kind, dict[str, Any]] = {"sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL}
 
@@ -163,6 +169,34 @@ def small_vae(*, seed: int = 0, **overrides: Any) -> AutoencoderKL:
     }
     with seeded(seed):
         return AutoencoderKL(**{**config, **overrides}).eval().requires_grad_(False)
+
+
+def small_tiny_vae(*, seed: int = 0, **overrides: Any) -> AutoencoderTiny:
+    """A float32 tiny VAE of factor 8, in TAESD's form, with random weights."""
+    config: dict[str, Any] = {
+        "encoder_block_out_channels": (8,) * 4,
+        "decoder_block_out_channels": (8,) * 4,
+        "num_encoder_blocks": (1, 1, 1, 1),
+        "num_decoder_blocks": (1, 1, 1, 1),
+    }
+    with seeded(seed):
+        return AutoencoderTiny(**{**config, **overrides}).eval().requires_grad_(False)
+
+
+def vae_folder(path: Path, vae: Any, *, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a VAE as diffusers does, alone; returns `path`."""
+    torch.nn.Module.to(vae, dtype)
+    with _quietly():
+        vae.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def vae_file(path: Path, vae: AutoencoderKL, *, prefix: str = "", dtype: torch.dtype = torch.float16) -> Path:
+    """Write a VAE under its original names, as `vae-ft-mse-840000` and `sdxl_vae` lie on the hub; returns `path`."""
+    tensors = {f"{prefix}{ldm_vae_key(key)}": _ldm_vae_value(key, value) for key, value in vae.state_dict().items()}
+    tensors["loss.logvar"] = torch.zeros(1)  # of its training
+    save_file({key: value.to(dtype).contiguous() for key, value in tensors.items()}, path)
+    return path
 
 
 def small_text_encoder(*, seed: int = 0, projection: bool = False, **overrides: Any) -> CLIPTextModel:
@@ -262,6 +296,22 @@ def sdxl_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16
     return _save(pipeline, path, dtype, tokenizers=("tokenizer", "tokenizer_2"))
 
 
+def refiner_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:
+    """Write a diffusers folder in the format of SDXL's refiner, with the second text encoder alone; returns `path`."""
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=small_vae(seed=seed, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=None,
+        text_encoder_2=small_text_encoder(seed=seed + 1, projection=True, hidden_act="gelu"),
+        tokenizer=None,
+        tokenizer_2=write_tokenizer(path / "tokenizer_2"),
+        unet=small_unet("sdxl", seed=seed, **{**_REFINER, **unet_overrides}),
+        scheduler=EulerDiscreteScheduler(**_SCHEDULE),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    return _save(pipeline, path, dtype, tokenizers=("tokenizer_2",))
+
+
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -276,14 +326,16 @@ def _save(pipeline: Any, path: Path, dtype: torch.dtype, tokenizers: tuple[str, 
     """Save as diffusers does, then give tokenizers and the text encoder the form of Stable Diffusion's own folders."""
     with _quietly():
         pipeline.to(dtype=dtype).save_pretrained(path, safe_serialization=True)
-    weights = path / "text_encoder" / "model.safetensors"
-    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}
-    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    save_file(tensors, weights, metadata={"format": "pt"})
     for name in tokenizers:
         for file in (path / name).iterdir():
             file.unlink()
         write_tokenizer(path / name)
+    weights = path / "text_encoder" / "model.safetensors"
+    if not weights.exists():  # the refiner has none
+        return path
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, weights, metadata={"format": "pt"})
     return path
 
 
@@ -318,6 +370,14 @@ def sdxl_single_file(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.fl
     second = small_text_encoder(seed=seed + 1, projection=True, hidden_act="gelu")
     tensors |= open_clip_tensors(second, "conditioner.embedders.1.model.")
     return _save_single_file(tensors, path, dtype)
+
+
+def refiner_single_file(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet: Any) -> Path:
+    """Write the model of `refiner_folder` as one checkpoint: its one text encoder is OpenCLIP's; returns `path`."""
+    vae = small_vae(seed=seed, scaling_factor=0.13025, force_upcast=True)
+    tensors = _ldm_tensors(small_unet("sdxl", seed=seed, **{**_REFINER, **unet}), vae)
+    second = small_text_encoder(seed=seed + 1, projection=True, hidden_act="gelu")
+    return _save_single_file(tensors | open_clip_tensors(second, "conditioner.embedders.0.model."), path, dtype)
 
 
 def _save_single_file(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> Path:

@@ -17,11 +17,13 @@ from factories import sd1_folder, sd1_single_file, sdxl_folder, sdxl_single_file
 from safetensors.torch import load_file, save_file
 
 from sdtrt import loading
+from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.errors import ModelError, SdtrtError, UsageError
 from sdtrt.loading import check_part, load_parts, load_unet
 from sdtrt.models import SD_PARTS, SDXL_PARTS, resolve_model
-from sdtrt.specs import ModelSpec
+from sdtrt.pipeline import resolve_request
+from sdtrt.specs import GenerateSpec, ModelSpec
 
 ROOT = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -173,6 +175,19 @@ def test_variants_are_taken_by_name(folder):
     assert "--variant fp16" in caught.value.hint
     with pytest.raises(ModelError, match="no fp32 weights for its unet"):
         resolve_model(ModelSpec(str(folder), variant="fp32"))
+
+
+def test_a_part_without_the_variant_has_its_plain_weights(made, folder, capsys):
+    (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
+    (folder / TEXT).rename(folder / "text_encoder/model.fp16.safetensors")
+    model = resolve_model(ModelSpec(str(folder), variant="fp16"), Console())
+    assert capsys.readouterr().err == f"vae of {folder}: no fp16 weights, the plain ones are taken\n"
+    whole = resolve_model(ModelSpec(str(made / "sd1")))
+    mine, theirs = (load_parts(one, one.parts, torch.float16) for one in (model, whole))
+    assert all(same_weights(mine[part], theirs[part]) for part in ("unet", "text_encoder", "vae"))
+    (folder / VAE).unlink()
+    with pytest.raises(ModelError, match="no fp16 weights for its vae"):
+        load_parts(resolve_model(ModelSpec(str(folder), variant="fp16")), ("vae",), torch.float16)
 
 
 def test_old_names_of_vae_attention_and_text_encoder_load(made, folder):
@@ -500,6 +515,43 @@ def test_a_truncated_checkpoint(made, checkpoint):
         resolve_model(ModelSpec(str(checkpoint), config=str(made / "sd1")))
 
 
+def test_a_checkpoint_of_ema_weights_alone_is_called_that(made, tmp_path):
+    def as_ema(name: str) -> str:
+        name = name.removeprefix("model.")
+        return f"model_ema.{name.replace('.', '')}" if name.startswith("diffusion_model") else name
+
+    tensors = {as_ema(name): value for name, value in load_file(made / "sd1.safetensors").items()}
+    save_file(tensors, tmp_path / "ema.safetensors")
+    with pytest.raises(ModelError, match="a file of EMA weights alone") as caught:
+        resolve_model(ModelSpec(str(tmp_path / "ema.safetensors")))
+    assert "model.diffusion_model" in caught.value.hint
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale", "weight.absmax"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_fp8_with_scales_is_called_that(made, checkpoint, scale, pickled):
+    def quantise(tensors):
+        name = "model.diffusion_model.time_embed.0.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name.replace("weight", scale)] = torch.ones(1)
+
+    change_tensors(checkpoint, quantise)
+    if pickled:
+        torch.save(load_file(checkpoint), checkpoint := checkpoint.with_suffix(".ckpt"))
+    model = resolve_model(ModelSpec(str(checkpoint), config=str(made / "sd1"), allow_pickle=str(checkpoint)))
+    with pytest.raises(ModelError, match=rf"unet weights of .* are fp8 with scales \(.*{scale}") as caught:
+        load_unet(model, torch.float16)
+    assert "--config" not in caught.value.hint
+    assert "fp16" in caught.value.hint
+
+
+def test_fp8_without_scales_is_read(made, checkpoint):
+    name = "model.diffusion_model.time_embed.0.weight"
+    change_tensors(checkpoint, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    unet = load_unet(resolve_model(ModelSpec(str(checkpoint), config=str(made / "sd1"))), torch.float16)
+    assert torch.equal(unet.time_embedding.linear_1.weight, load_file(checkpoint)[name].half())
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
@@ -508,11 +560,14 @@ def test_a_truncated_checkpoint(made, checkpoint):
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a Stable Diffusion 3 model"),
         ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet"),
         ("decoder.conv_in.weight", "a VAE alone"),
+        ("first_stage_model.decoder.conv_in.weight", "a VAE alone"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.weight", "a text encoder alone"),
+        ("first_stage_model.decoder.conv_in.weight cond_stage_model.x", "no unet, only a vae and a text encoder"),
         ("model.layers.0.mlp.weight", "it has no model.diffusion_model.input_blocks.0.0.weight"),
     ],
 )
 def test_a_safetensors_file_that_is_no_stable_diffusion(tmp_path, name, what):
-    save_file({name: torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    save_file({one: torch.zeros(2, 2) for one in name.split()}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=f"is no Stable Diffusion checkpoint: .*{re.escape(what)}"):
         resolve_model(ModelSpec(str(tmp_path / "other.safetensors")))
 
@@ -536,16 +591,69 @@ def test_a_configuration_of_another_kind_of_model(made, checkpoint, config, tmp_
     assert "--config" in caught.value.hint
 
 
-def test_a_checkpoint_without_a_vae(made, checkpoint):
-    def drop_vae(tensors):
-        for name in [name for name in tensors if name.startswith("first_stage_model.")]:
-            del tensors[name]
+LACKING = {
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+    "vae": ("first_stage_model.",),
+}
 
-    change_tensors(checkpoint, drop_vae)
-    model = resolve_model(ModelSpec(str(checkpoint), config=str(made / "sd1")))
-    assert load_unet(model, torch.float16)
-    with pytest.raises(ModelError, match="has no vae"):
-        load_parts(model, ("vae",), torch.float16)
+
+def lacking(made, path: Path, kind: str, *parts: str) -> Path:
+    """A single file without some parts."""
+    prefixes = tuple(prefix for part in parts for prefix in LACKING[part])
+    tensors = load_file(made / f"{kind}.safetensors")
+    save_file({name: value for name, value in tensors.items() if not name.startswith(prefixes)}, path)
+    return path
+
+
+EACH_LACK = [
+    ("sd1", ("text_encoder",)),
+    ("sd1", ("text_encoder", "vae")),
+    ("sdxl", ("text_encoder", "text_encoder_2")),
+    ("sdxl", ("text_encoder",)),
+    ("sdxl", ("text_encoder_2",)),
+    ("sdxl", ("vae",)),
+]
+
+
+@pytest.mark.parametrize(("kind", "parts"), EACH_LACK)
+def test_what_a_single_file_lacks_comes_from_its_configuration(made, tmp_path, kind, parts, capsys):
+    path = lacking(made, tmp_path / "model.safetensors", kind, *parts)
+    model = resolve_model(ModelSpec(str(path), config=str(made / kind)), Console())
+    assert f"{' and '.join(sorted(parts))} of {path}: from {made / kind}" in capsys.readouterr().err
+    whole = resolve_model(ModelSpec(str(made / kind)))
+    assert (model.parts, model.missing) == (whole.parts, ())
+    mine, theirs = (load_parts(one, parts, torch.float16) for one in (model, whole))
+    assert all(same_weights(mine[part], theirs[part]) for part in parts)
+    assert [model.fingerprint(part, sha256_file) for part in parts] == [
+        whole.fingerprint(part, sha256_file) for part in parts
+    ], "one engine serves both"
+
+
+@pytest.mark.parametrize(("kind", "parts"), EACH_LACK)
+def test_what_a_single_file_lacks_is_named_where_it_lies_nowhere(made, tmp_path, kind, parts):
+    config = tmp_path / "config"
+    shutil.copytree(made / kind, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = lacking(made, tmp_path / "model.safetensors", kind, *parts)
+    model = resolve_model(ModelSpec(str(path), config=str(config)))
+    assert set(model.missing) == set(parts)
+    assert load_unet(model, torch.float16), "what is there can be used"
+    request = GenerateSpec(prompts=("red",), model=model.spec, backend="torch")
+    with pytest.raises(ModelError, match=f"has no {' and no '.join(model.missing)}") as caught:
+        resolve_request(request, model, QUIET)
+    assert ("--vae" in caught.value.hint, "--config FOLDER" in caught.value.hint) == ("vae" in parts, parts != ("vae",))
+    with pytest.raises(ModelError, match=f"has no {parts[0]}"):
+        load_parts(model, parts[:1], torch.float16)
+
+
+def test_a_part_that_a_single_file_lacks_may_be_a_variant(made, tmp_path):
+    config = shutil.copytree(made / "sd1", tmp_path / "config")
+    (config / TEXT).rename(config / "text_encoder/model.fp16.safetensors")
+    path = lacking(made, tmp_path / "model.safetensors", "sd1", "text_encoder")
+    model = resolve_model(ModelSpec(str(path), config=str(config), variant="fp16"))
+    assert load_parts(model, ("text_encoder",), torch.float16)
+    with pytest.raises(UsageError, match="--variant does not apply"):
+        resolve_model(ModelSpec(str(made / "sd1.safetensors"), config=str(config), variant="fp16"))
 
 
 def test_configuration_of_a_checkpoint_comes_from_where_diffusers_looks(checkpoint):
