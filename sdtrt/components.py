@@ -281,8 +281,8 @@ def vae_contract(config: Mapping[str, Any], precision: Precision, component: Com
 
 
 def is_tiny_vae(config: Mapping[str, Any]) -> bool:
-    """Whether a VAE's configuration is that of an `AutoencoderTiny`."""
-    return bool(config.get("_class_name") == "AutoencoderTiny")
+    """Whether a VAE's configuration is that of an `AutoencoderTiny`; a live module's does not name its class."""
+    return bool(config.get("_class_name") == "AutoencoderTiny" or "decoder_block_out_channels" in config)
 
 
 def latent_channels_of(config: Mapping[str, Any]) -> Any:

@@ -342,6 +342,12 @@ def _check_configs(model: Model) -> None:
     if model.is_sdxl:
         _check_conditioning(model)
     channels, latent_channels = model.config("unet").get("in_channels"), latent_channels_of(model.config("vae"))
+    if channels != latent_channels and model.spec.vae is not None:
+        raise ModelError(
+            f"the unet of {model.name} takes {channels} channels where the vae {model.spec.vae} makes"
+            f" {latent_channels}",
+            hint="use a VAE of the model's kind as --vae",
+        )
     if channels != latent_channels:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae makes {latent_channels}: "

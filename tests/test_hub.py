@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from factories import sd1_folder
+from factories import sd1_folder, sd1_single_file
 from hub_server import COMMIT, Hub, serve
+from safetensors.torch import load_file, save_file
 
 from sdtrt.hub import is_repo_id
 
@@ -19,12 +20,13 @@ ROOT = Path(__file__).parents[1]
 # huggingface_hub reads its settings when it is imported, so every case is a process of its own.
 SCRIPT = """
 import json, sys
+from sdtrt.console import Console
 from sdtrt.errors import SdtrtError
 from sdtrt.models import resolve_model
 from sdtrt.specs import ModelSpec
 spec, parts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 try:
-    model = resolve_model(ModelSpec(**spec))
+    model = resolve_model(ModelSpec(**spec), Console(quiet=not sys.argv[3]))
     files = [str(path) for part in parts for path in model.weight_files(part)]
     print(json.dumps({"source": str(model.source), "parts": model.parts, "files": files}))
 except SdtrtError as error:
@@ -46,17 +48,29 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def hub(folder):
-    with serve({"owner/model": folder, "owner/gated": "GatedRepo"}) as served:
+    repos = {"owner/model": folder, "owner/other": folder, "owner/vae": folder / "vae", "owner/gated": "GatedRepo"}
+    with serve(repos) as served:
         yield served
 
 
-def ask(home: Path, spec: dict, parts: tuple[str, ...] = (), *, url: str = "http://127.0.0.1:9", **environment: str):
-    """Resolve a model in a fresh process, and get its parts' weights."""
+def ask(
+    home: Path,
+    spec: dict,
+    parts: tuple[str, ...] = (),
+    *,
+    url: str = "http://127.0.0.1:9",
+    note: str = "",
+    **environment: str,
+):
+    """Resolve a model in a fresh process, and get its parts' weights; `note`: what it has to say, where it speaks."""
     variables = {name: value for name, value in os.environ.items() if not name.lower().endswith("proxy")}
     variables |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(spec), json.dumps(parts)]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(spec), json.dumps(parts), "speak" if note else ""]
     result = subprocess.run(command, env={**variables, **environment}, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    if note:
+        assert note in result.stderr
+        return json.loads(result.stdout)
     assert not result.stderr, "a quiet console keeps the client's bars and warnings away"
     return json.loads(result.stdout)
 
@@ -95,6 +109,42 @@ def test_fetches_only_the_parts_that_are_asked_for(hub: Hub, folder, tmp_path):
     hub.downloads.clear()
     ask(tmp_path, {"name": "owner/model", "variant": "fp16"}, ("unet",), url=hub.url)
     assert hub.downloads == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_a_part_without_the_variant_is_fetched_as_it_is(hub: Hub, folder, tmp_path):
+    """The unet has it, the vae has not; what is in the cache by then is not taken for all that there is."""
+    plain = "unet/diffusion_pytorch_model.safetensors"
+    ask(tmp_path, {"name": "owner/model"}, ("unet",), url=hub.url)
+    for _ in range(2):
+        hub.downloads.clear()
+        answer = ask(tmp_path, {"name": "owner/model", "variant": "fp16"}, ("unet", "vae"), url=hub.url, note="vae of")
+        names = [Path(file).relative_to(answer["source"]).as_posix() for file in answer["files"]]
+        assert names == [plain.replace(".safe", ".fp16.safe"), "vae/diffusion_pytorch_model.safetensors"]
+    assert hub.downloads == [], "the second time there is nothing to fetch"
+    offline = ask(tmp_path, {"name": "owner/model", "variant": "fp16", "offline": True}, ("unet", "vae"), note="vae of")
+    assert offline == answer
+
+
+@pytest.mark.parametrize("vae", ["owner/vae", "owner/other"], ids=["alone", "of a model"])
+def test_a_vae_is_fetched_from_where_it_lies(hub: Hub, folder, tmp_path, vae):
+    answer = ask(tmp_path, {"name": "owner/model", "vae": vae}, ("vae",), url=hub.url)
+    place = "vae/" if vae == "owner/other" else ""
+    fetched = [name for name in hub.downloads if name not in configs(folder)]
+    assert f"{place}diffusion_pytorch_model.safetensors" in hub.downloads
+    assert [name for name in fetched if name.endswith(".safetensors")] == fetched or not place
+    (file,) = answer["files"]
+    assert file.endswith(f"/{place}diffusion_pytorch_model.safetensors")
+    assert f"models--{vae.replace('/', '--')}" in file
+
+
+def test_a_single_file_gets_what_it_lacks_from_the_hub(hub: Hub, folder, tmp_path):
+    file = sd1_single_file(tmp_path / "whole.safetensors")
+    tensors = {name: value for name, value in load_file(file).items() if not name.startswith("cond_stage_model.")}
+    save_file(tensors, tmp_path / "part.safetensors")
+    spec = {"name": str(tmp_path / "part.safetensors"), "config": "owner/model"}
+    answer = ask(tmp_path, spec, ("unet", "text_encoder"), url=hub.url)
+    assert [name for name in hub.downloads if name.endswith(".safetensors")] == ["text_encoder/model.safetensors"]
+    assert answer["files"][0] == spec["name"]
 
 
 def test_all_parts_are_of_one_commit(hub: Hub, tmp_path):
