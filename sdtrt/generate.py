@@ -385,6 +385,8 @@ def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": spec.name, "revision": spec.revision, "variant": spec.variant}
     for part in ("unet", *text_encoders_of(model), "vae"):
         facts[part] = model.fingerprint(part, directory.file_digest)
+    if spec.vae is not None:
+        facts["vae_name"] = spec.vae
     if model.layout == "single-file":
         facts["sha256"] = directory.file_digest(model.source)
     return facts

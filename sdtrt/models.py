@@ -275,10 +275,10 @@ def _folder_model(
 ) -> Model:
     """A model whose parts lie in folders of their own."""
     pipeline_class = _check_pipeline_class(index, spec.name)
-    classes = _check_parts(index, spec.name)
+    classes = _check_parts(index, spec.name, spec)
     origins = {part: in_folder(spec, folder, part, name, repo) for part, name in classes.items()}
     origins = choose_variants(with_vae(spec, origins, console), console)
-    model = Model(spec, "folder", folder, folder, pipeline_class, tuple(classes), index, origins)
+    model = Model(spec, "folder", folder, folder, pipeline_class, tuple(origins), index, origins)
     _check_configs(model)
     return model
 
@@ -293,10 +293,15 @@ def _check_pipeline_class(index: Mapping[str, Any], name: str) -> str:
     return pipeline_class
 
 
-def _check_parts(index: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The parts that the pipeline needs, each of a class that sdtrt knows: name → class."""
+def _check_parts(index: Mapping[str, Any], name: str, spec: ModelSpec) -> dict[str, str]:
+    """The parts that the pipeline needs, each of a class that sdtrt knows: name → class.
+
+    A VAE of another class, or none, is no error where the user names one.
+    """
     classes = {}
     for part in _parts_of(index):
+        if part == "vae" and spec.vae is not None and _entry(index, part)[1] not in VAE_CLASSES:
+            continue
         library, class_name = _entry(index, part)
         if class_name is None:
             raise ModelError(f"{name} has no {part}", hint="use a complete model, not a part of one")
@@ -423,7 +428,7 @@ def _from_single_file(spec: ModelSpec, path: Path, console: Console) -> Model:
     config_folder, repo = _config_folder(spec, infos, console)
     index = _read_index(config_folder, str(config_folder))
     pipeline_class = _check_pipeline_class(index, str(config_folder))
-    classes = _check_parts(index, str(config_folder))
+    classes = _check_parts(index, str(config_folder), spec)
     origins = {part: in_file(spec, path, config_folder, part, name) for part, name in classes.items()}
     lacking = {part for part in PREFIXES if part in classes and not any(map(origins[part].is_mine, infos))}
     wanted = lacking - ({"vae"} if spec.vae else set())
@@ -433,8 +438,8 @@ def _from_single_file(spec: ModelSpec, path: Path, console: Console) -> Model:
     origins = choose_variants(with_vae(spec, origins | elsewhere, console), console)
     if spec.variant and all(origin.file for part, origin in origins.items() if part in WEIGHT_NAMES):
         _refuse_options(spec, "a single file", ("variant",))
-    missing = tuple(part for part in classes if part in wanted - elsewhere.keys())
-    parts = tuple(part for part in classes if part not in missing)
+    missing = tuple(part for part in origins if part in wanted - elsewhere.keys())
+    parts = tuple(part for part in origins if part not in missing)
     model = Model(spec, "single-file", path, config_folder, pipeline_class, parts, index, origins, missing)
     _check_configs(model)
     return model

@@ -32,7 +32,7 @@ def with_vae(spec: ModelSpec, origins: Mapping[str, Origin], console: Console) -
     """
     if spec.vae is None:
         return dict(origins)
-    own = origins["vae"]
+    own = origins.get("vae")
     vae = _find(replace(spec, name=spec.vae, revision=None), own, console)
     if vae.repo is None and (vae.file is not None or vae.stored_files()):
         for file in vae.files():
@@ -42,12 +42,14 @@ def with_vae(spec: ModelSpec, origins: Mapping[str, Origin], console: Console) -
     return {**origins, "vae": vae}
 
 
-def _find(spec: ModelSpec, own: Origin, console: Console) -> Origin:
+def _find(spec: ModelSpec, own: Origin | None, console: Console) -> Origin:
     """Where the VAE lies that `spec` names."""
     path = local_path(spec.name)
-    if path is not None:
-        return _in_folder(spec, path, None) if path.is_dir() else _in_file(spec, path, own)
-    if is_repo_id(spec.name) and not has_weight_suffix(spec.name):
+    if path is not None and path.is_dir():
+        return _in_folder(spec, path, None)
+    if path is not None and path.is_file():
+        return _in_file(spec, path, own)
+    if path is None and is_repo_id(spec.name) and not has_weight_suffix(spec.name):
         repo = Repo(spec.name, None, spec.offline, console)
         folder = repo.fetch(_HUB_FILES, "VAE's configuration")
         return _in_folder(spec, folder, repo.pinned(folder))
@@ -75,20 +77,27 @@ def _class_of(config_file: Path) -> str:
     return str(read_json(config_file).get("_class_name", VAE_CLASSES[0]))
 
 
-def _in_file(spec: ModelSpec, path: Path, own: Origin) -> Origin:
+def _in_file(spec: ModelSpec, path: Path, own: Origin | None) -> Origin:
     """A file with a VAE's tensors: alone or in a whole checkpoint, under original names or diffusers' own."""
     names = read_checkpoint_infos(spec, path).keys()
     name, layout, prefixes = _form_of(path, names)
     beside = path.parent / "config.json"
-    config_file: Path | None = None if name == "AutoencoderTiny" else own.config_file
+    config_file: Path | None = None
     if layout == "folder" and beside.is_file() and _class_of(beside) == name:
         config_file = beside
-    elif name != "AutoencoderTiny" and own.class_name != name:
+    elif name != "AutoencoderTiny":
+        config_file = _models_own(path, own)
+    return Origin(spec, "vae", name, layout, path.parent, "", config_file, path, prefixes)
+
+
+def _models_own(path: Path, own: Origin | None) -> Path | None:
+    """The configuration of the model's own VAE, for a full one of its kind in a file that says nothing of it."""
+    if own is None or own.class_name != VAE_CLASSES[0]:
         raise ModelError(
-            f"{path} does not say how its VAE is made, and the model's own is an {own.class_name}",
+            f"{path} does not say how its VAE is made, and the model has no full VAE of its own",
             hint="pass the folder of the VAE as --vae, with its config.json",
         )
-    return Origin(spec, "vae", name, layout, path.parent, "", config_file, path, prefixes)
+    return own.config_file
 
 
 def _form_of(path: Path, names: Collection[str]) -> tuple[str, Layout, tuple[str, ...]]:
@@ -114,9 +123,9 @@ def _form_of(path: Path, names: Collection[str]) -> tuple[str, Layout, tuple[str
     raise ModelError(f"{path} holds no VAE: {describe(names)}", hint=HINT)
 
 
-def _warn_of_another_kind(own: Origin, vae: Origin, console: Console) -> None:
+def _warn_of_another_kind(own: Origin | None, vae: Origin, console: Console) -> None:
     """Warn of a full VAE whose latents are scaled otherwise than the UNet learnt them."""
-    if own.config_file is None or not own.config_file.is_file():
+    if own is None or own.config_file is None or not own.config_file.is_file():
         return
     one, other = own.config(), vae.config()
     scales = [config.get("scaling_factor", 0.18215) for config in (one, other)]

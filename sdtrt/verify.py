@@ -347,6 +347,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "height": pipeline_spec.sizes.height,
         "width": pipeline_spec.sizes.width,
         **({"strength": _strength(image)} if pipeline_spec.img2img else {}),
+        **({"vae": image.model.vae} if image.model.vae is not None else {}),
     }
 
 

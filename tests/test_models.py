@@ -20,6 +20,7 @@ from sdtrt import loading
 from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.errors import ModelError, SdtrtError, UsageError
+from sdtrt.inspection import inspect_model
 from sdtrt.loading import check_part, load_parts, load_unet
 from sdtrt.models import SD_PARTS, SDXL_PARTS, resolve_model
 from sdtrt.pipeline import resolve_request
@@ -638,6 +639,7 @@ def test_what_a_single_file_lacks_is_named_where_it_lies_nowhere(made, tmp_path,
     model = resolve_model(ModelSpec(str(path), config=str(config)))
     assert set(model.missing) == set(parts)
     assert load_unet(model, torch.float16), "what is there can be used"
+    assert {part.name for part in inspect_model(model).parts if part.parameters and not part.files} == set(parts)
     request = GenerateSpec(prompts=("red",), model=model.spec, backend="torch")
     with pytest.raises(ModelError, match=f"has no {' and no '.join(model.missing)}") as caught:
         resolve_request(request, model, QUIET)

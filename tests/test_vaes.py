@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import factories
@@ -99,6 +100,19 @@ def test_a_models_own_vae_may_be_tiny(models, tmp_path):
     assert type(load_parts(model, ("vae",), torch.float32)["vae"]) is AutoencoderTiny
 
 
+def test_a_model_without_a_vae_of_its_own_takes_any_that_says_how_it_is_made(models, tmp_path):
+    index = json.loads((models / "sd1/model_index.json").read_text())
+    for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / name).symlink_to(models / "sd1" / name)
+    for entry in ([None, None], ["diffusers", "ConsistencyDecoderVAE"]):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": entry}))
+        for vae in ("full", "tiny", "full/diffusion_pytorch_model.safetensors"):
+            model = resolve_model(ModelSpec(str(tmp_path), vae=str(models / vae)))
+            assert load_parts(model, ("vae",), torch.float16)
+        found = resolve_error(ModelSpec(str(tmp_path), vae=str(models / "original.safetensors")))
+        assert "does not say how its VAE is made" in found.message
+
+
 def test_a_vaes_identity_is_that_of_its_components_alone(models):
     """Engines of the UNet and the text encoder serve any VAE; those of the VAE are for one."""
     own = {part: fingerprint(models, None, part) for part in ("unet", "text_encoder", "vae")}
@@ -160,6 +174,7 @@ def resolve_error(spec: ModelSpec) -> SdtrtError:
         ("{models}", ModelError, "is no VAE's folder: it has no config.json", "inside.safetensors"),
         ("{tmp}/lora.safetensors", ModelError, "holds no VAE: it looks like a LoRA", "--vae"),
         ("{tmp}/half.safetensors", ModelError, "one half of a tiny VAE in its original format", "madebyollin/taesd"),
+        ("{tmp}/pipe.safetensors", ModelError, "there is no VAE at", "--vae"),
         ("{tmp}/vae.pt", ModelError, "is a pickle file", "--allow-pickle vae.pt"),
         ("{tmp}/large", ModelError, "takes 4 channels where the vae {tmp}/large makes 16", "--vae"),
         ("owner/name", ModelError, "not in the hub cache", "hf download owner/name"),
@@ -170,6 +185,7 @@ def test_what_is_no_vae_is_said_so(models, tmp_path, monkeypatch, vae, error, me
     save_file({"x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     save_file({"1.weight": torch.zeros(1), "3.conv.0.bias": torch.zeros(1)}, tmp_path / "half.safetensors")
     torch.save({}, tmp_path / "vae.pt")
+    os.mkfifo(tmp_path / "pipe.safetensors")
     factories.vae_folder(tmp_path / "large", small_tiny_vae(latent_channels=16))
     spec = ModelSpec(str(models / "sd1"), vae=vae.format(models=models, tmp=tmp_path), offline=True)
     found = resolve_error(spec)
