@@ -32,6 +32,37 @@ def fsync(path: Path) -> None:
             raise
 
 
+def open_regular(path: Path, mode: str = "rb", *, follow: bool = True) -> IO[bytes]:
+    """Open a regular file that is there. Nothing else is waited for: a FIFO, a device or a folder is an `OSError`.
+
+    Args:
+        path: of the file.
+        mode: `rb`, or `rb+` to read and write.
+        follow: whether the last name of the path may be a link.
+    """
+    flags = os.O_RDWR if mode == "rb+" else os.O_RDONLY
+    for name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK", *(() if follow else ("O_NOFOLLOW",))):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return os.fdopen(descriptor, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small_file(path: Path, limit: int, *, follow: bool = True) -> bytes:
+    """The content of a regular file of at most `limit` bytes; a larger one, or what is no file, is an `OSError`."""
+    with open_regular(path, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit + 1) if size <= limit else b""
+    if max(size, len(data)) > limit:  # it may have grown meanwhile
+        raise OSError(errno.EINVAL, f"it is larger than {limit} bytes", str(path))
+    return data
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file in one step."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
