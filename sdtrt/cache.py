@@ -10,7 +10,7 @@ An entry is found by its key alone, and only if everything in its sidecar fits; 
 never loaded, and a file is loaded only if its content is what was published. An entry is made in `.building`, flushed
 to disk, then renamed: readers see all of it or nothing. Whoever runs an engine holds a shared lock on its sidecar, and
 nothing is removed without an exclusive one. Engines run code by nature, so a directory that other users can change is
-refused unless this user says otherwise.
+refused unless this user says otherwise. Nothing inside it is reached through a link.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +37,7 @@ from sdtrt.digests import sha256_file
 from sdtrt.entries import (
     MALFORMED,
     SIDECAR,
+    SIDECAR_BYTES,
     Entry,
     UnfitError,
     UnsafeError,
@@ -47,32 +47,35 @@ from sdtrt.entries import (
     in_use,
     is_published,
     key_digest,
+    read_sidecar,
     seal,
 )
 from sdtrt.errors import CacheError, SdtrtError
 from sdtrt.files import (
+    EXHAUSTED,
     FULL,
+    MORE_FILES,
     NO_LOCKS,
     delete,
     fsync,
-    is_anothers,
     listing,
-    replacers,
-    safe_command,
+    make_folders,
+    read_small_file,
     status,
     write_atomically,
-    writers,
 )
 from sdtrt.specs import PruneSpec
+from sdtrt.trust import gives_away, is_anothers, replacers, require_own, safe_command, writers
 
 ENVIRONMENT_VARIABLE = "SDTRT_ENGINE_DIR"
 MODE = 0o755  # of all folders that are made, whatever the umask lets others do
 MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
 FOREIGN_DRAFT_SECONDS = 2 * 86400  # older than any build: until then another machine's draft may be under way
 
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL, *EXHAUSTED)
 
-_NAME = re.compile(r".+-[0-9a-f]{16}")  # of an entry's folder
+_NAME = re.compile(r"([A-Za-z0-9._]+-){3}[0-9a-f]{16}")  # of an entry's folder
+_LEFTOVER = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{8})?-[a-z0-9_]+(-old)?|trash-[0-9]+")  # the names made in `.building`
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 T = TypeVar("T")
@@ -300,7 +303,7 @@ class EngineDirectory:
     def touch(self, entry: Entry) -> None:
         """Mark an entry as used now (pruning goes by it); a read-only directory stays as it is."""
         with suppress(OSError):
-            os.utime(entry.path / SIDECAR)
+            os.utime(entry.path / SIDECAR, follow_symlinks=os.utime not in os.supports_follow_symlinks)
 
     def remove(self, entry: Entry | Path) -> None:
         """Delete an entry, if it is still there. It vanishes at once (renamed first), then its space is freed.
@@ -321,7 +324,7 @@ class EngineDirectory:
 
     def is_in_use(self, folder: Path) -> bool:
         """Whether a process holds the entry in a folder."""
-        with exclusively(folder) as free:
+        with self._reading(), exclusively(folder) as free:
             return not free
 
     def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry]:
@@ -338,9 +341,14 @@ class EngineDirectory:
         return chosen
 
     def abandoned(self) -> list[Path]:
-        """What killed builds left behind: all that belongs to no process that still holds its lock. Changes nothing."""
+        """What killed builds left behind: all that belongs to no process that still holds its lock. Changes nothing.
+
+        Raises:
+            CacheError: where the directory can't be read, or other users can change it.
+        """
+        self._check_trust()
         with self._reading():
-            leftovers = listing(self.path / ".building")
+            leftovers = [path for path in listing(self._inner(".building")) if _LEFTOVER.fullmatch(path.name)]
             return [path for path in leftovers if self._is_abandoned(path)]
 
     def _is_abandoned(self, path: Path) -> bool:
@@ -373,10 +381,11 @@ class EngineDirectory:
         Raises:
             CacheError: where the directory can't be written, or other users can change it.
         """
-        folder = self.path / ".timing"
         with self._writing():
-            folder.mkdir(mode=MODE, exist_ok=True)
-        return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".cache")
+            file = self._make_inner(".timing") / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".cache")
+            for path in (file, file.with_name(f"{file.name}.lock")):
+                require_own(path, "file")
+        return file
 
     def file_digest(self, path: Path) -> str:
         """sha256 of a file; that of a large one is remembered for as long as its path, size and times stay the same."""
@@ -401,9 +410,11 @@ class EngineDirectory:
         return self.path / ".digests.json"
 
     def _read_digests(self) -> dict[str, Any]:
-        """The memo of file digests; empty where there is none or it can't be read as one."""
+        """The memo of file digests; empty where there is none, it can't be read as one, or others can change it."""
         with suppress(OSError, ValueError, RecursionError):
-            memo = json.loads(self._digests.read_text())
+            if not self.trust_others and writers(self._digests, self._digests.lstat()):
+                return {}
+            memo = json.loads(read_small_file(self._digests, SIDECAR_BYTES, follow=False))
             if isinstance(memo, dict):
                 return memo
         return {}
@@ -418,13 +429,16 @@ class EngineDirectory:
     def _examine(self, folder: Path) -> Entry:
         """The entry in a folder; its files' contents are not read. Raises `UnfitError`."""
         try:
-            data = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-            entry = entry_of(folder, data)
-            for path in (folder, folder / SIDECAR, *(folder / name for name in entry.files)):
-                self._check_piece(path)
+            self._check_piece(folder, stat.S_ISDIR)
+            self._check_piece(folder / SIDECAR, stat.S_ISREG)
+            entry = entry_of(folder, read_sidecar(folder))
+            for name in entry.files:
+                self._check_piece(folder / name, stat.S_ISREG)
         except FileNotFoundError as error:
             raise UnfitError(f"{Path(error.filename).name} is missing") from error
         except OSError as error:
+            if error.errno in EXHAUSTED:  # that says nothing of the entry
+                raise self._refusal(error, "read") from error
             raise UnfitError(f"it can't be read: {error.strerror}") from error
         except MALFORMED as error:
             raise UnfitError(f"{SIDECAR} is damaged") from error
@@ -433,12 +447,12 @@ class EngineDirectory:
                 raise UnfitError(f"{name} has {found.st_size} of {size} bytes")
         return entry
 
-    def _check_piece(self, path: Path) -> None:
-        """Raise `UnfitError` for a link, for what is neither folder nor file, and for what other users can change."""
+    def _check_piece(self, path: Path, is_kind: Callable[[int], bool]) -> None:
+        """Raise `UnfitError` for a link, for what is of another kind, and for what other users can change."""
         found = path.lstat()
-        if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
-            raise UnfitError(f"{path.name} is a link, or no file")
-        if not self.trust_others and (who := writers(found)):
+        if not is_kind(found.st_mode):
+            raise UnfitError(f"{path.name} is a link, or no {'folder' if is_kind is stat.S_ISDIR else 'file'}")
+        if not self.trust_others and (who := writers(path, found)):
             raise UnsafeError(f"{path.name} can be changed by {who}", safe_command(self.path, found))
 
     def _check_trust(self) -> None:
@@ -447,13 +461,37 @@ class EngineDirectory:
             return
         with self._reading():
             found = status(self.path)
-            who = writers(found) if found is not None else None
-            if found is not None and who:
-                raise self._unsafe(who, "it", f"{safe_command(self.path, found)}, or ")
-            for folder, other in replacers(self.path):
+            if found is not None:
+                self._check_folder(Path(os.path.realpath(self.path)), found, "it")
+            for place, other in replacers(self.path):
                 # Another user's folder is not to be taken away from them for what lies in it.
-                mend = "" if is_anothers(folder.stat()) else f"chmod go-w {shlex.quote(str(folder))}, or "
-                raise self._unsafe(other, str(folder), mend)
+                mend = "" if is_anothers(place.lstat()) else f"chmod go-w {shlex.quote(str(place))}, or "
+                raise self._unsafe(other, str(place), mend)
+
+    def _check_folder(self, folder: Path, found: os.stat_result, where: str) -> None:
+        """Refuse a folder that others can change, or where they could change what is made in it."""
+        if who := writers(folder, found):
+            raise self._unsafe(who, where, f"{safe_command(self.path, found)}, or ")
+        if gives_away(folder):
+            mend = shlex.join(["setfacl", "-R", "-k", str(self.path)])
+            raise self._unsafe("those whom its default access list names", f"what is made in {where}", f"{mend}, or ")
+
+    def _inner(self, name: str) -> Path:
+        """A folder of the directory's own, if it is there; else raises `CacheError` for what has its name.
+
+        What others can change is refused, as the directory itself would be: what they put there would be ours.
+        """
+        folder = self.path / name
+        found = require_own(folder, "folder")
+        if found is not None and not self.trust_others:
+            self._check_folder(folder, found, str(folder))
+        return folder
+
+    def _make_inner(self, name: str) -> Path:
+        """A folder of the directory's own, made if it is not there. Raises `CacheError` for what has its name."""
+        with suppress(FileExistsError):
+            (self.path / name).mkdir(mode=MODE)
+        return self._inner(name)
 
     def _unsafe(self, who: str, where: str, mend: str) -> CacheError:
         """The error for a directory that others can change."""
@@ -464,8 +502,7 @@ class EngineDirectory:
 
     def _publish(self, kind: str, key: Mapping[str, Any], make: Make, *, force: bool) -> Entry:
         """Make an entry in a temporary folder, then rename it into place."""
-        building = self.path / ".building"
-        building.mkdir(mode=MODE, exist_ok=True)
+        building = self._make_inner(".building")
         draft = Path(tempfile.mkdtemp(prefix=f"{key_digest(kind, key)}-{_HOST}-", dir=building))
         target = self.path / entry_name(kind, key)
         try:
@@ -490,8 +527,7 @@ class EngineDirectory:
 
     def _discard(self, folder: Path) -> None:
         """Rename a folder out of sight, then delete it; one that another process has removed is gone already."""
-        trash = self.path / ".building" / f"trash-{time.time_ns()}"
-        trash.parent.mkdir(mode=MODE, exist_ok=True)
+        trash = self._make_inner(".building") / f"trash-{time.time_ns()}"
         with suppress(FileNotFoundError):
             folder.rename(trash)
         with suppress(OSError):  # it is out of the way: what is left of it is swept later
@@ -499,16 +535,15 @@ class EngineDirectory:
 
     def _drafts(self, digest: str) -> list[Path]:
         """What this machine's builders of one key have left, or are making."""
-        return [path for path in listing(self.path / ".building") if path.name.startswith(f"{digest}-{_HOST}-")]
+        found = [path for path in listing(self._inner(".building")) if path.name.startswith(f"{digest}-{_HOST}-")]
+        return [path for path in found if _LEFTOVER.fullmatch(path.name)]
 
     def _make_folder(self) -> None:
         """Make the directory if it isn't there, for this user alone to write; flushed, as what goes into it is.
 
         So are the folders above it: `mkdir(parents=True)` makes those as the umask has it, then they may be refused.
         """
-        missing = list(takewhile(lambda folder: status(folder) is None, (self.path, *self.path.parents)))
-        for folder in reversed(missing):
-            folder.mkdir(mode=MODE, exist_ok=True)
+        for folder in make_folders(self.path, MODE):
             fsync(folder.parent)
 
     @contextmanager
@@ -546,6 +581,8 @@ class EngineDirectory:
 
     def _refusal(self, error: OSError, wanted: str) -> CacheError:
         """The error for what the directory refuses: to be `read` or `written`."""
+        if error.errno in EXHAUSTED:
+            return CacheError(f"too many files are open to use the engine directory {self.path}", hint=MORE_FILES)
         space = "free some space there, or " if error.errno in FULL else ""
         return CacheError(
             f"the engine directory {self.path} can't be {wanted}: {error.strerror}",
@@ -560,8 +597,8 @@ class EngineDirectory:
         """
         from filelock import FileLock, Timeout
 
+        self._make_inner(".locks")
         file = self._lock_file(digest)
-        file.parent.mkdir(mode=MODE, exist_ok=True)
         lock = FileLock(file, timeout=0)
         waited = False
         try:
@@ -588,7 +625,7 @@ class EngineDirectory:
         from filelock import FileLock
 
         file = self._lock_file(digest)
-        if status(file) is None:
+        if status(file, follow=False) is None:
             return False
         try:
             with FileLock(file, timeout=0):
@@ -597,7 +634,10 @@ class EngineDirectory:
             return True
 
     def _lock_file(self, digest: str) -> Path:
-        return self.path / ".locks" / f"{digest}.lock"
+        """The file that is locked for a key. Raises `CacheError` where a link or a folder has its name."""
+        file = self._inner(".locks") / f"{digest}.lock"
+        require_own(file, "file")
+        return file
 
 
 def mend_of(unsafe: Mapping[str, str]) -> str:
@@ -606,10 +646,11 @@ def mend_of(unsafe: Mapping[str, str]) -> str:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of all the files below a folder, as far as that can be told."""
+    """Bytes of all the files below a folder, as far as that can be told, and through no link."""
     total = 0
     with suppress(OSError):
-        total = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+        for above, _, names in () if folder.is_symlink() else os.walk(folder):
+            total += sum(Path(above, name).lstat().st_size for name in names)
     return total
 
 

@@ -6,6 +6,7 @@ seal over all that tells whether it is what was published.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -22,10 +23,12 @@ from typing import IO, Any
 from sdtrt import __version__
 from sdtrt.digests import digest_of, digests_ahead, sha256_file
 from sdtrt.errors import CacheError, EntryInUseError
-from sdtrt.files import OTHERS, fsync, lock, same_file
+from sdtrt.files import EXHAUSTED, MORE_FILES, fsync, lock, open_regular, read_small_file, same_file
+from sdtrt.trust import OTHERS
 
 FORMAT = 1  # of keys and sidecars: entries of another format are foreign
 SIDECAR = "entry.json"
+SIDECAR_BYTES = 2**24  # at most, of a sidecar or other JSON of the engine directory: far more than any needs
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
@@ -140,7 +143,8 @@ class Entry:
         try:
             yield
         except OSError as error:
-            raise CacheError(f"{path} can't be read: {error.strerror}", hint=self._mend) from error
+            mend = MORE_FILES if error.errno in EXHAUSTED else self._mend
+            raise CacheError(f"{path} can't be read: {error.strerror}", hint=mend) from error
 
     def hold(self) -> IO[bytes]:
         """Keep the entry from being removed (`engines rm` and `prune` leave it) until what this returns is closed.
@@ -150,9 +154,10 @@ class Entry:
         """
         path = self.path / SIDECAR
         try:
-            file = path.open("rb")
+            file = open_regular(path, follow=False)
         except OSError as error:
-            raise CacheError(f"{path} can't be read: {error.strerror}", hint="run the command again") from error
+            mend = MORE_FILES if error.errno in EXHAUSTED else "run the command again"
+            raise CacheError(f"{path} can't be read: {error.strerror}", hint=mend) from error
         if lock(file, shared=True) and same_file(file, path):
             return file
         file.close()
@@ -253,11 +258,33 @@ def in_use(folder: Path) -> EntryInUseError:
 
 @contextmanager
 def exclusively(folder: Path) -> Iterator[bool]:
-    """Keep an entry from being taken into use inside the block; yields False where it is in use already."""
+    """Keep an entry from being taken into use inside the block; yields False where it is in use already.
+
+    Raises:
+        OSError: where that can't be told, as too many files are open.
+    """
     try:
-        file = (folder / SIDECAR).open("rb+")  # network file systems give exclusive locks to writers alone
-    except OSError:  # not there, damaged or read-only: nothing that could be in use, or be removed
-        yield True
+        file = _lockable(folder)
+    except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise
+        yield True  # not there, damaged or not to be read: nothing that could be in use
         return
     with file:
         yield lock(file, shared=False)
+
+
+def _lockable(folder: Path) -> IO[bytes]:
+    """The open sidecar of an entry, to be locked; through no link. Raises `OSError`."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(folder))
+    path = folder / SIDECAR
+    try:
+        return open_regular(path, "rb+", follow=False)  # network file systems give exclusive locks to writers alone
+    except PermissionError:
+        return open_regular(path, follow=False)
+
+
+def read_sidecar(folder: Path) -> Any:
+    """What the sidecar in a folder holds, as it is written there. Raises `OSError`, or one of `MALFORMED`."""
+    return json.loads(read_small_file(folder / SIDECAR, SIDECAR_BYTES, follow=False))

@@ -28,7 +28,7 @@ from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.entries import Entry
 from sdtrt.errors import ExportError, OutputError, UsageError
-from sdtrt.files import FULL, fsync, rename_to_free
+from sdtrt.files import FULL, fsync, make_folders, rename_to_free
 from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.onnx_graph import Weights
@@ -271,7 +271,7 @@ def _data_file(target: Path) -> Path:
 def _draft_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target; made before the work starts, so that an unwritable place costs no time."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(target.parent)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise OutputError(

@@ -1,22 +1,25 @@
-"""Files and folders: written whole or not at all, flushed to the disk, locked while in use, and who may change them."""
+"""Files and folders: opened once, written whole or not at all, flushed to the disk, locked while in use.
+
+Who may change them is not known here, but in `trust`.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import shlex
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # of file systems without them
 UNFLUSHABLE = (errno.EACCES, errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # folders on Windows, FUSE and the like
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OTHERS = stat.S_IWGRP | stat.S_IWOTH
+EXHAUSTED = (errno.EMFILE, errno.ENFILE)  # says nothing of the file that could not be opened
+MORE_FILES = "allow more open files: ulimit -n 4096; or end other programs"
 
 
 def fsync(path: Path) -> None:
@@ -63,17 +66,31 @@ def read_small_file(path: Path, limit: int, *, follow: bool = True) -> bytes:
     return data
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Replace a small file in one step; a link is replaced itself."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
         Path(name).replace(path)
     except BaseException:
         with suppress(OSError):
             Path(name).unlink()
         raise
+
+
+def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
+    """Make a folder and those above it that are missing, however many; returns the new ones, the topmost first.
+
+    Raises:
+        OSError: where one can't be made, or something else has its name (`FileExistsError`).
+    """
+    missing = list(takewhile(lambda folder: status(folder) is None, (path, *path.parents)))[::-1]
+    for folder in missing:
+        folder.mkdir(mode, exist_ok=True)
+    if not missing and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return missing
 
 
 def rename_to_free(temporary: Path, path: Path) -> None:
@@ -140,79 +157,3 @@ def same_file(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
-
-
-def writers(found: os.stat_result) -> str | None:
-    """Who but this user and root can change a file or folder; None for nobody. Says nothing on Windows."""
-    if os.name == "nt":
-        return None
-    if is_anothers(found):
-        return f"its owner, {_user_name(found.st_uid)}"
-    if found.st_mode & stat.S_IWOTH:
-        return "everybody"
-    if found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid):
-        return f"the group {_group_name(found.st_gid)}"
-    return None
-
-
-def is_anothers(found: os.stat_result) -> bool:
-    """Whether a file or folder is neither this user's nor root's."""
-    return found.st_uid not in (0, os.geteuid())
-
-
-def safe_command(folder: Path, found: os.stat_result) -> str:
-    """The command that leaves a folder, and all that is in it, to this user where `writers` names others.
-
-    Args:
-        folder: to be made safe.
-        found: what is known of it, or of what is wrong in it.
-    """
-    if not is_anothers(found):
-        return f"chmod -R go-w {shlex.quote(str(folder))}"
-    # The number, for not every user of a container has a name; only root gives files away.
-    return f"{'sudo ' * (os.geteuid() != 0)}chown -R $(id -u) {shlex.quote(str(folder))}"
-
-
-def replacers(path: Path) -> Iterator[tuple[Path, str]]:
-    """The folders above a path in which others may rename things, and who they are (a sticky `/tmp` is no such one)."""
-    if os.name == "nt":
-        return
-    above = {*path.parents, *Path(os.path.realpath(path)).parents}
-    for folder in sorted(above):
-        found = status(folder)
-        if found is None or (found.st_mode & stat.S_ISVTX and found.st_uid in (0, os.geteuid())):
-            continue
-        if who := writers(found):
-            yield folder, who
-
-
-def _is_own_group(gid: int) -> bool:
-    """Whether a group has this user alone in it: many systems give every user such a one."""
-    import grp
-    import pwd
-
-    try:
-        user = pwd.getpwuid(os.geteuid())
-        members = set(grp.getgrgid(gid).gr_mem)
-    except KeyError:
-        return False
-    alone = all(other.pw_gid != gid for other in pwd.getpwall() if other.pw_uid != user.pw_uid)
-    return alone and members <= {user.pw_name}
-
-
-def _user_name(uid: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
-
-
-def _group_name(gid: int) -> str:
-    import grp
-
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)

@@ -18,7 +18,7 @@ from shlex import quote
 from PIL import Image
 
 from sdtrt.errors import OutputError, UsageError
-from sdtrt.files import fsync, rename_to_free
+from sdtrt.files import fsync, make_folders, rename_to_free
 from sdtrt.images import FORMATS, Metadata, encode_image
 
 SLUG_LENGTH = 60  # characters, and
@@ -43,7 +43,7 @@ class OutputPlan:
         suffix = ".png" if self.file is None else self.file.suffix.lower()
         data = encode_image(image, FORMATS[suffix], metadata)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folders(self.folder)
             if self.file is not None:
                 return _publish(data, self.file, overwrite=self.overwrite)
             return _publish_fresh(data, self.folder, f"{slug(prompt)}-{seed}", suffix)
@@ -91,7 +91,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], *, overwrite: bool)
         OutputError: where one is there and not to be overwritten, or the folder can't be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         return [_publish(data, folder / name, overwrite=overwrite) for name, data in contents.items()]
     except FileExistsError as error:
         raise _exists(Path(str(error))) from None
@@ -183,7 +183,7 @@ def save_new(data: bytes, folder: Path, stem: str, suffix: str = ".png") -> Path
         OutputError: where it can't be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         return _publish_fresh(data, folder, stem, suffix)
     except OSError as error:
         raise _unwritable(folder, error) from error

@@ -384,12 +384,14 @@ def test_looking_for_what_was_left_behind_changes_nothing(directory):
     assert contents(directory.path) == before
 
 
-def test_sweep_removes_files_too(directory):
+def test_sweep_removes_files_too_and_leaves_what_has_no_name_of_ours(directory):
     directory.obtain("onnx", KEY, write())
-    junk = directory.path / ".building" / "junk"
-    junk.write_text("x")
+    trash, notes = directory.path / ".building" / "trash-1", directory.path / ".building" / "notes"
+    trash.write_text("x")
+    notes.write_text("x")
     assert directory.sweep() == 1
-    assert not junk.exists()
+    assert not trash.exists()
+    assert notes.exists()
     assert directory.sweep() == 0
 
 
@@ -414,7 +416,7 @@ def test_a_lock_that_may_not_be_tried_may_be_held(directory, monkeypatch):
 
 def test_what_cannot_be_swept_is_an_error_with_a_hint(directory, monkeypatch):
     (directory.path / ".building").mkdir(parents=True)
-    (directory.path / ".building" / "junk").touch()
+    (directory.path / ".building" / "trash-1").touch()
     refuse(monkeypatch, Path, "unlink", errno.EROFS, directory.path)
     with pytest.raises(CacheError, match="can't be written: Read-only file system") as caught:
         directory.sweep()

@@ -23,6 +23,7 @@ from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
+from sdtrt.files import write_atomically
 from sdtrt.onnx_facts import Facts
 from sdtrt.runtime.pieces import Cut, Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
@@ -328,16 +329,9 @@ def _keep_timings(file: Path | None, config: Any, report: Report) -> None:
     """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else."""
     if file is None:
         return
-    draft = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        with _alone_with(file, report):
-            kept = file.read_bytes() if file.is_file() else b""
-            if data := building.timing_cache_bytes(config, kept):
-                draft.write_bytes(data)
-                draft.replace(file)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink()
+    with suppress(OSError), _alone_with(file, report):
+        if data := building.timing_cache_bytes(config, building.kept_timings(file)):
+            write_atomically(file, data)
 
 
 @contextmanager
@@ -345,8 +339,11 @@ def _alone_with(file: Path, report: Report) -> Iterator[None]:
     """Keep out builds that end at the same time; where there is no lock to be had, the last one's timings are kept."""
     from filelock import FileLock
 
-    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_SECONDS)
+    path = file.with_name(f"{file.name}.lock")
+    lock = FileLock(path, timeout=LOCK_SECONDS)
     try:
+        if path.is_symlink():  # older versions of filelock make the file that it points to
+            raise OSError(f"{path} is a link")
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # also where the file system has no locks
         report({"warn": f"no lock on TensorRT's timings ({error}): those of another build may be lost"})

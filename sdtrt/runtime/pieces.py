@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt.components import CONDITIONING, Contract, TensorSpec
-from sdtrt.entries import MALFORMED
+from sdtrt.entries import MALFORMED, SIDECAR_BYTES
 from sdtrt.errors import EngineError
+from sdtrt.files import read_small_file
 from sdtrt.trt_api.messages import REBUILD
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -164,7 +165,7 @@ def read_pieces(plan: Path, contract: Contract) -> tuple[Piece, ...]:
     if not file.exists():
         return (Piece(plan, contract),)
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(read_small_file(file, SIDECAR_BYTES))
         pieces = tuple(_piece(piece_file(plan, number), entry) for number, entry in enumerate(data))
         _check(pieces, contract)
     except (*MALFORMED, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from sdtrt.components import (
     Contract,
     TensorSpec,
 )
-from sdtrt.entries import SIDECAR
+from sdtrt.entries import MALFORMED, read_sidecar
 from sdtrt.errors import EngineError
 from sdtrt.runtime.pieces import Piece
 from sdtrt.specs import SIZE_MULTIPLE
@@ -112,9 +111,9 @@ def load_plan(
 def _check_sidecar(plan: Path) -> None:
     """Compare a plan's size with its entry's sidecar, where there is one: TensorRT may crash on half a plan."""
     try:
-        known = json.loads((plan.parent / SIDECAR).read_text())["files"][plan.name]["size_bytes"]
+        known = read_sidecar(plan.parent)["files"][plan.name]["size_bytes"]
         size = plan.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
+    except (*MALFORMED, OSError):
         return
     if size != known:
         raise EngineError(f"{plan} is cut short: {size} of {known} bytes are there", hint=REBUILD)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdtrt import host
 from sdtrt.errors import BuildError
+from sdtrt.files import read_small_file
 from sdtrt.specs import SIZE_MULTIPLE, BuildSpec, Precision, Profile, Sizes
 from sdtrt.trt_api import libraries
 from sdtrt.trt_api.libraries import Library, ShapeRange, capability_name, compute_capabilities, dtype_name
@@ -123,6 +124,7 @@ def network_inputs(draft: Draft) -> dict[str, str]:
     return {tensor.name: dtype_name(tensor.dtype) for tensor in tensors}
 
 
+TIMINGS_BYTES = 2**28  # at most, of a timing cache
 CHANNELS_TOGETHER = 8  # of a tensor that lies channels last
 
 
@@ -329,12 +331,19 @@ def read_timing_cache(config: Any, file: Path | None) -> bool:
 
     The cache is always attached, empty at worst, so that `timing_cache_bytes` has something to give.
     """
-    data = file.read_bytes() if file is not None and file.is_file() else b""
-    timing = config.create_timing_cache(data)
+    timing = config.create_timing_cache(kept_timings(file) if file is not None else b"")
     fits = timing is not None and config.set_timing_cache(timing, False)
     if not fits:
         config.set_timing_cache(config.create_timing_cache(b""), False)
     return bool(fits)
+
+
+def kept_timings(file: Path) -> bytes:
+    """What earlier builds have kept; nothing where that can't be read, is no file, or reached through a link."""
+    try:
+        return read_small_file(file, TIMINGS_BYTES, follow=False)
+    except OSError:
+        return b""
 
 
 def timing_cache_bytes(config: Any, kept: bytes = b"") -> bytes:
