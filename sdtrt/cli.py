@@ -22,8 +22,8 @@ from sdtrt import __version__, interrupts
 from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
 from sdtrt.entries import removal_of
-from sdtrt.errors import CacheError, SdtrtError, UsageError, printable
-from sdtrt.files import FULL
+from sdtrt.errors import CacheError, SdtrtError, UsageError, first_line, printable
+from sdtrt.files import FULL, MORE_FILES, is_exhausted
 from sdtrt.options import (
     BackendOptions,
     BenchOptions,
@@ -477,18 +477,15 @@ def main() -> NoReturn:
         _drop_stdout()
         code = 1
     except OSError as error:
-        if error.errno not in (*FULL, errno.EIO):
-            raise
-        _drop_stdout()
-        what = error.filename or "all of the output"
-        hint = "free some space, or write elsewhere; temporary files go where $TMPDIR says"
-        code = _fail(f"can't write {what}: {error.strerror}", hint, 1)
+        code = _fail_of_the_system(error)
     except MemoryError:
         code = _fail("out of memory", "end other programs, or use a smaller --height and --width", 1)
     except _CLICK_EXCEPTION as error:
         message = error.format_message()  # empty where the help was shown instead, for want of arguments
         hint = f"{_command_path(error)} --help shows the options"
         code = _fail(message, hint, error.exit_code) if message else error.exit_code
+    except Exception as error:
+        code = _fail_of_the_system(error)
     if code == interrupts.INTERRUPTED:  # newer typers turn the exception into this code themselves
         _fail(interrupts.MESSAGE, interrupts.HINT, interrupts.INTERRUPTED)
     sys.exit(code)
@@ -507,8 +504,21 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _fail_of_the_system(error: Exception) -> int:
+    """Say what the system has no more of: files to open, or space. Raises what is of another kind."""
+    if is_exhausted(error):
+        return _fail(f"too many files are open: {first_line(error)}", MORE_FILES, 1)
+    if not isinstance(error, OSError) or error.errno not in (*FULL, errno.EIO):
+        raise error
+    _drop_stdout()
+    what = error.filename or "all of the output"
+    hint = "free some space, or write elsewhere; temporary files go where $TMPDIR says"
+    return _fail(f"can't write {what}: {error.strerror}", hint, 1)
+
+
 def _fail(message: str, hint: str, code: int) -> int:
-    """Say what is wrong and what mends it."""
+    """Say what is wrong and what mends it. Where files can't be opened, nothing else that is advised would help."""
+    hint = MORE_FILES if is_exhausted(sys.exception()) else hint
     print(f"error: {printable(message)}\nhint: {hint}", file=sys.stderr)
     return code
 

@@ -118,6 +118,17 @@ def delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def is_exhausted(error: BaseException | None) -> bool:
+    """Whether an error comes of too many open files, whatever other libraries have made of that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            return True
+        if os.strerror(errno.EMFILE) in str(error):  # shared libraries are opened by those who have no errno
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def status(path: Path, *, follow: bool = True) -> os.stat_result | None:
     """What is known of a path, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
     try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from sdtrt.files import open_regular, read_small_file
+from sdtrt.export import _draft_folder
+from sdtrt.files import make_folders, open_regular, read_small_file
+from sdtrt.saving import write_files
 
 
 def test_a_small_file_is_read_up_to_the_limit_and_no_larger_one(tmp_path):
@@ -37,3 +41,27 @@ def test_links_are_followed_only_where_they_may_be(tmp_path):
     assert read_small_file(tmp_path / "link", 9) == b"x"
     with pytest.raises(OSError, match="symbolic link"):
         read_small_file(tmp_path / "link", 9, follow=False)
+
+
+@pytest.fixture
+def deep(tmp_path, monkeypatch):
+    """A path of more folders than Python calls functions, relative to the working folder; it is gone at the end."""
+    monkeypatch.chdir(tmp_path)
+    yield Path("a/" * 1200)
+    subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)  # Python itself can't
+
+
+def test_folders_are_made_at_any_depth(deep):
+    assert len(make_folders(deep)) == 1200
+    assert make_folders(deep) == []
+    (path,) = write_files(deep, {"x": b"x"}, overwrite=False)
+    assert path.read_bytes() == b"x"
+    with pytest.raises(FileExistsError):
+        make_folders(path)
+
+
+def test_results_go_into_folders_at_any_depth(deep):
+    (path,) = write_files(deep, {"x": b"x"}, overwrite=False)
+    assert path.read_bytes() == b"x"
+    with _draft_folder(deep.parent / "b" / "unet.onnx") as draft:
+        assert draft.is_dir()

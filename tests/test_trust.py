@@ -314,3 +314,22 @@ def test_too_many_open_files_say_nothing_of_an_entry(full, call):
     assert "engines rm" not in caught.value.hint
     assert full.entries() == [entry]
     assert list((full.path / ".building").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["another library's", "our own", "the linker's", "the system's"])
+def test_too_many_open_files_are_two_lines_whatever_a_library_makes_of_it(run, monkeypatch, tmp_path, words):
+    told = {
+        "another library's": RuntimeError("Failed to import x (look up to see its\ntraceback)"),
+        "our own": CacheError("a file is damaged", hint="sdtrt engines rm x"),
+        "the linker's": ImportError("libx.so: cannot open shared object file: Too many open files"),
+        "the system's": OSError(errno.EMFILE, "Too many open files", "x"),
+    }
+
+    def failing(directory, kind=None):
+        raise told[words] from OSError(errno.EMFILE, "Too many open files", "x")
+
+    monkeypatch.setattr(EngineDirectory, "entries", failing)
+    code, out, err = run("engines", "list", "--engine-dir", str(tmp_path / "engines"))
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 2
+    assert err.endswith("hint: allow more open files: ulimit -n 4096; or end other programs\n")
