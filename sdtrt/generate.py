@@ -107,7 +107,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     jobs = _jobs(spec)
     texts = [prompt + spec.negative_prompt for prompt in spec.prompts]
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
-    init = images.read_init_image(spec.init_image) if spec.init_image is not None else None
+    init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"

@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.errors import UsageError
-from sdtrt.specs import SIZE_MULTIPLE
+from sdtrt.specs import MAX_PIXELS, SIZE_MULTIPLE
+
+if TYPE_CHECKING:
+    from PIL import ImageCms
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # JPEG's pixels are as close as its name allows; PNG's and WebP's are exact.
@@ -31,6 +35,9 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 INIT_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 MAX_FIELDS_LENGTH = 4096  # of the line of fields: what takes longer than it is worth to search
 MAX_INIT_PIXELS = 2**26  # 8192x8192: far above what a diffusion model takes, far below what exhausts memory
+MAX_PROPORTION = 128  # one side to the other: beyond it is no picture, and decoders take memory by the row
+# Colour space of a profile (ICC.1:2022, table 19) → the pixels that it is about.
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 USER_COMMENT_CODE = b"UNICODE\0"  # EXIF's prefix for UTF-16 text
 
 # As in AUTOMATIC1111's stable-diffusion-webui, modules/infotext_utils.py.
@@ -81,6 +88,11 @@ class InitImage:
                 raise UsageError(
                     f"init image {self.path} has a {name} of {own} pixels, less than {SIZE_MULTIPLE}",
                     hint="give --height and --width to enlarge it, best to the model's own size",
+                )
+            if side > MAX_PIXELS:
+                raise UsageError(
+                    f"init image {self.path} has a {name} of {own} pixels, more than {MAX_PIXELS}",
+                    hint="give --height and --width to scale it down, best to the model's own size",
                 )
             sides.append(side)
         return sides[0], sides[1]
@@ -169,8 +181,8 @@ def _read_texts(path: Path) -> tuple[str | None, str | None]:
     """An image's `parameters` and `sdtrt` texts. Raises anything."""
     with warnings.catch_warnings(), Image.open(path, formats=_formats()) as image:
         warnings.simplefilter("ignore")
-        if image.width * image.height > MAX_INIT_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} is more than {MAX_INIT_PIXELS} pixels")
+        if problem := _problem_of(*image.size):
+            raise ValueError(problem)
         if image.format == "PNG":
             image.load()  # text may come after the pixels
             return image.info.get("parameters"), image.info.get("sdtrt")
@@ -201,12 +213,15 @@ def read_parameters(path: Path) -> Parameters | None:
     return None if metadata is None else parse_parameters(metadata.parameters)
 
 
-def read_init_image(path: Path) -> InitImage:
-    """Read an init image as RGB: upright as its EXIF says, transparency flattened on white, first frame.
+def read_init_image(path: Path, console: Console = QUIET) -> InitImage:
+    """Read an init image as sRGB: upright as its EXIF says, transparency flattened on white, first frame.
+
+    Colours are converted from the profile that the file carries, which is said; a profile that can't be used is
+    warned of, and the colours are taken for sRGB.
 
     Raises:
-        UsageError: for a file that is missing, no image, damaged, larger than `MAX_INIT_PIXELS`, or of pixels whose
-            range is unknown (floating-point, 32-bit or signed integers).
+        UsageError: for a file that is missing, no image, damaged, larger than `MAX_INIT_PIXELS`, of sides more unlike
+            than `MAX_PROPORTION`, or of pixels whose range is unknown (floating-point, 32-bit or signed integers).
     """
     hint = "give --init-image a PNG, JPEG or WebP file"
     try:
@@ -217,7 +232,7 @@ def read_init_image(path: Path) -> InitImage:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_formats()) as image:
                 _check_header(path, image)
-                return InitImage(path, sha256_file(path), _to_rgb(ImageOps.exif_transpose(image)))
+                return InitImage(path, sha256_file(path), _to_rgb(ImageOps.exif_transpose(image), console))
     except UsageError:
         raise
     except PermissionError as error:
@@ -244,21 +259,77 @@ def _check_header(path: Path, image: Image.Image) -> None:
             f"init image {path} has {kind}, whose range is unknown",
             hint="save it with 8 or 16 bits a channel first, as PNG for instance",
         )
-    width, height = image.size
-    if width * height > MAX_INIT_PIXELS:
+    if problem := _problem_of(*image.size):
         raise UsageError(
-            f"init image {path} is too large: {width}x{height} is more than {MAX_INIT_PIXELS} pixels",
-            hint="scale it down first",
+            f"init image {path} is {problem}",
+            hint="scale it down first" if problem.startswith("too large") else "cut it to the part that matters first",
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: 16-bit grey scaled rather than clipped, transparency flattened on white."""
+def _problem_of(width: int, height: int) -> str | None:
+    """Why an image of that size is not decoded; None where it is."""
+    if width * height > MAX_INIT_PIXELS:
+        return f"too large: {width}x{height} is more than {MAX_INIT_PIXELS} pixels"
+    if max(width, height) > MAX_PROPORTION * min(width, height):
+        return f"too long: of {width}x{height} pixels, one side is more than {MAX_PROPORTION} times the other"
+    return None
+
+
+def _to_rgb(image: Image.Image, console: Console) -> Image.Image:
+    """Any mode as sRGB: 16-bit grey scaled rather than clipped, transparency flattened on white."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if not profile and _is_adobe_rgb(image):
+        console.warn(
+            "the init image is in Adobe RGB without a profile: its colours are taken for sRGB, and come out dull"
+        )
+    rgb = _to_srgb(image, profile, console) if profile else image.convert("RGB")
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether EXIF says that a camera wrote Adobe RGB, which has no profile then (DCF 2.0: interoperability `R03`)."""
+    return image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03"
+
+
+def _to_srgb(image: Image.Image, profile: bytes, console: Console) -> Image.Image:
+    """The pixels in sRGB, by the colour profile that came with them (alpha is dropped)."""
+    from PIL import ImageCms  # most images have no profile
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _profile_mode(image, source)
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        transform = ImageCms.ImageCmsTransform(source, target, mode, "RGB")
+        pixels = image if image.mode == mode else image.convert(mode)
+        converted = pixels if mode == "RGB" and _keeps_colours(transform) else transform.apply(pixels)
+        name = ImageCms.getProfileDescription(source).strip()
+    except (OSError, ValueError, ImageCms.PyCMSError, ImportError) as error:  # the last: Pillow may be built without
+        console.warn(f"the init image's colour profile can't be used: its colours are taken for sRGB ({error})")
+        return image.convert("RGB")
+    if converted is not pixels:
+        console.note(f"init image: colours converted to sRGB from its profile, {name or 'which has no name'}")
+    return converted
+
+
+def _profile_mode(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> str:
+    """The mode of the pixels that a profile is about. Raises `ValueError` where these are none such."""
+    space = profile.profile.xcolor_space.strip()
+    mode = PROFILE_MODES.get(space)
+    if mode is None or (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and len(image.getbands()) > 2):
+        raise ValueError(f"it is for {space} pixels, these are {image.mode}")
+    return mode
+
+
+def _keeps_colours(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform does nothing but round: that of an sRGB profile, whatever its name."""
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, len(levels), 3)
+    converted = np.asarray(transform.apply(Image.fromarray(cube)))
+    return bool(np.abs(converted.astype(int) - cube).max() <= 1)

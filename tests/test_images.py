@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sdtrt import saving
+from sdtrt.console import Console
 from sdtrt.errors import OutputError, UsageError
 from sdtrt.images import (
     Metadata,
@@ -424,6 +425,119 @@ def test_the_exif_orientation_is_honoured(tmp_path):
     assert pixels.getpixel((4, 2)) == (255, 0, 0)
 
 
+def fixed(*numbers):
+    """ICC's numbers: 16 bits before the point and 16 behind."""
+    return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+
+
+def profile(space, kind, **tags):
+    """A small ICC profile (ICC.1:2022) of a colour space; its connection space is Lab for printers, else XYZ."""
+    tags = {
+        "desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"Wide\0" + bytes(79),
+        "cprt": b"text\0\0\0\0CC0\0",
+        "wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249),
+        **tags,
+    }
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name.encode() + struct.pack(">II", start + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    connection = b"Lab " if kind == "prtr" else b"XYZ "
+    head = struct.pack(">I", start + len(data)) + bytes(4) + bytes.fromhex("02100000") + kind.encode()
+    head += space.encode() + connection + bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + table + data
+
+
+GAMMA = b"curv\0\0\0\0" + struct.pack(">IH", 1, 563) + bytes(2)  # 2.2
+ADOBE_RGB = profile(
+    "RGB ",
+    "mntr",
+    rXYZ=b"XYZ \0\0\0\0" + fixed(0.60974, 0.31111, 0.01947),
+    gXYZ=b"XYZ \0\0\0\0" + fixed(0.20528, 0.62567, 0.06087),
+    bXYZ=b"XYZ \0\0\0\0" + fixed(0.14919, 0.06322, 0.74457),
+    rTRC=GAMMA,
+    gTRC=GAMMA,
+    bTRC=GAMMA,
+)
+GREY_LINEAR = profile("GRAY", "mntr", kTRC=b"curv\0\0\0\0" + struct.pack(">I", 0))
+# Of 16 mixtures of inks in Lab: paper is white, all inks together are black, anything else is a mid grey.
+INKS = (
+    struct.pack(">BBBB", 4, 3, 2, 0)
+    + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    + bytes(range(256)) * 4
+    + bytes([255, 128, 128] + [128, 128, 128] * 14 + [0, 128, 128])
+    + bytes(range(256)) * 3
+)
+PRINTER = profile("CMYK", "prtr", A2B0=b"mft1\0\0\0\0" + INKS)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "tolerance"),
+    [("png", {}, 1), ("jpg", {"quality": 100, "subsampling": 0}, 4), ("webp", {"lossless": True}, 1), ("tif", {}, 1)],
+)
+def test_colours_are_converted_from_the_profile_that_comes_with_them(suffix, options, tolerance, tmp_path, capsys):
+    picture = Image.new("RGB", (16, 16), (0, 255, 0))
+    picture.paste((200, 120, 80), (8, 0, 16, 16))
+    picture.save(tmp_path / f"a.{suffix}", icc_profile=ADOBE_RGB, **options)
+    pixels = read_init_image(tmp_path / f"a.{suffix}", Console()).pixels
+    # Adobe RGB's (200, 120, 80) in sRGB, by both standards' matrices and curves
+    np.testing.assert_allclose(pixels.getpixel((14, 8)), (224, 121, 77), atol=tolerance)
+    np.testing.assert_allclose(pixels.getpixel((2, 8)), (0, 255, 0), atol=tolerance)
+    assert capsys.readouterr().err == "init image: colours converted to sRGB from its profile, Wide\n"
+
+
+def test_grey_and_printers_colours_are_converted_too(tmp_path):
+    grey = init(tmp_path / "a.png", Image.new("L", (8, 8), 55), icc_profile=GREY_LINEAR).pixels
+    np.testing.assert_allclose(grey.getpixel((0, 0)), (128,) * 3, atol=1)
+    sheet = Image.new("CMYK", (8, 8))
+    sheet.paste((255, 0, 0, 0), (4, 0, 8, 8))
+    for suffix in ("tif", "jpg"):
+        printed = init(tmp_path / f"a.{suffix}", sheet, icc_profile=PRINTER).pixels
+        assert min(printed.getpixel((0, 4))) >= 250
+        np.testing.assert_allclose(printed.getpixel((7, 4)), (119,) * 3, atol=4)  # Lab's 50
+
+
+def test_colours_behind_transparency_are_converted_and_the_white_is_not(tmp_path):
+    picture = Image.new("RGBA", (16, 8), (200, 120, 80, 255))
+    picture.paste((0, 0, 0, 0), (8, 0, 16, 8))
+    pixels = init(tmp_path / "a.png", picture, icc_profile=ADOBE_RGB).pixels
+    assert pixels.getpixel((12, 4)) == (255, 255, 255)
+    np.testing.assert_allclose(pixels.getpixel((2, 4)), (224, 121, 77), atol=1)
+
+
+def test_an_srgb_profile_changes_no_pixel_and_is_no_news(tmp_path, capsys):
+    PICTURE.save(tmp_path / "a.png", icc_profile=SRGB)
+    np.testing.assert_array_equal(np.asarray(read_init_image(tmp_path / "a.png", Console()).pixels), PIXELS)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "reason"),
+    [
+        (b"no profile", "RGB", "cannot open"),
+        (ADOBE_RGB[:200], "RGB", "cannot"),
+        (ADOBE_RGB, "CMYK", "it is for RGB pixels, these are CMYK"),
+        (PRINTER, "RGB", "it is for CMYK pixels, these are RGB"),
+        (GREY_LINEAR, "RGB", "it is for GRAY pixels, these are RGB"),
+    ],
+)
+def test_a_profile_that_can_not_be_used_is_told_and_the_colours_stay(content, mode, reason, tmp_path, capsys):
+    picture = PICTURE.convert(mode)
+    pixels = init(tmp_path / "a.tif", picture, icc_profile=content).pixels
+    np.testing.assert_array_equal(np.asarray(pixels), np.asarray(picture.convert("RGB")))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the init image's colour profile can't be used")
+    assert reason in line
+
+
+def test_adobe_rgb_that_only_exif_tells_of_is_warned_of(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x8769] = {0xA005: {1: "R03"}}
+    init(tmp_path / "a.jpg", PICTURE, exif=exif)
+    assert "Adobe RGB" in capsys.readouterr().err
+
+
 def test_sizes_come_from_the_image_or_from_the_request(tmp_path):
     image = init(tmp_path / "a.png", Image.new("RGB", (99, 41)))
     assert image.result_size(None, None) == (40, 96)
@@ -444,6 +558,14 @@ def test_an_image_too_small_for_a_latent_is_a_usage_error(tmp_path):
     assert "--height" in caught.value.hint
     assert "512" not in caught.value.hint, "not every model's size"
     assert image.result_size(64, 64) == (64, 64)
+
+
+def test_an_image_wider_than_any_model_draws_wants_a_size(tmp_path):
+    image = init(tmp_path / "a.png", Image.new("1", (16392, 136)))
+    with pytest.raises(UsageError, match="width of 16392 pixels, more than 16384") as caught:
+        image.result_size(None, None)
+    assert "--width" in caught.value.hint
+    assert image.result_size(None, 512) == (136, 512)
 
 
 def test_floating_point_pixels_are_refused_rather_than_clipped_to_black(tmp_path):
@@ -501,9 +623,11 @@ def png_bytes():
         (png_bytes()[:100] + bytes(200) + png_bytes()[300:], "can't be read"),
         (bomb(60000, 60000), "too large"),
         (bomb(10000, 10000), "too large"),
+        (bomb(1, 2**26), "too long: of 1x67108864 pixels"),
+        (bomb(8 * 129, 8), "too long"),
         (bomb(0, 10), "can't be read|no image format"),
     ],
-    ids=["missing", "folder", "empty", "text", "truncated", "damaged", "bomb", "large", "zero size"],
+    ids=["missing", "folder", "empty", "text", "truncated", "damaged", "bomb", "large", "thin", "wide", "zero size"],
 )
 def test_an_init_image_that_cannot_be_used_is_a_usage_error(content, message, tmp_path):
     path = tmp_path / "init.png"
