@@ -340,6 +340,9 @@ class _Run:
             "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,
             "Model": _model_title(self.opened.spec.model),
             "Denoising strength": float(spec.strength) if self.init is not None else None,
+            "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
+            "Noise Schedule": schedulers.noise_schedule(scheduler),
+            "Emphasis": "None" if set(prompt + spec.negative_prompt) & set("()[]") else None,  # taken literally
             "Version": f"sdtrt {__version__}",
         }
         own = {"prompt": prompt, "negative_prompt": spec.negative_prompt, "seed": seed}

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,14 +120,32 @@ def encode_image(image: Image.Image, image_format: str, metadata: Metadata) -> b
         text.add_text("sdtrt", details)
         options["pnginfo"] = text
     else:
-        exif = Image.Exif()
-        exif[ExifTags.Base.ImageHistory] = details
-        comment = USER_COMMENT_CODE + parameters.encode("utf-16-be")
-        exif[ExifTags.IFD.Exif] = {int(ExifTags.Base.UserComment): comment}
-        options["exif"] = exif
+        options["exif"] = _exif(details, parameters)
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def _exif(history: str, comment: str) -> bytes:
+    """EXIF with two texts.
+
+    Pillow writes `UserComment` as bytes; what web UIs read it with (piexif) takes the standard's type alone.
+
+    Source: Exif 2.32 (CIPA DC-008), sections 4.5.2 and 4.6.2: little-endian TIFF, each entry of a directory a tag, a
+    type, a count, and the value's offset.
+    """
+    ascii_type, long_type, undefined_type = 2, 4, 7
+    first = history.ljust(4).encode("ascii") + b"\0"  # an entry would hold four bytes itself
+    second = USER_COMMENT_CODE + comment.encode("utf-16-be")
+    directory, start = 38, 56  # behind the header's 8 bytes and two entries; behind the directory of one entry
+    padding = bytes(len(first) % 2)  # values begin at even offsets
+    behind = start + len(first) + len(padding)
+    tiff = struct.pack("<2sHIH", b"II", 42, 8, 2)
+    tiff += struct.pack("<HHII", ExifTags.IFD.Exif, long_type, 1, directory)
+    tiff += struct.pack("<HHIII", ExifTags.Base.ImageHistory, ascii_type, len(first), start, 0)
+    tiff += struct.pack("<H", 1)
+    tiff += struct.pack("<HHIII", ExifTags.Base.UserComment, undefined_type, len(second), behind, 0)
+    return b"Exif\0\0" + tiff + first + padding + second
 
 
 def format_parameters(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

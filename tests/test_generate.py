@@ -397,8 +397,15 @@ def test_an_image_has_the_parameters_that_web_uis_read(spec, directory, init_ima
     assert parsed.fields["Version"].startswith("sdtrt ")
     assert "Denoising strength" not in parsed.fields
     parsed = read_parameters(made(replace(spec, init_image=init_image, scheduler="euler-a"), directory)[0])
-    wanted = {"Sampler": "Euler a", "Denoising strength": "0.8", "Size": "64x40"}
+    wanted = {"Sampler": "Euler a", "Schedule type": "DDIM", "Denoising strength": "0.8", "Size": "64x40", "RNG": "CPU"}
     assert wanted.items() <= parsed.fields.items()
+
+
+def test_web_uis_are_told_what_they_would_take_otherwise(spec, directory):
+    assert read_parameters(made(spec, directory)[0]).fields["RNG"] == "CPU", "their own noise is a GPU's"
+    for prompt, emphasis in (("red on blue", None), ("(red:1.3)", "None"), ("a [dog]", "None")):
+        path = made(replace(spec, prompts=(prompt,), steps=1), directory)[0]
+        assert read_parameters(path).fields.get("Emphasis") == emphasis, "brackets are text here"
 
 
 def test_the_report_is_plain_data_with_everything(spec, directory):

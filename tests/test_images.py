@@ -14,6 +14,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import piexif
+import piexif.helper
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -360,6 +362,27 @@ def test_web_uis_find_the_text_where_they_look_for_it(folder):
             comment = image.getexif().get_ifd(0x8769)[0x9286]
         assert comment[:8] == b"UNICODE\0"
         assert comment[8:].decode("utf-16-be").startswith("a red circle\nSteps: 50, ")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+@pytest.mark.parametrize("prompt", ["a red circle", "🦊, кот", "x" * 15_000], ids=len)
+def test_the_reader_of_web_uis_reads_the_exif(suffix, prompt, folder):
+    path = save(plan_output(Path(f"one.{suffix}"), count=1, overwrite=False), prompt=prompt)
+    with Image.open(path) as image:
+        for source in (image.info["exif"], str(path)):
+            found = piexif.load(source)
+            assert (
+                piexif.helper.UserComment.load(found["Exif"][piexif.ExifIFD.UserComment]) == metadata(prompt).parameters
+            )
+            history = found["0th"][piexif.ImageIFD.ImageHistory].rstrip(b"\0")
+            assert json.loads(history) == {"prompt": prompt, "seed": 42}
+
+
+def test_exif_of_hardly_any_details_is_read_as_well():
+    file = io.BytesIO(encode_image(PICTURE, "JPEG", Metadata("", {})))
+    assert (read_metadata(file).parameters, read_metadata(file).details) == ("", {})
+    file = io.BytesIO(encode_image(PICTURE, "WEBP", Metadata("a", {"a": 1})))
+    assert (read_metadata(file).parameters, read_metadata(file).details) == ("a", {"a": 1})
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])

@@ -8,7 +8,7 @@ import torch
 from factories import small_unet
 
 from sdtrt.errors import UsageError
-from sdtrt.schedulers import check_steps, keep_on_host, make_scheduler, sampler_name, schedule_type
+from sdtrt.schedulers import check_steps, keep_on_host, make_scheduler, noise_schedule, sampler_name, schedule_type
 from sdtrt.specs import SCHEDULERS
 
 SD1 = diffusers.PNDMScheduler(
@@ -128,9 +128,68 @@ def test_an_unknown_scheduler_keeps_its_class_name():
     assert sampler_name(diffusers.DDPMScheduler()) == "DDPM"
 
 
-def test_special_spacings_have_a_name():
-    assert schedule_type(diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)) == "Karras"
-    assert schedule_type(SD1) is None
+@pytest.mark.parametrize(
+    ("name", "config", "sampler"),
+    [
+        ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, "DPM++ 2M SDE"),
+        ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "DPM++ 2M SDE Heun"),
+        ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "DPM++ 3M SDE"),
+        ("DPMSolverMultistep", {"solver_order": 3}, "DPM++ 3M"),
+        ("DPMSolverMultistep", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "DPMSolverMultistep"),
+        ("LMSDiscrete", {}, "LMS"),
+        ("KDPM2Discrete", {}, "DPM2"),
+        ("KDPM2AncestralDiscrete", {}, "DPM2 a"),
+    ],
+)
+def test_variants_of_a_class_have_names_of_their_own(name, config, sampler):
+    assert sampler_name(getattr(diffusers, f"{name}Scheduler").from_config(SD1.config, **config)) == sampler
+
+
+# What web UIs compute for 20 steps: linspace(999, 0, 20); 1, 51, …, 951; linspace(999, 0, 21) without its end; every
+# fiftieth from the end.
+@pytest.mark.parametrize(
+    ("name", "config", "spacing"),
+    [
+        ("euler", {}, "Uniform"),
+        ("euler", {"timestep_spacing": "leading"}, "DDIM"),
+        ("euler", {"timestep_spacing": "trailing"}, "Simple"),
+        ("heun", {"timestep_spacing": "leading"}, "DDIM"),
+        ("heun", {"timestep_spacing": "linspace"}, "Uniform"),
+        ("dpm++", {"timestep_spacing": "linspace"}, "SGM Uniform"),
+        ("dpm++", {"timestep_spacing": "trailing"}, "Simple"),
+        ("dpm++", {"use_karras_sigmas": True}, "Karras"),
+        ("dpm++", {"use_exponential_sigmas": True}, "Exponential"),
+        ("pndm", {}, None),
+        ("ddim", {}, None),
+        ("unipc", {}, None),
+        ("lcm", {}, None),
+    ],
+)
+def test_the_spacing_is_named_wherever_web_uis_would_take_another(name, config, spacing):
+    made = make_scheduler(name, SD1)
+    scheduler = type(made).from_config(made.config, **config)
+    for steps in (4, 20, 50):
+        scheduler.set_timesteps(steps)
+        assert schedule_type(scheduler) == spacing
+
+
+def test_a_spacing_that_no_web_ui_has_is_called_by_the_nearest():
+    own = diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading", steps_offset=1)
+    own.set_timesteps(20)  # 941, 894, …, 48
+    assert schedule_type(own) == "DDIM"
+
+
+def test_a_spacing_of_one_step_has_a_name_too():
+    scheduler = make_scheduler("euler", diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"))
+    assert schedule_type(scheduler) is None  # nothing is set
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999]
+    assert schedule_type(scheduler) == "Uniform"
+
+
+def test_the_noise_schedule_of_zero_snr_has_a_name():
+    assert noise_schedule(SD1) is None
+    assert noise_schedule(diffusers.DDIMScheduler(rescale_betas_zero_snr=True)) == "Zero Terminal SNR"
 
 
 # Stable Diffusion's DDIM and PNDM begin at timestep 1, so that the last of a thousand steps would be at 1000; DPM++ and
