@@ -33,6 +33,7 @@ from sdtrt.pipeline import (
     engine_facts,
     engines_of,
     hooked,
+    note_noise,
     open_pipeline,
     out_of_memory,
     unet_sizes,
@@ -266,6 +267,7 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = models.resolve_model(spec.model, console)
         tasks = _tasks(spec, model, console)
+        note_noise(spec.noise, model, console)
         runners = _runners(spec, console)
         bench = _Bench(spec, model, directory, console)
         rows = [
@@ -407,6 +409,7 @@ class _Bench:
             img2img=task == "img2img",
             scheduler=spec.scheduler,
             images=batch,
+            noise=spec.noise,
         )
 
     def _measure(self, task: BenchTask, runner: Runner, pipeline_spec: PipelineSpec, batch: int) -> Measured:

@@ -32,6 +32,7 @@ from sdtrt.options import (
     ExporterOptions,
     GenerateOptions,
     ModelOptions,
+    NoiseOptions,
     OutputOptions,
     ProfileOptions,
     VerifyOptions,
@@ -94,13 +95,14 @@ def root(
 @grouped
 def txt2img(
     generate: GenerateOptions,
+    noise: NoiseOptions,
     model: ModelOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make images from text."""
-    _generate(generate.spec(model.spec(), backend), directory, output)
+    _generate(generate.spec(model.spec(), backend, noise=noise.spec()), directory, output)
 
 
 @app.command()
@@ -110,13 +112,15 @@ def img2img(
     strength: Annotated[float, Option(help="how much of it is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
     *,
     generate: GenerateOptions,
+    noise: NoiseOptions,
     model: ModelOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make images from an image and text."""
-    _generate(generate.spec(model.spec(), backend, init_image=init_image, strength=strength), directory, output)
+    image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
+    _generate(generate.spec(model.spec(), backend, **image), directory, output)
 
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
@@ -238,13 +242,14 @@ def build(
 @grouped
 def verify(
     options: VerifyOptions,
+    noise: NoiseOptions,
     model: ModelOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(model.spec(), backend)
+    spec = options.spec(model.spec(), backend, noise.spec())
     with quick_imports():
         from sdtrt.verify import verify
 
@@ -257,13 +262,14 @@ def verify(
 @grouped
 def bench(
     options: BenchOptions,
+    noise: NoiseOptions,
     model: ModelOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(model.spec(), backend)
+    spec = options.spec(model.spec(), backend, noise.spec())
     with quick_imports():
         from sdtrt.bench import run_bench
 

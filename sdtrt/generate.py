@@ -369,7 +369,7 @@ def _settings(
         "backend": pipeline_spec.backend,
         "device": _device_name(pipeline_spec.device),
         "precision": pipeline_spec.precision,
-        "scheduler": {"name": spec.scheduler, "class": type(scheduler).__name__},
+        "scheduler": {"name": spec.scheduler, **schedulers.facts(scheduler)},
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
         "strength": spec.strength if init is not None else None,

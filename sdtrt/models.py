@@ -38,7 +38,8 @@ from sdtrt.origins import (
     local_path,
     read_checkpoint_infos,
 )
-from sdtrt.specs import DEFAULT_MODEL, ModelSpec
+from sdtrt.prediction import foreign_noise, header_texts, stated_noise
+from sdtrt.specs import DEFAULT_MODEL, ModelSpec, NoiseSpec
 from sdtrt.vaes import with_vae
 from sdtrt.weights import WEIGHT_NAMES, TensorInfo, is_pickle, read_header, read_json
 
@@ -75,6 +76,7 @@ class Model:
         index: the content of its `model_index.json`.
         origins: where each part lies; that of a missing one has its configuration alone.
         missing: names of the parts that its kind has, and it lacks: a single file need not be whole.
+        stated: what a single file says of its noise, which goes before its scheduler's configuration.
     """
 
     spec: ModelSpec
@@ -86,6 +88,7 @@ class Model:
     index: Mapping[str, Any] = field(repr=False)
     origins: Mapping[str, Origin] = field(repr=False)
     missing: tuple[str, ...] = ()
+    stated: NoiseSpec = field(default_factory=NoiseSpec)
 
     @property
     def name(self) -> str:
@@ -440,7 +443,10 @@ def _from_single_file(spec: ModelSpec, path: Path, console: Console) -> Model:
         _refuse_options(spec, "a single file", ("variant",))
     missing = tuple(part for part in origins if part in wanted - elsewhere.keys())
     parts = tuple(part for part in origins if part not in missing)
-    model = Model(spec, "single-file", path, config_folder, pipeline_class, parts, index, origins, missing)
+    stated = stated_noise(infos, header_texts(path))
+    if warning := foreign_noise(infos, index["scheduler"][1]):
+        console.warn(warning)
+    model = Model(spec, "single-file", path, config_folder, pipeline_class, parts, index, origins, missing, stated)
     _check_configs(model)
     return model
 

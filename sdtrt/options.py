@@ -29,8 +29,10 @@ from sdtrt.specs import (
     EXPORTERS,
     MAX_DIGITS,
     PRECISIONS,
+    PREDICTION_TYPES,
     SAMPLE_PROMPT,
     SCHEDULERS,
+    TIMESTEP_SPACINGS,
     Backend,
     BackendChoice,
     BaselineName,
@@ -42,12 +44,15 @@ from sdtrt.specs import (
     ExportSpec,
     GenerateSpec,
     ModelSpec,
+    NoiseSpec,
     Precision,
+    PredictionType,
     Profile,
     Range,
     SchedulerName,
     Sizes,
     Thresholds,
+    TimestepSpacing,
     VerifySpec,
     bytes_of,
     may_be_in_pieces,
@@ -232,6 +237,31 @@ GuidanceScale = Annotated[
 Height = Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")]
 Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")]
 Scheduler = Annotated[str | None, Option(help=f"one of {', '.join(SCHEDULERS)}; by default the model's own")]
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """How noise is added and predicted, where the model does not say it, or wrongly."""
+
+    prediction_type: Annotated[
+        str | None, Option(help=f"{' or '.join(PREDICTION_TYPES)}; by default as the model says")
+    ] = None
+    timestep_spacing: Annotated[
+        str | None, Option(help=f"{', '.join(TIMESTEP_SPACINGS)}; by default as the model says")
+    ] = None
+    zero_snr: Annotated[
+        bool | None, Option(help="rescale the noise schedule to zero terminal SNR; by default as the model says")
+    ] = None
+
+    def spec(self) -> NoiseSpec:
+        """What is asked for."""
+        return NoiseSpec(
+            cast("PredictionType | None", self.prediction_type),
+            cast("TimestepSpacing | None", self.timestep_spacing),
+            self.zero_snr,
+        )
+
+
 NoBuild = Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")]
 
 
@@ -348,7 +378,7 @@ class GenerateOptions:
     ] = None
 
     def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
-        """The images that are asked for; `image` holds what only img2img has."""
+        """The images that are asked for; `image` holds the noise, and what only img2img has."""
         return GenerateSpec(
             prompts=tuple(self.prompt or ()),
             model=model,
@@ -401,7 +431,7 @@ class VerifyOptions:
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions) -> VerifySpec:
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
         """The comparison that is asked for."""
         image = GenerateSpec(
             prompts=(self.prompt,),
@@ -416,6 +446,7 @@ class VerifyOptions:
             seed=self.seed,
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
+            noise=noise,
         )
         thresholds = Thresholds(
             self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
@@ -450,7 +481,7 @@ class BenchOptions:
     overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions) -> BenchSpec:
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> BenchSpec:
         """The measurements that are asked for."""
         return BenchSpec(
             model=model,
@@ -470,6 +501,7 @@ class BenchOptions:
             output=self.output,
             overwrite=self.overwrite,
             allow_build=not self.no_build,
+            noise=noise,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

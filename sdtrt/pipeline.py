@@ -32,7 +32,17 @@ from sdtrt.parts import (
 from sdtrt.runtime import open_session, preloaded
 from sdtrt.runtime.scratch import Scratch
 from sdtrt.runtime.session import Session
-from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, Backend, Component, GenerateSpec, Precision, SchedulerName, Sizes
+from sdtrt.specs import (
+    DEFAULT_TOKENS,
+    SIZE_MULTIPLE,
+    Backend,
+    Component,
+    GenerateSpec,
+    NoiseSpec,
+    Precision,
+    SchedulerName,
+    Sizes,
+)
 
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
 
@@ -48,6 +58,7 @@ class PipelineSpec:
         scheduler: None for the model's own.
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
+        noise: what was asked for; the rest is as the model's checkpoint says, then as its scheduler's configuration.
     """
 
     model: Model
@@ -59,6 +70,7 @@ class PipelineSpec:
     scheduler: SchedulerName | None = None
     components: tuple[Component, ...] | None = None
     images: int = 1
+    noise: NoiseSpec = field(default_factory=NoiseSpec)
 
     @property
     def in_engines(self) -> tuple[Component, ...]:
@@ -124,8 +136,10 @@ def resolve_request(
         scheduler=spec.scheduler,
         components=choose_components(model, spec.components) if spec.components else None,
         images=count,
+        noise=spec.noise,
     )
     check_spec(pipeline_spec)
+    note_noise(spec.noise, model, console)
     _note_parts(pipeline_spec, console)
     return pipeline_spec
 
@@ -143,6 +157,12 @@ def check_task(model: Model, *, img2img: bool) -> None:
             f"{model.name} is a refiner: it changes images, and makes none from text alone",
             hint="use sdtrt img2img --init-image FILE, or another model (bench: --task img2img)",
         )
+
+
+def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
+    """Say where the scheduler does not go by the model's configuration, and why."""
+    if said := asked.over(model.stated).describe():
+        console.note(f"noise: {said}")
 
 
 def _note_parts(spec: PipelineSpec, console: Console) -> None:
@@ -227,6 +247,7 @@ def open_pipeline(
     """
     parts = loading.load_parts(spec.model, ["scheduler"], torch.float32)
     parts["scheduler"] = schedulers.make_scheduler(spec.scheduler, parts["scheduler"])
+    parts["scheduler"] = schedulers.with_noise(parts["scheduler"], spec.noise.over(spec.model.stated))
     schedulers.check_steps(parts["scheduler"], spec.steps)
     if spec.backend != "torch":  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])

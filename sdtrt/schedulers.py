@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdtrt.errors import UsageError
-from sdtrt.specs import SchedulerName
+from sdtrt.specs import NoiseSpec, SchedulerName
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ _SAMPLERS = {kind.class_name: kind.sampler for kind in _KINDS.values()} | {
 }
 # Samplers that have one spacing in web UIs, whatever the schedule type: LCM's is the same as ours.
 _OF_ONE_SPACING = ("DDIM", "PLMS", "UniPC", "LCM")
+_OF_OWN_TIMESTEPS = ("LCMScheduler", "TCDScheduler")  # whatever their `timestep_spacing`
 _SPACINGS = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "Exponential", "use_beta_sigmas": "Beta"}
 
 
@@ -118,14 +120,13 @@ def _has_steps(scheduler: Any, steps: int) -> bool:
 
 def sampler_name(scheduler: Any) -> str:
     """What Stable Diffusion web UIs call this scheduler; the class's own name for one that they don't know."""
-    class_name = type(scheduler).__name__
+    class_name: str = type(scheduler).__name__
     config = scheduler.config
     if class_name == _DPM and config.algorithm_type == "dpmsolver++":
         return f"DPM++ {config.solver_order}M"
     if class_name == _DPM and config.algorithm_type == "sde-dpmsolver++":
-        return f"DPM++ {config.solver_order}M SDE" + " Heun" * (
-            config.solver_type == "heun" and config.solver_order == 2
-        )
+        heun = config.solver_type == "heun" and config.solver_order == 2
+        return f"DPM++ {config.solver_order}M SDE{' Heun' if heun else ''}"
     known = None if class_name == _DPM else _SAMPLERS.get(class_name)
     return known or class_name.removesuffix("Scheduler")
 
@@ -159,6 +160,65 @@ def _web_ui_spacings(steps: int, trained: int) -> dict[str, npt.NDArray[Any]]:
     }
 
 
+def facts(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler is, and how it takes noise, as plain data."""
+    config = scheduler.config
+    names = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
+    return {"class": type(scheduler).__name__} | {name: config[name] for name in names if name in config}
+
+
 def noise_schedule(scheduler: Any) -> str | None:
     """What web UIs call the noise schedule, where it is not the usual one."""
     return "Zero Terminal SNR" if scheduler.config.get("rescale_betas_zero_snr") else None
+
+
+def with_noise(scheduler: Any, noise: NoiseSpec) -> Any:
+    """The scheduler with another prediction type, spacing or noise schedule; itself where nothing is said of these.
+
+    Raises:
+        UsageError: for what this scheduler can't do.
+    """
+    cls = type(scheduler)
+    known = inspect.signature(cls.__init__).parameters
+    changes = {name: value for name, value in _changes(noise).items() if value or name in known}
+    if lacking := [name for name in changes if name not in known]:
+        raise _unable(cls, noise, lacking[0])
+    if not changes:
+        return scheduler
+    if noise.timestep_spacing and cls.__name__ in _OF_OWN_TIMESTEPS:
+        raise _unable(cls, noise, "timestep_spacing")
+    made = cls.from_config(scheduler.config, **changes)
+    if noise.zero_snr and made.config.prediction_type == "epsilon":
+        raise UsageError(
+            "at zero terminal SNR there is nothing but noise, of which epsilon prediction makes no image",
+            hint="use --prediction-type v_prediction, or --no-zero-snr",
+        )
+    return made
+
+
+def _changes(noise: NoiseSpec) -> dict[str, Any]:
+    """The configuration that is another one then, by diffusers' names."""
+    changes = {
+        "prediction_type": noise.prediction_type,
+        "timestep_spacing": noise.timestep_spacing or ("trailing" if noise.zero_snr else None),
+        "rescale_betas_zero_snr": noise.zero_snr,
+    }
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def _unable(cls: type, noise: NoiseSpec, name: str) -> UsageError:
+    """The error for a scheduler that knows no such configuration."""
+    field = {"rescale_betas_zero_snr": "zero_snr"}.get(name, name)
+    what = "zero terminal SNR" if field == "zero_snr" else f"choice of {field.replace('_', ' ')}"
+    able = [
+        key for key, kind in _KINDS.items() if name in _parameters(kind) and kind.class_name not in _OF_OWN_TIMESTEPS
+    ]
+    return UsageError(
+        f"{cls.__name__} has no {what} ({noise.source(field)})",
+        hint=f"use --scheduler {', '.join(able[:-1])} or {able[-1]}",
+    )
+
+
+def _parameters(kind: _Kind) -> Collection[str]:
+    """What the configuration of a scheduler may have."""
+    return inspect.signature(getattr(diffusers, kind.class_name).__init__).parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,12 +26,16 @@ BaselineName = Literal[
     "onnxruntime-cuda",
 ]
 SchedulerName = Literal["pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun"]
+PredictionType = Literal["epsilon", "v_prediction"]
+TimestepSpacing = Literal["leading", "linspace", "trailing"]
 
 COMPONENTS: tuple[str, ...] = get_args(Component)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 BACKENDS: tuple[str, ...] = get_args(BackendChoice)
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+TIMESTEP_SPACINGS: tuple[str, ...] = get_args(TimestepSpacing)
 BENCH_TASKS: tuple[str, ...] = get_args(BenchTask)
 BASELINES: tuple[str, ...] = get_args(BaselineName)
 
@@ -406,6 +410,52 @@ class BuildSpec:
 
 
 @dataclass(frozen=True)
+class NoiseSpec:
+    """Where a scheduler is not to go by its model's configuration; None leaves that as it is.
+
+    Args:
+        prediction_type: what the UNet was trained to give.
+        timestep_spacing: which of the trained timesteps run.
+        zero_snr: rescale the noise schedule so that nothing of the image is left at its last timestep
+            (https://arxiv.org/abs/2305.08891); timesteps are `trailing` then, if nothing else is said: it has to run.
+        sources: who said so, for the reader, by the field's name; an option, if nobody else.
+    """
+
+    prediction_type: PredictionType | None = None
+    timestep_spacing: TimestepSpacing | None = None
+    zero_snr: bool | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type is not None:
+            check_choice("prediction-type", self.prediction_type, PREDICTION_TYPES)
+        if self.timestep_spacing is not None:
+            check_choice("timestep-spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+
+    def over(self, other: NoiseSpec) -> NoiseSpec:
+        """This where it says something, else the other."""
+        names = ("prediction_type", "timestep_spacing", "zero_snr")
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        theirs = {name: source for name, source in other.sources.items() if name not in own}
+        return replace(other, **own, sources={**theirs, **self.sources})
+
+    def source(self, name: str) -> str:
+        """Who said a field's value."""
+        no = "no-" if getattr(self, name) is False else ""
+        return self.sources.get(name, f"--{no}{name.replace('_', '-')}")
+
+    def describe(self) -> str:
+        """What is said and by whom, for the reader; empty where nothing is."""
+        snr = None if self.zero_snr is None else "zero terminal SNR" if self.zero_snr else "no zero terminal SNR"
+        spacing = self.timestep_spacing and f"{self.timestep_spacing} timesteps"
+        said = {"prediction_type": self.prediction_type, "zero_snr": snr, "timestep_spacing": spacing}
+        words = [f"{what} ({self.source(name)})" for name, what in said.items() if what]
+        if self.zero_snr and spacing is None:
+            words.append("trailing timesteps (zero terminal SNR needs the last one)")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
 class GenerateSpec:
     """Images to be made from text, or from an image and text.
 
@@ -416,6 +466,7 @@ class GenerateSpec:
         seed: of each prompt's first image (the next ones count up from it); None for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
+        noise: what the scheduler is told, whatever the model's configuration and its checkpoint say.
         components: the parts that engines run, the others stay PyTorch's; none for the backend's default.
         init_image: start from this image instead of from noise (img2img).
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
@@ -443,6 +494,7 @@ class GenerateSpec:
     overwrite: bool = False
     allow_build: bool = True
     components: tuple[Component, ...] = ()
+    noise: NoiseSpec = NoiseSpec()
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
@@ -532,6 +584,7 @@ class BenchSpec:
         allow_build: export and build a missing engine on the spot (not timed).
         output: a folder for the report as JSON and Markdown, and a chart.
         overwrite: replace such files of an earlier run.
+        noise: as of `GenerateSpec`.
     """
 
     model: ModelSpec = ModelSpec()
@@ -551,6 +604,7 @@ class BenchSpec:
     allow_build: bool = True
     output: Path | None = None
     overwrite: bool = False
+    noise: NoiseSpec = NoiseSpec()
 
     def __post_init__(self) -> None:
         check_output(self.output)
@@ -581,6 +635,7 @@ class BenchSpec:
             scheduler=self.scheduler,
             init_image=Path("init.png") if task == "img2img" else None,
             strength=self.strength,
+            noise=self.noise,
         )
 
     def steps_run(self, task: BenchTask) -> int:

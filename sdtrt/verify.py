@@ -344,6 +344,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
         "scheduler": image.scheduler,
+        "noise": pipeline_spec.noise.over(pipeline_spec.model.stated).describe(),
         "height": pipeline_spec.sizes.height,
         "width": pipeline_spec.sizes.width,
         **({"strength": _strength(image)} if pipeline_spec.img2img else {}),

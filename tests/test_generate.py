@@ -25,7 +25,7 @@ from sdtrt.generate import generate
 from sdtrt.images import read_metadata, read_parameters
 from sdtrt.parts import sizes_of
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, Sizes
+from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 # Of CLIP's text encoder, whose modules lie one level deeper before transformers 5.
@@ -415,7 +415,12 @@ def test_the_report_is_plain_data_with_everything(spec, directory):
     assert set(data["images"][0]) == {"path", "seed", "prompt", "negative_prompt", "width", "height"}
     assert data["model"]["name"] == str(spec.model.name)
     assert (data["backend"], data["precision"], data["steps"]) == ("onnxruntime", "fp32", 3)
-    assert data["scheduler"] == {"name": None, "class": "PNDMScheduler"}
+    assert data["scheduler"] == {
+        "name": None,
+        "class": "PNDMScheduler",
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+    }
     assert (data["guidance_scale"], data["strength"], data["init_image"]) == (7.5, None, None)
     assert list(data["engines"]) == ["text_encoder", "unet", "vae_decoder"]
     assert data["engines"]["unet"] == data["engine"]
@@ -437,6 +442,32 @@ def test_both_text_encoders_are_fingerprinted(spec, sdxl, directory):
     facts = generate(replace(spec, model=ModelSpec(str(sdxl))), directory, QUIET).settings["model"]
     fingerprints = {facts[part] for part in ("unet", "text_encoder", "text_encoder_2", "vae")}
     assert len(fingerprints) == 4
+
+
+@pytest.mark.parametrize("how", ["markers", "options"])
+def test_a_v_prediction_checkpoint_makes_the_picture_of_diffusers_own_pipeline(how, spec, sd1, tmp_path, capsys):
+    path = sd1_single_file(tmp_path / "one.safetensors", **SMALL)
+    noise = NoiseSpec("v_prediction", "trailing", True)
+    if how == "markers":
+        save_file({**load_file(path), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+        noise = NoiseSpec()
+    model = ModelSpec(str(path), config=str(sd1))
+    asked = replace(spec, model=model, scheduler="euler", noise=noise, height=64, width=64)
+    report = generate(asked, EngineDirectory(tmp_path / "engines"), Console())
+    pipe = own_pipeline(sd1)
+    known = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **known)
+    generator = torch.Generator().manual_seed(5)
+    own = pipe("red on blue", num_inference_steps=3, generator=generator, height=64, width=64).images[0]
+    assert np.abs(pixels_of(report.images[0].path) - np.asarray(own).astype(int)).max() <= 1
+    assert known.items() <= report.settings["scheduler"].items()
+    assert read_parameters(report.images[0].path).fields["Noise Schedule"] == "Zero Terminal SNR"
+    said = capsys.readouterr().err
+    sources = ("the checkpoint's key v_pred", "the checkpoint's key ztsnr", "needs the last one")
+    if how == "options":
+        sources = ("--prediction-type", "--zero-snr", "--timestep-spacing")
+    assert said.count("noise: ") == 1
+    assert all(source in said for source in sources)
 
 
 def test_a_single_file_has_the_hash_that_web_uis_show(spec, sd1, tmp_path, directory):

@@ -8,8 +8,16 @@ import torch
 from factories import small_unet
 
 from sdtrt.errors import UsageError
-from sdtrt.schedulers import check_steps, keep_on_host, make_scheduler, noise_schedule, sampler_name, schedule_type
-from sdtrt.specs import SCHEDULERS
+from sdtrt.schedulers import (
+    check_steps,
+    keep_on_host,
+    make_scheduler,
+    noise_schedule,
+    sampler_name,
+    schedule_type,
+    with_noise,
+)
+from sdtrt.specs import SCHEDULERS, NoiseSpec
 
 SD1 = diffusers.PNDMScheduler(
     beta_start=0.00085,
@@ -91,6 +99,56 @@ def test_the_noise_schedule_and_prediction_are_the_models_own(name):
     scheduler = make_scheduler(name, own)
     torch.testing.assert_close(scheduler.alphas_cumprod, own.alphas_cumprod)
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+# PNDM and Heun know no zero terminal SNR.
+ZERO_SNR = tuple(name for name in SCHEDULERS if name not in ("pndm", "heun"))
+
+
+@pytest.mark.parametrize("name", ZERO_SNR)
+def test_v_prediction_at_zero_snr_denoises_to_what_the_model_predicts(name):
+    target = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2
+    scheduler = with_noise(make_scheduler(name, SD1), NoiseSpec("v_prediction", None, True))
+
+    def velocity(latents, timestep):
+        alpha = scheduler.alphas_cumprod[int(timestep)]
+        noise = (latents - alpha.sqrt() * target) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * target
+
+    result = denoise(scheduler, 20, velocity)
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    assert scheduler.timesteps.max() == 999
+    assert (result - target).abs().max() < (0.15 if name == "ddim" else 0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lcm"])
+@pytest.mark.parametrize(("spacing", "first"), [("leading", 901), ("linspace", 999), ("trailing", 999)])
+def test_every_name_takes_every_spacing(name, spacing, first):
+    scheduler = with_noise(make_scheduler(name, SD1), NoiseSpec(timestep_spacing=spacing))
+    scheduler.set_timesteps(10)
+    assert scheduler.config.timestep_spacing == spacing
+    assert scheduler.timesteps.max() == (first if name not in ("dpm++", "unipc") or first == 999 else 901)
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_a_scheduler_of_which_nothing_is_said_stays_as_it_is():
+    assert with_noise(SD1, NoiseSpec()) is SD1
+    assert with_noise(SD1, NoiseSpec(zero_snr=False)) is SD1, "it knows none"
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "message", "mend"),
+    [
+        ("pndm", NoiseSpec("v_prediction", None, True), "PNDMScheduler has no zero terminal SNR", "ddim, euler, "),
+        ("heun", NoiseSpec(zero_snr=True), "HeunDiscreteScheduler has no zero terminal SNR", "--scheduler"),
+        ("lcm", NoiseSpec(timestep_spacing="linspace"), "LCMScheduler has no choice of timestep spacing", "euler"),
+        ("euler", NoiseSpec(zero_snr=True), "epsilon prediction", "--prediction-type v_prediction, or --no-zero-snr"),
+    ],
+)
+def test_what_a_scheduler_can_not_do_is_refused_with_what_can(name, noise, message, mend):
+    with pytest.raises(UsageError, match=message) as caught:
+        with_noise(make_scheduler(name, SD1), noise)
+    assert mend in caught.value.hint
 
 
 def test_without_a_name_it_is_the_models_own_scheduler():
