@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import stat
 import tempfile
@@ -50,7 +49,7 @@ from sdtrt.entries import (
     read_sidecar,
     seal,
 )
-from sdtrt.errors import CacheError, SdtrtError
+from sdtrt.errors import CacheError, SdtrtError, command_line, quote
 from sdtrt.files import (
     EXHAUSTED,
     FULL,
@@ -264,7 +263,7 @@ class EngineDirectory:
         wrong = f"{len(found)} entries that begin with" if found else "no entry named"
         raise CacheError(
             f"{self.path} has {wrong} {name!r}",
-            hint=f"{shlex.join(['sdtrt', 'engines', 'list', '--engine-dir', str(self.path)])} shows the names",
+            hint=f"{command_line('sdtrt', 'engines', 'list', '--engine-dir', str(self.path))} shows the names",
         )
 
     def obtain(
@@ -465,7 +464,7 @@ class EngineDirectory:
                 self._check_folder(Path(os.path.realpath(self.path)), found, "it")
             for place, other in replacers(self.path):
                 # Another user's folder is not to be taken away from them for what lies in it.
-                mend = "" if is_anothers(place.lstat()) else f"chmod go-w {shlex.quote(str(place))}, or "
+                mend = "" if is_anothers(place.lstat()) else f"chmod go-w {quote(str(place))}, or "
                 raise self._unsafe(other, str(place), mend)
 
     def _check_folder(self, folder: Path, found: os.stat_result, where: str) -> None:
@@ -473,7 +472,7 @@ class EngineDirectory:
         if who := writers(folder, found):
             raise self._unsafe(who, where, f"{safe_command(self.path, found)}, or ")
         if gives_away(folder):
-            mend = shlex.join(["setfacl", "-R", "-k", str(self.path)])
+            mend = command_line("setfacl", "-R", "-k", str(self.path))
             raise self._unsafe("those whom its default access list names", f"what is made in {where}", f"{mend}, or ")
 
     def _inner(self, name: str) -> Path:

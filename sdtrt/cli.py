@@ -6,7 +6,6 @@ import codecs
 import errno
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from sdtrt import __version__, interrupts
 from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
 from sdtrt.entries import removal_of
-from sdtrt.errors import CacheError, SdtrtError, UsageError, first_line, printable
+from sdtrt.errors import CacheError, SdtrtError, UsageError, command_line, first_line, printable
 from sdtrt.files import FULL, MORE_FILES, is_exhausted
 from sdtrt.options import (
     BackendOptions,
@@ -68,7 +67,6 @@ app = typer.Typer(
     help="Stable Diffusion, fast on your own GPU: TensorRT engines inside unmodified diffusers pipelines.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 engines_app = typer.Typer(help="The engine directory: list, verify, remove, prune.", invoke_without_command=True)
@@ -227,8 +225,8 @@ def build(
     from sdtrt.parts import profiles_of
 
     chosen: Backend = choose_backend(backend.backend, console)  # type: ignore[arg-type]  # checked above
-    if chosen == "onnxruntime":
-        sizes.refuse("ONNX Runtime engines take any size")
+    if chosen == "onnxruntime" and sizes.given():
+        console.note(f"{sizes.given()}: without effect, as ONNX Runtime engines take any size")
     resolved = resolve_model(model.spec(), console)
     profiles = () if chosen == "onnxruntime" else sizes.profiles(Sizes(2, *resolved.default_size()))
     components = _components(resolved, exporter, backend.precision or default_precision(chosen), console)
@@ -273,7 +271,7 @@ def bench(
     with quick_imports():
         from sdtrt.bench import run_bench
 
-    report = run_bench(spec, directory.directory(), output.console(), shlex.join(["sdtrt", *sys.argv[1:]]))
+    report = run_bench(spec, directory.directory(), output.console(), command_line("sdtrt", *sys.argv[1:]))
     _show(report, output)
     report.check()
 
@@ -525,7 +523,7 @@ def _fail_of_the_system(error: Exception) -> int:
 def _fail(message: str, hint: str, code: int) -> int:
     """Say what is wrong and what mends it. Where files can't be opened, nothing else that is advised would help."""
     hint = MORE_FILES if is_exhausted(sys.exception()) else hint
-    print(f"error: {printable(message)}\nhint: {hint}", file=sys.stderr)
+    print(f"error: {printable(message)}\nhint: {printable(hint)}", file=sys.stderr)
     return code
 
 

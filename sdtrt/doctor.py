@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from sdtrt import engines, host
 from sdtrt.cache import EngineDirectory, mend_of
-from sdtrt.errors import SdtrtError
+from sdtrt.errors import SdtrtError, command_line
 from sdtrt.models import TINY
 from sdtrt.specs import GIB, Backend
 from sdtrt.trt_api import libraries
@@ -80,7 +79,7 @@ def _bytecode() -> Finding:
         "bytecode",
         "optional",
         f"{names}: no .pyc files, so every start compiles their sources, which takes longer than all else",
-        f"python -m compileall -q {shlex.join(map(str, missing))}",
+        f"python -m compileall -q {command_line(*map(str, missing))}",
     )
 
 

@@ -10,7 +10,7 @@ from sdtrt.build import FORMATS, backend_version, build_engine, host_key
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import MALFORMED, Entry
-from sdtrt.errors import EngineError, SdtrtError
+from sdtrt.errors import EngineError, SdtrtError, command_line
 from sdtrt.keys import export_key
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, precision_of, sizes_of
@@ -239,8 +239,6 @@ def build_command(
     images: int = 1,
 ) -> str:
     """The command that builds the engines for a request; `sizes` are the UNet's."""
-    import shlex
-
     words = ["sdtrt", "build", "--model", model.spec.name, "--backend", backend, "--precision", precision]
     words += [word for name in components for word in ("--component", name)]
     if backend != "onnxruntime":
@@ -250,7 +248,7 @@ def build_command(
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += ["--offline"] if spec.offline else []
-    return shlex.join([*words, "--engine-dir", str(directory.path)])
+    return command_line(*words, "--engine-dir", str(directory.path))
 
 
 def _size_options(

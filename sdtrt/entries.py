@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import re
-import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 from sdtrt import __version__
 from sdtrt.digests import digest_of, digests_ahead, sha256_file
-from sdtrt.errors import CacheError, EntryInUseError
+from sdtrt.errors import CacheError, EntryInUseError, command_line
 from sdtrt.files import EXHAUSTED, MORE_FILES, fsync, lock, open_regular, read_small_file, same_file
 from sdtrt.trust import OTHERS
 
@@ -187,7 +186,7 @@ class UnsafeError(UnfitError):
 
 def removal_of(directory: Path, *names: str) -> str:
     """The command that removes entries of an engine directory."""
-    return shlex.join(["sdtrt", "engines", "rm", *names, "--engine-dir", str(directory)])
+    return command_line("sdtrt", "engines", "rm", *names, "--engine-dir", str(directory))
 
 
 def entry_name(kind: str, key: Mapping[str, Any]) -> str:

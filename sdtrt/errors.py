@@ -7,6 +7,7 @@ and keeps its traceback.
 from __future__ import annotations
 
 import re
+import shlex
 
 
 class SdtrtError(Exception):
@@ -75,6 +76,33 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
+def quote(word: str) -> str:
+    """A word as a shell takes it, on one line and without a control character, to be pasted from a hint.
+
+    `shlex.quote` leaves line ends and bytes as they are: shown in a terminal, they would name another file.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(_escaped(letter) for letter in word)}'"
+
+
+def _escaped(letter: str) -> str:
+    """A letter inside `$'…'` (POSIX.1-2024, 2.2.4); octal has three digits, so that none behind it joins in."""
+    if letter in "\\'":
+        return f"\\{letter}"
+    if letter == "\n":
+        return "\\n"
+    if letter.isprintable():
+        return letter
+    stray = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass"  # the first: a byte of a path
+    return "".join(f"\\{byte:03o}" for byte in letter.encode("utf-8", stray))
+
+
+def command_line(*words: str) -> str:
+    """A command of these words, as `quote` has each."""
+    return " ".join(map(quote, words))
 
 
 def _one_line(text: str) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import diffusers
@@ -27,7 +26,7 @@ from sdtrt.components import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WI
 from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.entries import Entry
-from sdtrt.errors import ExportError, OutputError, UsageError
+from sdtrt.errors import ExportError, OutputError, UsageError, quote
 from sdtrt.files import FULL, fsync, make_folders, rename_to_free
 from sdtrt.keys import export_key
 from sdtrt.models import Model
@@ -259,7 +258,7 @@ def _check_target(target: Path, component: str, *, overwrite: bool) -> None:
         better = target / f"{component}.onnx" if is_folder else target.with_suffix(".onnx")
         raise UsageError(f"--output must name an .onnx file, got {target}", hint=f"use --output {quote(str(better))}")
     for path in (target, _data_file(target)):
-        if path.exists() and not overwrite:
+        if (path.exists() or path.is_symlink()) and not overwrite:
             raise UsageError(f"{path} exists", hint="use --overwrite, or another --output")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtrt import __version__, engines, host, images, memory, models, saving, schedulers
+from sdtrt import __version__, engines, host, images, memory, models, prompts, saving, schedulers
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.errors import EngineError, MemoryShortage
@@ -112,13 +112,15 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
         )
+    if found := prompts.web_ui_syntax((*spec.prompts, spec.negative_prompt)):
+        console.warn(f"web UIs' prompt syntax is taken literally: {found!r} (no weights, no BREAK, no <lora:…> yet)")
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = models.resolve_model(spec.model, console)
         pipeline_spec = resolve_request(spec, model, console, init)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
-            for text in dict.fromkeys((*spec.prompts, spec.negative_prompt)):
-                _warn_truncated(opened.pipe, text, console)
+            for text, name in _named(spec).items():
+                _warn_truncated(opened.pipe, text, name, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = _settings(spec, opened, init, directory)
             run = _Run(spec, opened, output, init, console, settings)
@@ -134,7 +136,19 @@ def _jobs(spec: GenerateSpec) -> list[Job]:
     return [Job(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
 
 
-def _warn_truncated(pipe: Any, text: str, console: Console) -> None:
+def _named(spec: GenerateSpec) -> dict[str, str]:
+    """Each different text of a request, and what it is called."""
+    texts = dict.fromkeys(spec.prompts)
+    names = {text: f"prompt {number} of {len(texts)}" for number, text in enumerate(texts, 1)}
+    if len(names) == 1:
+        names = dict.fromkeys(names, "the prompt")
+    if spec.uses_guidance:  # without, nobody reads it
+        both = f"{names[spec.negative_prompt]} and the negative prompt" if spec.negative_prompt in names else None
+        names[spec.negative_prompt] = both or "the negative prompt"
+    return names
+
+
+def _warn_truncated(pipe: Any, text: str, name: str, console: Console) -> None:
     """Say which end of a prompt the text encoder won't see."""
     tokenizer = pipe.tokenizer or pipe.tokenizer_2
     ids = tokenizer(text, truncation=False).input_ids
@@ -142,7 +156,7 @@ def _warn_truncated(pipe: Any, text: str, console: Console) -> None:
     if len(ids) > limit:
         dropped = tokenizer.decode(ids[limit - 1 : limit - 1 + SHOWN_TOKENS][: len(ids) - limit]).strip()
         more = " …" if len(ids) - limit > SHOWN_TOKENS else ""
-        console.warn(f"the prompt is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}")
+        console.warn(f"{name} is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}")
 
 
 class _Finite:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
-from sdtrt.errors import UsageError
+from sdtrt.errors import UsageError, quote
 from sdtrt.specs import MAX_PIXELS, SIZE_MULTIPLE
 
 if TYPE_CHECKING:

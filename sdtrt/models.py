@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from sdtrt.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
@@ -27,7 +26,7 @@ from sdtrt.components import (
     vae_scale_factor,
 )
 from sdtrt.console import QUIET, Console
-from sdtrt.errors import ModelError, UsageError
+from sdtrt.errors import ModelError, UsageError, quote
 from sdtrt.hub import Repo, is_repo_id
 from sdtrt.origins import (
     Origin,

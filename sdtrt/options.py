@@ -30,6 +30,7 @@ from sdtrt.specs import (
     MAX_DIGITS,
     PRECISIONS,
     PREDICTION_TYPES,
+    RANDOM_SEED,
     SAMPLE_PROMPT,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
@@ -75,6 +76,7 @@ def grouped(command: CommandT) -> CommandT:
 
     @wraps(command)
     def flat(**values: Any) -> None:
+        values = {name: _in_home(name, value) if isinstance(value, Path) else value for name, value in values.items()}
         taken = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
@@ -84,6 +86,19 @@ def grouped(command: CommandT) -> CommandT:
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return cast(CommandT, flat)
+
+
+def _in_home(name: str, path: Path) -> Path:
+    """A path that was typed. Shells leave the `~` of `--output=~/x` to us: it is a home directory, not a folder."""
+    if name == "engine_dir":  # the directory's own error names all the ways to say it
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # containers run users that the system doesn't know
+        raise UsageError(
+            f"--{name.replace('_', '-')} is {path}, and no home directory is known for {path.parts[0]}",
+            hint=f"give the whole path, or ./{path} for a folder of that name",
+        ) from error
 
 
 def _field_parameters(group: Any) -> list[inspect.Parameter]:
@@ -212,10 +227,12 @@ class ProfileOptions:
         list[str] | None, Option(help="as batch=2,height=512,width=512:512:768; give it again for several profiles")
     ] = None
 
-    def refuse(self, why: str) -> None:
-        """Raise `UsageError` if any size was given."""
-        if self != ProfileOptions():
-            raise UsageError(f"{why}: sizes have no effect", hint="leave --batch, --height, --width and the like out")
+    def given(self) -> str:
+        """The sizes that were given, as options; empty where none was."""
+        default = ProfileOptions()
+        return ", ".join(
+            f"--{one.name}" for one in fields(self) if getattr(self, one.name) != getattr(default, one.name)
+        )
 
     def profiles(self, native: Sizes) -> tuple[Profile, ...]:
         """The profiles that are asked for; `native` is the model's own size."""
@@ -363,7 +380,9 @@ class GenerateOptions:
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     height: Height = None
     width: Width = None
-    seed: Annotated[int | None, Option(help="of the first image, the next ones count up; by default random")] = None
+    seed: Annotated[
+        int | None, Option(help="of the first image, the next ones count up; by default, or at -1, random")
+    ] = None
     num_images: Annotated[int, Option(help="images for each prompt")] = 1
     batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
     scheduler: Scheduler = None
@@ -432,7 +451,11 @@ class VerifyOptions:
     no_build: NoBuild = False
 
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
-        """The comparison that is asked for."""
+        """The comparison that is asked for. Raises `UsageError` for a random seed: who fails wants to see it again."""
+        if self.seed == RANDOM_SEED:
+            raise UsageError(
+                f"verify takes no random seed, got {self.seed}", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
+            )
         image = GenerateSpec(
             prompts=(self.prompt,),
             model=model,

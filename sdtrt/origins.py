@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from sdtrt.checkpoints import PREFIXES, Layout
 from sdtrt.console import Console
-from sdtrt.errors import ModelError
+from sdtrt.errors import ModelError, quote
 from sdtrt.hub import Repo
 from sdtrt.specs import ModelSpec
 from sdtrt.weights import (

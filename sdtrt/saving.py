@@ -13,11 +13,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 from PIL import Image
 
-from sdtrt.errors import OutputError, UsageError
+from sdtrt.errors import OutputError, UsageError, quote
 from sdtrt.files import fsync, make_folders, rename_to_free
 from sdtrt.images import FORMATS, Metadata, encode_image
 
@@ -78,7 +77,7 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     try:
         _check_writable(folder)
         for name in names:
-            if _is_taken(folder / name) and not (overwrite and (folder / name).is_file()):
+            if _is_taken(folder / name) and not (overwrite and _may_be_replaced(folder / name)):
                 raise _exists(folder / name)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -118,7 +117,7 @@ def _plan(output: Path, count: int, overwrite: bool, texts: Sequence[str]) -> Ou
             f"{count} images don't fit into the one file {output}",
             hint=f"use --output {quote(str(output.with_suffix('')))} (a folder)",
         )
-    if _is_taken(output) and not (overwrite and output.is_file()):
+    if _is_taken(output) and not (overwrite and _may_be_replaced(output)):
         raise _exists(output)
     if FORMATS[output.suffix.lower()] == "JPEG" and any(_jpeg_bytes(text) > JPEG_TEXT_BYTES for text in texts):
         raise UsageError(
@@ -134,7 +133,7 @@ def _jpeg_bytes(text: str) -> int:
 
 def _exists(path: Path) -> OutputError:
     """The error for a path that is taken."""
-    if _is_taken(path) and not path.is_file():
+    if _is_taken(path) and not _may_be_replaced(path):
         return OutputError(f"output {path} exists and is not a regular file", hint="give another --output")
     return OutputError(f"output {path} exists", hint="give another --output, or --overwrite to replace it")
 
@@ -174,6 +173,11 @@ def _is_taken(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether `--overwrite` is about what lies there: a file, or a link, which is replaced itself."""
+    return path.is_file() or path.is_symlink()
 
 
 def save_new(data: bytes, folder: Path, stem: str, suffix: str = ".png") -> Path:

@@ -49,6 +49,7 @@ SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of 
 MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
 MOST_STEPS = 999  # that schedulers run of a model's 1000 timesteps
 MAX_SEED = 2**63 - 1
+RANDOM_SEED = -1  # what web UIs call a random one
 MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
 DEFAULT_VERIFY_SEED = 0
@@ -463,7 +464,7 @@ class GenerateSpec:
         prompts: one or more prompts; each gives `num_images` images.
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
         height, width: pixels; None for the init image's size, else the model's own.
-        seed: of each prompt's first image (the next ones count up from it); None for a random one.
+        seed: of each prompt's first image (the next ones count up from it); None, or `RANDOM_SEED`, for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
         noise: what the scheduler is told, whatever the model's configuration and its checkpoint say.
@@ -497,6 +498,8 @@ class GenerateSpec:
     noise: NoiseSpec = NoiseSpec()
 
     def __post_init__(self) -> None:
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
         check_choice("backend", self.backend, BACKENDS)
         for component in self.components:
             check_choice("component", component, COMPONENTS)
@@ -541,7 +544,10 @@ class GenerateSpec:
             )
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
             most = MAX_SEED - self.num_images + 1
-            raise UsageError(f"seed must be from 0 to {most}, got {self.seed}", hint="use --seed 42")
+            raise UsageError(
+                f"seed must be from 0 to {most}, got {self.seed}",
+                hint="use --seed 42, or leave --seed out for a random one",
+            )
         if self.init_image is not None and not 0 < self.strength <= 1:
             raise UsageError(
                 f"strength must be above 0 and at most 1, got {self.strength}",

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdtrt.errors import CacheError
+from sdtrt.errors import CacheError, command_line, quote
 from sdtrt.files import status
 
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -65,9 +64,9 @@ def safe_command(folder: Path, found: os.stat_result) -> str:
         found: what is known of it, or of what is wrong in it.
     """
     if not is_anothers(found):
-        return f"chmod -R go-w {shlex.quote(str(folder))}"
+        return f"chmod -R go-w {quote(str(folder))}"
     # The number, for not every user of a container has a name; only root gives files away.
-    return f"{'sudo ' * (os.geteuid() != 0)}chown -R $(id -u) {shlex.quote(str(folder))}"
+    return f"{'sudo ' * (os.geteuid() != 0)}chown -R $(id -u) {quote(str(folder))}"
 
 
 def replacers(path: Path) -> Iterator[tuple[Path, str]]:
@@ -119,7 +118,7 @@ def require_own(path: Path, kind: str) -> os.stat_result | None:
     found = status(path, follow=False)
     if found is None or (stat.S_ISDIR if kind == "folder" else stat.S_ISREG)(found.st_mode):
         return found
-    away = shlex.join(["mv", str(path), f"{path}.old"])
+    away = command_line("mv", str(path), f"{path}.old")
     raise CacheError(
         f"{path} is {_kind(found)}, where sdtrt has a {kind} of its own",
         hint=f"move it out of the way: {away}; or name another --engine-dir",

@@ -9,12 +9,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 
 from sdtrt.checkpoints import PREFIXES, Layout, describe
 from sdtrt.components import VAE_CLASSES, is_tiny_vae
 from sdtrt.console import Console
-from sdtrt.errors import ModelError, UsageError
+from sdtrt.errors import ModelError, UsageError, quote
 from sdtrt.hub import Repo, is_repo_id
 from sdtrt.origins import Origin, has_weight_suffix, local_path, read_checkpoint_infos
 from sdtrt.specs import ModelSpec

@@ -7,7 +7,6 @@ recorded inputs, and the whole pipeline with it.
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from sdtrt.cache import EngineDirectory
 from sdtrt.components import Contract
 from sdtrt.console import Console, quiet_libraries
 from sdtrt.entries import Entry
-from sdtrt.errors import EngineError, SdtrtError, UsageError
+from sdtrt.errors import EngineError, SdtrtError, UsageError, command_line
 from sdtrt.images import InitImage
 from sdtrt.meters import release_memory, tf32
 from sdtrt.metrics import count_non_finite, require_ssim
@@ -133,7 +132,7 @@ def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
     """The request with an engine's backend and precision; refuses other ones."""
     if entry.kind != "engine" or entry.key["component"] != "unet":
-        listing = shlex.join(["sdtrt", "engines", "list", "--engine-dir", str(entry.path.parent)])
+        listing = command_line("sdtrt", "engines", "list", "--engine-dir", str(entry.path.parent))
         raise UsageError(f"{entry.name} is no engine of a unet", hint=f"{listing} shows the engines")
     for name, given in (("backend", image.backend), ("precision", image.precision)):
         if given not in (None, "auto", entry.key[name]):

@@ -13,10 +13,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.errors import ModelError, first_line
+from sdtrt.errors import ModelError, first_line, quote
 from sdtrt.specs import ModelSpec
 
 if TYPE_CHECKING:

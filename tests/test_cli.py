@@ -171,7 +171,7 @@ BAD_INPUT = {
     "keep negative": (2, ("engines", "prune", "--keep-gib", "-1")),
     "age negative": (2, ("engines", "prune", "--older-than-days", "-5")),
     "workspace nan": (2, ("build", "--backend", "tensorrt-rtx", "--workspace-gib", "nan")),
-    "sizes that have no effect": (2, ("build", "--backend", "onnxruntime", "--height", "512")),
+    "size of a build": (2, ("build", "--backend", "onnxruntime", "--height", "500")),
     "part of an engine": (2, ("inspect", "--engine", "x", "--part", "unet")),
     "component": (2, ("build", "--component", "vea")),
     "component to generate with": (2, ("txt2img", "-p", "x", "--component", "vea")),
@@ -239,6 +239,45 @@ def test_hints_quote_paths_so_that_a_shell_takes_them(folder, run, arguments, me
     error, hint = err.splitlines()
     assert any(word.endswith(mend) for word in shlex.split(hint)), hint
     assert arguments[-1] in error or "--num-images" in arguments
+
+
+@pytest.mark.parametrize("name", ["a\nb.gif", "a'b\t\\n7.gif", "\x1b[31m.gif", "\udcff7.gif", "it's  plain.gif"])
+def test_hints_name_the_same_file_whatever_its_name(folder, run, name):
+    _, _, err = run("txt2img", "-p", "x", "-o", name)
+    _, hint = err.splitlines()
+    assert hint.isprintable()
+    command = hint.partition("mkdir ")[2]
+    shown = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True, check=True)
+    assert shown.stdout == os.fsencode(name)
+
+
+def test_a_home_directory_is_one_behind_an_equals_sign_too(folder, run, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "home").mkdir()
+    assert f"{folder}/home/x.gif" in run("txt2img", "-p", "x", "--output=~/x.gif")[2]
+    assert f"{folder}/home/x.png" in run("img2img", "-p", "x", "--init-image=~/x.png")[2]
+    assert f"{folder}/home/x" in run("export", "--component", "unet", "--output=~/x")[2]
+    code, _, err = run("txt2img", "-p", "x", "--output=~nosuch/x")
+    assert code == 2
+    assert "no home directory is known for ~nosuch" in err
+    assert sorted(path.name for path in folder.iterdir()) == ["home"]
+
+
+def test_completion_is_given_and_loads_no_torch(folder, monkeypatch):
+    shown = process("--show-completion", "bash")
+    assert (shown.returncode, "COMPREPLY" in shown.stdout) == (0, True)
+    code = (
+        "import sys; sys.argv = ['sdtrt']\n"
+        "from sdtrt.cli import main\n"
+        "try: main()\nexcept SystemExit as end: code = end.code\n"
+        "sys.exit(code or len({'torch', 'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
+    )
+    for words, expected in (("sdtrt txt2img --predi", "--prediction-type"), ("sdtrt engines pru", "prune")):
+        count = str(len(words.split()) - 1)
+        for name, value in (("_SDTRT_COMPLETE", "complete_bash"), ("COMP_WORDS", words), ("COMP_CWORD", count)):
+            monkeypatch.setenv(name, value)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, expected, "")
 
 
 def test_an_error_is_one_line_with_the_spaces_that_a_path_has():
@@ -329,8 +368,9 @@ def test_export_to_a_file(folder, run):
 
 def test_build_list_inspect_remove(folder, run, sd1):
     arguments = ("--model", str(sd1), "--engine-dir", "own")
-    code, out, _ = run("build", *arguments, "--backend", "onnxruntime", "--component", "unet", "--json")
+    code, out, err = run("build", *arguments, "-b", "onnxruntime", "--component", "unet", "--json", "--height", "512")
     assert code == 0
+    assert "--height: without effect, as ONNX Runtime engines take any size" in err
     engine = Path(json.loads(out)["path"])
     assert engine.is_dir()
     code, out, _ = run("engines", "list", "--engine-dir", "own", "--json")

@@ -48,6 +48,7 @@ def made(tmp_path_factory):
     Image.new("RGB", (64, 64)).save(place / "init.png")
     Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(place / "float.tif")
     Image.new("1", (9000, 9000)).save(place / "large.png")
+    Image.new("1", (2000, 8)).save(place / "long.png")
     return place
 
 
@@ -152,7 +153,7 @@ MAKERS = {
     "number of images": (*PAINT, "--num-images", "0"),
     "number of images beyond all": (*PAINT, "--num-images", "9" * 12),
     "guidance scale": (*PAINT, "--cfg-scale", "nan"),
-    "seed": (*PAINT, "--seed", "-1"),
+    "seed": (*PAINT, "--seed", "-2"),
     "scheduler": (*PAINT, "--scheduler", "eulr"),
     "backend": (*PAINT, "--backend", "tensort"),
     "precision of a backend": (*PAINT, "--precision", "bf16"),
@@ -163,6 +164,7 @@ MAKERS = {
     "missing init image": ("img2img", "-p", "x", *MODEL, "-i", "missing.png"),
     "init image that is none": ("img2img", "-p", "x", *MODEL, "-i", "text.png"),
     "init image too large": ("img2img", "-p", "x", *MODEL, "-i", "large.png"),
+    "init image too long": ("img2img", "-p", "x", *MODEL, "-i", "long.png"),
     "init image of floats": ("img2img", "-p", "x", *MODEL, "-i", "float.tif"),
     "image format": (*PAINT, "-o", "x.gif"),
     "images for one file": (*PAINT, "-o", "x.png", "--num-images", "2"),
@@ -183,7 +185,6 @@ MAKERS = {
     "range": (*BUILD, "-b", "tensorrt-rtx", "--height", "1:2"),
     "range upside down": (*BUILD, "-b", "tensorrt-rtx", "--height", "512:256:128"),
     "compute capability": (*BUILD, "-b", "tensorrt-rtx", "--compute-capability", "x"),
-    "sizes without effect": (*BUILD, "-b", "onnxruntime", "--height", "512"),
     "options without effect": (*BUILD, "-b", "onnxruntime", "--workspace-gib", "1"),
     "attention left to PyTorch": (*BUILD, "-b", "tensorrt-rtx", "--split-attention", "2048"),
     "attention without a UNet": ("build", *MODEL, "--component", "text_encoder", "--split-attention", "2048"),

@@ -538,9 +538,26 @@ def test_the_part_of_a_prompt_that_is_ignored_is_named(spec, directory):
     generate(replace(spec, prompts=(words, words)), directory, console)
     assert len(console.warnings) == 1
     assert "77 tokens" in console.warnings[0]
+    assert console.warnings[0].startswith("the prompt is longer")
     assert console.warnings[0].endswith("'on red'")
     console = Recorder()
+    generate(replace(spec, prompts=("red", words), negative_prompt=f"{words} blue", steps=1), directory, console)
+    assert [warning.split(" is longer")[0] for warning in console.warnings] == ["prompt 2 of 2", "the negative prompt"]
+    assert console.warnings[1].endswith("'on red blue'")
+    console = Recorder()
     generate(replace(spec, prompts=(" ".join(["blue"] * 75),)), directory, console)
+    assert console.warnings == []
+
+
+def test_web_uis_syntax_is_said_once_to_be_taken_literally(spec, directory):
+    console = Recorder()
+    prompts = ("a (red:1.3) circle", "(blue:0.5)", "a red BREAK blue")
+    generate(replace(spec, prompts=prompts, negative_prompt="<lora:some:0.8>", steps=1), directory, console)
+    assert len(console.warnings) == 1
+    assert "(red:1.3)" in console.warnings[0]
+    assert "literally" in console.warnings[0]
+    console = Recorder()
+    generate(replace(spec, prompts=("(a dog)",), steps=1), directory, console)
     assert console.warnings == []
 
 

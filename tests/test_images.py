@@ -176,6 +176,20 @@ def test_a_dangling_link_counts_as_existing(folder, tmp_path):
         plan_output(Path("one.png"), count=1, overwrite=False)
 
 
+@pytest.mark.parametrize("target", ["nowhere.png", "outside.png"])
+def test_overwrite_replaces_a_link_and_not_what_it_points_to(target, folder, tmp_path):
+    (tmp_path / "outside.png").write_text("precious")
+    (folder / "one.png").symlink_to(tmp_path / target)
+    with pytest.raises(OutputError, match="exists") as caught:
+        plan_output(Path("one.png"), count=1, overwrite=False)
+    assert "--overwrite" in caught.value.hint
+    saving.check_files(folder, ["one.png"], overwrite=True)
+    save(plan_output(Path("one.png"), count=1, overwrite=True))
+    assert not (folder / "one.png").is_symlink()
+    assert (tmp_path / "outside.png").read_text() == "precious"
+    assert not (tmp_path / "nowhere.png").exists()
+
+
 def test_several_images_need_a_folder(folder):
     with pytest.raises(UsageError, match="3 images"):
         plan_output(Path("one.png"), count=3, overwrite=False)

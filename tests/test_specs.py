@@ -113,7 +113,7 @@ def test_bad_profile_is_refused(text):
         ({"num_images": 0}, "0"),
         ({"guidance_scale": float("nan")}, "nan"),
         ({"guidance_scale": -1.0}, "-1"),
-        ({"seed": -1}, "-1"),
+        ({"seed": -2}, "-2"),
         ({"height": 500}, "500"),
         ({"scheduler": "nope"}, "nope"),
         ({"backend": "nope"}, "nope"),
@@ -147,6 +147,11 @@ def test_strengths_too_low_are_refused_with_a_hint_that_works(tmp_path, strength
         better = {"steps": int(value)} if option == "--steps" else {"strength": float(value)}
         assert better.get("steps", 1) <= 999
         GenerateSpec(("x",), init_image=tmp_path / "x.png", **({"steps": steps, "strength": strength} | better))
+
+
+def test_a_seed_of_minus_one_is_a_random_one_as_in_web_uis():
+    assert GenerateSpec(("a circle",), seed=-1).seed is None
+    assert GenerateSpec(("a circle",), seed=0).seed == 0
 
 
 def test_strength_does_not_matter_without_an_init_image():

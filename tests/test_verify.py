@@ -449,6 +449,7 @@ def test_the_command_fails_with_report_error_and_hint(run):
 def test_the_commands_wrong_input_is_told(run, tmp_path):
     assert run("verify", "--min-cosine", "2")[0] == 2
     assert run("verify", "--timesteps", "-1")[0] == 2
+    assert "--seed 0" in run("verify", "--seed", "-1")[2]
     assert run("verify", "--engine", "nothing")[0] == 1
     (tmp_path / "file").write_text("")
     code, _, err = run("verify", *QUICK, "-o", "file/below")
