@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.errors import ModelError, first_line, quote
+from sdtrt.files import open_regular, read_small_file
 from sdtrt.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -30,7 +33,12 @@ WEIGHT_NAMES = {  # part → the stem of its weight files: (safetensors, pickle)
     "text_encoder_2": ("model", "pytorch_model"),
 }
 
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_JSON_BYTES = 4 << 20  # of one configuration file; the largest known, an index of shards, has a tenth
+MAX_TENSORS = 50_000  # of one part; SDXL's whole checkpoint has 2,500
+_MAX_HEADER_BYTES = 16 << 20  # a header of so many tensors, and their training's notes
+_MAX_RANK = 8
+_MAX_ELEMENTS = 1 << 48  # of a tensor: what shapes are computed with stays below PyTorch's integers
+_MAX_SHARDS = 1000
 _DTYPES: dict[str, tuple[str, int]] = {  # safetensors' name → torch's name, bytes
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -85,38 +93,51 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ModelError: if the file can't be read, is no safetensors file, or is truncated.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(32)
             length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            plausible = 2 <= length <= _MAX_HEADER_BYTES and start[8:9] == b"{"
+            plausible = length >= 2 and start[8:9] == b"{" and (length <= _MAX_HEADER_BYTES or 8 + length <= size)
             file.seek(8)
-            header = file.read(length) if plausible else b""
+            header = file.read(length) if plausible and length <= _MAX_HEADER_BYTES else b""
     except OSError as error:
         raise ModelError(
             f"can't read {path}: {error.strerror}", hint=f"check it with ls -l {quote(str(path))}"
         ) from error
     if not plausible:
         raise _not_safetensors(path, start)
+    if length > _MAX_HEADER_BYTES:
+        raise _too_large(path, f"{length} bytes", f"{_MAX_HEADER_BYTES}")
     if len(header) < length:
         raise _truncated(path, 8 + length, size)
-    try:
-        entries = {name: _tensor_info(value) for name, value in json.loads(header).items() if name != "__metadata__"}
-        end = max(
-            (value["data_offsets"][1] for name, value in json.loads(header).items() if name in entries), default=0
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise _not_safetensors(path, start) from error
+    entries, end = _parse_header(path, header, start)
     if size < 8 + length + end:
         raise _truncated(path, 8 + length + end, size)
     return entries
 
 
+def _parse_header(path: Path, header: bytes, start: bytes) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors that a header names, and where the last of them ends."""
+    try:
+        values = json.loads(header)
+        values.pop("__metadata__", None)
+        if len(values) > MAX_TENSORS:
+            raise _too_large(path, f"{len(values)} tensors", f"{MAX_TENSORS}")
+        entries = {name: _tensor_info(value) for name, value in values.items()}
+        return entries, max((value["data_offsets"][1] for value in values.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise _not_safetensors(path, start) from error
+
+
 def _tensor_info(entry: dict[str, Any]) -> TensorInfo:
     """One entry of the header."""
     first, last = entry["data_offsets"]
+    if len(entry["shape"]) > _MAX_RANK:
+        raise ValueError(f"{len(entry['shape'])} dimensions")
     shape = tuple(int(size) for size in entry["shape"])
-    dtype, itemsize = _DTYPES.get(entry["dtype"], (str(entry["dtype"]).lower(), 0))
+    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
+        raise ValueError(f"{shape} is the shape of no tensor")
+    dtype, itemsize = _DTYPES.get(entry["dtype"], (str(entry["dtype"]).upper(), 0))  # in capitals no dtype of torch's
     if itemsize and math.prod(shape) * itemsize != last - first:
         raise ValueError(f"{shape} of {dtype} does not take {last - first} bytes")
     return TensorInfo(dtype, shape, last - first)
@@ -126,6 +147,13 @@ def _truncated(path: Path, wanted: int, size: int) -> ModelError:
     return ModelError(
         f"{path} is truncated: its header promises {wanted} bytes, it has {size}",
         hint="download or copy the file again",
+    )
+
+
+def _too_large(path: Path, what: str, most: str) -> ModelError:
+    return ModelError(
+        f"the header of {path} names {what}, more than {most}",
+        hint="pass a Stable Diffusion checkpoint in safetensors format",
     )
 
 
@@ -170,7 +198,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # old checkpoints hold objects of their training framework
-            data = torch.load(path, map_location="cpu", weights_only=False)
+            data = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_lenient_pickle())
     except Exception as error:  # unpickling may raise anything
         reason = first_line(error)
         raise ModelError(
@@ -183,6 +211,48 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise ModelError(f"{path} holds no weights", hint="pass a Stable Diffusion checkpoint")
     return tensors
+
+
+class _Stub:
+    """Stands for what a pickle names and this machine lacks: takes whatever it is made of and given, and keeps nothing."""
+
+    def __new__(cls, *_arguments: Any, **_options: Any) -> _Stub:
+        return super().__new__(cls)
+
+    def __init__(self, *_arguments: Any, **_options: Any) -> None:
+        pass
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+    def __setitem__(self, _key: Any, _value: Any) -> None:
+        pass
+
+    def extend(self, _items: Any) -> None:
+        """What unpickling calls for the items of a list."""
+
+    append = extend
+
+
+def _lenient_pickle() -> ModuleType:
+    """The pickle module, but what a file names of packages that are not installed is a stub.
+
+    Lightning's checkpoints hold the callbacks of their training beside the weights.
+    """
+    import pickle
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            try:
+                return super().find_class(module, name)
+            except (ImportError, AttributeError):
+                return type(name, (_Stub,), {"__module__": module})
+
+    lenient = ModuleType("pickle")
+    vars(lenient).update(
+        vars(pickle), Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
+    )
+    return lenient
 
 
 def read_infos(path: Path) -> dict[str, TensorInfo]:
@@ -253,7 +323,9 @@ def _shards(index: Path) -> tuple[Path, ...]:
     """The files that an index of shards names; they lie beside it."""
     weight_map = read_json(index).get("weight_map")
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+    if not 1 <= len(names) <= _MAX_SHARDS or any(
+        Path(name).name != name or not name.endswith(".safetensors") for name in names
+    ):
         raise ModelError(f"{index} is no index of safetensors files", hint="download or copy the model again")
     return tuple(index.parent / name for name in names)
 
@@ -263,13 +335,25 @@ def allows(spec: ModelSpec, name: str) -> bool:
     return spec.allow_pickle is not None and spec.allow_pickle in (name, Path(name).name, spec.name)
 
 
+def read_model_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Read a small file of a model, once: a regular one of at most `limit` bytes, or what a link to one leads to.
+
+    Raises:
+        ModelError: naming the file, where it is missing, larger, or something that never ends.
+    """
+    try:
+        return read_small_file(path, limit)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing", hint="download or copy the model again") from error
+    except OSError as error:
+        raise ModelError(f"can't read {path}: {error.strerror}", hint="download or copy the file again") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise `ModelError` naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing", hint="download or copy the model again") from error
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(read_model_file(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"can't read {path}: {error}", hint="download or copy the file again") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no JSON object", hint="download or copy the file again")

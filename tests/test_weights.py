@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
+import time
+import types
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sdtrt.errors import ModelError
-from sdtrt.weights import TensorInfo, read_header, read_pickle, read_tensors
+from sdtrt.weights import MAX_JSON_BYTES, TensorInfo, read_header, read_json, read_pickle, read_tensors
 
 TENSORS = {"a.weight": torch.arange(12, dtype=torch.float16).reshape(3, 4), "ids": torch.arange(5)}
 
@@ -72,8 +76,61 @@ def test_says_what_a_wrong_file_is(tmp_path, content, message):
 
 
 def test_says_why_a_file_cannot_be_read(tmp_path):
-    with pytest.raises(ModelError, match=r"can't read .*: Is a directory"):
+    with pytest.raises(ModelError, match=r"can't read .*: it is no regular file"):
         read_header(tmp_path)
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({str(number): ENTRY for number in range(50_001)}, "names 50001 tensors, more than 50000"),
+        ({"__metadata__": {"notes": "x" * (16 << 20)}}, "names 167[0-9]+ bytes, more than 16777216"),
+    ],
+)
+def test_a_header_of_more_tensors_than_any_model_has_is_refused_at_once(tmp_path, entries, message):
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(header_of(entries) + b"1234")
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=message):
+        read_header(path)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-1, -1]},
+        {"shape": [1] * 100_000},
+        {"shape": [0, 2**40, 2**40], "data_offsets": [0, 0]},
+        {"shape": [2**70], "dtype": "FLOAT16"},
+    ],
+)
+def test_a_shape_that_no_tensor_has_is_refused(tmp_path, change):
+    (tmp_path / "x.safetensors").write_bytes(header_of({"a": ENTRY | change}) + b"1234")
+    with pytest.raises(ModelError, match="not a safetensors file"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b" " * (MAX_JSON_BYTES + 1))
+    for name, message in (("fifo", "it is no reg"), ("endless", "it is no reg"), ("large", "it is larger than")):
+        with pytest.raises(ModelError, match=f"can't read .*/{name}: {message}"):
+            read_json(tmp_path / name)
+    for name in ("fifo", "endless"):
+        with pytest.raises(ModelError, match=f"can't read .*/{name}: it is no regular file"):
+            read_header(tmp_path / name)
+
+
+def test_a_link_to_a_file_is_read(tmp_path):
+    """The hub's cache is made of links."""
+    (tmp_path / "blob").write_text('{"a": 1}')
+    (tmp_path / "config.json").symlink_to("blob")
+    assert read_json(tmp_path / "config.json") == {"a": 1}
 
 
 def test_reads_a_pickle_without_running_its_code_where_it_can(tmp_path):
@@ -89,6 +146,30 @@ class TrainingState:
 def test_reads_an_old_pickle_with_foreign_objects(tmp_path):
     torch.save({"state_dict": TENSORS, "callbacks": TrainingState()}, tmp_path / "model.ckpt")
     assert list(read_pickle(tmp_path / "model.ckpt")) == list(TENSORS)
+
+
+class Foreign:
+    """Of a package that is not installed, once its module is gone."""
+
+
+class ForeignList(list):
+    """The same, and pickled item by item."""
+
+
+def test_reads_a_pickle_that_names_packages_which_are_not_installed(tmp_path, monkeypatch):
+    """Lightning's checkpoints have the classes of their callbacks as keys."""
+    module = types.ModuleType("pytorch_lightning.callbacks")
+    for cls in (Foreign, ForeignList):
+        monkeypatch.setattr(cls, "__module__", module.__name__)
+        setattr(module, cls.__name__, cls)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    foreign = Foreign()
+    foreign.best = ForeignList([1, 2, 3])
+    torch.save({"state_dict": TENSORS, "callbacks": {Foreign: foreign}}, tmp_path / "model.ckpt")
+    monkeypatch.delitem(sys.modules, "pytorch_lightning")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    assert torch.equal(read_pickle(tmp_path / "model.ckpt")["ids"], TENSORS["ids"])
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x80\x02}q\x00."])
