@@ -13,8 +13,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from sdtrt.errors import UsageError
+from sdtrt.errors import ModelError, UsageError, first_line
 from sdtrt.specs import NoiseSpec, SchedulerName
 
 
@@ -58,22 +59,47 @@ _SAMPLERS = {kind.class_name: kind.sampler for kind in _KINDS.values()} | {
 }
 # Samplers that have one spacing in web UIs, whatever the schedule type: LCM's is the same as ours.
 _OF_ONE_SPACING = ("DDIM", "PLMS", "UniPC", "LCM")
-_OF_OWN_TIMESTEPS = ("LCMScheduler", "TCDScheduler")  # whatever their `timestep_spacing`
+_DISTILLED = ("LCMScheduler", "TCDScheduler")  # their timesteps are some of the `original_inference_steps`
+# What diffusers' pipelines from text to images use of a scheduler.
+_INTERFACE = ("set_timesteps", "timesteps", "init_noise_sigma", "scale_model_input", "step", "order")
 _SPACINGS = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "Exponential", "use_beta_sigmas": "Beta"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands for a model's own scheduler where its class can't be had: the stored configuration alone."""
+
+    config: Mapping[str, Any]
 
 
 def make_scheduler(name: SchedulerName | None, own: Any) -> Any:
     """The scheduler called `name`, with the noise schedule and prediction type of the model's `own`.
 
+    Args:
+        own: a diffusers scheduler, or the `Settings` of one.
+
     Returns:
         A diffusers scheduler; `own` itself for None.
+
+    Raises:
+        ModelError: where the model's configuration makes no such scheduler.
     """
     if name is None:
         return own
     kind = _KINDS[name]
     config = own.config
     changes = {key: config.get(key, value) for key, value in kind.defaults.items()}
-    return getattr(diffusers, kind.class_name).from_config(config, **{**changes, **kind.forced})
+    try:
+        return getattr(diffusers, kind.class_name).from_config(config, **{**changes, **kind.forced})
+    except Exception as error:  # schedulers compute with what they are given
+        raise _unfit(kind.class_name, first_line(error)) from error
+
+
+def _unfit(class_name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"the model's scheduler configuration does not do for {class_name}: {reason}",
+        hint="check its scheduler/scheduler_config.json, use another --scheduler, or another model",
+    )
 
 
 def keep_on_host(scheduler: Any) -> None:
@@ -91,18 +117,75 @@ def keep_on_host(scheduler: Any) -> None:
     scheduler.set_timesteps = set_timesteps
 
 
-def check_steps(scheduler: Any, steps: int) -> None:
-    """Raise `UsageError` for more steps than the scheduler has (diffusers would repeat timesteps, or fail late)."""
+def check_steps(scheduler: Any, steps: int, *, img2img: bool = False) -> None:
+    """Refuse what a pipeline could not run: a scheduler that is none of text to image, or too many steps.
+
+    Args:
+        img2img: whether the pipeline starts from an image, to which the scheduler adds noise.
+
+    Raises:
+        ModelError: for a scheduler that runs no number of steps, or fails in these.
+        UsageError: for more steps than it has (diffusers would repeat timesteps, or fail late).
+    """
+    name = type(scheduler).__name__
+    if lacking := [one for one in (*_INTERFACE, *["add_noise"] * img2img) if not hasattr(scheduler, one)]:
+        raise ModelError(
+            f"the model's {name} is none for pipelines {'from images' if img2img else 'from text'} to images:"
+            f" it has no {lacking[0]}",
+            hint="use --scheduler, as in --scheduler euler, or another model",
+        )
+    try:
+        _check_table(scheduler)
+        most = _most_steps(scheduler, steps)
+        if steps <= most:
+            _rehearse(scheduler, steps)
+    except Exception as error:  # schedulers compute with what they are given, or take other arguments
+        raise _unfit(name, first_line(error)) from error
+    if steps > most:
+        raise UsageError(f"{name} runs at most {most} steps, got {steps}", hint=f"use --steps {most}")
+
+
+def _most_steps(scheduler: Any, steps: int) -> int:
+    """How many steps the scheduler has, `steps` at most.
+
+    Raises:
+        ValueError: where it has not even one.
+    """
     config = scheduler.config
     most = min(steps, config.get("num_train_timesteps", steps))
-    if type(scheduler).__name__ == _KINDS["lcm"].class_name:
+    if type(scheduler).__name__ in _DISTILLED:
         most = min(most, config.original_inference_steps)
     while most > 1 and not _has_steps(scheduler, most):
         most -= 1
-    if steps > most:
-        raise UsageError(
-            f"{type(scheduler).__name__} runs at most {most} steps, got {steps}", hint=f"use --steps {most}"
-        )
+    if most == 1:
+        _check_timesteps(_tried(scheduler, 1))
+    return int(most)
+
+
+def _tried(scheduler: Any, steps: int) -> Any:
+    """A copy of the scheduler that is set to so many steps."""
+    tried = copy.deepcopy(scheduler)
+    type(scheduler).set_timesteps(tried, steps, device="cpu")  # the class's own: the instance's may be another's
+    return tried
+
+
+def _check_table(scheduler: Any) -> None:
+    """Raise `ValueError` for noise levels of another number of timesteps (`trained_betas` may be a short list)."""
+    table, count = getattr(scheduler, "alphas_cumprod", ()), scheduler.config.get("num_train_timesteps")
+    if len(table) not in (0, count):
+        raise ValueError(f"it has noise levels for {len(table)} timesteps of {count}")
+
+
+def _check_timesteps(tried: Any) -> None:
+    """Raise `ValueError` for timesteps that the model was not trained for.
+
+    Schedulers look their tables up by the timestep, and a negative one counts from the end. (EDM's have no tables, and
+    logarithms for timesteps.)
+    """
+    low, high = min(tried.timesteps.tolist()), max(tried.timesteps.tolist())
+    count = tried.config.get("num_train_timesteps", math.inf)
+    if high >= count or (low < 0 and hasattr(tried, "alphas_cumprod")):
+        raise ValueError(f"its timesteps are {low:g} to {high:g}, and there are 0 to {count - 1}")
 
 
 def _has_steps(scheduler: Any, steps: int) -> bool:
@@ -111,11 +194,36 @@ def _has_steps(scheduler: Any, steps: int) -> bool:
     `timestep_spacing="leading"` with `steps_offset=1`, as Stable Diffusion has it, goes one too far with the last one.
     Others round two of a thousand to one, which some multistep solvers divide by the difference of.
     """
-    tried = copy.deepcopy(scheduler)
-    type(scheduler).set_timesteps(tried, steps, device="cpu")  # the class's own: the instance's may be another's
-    timesteps = tried.timesteps.tolist()
-    levels = tried.sigmas[:-1].tolist() if hasattr(tried, "sigmas") else timesteps
-    return len(set(levels)) >= steps and max(timesteps) < tried.config.get("num_train_timesteps", math.inf)
+    tried = _tried(scheduler, steps)
+    try:
+        _check_timesteps(tried)
+    except ValueError:
+        return False
+    levels = tried.sigmas[:-1].tolist() if hasattr(tried, "sigmas") else tried.timesteps.tolist()
+    return len(set(levels)) >= steps
+
+
+def _rehearse(scheduler: Any, steps: int) -> None:
+    """Go through all steps with one latent pixel, as a pipeline would: what fails there fails here first.
+
+    Raises:
+        ValueError: where the noise grows, or the latents end as no numbers.
+        Exception: whatever the scheduler raises.
+    """
+    tried, generator = _tried(scheduler, steps), torch.Generator().manual_seed(0)
+    if tried.timesteps[0] < tried.timesteps[-1]:
+        raise ValueError("it goes from images to noise")
+    options: dict[str, Any] = {"return_dict": False}
+    if "generator" in inspect.signature(tried.step).parameters:
+        options["generator"] = generator
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw from the global generator
+        latents = torch.randn((1, 4, 1, 1), generator=generator) * tried.init_noise_sigma
+        for timestep in tried.timesteps:
+            tried.scale_model_input(latents, timestep)
+            noise = torch.randn(latents.shape, generator=generator)
+            latents = tried.step(noise, timestep, latents, **options)[0]
+    if not torch.isfinite(latents).all():
+        raise ValueError("it turns latents into values that are not finite")
 
 
 def sampler_name(scheduler: Any) -> str:
@@ -185,7 +293,7 @@ def with_noise(scheduler: Any, noise: NoiseSpec) -> Any:
         raise _unable(cls, noise, lacking[0])
     if not changes:
         return scheduler
-    if noise.timestep_spacing and cls.__name__ in _OF_OWN_TIMESTEPS:
+    if noise.timestep_spacing and cls.__name__ in _DISTILLED:
         raise _unable(cls, noise, "timestep_spacing")
     made = cls.from_config(scheduler.config, **changes)
     if noise.zero_snr and made.config.prediction_type == "epsilon":
@@ -211,7 +319,7 @@ def _unable(cls: type, noise: NoiseSpec, name: str) -> UsageError:
     field = {"rescale_betas_zero_snr": "zero_snr"}.get(name, name)
     what = "zero terminal SNR" if field == "zero_snr" else f"choice of {field.replace('_', ' ')}"
     able = [
-        key for key, kind in _KINDS.items() if name in _parameters(kind) and kind.class_name not in _OF_OWN_TIMESTEPS
+        key for key, kind in _KINDS.items() if name in _parameters(kind) and kind.class_name not in _DISTILLED
     ]
     return UsageError(
         f"{cls.__name__} has no {what} ({noise.source(field)})",

@@ -7,8 +7,9 @@ import pytest
 import torch
 from factories import small_unet
 
-from sdtrt.errors import UsageError
+from sdtrt.errors import ModelError, UsageError
 from sdtrt.schedulers import (
+    Settings,
     check_steps,
     keep_on_host,
     make_scheduler,
@@ -19,14 +20,15 @@ from sdtrt.schedulers import (
 )
 from sdtrt.specs import SCHEDULERS, NoiseSpec
 
-SD1 = diffusers.PNDMScheduler(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    skip_prk_steps=True,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
+STORED = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+SD1 = diffusers.PNDMScheduler(**STORED)
 SAMPLERS = {
     "pndm": "PLMS",
     "ddim": "DDIM",
@@ -279,6 +281,77 @@ def test_karras_spacing_may_be_at_a_timestep_twice():
     scheduler.set_timesteps(200)
     assert len(set(scheduler.timesteps.tolist())) < 200
     check_steps(scheduler, 200)
+
+
+# --- what can't run is known before anything is built ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", ["PNDM", "EulerDiscrete", "DPMSolverMultistep", "DDPM"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prediction_type": "evil"},
+        {"timestep_spacing": "x"},
+        {"trained_betas": [0.1] * 50},
+        {"beta_start": float("nan")},
+    ],
+)
+def test_a_configuration_that_fails_in_a_step_fails_before_the_first(own, values):
+    scheduler = getattr(diffusers, f"{own}Scheduler").from_config({**STORED, **values})
+    with pytest.raises(ModelError, match=f"the model's scheduler configuration does not do for {own}Scheduler"):
+        check_steps(scheduler, 4)
+
+
+@pytest.mark.parametrize("name", ["pndm", "ddim"])
+@pytest.mark.parametrize(("offset", "steps"), [(-50, 4), (-1000, 1), (1000, 1), (5000, 30)])
+def test_timesteps_that_no_model_was_trained_for_are_refused(name, offset, steps):
+    """A negative one counts from the end of the tables: a picture, though a wrong one."""
+    scheduler = make_scheduler(name, diffusers.DDIMScheduler.from_config(SD1.config, steps_offset=offset))
+    with pytest.raises(ModelError, match=r"its timesteps are -?[0-9]+ to -?[0-9]+, and there are 0 to 999"):
+        check_steps(scheduler, steps)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["RePaint", "DDPMWuerstchen", "ScoreSdeVe", "KarrasVe", "FlowMatchEulerDiscrete", "DDIMInverse", "CogVideoXDPM"],
+)
+def test_schedulers_that_are_none_of_text_to_image_are_refused(name):
+    with pytest.raises(ModelError, match=f"{name}Scheduler"):
+        check_steps(getattr(diffusers, f"{name}Scheduler")(), 4)
+
+
+def test_a_scheduler_that_adds_no_noise_starts_from_none_but_text():
+    scheduler = diffusers.IPNDMScheduler()
+    check_steps(scheduler, 4)
+    with pytest.raises(ModelError, match="it has no add_noise") as caught:
+        check_steps(scheduler, 4, img2img=True)
+    assert "--scheduler euler" in caught.value.hint
+
+
+def test_steps_that_some_schedulers_lack_are_no_fault_of_others():
+    """PNDM with its Runge-Kutta warm-up can't run one step, and EDM's timesteps are logarithms below zero."""
+    check_steps(diffusers.PNDMScheduler(), 20)
+    check_steps(diffusers.EDMEulerScheduler(), 20)
+    check_steps(diffusers.TCDScheduler(), 50)
+    with pytest.raises(UsageError, match="TCDScheduler runs at most 50 steps, got 51"):
+        check_steps(diffusers.TCDScheduler(), 51)
+
+
+def test_checking_draws_no_numbers():
+    state = torch.get_rng_state()
+    check_steps(make_scheduler("euler-a", SD1), 4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_of_the_models_own_scheduler_its_configuration_is_enough(name):
+    one, other = make_scheduler(name, SD1), make_scheduler(name, Settings(STORED))
+    assert {**one.config, "_use_default_values": 0} == {**other.config, "_use_default_values": 0}
+
+
+def test_a_name_for_a_configuration_that_makes_no_such_scheduler():
+    with pytest.raises(ModelError, match="does not do for EulerDiscreteScheduler: "):
+        make_scheduler("euler", Settings({"beta_start": "x"}))
 
 
 # --- nothing to wait for ---------------------------------------------------------------------------------------------
