@@ -178,43 +178,44 @@ def _rename_old_attention(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def _convert_text_encoder(tensors: dict[str, torch.Tensor], module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """CLIP tensors under the names of the installed transformers (5.6 dropped CLIPTextModel's `text_model.`)."""
+    """CLIP tensors under the names of the installed transformers (5.6 dropped CLIPTextModel's `text_model.`).
+
+    Layers beyond the configuration's are dropped: SD 2.x uses the last but one's output and leaves the last away, and
+    others skip some by their configuration alone.
+    """
     wanted = module.state_dict().keys()
+    config: Any = module.config
     prefix = "text_model." if "text_model.final_layer_norm.weight" in wanted else ""
     converted = {}
-    for name, value in _strip_encoder_prefix(tensors, module).items():
+    for name, value in _strip_encoder_prefix(tensors).items():
         bare = name.removeprefix("text_model.")
+        layer = re.match(r"encoder\.layers\.(\d{1,9})\.", bare)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            continue
         own = bare if bare.startswith("text_projection") else f"{prefix}{bare}"
         if own in wanted or not _LEFT_OVER.search(bare):
             converted[own] = value
     return converted
 
 
-def _strip_encoder_prefix(tensors: dict[str, torch.Tensor], module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _strip_encoder_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Drop a single file's prefix; OpenCLIP's tensors (SD 2.x, SDXL's second encoder) are renamed too."""
     for prefix in ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."):
         if any(name.startswith(prefix) for name in tensors):
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     for prefix in ("cond_stage_model.model.", "conditioner.embedders.1.model.", "conditioner.embedders.0.model."):
         if any(name.startswith(prefix) for name in tensors):
-            config: Any = module.config
-            return _from_open_clip(tensors, prefix, int(config.num_hidden_layers))
+            return _from_open_clip(tensors, prefix)
     return tensors
 
 
-def _from_open_clip(tensors: dict[str, torch.Tensor], prefix: str, layers: int) -> dict[str, torch.Tensor]:
-    """OpenCLIP's names and fused projections → CLIP's.
-
-    Layers beyond the configuration's are dropped: SD 2.x uses the last but one's output and leaves the last away.
-    """
+def _from_open_clip(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """OpenCLIP's names and fused projections → CLIP's."""
     converted: dict[str, torch.Tensor] = {}
     for stored, value in tensors.items():
         name = stored.removeprefix(prefix)
         for old, new in _OPEN_CLIP_NAMES.items():
             name = name.replace(old, new)
-        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= layers:
-            continue
         if name == "text_projection":
             converted["text_projection.weight"] = value.T.contiguous()
         elif fused := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", name):

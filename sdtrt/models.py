@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sdtrt.components import (
     time_ids_of,
     vae_scale_factor,
 )
+from sdtrt.configuration import check_values
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import ModelError, UsageError, quote
 from sdtrt.hub import Repo, is_repo_id
@@ -88,6 +89,7 @@ class Model:
     origins: Mapping[str, Origin] = field(repr=False)
     missing: tuple[str, ...] = ()
     stated: NoiseSpec = field(default_factory=NoiseSpec)
+    _configs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -142,10 +144,19 @@ class Model:
     def config(self, part: str) -> dict[str, Any]:
         """The configuration that is stored with a part (without its class's defaults), also with a missing one.
 
+        The file is read once: what was checked is what is used, whatever becomes of the file.
+
         Raises:
-            ModelError: where models of its kind have no such part, or its configuration can't be read.
+            ModelError: where models of its kind have no such part, or its configuration can't be read or says what
+                can't be.
         """
-        return self.origin(part).config()
+        if part not in self._configs:
+            origin = self.origin(part)
+            config = origin.config()
+            if origin.config_file is not None:
+                check_values(part, config, origin.config_file)
+            self._configs[part] = config
+        return dict(self._configs[part])
 
     def config_file(self, part: str) -> Path:
         """Where the configuration of a part is stored."""
@@ -348,7 +359,8 @@ def _check_configs(model: Model) -> None:
         )
     if model.is_sdxl:
         _check_conditioning(model)
-    channels, latent_channels = model.config("unet").get("in_channels"), latent_channels_of(model.config("vae"))
+    unet = model.config("unet")
+    channels, latent_channels = unet["in_channels"], latent_channels_of(model.config("vae"))
     if channels != latent_channels and model.spec.vae is not None:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae {model.spec.vae} makes"
@@ -361,6 +373,25 @@ def _check_configs(model: Model) -> None:
             "a model for inpainting or editing, which sdtrt does not support",
             hint="use the text-to-image model that it was made from",
         )
+    for what, found, wanted in _joints(model, unet):
+        if found not in wanted:
+            raise ModelError(
+                f"the parts of {model.name} don't fit each other: {what} is {found!r}, where"
+                f" {' or '.join(map(repr, wanted))} fits",
+                hint="download or copy the model again, or use another model",
+            )
+
+
+def _joints(model: Model, unet: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Where a UNet meets other parts: what it is, what the UNet's configuration has there, and what fits."""
+    yield "the unet's out_channels", unet["out_channels"], (unet["in_channels"],)
+    conditioning = ("text_time",) if model.is_sdxl else (None, "text")
+    yield "the unet's addition_embed_type", unet.get("addition_embed_type"), conditioning
+    if model.is_sdxl or unet.get("encoder_hid_dim_type"):
+        return  # SDXL's conditioning has been checked
+    widths = unet["cross_attention_dim"]
+    for width in widths if isinstance(widths, list) else [widths]:
+        yield "the unet's cross_attention_dim", width, (text_width(model.config("text_encoder")),)
 
 
 def _check_conditioning(model: Model) -> None:

@@ -59,6 +59,7 @@ class PipelineSpec:
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
         noise: what was asked for; the rest is as the model's checkpoint says, then as its scheduler's configuration.
+        texts: that are to be encoded, prompts and negative ones, as far as they are known already.
     """
 
     model: Model
@@ -71,6 +72,7 @@ class PipelineSpec:
     components: tuple[Component, ...] | None = None
     images: int = 1
     noise: NoiseSpec = field(default_factory=NoiseSpec)
+    texts: tuple[str, ...] = ()
 
     @property
     def in_engines(self) -> tuple[Component, ...]:
@@ -137,6 +139,7 @@ def resolve_request(
         components=choose_components(model, spec.components) if spec.components else None,
         images=count,
         noise=spec.noise,
+        texts=tuple(dict.fromkeys((*spec.prompts, spec.negative_prompt))),
     )
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
@@ -240,15 +243,13 @@ def open_pipeline(
 ) -> Iterator[OpenPipeline]:
     """Load what a pipeline needs and no more, with the engines' facades as the parts that they replace.
 
-    The scheduler comes first, so that too many steps are refused before an engine is built.
+    Scheduler and tokenizers come first, so that what they can't do is refused before an engine is built.
 
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
-    parts = loading.load_parts(spec.model, ["scheduler"], torch.float32)
-    parts["scheduler"] = schedulers.make_scheduler(spec.scheduler, parts["scheduler"])
-    parts["scheduler"] = schedulers.with_noise(parts["scheduler"], spec.noise.over(spec.model.stated))
-    schedulers.check_steps(parts["scheduler"], spec.steps)
+    parts = {"scheduler": _load_scheduler(spec)} | _load_tokenizers(spec)
+    schedulers.check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img)
     if spec.backend != "torch":  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running, torch.no_grad():
@@ -256,6 +257,28 @@ def open_pipeline(
             parts |= _load_parts(spec, running)
             parts |= _facades(spec, running, parts.get("vae"))
         yield OpenPipeline(_assemble(spec, parts), spec, running.entries)
+
+
+def _load_scheduler(spec: PipelineSpec) -> Any:
+    """The model's own scheduler, or the one of another name, which does without the own one's class."""
+    try:
+        own = loading.load_parts(spec.model, ["scheduler"], torch.float32)["scheduler"]
+    except ModelError:
+        if spec.scheduler is None:
+            raise
+        own = schedulers.Settings(loading.scheduler_config(spec.model))
+    made = schedulers.make_scheduler(spec.scheduler, own)
+    return schedulers.with_noise(made, spec.noise.over(spec.model.stated))
+
+
+def _load_tokenizers(spec: PipelineSpec) -> dict[str, Any]:
+    """The tokenizers, by name; they have made tokens of the texts, which the text encoders know."""
+    encoders = {name.replace("text_encoder", "tokenizer"): name for name in text_encoders_of(spec.model)}
+    tokenizers = loading.load_parts(spec.model, list(encoders), torch.float32)
+    for name, tokenizer in tokenizers.items():
+        vocabulary = spec.model.config(encoders[name]).get("vocab_size", loading.CLIP_VOCABULARY)
+        loading.check_words(tokenizer, spec.texts, vocabulary)
+    return tokenizers
 
 
 @dataclass(frozen=True)
@@ -353,12 +376,11 @@ def _what_fits(spec: PipelineSpec, demand: memory.Demand, free: int) -> str:
 
 
 def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
-    """What PyTorch runs, on the pipeline's device, and the tokenizers."""
+    """What PyTorch runs, on the pipeline's device."""
     encoders = text_encoders_of(spec.model)
     modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, spec.img2img)]
-    names = [*(name.replace("text_encoder", "tokenizer") for name in encoders), *modules]
-    parts = {"unet": loading.load_unet(spec.model, spec.parts_dtype)} if "unet" in names else {}
-    parts |= loading.load_parts(spec.model, [name for name in names if name != "unet"], spec.parts_dtype)
+    parts = {"unet": loading.load_unet(spec.model, spec.parts_dtype)} if "unet" in modules else {}
+    parts |= loading.load_parts(spec.model, [name for name in modules if name != "unet"], spec.parts_dtype)
     for half in VAE_HALVES:
         if "vae" in modules and half in running.sessions:
             setattr(parts["vae"], half.removeprefix("vae_"), None)

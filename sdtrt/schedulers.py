@@ -318,9 +318,7 @@ def _unable(cls: type, noise: NoiseSpec, name: str) -> UsageError:
     """The error for a scheduler that knows no such configuration."""
     field = {"rescale_betas_zero_snr": "zero_snr"}.get(name, name)
     what = "zero terminal SNR" if field == "zero_snr" else f"choice of {field.replace('_', ' ')}"
-    able = [
-        key for key, kind in _KINDS.items() if name in _parameters(kind) and kind.class_name not in _DISTILLED
-    ]
+    able = [key for key, kind in _KINDS.items() if name in _parameters(kind) and kind.class_name not in _DISTILLED]
     return UsageError(
         f"{cls.__name__} has no {what} ({noise.source(field)})",
         hint=f"use --scheduler {', '.join(able[:-1])} or {able[-1]}",

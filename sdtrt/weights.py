@@ -214,7 +214,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 class _Stub:
-    """Stands for what a pickle names and this machine lacks: takes whatever it is made of and given, and keeps nothing."""
+    """Stands for what a pickle names and this machine lacks: takes whatever it is given, and keeps nothing."""
 
     def __new__(cls, *_arguments: Any, **_options: Any) -> _Stub:
         return super().__new__(cls)

@@ -42,6 +42,7 @@ from sdtrt.models import resolve_model
 from sdtrt.runtime import layout, open_session
 from sdtrt.runtime import pieces as pieces_module
 from sdtrt.runtime.plan import profiles_of
+from sdtrt.schedulers import check_steps
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
 
 SIZES = Sizes(2, 64, 64)
@@ -252,7 +253,7 @@ def test_models_that_are_damaged(model, place, data, name):
     path.write_bytes(content)
     with only_clean_errors():
         resolved = resolve_model(ModelSpec(str(folder)))
-        load_parts(resolved, resolved.parts, torch.float32)
+        check_steps(load_parts(resolved, resolved.parts, torch.float32)["scheduler"], 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ images

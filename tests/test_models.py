@@ -340,7 +340,7 @@ def test_a_scheduler_that_diffusers_does_not_have(folder):
     change_json(folder / "model_index.json", scheduler=["diffusers", "TomorrowsScheduler"])
     with pytest.raises(ModelError, match="has no TomorrowsScheduler") as caught:
         load_parts(resolve_model(ModelSpec(str(folder))), ("scheduler",), torch.float32)
-    assert caught.value.hint == "pip install --upgrade diffusers"
+    assert caught.value.hint == "pip install --upgrade diffusers; or use --scheduler, as in --scheduler euler"
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])

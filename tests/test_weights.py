@@ -93,10 +93,10 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 def test_a_header_of_more_tensors_than_any_model_has_is_refused_at_once(tmp_path, entries, message):
     path = tmp_path / "large.safetensors"
     path.write_bytes(header_of(entries) + b"1234")
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ModelError, match=message):
         read_header(path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
