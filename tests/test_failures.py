@@ -102,7 +102,7 @@ def truncated():
 
 def other_shapes():
     config = Path("model/unet/config.json")
-    config.write_text(config.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 48'))
+    config.write_text(config.read_text().replace('"time_embedding_dim": null', '"time_embedding_dim": 48'))
     return (*PAINT, "-b", "torch")
 
 
