@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,14 +107,44 @@ def keep_on_host(scheduler: Any) -> None:
 
     diffusers' schedulers branch on the timestep and look up their tables by it, which are on the CPU: with timesteps on
     the GPU each step waits there for all the work before it. The values are the same on either side.
+
+    The scheduler becomes one of a class derived from its own, of the same name: so copies and pickles of it do the
+    same, each for itself, and `set_timesteps` has the signature that pipelines look at.
     """
-    own = scheduler.set_timesteps
+    own: Any = type(scheduler)
+    if not issubclass(own, _OnHost) and "device" in inspect.signature(own.set_timesteps).parameters:
+        scheduler.__class__ = _on_host(own)
 
-    @functools.wraps(own)
-    def set_timesteps(*arguments: Any, device: Any = None, **options: Any) -> None:
-        own(*arguments, device="cpu", **options)
 
-    scheduler.set_timesteps = set_timesteps
+class _OnHost:
+    """What marks the classes that `_on_host` makes."""
+
+
+@functools.cache
+def _on_host(own: Any) -> type:
+    """The class derived from a scheduler's own whose timesteps stay on the CPU."""
+    signature = inspect.signature(own.set_timesteps)
+
+    @functools.wraps(own.set_timesteps)
+    def set_timesteps(self: Any, *arguments: Any, **options: Any) -> Any:
+        given = signature.bind(self, *arguments, **options)
+        given.arguments["device"] = "cpu"
+        return own.set_timesteps(*given.args, **given.kwargs)
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        make, arguments, *state = own.__reduce_ex__(self, protocol)
+        plain = (own if argument is type(self) else argument for argument in arguments)
+        return (_made_on_host, (make, *plain), *state)
+
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (own, _OnHost), {**names, "set_timesteps": set_timesteps, "__reduce_ex__": reduce})
+
+
+def _made_on_host(make: Callable[..., Any], *arguments: Any) -> Any:
+    """A copy of a scheduler that stays on the host, as `copy` and `pickle` make it: its state follows."""
+    scheduler = make(*arguments)
+    keep_on_host(scheduler)
+    return scheduler
 
 
 def check_steps(scheduler: Any, steps: int, *, img2img: bool = False) -> None:

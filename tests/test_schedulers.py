@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+
 import diffusers
 import pytest
 import torch
@@ -380,3 +384,75 @@ def test_timesteps_on_the_host_change_nothing(name):
     keep_on_host(kept)
     one, other = (denoise(scheduler, 5, lambda latents, _: latents * 0.5) for scheduler in (plain, kept))
     assert torch.equal(one, other)
+
+
+def same(scheduler):
+    return scheduler
+
+
+COPIES = {
+    "itself": same,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda scheduler: pickle.loads(pickle.dumps(scheduler)),
+    "a copy's pickle": lambda scheduler: pickle.loads(pickle.dumps(copy.copy(scheduler), protocol=0)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_copy_runs_its_own_number_of_steps_on_the_host(name, how):
+    """One set of engines, a scheduler a worker: what one is set to is nothing to the others."""
+    scheduler, plain = make_scheduler(name, SD1), make_scheduler(name, SD1)
+    keep_on_host(scheduler)
+    scheduler.set_timesteps(5, device="meta")
+    copied = COPIES[how](scheduler)
+    assert torch.equal(copied.timesteps, scheduler.timesteps)
+    copied.set_timesteps(12, "meta")
+    plain.set_timesteps(12)
+    assert torch.equal(copied.timesteps, plain.timesteps)
+    if copied is not scheduler:
+        before = len(scheduler.timesteps)
+        assert before < len(copied.timesteps)
+        scheduler.set_timesteps(4, device="meta")
+        assert torch.equal(copied.timesteps, plain.timesteps)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_on_the_host_a_scheduler_is_still_what_it_was(name, tmp_path):
+    scheduler, plain = make_scheduler(name, SD1), make_scheduler(name, SD1)
+    for _ in range(2):  # the second time changes nothing
+        keep_on_host(scheduler)
+    assert isinstance(scheduler, type(plain))
+    assert type(scheduler).__name__ == type(plain).__name__
+    assert len(type(scheduler).__mro__) == len(type(plain).__mro__) + 2
+    assert inspect.signature(scheduler.set_timesteps) == inspect.signature(plain.set_timesteps)
+    assert str(scheduler) == str(plain)
+    scheduler.save_pretrained(tmp_path)
+    assert type(type(plain).from_pretrained(tmp_path)) is type(plain)
+    again = type(scheduler).from_config(scheduler.config)
+    assert again.config == scheduler.config
+
+
+def test_a_pipelines_own_timesteps_and_sigmas_stay_on_the_host():
+    """diffusers looks for these arguments in the signature."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(SD1.config)
+    keep_on_host(scheduler)
+    for given in ({"timesteps": [900, 500, 100]}, {"sigmas": [9.0, 2.0, 0.5, 0.0]}):
+        timesteps, count = retrieve_timesteps(copy.deepcopy(scheduler), device="meta", **given)
+        assert (len(timesteps), count, timesteps.device.type) == (3, 3, "cpu")
+
+
+def test_a_wrong_call_is_the_schedulers_own_error():
+    scheduler = make_scheduler("ddim", SD1)
+    keep_on_host(scheduler)
+    for wrong in ({}, {"num_inference_steps": 3, "sigma": [1.0]}):
+        with pytest.raises(TypeError, match=r"num_inference_steps|sigma"):
+            scheduler.set_timesteps(**wrong)
+
+
+def test_a_scheduler_that_knows_no_devices_stays_as_it_is():
+    keep_on_host(own := type("Own", (), {"set_timesteps": lambda self, steps: steps})())
+    assert own.set_timesteps(3) == 3
