@@ -65,6 +65,7 @@ def pipeline_call(opened: OpenPipeline, task: Task) -> Callable[[], Any]:
     return lambda: opened.pipe(**common, image=image, strength=STRENGTH)
 
 
+@torch.no_grad()
 def unet_step_ms(opened: OpenPipeline) -> Timing:
     """GPU milliseconds of one UNet call with guidance: 50 after 5 warm-ups, by CUDA events, no wait between calls."""
     spec, config = opened.spec, opened.spec.model.config("unet")

@@ -26,6 +26,7 @@ from sdtrt.meters import tf32
 from sdtrt.modules import UNetFacade
 from sdtrt.parts import contract_of
 from sdtrt.pipeline import OpenPipeline, PipelineSpec, open_pipeline
+from sdtrt.runtime.gradients import refuse_gradients
 from sdtrt.runtime.onnxruntime import LOG_SEVERITY
 from sdtrt.runtime.session import Session, check_feeds
 from sdtrt.specs import BaselineName, ExportSpec, Precision
@@ -276,6 +277,7 @@ class BoundSession(Session[torch.Tensor]):
         """Run the model; the outputs are new tensors on the same device."""
         import numpy as np
 
+        refuse_gradients(self.contract.component, feeds)
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in feeds.items()}
         values = check_feeds(self.inputs, shapes, dtypes)

@@ -534,6 +534,7 @@ def _widened(opened: OpenPipeline) -> Iterator[torch.dtype]:
             vae.to(own)
 
 
+@torch.no_grad()  # as in the pipeline
 def _time_component(call: Callable[[], object], device: torch.device) -> Timing:
     """Seconds of one call, after a warm-up of three: TensorRT and PyTorch capture graphs on the way."""
     for _ in range(MIN_CALLS - 1):

@@ -52,6 +52,10 @@ class EngineError(SdtrtError):
     """An engine that can't be found, loaded or run."""
 
 
+class NotInEngineError(EngineError, AttributeError):
+    """What an engine has not and the module that it stands for has: absent for who only asks whether it is there."""
+
+
 class MemoryShortage(EngineError):  # noqa: N818 (the word is the error)
     """A run that needs more memory than there is: a smaller one may do."""
 

@@ -178,21 +178,14 @@ class _Finite:
     @contextmanager
     def watching(self, pipe: Any) -> Iterator[None]:
         """Note what the parts of a pipeline give, for the time of a `with`."""
-        decode = pipe.vae.decode
         encoders = {name: getattr(pipe, name, None) for name in TEXT_ENCODERS}
         self.widths = {name: one.config.hidden_size for name, one in encoders.items() if one is not None}
+        with hooked(pipe.unet, self._add_step), hooked(pipe.vae.decoder, self._add_image):
+            yield
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            result = decode(*args, **kwargs)
-            self._add("vae_decoder", result[0])
-            return result
-
-        pipe.vae.decode = watched
-        try:
-            with hooked(pipe.unet, self._add_step):
-                yield
-        finally:
-            del pipe.vae.decode
+    def _add_image(self, decoder: torch.nn.Module, args: object, kwargs: object, output: Any) -> None:
+        """Note one call of the VAE's decoder."""
+        self._add("vae_decoder", output)
 
     def _add_step(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one call of the UNet: its output, and before the first step what other parts have made for it."""

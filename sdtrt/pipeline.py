@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import torch
@@ -243,7 +245,9 @@ def open_pipeline(
 ) -> Iterator[OpenPipeline]:
     """Load what a pipeline needs and no more, with the engines' facades as the parts that they replace.
 
-    Scheduler and tokenizers come first, so that what they can't do is refused before an engine is built.
+    Scheduler and tokenizers come first, so that what they can't do is refused before an engine is built. PyTorch's grad
+    mode stays the caller's own: the weights of what PyTorch runs are frozen, and engines refuse what asks for a
+    gradient.
 
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
@@ -252,11 +256,14 @@ def open_pipeline(
     schedulers.check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img)
     if spec.backend != "torch":  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
-    with _open_engines(spec, directory, console, allow_build, unet_engine) as running, torch.no_grad():
+    with _open_engines(spec, directory, console, allow_build, unet_engine) as running:
         with console.stage("loading the pipeline"):
             parts |= _load_parts(spec, running)
             parts |= _facades(spec, running, parts.get("vae"))
-        yield OpenPipeline(_assemble(spec, parts), spec, running.entries)
+        pipe = _assemble(spec, parts)
+        if running.sessions:
+            _refuse_as_a_whole(pipe, running.sessions)
+        yield OpenPipeline(pipe, spec, running.entries)
 
 
 def _load_scheduler(spec: PipelineSpec) -> Any:
@@ -421,14 +428,71 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any]) -> Any:
     return pipe
 
 
+AS_A_WHOLE = (
+    "save_pretrained",
+    "push_to_hub",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_group_offload",
+)
+
+
+def _refuse_as_a_whole(pipe: Any, names: Iterable[Component]) -> None:
+    """Refuse what diffusers would do to half of a pipeline, or begin and not end, before it does anything.
+
+    A method that refuses needs no `self`, so copies of the pipeline may share it.
+    """
+    for method in AS_A_WHOLE:
+        setattr(pipe, method, _refusal(getattr(type(pipe), method), " and ".join(names)))
+
+
+def _refusal(method: Callable[..., Any], names: str) -> Callable[..., NoReturn]:
+    """A method of a pipeline, by its name and signature, that raises `EngineError`."""
+
+    @functools.wraps(method)
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise EngineError(
+            f"{method.__name__} needs the weights of {names}, which engines hold",
+            hint="open the pipeline with the backend torch",
+        )
+
+    signature = inspect.signature(method)
+    own = list(signature.parameters.values())[1:]  # without `self`
+    refuse.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return refuse
+
+
+Hook = Callable[..., None]
+
+
+class _Hook:
+    """Calls a hook for one module. A copy of the module made meanwhile has the hook as well, and it is silent there."""
+
+    def __init__(self, module: torch.nn.Module | None = None, hook: Hook | None = None) -> None:
+        self.module, self.hook = module, hook
+
+    def __call__(self, module: torch.nn.Module, *arguments: Any) -> None:
+        if module is self.module and self.hook is not None:
+            self.hook(module, *arguments)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+    def end(self) -> None:
+        """Let go of both."""
+        self.module = self.hook = None
+
+
 @contextmanager
-def hooked(module: torch.nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+def hooked(module: torch.nn.Module, hook: Hook) -> Iterator[None]:
     """Call `hook` after each forward of a module, with its arguments and its output, for the time of a `with`."""
-    handle = module.register_forward_hook(hook, with_kwargs=True)
+    attached = _Hook(module, hook)
+    handle = module.register_forward_hook(attached, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+        attached.end()
 
 
 def engine_facts(entry: Entry) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
 from PIL import Image
 
-from sdtrt import modules
+from sdtrt import forwards
 from sdtrt.components import CONDITIONING, text_encoder_contract, unet_contract, vae_contract
 from sdtrt.errors import EngineError
 from sdtrt.export import write_onnx
@@ -218,7 +218,7 @@ def test_conditioning_is_cast_anew(change, unets, seen, monkeypatch):
             assert fed() is not fed()
             states += 1
     elif change == "another stream":
-        monkeypatch.setattr(modules, "_current_stream", lambda device: 7)
+        monkeypatch.setattr(forwards, "_current_stream", lambda device: 7)
     else:
         monkeypatch.setattr(remembered, "HOST", "cpu")
         states = states.clone()

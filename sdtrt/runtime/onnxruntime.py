@@ -11,6 +11,7 @@ import torch
 from sdtrt.components import Contract
 from sdtrt.entries import removal_of
 from sdtrt.errors import EngineError
+from sdtrt.runtime.gradients import refuse_gradients
 from sdtrt.runtime.session import Session, check_feeds
 
 LOG_SEVERITY = 4  # fatal only: errors are raised as well, and would reach the user twice
@@ -59,6 +60,7 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         """
         if self._session is None:
             raise EngineError("the session is closed", hint="open a new one")
+        refuse_gradients(self.contract.component, feeds)
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         check_feeds(self.inputs, shapes, {name: str(t.dtype).removeprefix("torch.") for name, t in feeds.items()})
         arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in feeds.items()}

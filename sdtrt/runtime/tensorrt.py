@@ -16,6 +16,7 @@ from sdtrt.components import CONDITIONING, Contract, TensorSpec
 from sdtrt.console import Console
 from sdtrt.errors import EngineError, MemoryShortage
 from sdtrt.runtime.between import compute
+from sdtrt.runtime.gradients import refuse_gradients
 from sdtrt.runtime.layout import attention_bytes, last_uses, lay_out, size_bytes
 from sdtrt.runtime.pieces import read_pieces
 from sdtrt.runtime.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape, profiles_of
@@ -134,6 +135,7 @@ class TensorRTSession(Session[torch.Tensor]):
             MemoryShortage: where the GPU has too little memory.
         """
         self._check_open()
+        refuse_gradients(self.contract.component, feeds)
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in feeds.items()}
         sizes = check_feeds(self.inputs, shapes, dtypes)
