@@ -1,12 +1,13 @@
-"""A bar chart as an image, with Pillow alone."""
+"""A bar chart as an image; Pillow alone does for names in ASCII."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from sdtrt.fonts import legible
 
 WIDTH, ROW, BAR, MARGIN, GAP = 1200, 34, 22, 24, 12  # pixels
 FONT_SIZE, TITLE_SIZE = 18, 22
@@ -34,29 +35,36 @@ class Group:
 
 def bar_chart(groups: Sequence[Group]) -> Image.Image:
     """Horizontal bars from zero, one group below the other."""
-    font, title_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(TITLE_SIZE)
     heights = [TITLE_SIZE + GAP + ROW * len(group.bars) + MARGIN for group in groups]
     image = Image.new("RGB", (WIDTH, 2 * MARGIN + sum(heights)), PAPER)
     draw = ImageDraw.Draw(image)
-    labels = [bar.label for group in groups for bar in group.bars]
-    left = MARGIN + GAP + max((draw.textlength(label, font) for label in labels), default=0)
+    labels = [legible(bar.label, FONT_SIZE) for group in groups for bar in group.bars]
+    left = MARGIN + GAP + max((draw.textlength(label, font) for label, font in labels), default=0)
     top = MARGIN
     for group, height in zip(groups, heights, strict=True):
-        draw.text((MARGIN, top), group.title, INK, title_font)
-        _draw_bars(draw, group.bars, left, top + TITLE_SIZE + GAP, font)
+        _write(draw, (MARGIN, top), group.title, size=TITLE_SIZE)
+        _draw_bars(draw, group.bars, left, top + TITLE_SIZE + GAP)
         top += height
     return image
 
 
-def _draw_bars(draw: ImageDraw.ImageDraw, bars: Sequence[Bar], left: float, top: float, font: Any) -> None:
+def _draw_bars(draw: ImageDraw.ImageDraw, bars: Sequence[Bar], left: float, top: float) -> None:
     """The bars of one group, the longest as long as there is room for."""
     largest = max((bar.value for bar in bars if bar.value is not None), default=1.0) or 1.0
     room = (WIDTH - MARGIN - left) * MAX_BAR_SHARE
     for number, bar in enumerate(bars):
         y = top + number * ROW
-        draw.text((left - GAP, y + BAR / 2), bar.label, INK, font, anchor="rm")
+        _write(draw, (left - GAP, y + BAR / 2), bar.label, anchor="rm")
         end = left
         if bar.value is not None:
             end = left + max(1.0, room * bar.value / largest)
             draw.rectangle((left, y, end, y + BAR), OURS if bar.highlighted else OTHERS)
-        draw.text((end + GAP, y + BAR / 2), bar.note, INK, font, anchor="lm")
+        _write(draw, (end + GAP, y + BAR / 2), bar.note, anchor="lm")
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, size: int = FONT_SIZE, anchor: str = "la"
+) -> None:
+    """A line of text."""
+    line, font = legible(text, size)
+    draw.text(place, line, INK, font, anchor=anchor)

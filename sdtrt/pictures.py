@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from sdtrt.fonts import legible
 
 PANEL_PIXELS = 320  # a side: smaller pictures are shown enlarged
-CAPTION_PIXELS = 24
+CAPTION_PIXELS, CAPTION_SIZE = 24, 14
+SEPARATOR = " | "  # between captions: one font for all
 MAX_GAIN = 1024  # of the difference that is shown
 
 Array = npt.NDArray[Any]
@@ -37,12 +40,12 @@ def comparison(actual: Array, expected: Array, label: str) -> bytes:
     factor = max(1, -(-PANEL_PIXELS // width))
     sheet = Image.new("RGB", (3 * width * factor, height * factor + CAPTION_PIXELS), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for number, (caption, pixels) in enumerate(panels):
+    text, font = legible(SEPARATOR.join(caption for caption, _ in panels), CAPTION_SIZE)
+    for number, (caption, (_, pixels)) in enumerate(zip(text.split(SEPARATOR), panels, strict=True)):
         eight_bits = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
         enlarged = Image.fromarray(eight_bits).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (number * width * factor, CAPTION_PIXELS))
-        draw.text((number * width * factor + 4, 4), caption, fill="black", font=font)
+        draw.text((number * width * factor + 4, CAPTION_PIXELS / 2), caption, fill="black", font=font, anchor="lm")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

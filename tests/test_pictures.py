@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, ImageDraw, ImageFont
 
+from sdtrt import fonts
+from sdtrt.charts import Bar, Group, bar_chart
+from sdtrt.fonts import NOBODYS, legible
 from sdtrt.pictures import comparison, error_plot
 
 
@@ -34,3 +38,40 @@ def test_pictures_of_broken_engines_can_be_drawn(tmp_path):
     (tmp_path / "plot.png").write_bytes(error_plot((9, 1), nothing, nothing, "engine"))
     with Image.open(tmp_path / "plot.png") as picture:
         assert min(picture.size) > 300
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The texts that are drawn, each with the font."""
+    found = []
+    own = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, fill=None, font=None, **options):
+        found.append((text, font))
+        own(self, xy, text, fill=fill, font=font, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return found
+
+
+def is_box(font, letter):
+    return bytes(font.getmask(letter)) == bytes(font.getmask(NOBODYS))
+
+
+def test_no_letter_of_a_picture_is_an_empty_box(drawn):
+    """Pillow's own font has no multiplication sign and no accents."""
+    pixels = np.zeros((64, 96, 3), dtype=np.float32)
+    comparison(pixels + 0.01, pixels, "engine")
+    bar_chart([Group("modèle txt2img, 512×512: seconds", (Bar("onnxruntime fp32 · ours", 1.5, "1.5", True),))])
+    texts = [text for text, _ in drawn]
+    assert texts[:3] == ["PyTorch fp32", "engine", "difference × 100"]
+    assert "modèle txt2img, 512×512: seconds" in texts
+    assert not [letter for text, font in drawn for letter in text if is_box(font, letter) and letter != " "]
+    assert is_box(ImageFont.load_default(14), "×")
+
+
+def test_letters_that_no_font_has_are_escaped(monkeypatch):
+    assert legible("中 é", 14)[0] == r"\u4e2d é"
+    first = next(fonts._fonts(14))
+    monkeypatch.setattr(fonts, "_fonts", lambda size: iter([first]))  # without matplotlib
+    assert legible("a × b", 14) == (r"a \xd7 b", first)
