@@ -236,6 +236,14 @@ class TextEncoderFacade(Facade):
         self.config = transformers.CLIPTextConfig.from_dict(dict(config))
         self.device, self.dtype = device, dtype
 
+    @property
+    def text_model(self) -> Any:
+        """The layers. diffusers asks whether they are there before it looks for those that a LoRA changes, and would
+        find none: so this is no `AttributeError`, which it would take for another layout.
+        """
+        lacking = self._lacking("text_model, whose layers a LoRA changes")
+        raise EngineError(lacking.message, hint=lacking.hint)
+
 
 class VaeFacade(_OfDiffusers):
     """An `AutoencoderKL` (or `AutoencoderTiny`) for diffusers' pipelines: each half is an engine's, PyTorch's, or none.

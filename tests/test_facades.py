@@ -171,7 +171,7 @@ def test_every_method_of_the_originals_works_or_is_refused_with_a_hint(part, ori
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_not_there_is_absent_for_who_only_asks(part, facades):
     """diffusers asks by `hasattr`; private names and layers are the same."""
-    for name in ("fuse_lora", "_load_ip_adapter_weights", "text_model", "down_blocks", "_hf_hook", "anything"):
+    for name in ("fuse_lora", "_load_ip_adapter_weights", "encoder_hid_proj", "down_blocks", "_hf_hook", "anything"):
         assert not hasattr(facades[part], name)
         assert getattr(facades[part], name, 3) == 3
         with pytest.raises(EngineError, match=f"the engine of the .* has no {name}"):
@@ -440,6 +440,17 @@ def test_a_refused_textual_inversion_leaves_the_tokenizer_alone(swapped):
     with pytest.raises(EngineError, match="get_input_embeddings"):
         swapped.load_textual_inversion(TOKEN, token="<c>")
     assert len(swapped.tokenizer) == before
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_lora_for_a_text_encoders_engine_is_refused(part, facades, monkeypatch):
+    monkeypatch.setattr("diffusers.loaders.lora_base.USE_PEFT_BACKEND", True)  # refused before it is called
+    layer = f"{part}.text_model.encoder.layers.0.self_attn.q_proj.lora"
+    lora = {f"{layer}_A.weight": torch.zeros(4, 32), f"{layer}_B.weight": torch.zeros(32, 4)}
+    load = diffusers.StableDiffusionXLPipeline.load_lora_into_text_encoder
+    with pytest.raises(EngineError, match=f"engine of the {part} has no text_model") as caught:
+        load(lora, network_alphas=None, text_encoder=facades[part], prefix=part)
+    assert f"without {part}" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", AS_A_WHOLE)
