@@ -321,7 +321,8 @@ class VaeFacade(_OfDiffusers):
         """A tiny VAE's latents in 256 steps, as `AutoencoderTiny.forward` stores them between its halves."""
         width, shift = 2 * self.config["latent_magnitude"], self.config["latent_shift"]
         stored = (latents / width + shift).clamp(0, 1).mul(255).round() / 255
-        return (stored - shift) * width
+        restored: torch.Tensor = (stored - shift) * width
+        return restored
 
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None

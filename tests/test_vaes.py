@@ -241,6 +241,8 @@ def test_the_facade_of_a_tiny_vae_is_as_diffusers_own(tmp_path):
         torch.testing.assert_close(facade.decode(latents).sample, vae.decode(latents).sample, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(facade.encode(pixels).latents, vae.encode(pixels).latents, atol=1e-4, rtol=1e-3)
         assert torch.equal(facade.encode(pixels, return_dict=False)[0], facade.encode(pixels).latents)
+        # Between its halves latents are bytes: one that is rounded the other way moves a pixel a little.
+        assert (facade(pixels).sample - vae(pixels).sample).abs().mean() < 1e-3
     own = vae.config
     assert not hasattr(facade.encode(pixels), "latent_dist")
     names = ("scaling_factor", "force_upcast", "latent_channels", "block_out_channels")
