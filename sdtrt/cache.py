@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdtrt.console import QUIET, Console
-from sdtrt.digests import sha256_file
+from sdtrt.digests import identity, sha256_file
 from sdtrt.entries import (
     MALFORMED,
     SIDECAR,
@@ -142,6 +142,7 @@ class EngineDirectory:
         self.path = path.absolute()
         self.trust_others = trust_others
         self._warned = False
+        self._hashed: dict[str, Mapping[str, Any]] = {}
         with self._reading():
             found = status(self.path)
         if found is not None and not stat.S_ISDIR(found.st_mode):
@@ -388,21 +389,25 @@ class EngineDirectory:
 
     def file_digest(self, path: Path) -> str:
         """sha256 of a file; that of a large one is remembered for as long as its path, size and times stay the same."""
-        path = path.resolve()
-        found = path.stat()
-        if found.st_size < MEMO_BYTES:
+        name, *stamp = identity(path.resolve())
+        size_bytes = int(stamp[0])
+        if size_bytes < MEMO_BYTES:
             return sha256_file(path)
-        # The time of the last change, too: whoever rewrites a file can set back its modification time, but not that.
-        stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-        memo = self._read_digests()
-        known = memo.get(str(path))
+        memo = self._read_digests() | self._hashed
+        known = memo.get(name)
         if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
             return str(known["sha256"])
         digest = sha256_file(path)
-        with suppress(OSError):  # a memo that can't be written costs time, nothing else
-            self._make_folder()
-            write_atomically(self._digests, json.dumps(memo | {str(path): {"stamp": stamp, "sha256": digest}}))
+        if identity(path.resolve()) == (name, *stamp):  # else nobody knows which of two contents that is of
+            self._remember(name, {"stamp": stamp, "sha256": digest})
         return digest
+
+    def _remember(self, name: str, known: Mapping[str, Any]) -> None:
+        """Write a file's digest into the memo; one that can't be written is this process's own."""
+        self._hashed[name] = known
+        with suppress(OSError):
+            self._make_folder()
+            write_atomically(self._digests, json.dumps(self._read_digests() | {name: known}))
 
     @property
     def _digests(self) -> Path:

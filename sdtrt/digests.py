@@ -43,7 +43,7 @@ def hash_ahead(find: Callable[[], Iterable[Path]]) -> None:
 
 def digest_of(path: Path) -> str:
     """sha256 (hex) of a file, as it was hashed ahead if it has not been written since, else hashed now."""
-    future = _AHEAD.pop(_identity(path), None)
+    future = _AHEAD.pop(identity(path), None)
     if future is None or future.cancel():  # not begun with: no use in waiting for what comes before it
         return sha256_file(path)
     return future.result()
@@ -79,7 +79,7 @@ def _hash_each(futures: Mapping[Path, Future[str]]) -> None:
 
 
 def _expected(path: Path) -> Future[str]:
-    return _AHEAD.setdefault(_identity(path), Future())
+    return _AHEAD.setdefault(identity(path), Future())
 
 
 def _hash_into(future: Future[str], path: Path) -> None:
@@ -94,7 +94,7 @@ def _hash_into(future: Future[str], path: Path) -> None:
         future.set_exception(error)
 
 
-def _identity(path: Path) -> Identity:
-    """What changes when a file is replaced or written."""
+def identity(path: Path) -> Identity:
+    """What changes when a file is replaced or written, whoever puts its old time back. Raises `OSError`."""
     found = path.stat()
     return str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

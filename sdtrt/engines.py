@@ -11,9 +11,9 @@ from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError, SdtrtError, command_line
-from sdtrt.keys import export_key
+from sdtrt.keys import Sight, export_key, steadily
 from sdtrt.models import Model
-from sdtrt.parts import contract_of, precision_of, sizes_of
+from sdtrt.parts import contract_of, part_of, precision_of, sizes_of
 from sdtrt.runtime import preloaded
 from sdtrt.specs import Backend, BackendChoice, BuildSpec, Component, ExportSpec, Precision, Profile, Sizes
 
@@ -128,7 +128,28 @@ def ensure_engines(
     Raises:
         EngineError: when any is missing and `allow_build` is off; the hint is the command that builds all of them.
         ExportError, BuildError: when one can't be made.
+        ModelChangedError: where the model's files are replaced again and again.
     """
+
+    def ensure() -> dict[Component, Entry]:
+        with Sight(model, map(part_of, components)).steady():
+            return _ensure(model, backend, precision, sizes, directory, components, images, allow_build, console)
+
+    return steadily(ensure, console)
+
+
+def _ensure(
+    model: Model,
+    backend: Backend,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    components: Sequence[Component],
+    images: int,
+    allow_build: bool,
+    console: Console,
+) -> dict[Component, Entry]:
+    """One attempt of `ensure_engines`."""
     own = {component: sizes_of(component, sizes, images) for component in components}
     found = {name: find_engine(model, backend, precision, own[name], directory, name) for name in components}
     missing = [name for name in components if found[name] is None]

@@ -36,6 +36,10 @@ class ModelError(SdtrtError):
     """A model that can't be found, read or used."""
 
 
+class ModelChangedError(ModelError):
+    """A model whose files were replaced or written while they were being read: what was made of them has no name."""
+
+
 class ExportError(SdtrtError):
     """A component that couldn't be turned into a correct ONNX graph."""
 

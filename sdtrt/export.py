@@ -28,11 +28,11 @@ from sdtrt.digests import sha256_file
 from sdtrt.entries import Entry
 from sdtrt.errors import ExportError, OutputError, UsageError, quote
 from sdtrt.files import FULL, fsync, make_folders, rename_to_free
-from sdtrt.keys import export_key
+from sdtrt.keys import Sight, export_key, steadily
 from sdtrt.models import Model
 from sdtrt.onnx_graph import Weights
 from sdtrt.parity import ParityReport, check_onnx
-from sdtrt.parts import contract_of, load_component
+from sdtrt.parts import contract_of, load_component, part_of
 from sdtrt.specs import SIZE_MULTIPLE, Exporter, ExportSpec
 from sdtrt.tracing import WIDE_LAYERS, component_call, example_inputs, traceable
 
@@ -52,8 +52,19 @@ def export_component(model: Model, spec: ExportSpec, directory: EngineDirectory,
     Raises:
         ExportError: the component can't be exported, or the graph does not compute what the component computes.
     """
+    return steadily(partial(_obtain, model, spec, directory, console), console)
+
+
+def _obtain(model: Model, spec: ExportSpec, directory: EngineDirectory, console: Console) -> Entry:
+    """One attempt of `export_component`. Raises `ModelChangedError` where the key is not of what was read."""
+    sight = Sight(model, (part_of(spec.component),))
     key = export_key(model, spec, directory)
-    return directory.obtain("onnx", key, partial(_make, model, spec, console), console, force=spec.force)
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        with sight.steady():  # from the fingerprint, and not from here: others' locks may have been waited for
+            return _make(model, spec, console, folder)
+
+    return directory.obtain("onnx", key, make, console, force=spec.force)
 
 
 def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Path:
@@ -68,10 +79,17 @@ def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Pat
         raise ValueError("export_file needs spec.output")
     target = spec.output.absolute()
     _check_target(target, spec.component, overwrite=spec.overwrite)
-    with _draft_folder(target) as folder:
-        _make(model, spec, console, folder, name=target.name)
-        _move_into_place(folder, target, overwrite=spec.overwrite)
+    steadily(partial(_write, model, spec, target, console), console)
     return spec.output
+
+
+def _write(model: Model, spec: ExportSpec, target: Path, console: Console) -> None:
+    """One attempt of `export_file`. Raises `ModelChangedError` where the weights were replaced while they were read."""
+    sight = Sight(model, (part_of(spec.component),))
+    with _draft_folder(target) as folder:
+        with sight.steady():
+            _make(model, spec, console, folder, name=target.name)
+        _move_into_place(folder, target, overwrite=spec.overwrite)
 
 
 def _make(

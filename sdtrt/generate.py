@@ -123,6 +123,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 _warn_truncated(opened.pipe, text, name, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = _settings(spec, opened, init, directory)
+                opened.files.check()  # so that they are of the weights that were loaded
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
             made = run.make_all(jobs)

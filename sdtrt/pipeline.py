@@ -18,7 +18,8 @@ from sdtrt.cache import EngineDirectory
 from sdtrt.components import DTYPES
 from sdtrt.console import Console
 from sdtrt.entries import Entry
-from sdtrt.errors import EngineError, MemoryShortage, ModelError, UsageError
+from sdtrt.errors import EngineError, MemoryShortage, ModelChangedError, ModelError, UsageError
+from sdtrt.keys import Sight
 from sdtrt.models import Model
 from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.parts import (
@@ -45,6 +46,7 @@ from sdtrt.specs import (
     SchedulerName,
     Sizes,
 )
+from sdtrt.weights import WEIGHT_NAMES
 
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
 
@@ -105,11 +107,12 @@ class PipelineSpec:
 
 @dataclass(frozen=True)
 class OpenPipeline:
-    """A diffusers pipeline that is ready to run, and the engines in it."""
+    """A diffusers pipeline that is ready to run, the engines in it, and the files that its parts were read from."""
 
     pipe: Any
     spec: PipelineSpec
     entries: Mapping[Component, Entry]
+    files: Sight
 
     @property
     def entry(self) -> Entry | None:
@@ -258,12 +261,15 @@ def open_pipeline(
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running:
         with console.stage("loading the pipeline"):
-            parts |= _load_parts(spec, running)
+            files = Sight(spec.model, (name for name in WEIGHT_NAMES if name in spec.model.parts))
+            with files.steady():
+                parts |= _load_parts(spec, running)
+                _check_weights(spec, running, directory, given=unet_engine)
             parts |= _facades(spec, running, parts.get("vae"))
         pipe = _assemble(spec, parts)
         if running.sessions:
             _refuse_as_a_whole(pipe, running.sessions)
-        yield OpenPipeline(pipe, spec, running.entries)
+        yield OpenPipeline(pipe, spec, running.entries, files)
 
 
 def _load_scheduler(spec: PipelineSpec) -> Any:
@@ -286,6 +292,17 @@ def _load_tokenizers(spec: PipelineSpec) -> dict[str, Any]:
         vocabulary = spec.model.config(encoders[name]).get("vocab_size", loading.CLIP_VOCABULARY)
         loading.check_words(tokenizer, spec.texts, vocabulary)
     return tokenizers
+
+
+def _check_weights(spec: PipelineSpec, running: _Running, directory: EngineDirectory, given: Entry | None) -> None:
+    """Refuse engines of other weights than the model has by now; one that is `given` may be of any."""
+    for name, entry in running.entries.items():
+        part = part_of(name)
+        if entry != given and entry.key["export"]["fingerprint"] != spec.model.fingerprint(part, directory.file_digest):
+            raise ModelChangedError(
+                f"the {part} of {spec.model.name} was replaced while its engine was found or built",
+                hint="run the command again",
+            )
 
 
 @dataclass(frozen=True)

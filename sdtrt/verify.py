@@ -24,6 +24,7 @@ from sdtrt.console import Console, quiet_libraries
 from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, SdtrtError, UsageError, command_line
 from sdtrt.images import InitImage
+from sdtrt.keys import Sight
 from sdtrt.meters import release_memory, tf32
 from sdtrt.metrics import count_non_finite, require_ssim
 from sdtrt.models import Model
@@ -59,12 +60,14 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
         model = models.resolve_model(spec.image.model, console)
         pipeline_spec, found = _subject(spec, model, directory, console)
         entry = found.get("unet")
+        sight = Sight(model, ["unet"])
         same_weights = _same_weights(model, entry, directory)
         if same_weights is False and entry is not None:
             console.note(f"{entry.name} was built from other weights than those of {model.name}")
         reference = _reference(spec, pipeline_spec, directory, console)
         floor = _noise_floor(pipeline_spec, reference, console)
         outputs, pixels = _candidate(spec, pipeline_spec, entry, reference, directory, console)
+        sight.check()
     errors = _compare(reference.calls, floor, outputs)
     image = compare_images(pixels, reference.pixels)
     files = _draw(output.folder, errors, pixels, reference.pixels, pipeline_spec)

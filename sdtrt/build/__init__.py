@@ -62,7 +62,12 @@ def host_key(backend: Backend, compute_capability: tuple[int, int] | None = None
 
 
 def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
-    """The key of an engine: all that its bytes depend on. The export's own key stands for the weights."""
+    """The key of the engine of the weights that a model has now."""
+    return key_of(spec, export_key(model, spec.export, directory))
+
+
+def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
+    """The key of an engine: all that its bytes depend on. The key of its export stands for the weights."""
     return {
         "format": FORMATS[spec.backend],
         "component": spec.export.component,
@@ -79,7 +84,7 @@ def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dic
             **_pieces(spec),
             **({"channels_last": True} if spec.channels_last else {}),
         },
-        "export": export_key(model, spec.export, directory),
+        "export": dict(export),
     }
 
 
@@ -97,6 +102,8 @@ def _pieces(spec: BuildSpec) -> dict[str, int | bool]:
 def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
     """Find or build an engine; exports the component first if that is missing.
 
+    Its key has that of the export that it is built from: by then the model may have other weights.
+
     Returns:
         The entry of kind `engine`. Its `info` has the contract, the model's name, and what the build measured.
 
@@ -104,17 +111,22 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
         BuildError: where the engine can't be built, or is not right; nothing is left of it then.
     """
     key = engine_key(model, spec, directory)
-    return directory.obtain("engine", key, partial(_make, model, spec, directory, console), console, force=spec.force)
-
-
-def _make(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console, folder: Path) -> dict[str, Any]:
-    """Fill an entry's folder, and return what is known of the engine."""
+    if not spec.force and (entry := directory.find("engine", key)) is not None:
+        return entry
     from sdtrt.export import export_component  # with the onnx package: no picture with engines that are there needs it
 
     onnx = export_component(model, spec.export, directory, console)
-    start = time.perf_counter()
+    make = partial(_make, model, spec, directory, console, onnx)
     with onnx.hold():
-        measured = _build(onnx, spec, directory, console, folder)
+        return directory.obtain("engine", key_of(spec, onnx.key), make, console, force=spec.force)
+
+
+def _make(
+    model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console, onnx: Entry, folder: Path
+) -> dict[str, Any]:
+    """Fill an entry's folder from a held export, and return what is known of the engine."""
+    start = time.perf_counter()
+    measured = _build(onnx, spec, directory, console, folder)
     return {
         "contract": onnx.info["contract"],
         "model": model.spec.name,
