@@ -24,8 +24,9 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from sdtrt.entries import (
     SIDECAR,
     SIDECAR_BYTES,
     Entry,
+    ForeignEntry,
     UnfitError,
     UnsafeError,
     entry_name,
@@ -48,6 +50,7 @@ from sdtrt.entries import (
     key_digest,
     read_sidecar,
     seal,
+    size_of,
 )
 from sdtrt.errors import CacheError, SdtrtError, command_line, quote
 from sdtrt.files import (
@@ -126,6 +129,31 @@ class Checked:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """An entry that was read, and the stamps of its folder and of what is in it, by which a change is noticed."""
+
+    entry: Entry | ForeignEntry
+    names: tuple[str, ...]
+    stamps: tuple[object, ...]
+
+
+_OUTSIDE = ("", SIDECAR)  # of what is seen of any entry: its folder, its sidecar
+
+
+def _stamps(folder: Path, names: Iterable[str]) -> tuple[object, ...]:
+    """What changes when files of a folder are written or replaced, or who may change them."""
+    return tuple(_stamp(os.path.join(folder, name)) for name in names)  # noqa: PTH118 (`Path` takes a third of the time)
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 class EngineDirectory:
     """The one directory that holds exports and engines. Nothing is created before something is published.
 
@@ -143,6 +171,8 @@ class EngineDirectory:
         self.trust_others = trust_others
         self._warned = False
         self._hashed: dict[str, Mapping[str, Any]] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._looking = threading.Lock()
         with self._reading():
             found = status(self.path)
         if found is not None and not stat.S_ISDIR(found.st_mode):
@@ -170,8 +200,17 @@ class EngineDirectory:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All whole entries (of one kind), by name."""
-        found = (self._read(folder) for folder in self._folders())
-        return [entry for entry in found if entry is not None and kind in (None, entry.kind)]
+        found = [seen for seen in self.all_entries() if isinstance(seen, Entry)]
+        return [entry for entry in found if kind in (None, entry.kind)]
+
+    def all_entries(self) -> list[Entry | ForeignEntry]:
+        """All entries, those of other formats too, by name. Each sidecar is read once, whoever comes to look again."""
+        folders = self._folders()
+        with self._looking:
+            found = [self._see(folder) for folder in folders]
+            names = {folder.name for folder in folders}
+            self._seen = {name: seen for name, seen in self._seen.items() if name in names}
+        return [entry for entry in found if entry is not None]
 
     def likely(self, model: str, backend: str) -> list[Path]:
         """The large files of the engines that a request for a model will run in all likelihood, the largest first.
@@ -204,9 +243,9 @@ class EngineDirectory:
                 for name in sorted(entry.files):
                     entry._verify(entry.path / name)
             except UnsafeError as reason:
-                yield Checked(folder.name, "unsafe", str(reason), _size_of(folder))
+                yield Checked(folder.name, "unsafe", str(reason), size_of(folder))
             except UnfitError as reason:
-                yield Checked(folder.name, "foreign" if reason.foreign else "damaged", str(reason), _size_of(folder))
+                yield Checked(folder.name, "foreign" if reason.foreign else "damaged", str(reason), size_of(folder))
             except CacheError as error:
                 yield Checked(folder.name, "damaged", error.message, entry.size_bytes)
             else:
@@ -248,7 +287,13 @@ class EngineDirectory:
 
     def named(self, name: str) -> Entry:
         """The entry with this name, or the only one whose name begins so. Raises `CacheError`."""
-        return self._only({entry.name: entry for entry in self.entries()}, name)
+        found = self._only({entry.name: entry for entry in self.all_entries()}, name)
+        if isinstance(found, Entry):
+            return found
+        raise CacheError(
+            f"{found.name} was made by another version of sdtrt",
+            hint="use that version for it; sdtrt build makes an engine for this one",
+        )
 
     def folder_named(self, name: str) -> Path:
         """Like `named`, but damaged entries count, too: what to remove. Raises `CacheError`."""
@@ -327,15 +372,19 @@ class EngineDirectory:
         with self._reading(), exclusively(folder) as free:
             return not free
 
-    def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry]:
-        """The entries that `spec` names, least recently used first; `is_foreign` says which this machine can't load."""
-        entries = sorted(self.entries(), key=lambda entry: entry.last_used)
+    def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry | ForeignEntry]:
+        """The entries that `spec` names, least recently used first; `is_foreign` says which this machine can't load.
+
+        Those of another format count and go like others, and as foreign in any case.
+        """
+        entries = sorted(self.all_entries(), key=lambda entry: entry.last_used)
         limit = time.time() - 86400 * spec.older_than_days if spec.older_than_days is not None else None
         excess = sum(entry.size_bytes for entry in entries) - spec.keep_bytes if spec.keep_bytes is not None else 0
         chosen = []
         for entry in entries:
             old = limit is not None and entry.last_used < limit
-            if old or excess > 0 or (spec.foreign and is_foreign(entry)):
+            foreign = spec.foreign and (isinstance(entry, ForeignEntry) or is_foreign(entry))
+            if old or excess > 0 or foreign:
                 chosen.append(entry)
                 excess -= entry.size_bytes
         return chosen
@@ -425,10 +474,27 @@ class EngineDirectory:
 
     def _read(self, folder: Path) -> Entry | None:
         """The entry in a folder; None unless everything in its sidecar fits and its files are there at full size."""
+        found = self._see(folder)
+        return found if isinstance(found, Entry) else None
+
+    def _see(self, folder: Path) -> Entry | ForeignEntry | None:
+        """What is in a folder, as it was seen before where neither the folder nor any file of it has changed since."""
+        seen = self._seen.get(folder.name)
+        if seen is not None and seen.stamps == _stamps(folder, seen.names):
+            return seen.entry
+        stamps = _stamps(folder, _OUTSIDE)
+        entry = self._what_is(folder)
+        if entry is not None:
+            files = tuple(entry.files) if isinstance(entry, Entry) else ()
+            self._seen[folder.name] = _Seen(entry, (*_OUTSIDE, *files), stamps + _stamps(folder, files))
+        return entry
+
+    def _what_is(self, folder: Path) -> Entry | ForeignEntry | None:
+        """What is in a folder; None where it is damaged, can be changed by others, or is no entry's."""
         try:
             return self._examine(folder)
-        except UnfitError:
-            return None
+        except UnfitError as reason:  # a foreign one is safe: that is looked at before its sidecar is read
+            return ForeignEntry(folder) if reason.foreign and _NAME.fullmatch(folder.name) else None
 
     def _examine(self, folder: Path) -> Entry:
         """The entry in a folder; its files' contents are not read. Raises `UnfitError`."""
@@ -647,15 +713,6 @@ class EngineDirectory:
 def mend_of(unsafe: Mapping[str, str]) -> str:
     """The command after which other users can't change the entries that `EngineDirectory.unsafe` has found."""
     return " && ".join(sorted(set(unsafe.values())))
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of all the files below a folder, as far as that can be told, and through no link."""
-    total = 0
-    with suppress(OSError):
-        for above, _, names in () if folder.is_symlink() else os.walk(folder):
-            total += sum(Path(above, name).lstat().st_size for name in names)
-    return total
 
 
 def _replace(target: Path, draft: Path) -> None:

@@ -20,7 +20,7 @@ from typer import Argument, Option
 from sdtrt import __version__, interrupts
 from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
-from sdtrt.entries import removal_of
+from sdtrt.entries import Entry, ForeignEntry, removal_of
 from sdtrt.errors import CacheError, SdtrtError, UsageError, command_line, first_line, printable
 from sdtrt.files import FULL, MORE_FILES, is_exhausted
 from sdtrt.options import (
@@ -55,7 +55,6 @@ from sdtrt.startup import quick_imports
 
 if TYPE_CHECKING:
     from sdtrt.bench import BenchReport
-    from sdtrt.entries import Entry
     from sdtrt.inspection import EngineReport, ModelReport
     from sdtrt.models import Model
     from sdtrt.verdict import VerifyReport
@@ -391,7 +390,7 @@ def _row(one: Checked) -> tuple[str, str, str, str]:
 def prune_entries(
     older_than_days: Annotated[float | None, Option(help="remove what was not used for so many days")] = None,
     keep_gib: Annotated[float | None, Option(help="remove the least recently used until the rest fits")] = None,
-    foreign: Annotated[bool, Option("--foreign", help="remove engines that this machine and sdtrt can't load")] = False,
+    foreign: Annotated[bool, Option("--foreign", help="remove what this machine or this sdtrt can't load")] = False,
     damaged: Annotated[bool, Option("--damaged", help="remove what engines verify finds damaged")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="only say what would go")] = False,
     *,
@@ -414,20 +413,28 @@ def prune_entries(
 def _list(directory: DirectoryOptions, output: OutputOptions) -> None:
     """Show all entries."""
     found = directory.directory()
-    entries = found.entries()
+    entries = found.all_entries()
     console = output.console()
     passed_over = found.warn_of_unsafe(console)
     if output.as_json:
-        print(json.dumps({"directory": str(found.path), "entries": [entry.to_json() for entry in entries]}, indent=2))
+        lists: dict[str, list[dict[str, Any]]] = {"entries": [], "foreign": []}
+        for entry in entries:
+            lists["entries" if isinstance(entry, Entry) else "foreign"].append(entry.to_json())
+        print(json.dumps({"directory": str(found.path), **lists}, indent=2))
         return
     rows = [
-        (entry.name, str(entry.info.get("model", "")), f"{entry.size_bytes / 2**20:.1f} MiB", _age(entry.last_used))
+        (entry.name, _made_for(entry), f"{entry.size_bytes / 2**20:.1f} MiB", _age(entry.last_used))
         for entry in entries
     ]
     if rows:
         print_table(("name", "model", "size", "last used"), rows)
     elif not passed_over:
         console.note(f"{found.path} has no engines yet: sdtrt build makes one")
+
+
+def _made_for(entry: Entry | ForeignEntry) -> str:
+    """The model that an entry was made for, as the list shows it."""
+    return str(entry.info.get("model", "")) if isinstance(entry, Entry) else "(of another version of sdtrt)"
 
 
 def _age(moment: float) -> str:

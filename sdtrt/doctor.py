@@ -141,7 +141,7 @@ def _directory(directory: EngineDirectory) -> Finding:
     except OSError as error:
         return Finding("engine directory", "missing", f"{directory.path}: {error.strerror}", "use --engine-dir FOLDER")
     try:
-        entries, unsafe = directory.entries(), directory.unsafe()
+        entries, unsafe = directory.all_entries(), directory.unsafe()
     except SdtrtError as error:
         return Finding("engine directory", "missing", error.message, error.hint)
     held = sum(entry.size_bytes for entry in entries) / GIB

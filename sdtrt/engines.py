@@ -11,6 +11,7 @@ from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import MALFORMED, Entry
 from sdtrt.errors import EngineError, SdtrtError, command_line
+from sdtrt.keys import FORMAT as EXPORT_FORMAT
 from sdtrt.keys import Sight, export_key, steadily
 from sdtrt.models import Model
 from sdtrt.parts import contract_of, part_of, precision_of, sizes_of
@@ -89,13 +90,26 @@ def find_engine(
         precision: that is asked for; the component may need another one (`precision_of`).
         sizes: of the component's own call (`sizes_of`).
     """
+    return _best(model, backend, precision, sizes, directory, component, directory.entries("engine"))
+
+
+def _best(
+    model: Model,
+    backend: Backend,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    component: Component,
+    entries: Sequence[Entry],
+) -> Entry | None:
+    """Of these engines the one that `find_engine` takes."""
     precision = precision_of(model, component, precision)
     wanted = {"component": component, "precision": precision}
     runs = runs_here(backend)
     export = export_key(model, ExportSpec(model.spec, component, precision), directory)
     fitting = [
         (looseness, -entry.created, entry)
-        for entry in directory.entries("engine")
+        for entry in entries
         if all(entry.key.get(name) == value for name, value in wanted.items())
         and runs(entry.key)
         and (looseness := _fit(entry.key, export, sizes)) is not None
@@ -151,7 +165,8 @@ def _ensure(
 ) -> dict[Component, Entry]:
     """One attempt of `ensure_engines`."""
     own = {component: sizes_of(component, sizes, images) for component in components}
-    found = {name: find_engine(model, backend, precision, own[name], directory, name) for name in components}
+    there = directory.entries("engine")
+    found = {name: _best(model, backend, precision, own[name], directory, name, there) for name in components}
     missing = [name for name in components if found[name] is None]
     if missing:
         directory.warn_of_unsafe(console)
@@ -208,9 +223,11 @@ def _build_missing(
 
 
 def is_foreign(entry: Entry) -> bool:
-    """Whether an engine was built for another GPU, processor, library version or sdtrt than this machine's."""
+    """Whether an entry is of another sdtrt, or an engine for another GPU, processor or library than this machine's."""
+    if entry.kind == "onnx":
+        return entry.key.get("format") != EXPORT_FORMAT
     if entry.kind != "engine":
-        return False
+        return True
     try:
         return not runs_here(entry.key["backend"])(entry.key)
     except (SdtrtError, *MALFORMED):  # the backend is not there at all, or the key is not one of ours

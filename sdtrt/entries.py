@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,10 +87,7 @@ class Entry:
     @property
     def last_used(self) -> float:
         """Seconds since the epoch (the sidecar's time stamp, which every use renews)."""
-        try:
-            return (self.path / SIDECAR).stat().st_mtime
-        except OSError:  # another process has removed the entry meanwhile
-            return self.created
+        return used_last(self.path, self.created)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
@@ -166,6 +164,50 @@ class Entry:
     def _mend(self) -> str:
         """What to do about an entry that is not right."""
         return f"{self.removal}; the next run makes it again"
+
+
+@dataclass(frozen=True)
+class ForeignEntry:
+    """An entry of another format, as another version of sdtrt makes it: nothing of it is read, but it takes room."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.path.name
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of all that lies in its folder."""
+        return size_of(self.path)
+
+    @property
+    def last_used(self) -> float:
+        """Seconds since the epoch; 0 where another process has removed it meanwhile."""
+        return used_last(self.path, 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        facts = {"name": self.name, "path": str(self.path), "size_bytes": self.size_bytes}
+        return facts | {"last_used": self.last_used}
+
+
+def used_last(folder: Path, otherwise: float) -> float:
+    """When an entry was used last: its sidecar's time stamp, which every use renews."""
+    try:
+        return (folder / SIDECAR).lstat().st_mtime
+    except OSError:  # another process has removed the entry meanwhile
+        return otherwise
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all the files below a folder, as far as that can be told, and through no link."""
+    total = 0
+    with suppress(OSError):
+        for above, _, names in () if folder.is_symlink() else os.walk(folder):
+            total += sum(Path(above, name).lstat().st_size for name in names)
+    return total
 
 
 class UnfitError(Exception):

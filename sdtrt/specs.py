@@ -725,7 +725,7 @@ class PruneSpec:
     Args:
         older_than_days: those not used for so long.
         keep_bytes: the least recently used ones, until the rest fits.
-        foreign: those that this machine can't load (another GPU, library version or sdtrt).
+        foreign: those that this machine can't load (another GPU, library version or sdtrt), and those of other formats.
         damaged: those whose content is not what was published.
         dry_run: only say what would go.
     """

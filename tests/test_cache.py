@@ -11,14 +11,16 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from factories import flip
 
+from sdtrt import cache
 from sdtrt.cache import _HOST, EngineDirectory, default_directory
 from sdtrt.console import Console
-from sdtrt.entries import SIDECAR, canonical_json, key_digest
+from sdtrt.entries import SIDECAR, ForeignEntry, canonical_json, entry_of, key_digest
 from sdtrt.errors import BuildError, CacheError
 from sdtrt.specs import PruneSpec
 
@@ -694,6 +696,82 @@ def test_prune_goes_by_last_use_then_size(directory):
     assert directory.prunable(PruneSpec(foreign=True), lambda entry: entry == new) == [new]
     directory.find("onnx", old.key)  # a use renews it
     assert directory.prunable(PruneSpec(older_than_days=5), keep) == []
+
+
+def make_foreign(entry, **change):
+    """Make an entry one of another format, as another version of sdtrt writes it."""
+    data = json.loads((entry.path / SIDECAR).read_text())
+    (entry.path / SIDECAR).write_text(json.dumps(data | (change or {"format": 99, "files": ["of", "another", "form"]})))
+
+
+@pytest.mark.parametrize("change", [{"format": 0}, {"format": 99, "key": 1, "seal": None}, {"format": "two"}], ids=str)
+def test_an_entry_of_another_format_is_listed_counted_and_pruned(directory, change):
+    entry, other = (directory.obtain("onnx", KEY | {"weights": w}, write(b"1234")) for w in "ab")
+    make_foreign(entry, **change)
+    (foreign,) = (one for one in directory.all_entries() if isinstance(one, ForeignEntry))
+    assert foreign.name == entry.name
+    assert foreign.size_bytes == 4 + (entry.path / SIDECAR).stat().st_size
+    assert directory.entries() == [other]
+    assert directory.find("onnx", entry.key) is None
+    with pytest.raises(CacheError, match="another version"):
+        directory.named(entry.name)
+    keep = lambda entry: False  # noqa: E731
+    assert directory.prunable(PruneSpec(), keep) == []
+    assert directory.prunable(PruneSpec(foreign=True), keep) == [foreign]
+    assert directory.prunable(PruneSpec(older_than_days=1), keep) == []
+    os.utime(entry.path / SIDECAR, (time.time() - 10 * 86400,) * 2)
+    assert directory.prunable(PruneSpec(older_than_days=1), keep) == [foreign]
+    assert directory.prunable(PruneSpec(keep_bytes=5), keep) == [foreign]
+    assert directory.prunable(PruneSpec(keep_bytes=4 + foreign.size_bytes), keep) == []
+    directory.remove(foreign.path)
+    assert directory.all_entries() == [other]
+
+
+def test_what_sdtrt_has_not_named_is_no_entry_of_another_format(directory, tmp_path):
+    entry = directory.obtain("onnx", KEY, write())
+    make_foreign(entry)
+    shutil.copytree(entry.path, directory.path / "somebodys own folder")
+    entry.path.rename(tmp_path / entry.name)
+    entry.path.symlink_to(tmp_path / entry.name)
+    assert directory.all_entries() == []
+
+
+@pytest.fixture
+def count_read(monkeypatch):
+    """How many sidecars have been read."""
+    read = []
+    monkeypatch.setattr(cache, "entry_of", lambda folder, data: (read.append(folder.name), entry_of(folder, data))[1])
+    return lambda: len(read)
+
+
+def test_a_sidecar_is_read_once_until_it_changes(directory, count_read):
+    made = [directory.obtain("engine", KEY | {"weights": w, "backend": "x"}, write()) for w in "abcd"]
+    entries = sorted(made, key=lambda entry: entry.name)
+    make_foreign(entries[3])
+    directory, before = EngineDirectory(directory.path), count_read()
+    for _ in range(3):
+        assert directory.entries("engine") == entries[:3]
+        assert directory.find("engine", entries[0].key) == entries[0]  # which touches it
+    directory.likely("test", "auto")
+    assert count_read() - before == 4 + 3
+    directory.obtain("engine", entries[1].key, write(b"more of it"), force=True)
+    assert directory.entries()[1].size_bytes == 10
+    entries[2].file("model.onnx").chmod(0o666)
+    assert len(directory.entries()) == 2, "others can change it now"
+    entries[0].file("model.onnx").write_bytes(b"longer than it was")
+    assert len(directory.entries()) == 1
+    shutil.rmtree(entries[1].path)
+    assert directory.entries() == []
+
+
+def test_two_threads_that_look_read_a_sidecar_once(directory, count_read):
+    for number in range(20):
+        directory.obtain("engine", KEY | {"weights": number}, write())
+    directory, before = EngineDirectory(directory.path), count_read()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: len(directory.entries()), range(8)))
+    assert found == [20] * 8
+    assert count_read() - before == 20
 
 
 def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_path, monkeypatch):

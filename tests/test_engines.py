@@ -14,7 +14,7 @@ import factories
 import pytest
 import torch
 
-from sdtrt import build, engines, host, parts
+from sdtrt import build, cache, engines, host, parts
 from sdtrt.build import host_key
 from sdtrt.build.onnxruntime import seeded_feeds
 from sdtrt.cache import EngineDirectory
@@ -385,6 +385,28 @@ def test_an_engine_is_bound_to_what_its_backend_needs(monkeypatch):
     assert host_key("tensorrt") == {"gpu": "Some RTX", "compute_capability": [8, 9]}
     assert host_key("tensorrt-rtx") == host_key("tensorrt-rtx", (8, 9)), "built ahead of time elsewhere, it serves here"
     assert set(host_key("onnxruntime")) == {"processor", "instructions"}
+
+
+def test_an_export_of_another_format_is_foreign(model, directory, entry, monkeypatch):
+    (exported,) = (one for one in directory.entries("onnx") if one.name == entry.info["onnx"])
+    assert not engines.is_foreign(exported)
+    assert engines.is_foreign(replace(exported, kind="of a later sdtrt"))
+    monkeypatch.setattr(engines, "EXPORT_FORMAT", -1)
+    assert engines.is_foreign(exported)
+
+
+def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(model, tmp_path, monkeypatch):
+    found = EngineDirectory(tmp_path / "engines")
+    for component in parts.components_of(model):
+        spec = BuildSpec(ExportSpec(model.spec, component, "fp32"), "onnxruntime")
+        found.obtain("engine", build.engine_key(model, spec, found), _empty)
+    read, real = [], cache.entry_of
+    monkeypatch.setattr(cache, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
+    found = EngineDirectory(found.path)
+    found.likely(model.name, "onnxruntime")
+    wanted = ("text_encoder", "unet", "vae_decoder")
+    assert list(engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
+    assert sorted(read) == sorted(entry.path for entry in found.entries())
 
 
 def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkeypatch):

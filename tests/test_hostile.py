@@ -182,6 +182,23 @@ def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path)
     assert run("engines", "prune", "--keep-gib", "0")[1] == f"{entry.name}\n"
 
 
+def test_entries_of_another_format_are_listed_as_such_and_go_with_foreign(run, tmp_path):
+    directory = fill(tmp_path / "engines")
+    (entry,) = (directory.named(one.name) for one in directory.check() if one.state == "ok")
+    (entry.path / SIDECAR).write_text(json.dumps({"format": 99}))
+    _, out, _ = run("engines", "list")
+    assert f"{entry.name}  (of another version of sdtrt)" in out
+    listed = json.loads(run("engines", "list", "--json")[1])
+    assert [one["name"] for one in listed["foreign"]] == [entry.name]
+    assert entry.name not in [one["name"] for one in listed["entries"]]
+    code, _, err = run("inspect", "--engine", entry.name)
+    assert code == 1
+    assert "another version of sdtrt" in err
+    assert run("engines", "prune", "--dry-run")[1] == ""
+    assert entry.name in run("engines", "prune", "--foreign")[1].split()
+    assert not entry.path.exists()
+
+
 def test_the_hint_for_a_directory_that_all_can_change_brings_its_engines_back(run, tmp_path):
     directory = EngineDirectory(tmp_path / "my engines")
     directory.obtain("engine", KEY, lambda f: (f / "engine.onnx").write_bytes(b"abc") and {})
