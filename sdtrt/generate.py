@@ -89,6 +89,29 @@ class Job:
     seed: int
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """All the images of a request, prompt after prompt: each prompt starts at the first seed and counts up from it.
+
+    A job is made when it is asked for: a request may be for tens of millions.
+    """
+
+    prompts: tuple[str, ...]
+    num_images: int
+    first_seed: int
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.num_images
+
+    def batch(self, first: int, size: int) -> list[Job]:
+        """The jobs from the number `first` on: `size`, or as many as there are."""
+        return [self._job(number) for number in range(first, min(first + size, len(self)))]
+
+    def _job(self, number: int) -> Job:
+        prompt, image = divmod(number, self.num_images)
+        return Job(self.prompts[prompt], self.first_seed + image)
+
+
 def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -> GenerateReport:
     """Make the images of a request, batch after batch; each is saved as soon as it is done.
 
@@ -105,7 +128,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     """
     start = time.perf_counter()
     jobs = _jobs(spec)
-    texts = [prompt + spec.negative_prompt for prompt in spec.prompts]
+    texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
     init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
     if spec.negative_prompt and not spec.uses_guidance:
@@ -131,10 +154,10 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     return GenerateReport(tuple(made), run.settings, facts, load_seconds)
 
 
-def _jobs(spec: GenerateSpec) -> list[Job]:
-    """Every prompt starts at the seed and counts up from it."""
+def _jobs(spec: GenerateSpec) -> Jobs:
+    """The images of a request, from its seed on, or from a random one."""
     first = spec.seed if spec.seed is not None else secrets.randbelow(RANDOM_SEEDS)
-    return [Job(prompt, first + number) for prompt in spec.prompts for number in range(spec.num_images)]
+    return Jobs(spec.prompts, spec.num_images, first)
 
 
 def _named(spec: GenerateSpec) -> dict[str, str]:
@@ -221,7 +244,7 @@ class _Run:
     console: Console
     settings: Mapping[str, Any]
 
-    def make_all(self, jobs: Sequence[Job]) -> list[GeneratedImage]:
+    def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
         made: list[GeneratedImage] = []
         size = self.opened.spec.images
@@ -230,15 +253,15 @@ class _Run:
                 made += self.make(jobs, len(made), size)
                 continue
             except MemoryShortage as error:
-                batch = jobs[len(made) : len(made) + size]
+                batch = jobs.batch(len(made), size)
                 size = self._halved(len(self._filled(batch, size)), error)
             memory.release()  # here the failed call's tensors are gone: the exception had them
         return made
 
-    def make(self, jobs: Sequence[Job], first: int, size: int) -> list[GeneratedImage]:
+    def make(self, jobs: Jobs, first: int, size: int) -> list[GeneratedImage]:
         """Make the batch of `size` images that starts at the job `first`, and save its images."""
         start = time.perf_counter()
-        batch = jobs[first : first + size]
+        batch = jobs.batch(first, size)
         made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch, size)
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):

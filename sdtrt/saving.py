@@ -10,7 +10,7 @@ import re
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class OutputPlan:
             raise _unwritable(self.folder, error) from error
 
 
-def plan_output(output: Path | None, *, count: int, overwrite: bool, texts: Sequence[str] = ()) -> OutputPlan:
+def plan_output(output: Path | None, *, count: int, overwrite: bool, texts: Iterable[str] = ()) -> OutputPlan:
     """Decide where `count` images go, and find everything that is wrong with it before any work is done.
 
     Args:
@@ -98,7 +98,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], *, overwrite: bool)
         raise _unwritable(folder, error) from error
 
 
-def _plan(output: Path, count: int, overwrite: bool, texts: Sequence[str]) -> OutputPlan:
+def _plan(output: Path, count: int, overwrite: bool, texts: Iterable[str]) -> OutputPlan:
     """The plan, from what the path is and what it looks like."""
     if output.is_dir() or (not output.suffix and not _is_taken(output)):
         return OutputPlan(output, None, overwrite)

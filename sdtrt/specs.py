@@ -50,7 +50,8 @@ MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries coun
 MOST_STEPS = 999  # that schedulers run of a model's 1000 timesteps
 MAX_SEED = 2**63 - 1
 RANDOM_SEED = -1  # what web UIs call a random one
-MAX_IMAGES = 100_000  # of one prompt in one run: days of work; a typo beyond that would fill the memory with plans
+MAX_IMAGES = 100_000  # of one prompt in one run: days of work; more is a typo
+MAX_BATCH = 10_000  # images made at once: prompts and random generators of more fill the memory before a GPU is full
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
 DEFAULT_VERIFY_SEED = 0
 MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
@@ -537,6 +538,10 @@ class GenerateSpec:
             )
         if self.batch_size < 1:
             raise UsageError(f"batch size must be at least 1, got {self.batch_size}", hint="use --batch-size 1")
+        if self.images_at_once > MAX_BATCH:
+            raise UsageError(
+                f"batch size must be at most {MAX_BATCH}, got {self.batch_size}", hint="use --batch-size 16, or no more"
+            )
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UsageError(
                 f"guidance scale must be a number from 0 up, got {self.guidance_scale}",

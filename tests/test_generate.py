@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,12 +17,12 @@ from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdtrt import engines, images, loading, models
+from sdtrt import engines, images, loading, models, saving
 from sdtrt import generate as generation
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.errors import EngineError, MemoryShortage, OutputError, UsageError
-from sdtrt.generate import generate
+from sdtrt.generate import Job, Jobs, generate
 from sdtrt.images import read_metadata, read_parameters
 from sdtrt.parts import sizes_of
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
@@ -230,6 +231,30 @@ def test_images_of_a_prompt_count_up_and_each_prompt_starts_again(spec, director
         ("blue", 6),
     ]
     assert len({image.path.read_bytes() for image in report.images}) == 4
+
+
+def test_tens_of_millions_of_images_take_no_memory_before_they_are_made(spec, directory, monkeypatch):
+    def full(self, image, metadata, *, prompt, seed):
+        raise OutputError(f"no room for {prompt} {seed}", hint="none")
+
+    monkeypatch.setattr(saving.OutputPlan, "save", full)
+    prompts = tuple(f"picture {number}" for number in range(500))
+    monkeypatch.setattr(generation, "_warn_truncated", lambda *_: None)  # of each prompt, in seconds
+    tracemalloc.start()
+    try:
+        with pytest.raises(OutputError, match="picture 0 5"):
+            generate(replace(spec, prompts=prompts, num_images=100_000, steps=1, height=64, width=64), directory, QUIET)
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_jobs_go_through_each_prompts_seeds():
+    jobs = Jobs(("a", "b"), 3, 7)
+    assert len(jobs) == 6
+    assert jobs.batch(0, 9) == [Job(prompt, seed) for prompt in "ab" for seed in (7, 8, 9)]
+    assert jobs.batch(2, 2) == [Job("a", 9), Job("b", 7)]
+    assert jobs.batch(5, 4) == [Job("b", 9)]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -191,6 +191,13 @@ def test_export_refuses(wrong):
         ExportSpec(**wrong)
 
 
+def test_only_what_is_made_at_once_counts_as_a_batch():
+    assert GenerateSpec(("x",), num_images=3, batch_size=10**9).images_at_once == 3
+    with pytest.raises(UsageError, match="batch size must be at most") as caught:
+        GenerateSpec(("x",), num_images=20_000, batch_size=10**9)
+    assert "--batch-size" in caught.value.hint
+
+
 def test_guidance_doubles_the_batch_only_above_one():
     assert GenerateSpec(("x",), guidance_scale=1.01).uses_guidance
     assert not GenerateSpec(("x",), guidance_scale=1.0).uses_guidance
