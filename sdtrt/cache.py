@@ -372,6 +372,14 @@ class EngineDirectory:
         with self._reading(), exclusively(folder) as free:
             return not free
 
+    def stamps(self) -> dict[Path, tuple[object, ...]]:
+        """The `stamp_of` every folder that may be an entry's."""
+        return {folder: self.stamp_of(folder) for folder in self._folders()}
+
+    def stamp_of(self, folder: Path) -> tuple[object, ...]:
+        """What changes when an entry is used, made anew or removed."""
+        return _stamps(folder, _OUTSIDE)
+
     def prunable(self, spec: PruneSpec, is_foreign: Callable[[Entry], bool]) -> list[Entry | ForeignEntry]:
         """The entries that `spec` names, least recently used first; `is_foreign` says which this machine can't load.
 

@@ -131,8 +131,18 @@ class Entry:
         """Compare a file's content with its digest."""
         with self._reading(path):
             intact = digest(path) == self.digests[path.name]
+        if not intact and self._is_replaced():
+            raise CacheError(f"another process has made {self.path} anew", hint="run the command again")
         if not intact:
             raise CacheError(f"{path} is damaged: its content is not what was published", hint=self._mend)
+
+    def _is_replaced(self) -> bool:
+        """Whether another entry of the same key lies there by now: nothing is wrong with that one."""
+        sidecar = self.path / SIDECAR
+        try:
+            return sidecar.is_file() and entry_of(self.path, json.loads(sidecar.read_text())).digests != self.digests
+        except (OSError, UnfitError, *MALFORMED):
+            return False
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
@@ -254,6 +264,8 @@ def entry_of(folder: Path, data: Any) -> Entry:
     entry = Entry(folder, data["kind"], data["key"], data["info"], sizes, digests, float(data["created"]))
     if folder.name != entry_name(entry.kind, entry.key):
         raise UnfitError("its name is not that of its key")
+    if "onnx" in entry.info and entry.info["onnx"] != entry_name("onnx", entry.key["export"]):
+        raise UnfitError("it was built from another export than its key says")
     return entry
 
 

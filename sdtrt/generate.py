@@ -263,6 +263,7 @@ class _Run:
         start = time.perf_counter()
         batch = jobs.batch(first, size)
         made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch, size)
+        self.opened.check_weights()
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
             metadata = self._metadata(job.prompt, job.seed, size)

@@ -85,6 +85,17 @@ class Sight:
             raise
         self.check()
 
+    def check_mapped(self, parts: Iterable[str]) -> None:
+        """Raise `ModelChangedError` where weights were written in place: what is mapped into memory changes with them.
+
+        A file that was replaced, as by a download, stays what it was for who has mapped it.
+        """
+        for part in parts:
+            for seen in filter(None, self._seen[part]):
+                now = _identity_or_none(Path(seen[0]))
+                if now and now[-1] == seen[-1] and now[:3] != seen[:3]:  # the same inode, of another size or time
+                    raise self._changed(part)
+
     def _look(self, part: str) -> list[Identity | None]:
         files = (self._model.config_file(part), *self._model.weight_files(part))
         return [_identity_or_none(path) for path in files]

@@ -114,6 +114,12 @@ class OpenPipeline:
     entries: Mapping[Component, Entry]
     files: Sight
 
+    def check_weights(self) -> None:
+        """Raise `ModelChangedError` where weights that this pipeline has mapped into memory were written meanwhile."""
+        if self.spec.device.type == "cpu":  # a GPU has copies
+            called = (name for name in components_of(self.spec.model) if self.spec.img2img or name != "vae_encoder")
+            self.files.check_mapped({part_of(name) for name in called if name not in self.entries})
+
     @property
     def entry(self) -> Entry | None:
         """The UNet's engine; None where PyTorch runs it."""

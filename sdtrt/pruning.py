@@ -22,7 +22,11 @@ class Pruned:
 
 
 def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET) -> Pruned:
-    """Remove the entries that `spec` names, and what killed builds left behind; what is in use stays, with a word."""
+    """Remove the entries that `spec` names, and what killed builds left behind.
+
+    What is in use, or was used or made anew since it was looked at, stays, with a word.
+    """
+    seen = directory.stamps()
     leftovers = len(directory.abandoned()) if spec.dry_run else directory.sweep()
     chosen = {entry.path: entry.size_bytes for entry in directory.prunable(spec, is_foreign)}
     if spec.damaged:
@@ -30,6 +34,9 @@ def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET)
         chosen |= {directory.path / one.name: one.size_bytes for one in checked}
     removed = []
     for path in chosen:
+        if directory.stamp_of(path) != seen.get(path):
+            console.note(f"{path.name} was used or made anew meanwhile: it stays")
+            continue
         try:
             (directory.require_free if spec.dry_run else directory.remove)(path)
         except EntryInUseError as error:

@@ -22,8 +22,9 @@ from sdtrt.console import Console, print_table
 from sdtrt.entries import SIDECAR
 from sdtrt.errors import ModelError, OutputError, SdtrtError, UsageError
 from sdtrt.images import Metadata, read_init_image
+from sdtrt.pruning import prune
 from sdtrt.saving import plan_output
-from sdtrt.specs import GenerateSpec
+from sdtrt.specs import GenerateSpec, PruneSpec
 from sdtrt.weights import read_header, read_json
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sdtrt"
@@ -180,6 +181,25 @@ def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path)
         assert f"{entry.name} is in use: it stays" in err
         assert run("engines", "rm", entry.name)[0] == 1
     assert run("engines", "prune", "--keep-gib", "0")[1] == f"{entry.name}\n"
+
+
+def test_prune_leaves_what_is_mended_or_used_while_it_looks(tmp_path, monkeypatch):
+    directory = fill(tmp_path / "engines")
+    (sound,) = (one.name for one in directory.check() if one.state == "ok")
+    (flipped,) = (one.name for one in directory.check() if "content" in one.problem)
+    real = EngineDirectory.check
+
+    def check(self):
+        yield from real(self)
+        key = json.loads((self.path / flipped / SIDECAR).read_text())["key"]
+        self.obtain("engine", key, lambda f: (f / "engine.onnx").write_bytes(b"abc") and {}, force=True)
+        self.touch(self.named(sound))
+
+    monkeypatch.setattr(EngineDirectory, "check", check)
+    pruned = prune(directory, PruneSpec(keep_bytes=0, damaged=True))
+    assert not {sound, flipped} & set(pruned.removed)
+    assert len(pruned.removed) == 1  # the one without a sidecar
+    assert {entry.name for entry in directory.entries()} == {sound, flipped}
 
 
 def test_entries_of_another_format_are_listed_as_such_and_go_with_foreign(run, tmp_path):

@@ -17,7 +17,7 @@ from sdtrt.build import build_engine, engine_key
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
 from sdtrt.entries import key_digest
-from sdtrt.errors import ExportError, ModelChangedError, ModelError
+from sdtrt.errors import CacheError, ExportError, ModelChangedError, ModelError
 from sdtrt.export import export_component, export_file
 from sdtrt.keys import Sight
 from sdtrt.models import resolve_model
@@ -335,3 +335,67 @@ def test_a_verified_model_that_is_replaced_meanwhile_is_an_error(changing, direc
     with pytest.raises(ModelChangedError, match="unet"):
         verify.verify(VerifySpec(image, timesteps=2, output=tmp_path / "out"), directory, QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_weights_that_are_written_in_place_while_a_pipeline_runs_are_an_error(
+    changing, directory, monkeypatch, request_of_one, how, tmp_path
+):
+    """PyTorch has them mapped: they change under it. A file that is replaced stays what it was for this process."""
+
+    def denoise(self, *args):
+        (source,), (target,) = ((one / "unet").glob("*.safetensors") for one in (changing.new, changing.folder))
+        changing.replace("unet") if how == "replaced" else shutil.copyfile(source, target)
+        return real(self, *args)
+
+    real = generate._Run._denoise
+    before = changing.model.fingerprint("unet", factories.sha256_of)
+    monkeypatch.setattr(generate._Run, "_denoise", denoise)
+    request_of_one = replace(request_of_one, backend="torch", components=())
+    if how == "replaced":
+        facts = generate.generate(request_of_one, directory, QUIET).to_json()
+        assert facts["model"]["unet"] == before
+        return
+    with pytest.raises(ModelChangedError, match="unet"):
+        generate.generate(request_of_one, directory, QUIET)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+# --- entries -----------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_that_is_made_anew_meanwhile_is_not_called_damaged(directory):
+    def write(content):
+        def make(folder):
+            (folder / "model.onnx").write_bytes(content)
+            return {}
+
+        return make
+
+    key = {"component": "unet", "precision": "fp32"}
+    entry = directory.obtain("onnx", key, write(b"first"))
+    directory.obtain("onnx", key, write(b"second"), force=True)
+    with pytest.raises(CacheError, match="anew") as caught:
+        entry.verified("model.onnx")
+    assert "rm" not in caught.value.hint.split()
+    (entry.path / "model.onnx").write_bytes(b"spoilt")
+    with pytest.raises(CacheError, match="damaged"):
+        directory.find("onnx", key).verified("model.onnx")
+
+
+def test_an_engine_of_another_export_than_its_key_says_is_damaged(changing, directory):
+    """As builds made them that read other weights than they had looked at."""
+    spec = spec_of(changing.model)
+    old = engine_key(changing.model, spec, directory)
+    changing.replace()
+    entry = build_engine(changing.model, spec, directory)
+
+    def make(folder):
+        shutil.copy(entry.file("engine.onnx"), folder)
+        return entry.info
+
+    with pytest.raises(CacheError):
+        directory.obtain("engine", old, make)
+    assert directory.find("engine", old) is None
+    assert [one.state for one in directory.check()].count("damaged") == 1
+    assert directory.find("engine", entry.key) == entry
