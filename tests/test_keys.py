@@ -289,7 +289,7 @@ def request_of_one(changing, tmp_path):
 def test_engines_of_a_pipeline_are_of_one_state_of_the_weights(changing, directory, monkeypatch, request_of_one):
     """The weights are replaced after the engine of the old ones was found."""
     old = build_engine(changing.model, spec_of(changing.model), directory)
-    monkeypatch.setattr(engines, "find_engine", once(changing, engines.find_engine, after=True))
+    monkeypatch.setattr(engines, "_best", once(changing, engines._best, after=True))
     report = generate.generate(request_of_one, directory, QUIET)
     facts = report.to_json()
     assert facts["engines"][PART]["name"] != old.name
