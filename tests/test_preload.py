@@ -463,5 +463,5 @@ def test_builders_get_the_gpus_memory(directory, monkeypatch):
         return publish(directory, used=3)
 
     monkeypatch.setattr(engines, "build_engine", build)
-    monkeypatch.setattr(engines, "find_engine", lambda *_: None)
+    monkeypatch.setattr(engines, "_best", lambda *_: None)
     assert engines.ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))
