@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -17,7 +18,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from sdtrt.console import QUIET, Console
-from sdtrt.digests import sha256_file
 from sdtrt.errors import UsageError, quote
 from sdtrt.specs import MAX_PIXELS, SIZE_MULTIPLE
 
@@ -248,9 +248,11 @@ def read_init_image(path: Path, console: Console = QUIET) -> InitImage:
             raise UsageError(f"init image {path} {what}", hint=hint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_formats()) as image:
+            with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
                 _check_header(path, image)
-                return InitImage(path, sha256_file(path), _to_rgb(ImageOps.exif_transpose(image), console))
+                pixels = _to_rgb(ImageOps.exif_transpose(image), console)
+                file.seek(0)  # the digest is of the file whose pixels these are, whatever has its name by now
+                return InitImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
     except UsageError:
         raise
     except PermissionError as error:

@@ -17,11 +17,12 @@ import numpy as np
 import piexif
 import piexif.helper
 import pytest
+from factories import sha256_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from sdtrt import saving
+from sdtrt import images, saving
 from sdtrt.console import Console
 from sdtrt.errors import OutputError, UsageError
 from sdtrt.images import (
@@ -687,3 +688,19 @@ def test_damaged_images_never_raise_anything_else(noise, position):
         path.write_bytes(data)
         with contextlib.suppress(UsageError):
             read_init_image(path)
+
+
+def test_the_digest_is_of_the_file_whose_pixels_were_read(tmp_path, monkeypatch):
+    path, other = tmp_path / "init.png", tmp_path / "other.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    Image.new("RGB", (8, 8), "blue").save(other)
+    digest, decode = sha256_of(path), images._to_rgb
+
+    def decoded_then_replaced(*arguments):
+        pixels = decode(*arguments)
+        other.replace(path)
+        return pixels
+
+    monkeypatch.setattr(images, "_to_rgb", decoded_then_replaced)
+    found = images.read_init_image(path)
+    assert (found.sha256, found.pixels.getpixel((0, 0))) == (digest, (255, 0, 0))
