@@ -1,12 +1,16 @@
-"""`python -m sdtrt`, and the command `sdtrt`: Ctrl-C is no traceback, not even while Python still loads or winds up."""
+"""`python -m sdtrt`, and the command `sdtrt`: it listens to signals first, then opens streams, then loads the rest."""
+
+import _signal  # type: ignore[import-not-found]  # built in: `signal` takes milliseconds to import
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until `listen`: ends the process, as the other signals do
 
 import io
 import os
-import signal
 import sys
 from typing import Any
 
-from sdtrt.interrupts import HINT, INTERRUPTED, MESSAGE, heeded, listen
+from sdtrt import interrupts
 
 
 def open_closed_streams() -> None:
@@ -47,23 +51,15 @@ def make_stderr_lossy() -> None:
 
 def main() -> None:
     """Run the command line; ends the process."""
+    open_closed_streams()  # first: what is opened later must not get their numbers
+    interrupts.listen()
+    make_stderr_lossy()
     try:
-        open_closed_streams()
-        make_stderr_lossy()
-        listen()
-        with heeded():
-            from sdtrt.cli import main as run
+        from sdtrt.cli import main as run
+
         run()
-    except KeyboardInterrupt:  # before the command line could say it, or while it did
-        print(f"error: {MESSAGE}\nhint: {HINT}", file=sys.stderr)
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said
-    # Everything is tidied up. Libraries that were interrupted in their C code would make Python's own exit a signal's.
-    sys.stderr.flush()
-    os._exit(INTERRUPTED)
+        interrupts.stop_listening()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sdtrt.console import Console
 from sdtrt.entries import Entry
 from sdtrt.errors import EngineError, first_line
 from sdtrt.export import FILE_NAME, export_component
+from sdtrt.files import private_folder
 from sdtrt.meters import tf32
 from sdtrt.modules import UNetFacade
 from sdtrt.parts import contract_of
@@ -204,8 +205,8 @@ def _open_onnxruntime(spec: PipelineSpec, directory: EngineDirectory, console: C
     entry = export_component(spec.model, ExportSpec(spec.model.spec, precision=spec.precision), directory, console)
     with open_pipeline(spec, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
-        with tempfile.TemporaryDirectory(prefix="sdtrt-") as place:
-            session = BoundSession(_fused(entry, Path(place), console), contract, spec.device)
+        with private_folder(Path(tempfile.gettempdir()), "sdtrt-") as place:
+            session = BoundSession(_fused(entry, place, console), contract, spec.device)
         with session:
             opened.pipe.unet = UNetFacade(session, contract, spec.model.config("unet"), spec.device)
             yield opened

@@ -21,14 +21,13 @@ import json
 import os
 import platform
 import re
-import shutil
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,10 +61,12 @@ from sdtrt.files import (
     fsync,
     listing,
     make_folders,
+    private_folder,
     read_small_file,
     status,
     write_atomically,
 )
+from sdtrt.interrupts import held, undoing
 from sdtrt.specs import PruneSpec
 from sdtrt.trust import gives_away, is_anothers, replacers, require_own, safe_command, writers
 
@@ -581,23 +582,21 @@ class EngineDirectory:
     def _publish(self, kind: str, key: Mapping[str, Any], make: Make, *, force: bool) -> Entry:
         """Make an entry in a temporary folder, then rename it into place."""
         building = self._make_inner(".building")
-        draft = Path(tempfile.mkdtemp(prefix=f"{key_digest(kind, key)}-{_HOST}-", dir=building))
         target = self.path / entry_name(kind, key)
-        try:
-            info = make(draft)
-            seal(draft, kind, key, info)
+        with private_folder(building, f"{key_digest(kind, key)}-{_HOST}-") as draft:
+            try:
+                info = make(draft)
+                seal(draft, kind, key, info)
+            except SdtrtError as error:
+                if status(draft) is None:  # other libraries say that in their own ways
+                    raise self._vanished(draft) from error
+                raise
             draft.chmod(stat.S_IMODE(self.path.stat().st_mode))  # as readable as the directory that it goes into
             if not force and (other := self._read(target)) is not None:  # without locks, another one was faster
-                shutil.rmtree(draft, ignore_errors=True)
                 return other
             _replace(target, draft)
             fsync(building)
             fsync(self.path)
-        except BaseException as error:
-            if isinstance(error, SdtrtError) and status(draft) is None:  # other libraries say that in their own ways
-                raise self._vanished(draft) from error
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
         entry = self._read(target)
         if entry is None:
             raise CacheError(f"{target} vanished while it was published", hint="run the command again")
@@ -606,10 +605,11 @@ class EngineDirectory:
     def _discard(self, folder: Path) -> None:
         """Rename a folder out of sight, then delete it; one that another process has removed is gone already."""
         trash = self._make_inner(".building") / f"trash-{time.time_ns()}"
-        with suppress(FileNotFoundError):
-            folder.rename(trash)
-        with suppress(OSError):  # it is out of the way: what is left of it is swept later
-            delete(trash)
+        with undoing(partial(delete, trash)):
+            with suppress(FileNotFoundError):
+                folder.rename(trash)
+            with suppress(OSError):  # it is out of the way: what is left of it is swept later
+                delete(trash)
 
     def _drafts(self, digest: str) -> list[Path]:
         """What this machine's builders of one key have left, or are making."""
@@ -726,14 +726,21 @@ def mend_of(unsafe: Mapping[str, str]) -> str:
 def _replace(target: Path, draft: Path) -> None:
     """Rename a draft into place. What was there is moved aside first, and comes back if that fails."""
     old = draft.with_name(f"{draft.name}-old")  # its key's lock is held, so no other process takes it for a leftover
-    try:
-        with suppress(FileNotFoundError):
-            target.rename(old)
-        draft.rename(target)
-    except BaseException:
-        with suppress(OSError):  # nothing to put back; the first failure is the one to tell
-            old.rename(target)
-        raise
-    with suppress(OSError), exclusively(old) as free:
-        if free:  # the new entry is in place: what is left of the old one is swept later
-            delete(old)
+    remove = partial(_delete_unless_used, old)  # the new entry is in place: what is left of the old one is swept later
+    with undoing(remove):
+        with held():
+            try:
+                with suppress(FileNotFoundError):
+                    target.rename(old)
+                draft.rename(target)
+            except BaseException:
+                with suppress(OSError):  # nothing to put back; the first failure is the one to tell
+                    old.rename(target)
+                raise
+        remove()
+
+
+def _delete_unless_used(folder: Path) -> None:
+    with suppress(OSError), exclusively(folder) as free:
+        if free:
+            delete(folder)

@@ -476,13 +476,12 @@ def main() -> NoReturn:
         codecs.register_error("sdtrt", _as_it_came_or_escaped)
         sys.stdout.reconfigure(errors="sdtrt")
     try:
-        with interrupts.heeded():
-            _check_working_folder()
-            code = app(standalone_mode=False) or 0
-            sys.stdout.flush()
+        _check_working_folder()
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
     except SdtrtError as error:
         code = _fail(error.message, error.hint, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # only where nobody listens (`interrupts.listen`)
         code = interrupts.INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from sdtrt import interrupts
 from sdtrt.errors import printable
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ class Console:
         start = time.perf_counter()
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         # Without a terminal there is nothing to animate, and a transient display would leave an empty line.
-        with Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal) as progress:
+        progress = Progress(*columns, console=self.rich, transient=True, disable=not self.rich.is_terminal)
+        with interrupts.undoing(self._show_cursor), progress:
             task = progress.add_task(name, total=None)
             yield lambda description: progress.update(task, description=description)
         self.note(f"{name}: {time.perf_counter() - start:.1f} s")
@@ -92,7 +95,7 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.rich) as progress:
+        with interrupts.undoing(self._show_cursor), Progress(*columns, console=self.rich) as progress:
             task = progress.add_task(name, total=total)
             yield lambda: progress.advance(task)
 
@@ -105,9 +108,14 @@ class Console:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.rich) as progress:
+        with interrupts.undoing(self._show_cursor), Progress(*columns, console=self.rich) as progress:
             task = progress.add_task(name, total=1.0)
             yield lambda share, text: progress.update(task, completed=share, description=f"{name}: {text}")
+
+    def _show_cursor(self) -> None:
+        """Begin a new line with the cursor that rich hides: for who ends the process at once."""
+        if self.rich.is_terminal:
+            os.write(2, b"\x1b[?25h\n")
 
 
 QUIET = Console(quiet=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from sdtrt.console import QUIET, Console
 from sdtrt.digests import sha256_file
 from sdtrt.entries import Entry
 from sdtrt.errors import ExportError, OutputError, UsageError, quote
-from sdtrt.files import FULL, fsync, make_folders, rename_to_free
+from sdtrt.files import FULL, fsync, make_folders, private_folder, rename_to_free
+from sdtrt.interrupts import held
 from sdtrt.keys import Sight, export_key, steadily
 from sdtrt.models import Model
 from sdtrt.onnx_graph import Weights
@@ -287,23 +287,21 @@ def _data_file(target: Path) -> Path:
 @contextmanager
 def _draft_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target; made before the work starts, so that an unwritable place costs no time."""
-    try:
-        make_folders(target.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(
-            f"can't write {target}: {error.strerror}", hint="name another file: --output FOLDER/unet.onnx"
-        ) from error
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OutputError(
-            f"can't write {target}: {error.strerror}", hint="free some space there, or name another file with --output"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            make_folders(target.parent)
+            folder = stack.enter_context(private_folder(target.parent, f".{target.name}-"))
+        except OSError as error:
+            raise OutputError(
+                f"can't write {target}: {error.strerror}", hint="name another file: --output FOLDER/unet.onnx"
+            ) from error
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            hint = "free some space there, or name another file with --output"
+            raise OutputError(f"can't write {target}: {error.strerror}", hint=hint) from error
 
 
 def _move_into_place(folder: Path, target: Path, *, overwrite: bool) -> None:
@@ -317,13 +315,14 @@ def _move_into_place(folder: Path, target: Path, *, overwrite: bool) -> None:
     try:
         for path in folder.iterdir():
             fsync(path)
-        if has_data:
-            if overwrite and data.exists():
-                target.unlink(missing_ok=True)
-            move(folder / data.name, data)
-        move(folder / target.name, target)
-        if not has_data and overwrite:
-            data.unlink(missing_ok=True)  # of the export that was overwritten
+        with held():
+            if has_data:
+                if overwrite and data.exists():
+                    target.unlink(missing_ok=True)
+                move(folder / data.name, data)
+            move(folder / target.name, target)
+            if not has_data and overwrite:
+                data.unlink(missing_ok=True)  # of the export that was overwritten
         fsync(target.parent)
     except FileExistsError as error:
         raise OutputError(

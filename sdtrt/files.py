@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import IO
+
+from sdtrt.interrupts import held, undoing
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # of file systems without them
 UNFLUSHABLE = (errno.EACCES, errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # folders on Windows, FUSE and the like
@@ -66,17 +70,34 @@ def read_small_file(path: Path, limit: int, *, follow: bool = True) -> bytes:
     return data
 
 
+@contextmanager
+def private_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder for this user alone, which is deleted at the end, also where a signal ends the process.
+
+    To keep it, rename it.
+    """
+    folder = parent / f"{prefix}{secrets.token_hex(8)}"
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    with undoing(remove):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            remove()
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a small file in one step; a link is replaced itself."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
+    temporary = path.with_name(f"{path.name}{secrets.token_hex(8)}")
+    with undoing(partial(temporary.unlink, missing_ok=True)):
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
@@ -100,9 +121,10 @@ def rename_to_free(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links: take the name first, then put the file in its place
-        with path.open("xb"):
-            pass
-        temporary.replace(path)
+        with held():
+            with path.open("xb"):
+                pass
+            temporary.replace(path)
     else:
         temporary.unlink()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -12,10 +11,12 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from sdtrt import interrupts
 from sdtrt.errors import OutputError, UsageError, quote
 from sdtrt.files import fsync, make_folders, rename_to_free
 from sdtrt.images import FORMATS, Metadata, encode_image
@@ -212,17 +213,18 @@ def _publish(data: bytes, path: Path, *, overwrite: bool) -> Path:
     if not overwrite and _is_taken(path):
         raise FileExistsError(path)
     temporary = path.parent / f".sdtrt-{secrets.token_hex(8)}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            temporary.replace(path)
-        else:
-            rename_to_free(temporary, path)
-        fsync(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    remove = partial(temporary.unlink, missing_ok=True)
+    with interrupts.undoing(remove):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                temporary.replace(path)
+            else:
+                rename_to_free(temporary, path)
+            fsync(path.parent)
+        finally:
+            remove()
     return path

@@ -375,7 +375,7 @@ file, name = Path(sys.argv[1]), sys.argv[2]
 for count in range(5):
     own = Timing(f"{name}.{count}".encode())
     config = SimpleNamespace(get_timing_cache=lambda: own, create_timing_cache=Timing)
-    worker._keep_timings(file, config, print)
+    worker._keep_timings(file, file.parent, config, print)
 """
 
 

@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from sdtrt import errors
+from sdtrt import errors, interrupts
 from sdtrt.components import Contract
 from sdtrt.console import Console
 from sdtrt.errors import BuildError, BuildMemoryShortage, SdtrtError
@@ -183,20 +184,11 @@ def run_worker(
     Raises:
         SdtrtError: the process's own; `BuildError` where it died without a word.
     """
-    code = "from sdtrt.build.worker import serve; serve()"
-    paths = os.pathsep.join(path for path in sys.path if path)  # the child finds what this process finds
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
-    with (
-        request.log.open("ab") as log,
-        subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = [p for p in sys.path if p]; {code}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            start_new_session=request.piece is None,  # a Ctrl-C at the terminal is for the parent to handle
-        ) as child,
-    ):
+    with request.log.open("ab") as log, ExitStack() as stack:
+        with interrupts.held():  # until it is known to whoever ends this process
+            child = stack.enter_context(_start(log, leads_group=request.piece is None))
+            end = partial(_end, child, with_group=request.piece is None)
+            stack.enter_context(interrupts.undoing(partial(_end_and_wait, child, end)))
         assert child.stdin is not None
         assert child.stdout is not None
         try:
@@ -204,10 +196,24 @@ def run_worker(
             _send(request, child.stdin)
             result = _follow(child.stdout, report)
         finally:
-            _end(child, with_group=request.piece is None)
+            end()
     if result is None:
         raise _crash(child.returncode, request.log)
     return result
+
+
+def _start(log: IO[bytes], *, leads_group: bool) -> subprocess.Popen[bytes]:
+    """Start a process that serves; what it prints goes into the log."""
+    code = "from sdtrt.build.worker import serve; serve()"
+    paths = os.pathsep.join(path for path in sys.path if path)  # the child finds what this process finds
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:] = [p for p in sys.path if p]; {code}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+        start_new_session=leads_group,  # a Ctrl-C at the terminal is for the parent to handle
+    )
 
 
 def _end(child: subprocess.Popen[bytes], *, with_group: bool) -> None:
@@ -216,6 +222,14 @@ def _end(child: subprocess.Popen[bytes], *, with_group: bool) -> None:
         with suppress(ProcessLookupError, PermissionError):  # it is gone already
             os.killpg(child.pid, signal.SIGKILL)  # nobody has waited for it yet: the number is still its own
     child.kill()
+
+
+def _end_and_wait(child: subprocess.Popen[bytes], end: Callable[[], None]) -> None:
+    """End a process and wait until it writes no more. Not `Popen.wait`: a signal may land where that holds its lock."""
+    end()
+    if os.name == "posix":
+        with suppress(ChildProcessError):
+            os.waitpid(child.pid, 0)
 
 
 def _keep_log(log: Path, console: Console) -> None:

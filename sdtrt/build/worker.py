@@ -23,7 +23,6 @@ from sdtrt.build.splitting import Part
 from sdtrt.build.tensorrt import Report, Request
 from sdtrt.components import CONDITIONING, Contract
 from sdtrt.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
-from sdtrt.files import write_atomically
 from sdtrt.onnx_facts import Facts
 from sdtrt.runtime.pieces import Cut, Piece, piece_file, write_pieces
 from sdtrt.specs import BuildSpec
@@ -261,7 +260,7 @@ def _build_piece(library: Library, request: Request, report: Report) -> tuple[fl
     del monitor
     with request.plan.open("wb") as file:
         file.write(plan)
-    _keep_timings(request.timing_cache, config, report)
+    _keep_timings(request.timing_cache, request.folder, config, report)
     return seconds, _network_precision(draft)
 
 
@@ -325,13 +324,22 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
     return {"layers": building.network_precisions(draft), "read_from": "network"}
 
 
-def _keep_timings(file: Path | None, config: Any, report: Report) -> None:
-    """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else."""
+def _keep_timings(file: Path | None, folder: Path, config: Any, report: Report) -> None:
+    """Add a build's timings to what is kept, in one step; what can't be written costs time, nothing else.
+
+    They are first written to `folder`, which goes where somebody ends this process.
+    """
     if file is None:
         return
-    with suppress(OSError), _alone_with(file, report):
-        if data := building.timing_cache_bytes(config, building.kept_timings(file)):
-            write_atomically(file, data)
+    draft = folder / f"{file.name}.{os.getpid()}"
+    try:
+        with _alone_with(file, report):
+            if data := building.timing_cache_bytes(config, building.kept_timings(file)):
+                draft.write_bytes(data)
+                draft.replace(file)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()
 
 
 @contextmanager
