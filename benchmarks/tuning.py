@@ -20,6 +20,9 @@ says what 8.6 would be given of it.
 
 from __future__ import annotations
 
+import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its maker
+
+# isort: split
 import argparse
 import json
 import shlex

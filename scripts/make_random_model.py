@@ -12,6 +12,9 @@ overflow.
 
 from __future__ import annotations
 
+import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its maker
+
+# isort: split
 import argparse
 import shutil
 from pathlib import Path

@@ -9,6 +9,9 @@ and text encoder learn to denoise its latents from captions. The result is score
 
 from __future__ import annotations
 
+import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its maker
+
+# isort: split
 import argparse
 import json
 import math

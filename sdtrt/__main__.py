@@ -55,9 +55,12 @@ def main() -> None:
     interrupts.listen()
     make_stderr_lossy()
     try:
-        from sdtrt.cli import main as run
+        from sdtrt.leftovers import private_caches
 
-        run()
+        with private_caches():
+            from sdtrt.cli import main as run
+
+            run()
     finally:
         interrupts.stop_listening()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its maker
+
+# isort: split
 import os
 import signal
 import sys

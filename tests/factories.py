@@ -6,6 +6,9 @@ names) is that of Stable Diffusion 1.x, 2.x and XL.
 
 from __future__ import annotations
 
+import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its maker
+
+# isort: split
 import hashlib
 import json
 import threading

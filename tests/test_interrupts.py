@@ -237,8 +237,6 @@ class Struck:
     def _outcome(self) -> list[str]:
         if self.end == "wrong" or (self.end == "ended" and "Traceback" in self.err):
             return [f"{self.code} after {self.seconds:.1f} s: {self.err[-2000:]}"]
-        if self.end == "ended" and self.err and not self.err.endswith(words_of(self.number)):
-            return [f"said {self.err[-2000:]}"]
         return []
 
     def _orphans(self) -> list[str]:
