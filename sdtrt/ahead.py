@@ -11,7 +11,6 @@ import atexit
 import importlib
 import importlib.util
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,6 +18,7 @@ from functools import partial
 
 from sdtrt import host
 from sdtrt.cache import EngineDirectory
+from sdtrt.digests import in_background
 from sdtrt.specs import BackendChoice, GenerateSpec
 from sdtrt.trt_api import libraries
 
@@ -44,11 +44,12 @@ def wake_gpu() -> Future[bool]:
     but here they are asked for a context before PyTorch comes.
 
     Returns:
-        Whether there is a GPU, once that is known.
+        Whether there is a GPU that was woken, once that is known.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     found: Future[bool] = Future()
-    threading.Thread(target=_open_context, args=(found,), name="sdtrt-cuda").start()
+    if not in_background(_open_context, found, name="sdtrt-cuda", daemon=False):
+        found.set_result(False)  # nothing is looked up ahead: PyTorch finds the GPU itself
     return found
 
 
@@ -70,7 +71,7 @@ def import_tensorrt(backend: BackendChoice, gpu: Future[bool], then: Callable[[]
         if importlib.util.find_spec(family) is not None
     ]
     if families:
-        threading.Thread(target=_import_on, args=(families[0], gpu, then), name="sdtrt-tensorrt").start()
+        in_background(_import_on, families[0], gpu, then, name="sdtrt-tensorrt", daemon=False)
 
 
 def _open_context(found: Future[bool]) -> None:

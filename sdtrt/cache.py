@@ -55,10 +55,12 @@ from sdtrt.errors import CacheError, SdtrtError, command_line, quote
 from sdtrt.files import (
     EXHAUSTED,
     FULL,
+    LIMITS,
     MORE_FILES,
     NO_LOCKS,
     delete,
     fsync,
+    limit_hint,
     listing,
     make_folders,
     private_folder,
@@ -516,7 +518,7 @@ class EngineDirectory:
         except FileNotFoundError as error:
             raise UnfitError(f"{Path(error.filename).name} is missing") from error
         except OSError as error:
-            if error.errno in EXHAUSTED:  # that says nothing of the entry
+            if error.errno in LIMITS:  # that says nothing of the entry
                 raise self._refusal(error, "read") from error
             raise UnfitError(f"it can't be read: {error.strerror}") from error
         except MALFORMED as error:
@@ -662,9 +664,10 @@ class EngineDirectory:
         if error.errno in EXHAUSTED:
             return CacheError(f"too many files are open to use the engine directory {self.path}", hint=MORE_FILES)
         space = "free some space there, or " if error.errno in FULL else ""
+        elsewhere = f"{space}name another folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR"
         return CacheError(
             f"the engine directory {self.path} can't be {wanted}: {error.strerror}",
-            hint=f"{space}name another folder: --engine-dir FOLDER, or $SDTRT_ENGINE_DIR",
+            hint=limit_hint(error) or elsewhere,
         )
 
     @contextmanager

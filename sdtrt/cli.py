@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 from typer import Argument, Option
 
-from sdtrt import __version__, interrupts
+from sdtrt import __version__, interrupts, threads
 from sdtrt.cache import Checked, mend_of
 from sdtrt.console import Console, print_table
 from sdtrt.entries import Entry, ForeignEntry, removal_of
 from sdtrt.errors import CacheError, SdtrtError, UsageError, command_line, first_line, printable
-from sdtrt.files import FULL, MORE_FILES, is_exhausted
+from sdtrt.files import FULL, LIMITS, MORE_FILES, RAISE_LIMITS, is_exhausted
 from sdtrt.options import (
     BackendOptions,
     BenchOptions,
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from sdtrt.verdict import VerifyReport
 
 DAY = 86400
+NO_THREAD = "can't start new thread"  # in Python's own words
 
 app = typer.Typer(
     name="sdtrt",
@@ -477,6 +478,8 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="sdtrt")
     try:
         _check_working_folder()
+        if threads.make_do():
+            Console().warn(f"few threads to spare, so that one computes: {RAISE_LIMITS}")
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except SdtrtError as error:
@@ -486,8 +489,6 @@ def main() -> NoReturn:
     except BrokenPipeError:
         _drop_stdout()
         code = 1
-    except OSError as error:
-        code = _fail_of_the_system(error)
     except MemoryError:
         code = _fail("out of memory", "end other programs, or use a smaller --height and --width", 1)
     except _CLICK_EXCEPTION as error:
@@ -515,9 +516,11 @@ def _drop_stdout() -> None:
 
 
 def _fail_of_the_system(error: Exception) -> int:
-    """Say what the system has no more of: files to open, or space. Raises what is of another kind."""
+    """Say what the system has no more of: files to open, threads, or space. Raises what is of another kind."""
     if is_exhausted(error):
         return _fail(f"too many files are open: {first_line(error)}", MORE_FILES, 1)
+    if (isinstance(error, OSError) and error.errno in LIMITS) or str(error) == NO_THREAD:
+        return _fail(str(error), RAISE_LIMITS, 1)
     if not isinstance(error, OSError) or error.errno not in (*FULL, errno.EIO):
         raise error
     _drop_stdout()

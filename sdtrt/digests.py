@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sdtrt.errors import SdtrtError
 
@@ -38,7 +39,16 @@ def hash_ahead(find: Callable[[], Iterable[Path]]) -> None:
     Args:
         find: says which, in the background too. Where it fails, the command itself meets the reason.
     """
-    threading.Thread(target=_hash_all, args=(find,), name="sdtrt-ahead", daemon=True).start()
+    in_background(_hash_all, find, name="sdtrt-ahead", daemon=True)
+
+
+def in_background(work: Callable[..., None], *arguments: Any, name: str, daemon: bool) -> bool:
+    """Begin what only saves time in a thread; False where there is none to spare (limits of users and containers)."""
+    try:
+        threading.Thread(target=work, args=arguments, name=name, daemon=daemon).start()
+    except (RuntimeError, MemoryError):
+        return False
+    return True
 
 
 def digest_of(path: Path) -> str:
@@ -56,7 +66,8 @@ def digests_ahead(paths: Iterable[Path], wanted: Callable[[], bool]) -> Callable
     so that no file is hashed twice, and once `wanted` is false, so that nobody has to wait for it.
     """
     futures = {path: _expected(path) for path in paths}
-    threading.Thread(target=_hash_each, args=(futures,), name="sdtrt-ahead", daemon=True).start()
+    if not in_background(_hash_each, futures, name="sdtrt-ahead", daemon=True):
+        _hash_each(futures)
 
     def digest(path: Path) -> str:
         while wanted():

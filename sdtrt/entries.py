@@ -23,7 +23,7 @@ from typing import IO, Any
 from sdtrt import __version__
 from sdtrt.digests import digest_of, digests_ahead, sha256_file
 from sdtrt.errors import CacheError, EntryInUseError, command_line
-from sdtrt.files import EXHAUSTED, MORE_FILES, fsync, lock, open_regular, read_small_file, same_file
+from sdtrt.files import LIMITS, fsync, limit_hint, lock, open_regular, read_small_file, same_file
 from sdtrt.trust import OTHERS
 
 FORMAT = 1  # of keys and sidecars: entries of another format are foreign
@@ -138,19 +138,18 @@ class Entry:
 
     def _is_replaced(self) -> bool:
         """Whether another entry of the same key lies there by now: nothing is wrong with that one."""
-        sidecar = self.path / SIDECAR
         try:
-            return sidecar.is_file() and entry_of(self.path, json.loads(sidecar.read_text())).digests != self.digests
+            return entry_of(self.path, read_sidecar(self.path)).digests != self.digests
         except (OSError, UnfitError, *MALFORMED):
             return False
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
-        """Turn failures to read a file into `CacheError`."""
+        """Turn failures to read a file into `CacheError`; a limit that was met says nothing of the file."""
         try:
             yield
         except OSError as error:
-            mend = MORE_FILES if error.errno in EXHAUSTED else self._mend
+            mend = limit_hint(error) or f"{verification_of(self.path.parent)} says what is damaged"
             raise CacheError(f"{path} can't be read: {error.strerror}", hint=mend) from error
 
     def hold(self) -> IO[bytes]:
@@ -163,7 +162,7 @@ class Entry:
         try:
             file = open_regular(path, follow=False)
         except OSError as error:
-            mend = MORE_FILES if error.errno in EXHAUSTED else "run the command again"
+            mend = limit_hint(error) or "run the command again"
             raise CacheError(f"{path} can't be read: {error.strerror}", hint=mend) from error
         if lock(file, shared=True) and same_file(file, path):
             return file
@@ -234,6 +233,11 @@ class UnsafeError(UnfitError):
     def __init__(self, reason: str, mend: str) -> None:
         super().__init__(reason)
         self.mend = mend
+
+
+def verification_of(directory: Path) -> str:
+    """The command that reads all entries of an engine directory and says which are damaged."""
+    return command_line("sdtrt", "engines", "verify", "--engine-dir", str(directory))
 
 
 def removal_of(directory: Path, *names: str) -> str:
@@ -319,7 +323,7 @@ def exclusively(folder: Path) -> Iterator[bool]:
     try:
         file = _lockable(folder)
     except OSError as error:
-        if error.errno in EXHAUSTED:
+        if error.errno in LIMITS:
             raise
         yield True  # not there, damaged or not to be read: nothing that could be in use
         return

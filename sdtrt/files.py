@@ -24,6 +24,8 @@ UNFLUSHABLE = (errno.EACCES, errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # fol
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE)  # says nothing of the file that could not be opened
 MORE_FILES = "allow more open files: ulimit -n 4096; or end other programs"
+LIMITS = (*EXHAUSTED, errno.ENOMEM, errno.EAGAIN)  # of the process or the system, not of a file
+RAISE_LIMITS = "raise the limits on open files, processes and threads (ulimit -n, ulimit -u, a container's pids limit)"
 
 
 def fsync(path: Path) -> None:
@@ -138,6 +140,13 @@ def delete(path: Path) -> None:
             path.unlink(missing_ok=True)
     except FileNotFoundError:  # another process is deleting it, too
         shutil.rmtree(path, ignore_errors=True)
+
+
+def limit_hint(error: OSError) -> str | None:
+    """What helps where a limit of the process or the system was met, which says nothing of the file; else None."""
+    if error.errno in EXHAUSTED:
+        return MORE_FILES
+    return RAISE_LIMITS if error.errno in LIMITS else None
 
 
 def is_exhausted(error: BaseException | None) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from sdtrt.interrupts import undoing
+from sdtrt.interrupts import held, undoing
 
 # Which variable names the folder of each: of PyTorch's compiler, of Triton, of matplotlib.
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
@@ -24,7 +24,8 @@ def private_caches() -> Iterator[None]:
     Where the user has named a folder for one of them, that serves.
     """
     try:
-        folder = Path(tempfile.gettempdir()) / f"sdtrt-{secrets.token_hex(8)}"
+        with held():  # the first time, it writes a file there to see whether it can
+            folder = Path(tempfile.gettempdir()) / f"sdtrt-{secrets.token_hex(8)}"
     except OSError:  # no folder that can be written to: the libraries say so themselves
         yield
         return

@@ -15,12 +15,11 @@ import numpy as np
 from sdtrt.build.fused_attention import KEPT, fuse
 from sdtrt.components import Contract
 from sdtrt.console import Console
-from sdtrt.entries import removal_of
 from sdtrt.errors import BuildError, EngineError
 from sdtrt.metrics import relative_l2
 from sdtrt.parity import seeded_feeds
 from sdtrt.runtime import ONNXRUNTIME_FILE
-from sdtrt.runtime.onnxruntime import LOG_SEVERITY, OnnxRuntimeSession, is_out_of_memory
+from sdtrt.runtime.onnxruntime import LOG_SEVERITY, OnnxRuntimeSession, is_out_of_memory, mend_of
 from sdtrt.specs import Sizes
 
 __all__ = ["optimize", "seeded_feeds"]
@@ -134,11 +133,7 @@ def _save_optimized(model: Path, target: Path, source: Path) -> None:
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
-        removal = removal_of(source.parent.parent, source.parent.name)
-        raise BuildError(
-            f"ONNX Runtime can't optimise {source}: {error}",
-            hint=f"remove the export: {removal}; the next build makes it again",
-        ) from error
+        raise BuildError(f"ONNX Runtime can't optimise {source}: {error}", hint=mend_of(error, source)) from error
 
 
 def _difference(source: Path, target: Path, contract: Contract) -> float:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from sdtrt.components import Contract
-from sdtrt.entries import removal_of
+from sdtrt.entries import verification_of
 from sdtrt.errors import EngineError
+from sdtrt.files import RAISE_LIMITS
 from sdtrt.runtime.gradients import refuse_gradients
 from sdtrt.runtime.session import Session, check_feeds
 
 LOG_SEVERITY = 4  # fatal only: errors are raised as well, and would reach the user twice
 # How ONNX Runtime says that memory is short: its arena, C++'s own allocator, and sizes that no 64-bit number counts.
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation", "SafeIntOnOverflow")
+# ... and that there is no thread or file to spare.
+OUT_OF_LIMITS = ("pthread_create", "Resource temporarily unavailable", "Too many open files", "thread constructor")
 
 
 class OnnxRuntimeSession(Session[torch.Tensor]):
@@ -47,7 +50,7 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
                 raise EngineError(
                     f"too little memory to load {model}", hint="end other programs, or use --precision fp16"
                 ) from error
-            raise EngineError(f"ONNX Runtime can't load {model}: {error}", hint=_mend(model)) from error
+            raise EngineError(f"ONNX Runtime can't load {model}: {error}", hint=mend_of(error, model)) from error
         self.contract = contract
         self._model = model
 
@@ -70,7 +73,7 @@ class OnnxRuntimeSession(Session[torch.Tensor]):
         except Exception as error:
             if is_out_of_memory(error):
                 raise MemoryError(f"ONNX Runtime has too little memory at {shapes}") from error
-            raise EngineError(f"ONNX Runtime failed at {shapes}: {error}", hint=_mend(self._model)) from error
+            raise EngineError(f"ONNX Runtime failed at {shapes}: {error}", hint=mend_of(error, self._model)) from error
         return {name: torch.from_numpy(array) for name, array in zip(names, results, strict=True)}
 
     def close(self) -> None:
@@ -105,8 +108,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def _mend(model: Path) -> str:
-    """A hint that is right for every model and precision: the session knows its file's place only."""
-    return (
-        f"remove it: {removal_of(model.parent.parent, model.parent.name)}; the next run, or sdtrt build, makes it again"
-    )
+def mend_of(error: BaseException, model: Path) -> str:
+    """What to do about an exception of ONNX Runtime's over a file of an entry.
+
+    The file's content was proven before: it is not advised to remove it.
+    """
+    if any(text in str(error) for text in OUT_OF_LIMITS):
+        return f"{RAISE_LIMITS}, or use fewer threads: OMP_NUM_THREADS=1"
+    return f"use --backend torch; {verification_of(model.parent.parent)} says whether it is damaged"

@@ -11,6 +11,8 @@ from sdtrt.trt_api.libraries import Library
 
 REBUILD = "build it again: sdtrt build --backend tensorrt --force"
 
+UNKNOWN = "use --backend torch; sdtrt engines verify says whether an engine is damaged"
+
 OUT_OF_MEMORY = (
     r"out of memory|OutOfMemory|cudaError 2\b|initialization failure with error: 2\b|insufficient memory"
     r"|Requested amount of GPU memory"
@@ -102,4 +104,4 @@ def explain(
                 kind = SHORTAGES.get(kind, kind)
             return kind(f"{what}: {cause.format(*match.groups())}{said}", hint=hint)
     last = "; ".join(error.strip()[:300] for error in errors[-3:]) or f"{library.name} gave no reason"
-    return kind(f"{what}: {last}", hint="read TensorRT's log, named above" if kind is BuildError else REBUILD)
+    return kind(f"{what}: {last}", hint="read TensorRT's log, named above" if kind is BuildError else UNKNOWN)

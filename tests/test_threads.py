@@ -1,0 +1,61 @@
+"""Few threads to spare, as in containers: the work goes on in one, and sound engines stay."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from sdtrt import ahead, digests, threads
+from sdtrt.entries import Entry
+from sdtrt.runtime.onnxruntime import mend_of
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_nothing_is_looked_at_ahead_where_no_thread_is_to_be_had(no_threads, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    digests.hash_ahead(lambda: [file])
+    assert digests.digests_ahead([file], lambda: True)(file) == digests.sha256_file(file)
+    assert ahead.wake_gpu().result() is False
+
+
+def test_libraries_compute_in_one_thread_where_there_are_no_more(no_threads, monkeypatch):
+    for name in (*threads.VARIABLES, "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "7")
+    assert threads.make_do()
+    assert os.environ["OMP_NUM_THREADS"] == os.environ["OPENBLAS_NUM_THREADS"] == "1"
+
+
+def test_nothing_is_changed_where_there_are_enough():
+    before = dict(os.environ)
+    assert not threads.make_do()
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("said", ["pthread_create failed", "Too many open files", "indices element out of data bounds"])
+def test_no_hint_removes_an_engine_that_is_not_proven_to_be_damaged(said):
+    hint = mend_of(RuntimeError(said), Path("engines/name/engine.onnx"))
+    assert " rm " not in hint
+    assert "--force" not in hint
+
+
+def test_a_file_that_no_limit_lets_open_is_not_called_damaged(tmp_path, monkeypatch):
+    entry = Entry(tmp_path, "engine", {}, {}, {"file": 1}, {"file": ""}, 0.0)
+
+    def refuse(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr("sdtrt.entries.digest_of", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        entry._verify(tmp_path / "file", refuse)
