@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from sdtrt.verdict import VerifyReport
 
 DAY = 86400
+NO_ROOM = ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")  # of the system's loader
 NO_THREAD = "can't start new thread"  # in Python's own words
 
 app = typer.Typer(
@@ -478,6 +479,7 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="sdtrt")
     try:
         _check_working_folder()
+        _check_docstrings()
         if threads.make_do():
             Console().warn(f"few threads to spare, so that one computes: {RAISE_LIMITS}")
         code = app(standalone_mode=False) or 0
@@ -502,6 +504,15 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def _check_docstrings() -> None:
+    """Raise `SdtrtError` where Python leaves docstrings out: transformers can't be imported without its own."""
+    if sys.flags.optimize > 1:
+        raise SdtrtError(
+            "Python runs without docstrings (-OO, PYTHONOPTIMIZE=2), which transformers and the help of commands need",
+            hint="unset PYTHONOPTIMIZE",
+        )
+
+
 def _check_working_folder() -> None:
     """Raise `SdtrtError` where the working folder is gone: libraries end the process without a word of sense."""
     try:
@@ -516,9 +527,11 @@ def _drop_stdout() -> None:
 
 
 def _fail_of_the_system(error: Exception) -> int:
-    """Say what the system has no more of: files to open, threads, or space. Raises what is of another kind."""
+    """Say what the system has no more of: files to open, memory, threads, or space. Raises what is of another kind."""
     if is_exhausted(error):
         return _fail(f"too many files are open: {first_line(error)}", MORE_FILES, 1)
+    if isinstance(error, (ImportError, RuntimeError)) and any(text in str(error) for text in NO_ROOM):
+        return _fail(f"out of memory: {first_line(error)}", "end other programs, or raise the limit: ulimit -v", 1)
     if (isinstance(error, OSError) and error.errno in LIMITS) or str(error) == NO_THREAD:
         return _fail(str(error), RAISE_LIMITS, 1)
     if not isinstance(error, OSError) or error.errno not in (*FULL, errno.EIO):

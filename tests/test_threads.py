@@ -1,9 +1,12 @@
-"""Few threads to spare, as in containers: the work goes on in one, and sound engines stay."""
+"""What a process is given: few threads, as in containers, little memory, no docstrings."""
 
 from __future__ import annotations
 
 import errno
 import os
+import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -59,3 +62,25 @@ def test_a_file_that_no_limit_lets_open_is_not_called_damaged(tmp_path, monkeypa
     monkeypatch.setattr("sdtrt.entries.digest_of", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         entry._verify(tmp_path / "file", refuse)
+
+
+def test_python_without_docstrings_is_refused_in_two_lines():
+    ended = subprocess.run(
+        [sys.executable, "-OO", "-m", "sdtrt", "--help"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert [line.split(":")[0] for line in ended.stderr.splitlines()] == ["error", "hint"]
+
+
+def test_too_little_memory_for_the_imports_is_said_in_two_lines(tmp_path):
+    limit = (900 * 2**20,) * 2
+    ended = subprocess.run(
+        [sys.executable, "-m", "sdtrt", "txt2img", "-p", "x", "-b", "torch", "-o", str(tmp_path / "x.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
+    )
+    assert ended.returncode == 1
+    assert [line.split(":")[0] for line in ended.stderr.splitlines()][-2:] == ["error", "hint"]
+    assert "Traceback" not in ended.stderr
