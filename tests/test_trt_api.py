@@ -459,7 +459,7 @@ def test_log_keeps_errors_and_copies_everything():
             "no kernel fits the node {ForeignNode[/conv_in/Conv",
             "--workspace-gib",
         ),
-        ("something new", "something new", "--force"),
+        ("something new", "something new", "engines verify"),
     ],
 )
 def test_explain_real_messages(message, words, hint):
