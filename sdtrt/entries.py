@@ -149,8 +149,9 @@ class Entry:
         try:
             yield
         except OSError as error:
-            mend = limit_hint(error) or f"{verification_of(self.path.parent)} says what is damaged"
-            raise CacheError(f"{path} can't be read: {error.strerror}", hint=mend) from error
+            gone = isinstance(error, FileNotFoundError)
+            mend = self._mend if gone else f"{verification_of(self.path.parent)} says what is damaged"
+            raise CacheError(f"{path} can't be read: {error.strerror}", hint=limit_hint(error) or mend) from error
 
     def hold(self) -> IO[bytes]:
         """Keep the entry from being removed (`engines rm` and `prune` leave it) until what this returns is closed.
