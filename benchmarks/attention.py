@@ -22,10 +22,10 @@ import torch
 from fidelity import errors, kernels
 from torch.nn.attention import SDPBackend
 
-from sdtrt import host
-from sdtrt.meters import time_queued_calls
-from sdtrt.runtime import between
-from sdtrt.runtime.pieces import Attention
+from sdtrt.backends.tensorrt86 import torch_kernels
+from sdtrt.backends.tensorrt86.pieces import Attention
+from sdtrt.common import host
+from sdtrt.reports.meters import time_queued_calls
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -46,13 +46,13 @@ def measure(shape: tuple[int, ...], kernel: str, joined: bool, device: torch.dev
     tensors = {name: torch.randn(sizes, dtype=torch.float16, device=device) for name in names}
     row: dict[str, Any] = {"shape": shape, "kernel": kernel, "layout": "joined" if joined else "separate"}
     try:
-        with torch.inference_mode(), patch.object(between, "KERNELS", [KERNELS[kernel]]):
-            states = between.attend(attention, tensors)
-            call, count = repeated(lambda: between.attend(attention, tensors), device)
+        with torch.inference_mode(), patch.object(torch_kernels, "KERNELS", [KERNELS[kernel]]):
+            states = torch_kernels.attend(attention, tensors)
+            call, count = repeated(lambda: torch_kernels.attend(attention, tensors), device)
             call()
             found = time_queued_calls(call, repeats, device).scaled(1e6 / count).median
             work = kernels(call, 1) if device.type == "cuda" else []
-        exact = between.attend(attention, {name: tensor.double().cpu() for name, tensor in tensors.items()})
+        exact = torch_kernels.attend(attention, {name: tensor.double().cpu() for name, tensor in tensors.items()})
     except RuntimeError as error:
         return row | {"error": " ".join(str(error).split())[:300]}
     return row | {"us": found, "relative_l2": errors([states], [exact])["relative_l2"][0], "kernels": work}

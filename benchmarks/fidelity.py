@@ -34,22 +34,24 @@ from unittest.mock import patch
 
 import torch
 
-from sdtrt import host, keys, onnx_facts, tracing
-from sdtrt.build import FORMATS
-from sdtrt.build.onnxruntime import optimize
-from sdtrt.build.tensorrt import build_plan
-from sdtrt.components import Contract, TensorSpec, unet_contract
-from sdtrt.console import Console
-from sdtrt.export import write_onnx
-from sdtrt.loading import load_unet
-from sdtrt.meters import time_queued_calls
-from sdtrt.metrics import cosine, relative_l2
-from sdtrt.models import resolve_model
-from sdtrt.parity import seeded_feeds
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.runtime.session import Session
+from sdtrt.backends.build import FORMATS
+from sdtrt.backends.onnxruntime.build import optimize
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.backends.session import Session
+from sdtrt.backends.tensorrt.build import build_plan
+from sdtrt.common import host
+from sdtrt.common.console import Console
+from sdtrt.common.metrics import cosine, relative_l2
+from sdtrt.engines import keys
+from sdtrt.exports import onnx_index, tracing
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.tracing import UNetCall, wide_convolutions
+from sdtrt.models.loading import load_unet
+from sdtrt.models.resolve import resolve_model
+from sdtrt.reports.meters import time_queued_calls
 from sdtrt.specs import Backend, BuildSpec, ExportSpec, ModelSpec, Profile, Sizes
-from sdtrt.tracing import UNetCall, wide_convolutions
+from sdtrt.specs.contract import Contract, TensorSpec, unet_contract
 
 TIMESTEPS = (981.0, 701.0, 421.0, 141.0, 1.0)
 # What a 3x3 convolution of 1280 channels loses by adding up in fp16 (measured, `convolutions`). It grows with the
@@ -122,7 +124,7 @@ def opened(variant: Variant, contract: Contract, backend: Backend) -> Iterator[S
         with OnnxRuntimeSession(variant.folder / "engine.onnx", contract) as session:
             yield session
         return
-    from sdtrt.runtime.tensorrt import TensorRTSession
+    from sdtrt.backends.tensorrt.session import TensorRTSession
 
     plan = variant.folder / "engine.plan"
     with TensorRTSession(plan, contract, backend=backend, device=device_of(backend)) as on_gpu:
@@ -190,7 +192,7 @@ def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contra
         write_onnx(unet, contract, variant.onnx, wide_layers=variant.layers, console=Console())
 
     def make(variant: Variant) -> None:
-        operators = len(onnx_facts.float32_nodes(variant.onnx))
+        operators = len(onnx_index.float32_nodes(variant.onnx))
         variant.facts.write_text(json.dumps(build(variant, contract, args) | {"fp32_operators": operators}))
 
     with ThreadPoolExecutor(max(len(missing), 1)) as pool:  # each builds in a process of its own

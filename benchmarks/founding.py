@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtrt import host
-from sdtrt.cache import EngineDirectory, default_directory
-from sdtrt.components import unet_contract
-from sdtrt.console import Console
-from sdtrt.meters import Timing, nvml, time_calls, time_queued_calls
-from sdtrt.models import resolve_model
-from sdtrt.parity import seeded_feeds
-from sdtrt.pipeline import OpenPipeline, PipelineSpec, open_pipeline
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common import host
+from sdtrt.common.console import Console
+from sdtrt.engines.directory import EngineDirectory, default_directory
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.tracing import UNetCall
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.open import OpenPipeline, PipelineSpec, open_pipeline
+from sdtrt.reports.meters import Timing, nvml, time_calls, time_queued_calls
 from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
-from sdtrt.tracing import UNetCall
-from sdtrt.trt_api import libraries
+from sdtrt.specs.contract import unet_contract
 
 STEPS, STRENGTH = 50, 0.8
 PROMPT = "a red circle on a blue background"

@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import sdtrt
-from sdtrt import host
+from sdtrt.common import host
 
 MARKS = Path(__file__).with_name("startup_marks.py")
 ROOT = Path(sdtrt.__file__).parents[1]

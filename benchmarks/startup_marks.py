@@ -28,9 +28,9 @@ CUDA_SUCCESS = 0
 
 # Imports that are timed, in the order in which a request meets them; one within another counts in both.
 IMPORTS = (
-    "sdtrt.cli",
+    "sdtrt.cli.commands",
     "torch",
-    "sdtrt.generate",
+    "sdtrt.pipeline.generate",
     "onnx",
     "diffusers",
     "transformers",
@@ -242,38 +242,42 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
 
     found: dict[str, dict[str, Callable[..., Any]]] = {
         "torch.cuda": {"_lazy_init": first_call(marks, "PyTorch initialises CUDA, with one allocation", allocate)},
-        "sdtrt.host": {
+        "sdtrt.common.host": {
             "gpus": first_call(marks, "the driver is asked for GPUs"),
             "open_primary_context": every_call(marks, lambda *_: "a CUDA context is made"),
         },
-        "sdtrt.digests": {
+        "sdtrt.engines.digests": {
             "sha256_file": every_call(marks, lambda path: f"hash {file(path)}"),
             "digest_of": every_call(marks, digested),
         },
-        "sdtrt.engines": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
-        "sdtrt.models": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
-        "sdtrt.loading": {
+        "sdtrt.backends.registry": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
+        "sdtrt.models.resolve": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
+        "sdtrt.models.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
         },
-        "sdtrt.trt_api.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
-        "sdtrt.trt_api.running": {
+        "sdtrt.backends.tensorrt.versions.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
+        "sdtrt.backends.tensorrt.versions.running": {
             "load_engine": every_call(marks, lambda _library, plan, *_: f"deserialise {file(plan)}"),
         },
-        "sdtrt.preload": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},
-        "sdtrt.runtime.preloaded": {"_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")},
-        "sdtrt.runtime.onnxruntime": {"open_model": every_call(marks, lambda path: f"deserialise {file(path)}")},
-        "sdtrt.runtime": {"open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")},
-        "sdtrt.pipeline": {"open_pipeline": opened(marks)},
-        "sdtrt.modules": {
+        "sdtrt.cli.likely_engines": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},
+        "sdtrt.pipeline.preloaded": {"_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")},
+        "sdtrt.backends.onnxruntime.session": {
+            "open_model": every_call(marks, lambda path: f"deserialise {file(path)}")
+        },
+        "sdtrt.backends.open": {
+            "open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")
+        },
+        "sdtrt.pipeline.open": {"open_pipeline": opened(marks)},
+        "sdtrt.pipeline.facades": {
             "TextEncoderFacade.forward": first_call(marks, "the first call of the text encoder", synchronize),
             "UNetFacade.forward": first_call(marks, "the first call of the UNet", synchronize),
             "VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize),
         },
-        "sdtrt.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
+        "sdtrt.pipeline.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
     }
     if nothing_ahead:
-        found["sdtrt.digests"]["hash_ahead"] = nothing
-        found["sdtrt.ahead"] = {"wake_gpu": nothing, "import_tensorrt": nothing}
+        found["sdtrt.engines.digests"]["hash_ahead"] = nothing
+        found["sdtrt.cli.prewarm"] = {"wake_gpu": nothing, "import_tensorrt": nothing}
     return found
 
 

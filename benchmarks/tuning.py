@@ -43,21 +43,24 @@ from fidelity import check_folder, errors, feeds_of, kernels
 from lowering import lower_opset
 from torch import Tensor, nn
 
-from sdtrt import host, onnx_facts, onnx_graph
-from sdtrt.build import group_norm, splitting
-from sdtrt.build.attentions import find_attentions
-from sdtrt.build.tensorrt import build_plan
-from sdtrt.components import CONDITIONING, Contract, unet_contract
-from sdtrt.console import Console
-from sdtrt.errors import SdtrtError
-from sdtrt.export import check_onnx, write_onnx
-from sdtrt.meters import time_queued_calls
-from sdtrt.onnx_facts import Facts
-from sdtrt.runtime.pieces import Piece
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.backends.tensorrt.build import build_plan
+from sdtrt.backends.tensorrt.session import TensorRTSession
+from sdtrt.backends.tensorrt.versions.building import SPLIT_TOKENS
+from sdtrt.backends.tensorrt86 import cut as cutting
+from sdtrt.backends.tensorrt86 import norm_plugin
+from sdtrt.backends.tensorrt86.pieces import Piece
+from sdtrt.common import host
+from sdtrt.common.console import Console
+from sdtrt.common.errors import SdtrtError
+from sdtrt.exports import onnx_file, onnx_index
+from sdtrt.exports.attention import find_attentions
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.parity import check_onnx
+from sdtrt.exports.tracing import WIDE_LAYERS, UNetCall
+from sdtrt.reports.meters import time_queued_calls
 from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, Exporter, ExportSpec, ModelSpec, Profile, Range, Sizes
-from sdtrt.tracing import WIDE_LAYERS, UNetCall
-from sdtrt.trt_api.building import SPLIT_TOKENS
+from sdtrt.specs.contract import CONDITIONING, Contract, unet_contract
 
 SIZES = Sizes(2, 512, 512)
 CHECKED_SIZES = (Sizes(2, 128, 128), Sizes(1, 64, 96))  # on the CPU
@@ -436,8 +439,8 @@ def check(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
         "variant": name,
         "relative_l2": parity.relative_l2,
         "cosine": parity.cosine,
-        "fp32_operators": len(onnx_facts.float32_nodes(onnx)),
-        "norms_by_plugin": group_norm.use_plugin(*onnx_graph.load_split(onnx)) if VARIANTS[name].plugins else 0,
+        "fp32_operators": len(onnx_index.float32_nodes(onnx)),
+        "norms_by_plugin": norm_plugin.use_plugin(*onnx_file.load_split(onnx)) if VARIANTS[name].plugins else 0,
         **pieces_of(onnx, contract, VARIANTS[name]),
     }
 
@@ -446,13 +449,13 @@ def pieces_of(onnx: Path, contract: Contract, choice: Choice) -> dict[str, Any]:
     """How many pieces 8.6 would build of a graph, and how many tensors would lie channels last between them."""
     if choice.split == 0 or choice.profiles != PRODUCT.profiles:
         return {"pieces": 1}
-    model, weights = onnx_graph.load_split(onnx)
-    splitting.freeze(model, weights, contract.input_shapes(SIZES))
+    model, weights = onnx_file.load_split(onnx)
+    cutting.freeze(model, weights, contract.input_shapes(SIZES))
     facts = Facts(model, weights)
-    cuts = splitting.choose(find_attentions(facts), choice.split or SPLIT_TOKENS)
-    parts = splitting.split(model, weights, facts, cuts, CONDITIONING) if cuts else ()
+    cuts = cutting.choose(find_attentions(facts), choice.split or SPLIT_TOKENS)
+    parts = cutting.split(model, weights, facts, cuts, CONDITIONING) if cuts else ()
     pieces = [Piece(onnx, replace(contract, inputs=one.inputs, outputs=one.outputs), one.cuts) for one in parts]
-    last = {"channels_last": len(splitting.channels_last(pieces, contract))} if choice.channels_last else {}
+    last = {"channels_last": len(cutting.channels_last(pieces, contract))} if choice.channels_last else {}
     return {"pieces": max(1, len(pieces)), **last}
 
 

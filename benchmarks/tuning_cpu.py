@@ -25,21 +25,22 @@ from unittest.mock import patch
 
 import torch
 
-from sdtrt import host, onnx_graph
-from sdtrt.build import onnxruntime as build
-from sdtrt.build.splitting import freeze
-from sdtrt.components import Contract
-from sdtrt.console import Console
-from sdtrt.export import write_onnx
-from sdtrt.meters import Timing, process_peak_bytes, reset_process_peak, time_calls
-from sdtrt.metrics import relative_l2
-from sdtrt.models import resolve_model
-from sdtrt.parity import seeded_feeds
-from sdtrt.parts import contract_of, load_component
-from sdtrt.runtime import ONNXRUNTIME_FILE
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.backends.onnxruntime import build
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.backends.open import ONNXRUNTIME_FILE
+from sdtrt.backends.tensorrt86.cut import freeze
+from sdtrt.common import host
+from sdtrt.common.console import Console
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports import onnx_file
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.tracing import UNetCall
+from sdtrt.models.components import contract_of, load_component
+from sdtrt.models.resolve import resolve_model
+from sdtrt.reports.meters import Timing, process_peak_bytes, reset_process_peak, time_calls
 from sdtrt.specs import DEFAULT_OPSETS, Exporter, ModelSpec, Sizes
-from sdtrt.tracing import UNetCall
+from sdtrt.specs.contract import Contract
 
 CPU = torch.device("cpu")
 TORCH = "torch"
@@ -81,10 +82,10 @@ def prepare(name: str, module: torch.nn.Module, contract: Contract, sizes: Sizes
     source = folder / "model.onnx"
     write_onnx(module, contract, source, exporter=choice.exporter, opset=choice.opset, console=Console())
     if choice.fixed:
-        model, weights = onnx_graph.load_split(source)
+        model, weights = onnx_file.load_split(source)
         freeze(model, weights, contract.input_shapes(sizes))
         source = folder / "fixed.onnx"
-        onnx_graph.save(model, weights, source)
+        onnx_file.save(model, weights, source)
     if not choice.optimized:
         source.rename(folder / ONNXRUNTIME_FILE)
         return {}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtrt.cache import EngineDirectory, default_directory
-from sdtrt.components import Contract
-from sdtrt.runtime.pycuda import PyCudaSession
+from sdtrt.backends.tensorrt.pycuda import PyCudaSession
+from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.specs import Sizes
+from sdtrt.specs.contract import Contract
 
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else default_directory()
 entries = [

@@ -1,7 +1,7 @@
 """Train the built-in miniature from scratch: a latent diffusion model in Stable Diffusion's format, under 8 MB.
 
-    python scripts/train_tiny.py --output sdtrt/tiny --work-dir work              # about six minutes on a large GPU
-    python scripts/train_tiny.py --output sdtrt/tiny --work-dir work --resume     # go on after a break
+    python scripts/train_tiny.py --output sdtrt/models/tiny --work-dir work           # about six minutes on a large GPU
+    python scripts/train_tiny.py --output sdtrt/models/tiny --work-dir work --resume  # go on after a break
 
 Two stages, each bounded by minutes, by steps, or by both: the autoencoder learns to compress drawn scenes, then UNet
 and text encoder learn to denoise its latents from captions. The result is scored on held-out prompts.
@@ -581,7 +581,7 @@ def publish(plan: Plan, stage: UnetStage, vae: AutoencoderKL, tokenizer: CLIPTok
 def parse_plan(arguments: list[str] | None = None) -> Plan:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("sdtrt/tiny"), help="diffusers folder to write")
+    parser.add_argument("--output", type=Path, default=Path("sdtrt/models/tiny"), help="diffusers folder to write")
     parser.add_argument("--work-dir", type=Path, default=Path("tiny-work"), help="checkpoints and sample images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-from sdtrt import interrupts
+from sdtrt.common import interrupts
 
 
 def open_closed_streams() -> None:
@@ -55,10 +55,10 @@ def main() -> None:
     interrupts.listen()
     make_stderr_lossy()
     try:
-        from sdtrt.leftovers import private_caches
+        from sdtrt.common.leftovers import private_caches
 
         with private_caches():
-            from sdtrt.cli import main as run
+            from sdtrt.cli.commands import main as run
 
             run()
     finally:

@@ -14,9 +14,9 @@ import factories
 import pytest
 import torch
 
-from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
-from sdtrt.console import QUIET
+from sdtrt.cli.commands import main
+from sdtrt.common.console import QUIET
+from sdtrt.engines.directory import EngineDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

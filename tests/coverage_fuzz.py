@@ -24,18 +24,21 @@ from PIL import Image
 with atheris.instrument_imports(include=["sdtrt"]):
     from fuzzing import only_clean_errors
 
-    from sdtrt import cache, checkpoints, entries, images, weights
+    from sdtrt.engines import directory as engine_directory
+    from sdtrt.engines.entry import SIDECAR, Entry
+    from sdtrt.models import checkpoints, weights
+    from sdtrt.pipeline import images
     from sdtrt.specs import PruneSpec
 
 PLACE = Path(tempfile.mkdtemp(prefix="sdtrt-fuzz-"))
-DIRECTORY = cache.EngineDirectory(PLACE / "engines")
+DIRECTORY = engine_directory.EngineDirectory(PLACE / "engines")
 HEAD_BYTES = 33  # a PNG's signature and first chunk
 KINDS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 HEADER = b'{"a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {"b": "c"}}'
 PARAMETERS = b"a cat\nNegative prompt: a dog\nSteps: 20, Sampler: PNDM, CFG scale: 7.5, Seed: 1, Size: 64x64"
 
 
-def make_entry() -> entries.Entry:
+def make_entry() -> Entry:
     """A sealed entry."""
 
     def make(folder: Path) -> dict[str, object]:
@@ -57,7 +60,7 @@ ENTRY, PNG = make_entry(), make_png()
 
 def sidecar(data: bytes) -> None:
     """An entry's JSON, in a directory that is listed, checked and pruned."""
-    (ENTRY.path / entries.SIDECAR).write_bytes(data)
+    (ENTRY.path / SIDECAR).write_bytes(data)
     for entry in DIRECTORY.entries():
         entry.to_json()
         assert entry.size_bytes >= 0
@@ -91,7 +94,7 @@ def safetensors(data: bytes) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
-    "sidecar": (sidecar, [(ENTRY.path / entries.SIDECAR).read_bytes()]),
+    "sidecar": (sidecar, [(ENTRY.path / SIDECAR).read_bytes()]),
     "parameters": (parameters, [PARAMETERS]),
     "png": (png, [b"\0parameters\0" + PARAMETERS, b'\0sdtrt\0{"seed": 1, "prompt": "a cat"}']),
     "safetensors": (safetensors, [HEADER + bytes(12)]),

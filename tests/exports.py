@@ -13,9 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from filelock import FileLock
 
-from sdtrt.components import Contract, unet_contract
-from sdtrt.export import write_onnx
+from sdtrt.exports.component import write_onnx
 from sdtrt.specs import DEFAULT_OPSETS
+from sdtrt.specs.contract import Contract, unet_contract
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = tuple(factories.UNET_CONFIGS)

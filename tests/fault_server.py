@@ -39,13 +39,15 @@ import factories
 import torch
 from tqdm import tqdm
 
-from sdtrt import build, export, generate
-from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET
-from sdtrt.errors import SdtrtError
-from sdtrt.models import resolve_model
-from sdtrt.runtime import open_session
+from sdtrt.backends import build as engine_build
+from sdtrt.backends.open import open_session
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import SdtrtError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.exports import component as component_export
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import generate
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Sizes
 
 UNET = {
@@ -69,21 +71,21 @@ PATIENCE_SECONDS = 60
 def make_export(model: ModelSpec, folder: Path) -> str:
     """Export into the engine directory, again even if it is there."""
     spec = ExportSpec(model, precision="fp32", force=True)
-    entry = export.export_component(resolve_model(model), spec, EngineDirectory(folder / "engines"))
+    entry = component_export.export_component(resolve_model(model), spec, EngineDirectory(folder / "engines"))
     return factories.sha256_of(entry.verified("model.onnx"))
 
 
 def make_file(model: ModelSpec, folder: Path) -> str:
     """Export to a file that is there already."""
     spec = ExportSpec(model, precision="fp32", output=folder / "out" / "unet.onnx", overwrite=True)
-    return factories.sha256_of(export.export_file(resolve_model(model), spec))
+    return factories.sha256_of(component_export.export_file(resolve_model(model), spec))
 
 
 def make_engine(model: ModelSpec, folder: Path) -> str:
     """Build, exporting first if that is missing; then run the engine."""
     directory = EngineDirectory(folder / "engines")
     spec = BuildSpec(ExportSpec(model, precision="fp32"), "onnxruntime")
-    entry = build.build_engine(resolve_model(model), spec, directory)
+    entry = engine_build.build_engine(resolve_model(model), spec, directory)
     with open_session(entry, torch.device("cpu")) as session:
         outputs = session.run(seeded_feeds(session.contract, SIZES))
     return hashlib.sha256(outputs["out_sample"].numpy().tobytes()).hexdigest()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import seed as seeded
 
-from sdtrt.errors import SdtrtError
+from sdtrt.common.errors import SdtrtError
 
 SECONDS = float(os.environ.get("SDTRT_FUZZ_SECONDS", "0"))
 FIRST_SEED = int(os.environ.get("SDTRT_FUZZ_SEED", "0"))

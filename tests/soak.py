@@ -14,9 +14,9 @@ import factories
 import torch
 from fault_server import UNET
 
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET
-from sdtrt.generate import generate
+from sdtrt.common.console import QUIET
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.pipeline.generate import generate
 from sdtrt.specs import GenerateSpec, ModelSpec
 
 WARM = 100  # generations after which memory has settled: libraries are loaded, allocators have what they need

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt import ahead, host
-from sdtrt.trt_api import libraries
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.cli import prewarm
+from sdtrt.common import host
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = """
@@ -65,14 +66,14 @@ def known(value):
 
 @pytest.mark.parametrize("backend", ["tensorrt", "auto"])
 def test_tensorrt_is_imported_in_the_background(library, backend):
-    ahead.import_tensorrt(backend, known(True))
+    prewarm.import_tensorrt(backend, known(True))
     wait()
     assert sys.modules[library].thread == "sdtrt-tensorrt"
 
 
 def test_it_waits_for_the_gpu(library):
     gpu = Future()
-    ahead.import_tensorrt("tensorrt", gpu)
+    prewarm.import_tensorrt("tensorrt", gpu)
     time.sleep(0.05)
     assert library not in sys.modules
     gpu.set_result(True)
@@ -84,14 +85,14 @@ def test_it_waits_for_the_gpu(library):
     ("backend", "gpu"), [("tensorrt", False), ("tensorrt-rtx", True), ("torch", True), ("onnxruntime", True)]
 )
 def test_without_a_gpu_or_for_another_backend_nothing_is_imported(library, backend, gpu):
-    ahead.import_tensorrt(backend, known(gpu))
+    prewarm.import_tensorrt(backend, known(gpu))
     wait()
     assert library not in sys.modules
 
 
 def test_a_library_that_fails_is_left_for_the_command_to_meet(library, tmp_path, recwarn):
     (tmp_path / f"{library}.py").write_text("raise OSError('libnvinfer.so.8: cannot open shared object file')\n")
-    ahead.import_tensorrt("tensorrt", known(True))
+    prewarm.import_tensorrt("tensorrt", known(True))
     wait()
     assert library not in sys.modules
     assert not recwarn.list
@@ -99,8 +100,8 @@ def test_a_library_that_fails_is_left_for_the_command_to_meet(library, tmp_path,
 
 def test_a_driver_that_fails_is_no_gpu_and_nobody_waits_for_it(library, monkeypatch):
     monkeypatch.setattr(host, "open_primary_context", lambda: 1 // 0)
-    gpu = ahead.wake_gpu()
-    ahead.import_tensorrt("tensorrt", gpu)
+    gpu = prewarm.wake_gpu()
+    prewarm.import_tensorrt("tensorrt", gpu)
     wait()
     assert isinstance(gpu.exception(), ZeroDivisionError)
     assert library not in sys.modules
@@ -122,12 +123,12 @@ def test_a_process_that_fails_at_once_ends_well_while_the_driver_starts(tmp_path
         2,
         False,
     )  # what is wrong with the words costs no GPU's time
-    script = "from sdtrt.ahead import wake_gpu; wake_gpu(); raise SystemExit(3)"
+    script = "from sdtrt.cli.prewarm import wake_gpu; wake_gpu(); raise SystemExit(3)"
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
     assert done.returncode == 3
     assert done.stderr == f"driver: {expected}\ndriver: context\n"
     script = """
-from sdtrt import ahead, host
+from sdtrt.cli import prewarm as ahead; from sdtrt.common import host
 assert not host.has_primary_context()
 assert ahead.wake_gpu().result()
 assert host.has_primary_context()

@@ -19,23 +19,25 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from factories import SMALL, sd1_folder, sdxl_folder, small_unet
 from PIL import Image
 
-from sdtrt import baselines, bench, engines, meters, pipeline
-from sdtrt.baselines import BASELINES, BoundSession, GraphedForward
-from sdtrt.bench import FILES, BenchReport, Row, Runner, run_bench
-from sdtrt.build.fused_attention import fuse
-from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract
-from sdtrt.console import QUIET, Console
-from sdtrt.errors import EngineError, OutputError, UsageError
-from sdtrt.export import FILE_NAME, export_component
-from sdtrt.meters import MemoryMeter, Nvml, Timing, time_calls
-from sdtrt.models import resolve_model
-from sdtrt.modules import UNetFacade
-from sdtrt.options import BackendOptions, BenchOptions
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.backends import registry
+from sdtrt.backends.onnxruntime.fused_attention import fuse
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.cli.options import BackendOptions, BenchOptions
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import EngineError, OutputError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.exports.component import FILE_NAME, export_component
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline.facades import UNetFacade
+from sdtrt.reports import bench, bench_baselines, meters
+from sdtrt.reports.bench import FILES, BenchReport, Row, Runner, run_bench
+from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
+from sdtrt.reports.meters import MemoryMeter, Nvml, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
+from sdtrt.specs.contract import Contract
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 ROW_KEYS = {
@@ -58,7 +60,7 @@ ROW_KEYS = {
 def _briefly():
     """Parts are timed for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdtrt.bench.COMPONENT_SECONDS", 0.0)
+        patch.setattr("sdtrt.reports.bench.COMPONENT_SECONDS", 0.0)
         yield
 
 
@@ -72,7 +74,7 @@ def directory(small, tmp_path_factory):
     """With the engines of a text's pictures in it."""
     directory = EngineDirectory(tmp_path_factory.mktemp("engines"))
     model, parts = resolve_model(ModelSpec(str(small))), ("text_encoder", "unet", "vae_decoder")
-    engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    registry.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
     return directory
 
 
@@ -146,7 +148,7 @@ def test_calls_are_warmed_up_counted_and_without_tf32(spec, directory, monkeypat
 def test_parts_are_warm_when_they_are_timed(monkeypatch):
     """Sessions capture a CUDA graph in their third call."""
     timed = []
-    monkeypatch.setattr("sdtrt.bench.time_queued_calls", lambda call, repeats, device: timed.append(len(calls)))
+    monkeypatch.setattr("sdtrt.reports.bench.time_queued_calls", lambda call, repeats, device: timed.append(len(calls)))
     calls = []
     bench._time_component(lambda: calls.append(None), torch.device("cpu"))
     assert timed == [3]
@@ -157,7 +159,7 @@ def test_parts_are_warm_when_they_are_timed(monkeypatch):
 def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, tmp_path, monkeypatch):
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
-    pipeline_spec = pipeline.PipelineSpec(
+    pipeline_spec = pipeline_open.PipelineSpec(
         resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
     )
     seen = []
@@ -171,7 +173,7 @@ def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, t
 
     for part, name in ((AutoencoderKL, "encode"), (AutoencoderKL, "decode"), (UNet2DConditionModel, "forward")):
         monkeypatch.setattr(part, name, note(name, getattr(part, name)))
-    with pipeline.open_pipeline(pipeline_spec, EngineDirectory(tmp_path / "engines"), QUIET) as opened:
+    with pipeline_open.open_pipeline(pipeline_spec, EngineDirectory(tmp_path / "engines"), QUIET) as opened:
         pictures = [Image.new("RGB", (64, 64))] * batch
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
         opened.pipe(["red"] * batch, image=pictures, num_inference_steps=2, strength=1.0, generator=generators)
@@ -187,7 +189,7 @@ def test_a_baseline_that_fails_is_a_row_with_the_reason(spec, directory, monkeyp
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore of it")
 
-    monkeypatch.setattr("sdtrt.baselines.compiled_forward", fail)
+    monkeypatch.setattr("sdtrt.reports.bench_baselines.compiled_forward", fail)
     names = ("torch-compile", "torch-graph", "onnxruntime-cuda", "torch-fp32")
     report = run_bench(replace(spec, tasks=("txt2img",), baselines=names), directory, QUIET, "")
     rows = report.to_json()["rows"]
@@ -387,8 +389,8 @@ def test_a_bound_session_computes_what_a_plain_one_does(small, directory):
 @pytest.fixture
 def onnxruntime_spec(small, monkeypatch):
     """A pipeline for the baseline of ONNX Runtime, in its CPU provider, for there is no other here."""
-    monkeypatch.setattr(baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
-    return pipeline.PipelineSpec(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
+    monkeypatch.setattr(bench_baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
+    return pipeline_open.PipelineSpec(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
 
 
 def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_spec, directory, monkeypatch, capsys):
@@ -399,10 +401,10 @@ def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_s
         counts.append(count)
         return model, count
 
-    monkeypatch.setattr(baselines, "fuse", noted)
+    monkeypatch.setattr(bench_baselines, "fuse", noted)
     size, pictures = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}, []
     for name in ("torch-fp32", "onnxruntime-cuda"):
-        with baselines.open_baseline(BASELINES[name], onnxruntime_spec, directory, Console(quiet=True)) as opened:
+        with bench_baselines.open_baseline(BASELINES[name], onnxruntime_spec, directory, Console(quiet=True)) as opened:
             pictures.append(opened.pipe("red", generator=torch.Generator().manual_seed(3), **size).images)
     assert counts[0] > 0
     np.testing.assert_allclose(*pictures, atol=1e-3)
@@ -410,9 +412,9 @@ def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_s
 
 
 def test_a_baseline_whose_attentions_are_not_fused_says_so(onnxruntime_spec, directory, monkeypatch, capsys):
-    monkeypatch.setattr(baselines, "fuse", lambda source, *_: (source, 0))
+    monkeypatch.setattr(bench_baselines, "fuse", lambda source, *_: (source, 0))
     baseline = BASELINES["onnxruntime-cuda"]
-    with baselines.open_baseline(baseline, onnxruntime_spec, directory, Console(quiet=True)):
+    with bench_baselines.open_baseline(baseline, onnxruntime_spec, directory, Console(quiet=True)):
         assert capsys.readouterr().err.startswith("warning: ONNX Runtime's baseline has its attentions as they were")
 
 
@@ -420,8 +422,8 @@ def test_a_baseline_without_room_for_its_copy_names_the_place(onnxruntime_spec, 
     def fail(_, folder, *__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
 
-    monkeypatch.setattr(baselines, "fuse", fail)
-    opening = baselines.open_baseline(BASELINES["onnxruntime-cuda"], onnxruntime_spec, directory, QUIET)
+    monkeypatch.setattr(bench_baselines, "fuse", fail)
+    opening = bench_baselines.open_baseline(BASELINES["onnxruntime-cuda"], onnxruntime_spec, directory, QUIET)
     with pytest.raises(EngineError, match="No space left") as caught, opening:
         pass
     assert "TMPDIR" in caught.value.hint
@@ -442,9 +444,9 @@ def test_a_provider_that_refuses_says_why_and_is_not_replaced(small, directory, 
 
 
 def test_a_provider_that_is_missing_is_named():
-    baselines.require_provider("CPUExecutionProvider")
+    bench_baselines.require_provider("CPUExecutionProvider")
     with pytest.raises(EngineError, match="NoSuchExecutionProvider"):
-        baselines.require_provider("NoSuchExecutionProvider")
+        bench_baselines.require_provider("NoSuchExecutionProvider")
 
 
 # Meters
@@ -587,7 +589,7 @@ def test_on_a_cpu_the_miniature_is_faster_than_pytorch(engine_dir, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.timeout(1200)  # builds the engines
 def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
-    backend = next((name for name in engines.TENSORRT_BACKENDS if engines.why_not(name) is None), "torch")
+    backend = next((name for name in registry.TENSORRT_BACKENDS if registry.why_not(name) is None), "torch")
     spec = BenchSpec(ModelSpec(str(small)), backend=backend, tasks=("txt2img",), steps=5, repeats=3)
     report = run_bench(spec, directory, QUIET, "")
     rows = {row.runner.baseline.name: row for row in report.rows if row.runner.baseline is not None}
@@ -598,7 +600,9 @@ def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
 
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs Triton")
-NEEDS_PROVIDER = pytest.mark.skipif(not baselines.has_provider(baselines.CUDA_PROVIDER), reason="needs onnxruntime-gpu")
+NEEDS_PROVIDER = pytest.mark.skipif(
+    not bench_baselines.has_provider(bench_baselines.CUDA_PROVIDER), reason="needs onnxruntime-gpu"
+)
 ON_A_GPU = (
     "torch-graph",
     pytest.param("torch-compile", marks=NEEDS_TRITON),
@@ -610,10 +614,10 @@ ON_A_GPU = (
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu_a_baseline_makes_the_picture_of_plain_pytorch(name, small, directory):
     model = resolve_model(ModelSpec(str(small)))
-    spec = pipeline.PipelineSpec(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
+    spec = pipeline_open.PipelineSpec(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
     pictures = []
     for baseline in ("torch-fp16", name):
-        with baselines.open_baseline(BASELINES[baseline], spec, directory, QUIET) as opened:
+        with bench_baselines.open_baseline(BASELINES[baseline], spec, directory, QUIET) as opened:
             for _ in range(2):
                 generator = torch.Generator().manual_seed(3)
                 made = opened.pipe("red", num_inference_steps=5, height=64, width=64, generator=generator)

@@ -17,10 +17,10 @@ import torch
 from factories import SMALL, small_unet
 from onnx import TensorProto, helper
 
-from sdtrt.errors import BuildError, ExportError
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.common.errors import BuildError, ExportError
+from sdtrt.exports.tracing import WIDE_LAYERS
 from sdtrt.specs import Sizes
-from sdtrt.tracing import WIDE_LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = ("--model", "tiny", "--height", "64", "--width", "64")
@@ -255,7 +255,7 @@ def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path):
     assert len(found["seconds"]["samples"]) == 1
     assert 0.5 < found["seconds"]["median"] < 60
     spans = {span["name"]: span for span in found["timeline"]["spans"]}
-    order = ["import sdtrt.cli", "import torch", "import diffusers", "import onnxruntime", "open unet"]
+    order = ["import sdtrt.cli.commands", "import torch", "import diffusers", "import onnxruntime", "open unet"]
     order += [
         "the pipeline is opened",
         "the first call of the UNet",

@@ -21,19 +21,19 @@ from exports import EACH_BY_BOTH, exported_unet, make
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
-from sdtrt import host, parts
-from sdtrt.build import checking
-from sdtrt.build import tensorrt as build
-from sdtrt.build.checking import check_parity, check_precision, why_not_runnable
-from sdtrt.build.tensorrt import Request, build_plan
-from sdtrt.build.worker import build_here
-from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
-from sdtrt.console import QUIET, Console
-from sdtrt.errors import BuildError, EngineError
-from sdtrt.export import write_onnx
+from sdtrt.backends.tensorrt import build, checking
+from sdtrt.backends.tensorrt.build import Request, build_plan
+from sdtrt.backends.tensorrt.checking import check_parity, check_precision, why_not_runnable
+from sdtrt.backends.tensorrt.versions import libraries, running
+from sdtrt.backends.tensorrt.versions.header import read_header
+from sdtrt.backends.tensorrt.worker import build_here
+from sdtrt.common import host
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import BuildError, EngineError
+from sdtrt.exports.component import write_onnx
+from sdtrt.models import components
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
-from sdtrt.trt_api import libraries, running
-from sdtrt.trt_api.header import read_header
+from sdtrt.specs.contract import text_encoder_contract, unet_contract, vae_contract
 
 SM89 = (8, 9)
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
@@ -99,7 +99,7 @@ def test_every_kind_of_unet_builds(kind, exporter, tmp_path, shared):
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"])
 def test_the_other_components_build(component, precision, tmp_path):
     """By a real TensorRT, from the real export, with the profile that stands beside a UNet's."""
-    if component in parts.VAE_HALVES:
+    if component in components.VAE_HALVES:
         module = factories.small_vae(layers_per_block=1)
         contract = vae_contract(module.config, precision, component)
     else:
@@ -107,7 +107,7 @@ def test_the_other_components_build(component, precision, tmp_path):
         contract = text_encoder_contract(module.config.to_dict(), precision, component)
     torch.nn.Module.to(module, getattr(torch, contract.outputs[0].dtype))
     write_onnx(module, contract, tmp_path / "model.onnx")
-    spec = rtx_spec(precision, (parts.profile_of(component, PROFILE),))
+    spec = rtx_spec(precision, (components.profile_of(component, PROFILE),))
     spec = replace(spec, export=replace(spec.export, component=component))
     info = build_here(Request(tmp_path / "model.onnx", tmp_path, contract, spec, None, False), lambda message: None)
     layers = info["precision"]["layers"]
@@ -291,8 +291,8 @@ def test_the_build_ends_with_its_parent(tiny_onnx, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import pickle, sys\n"
-        "from sdtrt.build import tensorrt as build\n"
-        "from sdtrt.console import QUIET\n"
+        "from sdtrt.backends.tensorrt import build\n"
+        "from sdtrt.common.console import QUIET\n"
         "request = pickle.load(open(sys.argv[1], 'rb'))\n"
         "build._build_in_child(request, QUIET, lambda text: print(text, flush=True))\n"
     )

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from factories import flip
 
-from sdtrt import cache
-from sdtrt.cache import _HOST, EngineDirectory, default_directory
-from sdtrt.console import Console
-from sdtrt.entries import SIDECAR, ForeignEntry, canonical_json, entry_of, key_digest
-from sdtrt.errors import BuildError, CacheError
+from sdtrt.common.console import Console
+from sdtrt.common.errors import BuildError, CacheError
+from sdtrt.engines import directory as engine_directory
+from sdtrt.engines.directory import _HOST, EngineDirectory, default_directory
+from sdtrt.engines.entry import SIDECAR, ForeignEntry, canonical_json, entry_of, key_digest
 from sdtrt.specs import PruneSpec
 
 KEY = {"component": "unet", "precision": "fp32", "weights": "abc"}
@@ -205,7 +205,7 @@ def test_a_sidecar_without_digests_is_foreign(directory):
 def test_a_damaged_engine_is_not_opened(directory, backend, name, damaged):
     import torch
 
-    from sdtrt.runtime import open_session
+    from sdtrt.backends.open import open_session
 
     def make(folder):
         for file in {name, damaged}:
@@ -740,7 +740,9 @@ def test_what_sdtrt_has_not_named_is_no_entry_of_another_format(directory, tmp_p
 def count_read(monkeypatch):
     """How many sidecars have been read."""
     read = []
-    monkeypatch.setattr(cache, "entry_of", lambda folder, data: (read.append(folder.name), entry_of(folder, data))[1])
+    monkeypatch.setattr(
+        engine_directory, "entry_of", lambda folder, data: (read.append(folder.name), entry_of(folder, data))[1]
+    )
     return lambda: len(read)
 
 
@@ -775,11 +777,11 @@ def test_two_threads_that_look_read_a_sidecar_once(directory, count_read):
 
 
 def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
     weights = tmp_path / "weights"
     weights.write_bytes(b"one")
     first = directory.file_digest(weights)
-    monkeypatch.setattr("sdtrt.cache.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", lambda path: pytest.fail("hashed again"))
     assert directory.file_digest(weights) == first
     monkeypatch.undo()
     weights.write_bytes(b"another")
@@ -787,7 +789,7 @@ def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_pa
 
 
 def test_a_large_file_with_its_old_time_put_back_is_hashed_again(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
     weights = tmp_path / "weights"
     weights.write_bytes(b"one")
     before = weights.stat()
@@ -799,7 +801,7 @@ def test_a_large_file_with_its_old_time_put_back_is_hashed_again(directory, tmp_
 
 
 def test_a_memo_that_cannot_be_written_leaves_nothing(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
     (tmp_path / "weights").write_bytes(b"one")
     refuse(monkeypatch, Path, "replace", errno.ENOSPC, directory.path)
     directory.file_digest(tmp_path / "weights")

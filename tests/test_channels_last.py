@@ -13,17 +13,19 @@ from onnx import TensorProto, helper, numpy_helper
 from test_splitting import no_pieces  # noqa: F401  # a fixture
 from trt_fakes import fake_library, recorder, three_pieces, two_pieces
 
-from sdtrt import build
-from sdtrt.build import crew, splitting, worker
-from sdtrt.build.tensorrt import Request, check_request
-from sdtrt.components import Contract, TensorSpec, unet_contract, vae_contract
-from sdtrt.errors import BuildError, UsageError
-from sdtrt.export import write_onnx
-from sdtrt.onnx_graph import ELEM_TYPES
-from sdtrt.options import BuildOptions
-from sdtrt.runtime.pieces import Attention, Piece
+from sdtrt.backends import build as engine_build
+from sdtrt.backends.tensorrt import worker
+from sdtrt.backends.tensorrt.build import Request, check_request
+from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt86 import cut as cutting
+from sdtrt.backends.tensorrt86 import parallel_build
+from sdtrt.backends.tensorrt86.pieces import Attention, Piece
+from sdtrt.cli.options import BuildOptions
+from sdtrt.common.errors import BuildError, UsageError
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.onnx_file import ELEM_TYPES
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
-from sdtrt.trt_api import building, libraries
+from sdtrt.specs.contract import Contract, TensorSpec, unet_contract, vae_contract
 
 SIZES = Sizes(2, 64, 96)
 OPEN_LIBRARY = libraries.open_library
@@ -66,7 +68,7 @@ def crossing(sources):
 
 def test_images_that_cross_between_a_unets_plans_and_nothing_else(asked, tmp_path):
     sources = worker._sources(asked, tmp_path, [].append)
-    found = splitting.channels_last([source.piece for source in sources], asked.contract)
+    found = cutting.channels_last([source.piece for source in sources], asked.contract)
     images = {name for name, (shape, _) in crossing(sources).items() if len(shape) == 4 and shape[1] % 8 == 0}
     assert found == images
     assert len(found) > 3
@@ -77,14 +79,14 @@ def test_images_that_cross_between_a_unets_plans_and_nothing_else(asked, tmp_pat
 
 def test_what_is_normalised_between_a_vaes_plans_is_pytorchs_and_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
-    monkeypatch.setattr(splitting, "NORM_BYTES", 1)
+    monkeypatch.setattr(cutting, "NORM_BYTES", 1)
     vae = small_vae().half()
     contract = vae_contract(dict(vae.config), "fp16", "vae_decoder")
     write_onnx(vae, contract, tmp_path / "model.onnx")
     spec = BuildSpec(ExportSpec(component="vae_decoder"), "tensorrt", STATIC, channels_last=True)
     sources = worker._sources(Request(tmp_path / "model.onnx", tmp_path, contract, spec, None, False), tmp_path, print)
     pieces = [source.piece for source in sources]
-    found = splitting.channels_last(pieces, contract)
+    found = cutting.channels_last(pieces, contract)
     cuts = [cut for piece in pieces for cut in piece.cuts]
     assert len(cuts) > 5
     assert not found & {name for cut in cuts for name in (cut.source, cut.result)}
@@ -113,8 +115,8 @@ def test_only_images_in_fp16_that_need_no_padding(spec, fits):
     contract = Contract("unet", "fp16", (image("in", 2, 8, 4, 4),), (end,))
     first = Piece(None, Contract("unet", "fp16", contract.inputs, (spec,)))
     second = Piece(None, Contract("unet", "fp16", (spec,), (end,)))
-    assert splitting.channels_last([first, second], contract) == ({"x"} if fits else set())
-    assert splitting.channels_last([Piece(None, contract)], contract) == set()
+    assert cutting.channels_last([first, second], contract) == ({"x"} if fits else set())
+    assert cutting.channels_last([Piece(None, contract)], contract) == set()
 
 
 def test_what_someone_else_looks_into_stays_as_it_is():
@@ -126,7 +128,7 @@ def test_what_someone_else_looks_into_stays_as_it_is():
     first = Piece(None, Contract("unet", "fp16", contract.inputs, tuple(specs.values())), (cut,))
     taken = tuple(specs[name] for name in ("plain", "end", "source"))
     second = Piece(None, Contract("unet", "fp16", (*taken, image("result", 2, 8, 4, 4)), ()))
-    assert splitting.channels_last([first, second], contract) == {"plain"}
+    assert cutting.channels_last([first, second], contract) == {"plain"}
 
 
 def test_what_is_made_of_the_text_alone_stays_as_it_is():
@@ -135,13 +137,13 @@ def test_what_is_made_of_the_text_alone_stays_as_it_is():
     contract = Contract("unet", "fp16", (text, image("in", 2, 8, 4, 4)), (end,))
     first = Piece(None, Contract("unet", "fp16", (text,), (kept,)))
     second = Piece(None, Contract("unet", "fp16", (contract.inputs[1], kept), (end,)))
-    assert splitting.channels_last([first, second], contract) == set()
+    assert cutting.channels_last([first, second], contract) == set()
 
 
 def test_tensors_of_few_channels_stay_as_they_are(tmp_path):
     """Those of the stand-in engines have 4."""
     for pieces in (two_pieces(tmp_path / "plan"), three_pieces(tmp_path / "plan")):
-        assert splitting.channels_last(pieces, pieces[-1].contract) == set()
+        assert cutting.channels_last(pieces, pieces[-1].contract) == set()
 
 
 # --------------------------------------------------------------------------------------- what TensorRT 8.6 is asked
@@ -191,8 +193,8 @@ def networks(monkeypatch):
     monkeypatch.setattr(building, "parse_onnx", parse)
     monkeypatch.setattr(building, "serialize", lambda draft, config: b"plan")
     monkeypatch.setattr(building, "timing_cache_bytes", lambda config, kept: b"")
-    monkeypatch.setattr(crew, "run_worker", run_here)
-    monkeypatch.setattr(crew, "most_jobs", lambda: 1)
+    monkeypatch.setattr(parallel_build, "run_worker", run_here)
+    monkeypatch.setattr(parallel_build, "most_jobs", lambda: 1)
     monkeypatch.setattr(worker, "check", lambda *_: {})
     return made
 
@@ -207,7 +209,7 @@ def masks(networks):
 
 def test_who_gives_and_who_takes_such_a_tensor_are_told_the_same_and_nobody_else(asked, networks, tmp_path):
     sources = worker._sources(asked, tmp_path, [].append)
-    wanted = splitting.channels_last([source.piece for source in sources], asked.contract)
+    wanted = cutting.channels_last([source.piece for source in sources], asked.contract)
     hwc8 = 1 << int(libraries.open_library("tensorrt").module.TensorFormat.HWC8)
     info = worker.build_here(asked, [].append)
     assert info["channels_last"] == len(wanted) > 3
@@ -296,7 +298,7 @@ def test_the_real_builder_takes_every_piece_of_a_unet(rtx, asked, tmp_path):
     """As 8.6 would be asked to, with TensorRT for RTX, as that needs no GPU."""
     spec = BuildSpec(ExportSpec(), "tensorrt-rtx", STATIC, compute_capability=(8, 9), optimization_level=0)
     sources = worker._sources(asked, tmp_path, [].append)
-    wanted = splitting.channels_last([source.piece for source in sources], asked.contract)
+    wanted = cutting.channels_last([source.piece for source in sources], asked.contract)
     for number, source in enumerate(sources):
         names = tuple(name for name in source.piece.tensors if name in wanted)
         request = Request(source.onnx, tmp_path, source.piece.contract, spec, None, False, number, names)
@@ -338,8 +340,9 @@ def test_the_option_is_for_those_parts_that_may_be_in_pieces():
 
 
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
-    from sdtrt import engines, host
-    from sdtrt.models import resolve_model
+    from sdtrt.backends import registry
+    from sdtrt.common import host
+    from sdtrt.models.resolve import resolve_model
     from sdtrt.specs import ModelSpec
 
     gpu = host.Gpu("Fake", (9, 0), 2**30)
@@ -348,7 +351,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
     model = resolve_model(ModelSpec("tiny"))
     spec = BuildSpec(ExportSpec(model.spec), "tensorrt", STATIC)
     last = replace(spec, channels_last=True)
-    plain_key, last_key = (build.engine_key(model, one, directory) for one in (spec, last))
+    plain_key, last_key = (engine_build.engine_key(model, one, directory) for one in (spec, last))
     assert "channels_last" not in plain_key["options"]  # engines of before have the key that they had
     assert last_key["options"] == plain_key["options"] | {"channels_last": True}
 
@@ -356,7 +359,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
         return directory.obtain("engine", key, lambda folder: {})
 
     def find():
-        return engines.find_engine(model, "tensorrt", "fp16", SIZES, directory)
+        return registry.find_engine(model, "tensorrt", "fp16", SIZES, directory)
 
     plain = obtain(plain_key)
     assert find() == plain

@@ -9,9 +9,9 @@ import torch
 from factories import open_clip_tensors, small_text_encoder
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdtrt.checkpoints import check_checkpoint, convert, inferred_repo
-from sdtrt.errors import ModelError
-from sdtrt.weights import TensorInfo
+from sdtrt.common.errors import ModelError
+from sdtrt.models.checkpoints import check_checkpoint, convert, inferred_repo
+from sdtrt.models.weights import TensorInfo
 
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"

@@ -18,8 +18,11 @@ import pytest
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
-from sdtrt import __version__, cache, digests, host
-from sdtrt.errors import SdtrtError
+from sdtrt import __version__
+from sdtrt.common import host
+from sdtrt.common.errors import SdtrtError
+from sdtrt.engines import digests
+from sdtrt.engines import directory as engine_directory
 
 PROMPT = "a red circle on a blue background"
 RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
@@ -61,7 +64,7 @@ def test_help_is_quick_and_loads_neither_torch_nor_diffusers(folder):
     assert cpu_seconds() - before < 0.7
     code = (
         "import sys; sys.argv = ['sdtrt', 'txt2img', '--help']\n"
-        "from sdtrt.cli import main\n"
+        "from sdtrt.cli.commands import main\n"
         "try: main()\nexcept SystemExit as end: code = end.code\n"
         "sys.exit(code or len({'torch', 'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
     )
@@ -114,7 +117,7 @@ def test_engines_are_hashed_while_libraries_load(folder, run, monkeypatch):
     code, out, _ = run("txt2img", "-p", PROMPT, *FAST, "--backend", "onnxruntime", "--json")
     assert code == 0
     (find,) = begun
-    monkeypatch.setattr(cache, "MEMO_BYTES", 0)
+    monkeypatch.setattr(engine_directory, "MEMO_BYTES", 0)
     used = {engine["name"] for engine in json.loads(out)["engines"].values()}
     assert {path.parent.name for path in find()} >= used
     assert run("txt2img", "-p", PROMPT, *FAST, "--backend", "torch")[0] == 0
@@ -268,7 +271,7 @@ def test_completion_is_given_and_loads_no_torch(folder, monkeypatch):
     assert (shown.returncode, "COMPREPLY" in shown.stdout) == (0, True)
     code = (
         "import sys; sys.argv = ['sdtrt']\n"
-        "from sdtrt.cli import main\n"
+        "from sdtrt.cli.commands import main\n"
         "try: main()\nexcept SystemExit as end: code = end.code\n"
         "sys.exit(code or len({'torch', 'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
     )

@@ -7,9 +7,9 @@ import json
 import factories
 import pytest
 
-from sdtrt.components import Contract, unet_contract
-from sdtrt.errors import ModelError
+from sdtrt.common.errors import ModelError
 from sdtrt.specs import Profile, Range, Sizes
+from sdtrt.specs.contract import Contract, unet_contract
 
 SIZES = Sizes(batch=3, height=72, width=104, tokens=154)
 

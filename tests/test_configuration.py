@@ -13,10 +13,10 @@ import torch
 from factories import SDXL_TIME_WIDTH, sdxl_folder
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtrt.cache import EngineDirectory
-from sdtrt.errors import ModelError
-from sdtrt.loading import check_part, check_words, load_parts
-from sdtrt.models import resolve_model
+from sdtrt.common.errors import ModelError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models.loading import check_part, check_words, load_parts
+from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import ModelSpec
 
 

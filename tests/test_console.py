@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdtrt.console import Console, print_table
+from sdtrt.common.console import Console, print_table
 
 
 def test_stage_says_its_name_and_how_long_it_took(capsys):

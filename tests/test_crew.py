@@ -16,25 +16,25 @@ from factories import SMALL, small_unet
 from test_build_tensorrt import is_running, needs_rtx, recording, rtx_spec
 from test_trt_api import save_graph
 
-from sdtrt import host
-from sdtrt.build import crew, worker
-from sdtrt.build import tensorrt as build
-from sdtrt.build.tensorrt import Request, build_plan
-from sdtrt.components import unet_contract
-from sdtrt.console import Console
-from sdtrt.errors import BuildError, BuildMemoryShortage
-from sdtrt.export import write_onnx
-from sdtrt.runtime.pieces import read_pieces
+from sdtrt.backends.tensorrt import build, worker
+from sdtrt.backends.tensorrt.build import Request, build_plan
+from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.versions.header import read_header
+from sdtrt.backends.tensorrt86 import parallel_build
+from sdtrt.backends.tensorrt86.pieces import read_pieces
+from sdtrt.common import host
+from sdtrt.common.console import Console
+from sdtrt.common.errors import BuildError, BuildMemoryShortage
+from sdtrt.exports.component import write_onnx
 from sdtrt.specs import Profile, Sizes
-from sdtrt.trt_api import building, libraries
-from sdtrt.trt_api.header import read_header
+from sdtrt.specs.contract import unet_contract
 
 SPEC = rtx_spec(profiles=(Profile.of(Sizes(2, 64, 96)),), optimization_level=None)
 COUNT = 5  # the pieces that attentions of 90 tokens leave of the UNet below
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 # In all processes of a build: TensorRT for RTX leaves attention to PyTorch too, which it never does by itself.
 SPLITS = (
-    "from sdtrt.trt_api import building\n"
+    "from sdtrt.backends.tensorrt.versions import building\n"
     "building.split_tokens = lambda spec: 90 if spec.split_attention is None else 0\n"
 )
 NEVER_ENDS = SPLITS + "import time\nbuilding.serialize = lambda draft, config: time.sleep(100)\n"
@@ -161,7 +161,7 @@ def hung_build(whole, folder, everywhere, tmp_path):
     everywhere(NEVER_ENDS)
     script = (
         "import json, sys\n"
-        "from sdtrt.build import tensorrt as build\n"
+        "from sdtrt.backends.tensorrt import build\n"
         "request = build.Request.from_json(json.load(open(sys.argv[1])))\n"
         "build._build_in_child(request, build.Console(quiet=True), lambda text: print(text, flush=True))\n"
     )
@@ -175,9 +175,13 @@ def hung_build(whole, folder, everywhere, tmp_path):
             while b"pieces" not in (line := parent.stdout.readline()):
                 assert line, parent.stderr.read().decode()
             (coordinator,) = children_of(parent.pid)
-            wait_until(lambda: len(children_of(coordinator)) == min(crew.most_jobs(), COUNT))
+            wait_until(lambda: len(children_of(coordinator)) == min(parallel_build.most_jobs(), COUNT))
             # Each has read its request, and builds: it has begun its log.
-            wait_until(lambda: sum("INFO" in log.read_text() for log in folder.glob("build.log.*")) == crew.most_jobs())
+            wait_until(
+                lambda: (
+                    sum("INFO" in log.read_text() for log in folder.glob("build.log.*")) == parallel_build.most_jobs()
+                )
+            )
             yield parent, coordinator, children_of(coordinator)
         finally:
             parent.kill()
@@ -257,7 +261,7 @@ def builders(whole, folder, tmp_path, monkeypatch):
 
 
 def jobs(monkeypatch, count):
-    monkeypatch.setattr(crew, "most_jobs", lambda: count)
+    monkeypatch.setattr(parallel_build, "most_jobs", lambda: count)
 
 
 def notes(tmp_path):
@@ -269,7 +273,7 @@ def test_so_many_run_side_by_side_the_largest_first(builders, folder, tmp_path, 
     requests = builders("time.sleep(0.3)\ntell(warn='all say this')\ntell(show='unseen')")
     jobs(monkeypatch, count)
     said = []
-    found = crew.build(requests, folder / "build.log", said.append)
+    found = parallel_build.build(requests, folder / "build.log", said.append)
     assert [one["piece"] for one in found] == [0, 1, 2, 3]
     running, most = 0, 0
     for line in notes(tmp_path):
@@ -290,7 +294,7 @@ def test_the_first_failure_ends_the_others_at_once(builders, folder, tmp_path, m
     jobs(monkeypatch, 3)
     start = time.monotonic()
     with pytest.raises(BuildError, match="no kernel"):
-        crew.build(requests, folder / "build.log", print)
+        parallel_build.build(requests, folder / "build.log", print)
     assert time.monotonic() - start < 50
     assert children_of(os.getpid()) == []
     assert sorted(notes(tmp_path)) == ["begin 1", "begin 2", "begin 3"], "what had not begun never did"
@@ -307,7 +311,7 @@ def test_too_little_memory_for_several_builds_the_rest_one_at_a_time(builders, f
     )
     jobs(monkeypatch, 2)
     said = []
-    found = crew.build(requests, folder / "build.log", said.append)
+    found = parallel_build.build(requests, folder / "build.log", said.append)
     assert [one["piece"] for one in found] == [0, 1, 2, 3]
     (warning,) = [message["warn"] for message in said if "warn" in message]
     assert re.match(r"2 pieces side by side failed \(.*\): building 3 one at a time", warning)
@@ -320,7 +324,7 @@ def test_too_little_memory_for_one_is_an_error(builders, folder, tmp_path, monke
     requests = builders("tell(error='BuildMemoryShortage', message='too little', hint='try'); sys.exit()")
     jobs(monkeypatch, 1)
     with pytest.raises(BuildMemoryShortage, match="too little"):
-        crew.build(requests, folder / "build.log", print)
+        parallel_build.build(requests, folder / "build.log", print)
     assert notes(tmp_path) == ["begin 3"]
 
 
@@ -332,7 +336,7 @@ def test_a_builder_that_dies_is_told_by_its_own_last_words(builders, folder, mon
     )
     jobs(monkeypatch, 4)
     with pytest.raises(BuildError, match=r"died \(SIGABRT\); its last words: words of 2$") as caught:
-        crew.build(requests, folder / "build.log", print)
+        parallel_build.build(requests, folder / "build.log", print)
     assert type(caught.value) is BuildError
     assert "\n[piece 2]\nwords of 2\n" in (folder / "build.log").read_text()
     assert [path.name for path in folder.iterdir()] == ["build.log"]
@@ -355,7 +359,7 @@ def test_how_many_builders_run_depends_on_the_gpu_and_on_cores(monkeypatch, core
     monkeypatch.setattr(host, "cores", lambda: cores)
     monkeypatch.setattr(host, "has_gpu", lambda: has_gpu)
     monkeypatch.setattr(host, "free_gpu_bytes", lambda: free)
-    assert crew.most_jobs() == count
+    assert parallel_build.most_jobs() == count
 
 
 # --------------------------------------------------------------------------------------------------- timing caches
@@ -364,7 +368,7 @@ KEEP = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from sdtrt.build import worker
+from sdtrt.backends.tensorrt import worker
 
 class Timing:
     def __init__(self, data): self.entries = set(data.split())

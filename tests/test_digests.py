@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from factories import sha256_of as right
 
-from sdtrt import digests
-from sdtrt.digests import digest_of, digests_ahead, hash_ahead, sha256_file
-from sdtrt.errors import CacheError
+from sdtrt.common.errors import CacheError
+from sdtrt.engines import digests
+from sdtrt.engines.digests import digest_of, digests_ahead, hash_ahead, sha256_file
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_a_read_error_reaches_who_asks(file, monkeypatch):
 
 @pytest.fixture
 def directory(directory, monkeypatch):
-    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 500)
+    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 500)
     return directory
 
 

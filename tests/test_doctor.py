@@ -9,10 +9,13 @@ import sys
 
 import pytest
 
-from sdtrt import doctor, engines, host
-from sdtrt.cache import EngineDirectory
-from sdtrt.errors import EngineError
-from sdtrt.trt_api import libraries
+from sdtrt.backends import registry
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common import host
+from sdtrt.common.errors import EngineError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models import resolve
+from sdtrt.reports import doctor
 
 RTX = host.Gpu("Some RTX", (8, 9), 24 * 2**30)
 
@@ -66,7 +69,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):
 @pytest.mark.parametrize(("capability", "state"), [((8, 9), "ok"), ((9, 0), "optional")])
 def test_tensorrt_for_rtx_serves_the_gpus_that_it_serves(directory, monkeypatch, capability, state):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("A GPU", capability, 2**34),))
-    monkeypatch.setattr(engines, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(registry, "torch_sees_gpu", lambda: True)
     diagnosis = doctor.diagnose(directory)
     assert finding(diagnosis, "tensorrt-rtx").state == state
     assert ("tensorrt-rtx" in diagnosis.backends) == (state == "ok")
@@ -86,7 +89,7 @@ def test_a_tensorrt_that_cannot_be_loaded_is_a_finding_and_no_end(directory, mon
 
 def test_an_engine_directory_that_cannot_be_written_is_not_healthy(monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    diagnosis = doctor.diagnose(EngineDirectory(doctor.TINY.parent / "engines"))
+    diagnosis = doctor.diagnose(EngineDirectory(resolve.TINY.parent / "engines"))
     assert finding(diagnosis, "engine directory").state == "missing"
     assert "--engine-dir" in finding(diagnosis, "engine directory").mend
     assert not diagnosis.healthy

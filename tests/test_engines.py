@@ -14,19 +14,24 @@ import factories
 import pytest
 import torch
 
-from sdtrt import build, cache, engines, host, parts
-from sdtrt.build import host_key
-from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
-from sdtrt.components import Contract
-from sdtrt.console import Console
-from sdtrt.errors import BuildError, EngineError, UsageError
-from sdtrt.loading import load_unet
-from sdtrt.models import resolve_model
-from sdtrt.runtime import open_session
+from sdtrt.backends import build as engine_build
+from sdtrt.backends import registry
+from sdtrt.backends.build import host_key
+from sdtrt.backends.open import open_session
+from sdtrt.backends.tensorrt.versions import building
+from sdtrt.cli.commands import main
+from sdtrt.common import host
+from sdtrt.common.console import Console
+from sdtrt.common.errors import BuildError, EngineError, UsageError
+from sdtrt.engines import directory as engine_directory
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import entry_of
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.models import components
+from sdtrt.models.loading import load_unet
+from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
-from sdtrt.trt_api import building
+from sdtrt.specs.contract import Contract
 
 CPU = torch.device("cpu")
 SMALL = Sizes(2, 64, 64)
@@ -56,33 +61,33 @@ def entry(model, directory):
 
 def test_without_a_gpu_auto_is_onnxruntime_and_says_why(capsys, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: ())
-    assert engines.choose_backend("auto", Console()) == "onnxruntime"
+    assert registry.choose_backend("auto", Console()) == "onnxruntime"
     assert "no NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_auto_goes_by_what_pytorch_and_tensorrt_can_do_here(capsys, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
-    assert engines.choose_backend("auto", Console()) == "onnxruntime"
+    assert registry.choose_backend("auto", Console()) == "onnxruntime"
     assert "this PyTorch can't use it" in capsys.readouterr().err
-    monkeypatch.setattr(engines, "torch_sees_gpu", lambda: True)
-    monkeypatch.setattr(engines, "why_not", lambda backend: EngineError("it is broken", hint="mend it"))
-    assert engines.choose_backend("auto", Console(verbose=True)) == "torch"
+    monkeypatch.setattr(registry, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(registry, "why_not", lambda backend: EngineError("it is broken", hint="mend it"))
+    assert registry.choose_backend("auto", Console(verbose=True)) == "torch"
     assert "not tensorrt: it is broken" in capsys.readouterr().err
-    monkeypatch.setattr(engines, "why_not", lambda backend: None)
-    monkeypatch.setattr(engines, "backend_version", lambda backend: "10.13.3")
-    assert engines.choose_backend("auto", Console()) == "tensorrt"
+    monkeypatch.setattr(registry, "why_not", lambda backend: None)
+    monkeypatch.setattr(registry, "backend_version", lambda backend: "10.13.3")
+    assert registry.choose_backend("auto", Console()) == "tensorrt"
     assert "Some RTX, TensorRT 10.13.3" in capsys.readouterr().err
 
 
 def test_a_named_backend_is_taken_as_it_is(capsys):
-    assert engines.choose_backend("torch", Console()) == "torch"
+    assert registry.choose_backend("torch", Console()) == "torch"
     assert capsys.readouterr().err == ""
 
 
 def test_an_engine_is_built_once_and_serves_other_sizes(model, directory, entry):
-    assert engines.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
+    assert registry.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
     assert factories.unet_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
-    assert engines.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
+    assert registry.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
 
 
 def test_the_engine_computes_what_pytorch_computes(model, entry):
@@ -125,7 +130,7 @@ def test_wrong_inputs_are_named_before_anything_runs(entry, wrong):
 
 def test_the_engine_is_at_least_as_fast_as_pytorch(model, entry):
     """Best of several runs each, in turns, one thread each, in processor time: other processes don't matter."""
-    from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+    from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 
     contract = Contract.from_json(entry.info["contract"])
     feeds = seeded_feeds(contract, Sizes(2, 128, 128))
@@ -150,7 +155,7 @@ def test_a_closed_session_says_so(entry):
 
 
 def test_a_garbled_engine_is_an_error_with_the_rebuild(entry, tmp_path):
-    from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+    from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 
     (tmp_path / "engine.onnx").write_bytes(b"not a model")
     with pytest.raises(EngineError) as caught:
@@ -182,7 +187,7 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(mod
     empty = EngineDirectory(tmp_path / "none")
     for found, missing in ((empty, wanted), (directory, ("text_encoder", "vae_decoder"))):
         with pytest.raises(EngineError, match=f"for the {', '.join(missing)} of ") as caught:
-            engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted, allow_build=False)
+            registry.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted, allow_build=False)
         words = shlex.split(caught.value.hint)
         assert tuple(words[i + 1] for i, word in enumerate(words) if word == "--component") == missing
     assert not empty.path.exists()
@@ -191,42 +196,42 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(mod
 def test_engines_of_all_components_are_built_once_and_found_again(model, tmp_path):
     found = EngineDirectory(tmp_path / "engines")
     wanted = ("text_encoder", "vae_decoder", "vae_encoder")
-    made = engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)
+    made = registry.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)
     assert tuple(made) == wanted
     assert [made[name].key["component"] for name in wanted] == list(wanted)
     assert len(found.entries("onnx")) == len(found.entries("engine")) == 3
-    again = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(4, 72, 96), found, wanted, allow_build=False)
+    again = registry.ensure_engines(model, "onnxruntime", "fp32", Sizes(4, 72, 96), found, wanted, allow_build=False)
     assert again == made
 
 
 def test_an_engine_of_another_component_is_never_taken(model, directory, entry):
-    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
+    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
     for component in ("text_encoder", "vae_decoder", "vae_encoder"):
-        assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
+        assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
 
 
 def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
     model = resolve_model(ModelSpec(str(factories.sdxl_folder(tmp_path / "sdxl", layers_per_block=1))))
     found = EngineDirectory(tmp_path / "engines")
-    made = engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
+    made = registry.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
     assert [entry.key["precision"] for entry in made.values()] == ["fp16", "fp32"]
-    assert engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
-    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
+    assert registry.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
+    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
 
 
 @pytest.fixture
 def run_build(monkeypatch):
     """Run a command as the shell would, TensorRT left out: its engines are empty. Returns their specs by component."""
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
-    for module in (build, engines):
+    for module in (engine_build, registry):
         monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
     specs = {}
 
     def publish(model, spec, directory, console):
         specs[spec.export.component] = spec
-        return directory.obtain("engine", build.engine_key(model, spec, directory), _empty)
+        return directory.obtain("engine", engine_build.engine_key(model, spec, directory), _empty)
 
-    monkeypatch.setattr(build, "build_engine", publish)
+    monkeypatch.setattr(engine_build, "build_engine", publish)
 
     def run(command):
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -270,14 +275,14 @@ def test_the_hinted_command_builds_what_is_missing(model, run_build, tmp_path, c
     sizes, images, missing, options, words = REQUESTS[case]
     request = (model, "tensorrt", "fp16", sizes, EngineDirectory(tmp_path / "engines"), missing)
     with pytest.raises(EngineError) as caught:
-        engines.ensure_engines(*request, images=images, allow_build=False)
+        registry.ensure_engines(*request, images=images, allow_build=False)
     assert f"for the {', '.join(missing)} of {model.spec.name} fits{words}" in caught.value.message
     given = caught.value.hint.partition(f"--component {missing[-1]} ")[2]
     assert given.partition("--engine-dir")[0].strip() == options
     for name, spec in run_build(caught.value.hint).items():
-        own = Profile.of(parts.sizes_of(name, sizes, images))
+        own = Profile.of(components.sizes_of(name, sizes, images))
         assert spec.profiles == (replace(own, batch=BATCHES.get(case, {}).get(name, own.batch)),)
-    assert tuple(engines.ensure_engines(*request, images=images, allow_build=False)) == missing
+    assert tuple(registry.ensure_engines(*request, images=images, allow_build=False)) == missing
 
 
 def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_build, tmp_path):
@@ -289,25 +294,25 @@ def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_buil
     ):
         request = (model, "tensorrt", "fp16", SMALL, EngineDirectory(tmp_path / f"{len(missing)}"), missing)
         with pytest.raises(EngineError, match=words) as caught:
-            engines.ensure_engines(*request, allow_build=False)
+            registry.ensure_engines(*request, allow_build=False)
         assert ("vae_decoder in fp32 at batch 1" in caught.value.message) == (len(missing) > 1)
         assert run_build(caught.value.hint)["vae_decoder"].export.precision == "fp32"
-        assert tuple(engines.ensure_engines(*request, allow_build=False)) == missing
+        assert tuple(registry.ensure_engines(*request, allow_build=False)) == missing
 
 
 def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, tmp_path):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
-    for module in (build, engines):
+    for module in (engine_build, registry):
         monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
     found = EngineDirectory(tmp_path / "engines")
     profiles = (Profile.of(Sizes(2, 512, 512)),)
     for component in ("text_encoder", "vae_decoder"):
-        spec = BuildSpec(ExportSpec(model.spec, component), "tensorrt", parts.profiles_of(component, profiles))
-        found.obtain("engine", build.engine_key(model, spec, found), _empty)
+        spec = BuildSpec(ExportSpec(model.spec, component), "tensorrt", components.profiles_of(component, profiles))
+        found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
 
     def finds(component, sizes):
-        own = parts.sizes_of(component, sizes)
-        return engines.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
+        own = components.sizes_of(component, sizes)
+        return registry.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
 
     assert finds("text_encoder", Sizes(2, 768, 512))
     assert finds("vae_decoder", Sizes(1, 512, 512))
@@ -320,15 +325,15 @@ def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
     options = dict(first.key["options"])
     for level in range(3):  # whichever way their names sort
         made = found.obtain("engine", dict(first.key) | {"options": options | {"level": level}}, _empty)
-        assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
+        assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
 
 
 def test_an_engine_of_an_older_build_format_is_not_used(model, directory, entry, monkeypatch):
-    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
-    assert not engines.is_foreign(entry)
-    monkeypatch.setattr(engines, "FORMATS", engines.FORMATS | {"onnxruntime": entry.key["format"] + 1})
-    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
-    assert engines.is_foreign(entry)
+    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
+    assert not registry.is_foreign(entry)
+    monkeypatch.setattr(registry, "FORMATS", engine_build.FORMATS | {"onnxruntime": entry.key["format"] + 1})
+    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    assert registry.is_foreign(entry)
 
 
 def _empty(folder):
@@ -347,7 +352,7 @@ def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
 
 def test_the_build_command_names_all_that_the_model_needs(model):
     named = replace(model, spec=ModelSpec("some/model", revision="main", variant="fp16", offline=True))
-    words = engines.build_command(named, "tensorrt", "fp16", SMALL, EngineDirectory(Path("my engines")))
+    words = registry.build_command(named, "tensorrt", "fp16", SMALL, EngineDirectory(Path("my engines")))
     assert "--revision main --variant fp16 --offline" in words
     assert "--batch 2 --height 64 --width 64 --tokens 77" in words
     assert shlex.split(words)[-1].endswith("my engines")
@@ -371,7 +376,7 @@ def test_the_tightest_profile_wins():
     elsewhere = Profile(Range(1, 2, 8), Range(256, 768, 1024), Range(256, 768, 1024))
 
     def slack(*profiles, sizes=Sizes(2, 512, 512)):
-        return engines.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
+        return registry.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
 
     assert slack(static) == 0
     assert slack() == 0  # takes any size
@@ -389,31 +394,31 @@ def test_an_engine_is_bound_to_what_its_backend_needs(monkeypatch):
 
 def test_an_export_of_another_format_is_foreign(model, directory, entry, monkeypatch):
     (exported,) = (one for one in directory.entries("onnx") if one.name == entry.info["onnx"])
-    assert not engines.is_foreign(exported)
-    assert engines.is_foreign(replace(exported, kind="of a later sdtrt"))
-    monkeypatch.setattr(engines, "EXPORT_FORMAT", -1)
-    assert engines.is_foreign(exported)
+    assert not registry.is_foreign(exported)
+    assert registry.is_foreign(replace(exported, kind="of a later sdtrt"))
+    monkeypatch.setattr(registry, "EXPORT_FORMAT", -1)
+    assert registry.is_foreign(exported)
 
 
 def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(model, tmp_path, monkeypatch):
     found = EngineDirectory(tmp_path / "engines")
-    for component in parts.components_of(model):
+    for component in components.components_of(model):
         spec = BuildSpec(ExportSpec(model.spec, component, "fp32"), "onnxruntime")
-        found.obtain("engine", build.engine_key(model, spec, found), _empty)
-    read, real = [], cache.entry_of
-    monkeypatch.setattr(cache, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
+        found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+    read, real = [], entry_of
+    monkeypatch.setattr(engine_directory, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
     found = EngineDirectory(found.path)
     found.likely(model.name, "onnxruntime")
     wanted = ("text_encoder", "unet", "vae_decoder")
-    assert list(engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
+    assert list(registry.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
     assert sorted(read) == sorted(entry.path for entry in found.entries())
 
 
 def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkeypatch):
-    assert not engines.is_foreign(entry)
-    monkeypatch.setattr(engines, "backend_version", lambda backend: "0.0")
-    assert engines.is_foreign(entry)
-    assert engines.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    assert not registry.is_foreign(entry)
+    monkeypatch.setattr(registry, "backend_version", lambda backend: "0.0")
+    assert registry.is_foreign(entry)
+    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
 
 
 @pytest.mark.parametrize(("version", "runs"), [("8.6.1", True), ("10.15.1.29", True), ("8.5.3", False)])
@@ -423,16 +428,16 @@ def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp
     export = ExportSpec(model.spec)
     for compatible in (True, False):
         spec = BuildSpec(export, "tensorrt", (Profile.of(SMALL),), version_compatible=compatible)
-        monkeypatch.setattr(build, "backend_version", lambda backend: "8.6.1")
-        made = found.obtain("engine", build.engine_key(model, spec, found), _empty)
-        monkeypatch.setattr(engines, "backend_version", lambda backend: version)
-        assert engines.is_foreign(made) != (runs if compatible else version == "8.6.1")
-    best = engines.find_engine(model, "tensorrt", "fp16", SMALL, found)
+        monkeypatch.setattr(engine_build, "backend_version", lambda backend: "8.6.1")
+        made = found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        monkeypatch.setattr(registry, "backend_version", lambda backend: version)
+        assert registry.is_foreign(made) != (runs if compatible else version == "8.6.1")
+    best = registry.find_engine(model, "tensorrt", "fp16", SMALL, found)
     assert (best is not None) == runs
 
 
 def test_export_and_build_options_are_part_of_the_key(model, directory):
-    from sdtrt.build import engine_key
+    from sdtrt.backends.build import engine_key
 
     keys = [
         engine_key(model, BuildSpec(ExportSpec(model.spec, precision=precision, opset=opset), "onnxruntime"), directory)

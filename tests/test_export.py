@@ -20,16 +20,18 @@ from exports import DTYPES, EACH_BY_BOTH, EXPORTERS, exported_unet, make
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sdtrt import export, onnx_facts, onnx_graph, tracing
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract, unet_contract
-from sdtrt.console import Console
-from sdtrt.errors import ExportError, OutputError, UsageError
-from sdtrt.export import check_onnx, export_component, export_file, export_key, write_onnx
-from sdtrt.metrics import relative_l2
-from sdtrt.models import resolve_model
-from sdtrt.parity import TOLERANCES, seeded_feeds
+from sdtrt.common.console import Console
+from sdtrt.common.errors import ExportError, OutputError, UsageError
+from sdtrt.common.metrics import relative_l2
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.keys import export_key
+from sdtrt.exports import component as component_export
+from sdtrt.exports import onnx_file, onnx_index, tracing
+from sdtrt.exports.component import export_component, export_file, write_onnx
+from sdtrt.exports.parity import TOLERANCES, check_onnx, seeded_feeds
+from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
+from sdtrt.specs.contract import Contract, unet_contract
 
 SMALLEST = factories.SMALLEST["sd1"]
 FEW_SIZES = (Sizes(1, 128, 128), Sizes(5, 72, 104, tokens=154))
@@ -221,7 +223,7 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
     made = exported("sd1", exporter=exporter)
     operators = {node.name: node.op_type for node in made.model.graph.node}
-    kept = onnx_facts.float32_nodes(made.path)
+    kept = onnx_index.float32_nodes(made.path)
     assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
 
 
@@ -230,7 +232,7 @@ def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
     """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
     made = exported("sd1", exporter=exporter)
     weights = {tensor.name: tensor for tensor in made.model.graph.initializer}
-    kept = onnx_facts.float32_nodes(made.path)
+    kept = onnx_index.float32_nodes(made.path)
     wide = {node.input[1] for node in made.model.graph.node if node.op_type == "Conv" and node.name in kept}
     expected = tracing.wide_convolutions(made.unet)
     assert wide == {f"unet.{name}.weight.fp32" for name in expected}
@@ -277,7 +279,7 @@ def test_more_or_no_layers_in_fp32(tmp_path, exported, monkeypatch):
         path = tmp_path / f"{layers}.onnx"
         write_onnx(made.unet, made.contract, path, wide_layers=layers)
         operators = {node.name: node.op_type for node in onnx.load(path).graph.node}
-        counts.append(sum(operators[name] == "Conv" for name in onnx_facts.float32_nodes(path)))
+        counts.append(sum(operators[name] == "Conv" for name in onnx_index.float32_nodes(path)))
     assert counts[0] == 0 < counts[1] < counts[2]
     assert not tracing.wide_convolutions(exported("sd1", "bf16").unet)
 
@@ -310,7 +312,7 @@ def test_exporting_twice_gives_the_same_bytes_and_says_nothing(tmp_path, exporte
 
 
 def test_large_weights_go_into_one_file_beside_the_graph(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT_BYTES", 2**20)
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT_BYTES", 2**20)
     it = make(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert it.path.stat().st_size < 2**20
@@ -409,7 +411,7 @@ def test_an_entry_is_made_once(tmp_path, tiny_model, spec, monkeypatch):
     assert entry.info["parity"]["checks"][1]["sizes"] == {"batch": 2, "height": 72, "width": 104, "tokens": 77}
     assert entry.info["sha256"] == {"model.onnx": factories.sha256_of(entry.file("model.onnx"))}
     json.dumps(entry.info)
-    monkeypatch.setattr(export, "write_onnx", None)  # a second export would fail
+    monkeypatch.setattr(component_export, "write_onnx", None)  # a second export would fail
     assert export_component(tiny_model, spec, directory).path == entry.path
 
 
@@ -435,7 +437,7 @@ def test_a_failed_check_publishes_nothing(tmp_path, tiny_model, spec, monkeypatc
     def fail(*args, **kwargs):
         raise ExportError("off", hint="none")
 
-    monkeypatch.setattr(export, "check_onnx", fail)
+    monkeypatch.setattr(component_export, "check_onnx", fail)
     directory = EngineDirectory(tmp_path / "engines")
     with pytest.raises(ExportError):
         export_component(tiny_model, spec, directory)
@@ -461,7 +463,7 @@ def test_export_to_a_file(tmp_path, tiny_model, spec, monkeypatch, capfd):
         export_file(tiny_model, spec)
     assert "--overwrite" in caught.value.hint
 
-    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT_BYTES", 0)
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT_BYTES", 0)
     export_file(tiny_model, replace(spec, overwrite=True))
     assert sorted(path.name for path in spec.output.parent.iterdir()) == ["unet.onnx", "unet.onnx.data"]
     monkeypatch.undo()
@@ -474,14 +476,14 @@ def test_a_full_disk_is_an_output_error(tmp_path, tiny_model, spec, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx_graph, "save", full)
+    monkeypatch.setattr(onnx_file, "save", full)
     with pytest.raises(OutputError, match="No space left"):
         export_file(tiny_model, replace(spec, output=tmp_path / "unet.onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_outputs_are_refused_before_any_work(tmp_path, tiny_model, spec, monkeypatch):
-    monkeypatch.setattr(export, "load_component", None)
+    monkeypatch.setattr(component_export, "load_component", None)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(OutputError) as caught:

@@ -13,12 +13,12 @@ import torch
 from exports import DTYPES, made_once
 from onnx import numpy_helper
 
-from sdtrt import tracing
-from sdtrt.components import Contract, text_encoder_contract, vae_contract
-from sdtrt.errors import ExportError
-from sdtrt.export import check_onnx, write_onnx
-from sdtrt.parity import seeded_feeds
+from sdtrt.common.errors import ExportError
+from sdtrt.exports import tracing
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.parity import check_onnx, seeded_feeds
 from sdtrt.specs import DEFAULT_OPSETS, Sizes
+from sdtrt.specs.contract import Contract, text_encoder_contract, vae_contract
 
 NAMES = ["text", "pooled text", "vae_decoder", "vae_encoder"]
 SMALL_VAE = {"layers_per_block": 1}

@@ -19,17 +19,17 @@ from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
 from test_modules import facade_of, make_pipeline, picture
 from torch.autograd import forward_ad
 
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import text_encoder_contract, vae_contract
-from sdtrt.console import QUIET
-from sdtrt.errors import EngineError
-from sdtrt.generate import _Finite
-from sdtrt.models import resolve_model
-from sdtrt.modules import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline import AS_A_WHOLE, PipelineSpec, _refuse_as_a_whole, hooked, open_pipeline
-from sdtrt.runtime.gradients import refuse_gradients
-from sdtrt.runtime.session import Session, check_feeds
+from sdtrt.backends.gradients import refuse_gradients
+from sdtrt.backends.session import Session, check_feeds
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import EngineError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
+from sdtrt.pipeline.generate import _Finite
+from sdtrt.pipeline.open import AS_A_WHOLE, PipelineSpec, _refuse_as_a_whole, hooked, open_pipeline
 from sdtrt.specs import ModelSpec, Sizes
+from sdtrt.specs.contract import text_encoder_contract, vae_contract
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 CPU = torch.device("cpu")

@@ -21,10 +21,11 @@ from factories import sd1_folder, unet_engine
 from fault_server import UNET
 from PIL import Image
 
-from sdtrt import entries, memory
-from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
-from sdtrt.models import resolve_model
+from sdtrt.cli.commands import main
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import SIDECAR, seal
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import memory
 from sdtrt.specs import ModelSpec, Sizes
 
 TABLE = Path(__file__).resolve().parents[1] / "SECURITY.md"
@@ -131,8 +132,8 @@ def short_of_gpu_memory():
     """The engine's sidecar says what a TensorRT engine's does, and the GPU has 3 GiB: neither is to be had here."""
     (folder,) = Path().glob("engines/unet-onnxruntime-*")
     (entry,) = (one for one in EngineDirectory(Path("engines")).entries("engine") if one.name == folder.name)
-    (folder / entries.SIDECAR).unlink()
-    entries.seal(folder, entry.kind, entry.key, {**entry.info, "plan_bytes": 2**31, "scratch_bytes": 2**31})
+    (folder / SIDECAR).unlink()
+    seal(folder, entry.kind, entry.key, {**entry.info, "plan_bytes": 2**31, "scratch_bytes": 2**31})
     free = contextlib.ExitStack()
     free.enter_context(mock.patch.object(memory, "free_bytes", return_value=3 * 2**30))
     held.append(free)

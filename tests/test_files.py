@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt.export import _draft_folder
-from sdtrt.files import make_folders, open_regular, read_small_file
-from sdtrt.saving import write_files
+from sdtrt.common.files import make_folders, open_regular, read_small_file
+from sdtrt.exports.component import _draft_folder
+from sdtrt.pipeline.saving import write_files
 
 
 def test_a_small_file_is_read_up_to_the_limit_and_no_larger_one(tmp_path):

@@ -12,23 +12,22 @@ import onnxruntime
 import pytest
 from factories import SMALL, small_text_encoder, small_unet, small_vae
 
-from sdtrt import onnx_graph
-from sdtrt.build import fused_attention
-from sdtrt.build import onnxruntime as build
-from sdtrt.build.attentions import check, find_attentions
-from sdtrt.build.fused_attention import OPERATOR, fuse
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import text_encoder_contract, unet_contract, vae_contract
-from sdtrt.console import QUIET, Console
-from sdtrt.errors import BuildError, CacheError
-from sdtrt.export import write_onnx
-from sdtrt.metrics import relative_l2
-from sdtrt.onnx_facts import Facts
-from sdtrt.parity import seeded_feeds
-from sdtrt.runtime import ONNXRUNTIME_FILE
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.runtime.pieces import Attention
+from sdtrt.backends.onnxruntime import build, fused_attention
+from sdtrt.backends.onnxruntime.fused_attention import OPERATOR, fuse
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.backends.open import ONNXRUNTIME_FILE
+from sdtrt.backends.tensorrt86.pieces import Attention
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import BuildError, CacheError
+from sdtrt.common.metrics import relative_l2
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.exports import onnx_file
+from sdtrt.exports.attention import check, find_attentions
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.parity import seeded_feeds
 from sdtrt.specs import Sizes
+from sdtrt.specs.contract import text_encoder_contract, unet_contract, vae_contract
 
 KEY = {"component": "unet", "precision": "fp32", "backend": "onnxruntime"}
 ODD = Sizes(3, 72, 104, tokens=154)
@@ -96,7 +95,7 @@ def test_attention_with_a_mask_is_left_alone(tmp_path):
 
 
 def test_cross_attention_is_found_where_it_is_asked_for_and_held_against_its_nodes(unet):
-    facts = Facts(*onnx_graph.load_split(unet[0]))
+    facts = Facts(*onnx_file.load_split(unet[0]))
     own, every = find_attentions(facts), find_attentions(facts, cross=True)
     assert ["attn1" in one.result for one in own] == [True] * 4
     others = [one for one in every if one not in own]
@@ -109,7 +108,7 @@ def test_cross_attention_is_found_where_it_is_asked_for_and_held_against_its_nod
 
 def misread(monkeypatch, source, count):
     """So many of the attentions that are found have another scale than their nodes."""
-    found = find_attentions(Facts(*onnx_graph.load_split(source)), cross=True)
+    found = find_attentions(Facts(*onnx_file.load_split(source)), cross=True)
     wrong = [replace(one, scale=math.e * one.scale) for one in found[:count]]
     monkeypatch.setattr(fused_attention, "find_attentions", lambda *_, **__: [*wrong, *found[count:]])
 
@@ -141,7 +140,7 @@ def test_a_model_that_differs_is_optimised_as_it_was_exported_and_that_is_said(u
 
 def test_a_model_that_the_operator_fails_in_is_optimised_as_it_was_exported(unet, tmp_path, monkeypatch, capsys):
     """Seven heads are not what any of its widths has."""
-    found = find_attentions(Facts(*onnx_graph.load_split(unet[0])), cross=True)
+    found = find_attentions(Facts(*onnx_file.load_split(unet[0])), cross=True)
     heads = [replace(one, heads=7) for one in found]
     monkeypatch.setattr(fused_attention, "find_attentions", lambda *_, **__: heads)
     monkeypatch.setattr(fused_attention, "check", lambda *_: 0.0)
@@ -176,7 +175,7 @@ def test_what_may_pass_ends_the_build_and_makes_no_slower_engine(error, unet, tm
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(onnx_graph, "save", fail)
+    monkeypatch.setattr(onnx_file, "save", fail)
     with pytest.raises((BuildError, OSError), match=r"memory|space"):
         build.optimize(unet[0], tmp_path, unet[1], QUIET)
     assert list(tmp_path.iterdir()) == []
@@ -238,9 +237,9 @@ def test_a_large_models_weights_are_in_a_file_of_their_own(apart, unet, tmp_path
     """Whether the export has them so or not."""
     source, contract = unet
     if apart:
-        model, weights = onnx_graph.load_split(source)
+        model, weights = onnx_file.load_split(source)
         source = tmp_path / "model.onnx"
-        onnx_graph.save(model, weights, source, inline_bytes=0)
+        onnx_file.save(model, weights, source, inline_bytes=0)
     monkeypatch.setattr(build, "EXTERNAL_BYTES", 2**20)
     (tmp_path / "entry").mkdir()
     assert build.optimize(source, tmp_path / "entry", contract, QUIET)["fused_attentions"] == 8

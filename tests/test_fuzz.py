@@ -27,23 +27,25 @@ from fuzzing import fuzz, only_clean_errors
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdtrt import engines, entries, images
-from sdtrt.build.onnxruntime import optimize
-from sdtrt.cache import EngineDirectory
-from sdtrt.cli import main
-from sdtrt.components import unet_contract
-from sdtrt.console import QUIET
-from sdtrt.entries import SIDECAR
-from sdtrt.errors import BuildError, EngineError, ModelError, UsageError
-from sdtrt.generate import generate
-from sdtrt.inspection import inspect_engine
-from sdtrt.loading import load_parts
-from sdtrt.models import resolve_model
-from sdtrt.runtime import layout, open_session
-from sdtrt.runtime import pieces as pieces_module
-from sdtrt.runtime.plan import profiles_of
-from sdtrt.schedulers import check_steps
+from sdtrt.backends import registry
+from sdtrt.backends.onnxruntime.build import optimize
+from sdtrt.backends.open import open_session
+from sdtrt.backends.tensorrt.plan import profiles_of
+from sdtrt.backends.tensorrt86 import memory_layout
+from sdtrt.backends.tensorrt86 import pieces as pieces_module
+from sdtrt.cli.commands import main
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import BuildError, EngineError, ModelError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import MALFORMED, SIDECAR, entry_name, seal, seal_of
+from sdtrt.models.loading import load_parts
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import images
+from sdtrt.pipeline.generate import generate
+from sdtrt.pipeline.schedulers import check_steps
+from sdtrt.reports.inspection import inspect_engine
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
+from sdtrt.specs.contract import unet_contract
 
 SIZES = Sizes(2, 64, 64)
 CPU = torch.device("cpu")
@@ -111,8 +113,8 @@ def use_everything(directory, model):
     """All that reads sidecars."""
     resolved = resolve_model(ModelSpec(str(model)))
     list(directory.check())
-    directory.prunable(PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), engines.is_foreign)
-    entry = engines.find_engine(resolved, "onnxruntime", "fp32", SIZES, directory)
+    directory.prunable(PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), registry.is_foreign)
+    entry = registry.find_engine(resolved, "onnxruntime", "fp32", SIZES, directory)
     for found in directory.entries():
         json.dumps(found.to_json())
         with only_clean_errors():
@@ -135,10 +137,10 @@ def test_sidecars_that_lie(directory, model, changes, sealed):
         folder = entry.path
         try:
             if sealed and isinstance(data, dict):
-                with contextlib.suppress(*entries.MALFORMED):
-                    data["seal"] = entries.seal_of(data)
-                with contextlib.suppress(*entries.MALFORMED, OSError):  # a liar would name the folder to fit
-                    folder = entry.path.rename(entry.path.with_name(entries.entry_name(data["kind"], data["key"])))
+                with contextlib.suppress(*MALFORMED):
+                    data["seal"] = seal_of(data)
+                with contextlib.suppress(*MALFORMED, OSError):  # a liar would name the folder to fit
+                    folder = entry.path.rename(entry.path.with_name(entry_name(data["kind"], data["key"])))
             (folder / SIDECAR).write_text(json.dumps(data))
             with contextlib.redirect_stdout(io.StringIO()), only_clean_errors():
                 use_everything(directory, model)
@@ -189,8 +191,8 @@ def test_lists_of_an_engines_pieces(place, data):
     with only_clean_errors():
         pieces = pieces_module.read_pieces(plan, UNET_CONTRACT)
         own = [spec.name for spec in UNET_CONTRACT.outputs]
-        assert layout.lay_out(pieces, own, [1] * len(pieces)).size > 0
-        assert layout.attention_bytes(pieces) >= 0
+        assert memory_layout.lay_out(pieces, own, [1] * len(pieces)).size > 0
+        assert memory_layout.attention_bytes(pieces) >= 0
         (profile,) = profiles_of(UNET_CONTRACT, pieces, [None] * len(pieces))
         assert not profile.misfits({name: bounds[0] for name, bounds in profile.bounds.items()})
 
@@ -209,7 +211,7 @@ def test_onnx_files_that_are_damaged(directory, place, data, sealed):
     path.write_bytes(data.draw(damages(path.read_bytes())))
     if sealed:
         (entry.path / SIDECAR).unlink()
-        entries.seal(entry.path, entry.kind, entry.key, entry.info)
+        seal(entry.path, entry.kind, entry.key, entry.info)
     for found in copied.entries("engine"):
         with only_clean_errors(), open_session(found, CPU) as session:
             session.run({})
@@ -227,7 +229,7 @@ def test_exports_that_are_damaged(directory, place, data):
 
 
 def engines_contract(entry):
-    from sdtrt.runtime import stored_contract
+    from sdtrt.backends.open import stored_contract
 
     return stored_contract(entry)
 

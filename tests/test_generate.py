@@ -17,15 +17,18 @@ from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdtrt import engines, images, loading, models, saving
-from sdtrt import generate as generation
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET, Console
-from sdtrt.errors import EngineError, MemoryShortage, OutputError, UsageError
-from sdtrt.generate import Job, Jobs, generate
-from sdtrt.images import read_metadata, read_parameters
-from sdtrt.parts import sizes_of
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.backends import registry
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import EngineError, MemoryShortage, OutputError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models import loading, resolve
+from sdtrt.models.components import sizes_of
+from sdtrt.models.weights import read_tensors
+from sdtrt.pipeline import generate as generation
+from sdtrt.pipeline import images, saving
+from sdtrt.pipeline.generate import Job, Jobs, generate
+from sdtrt.pipeline.images import read_metadata, read_parameters
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -167,7 +170,7 @@ def test_what_engines_replace_is_not_loaded(components, img2img, rest, spec, dir
     spec = replace(spec, backend="onnxruntime", components=components)
     made(spec, directory)  # builds what is missing
     read = []
-    real = loading.read_tensors
+    real = read_tensors
 
     def watch(path, names):
         read.append(path.parent.name)
@@ -330,13 +333,13 @@ def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monk
         return 0.0 if sizes.batch == (4 if key["component"] == "unet" else 2) else None
 
     monkeypatch.setattr(OnnxRuntimeSession, "run", note)
-    monkeypatch.setattr(engines, "slack", for_two_images)
+    monkeypatch.setattr(registry, "slack", for_two_images)
     filled = made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4}
     assert len(filled) == 3
     for one, other in zip(expected, filled, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
-    monkeypatch.setattr(engines, "slack", lambda _key, _sizes: 0.0)
+    monkeypatch.setattr(registry, "slack", lambda _key, _sizes: 0.0)
     rows.clear()
     made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4, 2}
@@ -457,7 +460,7 @@ def test_the_report_is_plain_data_with_everything(spec, directory):
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_images_say_which_weights_on_which_device(backend, spec, directory):
     facts = read_metadata(made(replace(spec, backend=backend), directory)[0]).details
-    model = models.resolve_model(spec.model)
+    model = resolve.resolve_model(spec.model)
     for part in ("unet", "text_encoder", "vae"):
         assert facts["model"][part] == model.fingerprint(part, directory.file_digest)
     assert facts["device"] == "cpu"
@@ -619,7 +622,7 @@ def test_a_wrong_init_image_is_found_before_the_model_is_looked_for(spec, direct
 
 
 def test_too_many_steps_are_refused_before_an_engine_is_built(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built"))
+    monkeypatch.setattr(registry, "build_engine", lambda *_, **__: pytest.fail("built"))
     request = replace(spec, backend="onnxruntime", scheduler="lcm", steps=51)
     with pytest.raises(UsageError, match="at most 50 steps, got 51"):
         generate(request, EngineDirectory(tmp_path / "engines"), QUIET)
@@ -850,8 +853,8 @@ def test_an_engine_for_one_batch_alone_says_which_batch_to_ask_for(spec, directo
         return 0.0 if sizes.batch == (8 if key["component"] == "unet" else 4) else None
 
     spec = replace(spec, backend="onnxruntime", num_images=6, batch_size=4)
-    unet_engine(models.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
-    monkeypatch.setattr(engines, "slack", for_four_images)
+    unet_engine(resolve.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
+    monkeypatch.setattr(registry, "slack", for_four_images)
     with pytest.raises(MemoryShortage, match="out of memory at 64x64 pixels, 4 at once") as caught:
         generate(spec, directory, QUIET)
     assert caught.value.hint == "use --batch-size 2: it gets engines of its own, these don't take so few"

@@ -15,14 +15,14 @@ from onnx.reference.op_run import OpRun
 from torch import nn
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph, onnx_simplify
-from sdtrt.build import group_norm
-from sdtrt.build.tensorrt import Request
-from sdtrt.build.worker import _parse
-from sdtrt.components import Contract, unet_contract
-from sdtrt.export import write_onnx
+from sdtrt.backends.tensorrt.build import Request
+from sdtrt.backends.tensorrt.versions import building
+from sdtrt.backends.tensorrt.worker import _parse
+from sdtrt.backends.tensorrt86 import norm_plugin
+from sdtrt.exports import onnx_file, onnx_simplify
+from sdtrt.exports.component import write_onnx
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
-from sdtrt.trt_api import building
+from sdtrt.specs.contract import Contract, unet_contract
 
 # The smallest UNet with Stable Diffusion's own width.
 SMALLEST = {
@@ -43,7 +43,7 @@ class GroupNorm(OpRun):
     def _run(self, x, scale, shift, epsilon=None, bSwish=None, plugin_version=None):  # noqa: N803  # the plugin's name
         assert plugin_version == "1"
         assert scale.dtype == shift.dtype == np.float32
-        groups = torch.from_numpy(x).float().view(x.shape[0], group_norm.GROUPS, -1)
+        groups = torch.from_numpy(x).float().view(x.shape[0], norm_plugin.GROUPS, -1)
         mean = groups.mean(-1, keepdim=True)
         variance = (groups * groups).mean(-1, keepdim=True) - mean * mean
         normal = ((groups - mean) * torch.where(variance > 0, torch.rsqrt(variance), 1.0)).view(x.shape)
@@ -82,7 +82,7 @@ def exported(module, path, channels):
     sample = torch.randn(2, channels, 6, 5).half()
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "B", 2: "H", 3: "W"}}}
     torch.onnx.export(module, (sample,), str(path), dynamo=False, opset_version=17, **names)
-    model, weights = onnx_graph.load_split(path)
+    model, weights = onnx_file.load_split(path)
     onnx_simplify.simplify(model, weights)
     return model, weights
 
@@ -95,12 +95,12 @@ def test_the_plugin_gets_the_same_arithmetic(tmp_path, channels, swish):
     norm = nn.GroupNorm(32, channels, eps=1e-6)
     module = trained(nn.Sequential(norm, nn.SiLU() if swish else nn.Tanh())).half().eval()
     model, weights = exported(module, tmp_path / "norm.onnx", channels)
-    assert group_norm.use_plugin(model, weights) == 1
+    assert norm_plugin.use_plugin(model, weights) == 1
     (node,) = [node for node in model.graph.node if node.op_type == "GroupNorm"]
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert attributes == {"epsilon": pytest.approx(1e-6), "bSwish": int(swish), "plugin_version": b"1"}
     assert [node.op_type for node in model.graph.node] == ["GroupNorm"] + ([] if swish else ["Tanh"])
-    onnx_graph.save(model, weights, tmp_path / "plugin.onnx")
+    onnx_file.save(model, weights, tmp_path / "plugin.onnx")
     sample = 3 * torch.randn(2, channels, 9, 4).half() + 1
     evaluator = ReferenceEvaluator(str(tmp_path / "plugin.onnx"), new_ops=[GroupNorm])
     (found,) = evaluator.run(None, {"x": sample.numpy()})
@@ -111,10 +111,10 @@ def test_the_plugin_gets_the_same_arithmetic(tmp_path, channels, swish):
 
 def test_the_norms_of_a_unet_are_replaced_and_nothing_else(wide_onnx):
     unet, path = wide_onnx.unet, wide_onnx.path
-    model, weights = onnx_graph.load_split(path)
+    model, weights = onnx_file.load_split(path)
     before = [node.op_type for node in model.graph.node]
     norms = {name: part for name, part in unet.named_modules() if isinstance(part, nn.GroupNorm)}
-    assert group_norm.use_plugin(model, weights) == len(norms) == before.count("InstanceNormalization")
+    assert norm_plugin.use_plugin(model, weights) == len(norms) == before.count("InstanceNormalization")
     after = [node.op_type for node in model.graph.node]
     assert "InstanceNormalization" not in after
     for operator in ("Conv", "MatMul", "Softmax", "LayerNormalization", "Resize"):
@@ -135,16 +135,16 @@ def test_widths_that_the_plugin_does_not_serve_stay_as_they_are(tmp_path):
     unet = factories.small_unet("sd1", **factories.SMALL).half()
     path = tmp_path / "unet.onnx"
     write_onnx(unet, unet_contract(dict(unet.config), "fp16"), path)
-    model, weights = onnx_graph.load_split(path)
+    model, weights = onnx_file.load_split(path)
     untouched = model.SerializeToString(deterministic=True)
-    assert group_norm.use_plugin(model, weights) == 0
+    assert norm_plugin.use_plugin(model, weights) == 0
     assert model.SerializeToString(deterministic=True) == untouched
 
 
 def test_which_widths_the_plugin_serves():
     """Those of the UNets of Stable Diffusion 1, 2 and XL, skip connections included; not those of their VAEs."""
-    assert all(map(group_norm.serves, (320, 640, 960, 1280, 1920, 2560)))
-    assert not any(map(group_norm.serves, (32, 64, 100, 128, 160, 256, 384, 448, 512)))
+    assert all(map(norm_plugin.serves, (320, 640, 960, 1280, 1920, 2560)))
+    assert not any(map(norm_plugin.serves, (32, 64, 100, 128, 160, 256, 384, 448, 512)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from sdtrt import host
+from sdtrt.common import host
 
 
 class FakeDriver:

@@ -15,16 +15,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdtrt import export, images
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import Console, print_table
-from sdtrt.entries import SIDECAR
-from sdtrt.errors import ModelError, OutputError, SdtrtError, UsageError
-from sdtrt.images import Metadata, read_init_image
-from sdtrt.pruning import prune
-from sdtrt.saving import plan_output
+from sdtrt.common.console import Console, print_table
+from sdtrt.common.errors import ModelError, OutputError, SdtrtError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import SIDECAR
+from sdtrt.engines.upkeep import prune
+from sdtrt.exports import component as component_export
+from sdtrt.models.weights import read_header, read_json
+from sdtrt.pipeline import images
+from sdtrt.pipeline.images import Metadata, read_init_image
+from sdtrt.pipeline.saving import plan_output
 from sdtrt.specs import GenerateSpec, PruneSpec
-from sdtrt.weights import read_header, read_json
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sdtrt"
 REPOSITORY = PACKAGE.parent
@@ -125,9 +126,9 @@ def test_an_export_does_not_overwrite_what_came_into_being_meanwhile(tmp_path):
     target = tmp_path / "unet.onnx"
     target.write_bytes(b"mine")
     with pytest.raises(OutputError, match="has come into being meanwhile"):
-        export._move_into_place(draft, target, overwrite=False)
+        component_export._move_into_place(draft, target, overwrite=False)
     assert target.read_bytes() == b"mine"
-    export._move_into_place(draft, target, overwrite=True)
+    component_export._move_into_place(draft, target, overwrite=True)
     assert target.read_bytes() == b"new"
 
 
@@ -292,7 +293,7 @@ def heed_ctrl_c() -> None:
 def test_a_path_of_any_bytes_goes_out_as_it_came(tmp_path):
     (tmp_path / "engines").mkdir()
     code = (
-        "import os, sys; from sdtrt import cli\n"
+        "import os, sys; from sdtrt.cli import commands as cli\n"
         "name = os.fsdecode(b'\\xff.png')\n"
         "cli.app = lambda **_: print(name)\n"
         "cli.main()"
@@ -312,7 +313,7 @@ def test_a_path_of_any_bytes_goes_out_as_it_came(tmp_path):
 def test_ctrl_c_ends_the_command_where_a_library_would_lose_it(lost):
     code = f"""
 import signal, time, weakref, torch
-from sdtrt import cli
+from sdtrt.cli import commands as cli
 from sdtrt.__main__ import main
 
 def press(*_): signal.raise_signal(signal.SIGINT)
@@ -334,7 +335,10 @@ main()
 
 @pytest.mark.parametrize("error", ["OSError(28, 'No space left on device')", "MemoryError()", "ValueError('a bug')"])
 def test_what_fails_without_ctrl_c_is_what_it_is(error):
-    code = f"from sdtrt import cli; from sdtrt.__main__ import main\ndef app(**_): raise {error}\ncli.app = app; main()"
+    code = (
+        "import sdtrt.cli.commands as commands\nfrom sdtrt.__main__ import main\n"
+        f"def app(**_): raise {error}\ncommands.app = app; main()"
+    )
     ended = run_program(code)
     assert ended.returncode == 1
     assert b"interrupted" not in ended.stderr

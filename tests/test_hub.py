@@ -14,15 +14,15 @@ from factories import sd1_folder, sd1_single_file
 from hub_server import COMMIT, Hub, serve
 from safetensors.torch import load_file, save_file
 
-from sdtrt.hub import is_repo_id
+from sdtrt.models.hub import is_repo_id
 
 ROOT = Path(__file__).parents[1]
 # huggingface_hub reads its settings when it is imported, so every case is a process of its own.
 SCRIPT = """
 import json, sys
-from sdtrt.console import Console
-from sdtrt.errors import SdtrtError
-from sdtrt.models import resolve_model
+from sdtrt.common.console import Console
+from sdtrt.common.errors import SdtrtError
+from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import ModelSpec
 spec, parts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 try:

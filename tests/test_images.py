@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from sdtrt import images, saving
-from sdtrt.console import Console
-from sdtrt.errors import OutputError, UsageError
-from sdtrt.images import (
+from sdtrt.common.console import Console
+from sdtrt.common.errors import OutputError, UsageError
+from sdtrt.pipeline import images, saving
+from sdtrt.pipeline.images import (
     Metadata,
     encode_image,
     format_parameters,
@@ -34,7 +34,7 @@ from sdtrt.images import (
     read_metadata,
     read_parameters,
 )
-from sdtrt.saving import plan_output, slug
+from sdtrt.pipeline.saving import plan_output, slug
 
 FIELDS = {"Steps": 50, "Sampler": "PLMS", "CFG scale": 7.5, "Seed": 42, "Size": "128x96", "Version": "sdtrt 0.1.0"}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)

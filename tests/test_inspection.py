@@ -11,13 +11,13 @@ import pytest
 from factories import sd1_single_file, sdxl_folder, small_text_encoder, small_unet, small_vae
 from safetensors.torch import load_file, save_file
 
-from sdtrt import loading
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import unet_contract
-from sdtrt.errors import UsageError
-from sdtrt.inspection import human_bytes, human_count, inspect_engine, inspect_model
-from sdtrt.models import resolve_model
+from sdtrt.common.errors import UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models import loading
+from sdtrt.models.resolve import resolve_model
+from sdtrt.reports.inspection import human_bytes, human_count, inspect_engine, inspect_model
 from sdtrt.specs import ModelSpec, Profile, Range, Sizes
+from sdtrt.specs.contract import unet_contract
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdtrt.cache import EngineDirectory
+from sdtrt.engines.directory import EngineDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -36,7 +36,7 @@ def heed() -> None:
 
 def run_program(code: str, **options) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process that listens as the command does."""
-    begin = "import os, signal, sys, time\nfrom pathlib import Path\nfrom sdtrt import interrupts\n"
+    begin = "import os, signal, sys, time\nfrom pathlib import Path\nfrom sdtrt.common import interrupts\n"
     return subprocess.run(
         [sys.executable, "-c", f"{begin}{code}"],
         capture_output=True,
@@ -56,7 +56,7 @@ def words_of(number: signal.Signals) -> str:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_undoes_what_is_under_way_and_then_ends_the_process(tmp_path, number):
     code = f"""
-from sdtrt.files import private_folder
+from sdtrt.common.files import private_folder
 interrupts.listen()
 with private_folder(Path({str(tmp_path)!r}), "draft-") as folder:
     (folder / "half").write_text("done")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from trt_fakes import fake_library
 
-from sdtrt import build, host
-from sdtrt.entries import key_digest
-from sdtrt.keys import export_key
-from sdtrt.models import resolve_model
+from sdtrt.backends import build as engine_build
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common import host
+from sdtrt.engines.entry import key_digest
+from sdtrt.engines.keys import export_key
+from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
-from sdtrt.trt_api import libraries
 
 FIXED = (Profile.of(Sizes(2, 512, 512)),)
 WIDE = (Profile(Range(2, 2, 2), Range(256, 512, 768), Range(256, 512, 768), Range(77, 77, 77)),)
@@ -86,4 +87,4 @@ def test_engines_are_found_under_the_keys_that_they_always_had(
     if backend != "onnxruntime":
         on(monkeypatch, label)
     spec = BuildSpec(ExportSpec(model.spec, component, precision), backend, **options)
-    assert key_digest("engine", build.engine_key(model, spec, directory))[:16] == digest
+    assert key_digest("engine", engine_build.engine_key(model, spec, directory))[:16] == digest

@@ -12,15 +12,21 @@ import factories
 import pytest
 from filelock import FileLock
 
-from sdtrt import engines, export, generate, keys, loading, pipeline, verify
-from sdtrt.build import build_engine, engine_key
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET, Console
-from sdtrt.entries import key_digest
-from sdtrt.errors import CacheError, ExportError, ModelChangedError, ModelError
-from sdtrt.export import export_component, export_file
-from sdtrt.keys import Sight
-from sdtrt.models import resolve_model
+from sdtrt.backends import registry
+from sdtrt.backends.build import build_engine, engine_key
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import CacheError, ExportError, ModelChangedError, ModelError
+from sdtrt.engines import keys
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import key_digest
+from sdtrt.engines.keys import Sight
+from sdtrt.exports import component as component_export
+from sdtrt.exports.component import export_component, export_file
+from sdtrt.models import components, loading
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import generate
+from sdtrt.pipeline import open as pipeline_open
+from sdtrt.reports import verify
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Sizes, VerifySpec
 
 PART = "text_encoder"  # the smallest: exported in a fraction of a second
@@ -109,7 +115,7 @@ def check_entries(changing, directory, two_models):
         assert entry.key["export"] == exports[entry.info["onnx"]].key
     old = resolve_model(ModelSpec(str(two_models[0])))
     assert directory.find("engine", engine_key(old, spec_of(old), directory)) is None
-    assert engines.find_engine(old, "onnxruntime", "fp32", Sizes(1, 8, 8), directory, PART) is None
+    assert registry.find_engine(old, "onnxruntime", "fp32", Sizes(1, 8, 8), directory, PART) is None
 
 
 @pytest.mark.parametrize("which", ["export", "engine"])
@@ -145,7 +151,7 @@ def test_weights_that_are_replaced_while_a_build_waits_for_the_lock(changing, di
 def test_weights_that_are_replaced_while_a_component_is_exported(
     changing, directory, two_models, monkeypatch, step, after
 ):
-    monkeypatch.setattr(export, step, once(changing, getattr(export, step), after=after))
+    monkeypatch.setattr(component_export, step, once(changing, getattr(component_export, step), after=after))
     entry = build_engine(changing.model, spec_of(changing.model), directory)
     assert changing.count == 1
     assert entry.key["export"]["fingerprint"] == changing.fingerprint()
@@ -154,7 +160,7 @@ def test_weights_that_are_replaced_while_a_component_is_exported(
 
 
 def test_weights_that_are_replaced_between_an_engines_key_and_its_export(changing, directory, two_models, monkeypatch):
-    monkeypatch.setattr(export, "export_component", once(changing, export.export_component))
+    monkeypatch.setattr(component_export, "export_component", once(changing, component_export.export_component))
     entry = build_engine(changing.model, spec_of(changing.model), directory)
     assert entry.key["export"]["fingerprint"] == changing.fingerprint()
     monkeypatch.undo()
@@ -170,15 +176,15 @@ def test_a_configuration_that_is_replaced_counts_too(changing, directory, monkey
         monkeypatch.undo()
         return real(*args)
 
-    real = export.load_component
-    monkeypatch.setattr(export, "load_component", load)
+    real = components.load_component
+    monkeypatch.setattr(component_export, "load_component", load)
     before = changing.fingerprint()
     entry = export_component(changing.model, spec, directory)
     assert entry.key["fingerprint"] == changing.fingerprint() != before
 
 
 def test_weights_that_change_each_time_are_an_error_that_leaves_nothing(changing, directory, monkeypatch):
-    monkeypatch.setattr(export, "load_component", once(changing, export.load_component, times=99))
+    monkeypatch.setattr(component_export, "load_component", once(changing, components.load_component, times=99))
     with pytest.raises(ModelChangedError, match="text_encoder") as caught:
         build_engine(changing.model, spec_of(changing.model), directory)
     assert "again" in caught.value.hint
@@ -195,7 +201,7 @@ def test_weights_that_are_half_written_are_waited_out(changing, directory, monke
         changing.replace()
         raise ModelError("it is truncated", hint="download it again")
 
-    monkeypatch.setattr(export, "load_component", load)
+    monkeypatch.setattr(component_export, "load_component", load)
     entry = export_component(changing.model, ExportSpec(changing.model.spec, PART, "fp32"), directory)
     assert entry.key["fingerprint"] == changing.fingerprint()
 
@@ -204,7 +210,7 @@ def test_failures_of_what_does_not_change_stay_what_they_are(changing, directory
     def fail(*args, **kwargs):
         raise ExportError("off", hint="none")
 
-    monkeypatch.setattr(export, "check_onnx", fail)
+    monkeypatch.setattr(component_export, "check_onnx", fail)
     with pytest.raises(ExportError, match="off"):
         export_component(changing.model, ExportSpec(changing.model.spec, PART, "fp32"), directory)
 
@@ -212,7 +218,7 @@ def test_failures_of_what_does_not_change_stay_what_they_are(changing, directory
 def test_a_file_is_exported_from_one_state_of_the_weights(changing, tmp_path, two_models, monkeypatch):
     new = resolve_model(ModelSpec(str(two_models[1])))
     spec = ExportSpec(changing.model.spec, PART, "fp32", output=tmp_path / "made" / "one.onnx")
-    monkeypatch.setattr(export, "load_component", once(changing, export.load_component, after=True))
+    monkeypatch.setattr(component_export, "load_component", once(changing, components.load_component, after=True))
     export_file(changing.model, spec)
     monkeypatch.undo()
     expected = export_file(new, replace(spec, model=new.spec, output=tmp_path / "expected" / "one.onnx"))
@@ -221,7 +227,7 @@ def test_a_file_is_exported_from_one_state_of_the_weights(changing, tmp_path, tw
 
 
 def test_a_digest_that_was_taken_of_a_file_under_way_is_not_remembered(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
     weights = tmp_path / "weights"
     weights.write_bytes(b"old")
     old = weights.stat()
@@ -233,25 +239,25 @@ def test_a_digest_that_was_taken_of_a_file_under_way_is_not_remembered(directory
         (tmp_path / "draft").replace(weights)
         return real(path)
 
-    monkeypatch.setattr("sdtrt.cache.sha256_file", hashed)
+    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", hashed)
     directory.file_digest(weights)
     assert not directory._read_digests()
-    monkeypatch.setattr("sdtrt.cache.sha256_file", real)
+    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", real)
     (tmp_path / "kept").replace(weights)
     assert weights.stat().st_ino == old.st_ino
     assert directory.file_digest(weights) == real(weights)
 
 
 def test_a_digest_is_remembered_where_the_memo_cannot_be_written(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.cache.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
     (tmp_path / "weights").write_bytes(b"one")
 
     def refuse(path, text):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("sdtrt.cache.write_atomically", refuse)
+    monkeypatch.setattr("sdtrt.engines.directory.write_atomically", refuse)
     first = directory.file_digest(tmp_path / "weights")
-    monkeypatch.setattr("sdtrt.cache.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", lambda path: pytest.fail("hashed again"))
     assert directory.file_digest(tmp_path / "weights") == first
 
 
@@ -289,7 +295,7 @@ def request_of_one(changing, tmp_path):
 def test_engines_of_a_pipeline_are_of_one_state_of_the_weights(changing, directory, monkeypatch, request_of_one):
     """The weights are replaced after the engine of the old ones was found."""
     old = build_engine(changing.model, spec_of(changing.model), directory)
-    monkeypatch.setattr(engines, "_best", once(changing, engines._best, after=True))
+    monkeypatch.setattr(registry, "_best", once(changing, registry._best, after=True))
     report = generate.generate(request_of_one, directory, QUIET)
     facts = report.to_json()
     assert facts["engines"][PART]["name"] != old.name
@@ -301,7 +307,7 @@ def test_weights_that_are_replaced_while_a_pipeline_opens_are_an_error(
     changing, directory, monkeypatch, request_of_one, tmp_path, step
 ):
     build_engine(changing.model, spec_of(changing.model), directory)
-    monkeypatch.setattr(pipeline, step, once(changing, getattr(pipeline, step), after=True))
+    monkeypatch.setattr(pipeline_open, step, once(changing, getattr(pipeline_open, step), after=True))
     with pytest.raises(ModelChangedError, match=PART) as caught:
         generate.generate(request_of_one, directory, QUIET)
     assert "again" in caught.value.hint

@@ -11,12 +11,13 @@ import torch
 from factories import sd1_folder
 from fault_server import UNET
 
-from sdtrt import memory, pipeline
-from sdtrt.entries import Entry
-from sdtrt.errors import EngineError, MemoryShortage
-from sdtrt.memory import ALLOWANCE_BYTES, by_scratch, demand_of, fitting, free_bytes
-from sdtrt.models import resolve_model
-from sdtrt.runtime.scratch import Scratch
+from sdtrt.backends.scratch import Scratch
+from sdtrt.common.errors import EngineError, MemoryShortage
+from sdtrt.engines.entry import Entry
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import memory
+from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline.memory import ALLOWANCE_BYTES, by_scratch, demand_of, fitting, free_bytes
 from sdtrt.specs import ModelSpec, Profile, Range, Sizes
 
 GIB = 2**30
@@ -48,10 +49,10 @@ def entries(sizes=SQUARE, images=1, weights=2.0, scratch=4.0):
 
 def refused(model, monkeypatch, free, found, sizes=SQUARE, images=1, precision="fp16"):
     """The error for that much free memory (GiB); None where the request passes."""
-    spec = pipeline.PipelineSpec(model, "tensorrt", precision, sizes, steps=2, images=images)
+    spec = pipeline_open.PipelineSpec(model, "tensorrt", precision, sizes, steps=2, images=images)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * GIB))
     try:
-        pipeline._check_memory(spec, found)
+        pipeline_open._check_memory(spec, found)
     except MemoryShortage as error:
         return error
     return None
@@ -155,11 +156,11 @@ def test_engines_share_the_largest_scratch_memory():
 def test_a_pipelines_sessions_share_one_scratch_and_the_largest_comes_first(model, monkeypatch):
     found, opened = entries(), []
     found["vae_decoder"].info["scratch_bytes"] = 5 * GIB
-    monkeypatch.setattr(pipeline, "engines_of", lambda *_, **__: found)
+    monkeypatch.setattr(pipeline_open, "engines_of", lambda *_, **__: found)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
-    monkeypatch.setattr(pipeline, "open_session", lambda *given: opened.append(given) or nullcontext(given))
-    spec = pipeline.PipelineSpec(model, "tensorrt", "fp16", SQUARE, steps=2)
-    with pipeline._open_engines(spec, None, None, True, None) as running:
+    monkeypatch.setattr(pipeline_open, "open_session", lambda *given: opened.append(given) or nullcontext(given))
+    spec = pipeline_open.PipelineSpec(model, "tensorrt", "fp16", SQUARE, steps=2)
+    with pipeline_open._open_engines(spec, None, None, True, None) as running:
         assert list(running.entries) == ["unet", "text_encoder", "vae_decoder"]
         assert {name: given[0] for name, given in running.sessions.items()} == found
     assert [entry for entry, *_ in opened] == [found[name] for name in ("vae_decoder", "unet", "text_encoder")]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtrt.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, ssim
+from sdtrt.common.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, ssim
 
 ALL = [relative_l2, cosine, max_abs, lambda a, e: psnr(a, e, data_range=1)]
 vectors = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=1, max_size=20)

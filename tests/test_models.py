@@ -16,14 +16,14 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from factories import sd1_folder, sd1_single_file, sdxl_folder, sdxl_single_file
 from safetensors.torch import load_file, save_file
 
-from sdtrt import loading
-from sdtrt.console import QUIET, Console
-from sdtrt.digests import sha256_file
-from sdtrt.errors import ModelError, SdtrtError, UsageError
-from sdtrt.inspection import inspect_model
-from sdtrt.loading import check_part, load_parts, load_unet
-from sdtrt.models import SD_PARTS, SDXL_PARTS, resolve_model
-from sdtrt.pipeline import resolve_request
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import ModelError, SdtrtError, UsageError
+from sdtrt.engines.digests import sha256_file
+from sdtrt.models import loading, weights
+from sdtrt.models.loading import check_part, load_parts, load_unet
+from sdtrt.models.resolve import SD_PARTS, SDXL_PARTS, resolve_model
+from sdtrt.pipeline.open import resolve_request
+from sdtrt.reports.inspection import inspect_model
 from sdtrt.specs import GenerateSpec, ModelSpec
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def test_a_part_needs_no_other_parts_weights(folder):
 
 def test_of_a_single_file_only_the_asked_tensors_are_read(made, monkeypatch):
     read = []
-    original = loading.read_tensors
+    original = weights.read_tensors
     monkeypatch.setattr(loading, "read_tensors", lambda path, names: read.extend(names) or original(path, names))
     model = resolve_model(ModelSpec(str(made / "sd1.safetensors"), config=str(made / "sd1")))
     assert read == []
@@ -216,8 +216,8 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "accelerate" else find(name, *rest)
 import torch
-from sdtrt.loading import load_parts
-from sdtrt.models import resolve_model
+from sdtrt.models.loading import load_parts
+from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import ModelSpec
 for name, config in ({str(made / "sd1")!r}, None), ({str(made / "sdxl.safetensors")!r}, {str(made / "sdxl")!r}):
     model = resolve_model(ModelSpec(name, config=config))

@@ -13,14 +13,14 @@ import torch
 from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
 from PIL import Image
 
-from sdtrt import forwards
-from sdtrt.components import CONDITIONING, text_encoder_contract, unet_contract, vae_contract
-from sdtrt.errors import EngineError
-from sdtrt.export import write_onnx
-from sdtrt.modules import TextEncoderFacade, UNetFacade, VaeFacade
-from sdtrt.runtime import remembered
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.runtime.session import check_feeds
+from sdtrt.backends import unchanged
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.backends.session import check_feeds
+from sdtrt.common.errors import EngineError
+from sdtrt.exports.component import write_onnx
+from sdtrt.pipeline import forwards
+from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
+from sdtrt.specs.contract import CONDITIONING, text_encoder_contract, unet_contract, vae_contract
 
 CPU = torch.device("cpu")
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -159,7 +159,7 @@ def test_casts_to_the_engine_and_back(unets):
 @pytest.fixture
 def seen(monkeypatch):
     """Changes of tensors on the CPU are taken to be seen, as they are on a GPU."""
-    monkeypatch.setattr(remembered, "HOST", "none")
+    monkeypatch.setattr(unchanged, "HOST", "none")
 
 
 class NoisySession(TorchSession):
@@ -220,7 +220,7 @@ def test_conditioning_is_cast_anew(change, unets, seen, monkeypatch):
     elif change == "another stream":
         monkeypatch.setattr(forwards, "_current_stream", lambda device: 7)
     else:
-        monkeypatch.setattr(remembered, "HOST", "cpu")
+        monkeypatch.setattr(unchanged, "HOST", "cpu")
         states = states.clone()
         first = fed()
         states.numpy()[...] += 1

@@ -12,22 +12,23 @@ from test_group_norm import trained
 from test_splitting import no_pieces, weakly_typed  # noqa: F401  # a fixture
 from trt_fakes import fake_library
 
-from sdtrt import onnx_graph
-from sdtrt.build import splitting, worker
-from sdtrt.build.normalizations import check, find_normalizations, sizes_of_norms
-from sdtrt.build.splitting import choose_norms, freeze, split
-from sdtrt.build.tensorrt import Request
-from sdtrt.components import vae_contract
-from sdtrt.export import write_onnx
-from sdtrt.metrics import relative_l2
-from sdtrt.onnx_facts import Facts
-from sdtrt.parity import seeded_feeds
-from sdtrt.runtime.between import compute, normalize
-from sdtrt.runtime.layout import lay_out, size_bytes
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.runtime.pieces import Normalization, list_file, read_pieces, write_pieces
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.backends.tensorrt import worker
+from sdtrt.backends.tensorrt.build import Request
+from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt86 import cut as cutting
+from sdtrt.backends.tensorrt86.cut import choose_norms, freeze, split
+from sdtrt.backends.tensorrt86.group_norms import check, find_normalizations, sizes_of_norms
+from sdtrt.backends.tensorrt86.memory_layout import lay_out, size_bytes
+from sdtrt.backends.tensorrt86.pieces import Normalization, list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.torch_kernels import compute, normalize
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports import onnx_file
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.parity import seeded_feeds
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
-from sdtrt.trt_api import building, libraries
+from sdtrt.specs.contract import vae_contract
 
 SIZES = Sizes(2, 64, 96)
 LARGEST = "/decoder/up_blocks.3/resnets.0/norm1/Reshape_1_output_0"  # 16 channels of all pixels; the next 6 have 8
@@ -54,7 +55,7 @@ def exported(tmp_path_factory):
 
 
 def frozen(path, contract, sizes=SIZES):
-    model, weights = onnx_graph.load_split(path)
+    model, weights = onnx_file.load_split(path)
     freeze(model, weights, contract.input_shapes(sizes))
     return model, weights, Facts(model, weights)
 
@@ -67,7 +68,7 @@ def spec_of(component="vae_decoder", **changes):
 @pytest.fixture
 def request_of(exported, tmp_path, monkeypatch):
     """Requests for engines of a VAE's halves on 8.6, small as they are."""
-    monkeypatch.setattr(splitting, "NORM_BYTES", 1)
+    monkeypatch.setattr(cutting, "NORM_BYTES", 1)
     weakly_typed(monkeypatch, True)
     return lambda component: Request(
         *exported(component)[:1], tmp_path, exported(component)[1], spec_of(component), None, False
@@ -156,13 +157,13 @@ def test_what_is_added_around_a_resnet_crosses_as_small_as_it_gets(cut, tmp_path
 def test_scale_and_shift_stay_in_the_next_piece(cut, tmp_path):
     sources = worker._sources(cut, tmp_path, [].append)
     for norm, after in zip(norms_of(sources), sources[1:], strict=True):
-        model, _ = onnx_graph.load_split(after.onnx)
+        model, _ = onnx_file.load_split(after.onnx)
         (taker,) = (node for node in model.graph.node if norm.result in node.input)
         assert taker.op_type == "Mul"
 
 
 def operators_of(path):
-    return [node.op_type for node in onnx_graph.load_split(path)[0].graph.node]
+    return [node.op_type for node in onnx_file.load_split(path)[0].graph.node]
 
 
 def test_the_list_of_the_pieces_is_read_as_it_was_written(cut, tmp_path):
@@ -182,7 +183,7 @@ def test_the_list_of_the_pieces_is_read_as_it_was_written(cut, tmp_path):
     ],
 )
 def test_all_of_a_size_are_cut_from_half_of_the_second_largest_on(exported, monkeypatch, config, least, count):
-    monkeypatch.setattr(splitting, "NORM_BYTES", 1)
+    monkeypatch.setattr(cutting, "NORM_BYTES", 1)
     facts = frozen(*exported(**config))[2]
     largest, chosen = max(sizes_of_norms(facts)), choose_norms(facts)
     assert len(chosen) == count
@@ -195,7 +196,7 @@ def test_all_of_a_size_are_cut_from_half_of_the_second_largest_on(exported, monk
 def test_there_are_only_so_many(cut, monkeypatch, most, count):
     """One is the largest, six are of half its size, and six more of a quarter: of each size all or none."""
     facts = frozen(cut.onnx, cut.contract)[2]
-    monkeypatch.setattr(splitting, "MOST_NORMS", most)
+    monkeypatch.setattr(cutting, "MOST_NORMS", most)
     assert len(choose_norms(facts)) == count
 
 
@@ -212,7 +213,7 @@ def test_what_holds_few_megabytes_is_not_worth_a_cut(cut, tmp_path, monkeypatch)
     facts = frozen(cut.onnx, cut.contract)[2]
     size = 2 * 16 * 64 * 96 * 2
     for least, count in ((size // 4, 13), (size // 4 + 1, 7), (size // 2 + 1, 1), (size, 1), (size + 1, 0)):
-        monkeypatch.setattr(splitting, "NORM_BYTES", least)
+        monkeypatch.setattr(cutting, "NORM_BYTES", least)
         assert len(choose_norms(facts)) == count
     said = []
     (source,) = worker._sources(cut, tmp_path, said.append)
@@ -267,9 +268,9 @@ def test_an_instance_normalisation_with_scales_of_its_own_is_not_cut_out(cut, tm
     facts = Facts(model, weights)
     with pytest.raises(ValueError, match="is not what the graph computes"):
         split(model, weights, facts, choose_norms(facts))
-    model, weights = onnx_graph.load_split(cut.onnx)
+    model, weights = onnx_file.load_split(cut.onnx)
     change_scale(model)
-    onnx_graph.save(model, weights, tmp_path / "other.onnx")
+    onnx_file.save(model, weights, tmp_path / "other.onnx")
     said = []
     (source,) = worker._sources(replace(cut, onnx=tmp_path / "other.onnx"), tmp_path, said.append)
     assert source.onnx == tmp_path / "other.onnx"

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sdtrt.options import ExporterOptions, GenerateOptions, ModelOptions, ProfileOptions, grouped
+from sdtrt.cli.options import ExporterOptions, GenerateOptions, ModelOptions, ProfileOptions, grouped
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
 
 NATIVE = Sizes(2, 512, 512)
@@ -45,7 +45,7 @@ def test_options_default_to_the_specs_own_defaults():
 
 
 def _backend():
-    from sdtrt.options import BackendOptions
+    from sdtrt.cli.options import BackendOptions
 
     return BackendOptions()
 

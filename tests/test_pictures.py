@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from sdtrt import fonts
-from sdtrt.charts import Bar, Group, bar_chart
-from sdtrt.fonts import NOBODYS, legible
-from sdtrt.pictures import comparison, error_plot
+from sdtrt.reports import fonts
+from sdtrt.reports.charts import Bar, Group, bar_chart
+from sdtrt.reports.fonts import NOBODYS, legible
+from sdtrt.reports.verify_pictures import comparison, error_plot
 
 
 def test_the_comparison_shows_both_images_and_their_difference_enlarged(tmp_path):

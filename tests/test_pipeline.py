@@ -7,11 +7,11 @@ from dataclasses import replace
 import diffusers
 import pytest
 
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET
-from sdtrt.models import resolve_model
-from sdtrt.modules import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline import PipelineSpec, open_pipeline
+from sdtrt.common.console import QUIET
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
+from sdtrt.pipeline.open import PipelineSpec, open_pipeline
 from sdtrt.specs import ModelSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

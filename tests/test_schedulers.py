@@ -11,8 +11,8 @@ import pytest
 import torch
 from factories import small_unet
 
-from sdtrt.errors import ModelError, UsageError
-from sdtrt.schedulers import (
+from sdtrt.common.errors import ModelError, UsageError
+from sdtrt.pipeline.schedulers import (
     Settings,
     check_steps,
     keep_on_host,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtrt.errors import UsageError
+from sdtrt.common.errors import UsageError
 from sdtrt.specs import (
     MAX_SEED,
     BuildSpec,

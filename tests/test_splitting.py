@@ -12,23 +12,27 @@ from factories import SMALL, small_unet
 from onnx import numpy_helper
 from trt_fakes import fake_library
 
-from sdtrt import onnx_facts, onnx_graph
-from sdtrt.build import attentions, crew, group_norm, splitting, tensorrt, worker
-from sdtrt.build.attentions import check, find_attentions
-from sdtrt.build.splitting import FLOATS, choose, freeze, split
-from sdtrt.build.tensorrt import Request, build_plan
-from sdtrt.components import unet_contract
-from sdtrt.console import QUIET, Console
-from sdtrt.errors import BuildError
-from sdtrt.export import write_onnx
-from sdtrt.metrics import relative_l2
-from sdtrt.onnx_facts import Facts
-from sdtrt.parity import seeded_feeds
-from sdtrt.runtime.between import compute
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
-from sdtrt.runtime.pieces import list_file, read_pieces, write_pieces
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.backends.tensorrt import build as plan_builder
+from sdtrt.backends.tensorrt import worker
+from sdtrt.backends.tensorrt.build import Request, build_plan
+from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt86 import cut as cutting
+from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build
+from sdtrt.backends.tensorrt86.cut import FLOATS, choose, freeze, split
+from sdtrt.backends.tensorrt86.pieces import list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.torch_kernels import compute
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import BuildError
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports import attention as attentions
+from sdtrt.exports import onnx_file, onnx_index
+from sdtrt.exports.attention import check, find_attentions
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.parity import seeded_feeds
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
-from sdtrt.trt_api import building, libraries
+from sdtrt.specs.contract import unet_contract
 
 SIZES = Sizes(2, 64, 96)
 OTHER = Sizes(1, 128, 64, tokens=154)
@@ -100,8 +104,8 @@ def test_pieces_of_a_dynamic_model_serve_other_sizes(exported, tmp_path, monkeyp
     """Arithmetic on shapes is repeated in each piece, from the tensors that it starts from."""
     source, contract = exported("small", "fp32")
     for name in ("freeze", "check_fixed"):
-        monkeypatch.setattr(splitting, name, lambda *_: None)
-    monkeypatch.setattr(splitting, "choose", lambda found, *_: found)
+        monkeypatch.setattr(cutting, name, lambda *_: None)
+    monkeypatch.setattr(cutting, "choose", lambda found, *_: found)
     pieces = cut_up(source, tmp_path, contract, 1)
     assert len(pieces) > 1
     for sizes in (SIZES, OTHER):
@@ -110,7 +114,7 @@ def test_pieces_of_a_dynamic_model_serve_other_sizes(exported, tmp_path, monkeyp
 
 def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(exported, tmp_path):
     source, _ = exported("small", "fp16")
-    model, weights = onnx_graph.load_split(source)
+    model, weights = onnx_file.load_split(source)
     facts = Facts(model, weights)
     pieces = split(model, weights, facts, find_attentions(facts))
     for before, after in pairwise(pieces):
@@ -123,7 +127,7 @@ def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(expor
     homes = [name for piece in pieces for name in piece.weights]
     assert len(homes) == len(set(homes)) == len(weights)
     for number, piece in enumerate(pieces):
-        onnx_graph.save(piece.model, piece.weights, tmp_path / f"{number}.onnx")
+        onnx_file.save(piece.model, piece.weights, tmp_path / f"{number}.onnx")
         onnx.checker.check_model(tmp_path / f"{number}.onnx", full_check=True)
 
 
@@ -131,14 +135,14 @@ def test_norm_plugins_and_fp32_nodes_are_found_in_pieces_as_in_the_whole(exporte
     source, contract = exported("plugin", "fp16")
     files = [one.onnx for one in cut_up(source, tmp_path, contract, 1)]
     assert len(files) > 1
-    norms = sum(group_norm.use_plugin(*onnx_graph.load_split(file)) for file in files)
-    assert norms == group_norm.use_plugin(*onnx_graph.load_split(source)) > 10
-    assert {node for file in files for node in onnx_facts.float32_nodes(file)} == onnx_facts.float32_nodes(source)
+    norms = sum(norm_plugin.use_plugin(*onnx_file.load_split(file)) for file in files)
+    assert norms == norm_plugin.use_plugin(*onnx_file.load_split(source)) > 10
+    assert {node for file in files for node in onnx_index.float32_nodes(file)} == onnx_index.float32_nodes(source)
 
 
 def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
     source, contract = exported("sd1", "fp16")
-    model, weights = onnx_graph.load_split(source)
+    model, weights = onnx_file.load_split(source)
     freeze(model, weights, contract.input_shapes(SIZES))
     assert not any(node.op_type == "Shape" for node in model.graph.node)
     found = find_attentions(Facts(model, weights))
@@ -155,7 +159,7 @@ def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
 
 def test_what_was_read_is_held_against_what_the_graph_computes(exported):
     source, _ = exported("small", "fp16")
-    facts = Facts(*onnx_graph.load_split(source))
+    facts = Facts(*onnx_file.load_split(source))
     attention = find_attentions(facts)[0]
     assert check(facts, attention, 17) < 2e-3
     for wrong in (replace(attention, scale=1.1 * attention.scale), replace(attention, heads=4, width=8)):
@@ -166,7 +170,7 @@ def test_what_was_read_is_held_against_what_the_graph_computes(exported):
 def test_attention_over_windows_of_the_tokens_is_left_alone(exported):
     """Its nodes are the same but for the sizes in its reshapes."""
     source, contract = exported("small", "fp16")
-    model, weights = onnx_graph.load_split(source)
+    model, weights = onnx_file.load_split(source)
     freeze(model, weights, contract.input_shapes(SIZES))
     first, *others = find_attentions(Facts(model, weights))
     for node in model.graph.node:
@@ -240,8 +244,8 @@ def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, m
 @pytest.mark.parametrize("is_8", [True, False])
 def test_the_build_says_where_an_engine_for_each_size_is_faster(cut, tmp_path, capsys, monkeypatch, is_8):
     weakly_typed(monkeypatch, is_8)
-    monkeypatch.setattr(tensorrt, "check_request", lambda request: None)  # there is no GPU
-    monkeypatch.setattr(tensorrt, "_build_in_child", lambda request, console, show: {})
+    monkeypatch.setattr(plan_builder, "check_request", lambda request: None)  # there is no GPU
+    monkeypatch.setattr(plan_builder, "_build_in_child", lambda request, console, show: {})
     large, small = (Profile.of(Sizes(2, height, 512)) for height in (512, 248))  # 31 * 64 tokens are too few
     several, dynamic = (small, large), (replace(large, batch=Range(1, 2, 4)),)
     default = replace(cut.spec, split_attention=None)
@@ -251,7 +255,7 @@ def test_the_build_says_where_an_engine_for_each_size_is_faster(cut, tmp_path, c
     others += [replace(faster[0], version_compatible=True), replace(faster[0], split_attention=0)]
     others += [replace(faster[0], export=ExportSpec(component="vae_decoder"))]
     for spec in (*faster, *others):
-        tensorrt.build_plan(cut.onnx, tmp_path, cut.contract, spec, timing_cache=None, console=Console())
+        plan_builder.build_plan(cut.onnx, tmp_path, cut.contract, spec, timing_cache=None, console=Console())
         said = "such as sdtrt build --batch 2 --height 512 --width 512" in capsys.readouterr().err
         assert said is (is_8 and spec in faster)
 
@@ -297,8 +301,8 @@ def no_pieces(monkeypatch):
         return worker.build_here(request, report)
 
     monkeypatch.setattr(worker, "_build_piece", build)
-    monkeypatch.setattr(crew, "run_worker", run_here)
-    monkeypatch.setattr(crew, "most_jobs", lambda: 1)
+    monkeypatch.setattr(parallel_build, "run_worker", run_here)
+    monkeypatch.setattr(parallel_build, "most_jobs", lambda: 1)
     monkeypatch.setattr(worker, "check", lambda *_: {})
     monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
     monkeypatch.setattr(building, "SPLIT_TOKENS", 90)

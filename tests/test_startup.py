@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sdtrt.startup import quick_imports
+from sdtrt.cli.startup import quick_imports
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def test_who_had_it_off_keeps_it_off():
 
 
 def test_what_makes_images_imports_no_exporter():
-    """Nothing of that is needed where engines are there; `sdtrt.export` brings the onnx package."""
-    script = "import sys, sdtrt.generate; print(sorted({'sdtrt.export', 'sdtrt.onnx_graph'} & set(sys.modules)))"
+    """Nothing of that is needed where engines are there; `sdtrt.exports.component` brings the onnx package."""
+    exporting = "{'sdtrt.exports.component', 'sdtrt.exports.onnx_file'}"
+    script = f"import sys, sdtrt.pipeline.generate; print(sorted({exporting} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt import ahead, digests, threads
-from sdtrt.entries import Entry
-from sdtrt.runtime.onnxruntime import mend_of
+from sdtrt.backends.onnxruntime.session import mend_of
+from sdtrt.cli import prewarm
+from sdtrt.common import threads
+from sdtrt.engines import digests
+from sdtrt.engines.entry import Entry
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def test_nothing_is_looked_at_ahead_where_no_thread_is_to_be_had(no_threads, tmp
     file.write_bytes(b"x")
     digests.hash_ahead(lambda: [file])
     assert digests.digests_ahead([file], lambda: True)(file) == digests.sha256_file(file)
-    assert ahead.wake_gpu().result() is False
+    assert prewarm.wake_gpu().result() is False
 
 
 def test_libraries_compute_in_one_thread_where_there_are_no_more(no_threads, monkeypatch):
@@ -59,7 +61,7 @@ def test_a_file_that_no_limit_lets_open_is_not_called_damaged(tmp_path, monkeypa
     def refuse(path):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
-    monkeypatch.setattr("sdtrt.entries.digest_of", refuse)
+    monkeypatch.setattr("sdtrt.engines.entry.digest_of", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         entry._verify(tmp_path / "file", refuse)
 

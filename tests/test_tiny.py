@@ -21,9 +21,9 @@ from tiny_captions import write_tokenizer
 from tiny_scenes import held_out, sample_scenes, vocabulary
 from tiny_score import STEPS, held_out_prompts, rates, same_layout, score_prompts
 
-from sdtrt.console import QUIET
-from sdtrt.models import resolve_model
-from sdtrt.pipeline import PipelineSpec, open_pipeline
+from sdtrt.common.console import QUIET
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.open import PipelineSpec, open_pipeline
 from sdtrt.specs import ModelSpec, Sizes
 
 TINY = Path(__file__).resolve().parents[1] / "sdtrt" / "tiny"

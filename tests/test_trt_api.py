@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from trt_fakes import FACTS, fake_library, profile_shapes, recorder, write_plan
 
-from sdtrt import host
-from sdtrt.errors import BuildError, EngineError
+from sdtrt.backends.tensorrt.versions import building, libraries, running
+from sdtrt.backends.tensorrt.versions.header import PlanHeader, read_header
+from sdtrt.backends.tensorrt.versions.libraries import FEATURES, Log, parse_version
+from sdtrt.backends.tensorrt.versions.messages import explain
+from sdtrt.common import host
+from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
-from sdtrt.trt_api import building, libraries, running
-from sdtrt.trt_api.header import PlanHeader, read_header
-from sdtrt.trt_api.libraries import FEATURES, Log, parse_version
-from sdtrt.trt_api.messages import explain
 
 PACKAGE = Path(host.__file__).parent
 SOURCES = sorted((PACKAGE / "trt_api").glob("*.py"))

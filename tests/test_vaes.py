@@ -16,17 +16,18 @@ from factories import small_tiny_vae, small_vae
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdtrt.components import vae_contract
-from sdtrt.console import Console
-from sdtrt.digests import sha256_file
-from sdtrt.errors import ModelError, SdtrtError, UsageError
-from sdtrt.export import check_onnx, write_onnx
-from sdtrt.loading import check_part, load_parts
-from sdtrt.models import resolve_model
-from sdtrt.modules import VaeFacade
-from sdtrt.parts import contract_of, precision_of
-from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
+from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+from sdtrt.common.console import Console
+from sdtrt.common.errors import ModelError, SdtrtError, UsageError
+from sdtrt.engines.digests import sha256_file
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.parity import check_onnx
+from sdtrt.models.components import contract_of, precision_of
+from sdtrt.models.loading import check_part, load_parts
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.specs import ModelSpec, Sizes
+from sdtrt.specs.contract import vae_contract
 
 CPU = torch.device("cpu")
 SIZES = Sizes(3, 72, 104)

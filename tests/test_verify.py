@@ -17,14 +17,17 @@ import torch
 from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine, unet_engine
 from safetensors.torch import load_file, save_file
 
-from sdtrt import engines, loading, pipeline
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET
-from sdtrt.errors import CacheError, EngineError, SdtrtError, UsageError
-from sdtrt.models import TINY, resolve_model
+from sdtrt.backends import open as backend_open
+from sdtrt.backends import registry
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import CacheError, EngineError, SdtrtError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models import loading
+from sdtrt.models.resolve import TINY, resolve_model
+from sdtrt.pipeline import open as pipeline_open
+from sdtrt.reports.verify import spread, verify
+from sdtrt.reports.verify_report import ImageError, TimestepError, compare_call, judge
 from sdtrt.specs import GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
-from sdtrt.verdict import ImageError, TimestepError, compare_call, judge
-from sdtrt.verify import spread, verify
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PROMPT = "a red circle on a blue background"
@@ -137,7 +140,7 @@ def test_any_scheduler_and_no_guidance(spec, directory, scheduler):
 
 def test_no_two_unets_are_in_memory_at_once(spec, directory, monkeypatch):
     loaded, alive = [], []
-    load, open_session = loading.load_unet, pipeline.open_session
+    load, open_session = loading.load_unet, backend_open.open_session
 
     def watched_load(model, dtype):
         alive.append(sum(unet() is not None for unet in loaded))
@@ -151,7 +154,7 @@ def test_no_two_unets_are_in_memory_at_once(spec, directory, monkeypatch):
 
     own_engine(spec, directory)
     monkeypatch.setattr(loading, "load_unet", watched_load)
-    monkeypatch.setattr(pipeline, "open_session", watched_open)
+    monkeypatch.setattr(pipeline_open, "open_session", watched_open)
     verify(spec, directory, QUIET)
     assert alive == [0] * 5  # at the reference, the noise floor, and the three engines
 
@@ -230,7 +233,7 @@ def test_an_engine_whose_weight_was_changed_fails_though_its_key_is_right(spec, 
 
 
 def test_an_engine_of_another_part_is_refused_with_where_to_look(spec, directory):
-    other = engines.ensure_engines(
+    other = registry.ensure_engines(
         resolve_model(spec.image.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory, ("vae_decoder",)
     )["vae_decoder"]
     with pytest.raises(UsageError, match="is no engine of a unet") as caught:
@@ -250,7 +253,7 @@ def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, d
 
     model, spoilt = resolve_model(spec.image.model), EngineDirectory(tmp_path / "engines")
     parts = ("text_encoder", "unet", "vae_decoder")
-    right = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    right = registry.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
     for name, entry in right.items():
         tampered_engine(spoilt, entry, change if name == "vae_decoder" else lambda _: None)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdtrt.errors import ModelError
-from sdtrt.weights import MAX_JSON_BYTES, TensorInfo, read_header, read_json, read_pickle, read_tensors
+from sdtrt.common.errors import ModelError
+from sdtrt.models.weights import MAX_JSON_BYTES, TensorInfo, read_header, read_json, read_pickle, read_tensors
 
 TENSORS = {"a.weight": torch.arange(12, dtype=torch.float16).reshape(3, 4), "ids": torch.arange(5)}
 

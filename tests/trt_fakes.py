@@ -22,9 +22,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from sdtrt.components import Contract, TensorSpec
-from sdtrt.runtime.pieces import Attention, Normalization, Piece, piece_file
-from sdtrt.trt_api.libraries import Library, parse_version
+from sdtrt.backends.tensorrt.versions.libraries import Library, parse_version
+from sdtrt.backends.tensorrt86.pieces import Attention, Normalization, Piece, piece_file
+from sdtrt.specs.contract import Contract, TensorSpec
 
 FILE = Path(__file__).parent / "data" / "trt_attributes.json"  # written by scripts/read_trt_bindings.py
 FACTS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from gpu_engines import DIRECTORY_VARIABLE
 
-from sdtrt.cache import EngineDirectory
+from sdtrt.engines.directory import EngineDirectory
 
 
 @pytest.fixture(scope="session")

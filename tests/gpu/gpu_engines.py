@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrt.build import build_engine
-from sdtrt.cache import EngineDirectory
-from sdtrt.console import QUIET, Console
-from sdtrt.entries import Entry
-from sdtrt.models import Model, resolve_model
+from sdtrt.backends.build import build_engine
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common.console import QUIET, Console
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import Entry
+from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Precision, Profile, Range, Sizes
-from sdtrt.trt_api import libraries
 
 # What every GPU test needs, and most need besides.
 NEEDS_GPU = (

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOGETHER = """
 import ctypes, sys, threading
 from pathlib import Path
-from sdtrt.ahead import start_gpu
-from sdtrt.cache import EngineDirectory
+from sdtrt.cli.prewarm import start_gpu
+from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs import GenerateSpec
 start_gpu(GenerateSpec(("x",), backend="tensorrt"), EngineDirectory(Path("no such folder")))
 import torch
@@ -32,15 +32,15 @@ for thread in threading.enumerate():
 assert {"tensorrt", "tensorrt_lean"} & set(sys.modules), "TensorRT was not imported"
 driver, flags, active = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint(), ctypes.c_int()
 assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0 and active.value == 1
-from sdtrt.trt_api import libraries
+from sdtrt.backends.tensorrt.versions import libraries
 library = libraries.open_library("tensorrt")
 assert library.module.Runtime(library.logger) is not None
 assert float(torch.ones(3, device="cuda").sum()) == 3
 """
 FAILS = """
 from pathlib import Path
-from sdtrt.ahead import start_gpu
-from sdtrt.cache import EngineDirectory
+from sdtrt.cli.prewarm import start_gpu
+from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs import GenerateSpec
 start_gpu(GenerateSpec(("x",)), EngineDirectory(Path("no such folder")))
 raise SystemExit(3)
@@ -49,8 +49,8 @@ raise SystemExit(3)
 COMMAND = """
 import json, sys, threading
 from pathlib import Path
-from sdtrt.trt_api import running
-from sdtrt.cli import main
+from sdtrt.backends.tensorrt.versions import running
+from sdtrt.cli.commands import main
 calls, load, marks = [], running.load_engine, Path(sys.argv.pop(1))
 def noting(library, plan, **options):
     calls.append([plan.parent.name, plan.name, threading.current_thread().name])

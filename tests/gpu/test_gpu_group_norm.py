@@ -9,17 +9,17 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
-from sdtrt import onnx_graph, onnx_simplify
-from sdtrt.build.checking import LAYERS_FILE
-from sdtrt.build.group_norm import OPERATOR
-from sdtrt.build.tensorrt import build_plan
-from sdtrt.components import Contract, TensorSpec
-from sdtrt.console import QUIET
-from sdtrt.metrics import relative_l2
-from sdtrt.runtime import TENSORRT_FILE
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.backends.open import TENSORRT_FILE
+from sdtrt.backends.tensorrt.build import build_plan
+from sdtrt.backends.tensorrt.checking import LAYERS_FILE
+from sdtrt.backends.tensorrt.session import TensorRTSession
+from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt86.norm_plugin import OPERATOR
+from sdtrt.common.console import QUIET
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports import onnx_file, onnx_simplify
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
-from sdtrt.trt_api import building, libraries
+from sdtrt.specs.contract import Contract, TensorSpec
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(600)]
 CUDA = torch.device("cuda")
@@ -39,9 +39,9 @@ def test_the_plugin_normalises_as_pytorch_does(channels, batch, tmp_path):
     path = tmp_path / "model.onnx"
     names = {"input_names": ["sample"], "output_names": ["out_sample"]}
     torch.onnx.export(module, (torch.randn(shape).half(),), str(path), dynamo=False, opset_version=17, **names)
-    model, weights = onnx_graph.load_split(path)
+    model, weights = onnx_file.load_split(path)
     onnx_simplify.simplify(model, weights)
-    onnx_graph.save(model, weights, path)
+    onnx_file.save(model, weights, path)
     spec = BuildSpec(ExportSpec(), "tensorrt", (Profile.of(Sizes(batch, 128, 96)),))
     build_plan(path, tmp_path, contract, spec, timing_cache=None, console=QUIET)
     assert "Plugin" in json.dumps(json.loads((tmp_path / LAYERS_FILE).read_text()))

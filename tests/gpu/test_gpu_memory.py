@@ -11,12 +11,12 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 
-from sdtrt import pipeline
-from sdtrt.console import QUIET
-from sdtrt.errors import MemoryShortage
-from sdtrt.generate import generate
-from sdtrt.images import read_metadata
-from sdtrt.memory import ALLOWANCE_BYTES, free_bytes
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import MemoryShortage
+from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline.generate import generate
+from sdtrt.pipeline.images import read_metadata
+from sdtrt.pipeline.memory import ALLOWANCE_BYTES, free_bytes
 from sdtrt.specs import GenerateSpec
 
 pytestmark = [*NEEDS_GPU, pytest.mark.timeout(1200)]
@@ -53,7 +53,7 @@ def test_what_can_not_fit_is_refused_before_anything_is_loaded(directory, tmp_pa
     spec = GenerateSpec(("a red circle",), backend="tensorrt", height=128, width=128, seed=1, steps=2, output=tmp_path)
     generate(spec, directory, QUIET)  # builds what is missing
     opened = []
-    monkeypatch.setattr(pipeline, "open_session", lambda *arguments, **options: opened.append(arguments))
+    monkeypatch.setattr(pipeline_open, "open_session", lambda *arguments, **options: opened.append(arguments))
     with all_but(ALLOWANCE_BYTES // 2), pytest.raises(MemoryShortage, match="GiB of GPU memory") as caught:
         generate(spec, directory, QUIET)
     assert not opened

@@ -7,19 +7,19 @@ import torch
 from factories import small_vae
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt.build.tensorrt import build_plan
-from sdtrt.components import vae_contract
-from sdtrt.console import QUIET
-from sdtrt.export import write_onnx
-from sdtrt.metrics import relative_l2
-from sdtrt.parity import seeded_feeds
-from sdtrt.runtime import TENSORRT_FILE
-from sdtrt.runtime.between import normalize
-from sdtrt.runtime.pieces import Normalization
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.backends.open import TENSORRT_FILE
+from sdtrt.backends.tensorrt.build import build_plan
+from sdtrt.backends.tensorrt.session import TensorRTSession
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.backends.tensorrt86.pieces import Normalization
+from sdtrt.backends.tensorrt86.torch_kernels import normalize
+from sdtrt.common.console import QUIET
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports.component import write_onnx
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.tracing import reference
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
-from sdtrt.tracing import reference
-from sdtrt.trt_api import libraries
+from sdtrt.specs.contract import vae_contract
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA, SIZES = torch.device("cuda"), Sizes(1, 768, 704)

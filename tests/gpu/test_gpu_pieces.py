@@ -8,13 +8,13 @@ import torch
 from factories import in_threads
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt.loading import load_unet
-from sdtrt.metrics import relative_l2
-from sdtrt.parity import seeded_feeds
-from sdtrt.runtime import open_session, stored_contract
+from sdtrt.backends.open import open_session, stored_contract
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.tracing import UNetCall
+from sdtrt.models.loading import load_unet
 from sdtrt.specs import Sizes
-from sdtrt.tracing import UNetCall
-from sdtrt.trt_api import libraries
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA, SIZES = torch.device("cuda"), Sizes(2, 512, 512)

@@ -10,8 +10,8 @@ from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 from soak import resident_bytes
 
-from sdtrt.console import QUIET
-from sdtrt.generate import generate
+from sdtrt.common.console import QUIET
+from sdtrt.pipeline.generate import generate
 from sdtrt.specs import GenerateSpec
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]

@@ -20,19 +20,20 @@ from gpu_engines import LARGE_VARIABLE, NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
-from sdtrt import host, loading
-from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.components import Contract
-from sdtrt.console import QUIET
-from sdtrt.errors import EngineError
-from sdtrt.loading import load_unet
-from sdtrt.metrics import relative_l2
-from sdtrt.runtime import open_session
-from sdtrt.runtime.scratch import Scratch
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.backends.open import open_session
+from sdtrt.backends.scratch import Scratch
+from sdtrt.backends.tensorrt.session import TensorRTSession
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.backends.tensorrt.versions.header import read_header
+from sdtrt.common import host
+from sdtrt.common.console import QUIET
+from sdtrt.common.errors import EngineError
+from sdtrt.common.metrics import relative_l2
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.models import loading
+from sdtrt.models.loading import load_unet
 from sdtrt.specs import GenerateSpec, Sizes
-from sdtrt.trt_api import libraries
-from sdtrt.trt_api.header import read_header
+from sdtrt.specs.contract import Contract
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 CUDA = torch.device("cuda")
@@ -263,9 +264,9 @@ def test_sessions_of_one_scratch_on_two_streams_and_threads(entry):
 
 OPEN = """
 import json, pathlib, sys, torch
-from sdtrt.components import Contract
-from sdtrt.errors import EngineError
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.specs.contract import Contract
+from sdtrt.common.errors import EngineError
+from sdtrt.backends.tensorrt.session import TensorRTSession
 contract = Contract.from_json(json.loads(pathlib.Path(sys.argv[2]).read_text()))
 try:
     options = json.loads(sys.argv[3])
@@ -308,10 +309,10 @@ def test_plan_of_another_version(entry, tmp_path):
 def test_loads_in_a_fresh_process(entry):
     code = """
 import json, pathlib, sys, torch
-from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract
-from sdtrt.runtime import open_session
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.specs.contract import Contract
+from sdtrt.backends.open import open_session
 from sdtrt.specs import Sizes
 entry = next(e for e in EngineDirectory(pathlib.Path(sys.argv[1])).entries("engine") if e.name == sys.argv[2])
 feeds = seeded_feeds(Contract.from_json(entry.info["contract"]), Sizes(2, 128, 128))
@@ -370,9 +371,9 @@ def test_close_gives_the_memory_back(entry):
 PYCUDA = """
 import json, pathlib, sys
 import numpy as np
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract
-from sdtrt.runtime.pycuda import PyCudaSession
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.specs.contract import Contract
+from sdtrt.backends.tensorrt.pycuda import PyCudaSession
 entry = next(e for e in EngineDirectory(pathlib.Path(sys.argv[1])).entries("engine") if e.name == sys.argv[2])
 feeds = dict(np.load(sys.argv[3]))
 with PyCudaSession(entry.file("engine.plan"), Contract.from_json(entry.info["contract"])) as session:
@@ -399,7 +400,7 @@ def test_pycuda_equals_torch(sizes, entry, tmp_path):
 @pytest.mark.skipif(host.library_version("pycuda") is None, reason="PyCUDA is not installed")
 def test_pycuda_beside_torch(entry):
     """In one process, in turns: both use the GPU's primary context."""
-    from sdtrt.runtime.pycuda import PyCudaSession
+    from sdtrt.backends.tensorrt.pycuda import PyCudaSession
 
     feeds = seeded_feeds(contract_of(entry), OPT)
     arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
@@ -449,12 +450,12 @@ def test_compatible_plan_runs_only_where_it_is_allowed_to(compatible, reference,
 
 LEAN = """
 import json, pathlib, sys, torch
-from sdtrt.trt_api import libraries
-from sdtrt.trt_api.header import read_header
-from sdtrt.build.onnxruntime import seeded_feeds
-from sdtrt.cache import EngineDirectory
-from sdtrt.components import Contract
-from sdtrt.runtime.tensorrt import TensorRTSession
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.backends.tensorrt.versions.header import read_header
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.specs.contract import Contract
+from sdtrt.backends.tensorrt.session import TensorRTSession
 from sdtrt.specs import Sizes
 library = libraries.library_of(sys.argv[3], "tensorrt_lean")
 entry = next(e for e in EngineDirectory(pathlib.Path(sys.argv[1])).entries("engine") if e.name == sys.argv[2])
@@ -514,7 +515,7 @@ def right_share(report):
 
 def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
     """The miniature draws what its prompts say, with the engine in place of its UNet."""
-    from sdtrt.generate import generate
+    from sdtrt.pipeline.generate import generate
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1, "allow_build": False}
@@ -532,7 +533,7 @@ def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
 
 def test_the_whole_pipeline_in_engines(entry, directory, tmp_path, monkeypatch):
     """Nothing of the miniature is left to PyTorch, and it draws what its prompts say."""
-    from sdtrt.generate import generate
+    from sdtrt.pipeline.generate import generate
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1}

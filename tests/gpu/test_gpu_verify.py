@@ -8,9 +8,9 @@ import torch
 from factories import TEN_PROMPTS
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt.console import QUIET
+from sdtrt.common.console import QUIET
+from sdtrt.reports.verify import verify
 from sdtrt.specs import GenerateSpec, VerifySpec
-from sdtrt.verify import verify
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]
 

@@ -1,0 +1,123 @@
+"""Running engines: one protocol (`session`), one module for each backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdtrt.backends.session import Session
+from sdtrt.backends.tensorrt86.pieces import list_file, read_pieces
+from sdtrt.common.errors import EngineError
+from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.specs import Sizes
+from sdtrt.specs.contract import Contract
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdtrt.backends.scratch import Scratch
+    from sdtrt.backends.tensorrt.plan import LoadedPlan
+
+ONNXRUNTIME_FILE = "engine.onnx"
+TENSORRT_FILE = "engine.plan"
+SOME_SIZES = Sizes(batch=2, height=64, width=64)
+
+
+def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = None) -> Session[torch.Tensor]:
+    """Open an engine of the engine directory.
+
+    Args:
+        entry: an entry of the kind `engine`.
+        device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
+        scratch: what TensorRT sessions that never run at once share; None for a session on its own.
+
+    The entry is not removed before the session is closed.
+
+    Raises:
+        CacheError: where a file of it is not what was published, or it has been removed.
+        EngineError: where it can't be loaded on this machine, saying why and how to rebuild it.
+    """
+    hold = entry.hold()
+    try:
+        session = _open(entry, device, scratch)
+    except BaseException:
+        hold.close()
+        raise
+    session.keep(hold)
+    return session
+
+
+def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tuple[LoadedPlan, ...]]:
+    """Check a TensorRT engine's files ahead of its session, and return the function that loads its plans.
+
+    A session that is opened while these plans exist shares them.
+
+    Args:
+        entry: of an engine that runs here; the caller holds it.
+        wanted: whether the engine is still wanted; once it is not, the check is given up.
+
+    Returns:
+        A function that takes the current GPU's index and returns the loaded plans.
+
+    Raises:
+        CacheError, EngineError: as of `open_session`.
+    """
+    from sdtrt.backends.tensorrt.plan import load_plan
+    from sdtrt.backends.tensorrt.versions import libraries
+
+    contract, library = stored_contract(entry), libraries.open_library(entry.key["backend"])
+    plan, compatible = _proven_plan(entry, ahead=wanted)
+
+    def load(device: int) -> tuple[LoadedPlan, ...]:
+        return tuple(
+            load_plan(piece.plan, piece.contract, library, device, allow_host_code=compatible)
+            for piece in read_pieces(plan, contract)
+        )
+
+    return load
+
+
+def stored_contract(entry: Entry) -> Contract:
+    """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
+    try:
+        contract = Contract.from_json(entry.info["contract"])
+        contract.input_shapes(SOME_SIZES)
+        contract.output_shapes(SOME_SIZES)
+        words = [word for spec in (*contract.inputs, *contract.outputs) for word in (spec.name, spec.dtype)]
+        if not all(isinstance(word, str) for word in (contract.component, contract.precision, *words)):
+            raise TypeError("names and dtypes must be text")
+        return contract
+    except MALFORMED as error:
+        raise EngineError(f"{entry.name} does not say what its inputs and outputs are", hint=entry.removal) from error
+
+
+def _proven_plan(entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tuple[Path, bool]:
+    """The plan of a held entry, proven to the last of its pieces, and whether it may bring its own runtime."""
+    plan = entry.verified(TENSORRT_FILE, ahead=ahead)  # and the other pieces and their list, named after it
+    _check_list(entry, plan)
+    return plan, bool(entry.key.get("options", {}).get("version_compatible"))
+
+
+def _check_list(entry: Entry, plan: Path) -> None:
+    """Refuse a list of pieces that is not the entry's: nobody has checked its content."""
+    if list_file(plan).name not in entry.files and list_file(plan).exists():
+        raise EngineError(f"{list_file(plan)} is not among the files of {entry.name}", hint=entry.removal)
+
+
+def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
+    """Open an engine whose entry is held."""
+    contract = stored_contract(entry)
+    backend = entry.key.get("backend")
+    if backend == "onnxruntime":
+        from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
+
+        return OnnxRuntimeSession(entry.verified(ONNXRUNTIME_FILE), contract)
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        from sdtrt.backends.tensorrt.session import TensorRTSession
+
+        plan, compatible = _proven_plan(entry)
+        return TensorRTSession(
+            plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch
+        )
+    raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=entry.removal)

@@ -1,0 +1,116 @@
+"""The group normalisations of an exported model: where they are, and whether they are what they seem.
+
+PyTorch's exporter spells one out: reshape to `[B,groups,-1]`, instance normalisation, reshape back, scale, shift. What
+is cut out (`build.splitting`) ends with the second reshape. `check` holds what was read against what the nodes compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from sdtrt.backends.tensorrt86.pieces import Normalization
+from sdtrt.exports.onnx_index import Facts
+
+OPERATOR = "InstanceNormalization"
+CHECK_PIXELS, CHECK_TOLERANCE = (4, 6), 5e-3
+DEFAULT_EPSILON = 1e-5  # the operator's own
+
+Array = npt.NDArray[Any]
+
+
+def sizes_of_norms(facts: Facts) -> list[int]:
+    """The size in bytes of each instance normalisation's output, whatever its form, where its type is known."""
+    names = [node.output[0] for node in facts.makers.values() if node.op_type == OPERATOR]
+    return [facts.bytes_of(name) for name in names if name in facts.types]
+
+
+def find_normalizations(facts: Facts) -> list[Normalization]:
+    """The group normalisations of images in fp16, in a graph's order."""
+    found = (_match(facts, node) for node in facts.makers.values() if node.op_type == OPERATOR)
+    return [one for one in found if one is not None]
+
+
+def _match(facts: Facts, node: onnx.NodeProto) -> Normalization | None:
+    """The group normalisation around an instance normalisation."""
+    split, join = facts.makers.get(node.input[0]), facts.only_taker(node.output[0], "Reshape")
+    if split is None or split.op_type != "Reshape" or join is None:
+        return None
+    source, result = split.input[0], join.output[0]
+    dims, by_groups = facts.dims.get(source, []), facts.dims.get(node.input[0], [])
+    if len(dims) != 4 or None in dims or facts.types.get(source) != onnx.TensorProto.FLOAT16:
+        return None  # no image in fp16 of a fixed size
+    groups = (by_groups[1] or 0) if len(by_groups) == 3 and by_groups[0] == dims[0] else 0
+    if groups < 1 or (dims[1] or 0) % groups or facts.dims.get(result) != dims:
+        return None
+    epsilon = next((one.f for one in node.attribute if one.name == "epsilon"), DEFAULT_EPSILON)
+    return Normalization(source, result, groups, epsilon)
+
+
+def check(facts: Facts, normalization: Normalization, opset: int) -> float:
+    """The worst group's relative L2 error of what was read against what the nodes compute, on a few pixels.
+
+    Raises:
+        ValueError: where they are not the same.
+    """
+    batch, channels = (int(size or 0) for size in facts.dims[normalization.source][:2])
+    shape = (batch, channels, *CHECK_PIXELS)
+    model = _model(facts, normalization, shape, opset)
+    import onnxruntime
+
+    given = _sample(normalization, shape)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        computed = session.run(None, {normalization.source: given})[0].astype(np.float64)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise ValueError(f"{normalization} can't be computed by itself: {error}") from error
+    expected = _reference(normalization, given.astype(np.float64))
+    by_groups = (batch, normalization.groups, -1)
+    off, length = (np.linalg.norm(a.reshape(by_groups), axis=-1) for a in (computed - expected, expected))
+    difference = float(np.max(off / length))
+    if not difference < CHECK_TOLERANCE:
+        raise ValueError(f"{normalization} is not what the graph computes: relative error {difference:.2e}")
+    return difference
+
+
+def _model(facts: Facts, normalization: Normalization, shape: tuple[int, ...], opset: int) -> onnx.ModelProto:
+    """A normalisation's nodes by themselves, for an image of a few pixels."""
+    join = facts.makers[normalization.result]
+    norm = facts.makers[join.input[0]]
+    split, dtype = facts.makers[norm.input[0]], facts.types[normalization.source]
+    back = f"{normalization.result}.shape"
+    constants = {name: facts.values.get(name) for name in (*split.input[1:], *norm.input[1:])}
+    nodes = [onnx.helper.make_node("Constant", [], [back], value=numpy_helper.from_array(np.asarray(shape)))]
+    for name, value in constants.items():
+        if value is None:
+            raise ValueError(f"{name}, which {normalization} takes, is no constant")
+        nodes.append(onnx.helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value)))
+    copy = onnx.NodeProto.FromString(join.SerializeToString())
+    copy.input[1] = back
+    ends = [
+        onnx.helper.make_tensor_value_info(name, dtype, shape) for name in (normalization.source, normalization.result)
+    ]
+    graph = onnx.helper.make_graph([*nodes, split, norm, copy], "normalization", ends[:1], ends[1:])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+
+
+def _sample(normalization: Normalization, shape: tuple[int, ...]) -> Array:
+    """Groups that hardly vary, where the epsilon shows, and groups that do, around means of their own."""
+    generator = np.random.default_rng(0)
+    groups = normalization.groups
+    values = generator.standard_normal((shape[0], groups, shape[1] // groups, *shape[2:]))
+    numbers = np.arange(groups).reshape(-1, 1, 1, 1)
+    wide = 3 * values + numbers % 5 - 2
+    narrow = 2 * normalization.epsilon**0.5 * values
+    return np.asarray(np.where(numbers % 2, wide, narrow).reshape(shape).astype(np.float16))
+
+
+def _reference(normalization: Normalization, given: Array) -> Array:
+    """`[B,C,H,W]` → the same."""
+    groups = given.reshape(given.shape[0], normalization.groups, -1)
+    deviation = np.sqrt(groups.var(-1, keepdims=True) + normalization.epsilon)
+    return np.asarray(((groups - groups.mean(-1, keepdims=True)) / deviation).reshape(given.shape))

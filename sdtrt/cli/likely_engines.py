@@ -1,0 +1,68 @@
+"""Which engines a request will run, as far as that is known before its model is read, and loading them ahead of it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from sdtrt.backends.registry import TENSORRT_BACKENDS, choose_backend, default_precision, runs_here
+from sdtrt.common import host
+from sdtrt.common.errors import SdtrtError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.models.components import VAE_HALVES, sizes_of, unet_batch
+from sdtrt.pipeline import preloaded
+from sdtrt.specs import Component, GenerateSpec, Precision, Profile, Sizes
+
+
+def load_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
+    """Load the TensorRT engines that a request will probably run onto the GPU, the largest first.
+
+    PyTorch and TensorRT must be imported. Nothing here can fail a command: what goes wrong is met again, and told,
+    where the engine is opened. A GPU that has no context yet gets none (`host.open_primary_context`).
+    """
+    import torch
+
+    if not preloaded.is_wanted():
+        return
+    with suppress(Exception):
+        device = torch.cuda.current_device()
+        if not host.has_primary_context(device):
+            return
+        torch.cuda.synchronize(device)  # TensorRT takes the context that is current in its thread: now it is
+        for entry in likely_engines(spec, directory):
+            with suppress(Exception):  # the others may be sound
+                preloaded.load(entry, device)
+
+
+def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry]:
+    """The TensorRT engines that a request will run in all likelihood, the largest first.
+
+    They are those used last, one for each component, among those that run here and fit what the request says. Which
+    weights it needs is known only once the model is read.
+    """
+    backend = choose_backend(spec.backend)
+    if backend not in TENSORRT_BACKENDS:
+        return []
+    runs, precision = runs_here(backend), spec.precision or default_precision(backend)
+    latest = directory.latest(spec.model.name, lambda entry: runs(entry.key) and _may_serve(entry, spec, precision))
+    return sorted(latest.values(), key=lambda entry: entry.size_bytes, reverse=True)
+
+
+def _may_serve(entry: Entry, spec: GenerateSpec, precision: Precision) -> bool:
+    """Whether an engine serves a request, as far as the request alone tells."""
+    try:
+        name: Component = entry.key["component"]
+        fitting = entry.key["precision"] in ((precision, "fp32") if name in VAE_HALVES else (precision,))
+        called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
+        profiles = [Profile.from_json(data) for data in entry.key["profiles"]]
+        return fitting and called and any(_known_sizes(name, spec, one) in one for one in profiles)
+    except (SdtrtError, *MALFORMED):  # the key is not one of ours
+        return False
+
+
+def _known_sizes(component: Component, spec: GenerateSpec, profile: Profile) -> Sizes:
+    """The size of a component's call; what the request leaves open is what an engine's profile is tuned for."""
+    images = spec.images_at_once
+    height, width = spec.height or profile.height.opt, spec.width or profile.width.opt
+    unet = Sizes(unet_batch(images, guidance=spec.uses_guidance), height, width, profile.tokens.opt)
+    return sizes_of(component, unet, images)

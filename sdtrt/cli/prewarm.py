@@ -1,0 +1,90 @@
+"""What a GPU needs before a first step, begun while Python imports: CUDA's context, TensorRT's libraries, engines.
+
+All are waits without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where it
+is needed. The threads are no daemons: a process that ends early first waits for the driver, which must not be torn down
+while it starts or loads; but no load begins once the process is ending.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common import host
+from sdtrt.engines.digests import in_background
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.specs import BackendChoice, GenerateSpec
+
+
+def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
+    """Start all of it for a request, and import PyTorch meanwhile: it has to come before TensorRT."""
+    gpu = wake_gpu()
+    import torch  # noqa: F401
+
+    from sdtrt.cli import (
+        likely_engines,  # here, not in the thread: two threads that import one package may wait for each other
+    )
+    from sdtrt.pipeline import preloaded
+
+    preloaded.expect()
+    atexit.register(preloaded.let_go)  # engines are freed before Python takes its modules apart
+    import_tensorrt(spec.backend, gpu, partial(likely_engines.load_ahead, spec, directory))
+
+
+def wake_gpu() -> Future[bool]:
+    """Start to initialise the driver and the first GPU's context in the background.
+
+    The context is the one that PyTorch and TensorRT share (`host.open_primary_context`). Kernels are to be loaded when
+    they are first run, unless the user says otherwise: the default since CUDA 12.2. PyTorch asks older drivers for it,
+    but here they are asked for a context before PyTorch comes.
+
+    Returns:
+        Whether there is a GPU that was woken, once that is known.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    found: Future[bool] = Future()
+    if not in_background(_open_context, found, name="sdtrt-cuda", daemon=False):
+        found.set_result(False)  # nothing is looked up ahead: PyTorch finds the GPU itself
+    return found
+
+
+def import_tensorrt(backend: BackendChoice, gpu: Future[bool], then: Callable[[], None] = lambda: None) -> None:
+    """Start to import the TensorRT of a backend in the background; nothing happens without a GPU.
+
+    PyTorch must be imported before: both may link a cuBLAS and a cuDNN of one name, and the first loaded serves both.
+
+    Args:
+        backend: that is asked for.
+        gpu: of `wake_gpu`.
+        then: what to do in the same thread once TensorRT is there.
+    """
+    families = [
+        family
+        for one, names in libraries.MODULES.items()
+        if backend in (one, "auto")
+        for family in names
+        if importlib.util.find_spec(family) is not None
+    ]
+    if families:
+        in_background(_import_on, families[0], gpu, then, name="sdtrt-tensorrt", daemon=False)
+
+
+def _open_context(found: Future[bool]) -> None:
+    try:
+        found.set_result(host.open_primary_context())
+    except BaseException as error:  # whoever waits for it must not wait forever
+        found.set_exception(error)
+
+
+def _import_on(name: str, gpu: Future[bool], then: Callable[[], None]) -> None:
+    if gpu.exception() is None and gpu.result():
+        with suppress(ImportError, OSError):
+            importlib.import_module(name)
+            then()

@@ -1,0 +1,1 @@
+"""What every room may use: errors, the console, files, facts of the machine, measures of error."""

@@ -1,0 +1,111 @@
+"""sha256 of files; of those that a command will soon ask for, in the background while it imports large libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import CancelledError, Future, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sdtrt.common.errors import SdtrtError
+
+CHUNK_BYTES = 2**24  # large: before each next one, a thread that imports keeps Python's lock for 5 ms
+PATIENCE_S = 0.05
+Identity = tuple[str, int, int, int, int]
+
+# What was hashed ahead or will be. Each is good for one `digest_of`: who asks again later gets the file as it is then.
+_AHEAD: dict[Identity, Future[str]] = {}
+_BEGINNING = threading.Lock()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size, 1))))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def hash_ahead(find: Callable[[], Iterable[Path]]) -> None:
+    """Start to hash files one after the other in the background; `digest_of` then has less to wait for, or nothing.
+
+    Args:
+        find: says which, in the background too. Where it fails, the command itself meets the reason.
+    """
+    in_background(_hash_all, find, name="sdtrt-ahead", daemon=True)
+
+
+def in_background(work: Callable[..., None], *arguments: Any, name: str, daemon: bool) -> bool:
+    """Begin what only saves time in a thread; False where there is none to spare (limits of users and containers)."""
+    try:
+        threading.Thread(target=work, args=arguments, name=name, daemon=daemon).start()
+    except (RuntimeError, MemoryError):
+        return False
+    return True
+
+
+def digest_of(path: Path) -> str:
+    """sha256 (hex) of a file, as it was hashed ahead if it has not been written since, else hashed now."""
+    future = _AHEAD.pop(identity(path), None)
+    if future is None or future.cancel():  # not begun with: no use in waiting for what comes before it
+        return sha256_file(path)
+    return future.result()
+
+
+def digests_ahead(paths: Iterable[Path], wanted: Callable[[], bool]) -> Callable[[Path], str]:
+    """How to have the digest of each of some files; it stays good for one `digest_of` after that.
+
+    What nobody hashes yet is begun with in the background. It raises `CancelledError` where `digest_of` has come first,
+    so that no file is hashed twice, and once `wanted` is false, so that nobody has to wait for it.
+    """
+    futures = {path: _expected(path) for path in paths}
+    if not in_background(_hash_each, futures, name="sdtrt-ahead", daemon=True):
+        _hash_each(futures)
+
+    def digest(path: Path) -> str:
+        while wanted():
+            wait([futures[path]], PATIENCE_S)
+            if futures[path].done():
+                return futures[path].result()
+        raise CancelledError
+
+    return digest
+
+
+def _hash_all(find: Callable[[], Iterable[Path]]) -> None:
+    with suppress(OSError, SdtrtError):
+        _hash_each({path: _expected(path) for path in find()})
+
+
+def _hash_each(futures: Mapping[Path, Future[str]]) -> None:
+    for path, future in futures.items():
+        _hash_into(future, path)
+
+
+def _expected(path: Path) -> Future[str]:
+    return _AHEAD.setdefault(identity(path), Future())
+
+
+def _hash_into(future: Future[str], path: Path) -> None:
+    """Hash a file, unless another thread has begun with it, or whoever asked for it would not wait for that."""
+    with _BEGINNING:
+        begun = future.running() or future.done()
+        if begun or not future.set_running_or_notify_cancel():
+            return
+    try:
+        future.set_result(sha256_file(path))
+    except BaseException as error:  # whoever waits for it must not wait forever
+        future.set_exception(error)
+
+
+def identity(path: Path) -> Identity:
+    """What changes when a file is replaced or written, whoever puts its old time back. Raises `OSError`."""
+    found = path.stat()
+    return str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

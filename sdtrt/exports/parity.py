@@ -1,0 +1,274 @@
+"""Whether an ONNX graph computes what the PyTorch module computes: ONNX Runtime against PyTorch in fp32."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from sdtrt.backends.onnxruntime.session import open_model
+from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import ExportError, first_line
+from sdtrt.common.metrics import cosine, max_abs, relative_l2
+from sdtrt.exports import onnx_file
+from sdtrt.exports.tracing import reference
+from sdtrt.specs import Precision, Sizes
+from sdtrt.specs.contract import REFINER_TIME_IDS, Contract
+
+# Sides in latents: 16×16 (even at every level), 9×13 (odd at every level), 10×12 (even, then odd), 17×18, 24×11.
+# Small ones, so that a UNet of 860 M parameters takes seconds: what goes wrong with sizes goes wrong with these. But
+# none that ends in 1×1 pixels, where a group of two channels is normalised by the difference of two numbers.
+CHECK_SIZES = (
+    Sizes(1, 128, 128),
+    Sizes(2, 72, 104),
+    Sizes(5, 80, 96, tokens=154),
+    Sizes(1, 136, 144),
+    Sizes(2, 192, 88, tokens=231),
+)
+
+# Largest relative L2 error. Measured on small random UNets of each kind: fp32 1e-6 (the order of summation); fp16 7e-4,
+# where PyTorch in fp16 itself is 1.5e-3 from fp32; bf16, checked in fp32 (see `check_onnx`), 1e-4 (rounded constants).
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-3}
+AESTHETIC_SCORE = 6.0  # what diffusers tells SDXL's refiner unless asked
+LATENT_DEVIATION = 1 / 0.18215  # Stable Diffusion's VAE; its latents are scaled by that to a deviation of 1
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SizeParity:
+    """How far graph and module are apart at one size."""
+
+    sizes: Sizes
+    relative_l2: float
+    cosine: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was checked, and how it came out.
+
+    Args:
+        tolerance: largest relative L2 error that passes.
+        computed_in: the precision that ONNX Runtime ran the graph in.
+        seconds: that the whole check took.
+    """
+
+    checks: tuple[SizeParity, ...]
+    tolerance: float
+    computed_in: Precision
+    seconds: float
+
+    @property
+    def worst(self) -> SizeParity:
+        """The size with the largest error."""
+        return max(self.checks, key=lambda check: check.relative_l2)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for sidecars."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.checks)} sizes, relative L2 error at most {self.worst.relative_l2:.1e} "
+            f"(allowed {self.tolerance:.0e}; at {self.worst.sizes})"
+        )
+
+
+def check_onnx(
+    path: Path,
+    module: torch.nn.Module,
+    contract: Contract,
+    sizes: Sequence[Sizes] = CHECK_SIZES,
+    console: Console = QUIET,
+) -> ParityReport:
+    """Hold an ONNX file against the format's rules, then against the module at several sizes.
+
+    The reference is PyTorch in fp32 with the module's own (rounded) weights and inputs, so that the error is that of
+    the graph and its arithmetic alone. ONNX Runtime has no bf16 on CPUs: a bf16 graph runs in fp32, which proves the
+    graph but not its rounding.
+
+    Args:
+        module: what the file was made from, on the CPU; in fp32 meanwhile, and afterwards what it was.
+        sizes: to check at; those that are the same to this component count once.
+
+    Raises:
+        ExportError: the file is no valid ONNX, a result is not finite, or too far off.
+    """
+    start = time.perf_counter()
+    sizes = list({str(contract.input_shapes(size)): size for size in reversed(sizes)}.values())[::-1]
+    with console.stage(f"checking {contract.component} against PyTorch at {len(sizes)} sizes"):
+        _check_format(path, contract)
+        inputs = [seeded_feeds(contract, size, seed) for seed, size in enumerate(sizes)]
+        expected = _reference(module, contract, inputs)
+        with _runnable(path, contract) as (runnable, dtypes):
+            session = _open(runnable)
+            checks = tuple(
+                _compare(_run(session, arrays, dtypes), wanted, size)
+                for arrays, wanted, size in zip(inputs, expected, sizes, strict=True)
+            )
+    computed_in: Precision = "fp32" if contract.precision == "bf16" else contract.precision
+    seconds = round(time.perf_counter() - start, 3)
+    report = ParityReport(checks, TOLERANCES[contract.precision], computed_in, seconds)
+    _judge(report, contract)
+    console.note(f"parity: {report}")
+    return report
+
+
+def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of the kind that a pipeline gives, the same for the same seed, on the CPU.
+
+    Noise; timesteps over the whole range, some fractional; SDXL's `time_ids` of an uncropped image of this size;
+    latents as far apart as Stable Diffusion's VAE has been trained with; pixels; token ids that end as prompts do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    bounds = {spec.name: spec.below for spec in contract.inputs}
+    for name, shape in contract.input_shapes(sizes).items():
+        if name == "timestep":
+            tensors[name] = torch.linspace(999, 0.75, shape[0]) if shape[0] > 1 else torch.tensor([500.25])
+        elif name == "time_ids":
+            row: list[float] = [sizes.height, sizes.width, 0, 0, sizes.height, sizes.width]
+            if shape[1] == REFINER_TIME_IDS:
+                row[4:] = [AESTHETIC_SCORE]
+            tensors[name] = torch.tensor(row, dtype=torch.float32).expand(shape).contiguous()
+        elif (below := bounds[name]) is not None:
+            tensors[name] = _token_ids(shape, below, generator)
+        elif name == "image":
+            tensors[name] = 2 * torch.rand(shape, generator=generator) - 1
+        else:
+            tensors[name] = torch.randn(shape, generator=generator) * (LATENT_DEVIATION if name == "latents" else 1)
+    return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in contract.inputs}
+
+
+def _token_ids(shape: tuple[int, ...], below: int, generator: torch.Generator) -> torch.Tensor:
+    """Ids `[B,S]` of prompts of all lengths: padded, as in CLIP, with the end token, which is the last of all."""
+    rows, tokens = shape
+    ids = torch.randint(0, below - 1, shape, generator=generator)
+    lengths = torch.randint(1, tokens, (rows, 1), generator=generator)
+    return ids.where(torch.arange(tokens) < lengths, torch.tensor(below - 1))
+
+
+def _check_format(path: Path, contract: Contract) -> None:
+    """onnx.checker, by path: it then reads models beyond protobuf's 2 GiB too.
+
+    With all types and shapes but for bf16, which ONNX's convolutions don't have before opset 22.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=contract.precision != "bf16")
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"the exported graph is not valid ONNX: {first_line(error)[:300]}",
+            hint="try the other exporter: --exporter torchscript or --exporter dynamo",
+        ) from error
+
+
+def _reference(
+    module: torch.nn.Module, contract: Contract, inputs: Sequence[dict[str, torch.Tensor]]
+) -> list[list[Array]]:
+    """The module's own results in fp32: for each of the inputs, all outputs."""
+    dtype = next(module.parameters()).dtype
+    # Exact, and so is the way back: every fp16 and bf16 number is an fp32 number. (diffusers' own `to` warns.)
+    call = reference(torch.nn.Module.to(module, torch.float32), contract)
+    try:
+        with torch.inference_mode():
+            results = [call(*(_widened(tensor) for tensor in tensors.values())) for tensors in inputs]
+    finally:
+        torch.nn.Module.to(module, dtype)
+    outputs = [[t.numpy() for t in ((found,) if isinstance(found, torch.Tensor) else found)] for found in results]
+    if not all(np.isfinite(output).all() for found in outputs for output in found):
+        raise ExportError(
+            f"the model's own {contract.component} gives infinite or NaN values in fp32, before any export",
+            hint="its weights are damaged: download the model again",
+        )
+    return outputs
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in fp32, but whole numbers as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _runnable(path: Path, contract: Contract) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A graph that ONNX Runtime runs on CPUs, and its inputs' dtypes: the graph itself, or fp32 in bf16's place."""
+    dtypes = {spec.name: spec.dtype for spec in contract.inputs}
+    if contract.precision != "bf16":
+        yield path, dtypes
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / path.name
+        model, weights = onnx_file.load_split(path)
+        onnx_file.widen_bfloat16(model, weights)
+        onnx_file.save(model, weights, copy)
+        yield copy, {name: "float32" if dtype == "bfloat16" else dtype for name, dtype in dtypes.items()}
+
+
+def _open(path: Path) -> Any:
+    """An ONNX Runtime session that runs the graph as it is (and holds no widened copy of its weights)."""
+    try:
+        return open_model(path, as_it_is=True, arena=False)
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime can't load the exported graph: {first_line(error)[:300]}",
+            hint="try the other exporter: --exporter torchscript or --exporter dynamo",
+        ) from error
+
+
+def _run(session: Any, tensors: dict[str, torch.Tensor], dtypes: dict[str, str]) -> list[Array]:
+    arrays = {name: tensor.to(getattr(torch, dtypes[name])).numpy() for name, tensor in tensors.items()}
+    try:
+        outputs: list[Array] = session.run(None, arrays)
+    except Exception as error:
+        shapes = {name: array.shape for name, array in arrays.items()}
+        raise ExportError(
+            f"ONNX Runtime can't run the exported graph on {shapes}: {first_line(error)[:300]}",
+            hint="try the other exporter: --exporter torchscript or --exporter dynamo",
+        ) from error
+    return outputs
+
+
+def _compare(actual: Sequence[Array], expected: Sequence[Array], sizes: Sizes) -> SizeParity:
+    """The worst figures of all outputs."""
+    shapes, wanted = ([array.shape for array in arrays] for arrays in (actual, expected))
+    if shapes != wanted:
+        raise ExportError(
+            f"the exported graph gives {shapes} at {sizes}, PyTorch {wanted}",
+            hint="try the other exporter: --exporter torchscript or --exporter dynamo",
+        )
+    pairs = list(zip(actual, expected, strict=True))
+    return SizeParity(
+        sizes,
+        # NaN, which `max` may pass over, is what this looks for
+        float(np.max([relative_l2(*pair) for pair in pairs])),
+        float(np.min([cosine(*pair) for pair in pairs])),
+        float(np.max([max_abs(*pair) for pair in pairs])),
+    )
+
+
+def _judge(report: ParityReport, contract: Contract) -> None:
+    """Raise unless every size is finite and close enough."""
+    for check in report.checks:
+        if not np.isfinite(check.relative_l2):
+            raise ExportError(
+                f"the {contract.precision} graph gives infinite or NaN values at {check.sizes}",
+                hint="this model overflows in fp16: use --precision bf16 on a GPU, or --precision fp32"
+                if contract.precision == "fp16"
+                else "try the other exporter: --exporter torchscript or --exporter dynamo",
+            )
+    if report.worst.relative_l2 > report.tolerance:
+        raise ExportError(
+            f"the exported {contract.precision} graph is off by {report.worst.relative_l2:.1e} (relative L2 error, "
+            f"at most {report.tolerance:.0e} is right) at {report.worst.sizes}",
+            hint="try the other exporter, --exporter torchscript or --exporter dynamo, or --precision fp32",
+        )

@@ -1,0 +1,345 @@
+"""diffusers modules as an exporter may trace them: tensors in, tensors out, one graph for every size.
+
+diffusers itself stays as it is: what hinders a trace is replaced on the one module, for as long as the trace takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+from torch.nn import functional
+
+from sdtrt.models.components import VAE_HALVES
+from sdtrt.specs.contract import BATCH, IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract
+
+# Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
+# constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
+# a VAE, which works on pixels, is traced at fewer latents than a UNet, whose lowest level is to have more than one.
+TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, TOKENS: 7}
+VAE_TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 3, LATENT_WIDTH: 5, IMAGE_HEIGHT: 24, IMAGE_WIDTH: 40}
+
+# `UNet2DConditionModel.forward` passes the sizes of its skip connections to the upsamplers only where a latent side is
+# not a multiple of 2**num_upsamplers, and a trace keeps the branch that it took. No side is a multiple of 2**40.
+ALWAYS_FORWARD_SIZES = 40
+
+# How many layers (resnet and attention), counted back from the output, of an fp16 UNet compute their convolutions in
+# fp32, together with those whose results they read through skip connections (see `wide_convolutions`).
+#
+# PyTorch's fp16 convolutions add up in fp32. TensorRT 8.6's only ones add up in fp16: measured on an H200, a 3x3
+# convolution of 1280 channels is then off by 3.8e-3 instead of 3e-4 (relative L2), as sqrt(additions) foretells. In
+# fp32 such a layer runs on tensor cores as TF32, which holds every fp16 number exactly: as right as PyTorch's fp16, in
+# 1.7 times the time. Near the output it counts most, for no later layer averages the error away; the more so, the
+# larger a model's activations are. What each number gains and costs is in `benchmarks/fidelity.md`.
+WIDE_LAYERS = 2
+# Convolutions of at most so many channels are all in fp32: they are over before the GPU has the next one. Stable
+# Diffusion's begin at 320 channels; a small model averages less away, and needs it.
+NARROW_CHANNELS = 256
+# What the causal mask adds to the attention of tokens that lie ahead: as good as minus infinity to a softmax, and every
+# precision has it.
+MASKED = -1e4
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+class UNetCall(torch.nn.Module):
+    """A `UNet2DConditionModel` with the contract's inputs and output as its signature."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """sample [B,C,H,W], timestep [B], encoder_hidden_states [B,S,D] and SDXL's two → out_sample [B,C,H,W]."""
+        added = None
+        if text_embeds is not None:  # diffusers joins it with fp32 embeddings; the dynamo exporter forgets to widen it
+            added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
+        output: Tensor = self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
+        return output
+
+
+class TextEncoderCall(torch.nn.Module):
+    """A CLIP text encoder with the contract's inputs and outputs as its signature.
+
+    It walks the layers itself: how transformers makes its causal mask changes from version to version, and few of the
+    ways can be traced. `reference` is the encoder's own way, which the result is checked against.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.text: Any = getattr(encoder, "text_model", encoder)
+        self.projection: Any = getattr(encoder, "text_projection", None)
+        self.outputs = [spec.name for spec in contract.outputs]
+        self.eos: int = self.text.config.eos_token_id
+        weight = self.text.final_layer_norm.weight
+        tokens = contract.inputs[0].shape(TRACE_SIZES)[1]
+        self.mask = torch.full((tokens, tokens), MASKED, dtype=weight.dtype).triu(1)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """input_ids [B,S] → the contract's outputs."""
+        states = self.text.embeddings.token_embedding(input_ids) + self.text.embeddings.position_embedding.weight
+        penultimate = states
+        for layer in self.text.encoder.layers:
+            penultimate = states
+            states = states + self._attend(layer.self_attn, layer.layer_norm1(states))
+            states = states + layer.mlp(layer.layer_norm2(states))
+        found = {"penultimate_hidden_state": penultimate, "last_hidden_state": self.text.final_layer_norm(states)}
+        if self.projection is not None:
+            found["text_embeds"] = self.projection(self._pooled(found["last_hidden_state"], input_ids))
+        return tuple(found[name] for name in self.outputs)
+
+    def _attend(self, attention: Any, states: Tensor) -> Tensor:
+        """Causal self-attention, the queries scaled before their product with the keys."""
+
+        tokens, width = states.shape[1:]
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.reshape(-1, tokens, attention.num_heads, width // attention.num_heads).transpose(1, 2)
+
+        queries, keys = heads(attention.q_proj(states) * attention.scale), heads(attention.k_proj(states))
+        weights = torch.softmax(queries @ keys.transpose(2, 3) + self.mask, dim=-1)
+        joined = (weights @ heads(attention.v_proj(states))).transpose(1, 2).reshape(-1, tokens, width)
+        projected: Tensor = attention.out_proj(joined)
+        return projected
+
+    def _pooled(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The states [B,D] of each row's first end token, by a product with zeros and a one.
+
+        transformers' rule: where the end token's id is 2, a mistake in old configurations, it is the highest id of a
+        row; a row without one has its first token's states. TensorRT 8.6 has no ArgMax of whole numbers.
+        """
+        is_end = ids == (ids.amax(dim=1, keepdim=True) if self.eos == 2 else self.eos)
+        tokens = ids.shape[1]
+        scores = is_end.to(torch.float32) * torch.arange(tokens, 0.0, -1.0) + torch.tensor([0.5] + [0.0] * (tokens - 1))
+        chosen = (scores == scores.amax(dim=1, keepdim=True)).to(states.dtype)
+        return (chosen.unsqueeze(1) @ states).squeeze(1)
+
+
+class VaeDecoderCall(torch.nn.Module):
+    """The half of an `AutoencoderKL` or `AutoencoderTiny` that makes images of latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = getattr(vae, "post_quant_conv", None), vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents [B,C,H,W] → image [B,3,8H,8W]."""
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        image: Tensor = self.decoder(latents)
+        return image
+
+
+class VaeEncoderCall(torch.nn.Module):
+    """The half of an `AutoencoderKL` or `AutoencoderTiny` that makes latents of images."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B,3,8H,8W] → moments [B,2C,H,W]: mean and log-variance; of a tiny VAE the latents [B,C,H,W]."""
+        moments: Tensor = self.encoder(image)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+
+def component_call(module: torch.nn.Module, contract: Contract) -> torch.nn.Module:
+    """The part of a module that is a component, with the contract's inputs and outputs as its signature."""
+    if contract.component == "unet":
+        return UNetCall(module)
+    if contract.component == "vae_decoder":
+        return VaeDecoderCall(module)
+    if contract.component == "vae_encoder":
+        return VaeEncoderCall(module)
+    return TextEncoderCall(module, contract)
+
+
+def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outputs]:
+    """The contract's function of a module as diffusers and transformers themselves compute it, in their own way."""
+    own: Any = module
+    if contract.component == "unet":
+        return UNetCall(module)
+    if contract.component == "vae_decoder":
+        return lambda latents: own.decode(latents).sample
+    if contract.component == "vae_encoder":
+        return lambda image: _encoded(own.encode(image))
+    return partial(_encode_text, own, contract)
+
+
+def _encoded(result: Any) -> Tensor:
+    """What a VAE's encoder gives: a distribution's mean and log-variance, or a tiny VAE's latents themselves."""
+    encoded: Tensor = result.latents if hasattr(result, "latents") else result.latent_dist.parameters
+    return encoded
+
+
+def _encode_text(encoder: Any, contract: Contract, input_ids: Tensor) -> tuple[Tensor, ...]:
+    """What diffusers' pipelines take of a text encoder's result."""
+    result = encoder(input_ids.long(), output_hidden_states=True)
+    found = {"last_hidden_state": result.last_hidden_state, "penultimate_hidden_state": result.hidden_states[-2]}
+    if contract.component == "text_encoder_2":
+        found["text_embeds"] = result.text_embeds
+    return tuple(found[spec.name] for spec in contract.outputs)
+
+
+def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
+    """Inputs to trace with, in the contract's order."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = VAE_TRACE_SIZES if contract.component in VAE_HALVES else TRACE_SIZES
+    return tuple(
+        torch.rand(spec.shape(sizes), generator=generator).mul(spec.below or 1).to(getattr(torch, spec.dtype))
+        for spec in contract.inputs
+    )
+
+
+@contextmanager
+def traceable(module: torch.nn.Module, *, wide_layers: int = WIDE_LAYERS) -> Iterator[torch.nn.Module]:
+    """A UNet or VAE, for the time of a `with` such that its trace is right at every size, and faithful in fp16.
+
+    Args:
+        wide_layers: of how many layers the convolutions of an fp16 UNet compute in fp32, see `wide_convolutions`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_attribute(module, "num_upsamplers", ALWAYS_FORWARD_SIZES))
+        for part in module.modules():
+            if _overflows(part):
+                stack.enter_context(_attribute(part, "processor", _attend_in_fp32))
+            if _is_plain(part):
+                stack.enter_context(_attribute(part, "forward", partial(_upsample, part)))
+        for convolution in wide_convolutions(module, wide_layers).values():
+            stack.enter_context(_attribute(convolution, "forward", partial(_convolve_in_fp32, convolution)))
+        yield module
+
+
+def wide_convolutions(unet: torch.nn.Module, layers: int = WIDE_LAYERS) -> dict[str, torch.nn.Conv2d]:
+    """Name → module of the convolutions of an fp16 UNet that compute in fp32 in its export; none of another module.
+
+    All that are so narrow that it takes no longer: a small UNet's. Of a larger one the first and the last, those of
+    the last `layers` layers on the way up, and on the way down those whose error reaches them through the most skip
+    connections: downsamplers, and the first layer of each block. Upsamplers are left out: in the time of one,
+    several others can be in fp32, which gain more.
+    """
+    if not isinstance(unet, UNet2DConditionModel) or layers == 0:
+        return {}
+    wide = ("conv_in", "conv_out", *_last_layers(unet, layers), *_skipped_to(unet, layers))
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and module.weight.dtype == torch.float16
+        if name.startswith(wide) or max(module.in_channels, module.out_channels) <= NARROW_CHANNELS
+    }
+
+
+def _layer(side: str, block: int, index: int) -> tuple[str, str]:
+    """How the names of a layer's modules begin."""
+    return f"{side}_blocks.{block}.resnets.{index}.", f"{side}_blocks.{block}.attentions.{index}."
+
+
+def _last_layers(unet: Any, layers: int) -> Iterator[str]:
+    """How the names of the last layers' modules begin."""
+    ups = [(block, index) for block, up in enumerate(unet.up_blocks) for index in range(len(up.resnets))]
+    for block, index in ups[-layers:]:
+        yield from _layer("up", block, index)
+
+
+def _skipped_to(unet: Any, layers: int) -> Iterator[str]:
+    """How the names of those modules begin that write what the last layers read, but for a block's later layers."""
+    sources: list[tuple[str, ...]] = [()]  # conv_in comes first
+    for block, down in enumerate(unet.down_blocks):
+        sources += [_layer("down", block, index) if index == 0 else () for index in range(len(down.resnets))]
+        sources += [(f"down_blocks.{block}.downsamplers.",)] if down.downsamplers else []
+    for names in sources[:layers]:
+        yield from names
+
+
+@contextmanager
+def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object another attribute for the time of a `with`."""
+    missing = object()
+    before = target.__dict__.get(name, missing)
+    object.__setattr__(target, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            object.__delattr__(target, name)
+        else:
+            object.__setattr__(target, name, before)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a module is an upsampler of the kind that `_upsample` stands in for."""
+    return (
+        isinstance(module, Upsample2D) and module.norm is None and not module.use_conv_transpose and module.interpolate
+    )
+
+
+def _upsample(module: Any, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+    """`Upsample2D.forward` without its work-arounds for large tensors.
+
+    Those compare sizes in Python, which `torch.export` turns into limits (batch below 64) or fails at.
+    """
+    if output_size is None:
+        hidden_states = functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+    else:
+        hidden_states = functional.interpolate(hidden_states, size=output_size, mode="nearest")
+    if not module.use_conv:
+        return hidden_states
+    convolved: Tensor = (module.conv if module.name == "conv" else module.Conv2d_0)(hidden_states)
+    return convolved
+
+
+def _overflows(module: torch.nn.Module) -> bool:
+    """Whether a module is an attention whose QKᵀ leaves fp16, as its model's `upcast_attention` says (SD 2.1)."""
+    if not (isinstance(module, Attention) and module.upcast_attention) or module.to_q.weight.dtype == torch.float32:
+        return False
+    extras = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
+    return not any(getattr(module, extra) for extra in extras)  # those of transformer blocks have none of them
+
+
+def _attend_in_fp32(
+    attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
+) -> Tensor:
+    """Attention `[B,S,C]` with QKᵀ and softmax in fp32; all else, and so most of the work, in the module's precision.
+
+    diffusers' own processor ignores `upcast_attention`, as PyTorch's fused kernels sum in fp32 anyway. In a graph there
+    is no fused kernel: the product is a tensor of its own, and infinite beyond 65504.
+    """
+    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    batch, heads = hidden_states.shape[0], attention.heads
+    width = attention.to_q.weight.shape[0] // heads
+    query, key, value = (
+        projection(states).view(batch, -1, heads, width).transpose(1, 2)
+        for projection, states in (
+            (attention.to_q, hidden_states),
+            (attention.to_k, context),
+            (attention.to_v, context),
+        )
+    )
+    scores = (query.float() * attention.scale) @ key.float().transpose(-1, -2)
+    attended = scores.softmax(dim=-1).to(value.dtype) @ value
+    output: Tensor = attention.to_out[0](attended.transpose(1, 2).reshape(batch, -1, heads * width))
+    output = output / attention.rescale_output_factor
+    return output
+
+
+def _convolve_in_fp32(convolution: torch.nn.Conv2d, hidden_states: Tensor) -> Tensor:
+    """`Conv2d.forward` with fp32 arithmetic on half-precision weights and states."""
+    bias = None if convolution.bias is None else convolution.bias.float()
+    wide: Tensor = convolution._conv_forward(hidden_states.float(), convolution.weight.float(), bias)
+    return wide.to(hidden_states.dtype)

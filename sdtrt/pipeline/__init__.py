@@ -1,0 +1,1 @@
+"""From a request to images: diffusers' pipelines with engines in them."""

@@ -1,0 +1,273 @@
+"""What the `forward` methods of Stable Diffusion's parts take and give, with an engine to compute it.
+
+They know tensors and arguments, and nothing of modules: any module's `forward` can be one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from sdtrt.backends.gradients import refuse_gradients
+from sdtrt.backends.session import Session
+from sdtrt.backends.unchanged import Remembered
+from sdtrt.common.errors import EngineError, NotInEngineError
+from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
+
+
+class UNetForward:
+    """`UNet2DConditionModel.forward`, run by an engine.
+
+    Tensors may come in any floating-point dtype: they are cast to the engine's, and the result is cast back, so that
+    guidance and scheduler keep the pipeline's precision. The last conditioning's cast is kept (a fraction of a megabyte
+    an image): the same tensor at the next step needs no other, and no copy in the session.
+
+    Args:
+        session: runs the engine; who opened it closes it.
+        contract: the engine's inputs and outputs.
+        device: where the session takes its tensors.
+    """
+
+    def __init__(self, session: Session[torch.Tensor], contract: Contract, device: torch.device) -> None:
+        self.session, self.contract = session, contract
+        self._device = device
+        self._dtypes = {spec.name: torch_dtype(spec.dtype) for spec in contract.inputs}
+        self._casts: dict[str, _Cast] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the engine's latents."""
+        return self._dtypes["sample"]
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[torch.Tensor, ...] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """Predict the noise (or velocity) in `sample`, as `UNet2DConditionModel.forward` does.
+
+        Args:
+            sample: latents `[B,C,H,W]`.
+            timestep: a number, a tensor without dimensions, or `[1]` or `[B]`, of any dtype.
+            encoder_hidden_states: the prompt's embedding `[B,S,D]`.
+            added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.
+
+        Returns:
+            `[B,C,H,W]` in the dtype of `sample`.
+
+        Raises:
+            EngineError: where an argument is used that the engine has no input for, or the session refuses one.
+        """
+        _refuse_unsupported(
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            attention_mask=attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs or None,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            encoder_attention_mask=encoder_attention_mask,
+        )
+        output = self.session.run(self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}))
+        noise = output[self.contract.outputs[0].name].to(sample.dtype)
+        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def feeds(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        added: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The engine's inputs, of the arguments that diffusers' pipelines call a UNet with."""
+        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, **self._added(added)}
+        refuse_gradients(self.contract.component, {**given, "timestep": timestep})
+        given["timestep"] = _per_row(timestep, sample)
+        return {name: self._as_engine_takes_it(name, tensor) for name, tensor in given.items()}
+
+    def _as_engine_takes_it(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One input's cast; the same tensor again where the input comes at every step and is unchanged."""
+        if name not in CONDITIONING:
+            return _cast(tensor, self._device, self._dtypes[name])
+        kept, stream = self._casts.pop(name, None), _current_stream(self._device)
+        if kept is None or kept.stream != stream or not kept.source.is_still(tensor):
+            source, result = Remembered.of(tensor), _cast(tensor, self._device, self._dtypes[name])
+            if source is None or result is tensor:
+                return result
+            kept = _Cast(source, stream, result)
+        self._casts[name] = kept
+        return kept.result
+
+    def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The added conditioning that the engine takes; refuse any other, and a missing one."""
+        wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
+        unknown = {name: value for name, value in given.items() if name not in wanted}
+        _refuse_unsupported(**unknown)
+        missing = [name for name in wanted if given.get(name) is None]
+        if missing:
+            raise EngineError(
+                f"the unet needs {' and '.join(missing)} in added_cond_kwargs",
+                hint="use a Stable Diffusion XL pipeline with this engine",
+            )
+        return {name: given[name] for name in wanted}
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """What a cast gave, and the CUDA stream that it was made on: on others it may not be there yet."""
+
+    source: Remembered
+    stream: int
+    result: torch.Tensor
+
+
+class TextForward:
+    """`CLIPTextModel.forward`, run by an engine.
+
+    Args:
+        session: runs the engine; who opened it closes it.
+        device: where the session takes its tensors.
+        dtype: of the pipeline: what the embeddings are cast to.
+    """
+
+    def __init__(self, session: Session[torch.Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self.session, self._device, self._dtype = session, device, dtype
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> EncodedText:
+        """Encode prompts, as `CLIPTextModel.forward` does.
+
+        Args:
+            input_ids: `[B,S]`, of any whole-number dtype, padded to the encoder's full length.
+            output_hidden_states: taken as it comes: the engine's states are there in any case.
+
+        Raises:
+            EngineError: where an argument is used that the engine has no input for, or the session refuses the ids.
+        """
+        _refuse_unsupported(
+            "text encoder",
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            output_attentions=output_attentions or None,
+        )
+        outputs = run(self.session, self._device, input_ids)
+        return EncodedText({name: tensor.to(self._dtype) for name, tensor in outputs.items()})
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Of what a text encoder gives, that which the engine gives, under the names and numbers that diffusers asks for.
+
+    Args:
+        tensors: by the names of the contract.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, index: int | str) -> torch.Tensor:
+        """A tensor by its name; `[0]`, the result itself: the pooled text of a `CLIPTextModelWithProjection`, of others
+        the last hidden states.
+        """
+        if isinstance(index, str):
+            return self.__getattr__(index)
+        if index != 0:
+            raise _no_state(f"result {index}")
+        return self.tensors["text_embeds" if "text_embeds" in self.tensors else "last_hidden_state"]
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        """A tensor by its name, `last_hidden_state`."""
+        tensors: Mapping[str, torch.Tensor] = self.__dict__.get("tensors", {})
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name not in tensors:
+            raise _no_state(name)
+        return tensors[name]
+
+    @property
+    def hidden_states(self) -> _HiddenStates:
+        """Each layer's states, of which SDXL's pipelines take the last but one."""
+        return _HiddenStates(self.tensors["penultimate_hidden_state"])
+
+
+@dataclass(frozen=True)
+class _HiddenStates:
+    """Stands in for a tuple of all layers' states, of which an engine gives one."""
+
+    penultimate: torch.Tensor
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index != -2:
+            raise _no_state(f"hidden states {index}")
+        return self.penultimate
+
+
+def _no_state(what: str) -> NotInEngineError:
+    return NotInEngineError(
+        f"the engine of the text encoder does not give {what}",
+        hint="use --backend torch for clip_skip and the states of other layers",
+    )
+
+
+def run(session: Session[torch.Tensor], device: torch.device, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run an engine on tensors in the order of its inputs, each cast to what the engine takes."""
+    pairs = list(zip(session.inputs, tensors, strict=True))
+    refuse_gradients(session.contract.component, {spec.name: tensor for spec, tensor in pairs})
+    return session.run({spec.name: _cast(tensor, device, torch_dtype(spec.dtype)) for spec, tensor in pairs})
+
+
+def _cast(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """An input as an engine takes it: its dtype, on its device, contiguous."""
+    return tensor.to(device=device, dtype=dtype).contiguous()
+
+
+def _current_stream(device: torch.device) -> int:
+    """The handle of a GPU's current CUDA stream; 0 on a CPU."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float16` → `torch.float16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _per_row(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+    """The timestep as float32 `[B]`: int64 on the way in would be narrowed by TensorRT 8.6, float16 would round."""
+    tensor = torch.as_tensor(timestep).to(torch.float32)
+    if tensor.numel() == 1 and tensor.device.type == "cpu":  # as an argument of the kernel: nothing to copy or wait for
+        return torch.full((sample.shape[0],), tensor.item(), device=sample.device)
+    tensor = tensor.to(sample.device)
+    return tensor.reshape(-1).expand(sample.shape[0])
+
+
+def _refuse_unsupported(part: str = "unet", /, **arguments: object) -> None:
+    """Raise `EngineError` naming the arguments that are in use."""
+    used = [name for name, value in arguments.items() if value is not None]
+    if used:
+        raise EngineError(
+            f"the engine of the {part} has no input for {', '.join(used)}",
+            hint="use --backend torch for ControlNet, IP-Adapter, LoRA scales and attention masks",
+        )

@@ -1,0 +1,118 @@
+"""What a request's engines need of a GPU's memory, what is free, and which size would fit."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from sdtrt.engines.entry import Entry
+from sdtrt.models.components import sizes_of
+from sdtrt.specs import SIZE_MULTIPLE, Component, Profile, Sizes
+
+ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
+MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
+STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What sessions take of a GPU's memory, in bytes.
+
+    Args:
+        fixed: weights, and an allowance for what else there is.
+        scratch: shared by the engines, and enough for the largest size that they serve, whatever is asked for.
+        wanted: of that, what engines for exactly the request's size would take.
+    """
+
+    fixed: int = 0
+    scratch: int = 0
+    wanted: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.fixed + self.scratch
+
+
+def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> Demand:
+    """What the sessions of a pipeline's engines take. Engines that don't say it (older ones) are left out.
+
+    Args:
+        sizes: of the UNet's call.
+        images: made at once.
+    """
+    fixed = scratch = 0
+    wanted = 0.0
+    for name, entry in entries.items():
+        weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
+        if weights is not None and work is not None:
+            fixed += weights
+            scratch = max(scratch, work)
+            wanted = max(wanted, work * _share(entry, sizes_of(name, sizes, images)))
+    return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
+
+
+def weights_of(entries: Iterable[Entry]) -> int:
+    """The bytes of engines' weights, as far as they say it."""
+    return sum(_figure(entry, "plan_bytes") or 0 for entry in entries)
+
+
+def by_scratch(entries: Mapping[Component, Entry]) -> list[Component]:
+    """Components in the order in which to open their engines: the most scratch memory first, as they share it."""
+    return sorted(entries, key=lambda name: _figure(entries[name], "scratch_bytes") or 0, reverse=True)
+
+
+def _figure(entry: Entry, name: str) -> int | None:
+    """A number of bytes that a sidecar has; None where it has no sensible one."""
+    value = entry.info.get(name)
+    return value if type(value) is int and 0 <= value <= MAX_BYTES else None
+
+
+def _share(entry: Entry, sizes: Sizes) -> float:
+    """A size's share of the largest that an engine serves: scratch memory grows about so."""
+    profiles = [Profile.from_json(data) for data in entry.key["profiles"]]
+    largest = max((one.batch.max * one.height.max * one.width.max for one in profiles), default=0)
+    volume = sizes.batch * sizes.height * sizes.width
+    return volume / max(largest, volume)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What the GPU has for this process, PyTorch's idle cache included; None on a CPU, and where it isn't known."""
+    if device.type != "cuda":
+        return None
+    with suppress(RuntimeError):  # no context on that GPU: opening the first session says why
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return None
+
+
+def fitting(demand: Demand, free: int, sizes: Sizes, images: int) -> tuple[int, Sizes] | None:
+    """How many images at once would fit, and at which size; None where not even the weights do.
+
+    It is the request's own size where engines for that alone would do; else fewer images, at last one in a smaller size
+    of the same shape. The batch of what is returned is the UNet's.
+    """
+    if free <= demand.fixed or not demand.wanted:
+        return None
+    share = (free - demand.fixed) / demand.wanted
+    rows = sizes.batch // images
+    count = min(images, int(images * share))
+    if count:
+        return count, replace(sizes, batch=rows * count)
+    side = math.sqrt(share * images)
+    for step in STEPS:
+        height, width = (int(pixels * side) // step * step for pixels in (sizes.height, sizes.width))
+        if height and width:
+            return 1, replace(sizes, batch=rows, height=height, width=width)
+    return None
+
+
+def release() -> None:
+    """Give back what a failed run has left: reference cycles, and PyTorch's cache on the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no GPU

@@ -1,0 +1,1 @@
+"""What is measured and told: verify, bench, inspect, doctor."""

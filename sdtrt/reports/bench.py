@@ -1,0 +1,552 @@
+"""How long whole pipeline calls and their parts take, beside PyTorch in several forms, in one run on one machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sdtrt import __version__
+from sdtrt.backends import registry
+from sdtrt.backends.build import backend_version
+from sdtrt.common import host
+from sdtrt.common.console import Console, print_table, quiet_libraries
+from sdtrt.common.errors import EngineError, SdtrtError, UsageError, first_line
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.tracing import UNetCall
+from sdtrt.models import resolve
+from sdtrt.models.components import contract_of
+from sdtrt.models.resolve import Model
+from sdtrt.pipeline import saving
+from sdtrt.pipeline.open import (
+    OpenPipeline,
+    PipelineSpec,
+    check_spec,
+    check_task,
+    engine_facts,
+    engines_of,
+    hooked,
+    note_noise,
+    open_pipeline,
+    out_of_memory,
+    unet_sizes,
+)
+from sdtrt.reports import charts, meters
+from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
+from sdtrt.reports.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
+from sdtrt.specs import SAMPLE_PROMPT, Backend, BenchSpec, BenchTask, Precision
+
+MIB = 2**20
+# How long one component is timed, in seconds, and between how many calls: a UNet on a CPU takes seconds a call.
+COMPONENT_SECONDS, MIN_CALLS, MAX_CALLS = 2.0, 3, 50
+FILES = ("bench.json", "bench.md", "bench.png")
+COLUMNS = ("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "speed-up")
+SHARED = 3  # columns that all rows of a task have in common
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What is timed: the backend that was asked for, or a baseline beside it."""
+
+    backend: str
+    precision: Precision
+    variant: str | None
+    baseline: Baseline | None
+    asked: bool
+
+    @property
+    def title(self) -> str:
+        """In one line."""
+        return " ".join(filter(None, (self.backend, self.precision, self.variant and f"({self.variant})")))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one row.
+
+    Args:
+        latency: seconds of a whole pipeline call, from the prompt to the PIL images.
+        components: seconds of one call of each part; the UNet's is one denoising step with guidance.
+        unet_calls: of one pipeline call: PNDM has one more than steps, Heun nearly twice as many.
+        memory: peaks in bytes while generating; `peak_bytes` is that of the device that computes.
+        energy_joules: of one pipeline call, all of the GPU; None where nobody counts.
+        engine: name and key of the engine's entry.
+    """
+
+    device: str
+    latency: Timing
+    components: Mapping[str, Timing]
+    unet_calls: int
+    memory: Mapping[str, int | None]
+    peak_bytes: int
+    energy_joules: float | None
+    engine: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One runner at one request; either measured, or the reason why not."""
+
+    task: BenchTask
+    runner: Runner
+    steps: int
+    height: int
+    width: int
+    batch: int
+    measured: Measured | None = None
+    error: str | None = None
+    hint: str | None = None
+    speedup: float | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """By the median call."""
+        return None if self.measured is None else self.batch / self.measured.latency.median
+
+    @property
+    def component_share(self) -> float | None:
+        """How much of the call its components' own times make up: 1 would be no time between them."""
+        if self.measured is None:
+            return None
+        parts = {name: timing.median for name, timing in self.measured.components.items()}
+        return (sum(parts.values()) + parts["unet"] * (self.measured.unet_calls - 1)) / self.measured.latency.median
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; figures that there are not are None."""
+        found = self.measured
+        unet = None if found is None else found.components["unet"].scaled(1000)
+        components = {} if found is None else found.components
+        return {
+            "task": self.task,
+            "backend": self.runner.backend,
+            "precision": self.runner.precision,
+            "variant": self.runner.variant,
+            "baseline": None if self.runner.asked else self.runner.baseline and self.runner.baseline.name,
+            "device": found and found.device,
+            "steps": self.steps,
+            "height": self.height,
+            "width": self.width,
+            "batch": self.batch,
+            "latency_s": found and found.latency.to_json(),
+            "unet_step_ms": unet and unet.median,
+            "components_ms": {name: timing.scaled(1000).to_json() for name, timing in components.items()},
+            "unet_calls": found and found.unet_calls,
+            "component_share": self.component_share,
+            "images_per_s": self.images_per_second,
+            "peak_bytes": found and found.peak_bytes,
+            "memory": found and dict(found.memory),
+            "energy_j": found and found.energy_joules,
+            "speedup": self.speedup,
+            "engine": found and found.engine,
+            "error": self.error,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table, in the order of `COLUMNS`."""
+        size = f"{self.width}×{self.height}"
+        head = (self.task, size, str(self.steps), str(self.batch), self.runner.title)
+        found = self.measured
+        if found is None:
+            return (*head, "failed", *[""] * (len(COLUMNS) - len(head) - 1))
+        return (
+            *head,
+            f"{found.latency.median:.3f}",
+            f"{found.latency.p90:.3f}",
+            f"{self.batch / found.latency.median:.2f}",
+            f"{found.components['unet'].median * 1000:.2f}",
+            f"{found.peak_bytes / MIB:.0f}",
+            "" if self.speedup is None else f"{self.speedup:.2f}×",
+        )
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All rows of a run, with what they were measured on."""
+
+    rows: tuple[Row, ...]
+    host: Mapping[str, Any]
+    versions: Mapping[str, str]
+    command: str
+    model: str
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """Rows without figures."""
+        return tuple(row for row in self.rows if row.measured is None)
+
+    def best_batches(self) -> dict[str, int]:
+        """The batch size with the most images a second of the backend that was asked for, by task."""
+        best: dict[str, Row] = {}
+        for row in self.rows:
+            rate = row.images_per_second
+            known = best[row.task].images_per_second if row.task in best else None
+            if row.runner.asked and rate is not None and (known is None or rate > known):
+                best[row.task] = row
+        return {task: row.batch for task, row in best.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "host": dict(self.host),
+            "versions": dict(self.versions),
+            "command": self.command,
+            "model": self.model,
+            "best_batch": self.best_batches(),
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+    def remarks(self) -> list[str]:
+        """What the table does not show: the best batch, and why rows failed."""
+        best = self.best_batches() if len({row.batch for row in self.rows}) > 1 else {}
+        lines = [f"most images a second in {task}: batch {batch}" for task, batch in best.items()]
+        return lines + [
+            f"failed: {row.task}, batch {row.batch}, {row.runner.title}: {row.error}" for row in self.failures
+        ]
+
+    def markdown(self) -> str:
+        """A table for a README or an issue."""
+        rows = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells() for row in self.rows)]
+        table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+        machine = ", ".join(gpu["name"] for gpu in self.host["gpus"]) or self.host["processor"]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        notes = "".join(f"- {line}\n" for line in self.remarks())
+        return f"# sdtrt bench\n\n`{self.command}`\n\n{machine}; {versions}\n\n{table}\n{notes}"
+
+    def chart(self) -> Image.Image:
+        """Seconds of each row as bars, one group for each request."""
+        groups: dict[str, list[charts.Bar]] = {}
+        for row in self.rows:
+            title = f"{self.model} {row.task}, {row.width}x{row.height}, {row.steps} steps, batch {row.batch}: seconds"
+            median = None if row.measured is None else row.measured.latency.median
+            speedup = "" if row.speedup is None else f" ({row.speedup:.2f}x)"
+            note = "failed" if median is None else f"{median:.3f}{speedup}"
+            groups.setdefault(title, []).append(charts.Bar(row.runner.title, median, note, row.runner.asked))
+        return charts.bar_chart([charts.Group(title, tuple(bars)) for title, bars in groups.items()])
+
+    def print(self) -> None:
+        """One table for each task on stdout: what all its rows have in common stands above it."""
+        first = {row.task: row for row in reversed(self.rows)}
+        for task in dict.fromkeys(row.task for row in self.rows):
+            title = f"{self.model}: {task}, {first[task].width}×{first[task].height}, {first[task].steps} steps"
+            rows = (row.cells() for row in self.rows if row.task == task)
+            print_table(COLUMNS[SHARED:], (cells[SHARED:] for cells in rows), title)
+        for line in self.remarks():
+            print(line)
+
+    def check(self) -> None:
+        """Raise `EngineError` unless all rows of the backend that was asked for were measured."""
+        for row in self.failures:
+            if row.runner.asked:
+                raise EngineError(
+                    f"{row.runner.title} was not measured in {row.task} at batch {row.batch}: {row.error}",
+                    hint=row.hint or "run: sdtrt doctor; or try a smaller size or batch",
+                )
+
+
+def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, command: str) -> BenchReport:
+    """Measure every row of a request, and write the files that it asks for.
+
+    The backend that was asked for comes first. A baseline that fails is a row with the reason; so is the asked backend
+    where it can't serve or runs out of memory (`BenchReport.check` then raises).
+
+    Args:
+        command: as it was typed, for the report.
+
+    Raises:
+        UsageError, OutputError, ModelError: for a wrong request, before anything is timed.
+    """
+    if spec.output is not None:
+        saving.check_files(spec.output, FILES, overwrite=spec.overwrite)
+    facts = host.facts() | _state()
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
+        model = resolve.resolve_model(spec.model, console)
+        tasks = _tasks(spec, model, console)
+        note_noise(spec.noise, model, console)
+        runners = _runners(spec, console)
+        bench = _Bench(spec, model, directory, console)
+        rows = [
+            row
+            for task in tasks
+            for batch in spec.batch_sizes
+            for row in _with_speedups([bench.row(task, runner, batch) for runner in runners])
+        ]
+    versions = _versions(runners[0])
+    report = BenchReport(tuple(rows), facts, versions, command, spec.model.name)
+    if spec.output is not None:
+        for path in saving.write_files(spec.output, _files(report), overwrite=spec.overwrite):
+            console.note(f"wrote {path}")
+    return report
+
+
+def _tasks(spec: BenchSpec, model: Model, console: Console) -> tuple[BenchTask, ...]:
+    """Of the tasks that are asked for, those that the model does: SDXL's refiner makes no image from text alone."""
+    tasks = tuple(task for task in spec.tasks if task == "img2img" or not model.is_refiner)
+    check_task(model, img2img="img2img" in tasks)
+    if tasks != spec.tasks:
+        console.note(f"{model.name} is a refiner, which makes no images from text alone: {', '.join(tasks)} only")
+    return tasks
+
+
+def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
+    """The backend that was asked for, then the baselines."""
+    backend = registry.choose_backend(spec.backend, console)
+    precision = spec.precision or registry.default_precision(backend)
+    same = {("fp32", "torch"): BASELINES["torch-fp32"], ("fp16", "torch"): BASELINES["torch-fp16"]}
+    own = same.get((precision, backend))
+    asked = Runner(backend, precision, None if own is None else own.variant, own, asked=True)
+    return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
+
+
+def _baseline_runner(baseline: Baseline) -> Runner:
+    """A CPU computes in fp32, whatever a baseline's precision is on a GPU."""
+    precision: Precision = baseline.precision if registry.torch_sees_gpu() else "fp32"
+    return Runner(baseline.backend, precision, baseline.variant, baseline, asked=False)
+
+
+def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
+    """Those that were named; else those that this machine has a use for, and a word on the others."""
+    if spec.baselines is not None:
+        return [BASELINES[name] for name in spec.baselines]
+    on_gpu, why = registry.torch_sees_gpu(), "they are for GPUs, but for torch-compile, which takes long"
+    chosen = [BASELINES["torch-fp32"]]
+    if on_gpu:
+        missing = {"torch-compile-max"} | (set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"})
+        chosen = [found for found in BASELINES.values() if found.name not in missing]
+        why = "tuning takes many minutes; ONNX Runtime's CUDA baseline needs onnxruntime-gpu"
+    left_out = [found.name for found in BASELINES.values() if found not in chosen]
+    console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines all, or their names, asks for them")
+    return chosen
+
+
+def _state() -> dict[str, Any]:
+    """What the machine is like now: PyTorch's threads, and how busy it is before anything is measured."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"torch_threads": torch.get_num_threads(), "load_average": load}
+
+
+def _versions(asked: Runner) -> dict[str, str]:
+    """Of everything that decides the figures."""
+    versions = {"sdtrt": __version__, **host.library_versions()}
+    if asked.backend in registry.TENSORRT_BACKENDS and (asked_version := _engine_version(asked)):
+        versions[asked.backend] = asked_version
+    found = meters.nvml()
+    driver = None if found is None else found.driver_version()
+    return versions | ({} if driver is None else {"driver": driver})
+
+
+def _engine_version(asked: Runner) -> str | None:
+    """The version of the TensorRT library itself, which its Python package may not tell."""
+    backend: Backend = asked.backend  # type: ignore[assignment]  # one of TENSORRT_BACKENDS
+    try:
+        return backend_version(backend)
+    except SdtrtError:
+        return None
+
+
+def _with_speedups(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one request, each with its speed relative to PyTorch fp32 with TF32 off."""
+    plain = BASELINES["torch-fp32"]
+    base = next((row.measured for row in rows if row.runner.baseline == plain), None)
+    if base is None:
+        return list(rows)
+    median = base.latency.median
+    return [row if row.measured is None else replace(row, speedup=median / row.measured.latency.median) for row in rows]
+
+
+def _files(report: BenchReport) -> dict[str, bytes]:
+    """The report as JSON, Markdown and a chart."""
+    data, picture = io.BytesIO(), report.chart()
+    picture.save(data, "PNG")
+    document = json.dumps(report.to_json(), indent=1) + "\n"
+    return dict(zip(FILES, (document.encode(), report.markdown().encode(), data.getvalue()), strict=True))
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One run's request, on one model."""
+
+    spec: BenchSpec
+    model: Model
+    directory: EngineDirectory
+    console: Console
+
+    def row(self, task: BenchTask, runner: Runner, batch: int) -> Row:
+        """Measure one row, or say why it can't be."""
+        pipeline_spec = self._pipeline_spec(task, runner, batch)
+        sizes = pipeline_spec.sizes
+        row = Row(task, runner, self.spec.steps_run(task), sizes.height, sizes.width, batch)
+        self.console.note(f"{task}, batch {batch}: {runner.title} ...")
+        try:
+            measured = self._measure(task, runner, pipeline_spec, batch)
+        except UsageError:
+            raise
+        except Exception as error:
+            if runner.asked and not isinstance(error, (SdtrtError, MemoryError)):
+                raise  # a bug of ours; what a baseline raises is a finding
+            reason = error.message if isinstance(error, SdtrtError) else f"{type(error).__name__}: {first_line(error)}"
+            self.console.warn(f"{runner.title} failed: {reason}")
+            return replace(row, error=reason, hint=error.hint if isinstance(error, SdtrtError) else None)
+        return replace(row, measured=measured)
+
+    def _pipeline_spec(self, task: BenchTask, runner: Runner, batch: int) -> PipelineSpec:
+        """How a runner runs: a baseline is the torch backend's pipeline, changed afterwards."""
+        spec, (own_height, own_width) = self.spec, self.model.default_size()
+        guidance = spec.request(task).uses_guidance
+        sizes = unet_sizes(self.model, batch, spec.height or own_height, spec.width or own_width, guidance=guidance)
+        backend: Backend = runner.backend if runner.asked else "torch"  # type: ignore[assignment]  # a backend's name
+        return PipelineSpec(
+            model=self.model,
+            backend=backend,
+            precision=runner.precision,
+            sizes=sizes,
+            steps=spec.steps,
+            img2img=task == "img2img",
+            scheduler=spec.scheduler,
+            images=batch,
+            noise=spec.noise,
+        )
+
+    def _measure(self, task: BenchTask, runner: Runner, pipeline_spec: PipelineSpec, batch: int) -> Measured:
+        """Open the pipeline, warm it up, time it, then its parts."""
+        check_spec(pipeline_spec)
+        # Before memory is watched: a build is no part of generating.
+        engines_of(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
+        device = pipeline_spec.device
+        meter = MemoryMeter(device)
+        with self._open(runner, pipeline_spec) as opened, out_of_memory(pipeline_spec):
+            call = self._call(opened, task, batch)
+            unet_calls = _count_calls(opened.pipe.unet, call)
+            # What compiles has done it in that call, and that is no part of generating either.
+            meters.release_memory(device)
+            with meter.watching():
+                for _ in range(self.spec.warmups - 1):
+                    call()
+            energy = meters.energy_joules(device)
+            latency = time_calls(call, self.spec.repeats, device)
+            used = meters.energy_joules(device)
+            meter.read()
+            memory, peak = meter.to_json(), meter.peak_bytes
+            components = {name: _time_component(part, device) for name, part in _parts(opened, batch).items()}
+        joules = None if energy is None or used is None else (used - energy) / self.spec.repeats
+        engine = None if opened.entry is None else engine_facts(opened.entry)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return Measured(name, latency, components, unet_calls, memory, peak, joules, engine)
+
+    @contextmanager
+    def _open(self, runner: Runner, pipeline_spec: PipelineSpec) -> Iterator[OpenPipeline]:
+        """The runner's pipeline. TF32 is off but for the one baseline that is about it."""
+        with tf32(False):
+            if runner.baseline is None:
+                allow_build = self.spec.allow_build
+                with open_pipeline(pipeline_spec, self.directory, self.console, allow_build=allow_build) as opened:
+                    yield opened
+                return
+            if runner.baseline.needs_gpu is not None and pipeline_spec.device.type != "cuda":
+                raise EngineError(runner.baseline.needs_gpu, hint="leave this baseline out")
+            with open_baseline(runner.baseline, pipeline_spec, self.directory, self.console) as opened:
+                yield opened
+
+    def _call(self, opened: OpenPipeline, task: BenchTask, batch: int) -> Callable[[], object]:
+        """The diffusers call of a task: the same noise each time."""
+        spec, sizes = self.spec, opened.spec.sizes
+        arguments: dict[str, Any] = {
+            "prompt": [SAMPLE_PROMPT] * batch,
+            "num_inference_steps": spec.steps,
+            "guidance_scale": spec.guidance_scale,
+        }
+        if task == "img2img":
+            image = Image.effect_noise((sizes.width, sizes.height), 64).convert("RGB")
+            arguments |= {"image": image, "strength": spec.strength}
+        else:
+            arguments |= {"height": sizes.height, "width": sizes.width}
+
+        def call() -> object:
+            generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+            return opened.pipe(**arguments, generator=generators)
+
+        return call
+
+
+def _count_calls(module: torch.nn.Module, call: Callable[[], object]) -> int:
+    """How often a module runs in a call."""
+    count = 0
+
+    def note(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    with hooked(module, note):
+        call()
+    return count
+
+
+def _parts(opened: OpenPipeline, batch: int) -> dict[str, Callable[[], object]]:
+    """One call of each part, as the pipeline makes it."""
+    pipe, spec = opened.pipe, opened.spec
+    contract = contract_of(spec.model, "unet", spec.precision)
+    feeds = {name: tensor.to(spec.device) for name, tensor in seeded_feeds(contract, spec.sizes).items()}
+    for name in feeds.keys() - {"timestep", "time_ids"}:
+        feeds[name] = feeds[name].to(spec.parts_dtype)
+    unet, latents = UNetCall(pipe.unet), feeds["sample"][:batch]
+    image = torch.rand(batch, 3, spec.sizes.height, spec.sizes.width, device=spec.device, dtype=spec.parts_dtype)
+    guided = spec.sizes.batch > batch
+
+    def decode() -> None:
+        with _widened(opened) as dtype:
+            pipe.vae.decode(latents.to(dtype), return_dict=False)
+
+    def encode() -> None:
+        with _widened(opened) as dtype:
+            for row in range(batch):  # diffusers encodes images one by one, each with its own generator
+                pipe.vae.encode(image[row : row + 1].to(dtype), return_dict=False)
+
+    parts: dict[str, Callable[[], object]] = {
+        "text_encoder": lambda: pipe.encode_prompt(
+            prompt=[SAMPLE_PROMPT] * batch,
+            device=spec.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        ),
+        "unet": lambda: unet(*feeds.values()),
+        "vae_decoder": decode,
+    }
+    return parts | ({"vae_encoder": encode} if spec.img2img else {})
+
+
+@contextmanager
+def _widened(opened: OpenPipeline) -> Iterator[torch.dtype]:
+    """Have the VAE compute as the pipeline does, in the dtype that is given; as it was afterwards.
+
+    diffusers' pipelines of SDXL widen one in fp16 that would overflow (`force_upcast`) for each call of it.
+    """
+    vae, own = opened.pipe.vae, opened.pipe.vae.dtype
+    widen = opened.spec.model.is_sdxl and own == torch.float16 and vae.config.force_upcast
+    try:
+        yield (vae.float() if widen else vae).dtype
+    finally:
+        if widen:
+            vae.to(own)
+
+
+@torch.no_grad()  # as in the pipeline
+def _time_component(call: Callable[[], object], device: torch.device) -> Timing:
+    """Seconds of one call, after a warm-up of three: TensorRT and PyTorch capture graphs on the way."""
+    for _ in range(MIN_CALLS - 1):
+        call()
+    start = time.perf_counter()
+    call()
+    meters.synchronize(device)
+    once = time.perf_counter() - start
+    repeats = min(MAX_CALLS, max(MIN_CALLS, int(COMPONENT_SECONDS / max(once, 1e-6))))
+    return time_queued_calls(call, repeats, device)
