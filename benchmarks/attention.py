@@ -23,9 +23,9 @@ from fidelity import errors, kernels
 from torch.nn.attention import SDPBackend
 
 from sdtrt.backends.tensorrt86 import torch_kernels
-from sdtrt.backends.tensorrt86.pieces import Attention
 from sdtrt.common import host
 from sdtrt.reports.meters import time_queued_calls
+from sdtrt.specs.contract import Attention
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -39,14 +39,16 @@ from sdtrt.backends.onnxruntime.build import optimize
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.backends.session import Session
 from sdtrt.backends.tensorrt.build import build_plan
+from sdtrt.backends.tensorrt86 import precision
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.metrics import cosine, relative_l2
 from sdtrt.engines import keys
-from sdtrt.exports import onnx_index, tracing
+from sdtrt.exports import fp16_recipe
 from sdtrt.exports.component import write_onnx
-from sdtrt.exports.parity import seeded_feeds
-from sdtrt.exports.tracing import UNetCall, wide_convolutions
+from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.fp16_recipe import wide_convolutions
+from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.loading import load_unet
 from sdtrt.models.resolve import resolve_model
 from sdtrt.reports.meters import time_queued_calls
@@ -192,7 +194,7 @@ def prepare(variants: Sequence[Variant], unet: torch.nn.Module, contract: Contra
         write_onnx(unet, contract, variant.onnx, wide_layers=variant.layers, console=Console())
 
     def make(variant: Variant) -> None:
-        operators = len(onnx_index.float32_nodes(variant.onnx))
+        operators = len(precision.float32_nodes(variant.onnx))
         variant.facts.write_text(json.dumps(build(variant, contract, args) | {"fp32_operators": operators}))
 
     with ThreadPoolExecutor(max(len(missing), 1)) as pool:  # each builds in a process of its own
@@ -355,7 +357,7 @@ def measure_noise(args: argparse.Namespace) -> dict[str, Any]:
     convolutions = {name: part for name, part in unet.named_modules() if isinstance(part, torch.nn.Conv2d)}
     unet.half()
     default = wide_convolutions(unet)
-    with patch.object(tracing, "NARROW_CHANNELS", 0):  # what layers do by themselves
+    with patch.object(fp16_recipe, "NARROW_CHANNELS", 0):  # what layers do by themselves
         wide = [wide_convolutions(unet, layers) for layers in range(MAX_LAYERS + 1)]
     unet.float()  # the weights stay rounded, as an fp16 engine has them
     products = [part for part in unet.modules() if isinstance(part, torch.nn.Linear)]

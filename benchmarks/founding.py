@@ -25,10 +25,11 @@ from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory, default_directory
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.open import OpenPipeline, PipelineSpec, open_pipeline
+from sdtrt.pipeline.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import Timing, nvml, time_calls, time_queued_calls
 from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
 from sdtrt.specs.contract import unet_contract

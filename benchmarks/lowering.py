@@ -17,7 +17,7 @@ from onnx.checker import ValidationError, check_model
 from onnx.helper import get_attribute_value, make_node
 from onnx.numpy_helper import from_array
 
-from sdtrt.backends.tensorrt.versions.building import MAX_OPSET_8
+from sdtrt.backends.tensorrt.versions.weak_typing import MAX_OPSET_8
 
 NEW_IN_18: dict[str, dict[str, Callable[[NodeProto], Any]]] = {  # by operator: attributes, and what 17 does
     "Split": {"num_outputs": lambda node: len(node.output)},

@@ -23,7 +23,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # else each of the exports side by 
 # Where libraries were unpacked without .pyc files, each of the many processes would compile them all.
 echo "PYTHONDONTWRITEBYTECODE: ${PYTHONDONTWRITEBYTECODE-not set}"
 unset PYTHONDONTWRITEBYTECODE
-layers=$("$python" -c "from sdtrt.exports.tracing import WIDE_LAYERS; print(WIDE_LAYERS)" 2>/dev/null)
+layers=$("$python" -c "from sdtrt.exports.fp16_recipe import WIDE_LAYERS; print(WIDE_LAYERS)" 2>/dev/null)
 declare -A jobs
 failed=()
 

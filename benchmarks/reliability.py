@@ -57,7 +57,7 @@ def soak(count: int, seed: int, each: int) -> dict[str, Any]:
 
 def digest(repeats: int) -> dict[str, Any]:
     """How long a file of 2 GB takes to be checked, from the page cache."""
-    from sdtrt.engines.digests import sha256_file
+    from sdtrt.common.files import sha256_file
 
     size = 2 * 10**9
     with tempfile.TemporaryDirectory(prefix="sdtrt-digest-") as place:

@@ -45,19 +45,20 @@ from torch import Tensor, nn
 
 from sdtrt.backends.tensorrt.build import build_plan
 from sdtrt.backends.tensorrt.session import TensorRTSession
-from sdtrt.backends.tensorrt.versions.building import SPLIT_TOKENS
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import norm_plugin
+from sdtrt.backends.tensorrt86 import norm_plugin, precision
 from sdtrt.backends.tensorrt86.pieces import Piece
+from sdtrt.backends.tensorrt86.policy import SPLIT_TOKENS
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.errors import SdtrtError
-from sdtrt.exports import onnx_file, onnx_index
+from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import find_attentions
 from sdtrt.exports.component import write_onnx
+from sdtrt.exports.fp16_recipe import WIDE_LAYERS
 from sdtrt.exports.onnx_index import Facts
 from sdtrt.exports.parity import check_onnx
-from sdtrt.exports.tracing import WIDE_LAYERS, UNetCall
+from sdtrt.exports.tracing import UNetCall
 from sdtrt.reports.meters import time_queued_calls
 from sdtrt.specs import DEFAULT_OPSETS, BuildSpec, Exporter, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import CONDITIONING, Contract, unet_contract
@@ -439,7 +440,7 @@ def check(name: str, folder: Path, contract: Contract) -> dict[str, Any]:
         "variant": name,
         "relative_l2": parity.relative_l2,
         "cosine": parity.cosine,
-        "fp32_operators": len(onnx_index.float32_nodes(onnx)),
+        "fp32_operators": len(precision.float32_nodes(onnx)),
         "norms_by_plugin": norm_plugin.use_plugin(*onnx_file.load_split(onnx)) if VARIANTS[name].plugins else 0,
         **pieces_of(onnx, contract, VARIANTS[name]),
     }

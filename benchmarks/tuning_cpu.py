@@ -26,15 +26,14 @@ from unittest.mock import patch
 import torch
 
 from sdtrt.backends.onnxruntime import build
-from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-from sdtrt.backends.open import ONNXRUNTIME_FILE
+from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession
 from sdtrt.backends.tensorrt86.cut import freeze
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.metrics import relative_l2
 from sdtrt.exports import onnx_file
 from sdtrt.exports.component import write_onnx
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.components import contract_of, load_component
 from sdtrt.models.resolve import resolve_model

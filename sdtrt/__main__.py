@@ -58,7 +58,7 @@ def main() -> None:
         from sdtrt.common.leftovers import private_caches
 
         with private_caches():
-            from sdtrt.cli.commands import main as run
+            from sdtrt.cli.main import main as run
 
             run()
     finally:

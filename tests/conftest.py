@@ -14,7 +14,7 @@ import factories
 import pytest
 import torch
 
-from sdtrt.cli.commands import main
+from sdtrt.cli.main import main
 from sdtrt.common.console import QUIET
 from sdtrt.engines.directory import EngineDirectory
 

@@ -36,10 +36,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdtrt.backends import registry
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline import engines
 from sdtrt.specs import Backend, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
@@ -509,4 +509,4 @@ def unet_engine(
     model: Model, backend: Backend, precision: Precision, sizes: Sizes, directory: EngineDirectory, **options: Any
 ) -> Entry:
     """The UNet's engine, as `ensure_engines` finds or makes it."""
-    return registry.ensure_engines(model, backend, precision, sizes, directory, ("unet",), **options)["unet"]
+    return engines.ensure_engines(model, backend, precision, sizes, directory, ("unet",), **options)["unet"]

@@ -45,7 +45,8 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports import component as component_export
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports import to_file
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import generate
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Sizes
@@ -78,7 +79,7 @@ def make_export(model: ModelSpec, folder: Path) -> str:
 def make_file(model: ModelSpec, folder: Path) -> str:
     """Export to a file that is there already."""
     spec = ExportSpec(model, precision="fp32", output=folder / "out" / "unet.onnx", overwrite=True)
-    return factories.sha256_of(component_export.export_file(resolve_model(model), spec))
+    return factories.sha256_of(to_file.export_file(resolve_model(model), spec))
 
 
 def make_engine(model: ModelSpec, folder: Path) -> str:

@@ -27,13 +27,15 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, OutputError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports.component import FILE_NAME, export_component
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import engines, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.pipeline.facades import UNetFacade
 from sdtrt.reports import bench, bench_baselines, meters
-from sdtrt.reports.bench import FILES, BenchReport, Row, Runner, run_bench
+from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
+from sdtrt.reports.bench_report import BenchReport, Row, Runner
 from sdtrt.reports.meters import MemoryMeter, Nvml, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
@@ -74,7 +76,7 @@ def directory(small, tmp_path_factory):
     """With the engines of a text's pictures in it."""
     directory = EngineDirectory(tmp_path_factory.mktemp("engines"))
     model, parts = resolve_model(ModelSpec(str(small))), ("text_encoder", "unet", "vae_decoder")
-    registry.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
     return directory
 
 
@@ -159,7 +161,7 @@ def test_parts_are_warm_when_they_are_timed(monkeypatch):
 def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, tmp_path, monkeypatch):
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
-    pipeline_spec = pipeline_open.PipelineSpec(
+    pipeline_spec = request.PipelineSpec(
         resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
     )
     seen = []
@@ -390,7 +392,7 @@ def test_a_bound_session_computes_what_a_plain_one_does(small, directory):
 def onnxruntime_spec(small, monkeypatch):
     """A pipeline for the baseline of ONNX Runtime, in its CPU provider, for there is no other here."""
     monkeypatch.setattr(bench_baselines, "CUDA_PROVIDER", "CPUExecutionProvider")
-    return pipeline_open.PipelineSpec(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
+    return request.PipelineSpec(resolve_model(ModelSpec(str(small))), "torch", "fp32", Sizes(2, 64, 64), steps=2)
 
 
 def test_the_baseline_of_onnx_runtime_makes_the_picture_of_pytorch(onnxruntime_spec, directory, monkeypatch, capsys):
@@ -614,7 +616,7 @@ ON_A_GPU = (
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu_a_baseline_makes_the_picture_of_plain_pytorch(name, small, directory):
     model = resolve_model(ModelSpec(str(small)))
-    spec = pipeline_open.PipelineSpec(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
+    spec = request.PipelineSpec(model, "torch", "fp16", Sizes(2, 64, 64), steps=5)
     pictures = []
     for baseline in ("torch-fp16", name):
         with bench_baselines.open_baseline(BASELINES[baseline], spec, directory, QUIET) as opened:

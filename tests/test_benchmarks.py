@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.common.errors import BuildError, ExportError
-from sdtrt.exports.tracing import WIDE_LAYERS
+from sdtrt.exports.fp16_recipe import WIDE_LAYERS
 from sdtrt.specs import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]

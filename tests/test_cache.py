@@ -20,8 +20,9 @@ from factories import flip
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, CacheError
 from sdtrt.engines import directory as engine_directory
-from sdtrt.engines.directory import _HOST, EngineDirectory, default_directory
+from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import SIDECAR, ForeignEntry, canonical_json, entry_of, key_digest
+from sdtrt.engines.publish import HOST
 from sdtrt.specs import PruneSpec
 
 KEY = {"component": "unet", "precision": "fp32", "weights": "abc"}
@@ -452,7 +453,7 @@ def test_what_was_removed_can_no_longer_be_held(directory):
 
 def test_a_killed_builders_draft_goes_when_its_key_is_made_again(directory):
     directory.path.mkdir()
-    draft = directory.path / ".building" / f"{key_digest('onnx', KEY)}-{_HOST}-dead"
+    draft = directory.path / ".building" / f"{key_digest('onnx', KEY)}-{HOST}-dead"
     draft.mkdir(parents=True)
     directory.obtain("onnx", KEY, write())
     assert not draft.exists()
@@ -777,7 +778,7 @@ def test_two_threads_that_look_read_a_sidecar_once(directory, count_read):
 
 
 def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     weights = tmp_path / "weights"
     weights.write_bytes(b"one")
     first = directory.file_digest(weights)
@@ -789,7 +790,7 @@ def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_pa
 
 
 def test_a_large_file_with_its_old_time_put_back_is_hashed_again(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     weights = tmp_path / "weights"
     weights.write_bytes(b"one")
     before = weights.stat()
@@ -801,7 +802,7 @@ def test_a_large_file_with_its_old_time_put_back_is_hashed_again(directory, tmp_
 
 
 def test_a_memo_that_cannot_be_written_leaves_nothing(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     (tmp_path / "weights").write_bytes(b"one")
     refuse(monkeypatch, Path, "replace", errno.ENOSPC, directory.path)
     directory.file_digest(tmp_path / "weights")

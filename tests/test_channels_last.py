@@ -16,16 +16,17 @@ from trt_fakes import fake_library, recorder, three_pieces, two_pieces
 from sdtrt.backends import build as engine_build
 from sdtrt.backends.tensorrt import worker
 from sdtrt.backends.tensorrt.build import Request, check_request
-from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.versions import building, libraries, weak_typing
+from sdtrt.backends.tensorrt.versions.network import Draft
 from sdtrt.backends.tensorrt86 import cut as cutting
 from sdtrt.backends.tensorrt86 import parallel_build
-from sdtrt.backends.tensorrt86.pieces import Attention, Piece
+from sdtrt.backends.tensorrt86.pieces import Piece
 from sdtrt.cli.options import BuildOptions
 from sdtrt.common.errors import BuildError, UsageError
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.onnx_file import ELEM_TYPES
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
-from sdtrt.specs.contract import Contract, TensorSpec, unet_contract, vae_contract
+from sdtrt.specs.contract import Attention, Contract, TensorSpec, unet_contract, vae_contract
 
 SIZES = Sizes(2, 64, 96)
 OPEN_LIBRARY = libraries.open_library
@@ -182,7 +183,7 @@ def networks(monkeypatch):
             "create_builder_config": lambda: config,
             "create_optimization_profile": lambda: recorder(library.module, "IOptimizationProfile"),
         }
-        return building.Draft(library, recorder(library.module, "Builder", **makers), network, None)
+        return Draft(library, recorder(library.module, "Builder", **makers), network, None)
 
     def run_here(request, report, started):
         request.log.touch()
@@ -285,7 +286,7 @@ def test_the_real_builder_takes_such_formats_on_inputs_and_outputs(rtx, tmp_path
     plans = {}
     for names in ((), ("x", "y"), ("y",)):
         draft = building.parse_onnx(rtx, tmp_path / "model.onnx")
-        building.lay_channels_last(draft, names)
+        weak_typing.lay_channels_last(draft, names)
         ends = {"x": draft.network.get_input(0), "y": draft.network.get_output(0)}
         only = 1 << int(rtx.module.TensorFormat.HWC8)
         assert {name: ends[name].allowed_formats == only for name in ends} == {name: name in names for name in ends}
@@ -340,8 +341,8 @@ def test_the_option_is_for_those_parts_that_may_be_in_pieces():
 
 
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
-    from sdtrt.backends import registry
     from sdtrt.common import host
+    from sdtrt.engines.find import find_engine
     from sdtrt.models.resolve import resolve_model
     from sdtrt.specs import ModelSpec
 
@@ -359,7 +360,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
         return directory.obtain("engine", key, lambda folder: {})
 
     def find():
-        return registry.find_engine(model, "tensorrt", "fp16", SIZES, directory)
+        return find_engine(model, "tensorrt", "fp16", SIZES, directory)
 
     plain = obtain(plain_key)
     assert find() == plain
@@ -371,4 +372,4 @@ def test_a_plan_that_would_lay_out_what_it_does_not_have_is_a_bug(tmp_path, netw
     write_convolutions(tmp_path / "model.onnx")
     draft = building.parse_onnx(libraries.open_library("tensorrt"), tmp_path / "model.onnx")
     with pytest.raises(AssertionError):
-        building.lay_channels_last(draft, ("x", "z"))
+        weak_typing.lay_channels_last(draft, ("x", "z"))

@@ -64,7 +64,7 @@ def test_help_is_quick_and_loads_neither_torch_nor_diffusers(folder):
     assert cpu_seconds() - before < 0.7
     code = (
         "import sys; sys.argv = ['sdtrt', 'txt2img', '--help']\n"
-        "from sdtrt.cli.commands import main\n"
+        "from sdtrt.cli.main import main\n"
         "try: main()\nexcept SystemExit as end: code = end.code\n"
         "sys.exit(code or len({'torch', 'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
     )
@@ -271,7 +271,7 @@ def test_completion_is_given_and_loads_no_torch(folder, monkeypatch):
     assert (shown.returncode, "COMPREPLY" in shown.stdout) == (0, True)
     code = (
         "import sys; sys.argv = ['sdtrt']\n"
-        "from sdtrt.cli.commands import main\n"
+        "from sdtrt.cli.main import main\n"
         "try: main()\nexcept SystemExit as end: code = end.code\n"
         "sys.exit(code or len({'torch', 'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
     )

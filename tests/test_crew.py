@@ -18,9 +18,9 @@ from test_trt_api import save_graph
 
 from sdtrt.backends.tensorrt import build, worker
 from sdtrt.backends.tensorrt.build import Request, build_plan
-from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.header import read_header
-from sdtrt.backends.tensorrt86 import parallel_build
+from sdtrt.backends.tensorrt86 import parallel_build, policy
 from sdtrt.backends.tensorrt86.pieces import read_pieces
 from sdtrt.common import host
 from sdtrt.common.console import Console
@@ -120,7 +120,7 @@ def test_each_piece_is_built_in_a_process_of_its_own(whole, folder, everywhere):
 
 @needs_rtx
 def test_all_that_builders_say_is_in_one_log_piece_by_piece(whole, folder, monkeypatch):
-    monkeypatch.setattr(building, "split_tokens", lambda spec: 90)
+    monkeypatch.setattr(policy, "split_tokens", lambda spec: 90)
     worker._build(libraries.open_library("tensorrt-rtx"), Request(whole[0], folder, whole[1], SPEC, None, False), print)
     text = (folder / "build.log").read_text()
     assert sorted(re.findall(r"^\[piece (\d+)\]$", text, re.MULTILINE)) == [str(n) for n in range(COUNT)]
@@ -141,7 +141,7 @@ def test_where_one_piece_fails_the_others_end_and_the_engine_is_built_whole(whol
         return found
 
     monkeypatch.setattr(worker, "_sources", one_is_odd)
-    monkeypatch.setattr(building, "split_tokens", lambda spec: 90 if spec.split_attention is None else 0)
+    monkeypatch.setattr(policy, "split_tokens", lambda spec: 90 if spec.split_attention is None else 0)
     said = []
     found = worker.build_here(Request(whole[0], folder, whole[1], SPEC, None, False), said.append)
     assert found["pieces"] == 1

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from factories import sha256_of as right
 
+from sdtrt.common import files as files_module
 from sdtrt.common.errors import CacheError
+from sdtrt.common.files import sha256_file
 from sdtrt.engines import digests
-from sdtrt.engines.digests import digest_of, digests_ahead, hash_ahead, sha256_file
+from sdtrt.engines.digests import digest_of, digests_ahead, hash_ahead
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ def hash_all_ahead(*paths):
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 250])
 def test_files_of_any_length(size, tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(files_module, "CHUNK_BYTES", 100)
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))
     assert sha256_file(path) == right(path)
@@ -137,7 +139,7 @@ def test_a_read_error_reaches_who_asks(file, monkeypatch):
 
 @pytest.fixture
 def directory(directory, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 500)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 500)
     return directory
 
 
@@ -198,7 +200,7 @@ def test_whoever_asks_first_hashes_and_the_other_gives_up(tmp_path, monkeypatch,
     """Not begun with: `digest_of` does not wait for what lies before it."""
     first, second = tmp_path / "first", tmp_path / "second"
     go = threading.Event()
-    noting = digests.sha256_file
+    noting = sha256_file
 
     def slowly(path):
         assert path == second or go.wait(10)

@@ -18,18 +18,20 @@ from sdtrt.backends import build as engine_build
 from sdtrt.backends import registry
 from sdtrt.backends.build import host_key
 from sdtrt.backends.open import open_session
-from sdtrt.backends.tensorrt.versions import building
-from sdtrt.cli.commands import main
+from sdtrt.backends.tensorrt86 import policy
+from sdtrt.cli.main import main
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, EngineError, UsageError
 from sdtrt.engines import directory as engine_directory
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import entry_of
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models import components
 from sdtrt.models.loading import load_unet
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import engines
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import Contract
 
@@ -40,8 +42,8 @@ SMALL = Sizes(2, 64, 64)
 @pytest.fixture(autouse=True)
 def tensorrt_is_not_asked(monkeypatch):
     """Keys of TensorRT's engines are made without TensorRT here."""
-    monkeypatch.setattr(building, "split_tokens", lambda spec: 0)
-    monkeypatch.setattr(building, "splits_norms", lambda spec: False)
+    monkeypatch.setattr(policy, "split_tokens", lambda spec: 0)
+    monkeypatch.setattr(policy, "splits_norms", lambda spec: False)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +87,9 @@ def test_a_named_backend_is_taken_as_it_is(capsys):
 
 
 def test_an_engine_is_built_once_and_serves_other_sizes(model, directory, entry):
-    assert registry.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
+    assert find.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
     assert factories.unet_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
-    assert registry.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
+    assert find.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
 
 
 def test_the_engine_computes_what_pytorch_computes(model, entry):
@@ -187,7 +189,7 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(mod
     empty = EngineDirectory(tmp_path / "none")
     for found, missing in ((empty, wanted), (directory, ("text_encoder", "vae_decoder"))):
         with pytest.raises(EngineError, match=f"for the {', '.join(missing)} of ") as caught:
-            registry.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted, allow_build=False)
+            engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted, allow_build=False)
         words = shlex.split(caught.value.hint)
         assert tuple(words[i + 1] for i, word in enumerate(words) if word == "--component") == missing
     assert not empty.path.exists()
@@ -196,27 +198,27 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(mod
 def test_engines_of_all_components_are_built_once_and_found_again(model, tmp_path):
     found = EngineDirectory(tmp_path / "engines")
     wanted = ("text_encoder", "vae_decoder", "vae_encoder")
-    made = registry.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)
+    made = engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)
     assert tuple(made) == wanted
     assert [made[name].key["component"] for name in wanted] == list(wanted)
     assert len(found.entries("onnx")) == len(found.entries("engine")) == 3
-    again = registry.ensure_engines(model, "onnxruntime", "fp32", Sizes(4, 72, 96), found, wanted, allow_build=False)
+    again = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(4, 72, 96), found, wanted, allow_build=False)
     assert again == made
 
 
 def test_an_engine_of_another_component_is_never_taken(model, directory, entry):
-    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
+    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
     for component in ("text_encoder", "vae_decoder", "vae_encoder"):
-        assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
+        assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
 
 
 def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
     model = resolve_model(ModelSpec(str(factories.sdxl_folder(tmp_path / "sdxl", layers_per_block=1))))
     found = EngineDirectory(tmp_path / "engines")
-    made = registry.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
+    made = engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
     assert [entry.key["precision"] for entry in made.values()] == ["fp16", "fp32"]
-    assert registry.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
-    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
+    assert engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
+    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
 
 
 @pytest.fixture
@@ -275,14 +277,14 @@ def test_the_hinted_command_builds_what_is_missing(model, run_build, tmp_path, c
     sizes, images, missing, options, words = REQUESTS[case]
     request = (model, "tensorrt", "fp16", sizes, EngineDirectory(tmp_path / "engines"), missing)
     with pytest.raises(EngineError) as caught:
-        registry.ensure_engines(*request, images=images, allow_build=False)
+        engines.ensure_engines(*request, images=images, allow_build=False)
     assert f"for the {', '.join(missing)} of {model.spec.name} fits{words}" in caught.value.message
     given = caught.value.hint.partition(f"--component {missing[-1]} ")[2]
     assert given.partition("--engine-dir")[0].strip() == options
     for name, spec in run_build(caught.value.hint).items():
         own = Profile.of(components.sizes_of(name, sizes, images))
         assert spec.profiles == (replace(own, batch=BATCHES.get(case, {}).get(name, own.batch)),)
-    assert tuple(registry.ensure_engines(*request, images=images, allow_build=False)) == missing
+    assert tuple(engines.ensure_engines(*request, images=images, allow_build=False)) == missing
 
 
 def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_build, tmp_path):
@@ -294,10 +296,10 @@ def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_buil
     ):
         request = (model, "tensorrt", "fp16", SMALL, EngineDirectory(tmp_path / f"{len(missing)}"), missing)
         with pytest.raises(EngineError, match=words) as caught:
-            registry.ensure_engines(*request, allow_build=False)
+            engines.ensure_engines(*request, allow_build=False)
         assert ("vae_decoder in fp32 at batch 1" in caught.value.message) == (len(missing) > 1)
         assert run_build(caught.value.hint)["vae_decoder"].export.precision == "fp32"
-        assert tuple(registry.ensure_engines(*request, allow_build=False)) == missing
+        assert tuple(engines.ensure_engines(*request, allow_build=False)) == missing
 
 
 def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, tmp_path):
@@ -312,7 +314,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
 
     def finds(component, sizes):
         own = components.sizes_of(component, sizes)
-        return registry.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
+        return find.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
 
     assert finds("text_encoder", Sizes(2, 768, 512))
     assert finds("vae_decoder", Sizes(1, 512, 512))
@@ -325,14 +327,14 @@ def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
     options = dict(first.key["options"])
     for level in range(3):  # whichever way their names sort
         made = found.obtain("engine", dict(first.key) | {"options": options | {"level": level}}, _empty)
-        assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
+        assert find.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
 
 
 def test_an_engine_of_an_older_build_format_is_not_used(model, directory, entry, monkeypatch):
-    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
+    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
     assert not registry.is_foreign(entry)
     monkeypatch.setattr(registry, "FORMATS", engine_build.FORMATS | {"onnxruntime": entry.key["format"] + 1})
-    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
     assert registry.is_foreign(entry)
 
 
@@ -352,7 +354,7 @@ def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
 
 def test_the_build_command_names_all_that_the_model_needs(model):
     named = replace(model, spec=ModelSpec("some/model", revision="main", variant="fp16", offline=True))
-    words = registry.build_command(named, "tensorrt", "fp16", SMALL, EngineDirectory(Path("my engines")))
+    words = engines.build_command(named, "tensorrt", "fp16", SMALL, EngineDirectory(Path("my engines")))
     assert "--revision main --variant fp16 --offline" in words
     assert "--batch 2 --height 64 --width 64 --tokens 77" in words
     assert shlex.split(words)[-1].endswith("my engines")
@@ -376,7 +378,7 @@ def test_the_tightest_profile_wins():
     elsewhere = Profile(Range(1, 2, 8), Range(256, 768, 1024), Range(256, 768, 1024))
 
     def slack(*profiles, sizes=Sizes(2, 512, 512)):
-        return registry.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
+        return find.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
 
     assert slack(static) == 0
     assert slack() == 0  # takes any size
@@ -410,7 +412,7 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
     found = EngineDirectory(found.path)
     found.likely(model.name, "onnxruntime")
     wanted = ("text_encoder", "unet", "vae_decoder")
-    assert list(registry.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
+    assert list(engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
     assert sorted(read) == sorted(entry.path for entry in found.entries())
 
 
@@ -418,7 +420,7 @@ def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkey
     assert not registry.is_foreign(entry)
     monkeypatch.setattr(registry, "backend_version", lambda backend: "0.0")
     assert registry.is_foreign(entry)
-    assert registry.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
 
 
 @pytest.mark.parametrize(("version", "runs"), [("8.6.1", True), ("10.15.1.29", True), ("8.5.3", False)])
@@ -432,7 +434,7 @@ def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp
         made = found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
         monkeypatch.setattr(registry, "backend_version", lambda backend: version)
         assert registry.is_foreign(made) != (runs if compatible else version == "8.6.1")
-    best = registry.find_engine(model, "tensorrt", "fp16", SMALL, found)
+    best = find.find_engine(model, "tensorrt", "fp16", SMALL, found)
     assert (best is not None) == runs
 
 

@@ -20,15 +20,18 @@ from exports import DTYPES, EACH_BY_BOTH, EXPORTERS, exported_unet, make
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from sdtrt.backends.tensorrt86.precision import float32_nodes
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ExportError, OutputError, UsageError
 from sdtrt.common.metrics import relative_l2
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.keys import export_key
 from sdtrt.exports import component as component_export
-from sdtrt.exports import onnx_file, onnx_index, tracing
-from sdtrt.exports.component import export_component, export_file, write_onnx
-from sdtrt.exports.parity import TOLERANCES, check_onnx, seeded_feeds
+from sdtrt.exports import fp16_recipe, onnx_file, tracing
+from sdtrt.exports.component import export_component, write_onnx
+from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.parity import TOLERANCES, check_onnx
+from sdtrt.exports.to_file import export_file
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import DEFAULT_OPSETS, ExportSpec, ModelSpec, Sizes
 from sdtrt.specs.contract import Contract, unet_contract
@@ -211,7 +214,7 @@ def test_the_graph_is_plain(exported, kind, exporter):
     assert operators.count("Resize") == sum(1 for name, _ in it.unet.named_modules() if name.endswith("upsamplers.0"))
     parameters = dict(it.unet.named_parameters())
     stored = sum(len(tensor.raw_data) for tensor in graph.initializer)
-    widened = sum(2 * module.weight.numel() for module in tracing.wide_convolutions(it.unet).values())
+    widened = sum(2 * module.weight.numel() for module in fp16_recipe.wide_convolutions(it.unet).values())
     assert stored <= sum(2 * value.numel() for value in parameters.values()) + widened + 4096
     suffixes = re.compile(r"\.(T|fp32)$")
     names = {suffixes.sub("", tensor.name.removeprefix("unet.")) for tensor in graph.initializer}
@@ -223,7 +226,7 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
     made = exported("sd1", exporter=exporter)
     operators = {node.name: node.op_type for node in made.model.graph.node}
-    kept = onnx_index.float32_nodes(made.path)
+    kept = float32_nodes(made.path)
     assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
 
 
@@ -232,9 +235,9 @@ def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
     """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
     made = exported("sd1", exporter=exporter)
     weights = {tensor.name: tensor for tensor in made.model.graph.initializer}
-    kept = onnx_index.float32_nodes(made.path)
+    kept = float32_nodes(made.path)
     wide = {node.input[1] for node in made.model.graph.node if node.op_type == "Conv" and node.name in kept}
-    expected = tracing.wide_convolutions(made.unet)
+    expected = fp16_recipe.wide_convolutions(made.unet)
     assert wide == {f"unet.{name}.weight.fp32" for name in expected}
     for name, module in expected.items():
         stored = numpy_helper.to_array(weights[f"unet.{name}.weight.fp32"])
@@ -242,12 +245,12 @@ def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
         assert np.array_equal(stored, module.weight.detach().float().numpy())
 
 
-@pytest.mark.parametrize(("layers", "down"), [(1, []), (tracing.WIDE_LAYERS, [(0, 0)]), (5, [(0, 0), (1, 0)])])
+@pytest.mark.parametrize(("layers", "down"), [(1, []), (fp16_recipe.WIDE_LAYERS, [(0, 0)]), (5, [(0, 0), (1, 0)])])
 def test_which_convolutions_compute_in_fp32(layers, down, monkeypatch):
     """Of a UNet with Stable Diffusion 1's blocks of two layers on the way down and three on the way up."""
-    monkeypatch.setattr(tracing, "NARROW_CHANNELS", 0)
+    monkeypatch.setattr(fp16_recipe, "NARROW_CHANNELS", 0)
     unet = factories.small_unet("sd1", layers_per_block=2).half()
-    names = {re.sub(r"\.(conv|proj)[^.]*$", "", name) for name in tracing.wide_convolutions(unet, layers)}
+    names = {re.sub(r"\.(conv|proj)[^.]*$", "", name) for name in fp16_recipe.wide_convolutions(unet, layers)}
     last = len(unet.up_blocks) - 1
     up = [(last, 2), (last, 1), (last, 0), (last - 1, 2), (last - 1, 1)][:layers]
     assert {name for name in names if ".resnets." in name} == {
@@ -257,14 +260,14 @@ def test_which_convolutions_compute_in_fp32(layers, down, monkeypatch):
     assert {"conv_in", "conv_out", f"up_blocks.{last}.attentions.2"} <= names
     assert [name for name in names if "samplers" in name] == ["down_blocks.0.downsamplers.0"] * (layers > 3)
     assert not [name for name in names if "mid_block" in name]
-    assert not tracing.wide_convolutions(unet, 0)
+    assert not fp16_recipe.wide_convolutions(unet, 0)
 
 
 def test_narrow_convolutions_all_compute_in_fp32():
     unet = factories.small_unet(
         "sd1", **factories.SMALL | {"block_out_channels": (64, 320), "layers_per_block": 1}
     ).half()
-    wide = tracing.wide_convolutions(unet, 1)
+    wide = fp16_recipe.wide_convolutions(unet, 1)
     for name, module in unet.named_modules():
         if isinstance(module, torch.nn.Conv2d) and max(module.in_channels, module.out_channels) < 320:
             assert name in wide
@@ -272,16 +275,16 @@ def test_narrow_convolutions_all_compute_in_fp32():
 
 
 def test_more_or_no_layers_in_fp32(tmp_path, exported, monkeypatch):
-    monkeypatch.setattr(tracing, "NARROW_CHANNELS", 0)
+    monkeypatch.setattr(fp16_recipe, "NARROW_CHANNELS", 0)
     made = exported("sd1")
     counts = []
     for layers in (0, 1, 5):
         path = tmp_path / f"{layers}.onnx"
         write_onnx(made.unet, made.contract, path, wide_layers=layers)
         operators = {node.name: node.op_type for node in onnx.load(path).graph.node}
-        counts.append(sum(operators[name] == "Conv" for name in onnx_index.float32_nodes(path)))
+        counts.append(sum(operators[name] == "Conv" for name in float32_nodes(path)))
     assert counts[0] == 0 < counts[1] < counts[2]
-    assert not tracing.wide_convolutions(exported("sd1", "bf16").unet)
+    assert not fp16_recipe.wide_convolutions(exported("sd1", "bf16").unet)
 
 
 @pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)

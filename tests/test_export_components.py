@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from sdtrt.common.errors import ExportError
 from sdtrt.exports import tracing
 from sdtrt.exports.component import write_onnx
-from sdtrt.exports.parity import check_onnx, seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.parity import check_onnx
 from sdtrt.specs import DEFAULT_OPSETS, Sizes
 from sdtrt.specs.contract import Contract, text_encoder_contract, vae_contract
 

@@ -26,8 +26,10 @@ from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline.generate import _Finite
-from sdtrt.pipeline.open import AS_A_WHOLE, PipelineSpec, _refuse_as_a_whole, hooked, open_pipeline
+from sdtrt.pipeline.finite import Finite
+from sdtrt.pipeline.hooks import hooked
+from sdtrt.pipeline.open import AS_A_WHOLE, _refuse_as_a_whole, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import ModelSpec, Sizes
 from sdtrt.specs.contract import text_encoder_contract, vae_contract
 
@@ -344,7 +346,7 @@ def test_what_watches_a_module_leaves_it_and_its_copies_alone(swapped):
     """Whatever was there before, and whoever copies it meanwhile."""
     seen, own = [], swapped.vae.decode
     swapped.vae.decode = own  # the user's own attribute
-    finite = _Finite()
+    finite = Finite()
     with finite.watching(swapped), hooked(swapped.unet, lambda *_: seen.append(1)):
         copied, alike = copy.deepcopy(swapped.unet), copy.copy(swapped.unet)
         picture(swapped, num_inference_steps=2)

@@ -21,9 +21,10 @@ from factories import sd1_folder, unet_engine
 from fault_server import UNET
 from PIL import Image
 
-from sdtrt.cli.commands import main
+from sdtrt.cli.main import main
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import SIDECAR, seal
+from sdtrt.engines.entry import SIDECAR
+from sdtrt.engines.publish import seal
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import memory
 from sdtrt.specs import ModelSpec, Sizes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdtrt.common.files import make_folders, open_regular, read_small_file
-from sdtrt.exports.component import _draft_folder
+from sdtrt.exports.to_file import _draft_folder
 from sdtrt.pipeline.saving import write_files
 
 

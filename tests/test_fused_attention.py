@@ -14,9 +14,7 @@ from factories import SMALL, small_text_encoder, small_unet, small_vae
 
 from sdtrt.backends.onnxruntime import build, fused_attention
 from sdtrt.backends.onnxruntime.fused_attention import OPERATOR, fuse
-from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-from sdtrt.backends.open import ONNXRUNTIME_FILE
-from sdtrt.backends.tensorrt86.pieces import Attention
+from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import BuildError, CacheError
 from sdtrt.common.metrics import relative_l2
@@ -24,10 +22,10 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import check, find_attentions
 from sdtrt.exports.component import write_onnx
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.onnx_index import Facts
-from sdtrt.exports.parity import seeded_feeds
 from sdtrt.specs import Sizes
-from sdtrt.specs.contract import text_encoder_contract, unet_contract, vae_contract
+from sdtrt.specs.contract import Attention, text_encoder_contract, unet_contract, vae_contract
 
 KEY = {"component": "unet", "precision": "fp32", "backend": "onnxruntime"}
 ODD = Sizes(3, 72, 104, tokens=154)

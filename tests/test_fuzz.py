@@ -33,11 +33,13 @@ from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt.plan import profiles_of
 from sdtrt.backends.tensorrt86 import memory_layout
 from sdtrt.backends.tensorrt86 import pieces as pieces_module
-from sdtrt.cli.commands import main
+from sdtrt.cli.main import main
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import BuildError, EngineError, ModelError, UsageError
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, SIDECAR, entry_name, seal, seal_of
+from sdtrt.engines.entry import MALFORMED, SIDECAR, entry_name, seal_of
+from sdtrt.engines.publish import seal
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import images
@@ -114,7 +116,7 @@ def use_everything(directory, model):
     resolved = resolve_model(ModelSpec(str(model)))
     list(directory.check())
     directory.prunable(PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), registry.is_foreign)
-    entry = registry.find_engine(resolved, "onnxruntime", "fp32", SIZES, directory)
+    entry = find.find_engine(resolved, "onnxruntime", "fp32", SIZES, directory)
     for found in directory.entries():
         json.dumps(found.to_json())
         with only_clean_errors():
@@ -229,7 +231,7 @@ def test_exports_that_are_damaged(directory, place, data):
 
 
 def engines_contract(entry):
-    from sdtrt.backends.open import stored_contract
+    from sdtrt.engines.entry import stored_contract
 
     return stored_contract(entry)
 

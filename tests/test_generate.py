@@ -17,16 +17,16 @@ from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdtrt.backends import registry
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, MemoryShortage, OutputError, UsageError
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import sizes_of
 from sdtrt.models.weights import read_tensors
+from sdtrt.pipeline import engines, images, saving
 from sdtrt.pipeline import generate as generation
-from sdtrt.pipeline import images, saving
 from sdtrt.pipeline.generate import Job, Jobs, generate
 from sdtrt.pipeline.images import read_metadata, read_parameters
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Sizes
@@ -333,13 +333,13 @@ def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monk
         return 0.0 if sizes.batch == (4 if key["component"] == "unet" else 2) else None
 
     monkeypatch.setattr(OnnxRuntimeSession, "run", note)
-    monkeypatch.setattr(registry, "slack", for_two_images)
+    monkeypatch.setattr(find, "slack", for_two_images)
     filled = made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4}
     assert len(filled) == 3
     for one, other in zip(expected, filled, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
-    monkeypatch.setattr(registry, "slack", lambda _key, _sizes: 0.0)
+    monkeypatch.setattr(find, "slack", lambda _key, _sizes: 0.0)
     rows.clear()
     made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4, 2}
@@ -622,7 +622,7 @@ def test_a_wrong_init_image_is_found_before_the_model_is_looked_for(spec, direct
 
 
 def test_too_many_steps_are_refused_before_an_engine_is_built(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "build_engine", lambda *_, **__: pytest.fail("built"))
+    monkeypatch.setattr(engines, "build_engine", lambda *_, **__: pytest.fail("built"))
     request = replace(spec, backend="onnxruntime", scheduler="lcm", steps=51)
     with pytest.raises(UsageError, match="at most 50 steps, got 51"):
         generate(request, EngineDirectory(tmp_path / "engines"), QUIET)
@@ -854,7 +854,7 @@ def test_an_engine_for_one_batch_alone_says_which_batch_to_ask_for(spec, directo
 
     spec = replace(spec, backend="onnxruntime", num_images=6, batch_size=4)
     unet_engine(resolve.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
-    monkeypatch.setattr(registry, "slack", for_four_images)
+    monkeypatch.setattr(find, "slack", for_four_images)
     with pytest.raises(MemoryShortage, match="out of memory at 64x64 pixels, 4 at once") as caught:
         generate(spec, directory, QUIET)
     assert caught.value.hint == "use --batch-size 2: it gets engines of its own, these don't take so few"

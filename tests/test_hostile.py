@@ -20,7 +20,7 @@ from sdtrt.common.errors import ModelError, OutputError, SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import SIDECAR
 from sdtrt.engines.upkeep import prune
-from sdtrt.exports import component as component_export
+from sdtrt.exports import to_file
 from sdtrt.models.weights import read_header, read_json
 from sdtrt.pipeline import images
 from sdtrt.pipeline.images import Metadata, read_init_image
@@ -126,9 +126,9 @@ def test_an_export_does_not_overwrite_what_came_into_being_meanwhile(tmp_path):
     target = tmp_path / "unet.onnx"
     target.write_bytes(b"mine")
     with pytest.raises(OutputError, match="has come into being meanwhile"):
-        component_export._move_into_place(draft, target, overwrite=False)
+        to_file._move_into_place(draft, target, overwrite=False)
     assert target.read_bytes() == b"mine"
-    component_export._move_into_place(draft, target, overwrite=True)
+    to_file._move_into_place(draft, target, overwrite=True)
     assert target.read_bytes() == b"new"
 
 
@@ -336,8 +336,8 @@ main()
 @pytest.mark.parametrize("error", ["OSError(28, 'No space left on device')", "MemoryError()", "ValueError('a bug')"])
 def test_what_fails_without_ctrl_c_is_what_it_is(error):
     code = (
-        "import sdtrt.cli.commands as commands\nfrom sdtrt.__main__ import main\n"
-        f"def app(**_): raise {error}\ncommands.app = app; main()"
+        "import sdtrt.cli.main as outermost\nfrom sdtrt.__main__ import main\n"
+        f"def app(**_): raise {error}\noutermost.app = app; main()"
     )
     ended = run_program(code)
     assert ended.returncode == 1

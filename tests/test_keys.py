@@ -12,16 +12,16 @@ import factories
 import pytest
 from filelock import FileLock
 
-from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine, engine_key
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import CacheError, ExportError, ModelChangedError, ModelError
-from sdtrt.engines import keys
+from sdtrt.engines import find, keys
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import key_digest
 from sdtrt.engines.keys import Sight
 from sdtrt.exports import component as component_export
-from sdtrt.exports.component import export_component, export_file
+from sdtrt.exports.component import export_component
+from sdtrt.exports.to_file import export_file
 from sdtrt.models import components, loading
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import generate
@@ -115,7 +115,7 @@ def check_entries(changing, directory, two_models):
         assert entry.key["export"] == exports[entry.info["onnx"]].key
     old = resolve_model(ModelSpec(str(two_models[0])))
     assert directory.find("engine", engine_key(old, spec_of(old), directory)) is None
-    assert registry.find_engine(old, "onnxruntime", "fp32", Sizes(1, 8, 8), directory, PART) is None
+    assert find.find_engine(old, "onnxruntime", "fp32", Sizes(1, 8, 8), directory, PART) is None
 
 
 @pytest.mark.parametrize("which", ["export", "engine"])
@@ -227,7 +227,7 @@ def test_a_file_is_exported_from_one_state_of_the_weights(changing, tmp_path, tw
 
 
 def test_a_digest_that_was_taken_of_a_file_under_way_is_not_remembered(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     weights = tmp_path / "weights"
     weights.write_bytes(b"old")
     old = weights.stat()
@@ -249,7 +249,7 @@ def test_a_digest_that_was_taken_of_a_file_under_way_is_not_remembered(directory
 
 
 def test_a_digest_is_remembered_where_the_memo_cannot_be_written(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     (tmp_path / "weights").write_bytes(b"one")
 
     def refuse(path, text):
@@ -295,7 +295,7 @@ def request_of_one(changing, tmp_path):
 def test_engines_of_a_pipeline_are_of_one_state_of_the_weights(changing, directory, monkeypatch, request_of_one):
     """The weights are replaced after the engine of the old ones was found."""
     old = build_engine(changing.model, spec_of(changing.model), directory)
-    monkeypatch.setattr(registry, "_best", once(changing, registry._best, after=True))
+    monkeypatch.setattr(find, "_best", once(changing, find._best, after=True))
     report = generate.generate(request_of_one, directory, QUIET)
     facts = report.to_json()
     assert facts["engines"][PART]["name"] != old.name

@@ -15,7 +15,7 @@ from sdtrt.backends.scratch import Scratch
 from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory
+from sdtrt.pipeline import memory, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.pipeline.memory import ALLOWANCE_BYTES, by_scratch, demand_of, fitting, free_bytes
 from sdtrt.specs import ModelSpec, Profile, Range, Sizes
@@ -49,10 +49,10 @@ def entries(sizes=SQUARE, images=1, weights=2.0, scratch=4.0):
 
 def refused(model, monkeypatch, free, found, sizes=SQUARE, images=1, precision="fp16"):
     """The error for that much free memory (GiB); None where the request passes."""
-    spec = pipeline_open.PipelineSpec(model, "tensorrt", precision, sizes, steps=2, images=images)
+    spec = request.PipelineSpec(model, "tensorrt", precision, sizes, steps=2, images=images)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * GIB))
     try:
-        pipeline_open._check_memory(spec, found)
+        memory.check_memory(spec, found)
     except MemoryShortage as error:
         return error
     return None
@@ -159,7 +159,7 @@ def test_a_pipelines_sessions_share_one_scratch_and_the_largest_comes_first(mode
     monkeypatch.setattr(pipeline_open, "engines_of", lambda *_, **__: found)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     monkeypatch.setattr(pipeline_open, "open_session", lambda *given: opened.append(given) or nullcontext(given))
-    spec = pipeline_open.PipelineSpec(model, "tensorrt", "fp16", SQUARE, steps=2)
+    spec = request.PipelineSpec(model, "tensorrt", "fp16", SQUARE, steps=2)
     with pipeline_open._open_engines(spec, None, None, True, None) as running:
         assert list(running.entries) == ["unet", "text_encoder", "vae_decoder"]
         assert {name: given[0] for name, given in running.sessions.items()} == found

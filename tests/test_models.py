@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import ModelError, SdtrtError, UsageError
-from sdtrt.engines.digests import sha256_file
+from sdtrt.common.files import sha256_file
 from sdtrt.models import loading, weights
 from sdtrt.models.loading import check_part, load_parts, load_unet
 from sdtrt.models.resolve import SD_PARTS, SDXL_PARTS, resolve_model
-from sdtrt.pipeline.open import resolve_request
+from sdtrt.pipeline.request import resolve_request
 from sdtrt.reports.inspection import inspect_model
 from sdtrt.specs import GenerateSpec, ModelSpec
 

@@ -15,8 +15,9 @@ from trt_fakes import fake_library
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.backends.tensorrt import worker
 from sdtrt.backends.tensorrt.build import Request
-from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt86 import cut as cutting
+from sdtrt.backends.tensorrt86 import policy
 from sdtrt.backends.tensorrt86.cut import choose_norms, freeze, split
 from sdtrt.backends.tensorrt86.group_norms import check, find_normalizations, sizes_of_norms
 from sdtrt.backends.tensorrt86.memory_layout import lay_out, size_bytes
@@ -25,8 +26,8 @@ from sdtrt.backends.tensorrt86.torch_kernels import compute, normalize
 from sdtrt.common.metrics import relative_l2
 from sdtrt.exports import onnx_file
 from sdtrt.exports.component import write_onnx
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.onnx_index import Facts
-from sdtrt.exports.parity import seeded_feeds
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import vae_contract
 
@@ -224,9 +225,9 @@ def test_what_holds_few_megabytes_is_not_worth_a_cut(cut, tmp_path, monkeypatch)
 def test_who_leaves_a_norm_to_pytorch(monkeypatch):
     """Halves of a VAE on 8.6, for one fixed size in fp16; not where the plan is to be version-compatible."""
     weakly_typed(monkeypatch, True)
-    assert building.splits_norms(spec_of())
-    assert building.splits_norms(spec_of("vae_encoder"))
-    assert not building.splits_norms(spec_of(split_attention=0))  # nothing is to be left to PyTorch
+    assert policy.splits_norms(spec_of())
+    assert policy.splits_norms(spec_of("vae_encoder"))
+    assert not policy.splits_norms(spec_of(split_attention=0))  # nothing is to be left to PyTorch
     ranged = Profile(Range.of(1), Range(64, 96, 128), Range(64, 96, 128))
     for other in (
         {"version_compatible": True},
@@ -237,9 +238,9 @@ def test_who_leaves_a_norm_to_pytorch(monkeypatch):
         {"export": ExportSpec(component="text_encoder")},
         {"export": ExportSpec(component="unet")},
     ):
-        assert not building.splits_norms(spec_of(**other)), other
+        assert not policy.splits_norms(spec_of(**other)), other
     weakly_typed(monkeypatch, False)
-    assert not building.splits_norms(spec_of())
+    assert not policy.splits_norms(spec_of())
 
 
 def test_what_was_read_is_held_against_what_the_graph_computes(exported):
@@ -294,7 +295,7 @@ def test_the_build_makes_a_plan_of_each_piece(component, request_of, monkeypatch
     """As 8.6 would be asked to, with the real builder of TensorRT for RTX, as that needs no GPU."""
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(libraries, "open_library", OPEN_LIBRARY)
-    monkeypatch.setattr(building, "splits_norms", lambda spec: True)  # which it gains nothing by
+    monkeypatch.setattr(policy, "splits_norms", lambda spec: True)  # which it gains nothing by
     spec = spec_of(component, backend="tensorrt-rtx", compute_capability=(8, 9))
     request = replace(request_of(component), spec=spec)
     said = []

@@ -11,7 +11,8 @@ from sdtrt.common.console import QUIET
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline.open import PipelineSpec, open_pipeline
+from sdtrt.pipeline.open import open_pipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import ModelSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

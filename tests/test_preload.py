@@ -30,9 +30,10 @@ from sdtrt.cli import prewarm
 from sdtrt.cli.likely_engines import likely_engines, load_ahead
 from sdtrt.common import host
 from sdtrt.common.errors import CacheError, EngineError, EntryInUseError, MemoryShortage
+from sdtrt.common.files import sha256_file
 from sdtrt.engines import digests
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory, preloaded
+from sdtrt.pipeline import memory, preloaded, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import unet_contract
@@ -81,7 +82,7 @@ def loaded(monkeypatch):
 @pytest.fixture
 def hashed(monkeypatch):
     """The files that are hashed to be proven."""
-    calls, hash_file = [], digests.sha256_file
+    calls, hash_file = [], sha256_file
     monkeypatch.setattr(digests, "sha256_file", lambda path: calls.append(path) or hash_file(path))
     return calls
 
@@ -371,7 +372,7 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     in_background(SPEC, directory)
     engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
     assert len(engines) == 2
-    spec = pipeline_open.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
+    spec = request.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
     monkeypatch.setattr(pipeline_open, "engines_of", lambda *_, **__: {"unet": unet})
     free = []
 
@@ -456,7 +457,9 @@ def test_a_process_that_ends_waits_for_one_load_and_begins_no_other():
 
 
 def test_builders_get_the_gpus_memory(directory, monkeypatch):
-    from sdtrt.backends import registry
+    from sdtrt.engines import find
+    from sdtrt.pipeline import engines as engines_module
+    from sdtrt.pipeline.engines import ensure_engines
 
     publish(directory)
     in_background(SPEC, directory)
@@ -467,6 +470,6 @@ def test_builders_get_the_gpus_memory(directory, monkeypatch):
         assert not preloaded._KEPT
         return publish(directory, used=3)
 
-    monkeypatch.setattr(registry, "build_engine", build)
-    monkeypatch.setattr(registry, "_best", lambda *_: None)
-    assert registry.ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))
+    monkeypatch.setattr(engines_module, "build_engine", build)
+    monkeypatch.setattr(find, "_best", lambda *_: None)
+    assert ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))

@@ -19,6 +19,7 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.exports import parity
 from sdtrt.exports.component import write_onnx
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Contract, TensorSpec, text_encoder_contract, unet_contract
 
@@ -138,7 +139,7 @@ def test_onnx_runtime_logs_nothing_that_it_raises(place, entry_file, tmp_path, m
 
 
 def test_inputs_of_checks_are_one_function_and_plausible_for_sdxl():
-    assert parity.seeded_feeds is parity.seeded_feeds
+    assert seeded_feeds is seeded_feeds
     config = {
         "in_channels": 4,
         "out_channels": 4,
@@ -147,10 +148,10 @@ def test_inputs_of_checks_are_one_function_and_plausible_for_sdxl():
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
-    made = parity.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96))
+    made = seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96))
     assert made["time_ids"].tolist() == [[128, 96, 0, 0, 128, 96]] * 2
     assert made["sample"].dtype == torch.float16
-    again = parity.seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96), seed=0)
+    again = seeded_feeds(unet_contract(config, "fp16"), Sizes(2, 128, 96), seed=0)
     assert all(np.array_equal(made[name], again[name]) for name in made)
 
 
@@ -164,7 +165,7 @@ def test_a_session_lets_the_cores_go_after_a_run(tmp_path):
 
 
 def _processor_seconds_after(session):
-    session.run(parity.seeded_feeds(session.contract, Sizes(4, 64, 64)))
+    session.run(seeded_feeds(session.contract, Sizes(4, 64, 64)))
     start = time.process_time()
     time.sleep(0.05)
     return time.process_time() - start

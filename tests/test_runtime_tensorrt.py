@@ -50,13 +50,13 @@ from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.messages import REBUILD
 from sdtrt.backends.tensorrt86 import torch_kernels
 from sdtrt.backends.tensorrt86.memory_layout import attention_bytes, last_uses, lay_out, size_bytes
-from sdtrt.backends.tensorrt86.pieces import Attention, Normalization, Piece, list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.pieces import Normalization, Piece, list_file, read_pieces, write_pieces
 from sdtrt.backends.tensorrt86.torch_kernels import compute
 from sdtrt.common import host
 from sdtrt.common.errors import CacheError, EngineError, MemoryShortage
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range
-from sdtrt.specs.contract import Contract, TensorSpec, unet_contract
+from sdtrt.specs.contract import Attention, Contract, TensorSpec, unet_contract
 
 CONFIG = {"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}
 CONTRACT = unet_contract(CONFIG, "fp16")

@@ -16,21 +16,22 @@ from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.backends.tensorrt import build as plan_builder
 from sdtrt.backends.tensorrt import worker
 from sdtrt.backends.tensorrt.build import Request, build_plan
-from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build
+from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build, policy
 from sdtrt.backends.tensorrt86.cut import FLOATS, choose, freeze, split
 from sdtrt.backends.tensorrt86.pieces import list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.precision import float32_nodes
 from sdtrt.backends.tensorrt86.torch_kernels import compute
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import BuildError
 from sdtrt.common.metrics import relative_l2
 from sdtrt.exports import attention as attentions
-from sdtrt.exports import onnx_file, onnx_index
+from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import check, find_attentions
 from sdtrt.exports.component import write_onnx
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.onnx_index import Facts
-from sdtrt.exports.parity import seeded_feeds
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import unet_contract
 
@@ -137,7 +138,7 @@ def test_norm_plugins_and_fp32_nodes_are_found_in_pieces_as_in_the_whole(exporte
     assert len(files) > 1
     norms = sum(norm_plugin.use_plugin(*onnx_file.load_split(file)) for file in files)
     assert norms == norm_plugin.use_plugin(*onnx_file.load_split(source)) > 10
-    assert {node for file in files for node in onnx_index.float32_nodes(file)} == onnx_index.float32_nodes(source)
+    assert {node for file in files for node in float32_nodes(file)} == float32_nodes(source)
 
 
 def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
@@ -230,15 +231,15 @@ def weakly_typed(monkeypatch, answer):
     monkeypatch.setattr(libraries, "open_library", lambda _: library)
 
 
-@pytest.mark.parametrize(("is_8", "tokens"), [(True, building.SPLIT_TOKENS), (False, 0)])
+@pytest.mark.parametrize(("is_8", "tokens"), [(True, policy.SPLIT_TOKENS), (False, 0)])
 def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, monkeypatch, is_8, tokens):
     weakly_typed(monkeypatch, is_8)
     default = replace(cut.spec, split_attention=None)
-    assert building.split_tokens(default) == tokens
-    assert building.split_tokens(replace(default, version_compatible=True)) == 0
-    assert building.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
-    assert building.split_tokens(replace(default, split_attention=0)) == 0
-    assert building.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
+    assert policy.split_tokens(default) == tokens
+    assert policy.split_tokens(replace(default, version_compatible=True)) == 0
+    assert policy.split_tokens(replace(default, profiles=default.profiles * 2)) == 0
+    assert policy.split_tokens(replace(default, split_attention=0)) == 0
+    assert policy.split_tokens(replace(default, export=ExportSpec(component="vae_decoder"))) == 0
 
 
 @pytest.mark.parametrize("is_8", [True, False])
@@ -262,7 +263,7 @@ def test_the_build_says_where_an_engine_for_each_size_is_faster(cut, tmp_path, c
 
 def test_by_default_only_so_many_are_cut(cut, tmp_path, monkeypatch):
     weakly_typed(monkeypatch, True)
-    monkeypatch.setattr(building, "SPLIT_TOKENS", 1)
+    monkeypatch.setattr(policy, "SPLIT_TOKENS", 1)
     default = replace(cut, spec=replace(cut.spec, split_attention=None))
     assert len(worker._sources(default, tmp_path, [].append)) > 2 + 3
     monkeypatch.setattr(worker, "MOST_CUTS", 3)
@@ -273,7 +274,7 @@ def test_by_default_only_so_many_are_cut(cut, tmp_path, monkeypatch):
 
 def test_what_can_not_be_cut_is_whole_by_default_and_refused_where_it_was_asked_for(cut, tmp_path, monkeypatch):
     weakly_typed(monkeypatch, True)
-    monkeypatch.setattr(building, "SPLIT_TOKENS", 90)
+    monkeypatch.setattr(policy, "SPLIT_TOKENS", 90)
     monkeypatch.setattr(attentions, "CHECK_TOLERANCE", 0.0)
     with pytest.raises(BuildError, match="is not what the graph computes") as caught:
         worker._sources(cut, tmp_path, [].append)
@@ -305,7 +306,7 @@ def no_pieces(monkeypatch):
     monkeypatch.setattr(parallel_build, "most_jobs", lambda: 1)
     monkeypatch.setattr(worker, "check", lambda *_: {})
     monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
-    monkeypatch.setattr(building, "SPLIT_TOKENS", 90)
+    monkeypatch.setattr(policy, "SPLIT_TOKENS", 90)
     return built
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sdtrt.cli.startup import quick_imports
+from sdtrt.cli.prewarm import quick_imports
 
 
 @pytest.fixture(autouse=True)

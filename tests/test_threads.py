@@ -14,7 +14,7 @@ import pytest
 
 from sdtrt.backends.onnxruntime.session import mend_of
 from sdtrt.cli import prewarm
-from sdtrt.common import threads
+from sdtrt.common import files, threads
 from sdtrt.engines import digests
 from sdtrt.engines.entry import Entry
 
@@ -31,7 +31,7 @@ def test_nothing_is_looked_at_ahead_where_no_thread_is_to_be_had(no_threads, tmp
     file = tmp_path / "file"
     file.write_bytes(b"x")
     digests.hash_ahead(lambda: [file])
-    assert digests.digests_ahead([file], lambda: True)(file) == digests.sha256_file(file)
+    assert digests.digests_ahead([file], lambda: True)(file) == files.sha256_file(file)
     assert prewarm.wake_gpu().result() is False
 
 

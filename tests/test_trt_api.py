@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from trt_fakes import FACTS, fake_library, profile_shapes, recorder, write_plan
 
-from sdtrt.backends.tensorrt.versions import building, libraries, running
+from sdtrt.backends.tensorrt.versions import building, libraries, running, weak_typing
 from sdtrt.backends.tensorrt.versions.header import PlanHeader, read_header
 from sdtrt.backends.tensorrt.versions.libraries import FEATURES, Log, parse_version
 from sdtrt.backends.tensorrt.versions.messages import explain
+from sdtrt.backends.tensorrt.versions.network import Draft
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
@@ -208,7 +209,7 @@ def draft_of(library, layers=()):
     optimization = recorder(library.module, "IOptimizationProfile")
     makers = {"create_builder_config": lambda: config, "create_optimization_profile": lambda: optimization}
     builder = recorder(library.module, "Builder", **makers)
-    return building.Draft(library, builder, network, None), config, optimization
+    return Draft(library, builder, network, None), config, optimization
 
 
 def layer_of(library, kind, dtype, name=""):
@@ -272,8 +273,8 @@ def test_the_builders_effort_where_nobody_asks_for_one(label):
 def test_plugins_that_choose_types_are_for_weakly_typed_networks(label):
     """They are registered with the logger, so looking for one must come after."""
     library = fake_library(label)
-    assert building.has_plugin(library, "GroupNorm") == (label == "tensorrt 8.6.1")
-    assert not building.has_plugin(library, "NoSuchNorm")
+    assert weak_typing.has_plugin(library, "GroupNorm") == (label == "tensorrt 8.6.1")
+    assert not weak_typing.has_plugin(library, "NoSuchNorm")
 
 
 def test_fp32_means_fp32():

@@ -142,7 +142,7 @@ def test_a_link_in_the_place_of_an_entry_is_replaced_itself(full, precious, way)
 
 
 def test_a_memo_that_is_a_link_is_neither_read_nor_written_through(full, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     (tmp_path / "weights").write_bytes(b"weights")
     (tmp_path / "target").write_text("{}")
     memo = full.path / ".digests.json"
@@ -158,7 +158,7 @@ def test_a_memo_that_is_a_link_is_neither_read_nor_written_through(full, tmp_pat
 @pytest.mark.parametrize("kind", ["fifo", "endless"])
 @pytest.mark.parametrize("name", [SIDECAR, ".digests.json"])
 def test_what_is_no_file_is_not_waited_for(full, tmp_path, monkeypatch, name, kind):
-    monkeypatch.setattr("sdtrt.engines.directory.MEMO_BYTES", 1)
+    monkeypatch.setattr("sdtrt.engines.digests.MEMO_BYTES", 1)
     (tmp_path / "weights").write_bytes(b"weights")
     (entry,) = full.entries()
     path = entry.path / name if name == SIDECAR else full.path / name

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, SdtrtError, UsageError
-from sdtrt.engines.digests import sha256_file
+from sdtrt.common.files import sha256_file
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.parity import check_onnx
 from sdtrt.models.components import contract_of, precision_of

@@ -18,12 +18,12 @@ from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine, une
 from safetensors.torch import load_file, save_file
 
 from sdtrt.backends import open as backend_open
-from sdtrt.backends import registry
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import CacheError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading
 from sdtrt.models.resolve import TINY, resolve_model
+from sdtrt.pipeline import engines
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.reports.verify import spread, verify
 from sdtrt.reports.verify_report import ImageError, TimestepError, compare_call, judge
@@ -233,7 +233,7 @@ def test_an_engine_whose_weight_was_changed_fails_though_its_key_is_right(spec, 
 
 
 def test_an_engine_of_another_part_is_refused_with_where_to_look(spec, directory):
-    other = registry.ensure_engines(
+    other = engines.ensure_engines(
         resolve_model(spec.image.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory, ("vae_decoder",)
     )["vae_decoder"]
     with pytest.raises(UsageError, match="is no engine of a unet") as caught:
@@ -253,7 +253,7 @@ def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, d
 
     model, spoilt = resolve_model(spec.image.model), EngineDirectory(tmp_path / "engines")
     parts = ("text_encoder", "unet", "vae_decoder")
-    right = registry.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    right = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
     for name, entry in right.items():
         tampered_engine(spoilt, entry, change if name == "vae_decoder" else lambda _: None)
 

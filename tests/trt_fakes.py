@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from sdtrt.backends.tensorrt.versions.libraries import Library, parse_version
-from sdtrt.backends.tensorrt86.pieces import Attention, Normalization, Piece, piece_file
-from sdtrt.specs.contract import Contract, TensorSpec
+from sdtrt.backends.tensorrt86.pieces import Normalization, Piece, piece_file
+from sdtrt.specs.contract import Attention, Contract, TensorSpec
 
 FILE = Path(__file__).parent / "data" / "trt_attributes.json"  # written by scripts/read_trt_bindings.py
 FACTS = {

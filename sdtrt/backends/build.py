@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.open import stored_contract
+from sdtrt.backends.tensorrt86.policy import pieces_key
 from sdtrt.common import host
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import BuildError
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import Entry
+from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import export_key
 from sdtrt.models.resolve import Model
 from sdtrt.specs import Backend, BuildSpec
@@ -81,22 +81,11 @@ def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
             "workspace_bytes": spec.workspace_bytes,
             "version_compatible": spec.version_compatible,
             "norm_plugins": spec.norm_plugins,
-            **_pieces(spec),
+            **pieces_key(spec),
             **({"channels_last": True} if spec.channels_last else {}),
         },
         "export": dict(export),
     }
-
-
-def _pieces(spec: BuildSpec) -> dict[str, int | bool]:
-    """The part of a key that engines have which leave something to PyTorch."""
-    if spec.backend == "onnxruntime":
-        return {}
-    from sdtrt.backends.tensorrt.versions import building
-
-    if tokens := building.split_tokens(spec):
-        return {"split_attention": tokens}
-    return {"split_norms": True} if building.splits_norms(spec) else {}
 
 
 def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
@@ -113,9 +102,7 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
     key = engine_key(model, spec, directory)
     if not spec.force and (entry := directory.find("engine", key)) is not None:
         return entry
-    from sdtrt.exports.component import (
-        export_component,  # with the onnx package: no picture with engines that are there needs it
-    )
+    from sdtrt.exports.component import export_component
 
     onnx = export_component(model, spec.export, directory, console)
     make = partial(_make, model, spec, directory, console, onnx)

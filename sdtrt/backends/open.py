@@ -6,22 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE
 from sdtrt.backends.session import Session
+from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
 from sdtrt.backends.tensorrt86.pieces import list_file, read_pieces
 from sdtrt.common.errors import EngineError
-from sdtrt.engines.entry import MALFORMED, Entry
-from sdtrt.specs import Sizes
-from sdtrt.specs.contract import Contract
+from sdtrt.engines.entry import Entry, stored_contract
 
 if TYPE_CHECKING:
     import torch
 
     from sdtrt.backends.scratch import Scratch
     from sdtrt.backends.tensorrt.plan import LoadedPlan
-
-ONNXRUNTIME_FILE = "engine.onnx"
-TENSORRT_FILE = "engine.plan"
-SOME_SIZES = Sizes(batch=2, height=64, width=64)
 
 
 def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = None) -> Session[torch.Tensor]:
@@ -76,20 +72,6 @@ def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tup
         )
 
     return load
-
-
-def stored_contract(entry: Entry) -> Contract:
-    """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
-    try:
-        contract = Contract.from_json(entry.info["contract"])
-        contract.input_shapes(SOME_SIZES)
-        contract.output_shapes(SOME_SIZES)
-        words = [word for spec in (*contract.inputs, *contract.outputs) for word in (spec.name, spec.dtype)]
-        if not all(isinstance(word, str) for word in (contract.component, contract.precision, *words)):
-            raise TypeError("names and dtypes must be text")
-        return contract
-    except MALFORMED as error:
-        raise EngineError(f"{entry.name} does not say what its inputs and outputs are", hint=entry.removal) from error
 
 
 def _proven_plan(entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tuple[Path, bool]:

@@ -8,12 +8,13 @@ while it starts or loads; but no load begins once the process is ending.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from sdtrt.backends.tensorrt.versions import libraries
@@ -28,9 +29,7 @@ def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
     gpu = wake_gpu()
     import torch  # noqa: F401
 
-    from sdtrt.cli import (
-        likely_engines,  # here, not in the thread: two threads that import one package may wait for each other
-    )
+    from sdtrt.cli import likely_engines
     from sdtrt.pipeline import preloaded
 
     preloaded.expect()
@@ -88,3 +87,20 @@ def _import_on(name: str, gpu: Future[bool], then: Callable[[], None]) -> None:
         with suppress(ImportError, OSError):
             importlib.import_module(name)
             then()
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import large libraries without Python's search for reference cycles, which takes a third of the start.
+
+    Modules make millions of objects that stay and hardly any garbage, and each search goes through all of them. What
+    is there afterwards is frozen, so that later searches, between two denoising steps say, leave it out as well.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()

@@ -6,6 +6,7 @@ Who may change them is not known here, but in `trust`.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from sdtrt.common.interrupts import held, undoing
+
+CHUNK_BYTES = 2**24  # large: before each next one, a thread that imports keeps Python's lock for 5 ms
+MODE = 0o755  # of all folders that are made, whatever the umask lets others do
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # of file systems without them
 UNFLUSHABLE = (errno.EACCES, errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # folders on Windows, FUSE and the like
@@ -199,3 +203,14 @@ def same_file(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size, 1))))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

@@ -180,3 +180,10 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
     driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR_ATTRIBUTE, device)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     return Gpu(name.value.decode(), (major.value, minor.value), memory.value)
+
+
+def torch_sees_gpu() -> bool:
+    """Whether this PyTorch can use the GPU (its CPU build can't)."""
+    import torch
+
+    return torch.cuda.is_available()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
@@ -12,25 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt.common.errors import SdtrtError
+from sdtrt.common.files import (
+    sha256_file,
+)
 
-CHUNK_BYTES = 2**24  # large: before each next one, a thread that imports keeps Python's lock for 5 ms
+MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
+
 PATIENCE_S = 0.05
 Identity = tuple[str, int, int, int, int]
 
 # What was hashed ahead or will be. Each is good for one `digest_of`: who asks again later gets the file as it is then.
 _AHEAD: dict[Identity, Future[str]] = {}
 _BEGINNING = threading.Lock()
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size, 1))))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def hash_ahead(find: Callable[[], Iterable[Path]]) -> None:

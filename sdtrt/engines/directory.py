@@ -16,10 +16,8 @@ refused unless this user says otherwise. Nothing inside it is reached through a 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import platform
 import re
 import stat
 import threading
@@ -37,6 +35,7 @@ from sdtrt.common.files import (
     EXHAUSTED,
     FULL,
     LIMITS,
+    MODE,
     MORE_FILES,
     NO_LOCKS,
     delete,
@@ -46,11 +45,12 @@ from sdtrt.common.files import (
     make_folders,
     private_folder,
     read_small_file,
+    sha256_file,
     status,
     write_atomically,
 )
-from sdtrt.common.interrupts import held, undoing
-from sdtrt.engines.digests import identity, sha256_file
+from sdtrt.common.interrupts import undoing
+from sdtrt.engines.digests import MEMO_BYTES, identity
 from sdtrt.engines.entry import (
     MALFORMED,
     SIDECAR,
@@ -58,33 +58,36 @@ from sdtrt.engines.entry import (
     Entry,
     ForeignEntry,
     UnfitError,
-    UnsafeError,
     entry_name,
     entry_of,
-    exclusively,
-    in_use,
     is_published,
     key_digest,
     read_sidecar,
-    seal,
     size_of,
 )
-from sdtrt.engines.trust import gives_away, is_anothers, replacers, require_own, safe_command, writers
+from sdtrt.engines.failures import REFUSALS
+from sdtrt.engines.locks import exclusively, in_use
+from sdtrt.engines.publish import HOST, Make, replace, seal
+from sdtrt.engines.trust import (
+    UnsafeError,
+    gives_away,
+    is_anothers,
+    mend_of,
+    replacers,
+    require_own,
+    safe_command,
+    writers,
+)
 from sdtrt.specs import PruneSpec
 
 ENVIRONMENT_VARIABLE = "SDTRT_ENGINE_DIR"
-MODE = 0o755  # of all folders that are made, whatever the umask lets others do
-MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
 FOREIGN_DRAFT_SECONDS = 2 * 86400  # older than any build: until then another machine's draft may be under way
 
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL, *EXHAUSTED)
 
 _NAME = re.compile(r"([A-Za-z0-9._]+-){3}[0-9a-f]{16}")  # of an entry's folder
 _LEFTOVER = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{8})?-[a-z0-9_]+(-old)?|trash-[0-9]+")  # the names made in `.building`
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 T = TypeVar("T")
-Make = Callable[[Path], Mapping[str, Any]]
 
 
 def default_directory() -> Path:
@@ -415,7 +418,7 @@ class EngineDirectory:
         """Whether no process can be at work on a draft. Another machine's lock may not be seen here, so age decides."""
         digest, *rest = path.name.split("-")
         found = status(path, follow=False)
-        elsewhere = len(rest) > 1 and rest[0] != _HOST
+        elsewhere = len(rest) > 1 and rest[0] != HOST
         if elsewhere and found is not None and time.time() - found.st_mtime < FOREIGN_DRAFT_SECONDS:
             return False
         with exclusively(path) as free:
@@ -585,7 +588,7 @@ class EngineDirectory:
         """Make an entry in a temporary folder, then rename it into place."""
         building = self._make_inner(".building")
         target = self.path / entry_name(kind, key)
-        with private_folder(building, f"{key_digest(kind, key)}-{_HOST}-") as draft:
+        with private_folder(building, f"{key_digest(kind, key)}-{HOST}-") as draft:
             try:
                 info = make(draft)
                 seal(draft, kind, key, info)
@@ -596,7 +599,7 @@ class EngineDirectory:
             draft.chmod(stat.S_IMODE(self.path.stat().st_mode))  # as readable as the directory that it goes into
             if not force and (other := self._read(target)) is not None:  # without locks, another one was faster
                 return other
-            _replace(target, draft)
+            replace(target, draft)
             fsync(building)
             fsync(self.path)
         entry = self._read(target)
@@ -615,7 +618,7 @@ class EngineDirectory:
 
     def _drafts(self, digest: str) -> list[Path]:
         """What this machine's builders of one key have left, or are making."""
-        found = [path for path in listing(self._inner(".building")) if path.name.startswith(f"{digest}-{_HOST}-")]
+        found = [path for path in listing(self._inner(".building")) if path.name.startswith(f"{digest}-{HOST}-")]
         return [path for path in found if _LEFTOVER.fullmatch(path.name)]
 
     def _make_folder(self) -> None:
@@ -719,31 +722,3 @@ class EngineDirectory:
         file = self._inner(".locks") / f"{digest}.lock"
         require_own(file, "file")
         return file
-
-
-def mend_of(unsafe: Mapping[str, str]) -> str:
-    """The command after which other users can't change the entries that `EngineDirectory.unsafe` has found."""
-    return " && ".join(sorted(set(unsafe.values())))
-
-
-def _replace(target: Path, draft: Path) -> None:
-    """Rename a draft into place. What was there is moved aside first, and comes back if that fails."""
-    old = draft.with_name(f"{draft.name}-old")  # its key's lock is held, so no other process takes it for a leftover
-    remove = partial(_delete_unless_used, old)  # the new entry is in place: what is left of the old one is swept later
-    with undoing(remove):
-        with held():
-            try:
-                with suppress(FileNotFoundError):
-                    target.rename(old)
-                draft.rename(target)
-            except BaseException:
-                with suppress(OSError):  # nothing to put back; the first failure is the one to tell
-                    old.rename(target)
-                raise
-        remove()
-
-
-def _delete_unless_used(folder: Path) -> None:
-    with suppress(OSError), exclusively(folder) as free:
-        if free:
-            delete(folder)

@@ -6,13 +6,10 @@ seal over all that tells whether it is what was published.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,11 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from sdtrt import __version__
-from sdtrt.common.errors import CacheError, EntryInUseError, command_line
-from sdtrt.common.files import LIMITS, fsync, limit_hint, lock, open_regular, read_small_file, same_file
-from sdtrt.engines.digests import digest_of, digests_ahead, sha256_file
-from sdtrt.engines.trust import OTHERS
+from sdtrt.common.errors import CacheError, EngineError, command_line
+from sdtrt.common.files import limit_hint, lock, open_regular, read_small_file, same_file
+from sdtrt.engines.digests import digest_of, digests_ahead
+from sdtrt.specs import Sizes
+from sdtrt.specs.contract import Contract
+
+SOME_SIZES = Sizes(batch=2, height=64, width=64)
 
 FORMAT = 1  # of keys and sidecars: entries of another format are foreign
 SIDECAR = "entry.json"
@@ -228,14 +227,6 @@ class UnfitError(Exception):
         self.foreign = foreign
 
 
-class UnsafeError(UnfitError):
-    """An entry that other users can change; `mend` is the command after which they can't."""
-
-    def __init__(self, reason: str, mend: str) -> None:
-        super().__init__(reason)
-        self.mend = mend
-
-
 def verification_of(directory: Path) -> str:
     """The command that reads all entries of an engine directory and says which are damaged."""
     return command_line("sdtrt", "engines", "verify", "--engine-dir", str(directory))
@@ -286,63 +277,26 @@ def _digests(files: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(facts["sha256"]) for name, facts in files.items()}
 
 
-def seal(folder: Path, kind: str, key: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Write the sidecar over what `folder` holds, and flush everything to the disk."""
-    files = {
-        path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
-    sidecar = {"format": FORMAT, "kind": kind, "key": key, "info": info, "files": files}
-    sidecar |= {"created": time.time(), "sdtrt": __version__}
-    sidecar = json.loads(json.dumps(sidecar, allow_nan=False))  # as it will be read: keys as text, lists for tuples
-    sidecar["seal"] = seal_of(sidecar)
-    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    for path in folder.iterdir():
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~OTHERS)
-        fsync(path)
-    fsync(folder)
-
-
 def seal_of(sidecar: Mapping[str, Any]) -> str:
     """sha256 (hex) of all that a sidecar says."""
     content = {name: value for name, value in sidecar.items() if name != "seal"}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def in_use(folder: Path) -> EntryInUseError:
-    return EntryInUseError(f"{folder.name} is in use", hint="end the process that uses it, or wait for it")
-
-
-@contextmanager
-def exclusively(folder: Path) -> Iterator[bool]:
-    """Keep an entry from being taken into use inside the block; yields False where it is in use already.
-
-    Raises:
-        OSError: where that can't be told, as too many files are open.
-    """
-    try:
-        file = _lockable(folder)
-    except OSError as error:
-        if error.errno in LIMITS:
-            raise
-        yield True  # not there, damaged or not to be read: nothing that could be in use
-        return
-    with file:
-        yield lock(file, shared=False)
-
-
-def _lockable(folder: Path) -> IO[bytes]:
-    """The open sidecar of an entry, to be locked; through no link. Raises `OSError`."""
-    if folder.is_symlink():
-        raise OSError(errno.ELOOP, "it is a link", str(folder))
-    path = folder / SIDECAR
-    try:
-        return open_regular(path, "rb+", follow=False)  # network file systems give exclusive locks to writers alone
-    except PermissionError:
-        return open_regular(path, follow=False)
-
-
 def read_sidecar(folder: Path) -> Any:
     """What the sidecar in a folder holds, as it is written there. Raises `OSError`, or one of `MALFORMED`."""
     return json.loads(read_small_file(folder / SIDECAR, SIDECAR_BYTES, follow=False))
+
+
+def stored_contract(entry: Entry) -> Contract:
+    """What an entry's inputs and outputs are. Raises `EngineError` where its sidecar does not say it."""
+    try:
+        contract = Contract.from_json(entry.info["contract"])
+        contract.input_shapes(SOME_SIZES)
+        contract.output_shapes(SOME_SIZES)
+        words = [word for spec in (*contract.inputs, *contract.outputs) for word in (spec.name, spec.dtype)]
+        if not all(isinstance(word, str) for word in (contract.component, contract.precision, *words)):
+            raise TypeError("names and dtypes must be text")
+        return contract
+    except MALFORMED as error:
+        raise EngineError(f"{entry.name} does not say what its inputs and outputs are", hint=entry.removal) from error

@@ -9,11 +9,16 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sdtrt.common.errors import CacheError, command_line, quote
-from sdtrt.common.files import status
+from sdtrt.common.files import (
+    status,
+)
+from sdtrt.engines.entry import (
+    UnfitError,
+)
 
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
 ACCESS_LIST, DEFAULT_LIST = "system.posix_acl_access", "system.posix_acl_default"  # attributes of POSIX ACLs
@@ -173,3 +178,16 @@ def _group_name(gid: int) -> str:
         return grp.getgrgid(gid).gr_name
     except KeyError:
         return str(gid)
+
+
+def mend_of(unsafe: Mapping[str, str]) -> str:
+    """The command after which other users can't change the entries that `EngineDirectory.unsafe` has found."""
+    return " && ".join(sorted(set(unsafe.values())))
+
+
+class UnsafeError(UnfitError):
+    """An entry that other users can change; `mend` is the command after which they can't."""
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.mend = mend

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt.backends.tensorrt86.pieces import Attention
 from sdtrt.exports.onnx_index import Facts
+from sdtrt.specs.contract import Attention
 
 BY_HEADS, TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)  # [B,S,heads,D] → [B,heads,S,D], [B,heads,D,S]
 ROUNDING = 2e-3  # what a scale in fp16, squared, may be off by

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt.exports.onnx_file import Weights, load_split, without_bfloat16
+from sdtrt.exports.onnx_file import Weights, without_bfloat16
 
 FOLD_LIMIT_ELEMENTS = 4096  # the largest constant that folding may make (the timestep's frequencies); never a weight
-# fmt: off
-MOVING = frozenset((
-    "Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice",
-    "Split", "Squeeze", "Transpose", "Unsqueeze", "Where"
-))
 # fmt: on
 
 
@@ -94,11 +88,3 @@ def takers_of(graph: onnx.GraphProto) -> defaultdict[str, list[onnx.NodeProto]]:
         for name in set(node.input):
             takers[name].append(node)
     return takers
-
-
-def float32_nodes(path: Path) -> frozenset[str]:
-    """The names of a file's nodes that compute in fp32: arithmetic, not the moving about of its results."""
-    model, weights = load_split(path)
-    types = Facts(model, weights).types
-    computing = (node for node in model.graph.node if node.op_type not in MOVING)
-    return frozenset(node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT)

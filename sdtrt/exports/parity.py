@@ -15,14 +15,15 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from sdtrt.backends.onnxruntime.session import open_model
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import ExportError, first_line
 from sdtrt.common.metrics import cosine, max_abs, relative_l2
 from sdtrt.exports import onnx_file
+from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.onnx_run import open_model
 from sdtrt.exports.tracing import reference
 from sdtrt.specs import Precision, Sizes
-from sdtrt.specs.contract import REFINER_TIME_IDS, Contract
+from sdtrt.specs.contract import Contract
 
 # Sides in latents: 16×16 (even at every level), 9×13 (odd at every level), 10×12 (even, then odd), 17×18, 24×11.
 # Small ones, so that a UNet of 860 M parameters takes seconds: what goes wrong with sizes goes wrong with these. But
@@ -38,8 +39,6 @@ CHECK_SIZES = (
 # Largest relative L2 error. Measured on small random UNets of each kind: fp32 1e-6 (the order of summation); fp16 7e-4,
 # where PyTorch in fp16 itself is 1.5e-3 from fp32; bf16, checked in fp32 (see `check_onnx`), 1e-4 (rounded constants).
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-3}
-AESTHETIC_SCORE = 6.0  # what diffusers tells SDXL's refiner unless asked
-LATENT_DEVIATION = 1 / 0.18215  # Stable Diffusion's VAE; its latents are scaled by that to a deviation of 1
 
 Array = npt.NDArray[Any]
 
@@ -123,40 +122,6 @@ def check_onnx(
     _judge(report, contract)
     console.note(f"parity: {report}")
     return report
-
-
-def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of the kind that a pipeline gives, the same for the same seed, on the CPU.
-
-    Noise; timesteps over the whole range, some fractional; SDXL's `time_ids` of an uncropped image of this size;
-    latents as far apart as Stable Diffusion's VAE has been trained with; pixels; token ids that end as prompts do.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    bounds = {spec.name: spec.below for spec in contract.inputs}
-    for name, shape in contract.input_shapes(sizes).items():
-        if name == "timestep":
-            tensors[name] = torch.linspace(999, 0.75, shape[0]) if shape[0] > 1 else torch.tensor([500.25])
-        elif name == "time_ids":
-            row: list[float] = [sizes.height, sizes.width, 0, 0, sizes.height, sizes.width]
-            if shape[1] == REFINER_TIME_IDS:
-                row[4:] = [AESTHETIC_SCORE]
-            tensors[name] = torch.tensor(row, dtype=torch.float32).expand(shape).contiguous()
-        elif (below := bounds[name]) is not None:
-            tensors[name] = _token_ids(shape, below, generator)
-        elif name == "image":
-            tensors[name] = 2 * torch.rand(shape, generator=generator) - 1
-        else:
-            tensors[name] = torch.randn(shape, generator=generator) * (LATENT_DEVIATION if name == "latents" else 1)
-    return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in contract.inputs}
-
-
-def _token_ids(shape: tuple[int, ...], below: int, generator: torch.Generator) -> torch.Tensor:
-    """Ids `[B,S]` of prompts of all lengths: padded, as in CLIP, with the end token, which is the last of all."""
-    rows, tokens = shape
-    ids = torch.randint(0, below - 1, shape, generator=generator)
-    lengths = torch.randint(1, tokens, (rows, 1), generator=generator)
-    return ids.where(torch.arange(tokens) < lengths, torch.tensor(below - 1))
 
 
 def _check_format(path: Path, contract: Contract) -> None:

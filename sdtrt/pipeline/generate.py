@@ -5,8 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,19 @@ import torch
 from PIL import Image
 
 from sdtrt import __version__
-from sdtrt.backends import registry
 from sdtrt.common import host
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, MemoryShortage
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
-from sdtrt.models.components import TEXT_ENCODERS, sizes_of, text_encoders_of
+from sdtrt.models.components import sizes_of, text_encoders_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images, memory, prompts, saving, schedulers
-from sdtrt.pipeline.open import OpenPipeline, engine_facts, hooked, open_pipeline, out_of_memory, resolve_request
+from sdtrt.pipeline.finite import Finite
+from sdtrt.pipeline.memory import out_of_memory
+from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.request import resolve_request
 from sdtrt.specs import Component, GenerateSpec
 
 RANDOM_SEEDS = 2**32
@@ -187,56 +189,6 @@ def _warn_truncated(pipe: Any, text: str, name: str, console: Console) -> None:
         console.warn(f"{name} is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}")
 
 
-class _Finite:
-    """Watches what the parts of a pipeline give each other: the UNet's inputs and outputs, and the VAE's decoding.
-
-    What the UNet takes is the work of other parts, which are named: each text encoder's states (SDXL's two stand side
-    by side), the second one's pooled text, the VAE encoder's latents.
-
-    It asks the device nothing until the end: no step waits for it. (Pixels would be too late: their clamping turns
-    infinities into white and black.)
-    """
-
-    def __init__(self) -> None:
-        self.flags: list[torch.Tensor] = []
-        self.sources: list[str] = []
-        self.widths: dict[str, int] = {}  # of each text encoder's states
-        self.step = 0
-
-    @contextmanager
-    def watching(self, pipe: Any) -> Iterator[None]:
-        """Note what the parts of a pipeline give, for the time of a `with`."""
-        encoders = {name: getattr(pipe, name, None) for name in TEXT_ENCODERS}
-        self.widths = {name: one.config.hidden_size for name, one in encoders.items() if one is not None}
-        with hooked(pipe.unet, self._add_step), hooked(pipe.vae.decoder, self._add_image):
-            yield
-
-    def _add_image(self, decoder: torch.nn.Module, args: object, kwargs: object, output: Any) -> None:
-        """Note one call of the VAE's decoder."""
-        self._add("vae_decoder", output)
-
-    def _add_step(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Note one call of the UNet: its output, and before the first step what other parts have made for it."""
-        if self.step == 0:
-            states = kwargs["encoder_hidden_states"].split([*self.widths.values()], dim=-1)
-            for name, own in zip(self.widths, states, strict=True):
-                self._add(name, own)
-            if (pooled := (kwargs.get("added_cond_kwargs") or {}).get("text_embeds")) is not None:
-                self._add("text_encoder_2", pooled)
-            self._add("vae_encoder", args[0])
-        self.step += 1
-        self._add(f"unet at denoising step {self.step}", output[0])
-
-    def _add(self, source: str, tensor: torch.Tensor) -> None:
-        self.sources.append(source)
-        self.flags.append(torch.isfinite(tensor).all())
-
-    def first_bad(self) -> str | None:
-        """The first source of values that were not finite."""
-        finite = torch.stack(self.flags).tolist() if self.flags else []
-        return self.sources[finite.index(False)] if False in finite else None
-
-
 @dataclass(frozen=True)
 class _Run:
     """One request on an open pipeline."""
@@ -295,7 +247,7 @@ class _Run:
 
     def _denoise(self, name: str, batch: Sequence[Job], size: int) -> list[Image.Image]:
         """One call of the pipeline."""
-        pipe, finite = self.opened.pipe, _Finite()
+        pipe, finite = self.opened.pipe, Finite()
         steps = len(self._timesteps())
         watching = finite.watching(pipe)
         with self.console.bar(name, steps) as advance, out_of_memory(self.opened.spec, size), watching:
@@ -319,7 +271,7 @@ class _Run:
         pipeline_spec = self.opened.spec
         unet = replace(pipeline_spec.sizes, batch=pipeline_spec.sizes.batch // pipeline_spec.images * count)
         return all(
-            registry.slack(entry.key, sizes_of(name, unet, count)) is not None
+            find.slack(entry.key, sizes_of(name, unet, count)) is not None
             for name, entry in self.opened.entries.items()
         )
 

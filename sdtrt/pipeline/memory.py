@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from sdtrt.common.errors import MemoryShortage
 from sdtrt.engines.entry import Entry
-from sdtrt.models.components import sizes_of
-from sdtrt.specs import SIZE_MULTIPLE, Component, Profile, Sizes
+from sdtrt.models.components import (
+    sizes_of,
+)
+from sdtrt.pipeline import memory
+from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.specs import (
+    SIZE_MULTIPLE,
+    Component,
+    Profile,
+    Sizes,
+)
 
 ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
@@ -116,3 +127,62 @@ def release() -> None:
     """Give back what a failed run has left: reference cycles, and PyTorch's cache on the GPU."""
     gc.collect()
     torch.cuda.empty_cache()  # nothing where there is no GPU
+
+
+def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+    """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
+
+    Args:
+        loaded: folders of those whose plans lie there already.
+    """
+    free = memory.free_bytes(spec.device)
+    if free is None:
+        return
+    free += memory.weights_of(entry for entry in entries.values() if entry.path in loaded)
+    demand = memory.demand_of(entries, spec.sizes, spec.images)
+    if demand.total <= free:
+        return
+    size = f"{spec.sizes.width}x{spec.sizes.height} pixels" + f", {spec.images} at once" * (spec.images > 1)
+    need, left = (f"{count / 2**30:.2f} GiB" for count in (demand.total, free))
+    raise MemoryShortage(
+        f"the engines for {size} need {need} of GPU memory, and {left} are free",
+        hint=_what_fits(spec, demand, free),
+    )
+
+
+def _what_fits(spec: PipelineSpec, demand: memory.Demand, free: int) -> str:
+    """The hint for engines that are too large for the GPU."""
+    found = memory.fitting(demand, free, spec.sizes, spec.images)
+    if found is None:
+        smaller = "use --precision fp16, " if spec.precision == "fp32" else ""
+        return f"end other programs on the GPU, {smaller}or use a GPU with more memory: the weights alone take too much"
+    count, sizes = found
+    side = f"--height {sizes.height} --width {sizes.width}"
+    words = [f"--batch-size {count}"] * (count < spec.images) + [side] * (sizes.height < spec.sizes.height)
+    fits = f"use {' '.join(words)}" if words else "that size fits"
+    if demand.scratch <= demand.wanted:
+        return f"{fits}, or end other programs on the GPU"
+    build = f"sdtrt build --batch {sizes.batch} {side}"
+    return f"{fits} with engines for nothing larger ({build}), or end other programs on the GPU"
+
+
+@contextmanager
+def out_of_memory(spec: PipelineSpec, images: int | None = None) -> Iterator[None]:
+    """Turn failures to allocate into a `MemoryShortage` (PyTorch's on the CPU is a bare `RuntimeError`).
+
+    Args:
+        images: made at once, if not as many as the spec says.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        texts = ("can't allocate memory", "not enough memory")
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(text in str(error) for text in texts):
+            raise
+        count = images or spec.images
+        size = f"{spec.sizes.width}x{spec.sizes.height} pixels" + f", {count} at once," * (count > 1)
+        raise MemoryShortage(
+            f"out of memory at {size} with {spec.backend} in {spec.precision}",
+            hint="use a smaller --height and --width" + ", or --batch-size" * (count > 1),
+        ) from error

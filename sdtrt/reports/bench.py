@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,238 +19,30 @@ from sdtrt import __version__
 from sdtrt.backends import registry
 from sdtrt.backends.build import backend_version
 from sdtrt.common import host
-from sdtrt.common.console import Console, print_table, quiet_libraries
+from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, first_line
+from sdtrt.common.host import torch_sees_gpu
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import UNetCall
 from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
-from sdtrt.pipeline.open import (
-    OpenPipeline,
-    PipelineSpec,
-    check_spec,
-    check_task,
-    engine_facts,
-    engines_of,
-    hooked,
-    note_noise,
-    open_pipeline,
-    out_of_memory,
-    unet_sizes,
-)
-from sdtrt.reports import charts, meters
+from sdtrt.pipeline.engines import engines_of
+from sdtrt.pipeline.hooks import hooked
+from sdtrt.pipeline.memory import out_of_memory
+from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task, note_noise, unet_sizes
+from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
+from sdtrt.reports.bench_report import BenchReport, Measured, Row, Runner
 from sdtrt.reports.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
 from sdtrt.specs import SAMPLE_PROMPT, Backend, BenchSpec, BenchTask, Precision
 
-MIB = 2**20
 # How long one component is timed, in seconds, and between how many calls: a UNet on a CPU takes seconds a call.
 COMPONENT_SECONDS, MIN_CALLS, MAX_CALLS = 2.0, 3, 50
 FILES = ("bench.json", "bench.md", "bench.png")
-COLUMNS = ("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "speed-up")
-SHARED = 3  # columns that all rows of a task have in common
-
-
-@dataclass(frozen=True)
-class Runner:
-    """What is timed: the backend that was asked for, or a baseline beside it."""
-
-    backend: str
-    precision: Precision
-    variant: str | None
-    baseline: Baseline | None
-    asked: bool
-
-    @property
-    def title(self) -> str:
-        """In one line."""
-        return " ".join(filter(None, (self.backend, self.precision, self.variant and f"({self.variant})")))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one row.
-
-    Args:
-        latency: seconds of a whole pipeline call, from the prompt to the PIL images.
-        components: seconds of one call of each part; the UNet's is one denoising step with guidance.
-        unet_calls: of one pipeline call: PNDM has one more than steps, Heun nearly twice as many.
-        memory: peaks in bytes while generating; `peak_bytes` is that of the device that computes.
-        energy_joules: of one pipeline call, all of the GPU; None where nobody counts.
-        engine: name and key of the engine's entry.
-    """
-
-    device: str
-    latency: Timing
-    components: Mapping[str, Timing]
-    unet_calls: int
-    memory: Mapping[str, int | None]
-    peak_bytes: int
-    energy_joules: float | None
-    engine: Mapping[str, str] | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One runner at one request; either measured, or the reason why not."""
-
-    task: BenchTask
-    runner: Runner
-    steps: int
-    height: int
-    width: int
-    batch: int
-    measured: Measured | None = None
-    error: str | None = None
-    hint: str | None = None
-    speedup: float | None = None
-
-    @property
-    def images_per_second(self) -> float | None:
-        """By the median call."""
-        return None if self.measured is None else self.batch / self.measured.latency.median
-
-    @property
-    def component_share(self) -> float | None:
-        """How much of the call its components' own times make up: 1 would be no time between them."""
-        if self.measured is None:
-            return None
-        parts = {name: timing.median for name, timing in self.measured.components.items()}
-        return (sum(parts.values()) + parts["unet"] * (self.measured.unet_calls - 1)) / self.measured.latency.median
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; figures that there are not are None."""
-        found = self.measured
-        unet = None if found is None else found.components["unet"].scaled(1000)
-        components = {} if found is None else found.components
-        return {
-            "task": self.task,
-            "backend": self.runner.backend,
-            "precision": self.runner.precision,
-            "variant": self.runner.variant,
-            "baseline": None if self.runner.asked else self.runner.baseline and self.runner.baseline.name,
-            "device": found and found.device,
-            "steps": self.steps,
-            "height": self.height,
-            "width": self.width,
-            "batch": self.batch,
-            "latency_s": found and found.latency.to_json(),
-            "unet_step_ms": unet and unet.median,
-            "components_ms": {name: timing.scaled(1000).to_json() for name, timing in components.items()},
-            "unet_calls": found and found.unet_calls,
-            "component_share": self.component_share,
-            "images_per_s": self.images_per_second,
-            "peak_bytes": found and found.peak_bytes,
-            "memory": found and dict(found.memory),
-            "energy_j": found and found.energy_joules,
-            "speedup": self.speedup,
-            "engine": found and found.engine,
-            "error": self.error,
-        }
-
-    def cells(self) -> tuple[str, ...]:
-        """The row of a table, in the order of `COLUMNS`."""
-        size = f"{self.width}×{self.height}"
-        head = (self.task, size, str(self.steps), str(self.batch), self.runner.title)
-        found = self.measured
-        if found is None:
-            return (*head, "failed", *[""] * (len(COLUMNS) - len(head) - 1))
-        return (
-            *head,
-            f"{found.latency.median:.3f}",
-            f"{found.latency.p90:.3f}",
-            f"{self.batch / found.latency.median:.2f}",
-            f"{found.components['unet'].median * 1000:.2f}",
-            f"{found.peak_bytes / MIB:.0f}",
-            "" if self.speedup is None else f"{self.speedup:.2f}×",
-        )
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """All rows of a run, with what they were measured on."""
-
-    rows: tuple[Row, ...]
-    host: Mapping[str, Any]
-    versions: Mapping[str, str]
-    command: str
-    model: str
-
-    @property
-    def failures(self) -> tuple[Row, ...]:
-        """Rows without figures."""
-        return tuple(row for row in self.rows if row.measured is None)
-
-    def best_batches(self) -> dict[str, int]:
-        """The batch size with the most images a second of the backend that was asked for, by task."""
-        best: dict[str, Row] = {}
-        for row in self.rows:
-            rate = row.images_per_second
-            known = best[row.task].images_per_second if row.task in best else None
-            if row.runner.asked and rate is not None and (known is None or rate > known):
-                best[row.task] = row
-        return {task: row.batch for task, row in best.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "host": dict(self.host),
-            "versions": dict(self.versions),
-            "command": self.command,
-            "model": self.model,
-            "best_batch": self.best_batches(),
-            "rows": [row.to_json() for row in self.rows],
-        }
-
-    def remarks(self) -> list[str]:
-        """What the table does not show: the best batch, and why rows failed."""
-        best = self.best_batches() if len({row.batch for row in self.rows}) > 1 else {}
-        lines = [f"most images a second in {task}: batch {batch}" for task, batch in best.items()]
-        return lines + [
-            f"failed: {row.task}, batch {row.batch}, {row.runner.title}: {row.error}" for row in self.failures
-        ]
-
-    def markdown(self) -> str:
-        """A table for a README or an issue."""
-        rows = [COLUMNS, ["---"] * len(COLUMNS), *(row.cells() for row in self.rows)]
-        table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
-        machine = ", ".join(gpu["name"] for gpu in self.host["gpus"]) or self.host["processor"]
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        notes = "".join(f"- {line}\n" for line in self.remarks())
-        return f"# sdtrt bench\n\n`{self.command}`\n\n{machine}; {versions}\n\n{table}\n{notes}"
-
-    def chart(self) -> Image.Image:
-        """Seconds of each row as bars, one group for each request."""
-        groups: dict[str, list[charts.Bar]] = {}
-        for row in self.rows:
-            title = f"{self.model} {row.task}, {row.width}x{row.height}, {row.steps} steps, batch {row.batch}: seconds"
-            median = None if row.measured is None else row.measured.latency.median
-            speedup = "" if row.speedup is None else f" ({row.speedup:.2f}x)"
-            note = "failed" if median is None else f"{median:.3f}{speedup}"
-            groups.setdefault(title, []).append(charts.Bar(row.runner.title, median, note, row.runner.asked))
-        return charts.bar_chart([charts.Group(title, tuple(bars)) for title, bars in groups.items()])
-
-    def print(self) -> None:
-        """One table for each task on stdout: what all its rows have in common stands above it."""
-        first = {row.task: row for row in reversed(self.rows)}
-        for task in dict.fromkeys(row.task for row in self.rows):
-            title = f"{self.model}: {task}, {first[task].width}×{first[task].height}, {first[task].steps} steps"
-            rows = (row.cells() for row in self.rows if row.task == task)
-            print_table(COLUMNS[SHARED:], (cells[SHARED:] for cells in rows), title)
-        for line in self.remarks():
-            print(line)
-
-    def check(self) -> None:
-        """Raise `EngineError` unless all rows of the backend that was asked for were measured."""
-        for row in self.failures:
-            if row.runner.asked:
-                raise EngineError(
-                    f"{row.runner.title} was not measured in {row.task} at batch {row.batch}: {row.error}",
-                    hint=row.hint or "run: sdtrt doctor; or try a smaller size or batch",
-                )
 
 
 def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, command: str) -> BenchReport:
@@ -310,7 +102,7 @@ def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
 
 def _baseline_runner(baseline: Baseline) -> Runner:
     """A CPU computes in fp32, whatever a baseline's precision is on a GPU."""
-    precision: Precision = baseline.precision if registry.torch_sees_gpu() else "fp32"
+    precision: Precision = baseline.precision if torch_sees_gpu() else "fp32"
     return Runner(baseline.backend, precision, baseline.variant, baseline, asked=False)
 
 
@@ -318,7 +110,7 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
     """Those that were named; else those that this machine has a use for, and a word on the others."""
     if spec.baselines is not None:
         return [BASELINES[name] for name in spec.baselines]
-    on_gpu, why = registry.torch_sees_gpu(), "they are for GPUs, but for torch-compile, which takes long"
+    on_gpu, why = torch_sees_gpu(), "they are for GPUs, but for torch-compile, which takes long"
     chosen = [BASELINES["torch-fp32"]]
     if on_gpu:
         missing = {"torch-compile-max"} | (set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"})

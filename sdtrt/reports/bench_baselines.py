@@ -17,7 +17,6 @@ import torch
 from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.onnxruntime.build import EXTERNAL_BYTES
 from sdtrt.backends.onnxruntime.fused_attention import fuse
-from sdtrt.backends.onnxruntime.session import LOG_SEVERITY
 from sdtrt.backends.session import Session, check_feeds
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, first_line
@@ -25,9 +24,11 @@ from sdtrt.common.files import private_folder
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.exports.component import FILE_NAME, export_component
+from sdtrt.exports.onnx_run import LOG_SEVERITY
 from sdtrt.models.components import contract_of
 from sdtrt.pipeline.facades import UNetFacade
-from sdtrt.pipeline.open import OpenPipeline, PipelineSpec, open_pipeline
+from sdtrt.pipeline.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import tf32
 from sdtrt.specs import BaselineName, ExportSpec, Precision
 from sdtrt.specs.contract import Contract

@@ -15,7 +15,8 @@ from sdtrt.backends import registry
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import SdtrtError, command_line
-from sdtrt.engines.directory import EngineDirectory, mend_of
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.trust import mend_of
 from sdtrt.models.resolve import TINY
 from sdtrt.specs import GIB, Backend
 
@@ -163,7 +164,7 @@ def _tiny() -> Finding:
 
 def _backends() -> Iterable[Backend]:
     """The backends that can run here."""
-    if host.gpus() and registry.torch_sees_gpu():
+    if host.gpus() and host.torch_sees_gpu():
         yield from (backend for backend in registry.TENSORRT_BACKENDS if registry.why_not(backend) is None)
     if host.library_version("onnxruntime"):
         yield "onnxruntime"

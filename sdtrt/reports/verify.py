@@ -17,28 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdtrt.backends import registry
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, command_line
 from sdtrt.common.metrics import count_non_finite, require_ssim
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import Sight
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import saving
+from sdtrt.pipeline import engines, saving
+from sdtrt.pipeline.engines import engines_of
+from sdtrt.pipeline.hooks import hooked
 from sdtrt.pipeline.images import InitImage
-from sdtrt.pipeline.open import (
-    OpenPipeline,
-    PipelineSpec,
-    engine_facts,
-    engines_of,
-    hooked,
-    open_pipeline,
-    out_of_memory,
-    resolve_request,
-)
+from sdtrt.pipeline.memory import out_of_memory
+from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec, resolve_request
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import comparison, error_plot, gradient
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
@@ -128,7 +123,7 @@ def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: 
     others = [name for name in entries if name != "unet"]
     if not others:
         return ""
-    command = registry.build_command(
+    command = engines.build_command(
         spec.model, spec.backend, spec.precision, spec.sizes, directory, others, spec.images
     )
     return f"{command} --force"
@@ -152,7 +147,7 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
             f"{entry.name} takes other inputs than the unet of {spec.model.name}",
             hint=f"it was built for {entry.info.get('model')}: give that as --model",
         )
-    if registry.slack(entry.key, spec.sizes) is None:
+    if find.slack(entry.key, spec.sizes) is None:
         best = Profile.from_json(entry.key["profiles"][0]).optimum
         guidance = " --guidance-scale 1" if best.batch == 1 else ""
         raise EngineError(

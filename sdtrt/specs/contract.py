@@ -5,12 +5,16 @@ Written once, here; read by export, build, sessions and facades.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdtrt.common.errors import ModelError
-from sdtrt.specs import SIZE_MULTIPLE, Component, Precision, Profile, Sizes
+from sdtrt.specs.choices import SIZE_MULTIPLE, Component, Precision
+from sdtrt.specs.sizes import Profile, Sizes
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 # Dimension names: ONNX's dim_param, the keys of TensorRT profiles and of error messages.
 BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS = "batch", "latent_height", "latent_width", "tokens"
@@ -304,3 +308,39 @@ def overflows_in_fp16(config: Mapping[str, Any]) -> bool:
     diffusers' default is yes; its class for tiny VAEs is never widened.
     """
     return not is_tiny_vae(config) and bool(config.get("force_upcast", True))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention, softmax(scale · q kᵀ) v for each head; what engines are cut at is self-attention.
+
+    Args:
+        sources: names of the queries `[B,S,C]`, keys and values `[B,T,C]`, the heads side by side in C; or of one
+            tensor `[B,S,3C]` of all three. Of self-attention, T is S.
+        result: name of the result `[B,S,C]`.
+        heads, width: C is their product.
+        scale: of the product of queries and keys.
+        tokens: S, where the sizes are fixed.
+    """
+
+    sources: tuple[str, ...]
+    result: str
+    heads: int
+    width: int
+    scale: float
+    tokens: int | None = None
+
+    def gives(self, there: Mapping[str, TensorSpec]) -> TensorSpec:
+        """The result's name, dtype and shape, given the tensors available so far.
+
+        Raises:
+            ValueError: where it can't be computed from these.
+        """
+        sources = [there[name] for name in self.sources if name in there]
+        count, channels = len(self.sources), self.heads * self.width
+        joined = channels if count == 3 else 3 * channels
+        fits = all(len(one.dims) == 3 and one.dims[2] == joined and one.dtype == sources[0].dtype for one in sources)
+        sound = min(self.heads, self.width) > 0 and math.isfinite(self.scale)
+        if count not in (1, 3) or len(sources) != count or not (fits and sound):
+            raise ValueError(f"{self.result} can't be computed")
+        return TensorSpec(self.result, sources[0].dtype, (*sources[0].dims[:2], channels))

@@ -50,7 +50,7 @@ COMMAND = """
 import json, sys, threading
 from pathlib import Path
 from sdtrt.backends.tensorrt.versions import running
-from sdtrt.cli.commands import main
+from sdtrt.cli.main import main
 calls, load, marks = [], running.load_engine, Path(sys.argv.pop(1))
 def noting(library, plan, **options):
     calls.append([plan.parent.name, plan.name, threading.current_thread().name])

@@ -9,11 +9,11 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
-from sdtrt.backends.open import TENSORRT_FILE
 from sdtrt.backends.tensorrt.build import build_plan
 from sdtrt.backends.tensorrt.checking import LAYERS_FILE
+from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
 from sdtrt.backends.tensorrt.session import TensorRTSession
-from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.versions import libraries, weak_typing
 from sdtrt.backends.tensorrt86.norm_plugin import OPERATOR
 from sdtrt.common.console import QUIET
 from sdtrt.common.metrics import relative_l2
@@ -28,7 +28,7 @@ CUDA = torch.device("cuda")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("channels", "batch"), [(320, 2), (960, 2), (1920, 2), (2560, 2), (320, 32)])
 def test_the_plugin_normalises_as_pytorch_does(channels, batch, tmp_path):
-    if not building.has_plugin(libraries.open_library("tensorrt"), OPERATOR):
+    if not weak_typing.has_plugin(libraries.open_library("tensorrt"), OPERATOR):
         pytest.skip("this TensorRT has no need of the plugin")
     torch.manual_seed(0)
     module = nn.Sequential(nn.GroupNorm(32, channels, eps=1e-5), nn.SiLU()).half().eval()

@@ -7,8 +7,8 @@ import torch
 from factories import small_vae
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt.backends.open import TENSORRT_FILE
 from sdtrt.backends.tensorrt.build import build_plan
+from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
 from sdtrt.backends.tensorrt.session import TensorRTSession
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt86.pieces import Normalization
@@ -16,7 +16,7 @@ from sdtrt.backends.tensorrt86.torch_kernels import normalize
 from sdtrt.common.console import QUIET
 from sdtrt.common.metrics import relative_l2
 from sdtrt.exports.component import write_onnx
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import reference
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 from sdtrt.specs.contract import vae_contract

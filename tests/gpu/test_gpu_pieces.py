@@ -8,10 +8,11 @@ import torch
 from factories import in_threads
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt.backends.open import open_session, stored_contract
+from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common.metrics import relative_l2
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.engines.entry import stored_contract
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.loading import load_unet
 from sdtrt.specs import Sizes

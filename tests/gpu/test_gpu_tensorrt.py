@@ -29,7 +29,7 @@ from sdtrt.common import host
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import EngineError
 from sdtrt.common.metrics import relative_l2
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models import loading
 from sdtrt.models.loading import load_unet
 from sdtrt.specs import GenerateSpec, Sizes
@@ -309,7 +309,7 @@ def test_plan_of_another_version(entry, tmp_path):
 def test_loads_in_a_fresh_process(entry):
     code = """
 import json, pathlib, sys, torch
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs.contract import Contract
 from sdtrt.backends.open import open_session
@@ -452,7 +452,7 @@ LEAN = """
 import json, pathlib, sys, torch
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.header import read_header
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs.contract import Contract
 from sdtrt.backends.tensorrt.session import TensorRTSession

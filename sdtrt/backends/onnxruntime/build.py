@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 
 from sdtrt.backends.onnxruntime.fused_attention import KEPT, fuse
-from sdtrt.backends.onnxruntime.session import LOG_SEVERITY, OnnxRuntimeSession, is_out_of_memory, mend_of
-from sdtrt.backends.open import ONNXRUNTIME_FILE
+from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession, mend_of
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.common.metrics import relative_l2
-from sdtrt.exports.parity import seeded_feeds
+from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.onnx_run import LOG_SEVERITY, is_out_of_memory
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Contract
-
-__all__ = ["optimize", "seeded_feeds"]
 
 MARGIN_BYTES = 2**20  # where not even so much can be written after a failure, the disk is taken to be its cause
 EXTERNAL_BYTES = 2**30  # protobuf holds 2 GiB; weights beyond half of that go to a file beside the graph

@@ -14,13 +14,13 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from sdtrt.backends.tensorrt86.pieces import Attention
 from sdtrt.common.console import Console
 from sdtrt.common.errors import first_line
 from sdtrt.exports import onnx_file, onnx_simplify
 from sdtrt.exports.attention import check, find_attentions
 from sdtrt.exports.onnx_file import Weights
 from sdtrt.exports.onnx_index import Facts
+from sdtrt.specs.contract import Attention
 
 OPERATOR, DOMAIN, VERSION = "MultiHeadAttention", "com.microsoft", 1
 TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)

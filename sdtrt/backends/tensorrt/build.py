@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from sdtrt.backends.open import TENSORRT_FILE
-from sdtrt.backends.tensorrt.versions import building, libraries
+from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
+from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.messages import OUT_OF_MEMORY
+from sdtrt.backends.tensorrt86 import policy
 from sdtrt.backends.tensorrt86.pieces import piece_file
 from sdtrt.common import errors, interrupts
 from sdtrt.common.console import Console
@@ -128,7 +129,7 @@ def build_plan(
     check_request(request)
     sizes = "; ".join(map(contract.describe, spec.profiles))
     console.note(f"{spec.backend} {spec.export.precision} engine of the {contract.component} for {sizes}")
-    if (alone := building.faster_alone(spec)) is not None:
+    if (alone := policy.faster_alone(spec)) is not None:
         options = f"--batch {alone.batch} --height {alone.height} --width {alone.width}"
         console.note(f"TensorRT 8.6 is faster with an engine for each size, such as sdtrt build {options}")
     with console.activity("building the engine") as show:

@@ -109,7 +109,7 @@ def check_precision(library: Library, spec: BuildSpec, layers: Mapping[str, int]
 
 def _run_once(request: Request, session: TensorRTSession, profile: Profile) -> dict[str, Any]:
     """Run the engine on seeded inputs and compare with ONNX Runtime on the CPU."""
-    from sdtrt.exports.parity import seeded_feeds
+    from sdtrt.exports.feeds import seeded_feeds
 
     sizes = profile.optimum
     feeds = seeded_feeds(request.contract, sizes)

@@ -28,6 +28,8 @@ from sdtrt.specs.contract import (
     TensorSpec,
 )
 
+TENSORRT_FILE = "engine.plan"
+
 Bounds = tuple[int, int, int]  # smallest, optimal, largest value of one dimension
 
 # What users call the dimensions, and how many of their units one of ours is.

@@ -17,15 +17,16 @@ from typing import Any
 
 from sdtrt.backends.tensorrt.build import Report, Request
 from sdtrt.backends.tensorrt.checking import check
-from sdtrt.backends.tensorrt.versions import building, libraries
-from sdtrt.backends.tensorrt.versions.building import Draft
+from sdtrt.backends.tensorrt.versions import building, libraries, network, weak_typing
 from sdtrt.backends.tensorrt.versions.libraries import Library
+from sdtrt.backends.tensorrt.versions.network import Draft
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build
+from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build, policy
 from sdtrt.backends.tensorrt86.cut import Part
 from sdtrt.backends.tensorrt86.pieces import Cut, Piece, piece_file, write_pieces
+from sdtrt.backends.tensorrt86.precision import float32_nodes
 from sdtrt.common.errors import BuildError, BuildMemoryShortage, EngineError, SdtrtError
-from sdtrt.exports import onnx_file, onnx_index
+from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import find_attentions
 from sdtrt.exports.onnx_index import Facts
 from sdtrt.specs import BuildSpec
@@ -93,7 +94,7 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
             error = failed.error
             if without := _way_out(request.spec):
                 raise type(error)(error.message, hint=f"{error.hint}; {without}") from failed
-            loss = "takes more of the GPU's memory" if building.splits_norms(request.spec) else "runs slower"
+            loss = "takes more of the GPU's memory" if policy.splits_norms(request.spec) else "runs slower"
             report({"warn": f"the engine failed in pieces ({error.message}): building it in one, which {loss}"})
         whole = replace(request, spec=replace(request.spec, split_attention=0))
         return _build_and_check(library, whole, report)
@@ -214,7 +215,7 @@ def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, .
 def _parts(request: Request, report: Report) -> list[Part]:
     """The exported model's parts; none where it is built as it is. Says why, where parts were asked for."""
     spec, asked = request.spec, bool(request.spec.split_attention)
-    tokens, norms = building.split_tokens(spec), building.splits_norms(spec)
+    tokens, norms = policy.split_tokens(spec), policy.splits_norms(spec)
     if not (tokens or norms):
         return []
     model, weights = onnx_file.load_split(request.onnx)
@@ -246,7 +247,7 @@ def _build_piece(library: Library, request: Request, report: Report) -> tuple[fl
     spec, contract = request.spec, request.contract
     draft = _parse(library, request)
     _check_inputs(draft, contract)
-    building.lay_channels_last(draft, request.channels_last)
+    weak_typing.lay_channels_last(draft, request.channels_last)
     shapes = [contract.profile_shapes(profile) for profile in spec.profiles]
     config = building.configure(draft, spec, shapes, _fp32_nodes(draft, request))
     for warning in draft.warnings:
@@ -285,14 +286,14 @@ def _plugin_serves(library: Library, spec: BuildSpec) -> bool:
     """Whether group normalisations may be left to 8.6's plugin."""
     fits = all(profile.batch.max <= norm_plugin.MAX_BATCH for profile in spec.profiles)
     wanted = spec.norm_plugins and not spec.version_compatible
-    return wanted and fits and building.has_plugin(library, norm_plugin.OPERATOR)
+    return wanted and fits and weak_typing.has_plugin(library, norm_plugin.OPERATOR)
 
 
 def _fp32_nodes(draft: Draft, request: Request) -> frozenset[str]:
     """The ONNX's nodes that compute in fp32, where the network's types don't say so by themselves."""
     if draft.library.has("strong typing") or request.spec.export.precision == "fp32":
         return frozenset()
-    return onnx_index.float32_nodes(request.onnx)
+    return float32_nodes(request.onnx)
 
 
 def _throttled(report: Report) -> Callable[[str], bool]:
@@ -313,7 +314,7 @@ def _throttled(report: Report) -> Callable[[str], bool]:
 def _check_inputs(draft: Draft, contract: Contract) -> None:
     """Hold the network's inputs against the contract."""
     wanted = {spec.name: spec.dtype for spec in contract.inputs}
-    found = building.network_inputs(draft)
+    found = network.network_inputs(draft)
     if found != wanted:
         raise BuildError(f"the ONNX takes {found}, and not {wanted}", hint="export it again: sdtrt export --force")
 
@@ -322,7 +323,7 @@ def _network_precision(draft: Draft) -> dict[str, Any]:
     """What a strongly typed network computes in; nothing is known of a weakly typed one before it is built."""
     if not draft.library.has("strong typing"):
         return {}
-    return {"layers": building.network_precisions(draft), "read_from": "network"}
+    return {"layers": network.network_precisions(draft), "read_from": "network"}
 
 
 def _keep_timings(file: Path | None, folder: Path, config: Any, report: Report) -> None:

@@ -18,15 +18,15 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from sdtrt.backends.tensorrt.versions.building import CHANNELS_TOGETHER
+from sdtrt.backends.tensorrt.versions.weak_typing import CHANNELS_TOGETHER
 from sdtrt.backends.tensorrt86.group_norms import check as check_normalization
 from sdtrt.backends.tensorrt86.group_norms import find_normalizations, sizes_of_norms
-from sdtrt.backends.tensorrt86.pieces import Attention, Cut, Normalization, Piece
+from sdtrt.backends.tensorrt86.pieces import Cut, Normalization, Piece
 from sdtrt.exports import onnx_index, onnx_simplify
 from sdtrt.exports.attention import check as check_attention
 from sdtrt.exports.onnx_file import ELEM_TYPES, Weights
 from sdtrt.exports.onnx_index import Facts
-from sdtrt.specs.contract import Contract, TensorSpec
+from sdtrt.specs.contract import Attention, Contract, TensorSpec
 
 MARK = "Cut"  # what stands for one in a graph that is being cut
 MARK_DOMAIN = "sdtrt.cut"

@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdtrt.backends.tensorrt86.pieces import ITEM_BYTES, Attention, Normalization, Piece
-from sdtrt.specs.contract import TensorSpec
+from sdtrt.backends.tensorrt86.pieces import Normalization, Piece
+from sdtrt.specs.contract import ITEM_BYTES, Attention, TensorSpec
 
 ALIGNMENT = 512  # bytes, as PyTorch allocates on a GPU; TensorRT asks for 256
 

@@ -21,45 +21,7 @@ from sdtrt.backends.tensorrt.versions.messages import REBUILD
 from sdtrt.common.errors import EngineError
 from sdtrt.common.files import read_small_file
 from sdtrt.engines.entry import MALFORMED, SIDECAR_BYTES
-from sdtrt.specs.contract import CONDITIONING, Contract, TensorSpec
-
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention, softmax(scale · q kᵀ) v for each head; what engines are cut at is self-attention.
-
-    Args:
-        sources: names of the queries `[B,S,C]`, keys and values `[B,T,C]`, the heads side by side in C; or of one
-            tensor `[B,S,3C]` of all three. Of self-attention, T is S.
-        result: name of the result `[B,S,C]`.
-        heads, width: C is their product.
-        scale: of the product of queries and keys.
-        tokens: S, where the sizes are fixed.
-    """
-
-    sources: tuple[str, ...]
-    result: str
-    heads: int
-    width: int
-    scale: float
-    tokens: int | None = None
-
-    def gives(self, there: Mapping[str, TensorSpec]) -> TensorSpec:
-        """The result's name, dtype and shape, given the tensors available so far.
-
-        Raises:
-            ValueError: where it can't be computed from these.
-        """
-        sources = [there[name] for name in self.sources if name in there]
-        count, channels = len(self.sources), self.heads * self.width
-        joined = channels if count == 3 else 3 * channels
-        fits = all(len(one.dims) == 3 and one.dims[2] == joined and one.dtype == sources[0].dtype for one in sources)
-        sound = min(self.heads, self.width) > 0 and math.isfinite(self.scale)
-        if count not in (1, 3) or len(sources) != count or not (fits and sound):
-            raise ValueError(f"{self.result} can't be computed")
-        return TensorSpec(self.result, sources[0].dtype, (*sources[0].dims[:2], channels))
+from sdtrt.specs.contract import CONDITIONING, ITEM_BYTES, Attention, Contract, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdtrt.backends.tensorrt86.pieces import Attention, Cut, Normalization
+from sdtrt.backends.tensorrt86.pieces import Cut, Normalization
+from sdtrt.specs.contract import Attention
 
 # PyTorch's kernels for attention between pieces, the fastest first (`benchmarks/attention-h200.json`); each serves
 # where those before it don't.

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.libraries import (
     Library,
     ShapeRange,
     capability_name,
     compute_capabilities,
-    dtype_name,
 )
 from sdtrt.backends.tensorrt.versions.messages import explain
+from sdtrt.backends.tensorrt.versions.network import Draft
+from sdtrt.backends.tensorrt.versions.weak_typing import MAX_OPSET_8, default_level, fp32_layers, onnx_node
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError
 from sdtrt.common.files import read_small_file
-from sdtrt.specs import SIZE_MULTIPLE, BuildSpec, Precision, Profile, Sizes
-
-MAX_OPSET_8 = 17  # the newest ONNX opset that TensorRT 8.6's parser reads
-PRECISION_OF_DTYPE: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-@dataclass
-class Draft:
-    """A parsed network, what must live as long as it (the parser owns the weights), and what to warn of."""
-
-    library: Library
-    builder: Any
-    network: Any
-    parser: Any
-    warnings: list[str] = field(default_factory=list)
-
+from sdtrt.specs import BuildSpec, Precision
 
 # Parsers of 8.6.0 under the bindings of 8.6.1: virtual functions came in before the destructor, which would miss.
 _NEVER_FREED: list[Any] = []
@@ -69,14 +52,6 @@ def parse_onnx(library: Library, onnx: Path) -> Draft:
     return Draft(library, builder, network, parser)
 
 
-def has_plugin(library: Library, name: str) -> bool:
-    """Whether there is a plugin for weakly typed networks. The parser takes ONNX operators of its name for it."""
-    if not library.has("plugins that choose types"):
-        return False
-    trt, _ = library.module, library.logger  # plugins are registered with the logger
-    return any(creator.name == name for creator in trt.get_plugin_registry().plugin_creator_list)
-
-
 def _network_flags(library: Library) -> int:
     """Explicit batch on 8.6, where it must be asked for; strong typing wherever it exists (11 knows no other)."""
     trt = library.module
@@ -90,20 +65,9 @@ def _describe_problem(library: Library, problem: Any, onnx: Path) -> str:
     if library.has("parser node names"):
         name, operator = problem.node_name(), problem.node_operator()
     else:
-        name, operator = _onnx_node(onnx, problem.node())
+        name, operator = onnx_node(onnx, problem.node())
     node = f"node {name or problem.node()}" + (f" ({operator})" if operator else "")
     return f"{node}: {problem.desc()}"
-
-
-def _onnx_node(onnx: Path, index: int) -> tuple[str, str]:
-    """Name and operator of a node, empty where there is no such node or the file can't be read."""
-    import onnx as onnx_library
-
-    try:
-        node = onnx_library.load(str(onnx), load_external_data=False).graph.node[max(index, 0)]
-    except Exception:  # the parse error that is being reported may be just that: an unreadable file
-        return "", ""
-    return node.name, node.op_type
 
 
 def _parse_hint(library: Library, onnx: Path) -> str:
@@ -124,33 +88,7 @@ def _onnx_opset(onnx: Path) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
-def network_inputs(draft: Draft) -> dict[str, str]:
-    """Name → dtype (`float16`) of a network's inputs."""
-    tensors = [draft.network.get_input(index) for index in range(draft.network.num_inputs)]
-    return {tensor.name: dtype_name(tensor.dtype) for tensor in tensors}
-
-
 TIMINGS_BYTES = 2**28  # at most, of a timing cache
-CHANNELS_TOGETHER = 8  # of a tensor that lies channels last
-
-
-def lay_channels_last(draft: Draft, names: Collection[str]) -> None:
-    """Have some of a network's inputs and outputs lie channels last; fp16, a multiple of 8 channels.
-
-    TensorRT calls that `HWC8`: [N,C,H,W] as an array [N][H][W][(C+7)/8*8], so with such a C the very bytes of NHWC; in
-    8.x bound to fp16, and for three dimensions or more (8.5.3's Python API on `TensorFormat`). A mask on tensors that
-    are neither inputs nor outputs is ignored (Developer Guide, "I/O Formats"; NVIDIA/TensorRT issue 3604 for 8.6). Only
-    one format is in the mask, which leaves no choice: who gives and who takes a tensor agree. `BuilderFlag.DIRECT_IO`
-    is not set: it fails a build that needs a change of layout at an input or output ("no conformant implementation
-    exists", NVIDIA-AI-IOT/cuDLA-samples issue 36), and a fast layer inside may be worth one.
-    """
-    trt, network = draft.library.module, draft.network
-    tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    tensors += [network.get_output(index) for index in range(network.num_outputs)]
-    assert set(names) <= {tensor.name for tensor in tensors}, "a plan would give or take another layout"
-    for tensor in tensors:
-        if tensor.name in names:
-            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
 
 
 def configure(
@@ -174,7 +112,7 @@ def configure(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then tells precisions; runs as fast
     if spec.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
-    level = spec.optimization_level if spec.optimization_level is not None else _default_level(library)
+    level = spec.optimization_level if spec.optimization_level is not None else default_level(library)
     if level is not None:
         config.builder_optimization_level = level
     if spec.export.precision == "fp32":
@@ -192,66 +130,6 @@ def configure(
     for shapes in profiles:
         _add_profile(builder, config, shapes)
     return config
-
-
-def _default_level(library: Library) -> int | None:
-    """The builder's effort where nobody asks for one: the library's own, but of 8.6.
-
-    There, 1 is what UNets of Stable Diffusion 1.5's size were built and timed with; level 2 made none of the parts that
-    were tried faster, and 3, its own, did not end in the time that there was (`benchmarks/tuning.md`).
-    """
-    return 1 if library.has("weak typing") else None
-
-
-# From how many tokens on an attention is worth a cut: 64x64 latents have 4096, and 1024 at the next resolution, where
-# TensorRT 8.6's kernel takes a tenth of the time and its sums in fp16 lose little (`benchmarks/fidelity.md`).
-SPLIT_TOKENS = 2048
-
-
-def split_tokens(spec: BuildSpec) -> int:
-    """From how many tokens on an engine leaves self-attentions to PyTorch; 0 for none.
-
-    Unless the build says so itself, that is on 8.6 only, where the engine is for one fixed size: its own kernel is slow
-    on newer GPUs, and adds up in fp16. Later versions have better ones.
-
-    Raises:
-        EngineError: where that depends on the version, and TensorRT is not there.
-    """
-    if spec.split_attention is not None or not spec.can_split:
-        return spec.split_attention or 0
-    return SPLIT_TOKENS if libraries.open_library(spec.backend).has("weak typing") else 0
-
-
-def faster_alone(spec: BuildSpec) -> Sizes | None:
-    """A size of an engine of several sizes that would be faster in one of its own; None where no such is known.
-
-    Only an engine of one fixed size leaves attention to PyTorch. Whether any is large enough for that is taken from the
-    size in pixels: of attention at the latents' own resolution.
-
-    Raises:
-        EngineError: where that depends on the version, and TensorRT is not there.
-    """
-    if spec.can_split:  # it is of one already
-        return None
-    for sizes in (profile.optimum for profile in spec.profiles):
-        tokens = sizes.height * sizes.width // SIZE_MULTIPLE**2
-        if 0 < split_tokens(replace(spec, profiles=(Profile.of(sizes),))) <= tokens:
-            return sizes
-    return None
-
-
-def splits_norms(spec: BuildSpec) -> bool:
-    """Whether an engine leaves its large group normalisations to PyTorch, those of `splitting.choose_norms`.
-
-    That is one of a VAE's decoder or encoder on 8.6, for one fixed size, unless the build leaves nothing to PyTorch
-    (`split_attention` is 0): no flag and no other form of a norm keeps 8.6 from three copies of it in fp32, which are
-    most of the memory that either works in.
-
-    Raises:
-        EngineError: where that depends on the version, and TensorRT is not there.
-    """
-    may = spec.can_split_norms and spec.split_attention != 0
-    return may and libraries.open_library(spec.backend).has("weak typing")
 
 
 def _make_version_compatible(library: Library, config: Any) -> None:
@@ -293,34 +171,6 @@ def _set_precision(draft: Draft, config: Any, precision: Precision, fp32_nodes: 
     for layer in fp32_layers(draft, fp32_nodes):
         layer.precision = trt.DataType.FLOAT
         layer.set_output_type(0, trt.DataType.FLOAT)
-
-
-# Layers that compute. Others move, store or convert numbers, and tell nothing about precision.
-COMPUTING = frozenset(
-    {
-        *("ACTIVATION", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION"),
-        *("POOLING", "REDUCE", "SCALE", "SOFTMAX", "UNARY"),
-    }
-)
-
-
-def fp32_layers(draft: Draft, nodes: Collection[str]) -> list[Any]:
-    """The layers of a weakly typed fp16 network that must not be lowered: those of the ONNX nodes that compute in fp32.
-
-    That is what strong typing does by itself: the export decides (timestep embedding, upcast attention). The network's
-    own types don't tell: before a build, 8.6 calls most layers of an fp16 graph fp32. Its parser names a layer after
-    its node, which is how they are found. Norm statistics need no mention: the normalisation layer computes them in
-    fp32 anyway.
-    """
-    layers = [draft.network.get_layer(index) for index in range(draft.network.num_layers)]
-    kept = [layer for layer in layers if layer.name in nodes and layer.type.name in COMPUTING]
-    missing = set(nodes) - {layer.name for layer in layers}
-    if missing:
-        draft.warnings.append(
-            f"{len(missing)} of {len(nodes)} operators that the ONNX computes in fp32 may be computed in fp16:"
-            f" TensorRT's parser has no layers of their names ({', '.join(sorted(missing)[:3])})"
-        )
-    return kept
 
 
 def _add_profile(builder: Any, config: Any, shapes: Mapping[str, ShapeRange]) -> None:
@@ -412,14 +262,3 @@ def serialize(draft: Draft, config: Any) -> Any:
     if plan is None:
         raise explain(library, library.log.errors(mark), f"{library.name} can't build the engine", BuildError)
     return plan
-
-
-def network_precisions(draft: Draft) -> dict[str, int]:
-    """How many computing layers of a strongly typed network have each precision, `{"fp16": 120, "fp32": 7}`."""
-    counts: Counter[str] = Counter()
-    for index in range(draft.network.num_layers):
-        layer = draft.network.get_layer(index)
-        tensor = layer.get_output(0) if layer.type.name in COMPUTING else None
-        if tensor is not None and (precision := PRECISION_OF_DTYPE.get(dtype_name(tensor.dtype))):
-            counts[precision] += 1
-    return dict(counts)

@@ -1,0 +1,124 @@
+"""The words and numbers that a request may have, and the checks that every request shares."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, get_args
+
+from sdtrt.common.errors import UsageError
+
+Component = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
+
+BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
+
+Exporter = Literal["torchscript", "dynamo"]
+
+BenchTask = Literal["txt2img", "img2img"]
+
+BaselineName = Literal[
+    "torch-fp32",
+    "torch-tf32",
+    "torch-fp16",
+    "torch-graph",
+    "torch-compile",
+    "torch-compile-max",
+    "onnxruntime-cuda",
+]
+
+SchedulerName = Literal["pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun"]
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+TimestepSpacing = Literal["leading", "linspace", "trailing"]
+
+COMPONENTS: tuple[str, ...] = get_args(Component)
+
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+BACKENDS: tuple[str, ...] = get_args(BackendChoice)
+
+EXPORTERS: tuple[str, ...] = get_args(Exporter)
+
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+TIMESTEP_SPACINGS: tuple[str, ...] = get_args(TimestepSpacing)
+
+BENCH_TASKS: tuple[str, ...] = get_args(BenchTask)
+
+BASELINES: tuple[str, ...] = get_args(BaselineName)
+
+DEFAULT_MODEL = "tiny"
+
+DEFAULT_STEPS = 50
+
+DEFAULT_GUIDANCE_SCALE = 7.5
+
+DEFAULT_STRENGTH = 0.8
+
+DEFAULT_TOKENS = 77
+
+SAMPLE_PROMPT = "a red circle on a blue background"
+
+SIZE_MULTIPLE = 8  # pixels per latent, and what diffusers' pipelines demand of both sides
+
+MAX_PIXELS = 16384  # a side; beyond it sizes in bytes leave what libraries count with
+
+MOST_STEPS = 999  # that schedulers run of a model's 1000 timesteps
+
+MAX_SEED = 2**63 - 1
+
+RANDOM_SEED = -1  # what web UIs call a random one
+
+MAX_IMAGES = 100_000  # of one prompt in one run: days of work; more is a typo
+
+MAX_BATCH = 10_000  # images made at once: prompts and random generators of more fill the memory before a GPU is full
+
+MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time
+
+DEFAULT_VERIFY_SEED = 0
+
+MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
+
+GIB = 2**30
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `UsageError` unless `value` is one of `choices`; the hint names the closest one."""
+    if value in choices:
+        return
+    from difflib import get_close_matches
+
+    close = get_close_matches(value, choices, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UsageError(f"unknown {option}: {value!r}", hint=f"{hint}choose one of {', '.join(choices)}")
+
+
+def check_output(output: Path | None) -> None:
+    """Raise `UsageError` for `-`, which would be a folder of that name where people mean stdout."""
+    if output == Path("-"):
+        raise UsageError(
+            "--output - would be a file or folder of that name: nothing but paths and JSON goes to stdout",
+            hint="name a file or folder, as in --output out",
+        )
+
+
+def check_precision(backend: str, precision: str | None) -> None:
+    """Raise `UsageError` for a precision that a backend never computes in."""
+    if (backend, precision) == ("onnxruntime", "bf16"):
+        raise UsageError(
+            "ONNX Runtime's CPU provider does not compute in bf16", hint="use --precision fp32 with this backend"
+        )
+
+
+def bytes_of(option: str, gib: float) -> int:
+    """GiB → bytes. Raises `UsageError` unless it is a finite number from 0 up."""
+    if not (math.isfinite(gib * GIB) and gib >= 0):
+        raise UsageError(f"{option} must be a number of GiB from 0 up, got {gib}", hint=f"as in {option} 8")
+    return int(gib * GIB)

@@ -1,0 +1,196 @@
+"""What is asked of `bench`, `verify` and `engines prune`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdtrt.common.errors import UsageError
+from sdtrt.specs.build import ModelSpec
+from sdtrt.specs.choices import (
+    BASELINES,
+    BENCH_TASKS,
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MIN_SSIM_PIXELS,
+    SAMPLE_PROMPT,
+    BackendChoice,
+    BaselineName,
+    BenchTask,
+    Precision,
+    SchedulerName,
+    check_choice,
+    check_output,
+)
+from sdtrt.specs.generate import GenerateSpec, NoiseSpec
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """What to time.
+
+    Args:
+        precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
+        tasks: whole pipeline calls, each of them with all batch sizes.
+        baselines: what to compare with; None for those that suit this machine (`--baselines auto`).
+        height, width: pixels; None for the model's own.
+        strength: of img2img; `strength * steps` steps run.
+        batch_sizes: images made in one call.
+        repeats: timed calls, after `warmups` that are not.
+        allow_build: export and build a missing engine on the spot (not timed).
+        output: a folder for the report as JSON and Markdown, and a chart.
+        overwrite: replace such files of an earlier run.
+        noise: as of `GenerateSpec`.
+    """
+
+    model: ModelSpec = ModelSpec()
+    backend: BackendChoice = "auto"
+    precision: Precision | None = None
+    tasks: tuple[BenchTask, ...] = ("txt2img",)
+    baselines: tuple[BaselineName, ...] | None = None
+    steps: int = DEFAULT_STEPS
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    strength: float = DEFAULT_STRENGTH
+    height: int | None = None
+    width: int | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    repeats: int = 5
+    warmups: int = 2
+    scheduler: SchedulerName | None = None
+    allow_build: bool = True
+    output: Path | None = None
+    overwrite: bool = False
+    noise: NoiseSpec = NoiseSpec()
+
+    def __post_init__(self) -> None:
+        check_output(self.output)
+        for task in self.tasks:
+            check_choice("task", task, BENCH_TASKS)
+        for baseline in self.baselines or ():
+            check_choice("baseline", baseline, BASELINES)
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UsageError(f"batch sizes must be at least 1, got {self.batch_sizes}", hint="use --batch-size 1,2,4")
+        if self.repeats < 1:
+            raise UsageError(f"repeats must be at least 1, got {self.repeats}", hint="use --repeats 5")
+        if self.warmups < 1:  # the first compiles and fills caches, the second captures CUDA graphs
+            raise UsageError(f"warmups must be at least 1, got {self.warmups}", hint="use --warmups 1")
+        for task in self.tasks:
+            self.request(task)  # what a generation would refuse, a benchmark refuses
+
+    def request(self, task: BenchTask) -> GenerateSpec:
+        """The generation that is timed."""
+        return GenerateSpec(
+            prompts=(SAMPLE_PROMPT,),
+            model=self.model,
+            backend=self.backend,
+            precision=self.precision,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            scheduler=self.scheduler,
+            init_image=Path("init.png") if task == "img2img" else None,
+            strength=self.strength,
+            noise=self.noise,
+        )
+
+    def steps_run(self, task: BenchTask) -> int:
+        """Denoising steps that run: img2img leaves the first ones out."""
+        return self.steps if task == "txt2img" else min(int(self.steps * self.strength), self.steps)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What `verify` asks of an engine; None asks nothing.
+
+    Args:
+        min_cosine: of each timestep's output with the fp32 reference's, in the worse of the two guidance rows.
+        max_noise_ratio: most relative L2 error, as a multiple of the error that PyTorch itself has in half precision.
+        max_relative_l2: most relative L2 error.
+        min_psnr_db: of the final image.
+        min_ssim: of the final image.
+    """
+
+    min_cosine: float | None = 0.9999
+    max_noise_ratio: float | None = 2.0
+    max_relative_l2: float | None = None
+    min_psnr_db: float | None = 35.0
+    min_ssim: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest, highest in (
+            ("min_cosine", -1, 1),
+            ("max_noise_ratio", 0, math.inf),
+            ("max_relative_l2", 0, math.inf),
+            ("min_psnr_db", -math.inf, math.inf),
+            ("min_ssim", -1, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and lowest <= value <= highest):
+                option = f"--{name.removesuffix('_db').replace('_', '-')}"
+                bounds = f" from {lowest} to {highest}" if highest == 1 else " from 0 up" if lowest == 0 else ""
+                raise UsageError(
+                    f"{option} must be a number{bounds}, got {value}",
+                    hint=f"sdtrt verify --help shows {option}'s default",
+                )
+
+
+@dataclass(frozen=True)
+class VerifySpec:
+    """An engine to be held against the fp32 model, over the denoising of one image.
+
+    Args:
+        image: the image that is denoised: one prompt, one image, no init image.
+        engine: an engine of the engine directory by name, whatever weights it was built from; it decides backend and
+            precision. None for the one that would make the image.
+        timesteps: how many of the run's timesteps are compared, spread evenly; None for all.
+        output: the folder that the two pictures go into; None for the current one.
+    """
+
+    image: GenerateSpec
+    engine: str | None = None
+    timesteps: int | None = None
+    thresholds: Thresholds = Thresholds()
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_output(self.output)
+        if self.image.init_image is not None or self.image.num_images * len(self.image.prompts) != 1:
+            raise UsageError("verify makes one image from one prompt", hint="give --prompt once")
+        if self.timesteps is not None and self.timesteps < 1:
+            raise UsageError(f"timesteps must be at least 1, got {self.timesteps}", hint="use --timesteps 10")
+        for name in ("height", "width"):
+            pixels = getattr(self.image, name)
+            if pixels is not None and pixels < MIN_SSIM_PIXELS:
+                raise UsageError(
+                    f"verify needs a {name} of at least {MIN_SSIM_PIXELS}, got {pixels}",
+                    hint=f"use --{name} {MIN_SSIM_PIXELS}",
+                )
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """Which entries of the engine directory to remove.
+
+    Args:
+        older_than_days: those not used for so long.
+        keep_bytes: the least recently used ones, until the rest fits.
+        foreign: those that this machine can't load (another GPU, library version or sdtrt), and those of other formats.
+        damaged: those whose content is not what was published.
+        dry_run: only say what would go.
+    """
+
+    older_than_days: float | None = None
+    keep_bytes: int | None = None
+    foreign: bool = False
+    damaged: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        days = self.older_than_days
+        if days is not None and not (math.isfinite(days) and days >= 0):
+            raise UsageError(
+                f"--older-than-days must be a number from 0 up, got {days}", hint="as in --older-than-days 30"
+            )
