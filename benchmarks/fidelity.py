@@ -38,8 +38,8 @@ from sdtrt.backends.build import FORMATS
 from sdtrt.backends.onnxruntime.build import optimize
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.backends.session import Session
-from sdtrt.backends.tensorrt.build import build_plan
 from sdtrt.backends.tensorrt86 import precision
+from sdtrt.backends.tensorrt86.build import build_plan
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.metrics import cosine, relative_l2
@@ -126,10 +126,10 @@ def opened(variant: Variant, contract: Contract, backend: Backend) -> Iterator[S
         with OnnxRuntimeSession(variant.folder / "engine.onnx", contract) as session:
             yield session
         return
-    from sdtrt.backends.tensorrt.session import TensorRTSession
+    from sdtrt.backends.tensorrt86.session import open_plans
 
     plan = variant.folder / "engine.plan"
-    with TensorRTSession(plan, contract, backend=backend, device=device_of(backend)) as on_gpu:
+    with open_plans(plan, contract, backend=backend, device=device_of(backend)) as on_gpu:
         yield on_gpu
 
 

@@ -43,12 +43,12 @@ from fidelity import check_folder, errors, feeds_of, kernels
 from lowering import lower_opset
 from torch import Tensor, nn
 
-from sdtrt.backends.tensorrt.build import build_plan
-from sdtrt.backends.tensorrt.session import TensorRTSession
 from sdtrt.backends.tensorrt86 import cut as cutting
 from sdtrt.backends.tensorrt86 import norm_plugin, precision
+from sdtrt.backends.tensorrt86.build import build_plan
 from sdtrt.backends.tensorrt86.pieces import Piece
 from sdtrt.backends.tensorrt86.policy import SPLIT_TOKENS
+from sdtrt.backends.tensorrt86.session import open_plans
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.errors import SdtrtError
@@ -401,7 +401,7 @@ def measure(name: str, folder: Path, contract: Contract, expected: list[Tensor],
 def run(folder: Path, contract: Contract, expected: list[Tensor], floor: list[float]) -> dict[str, Any]:
     """A built engine's error, and its time as a whole and by kernels."""
     feeds = feeds_of(contract, SIZES, CUDA, TIMESTEPS)
-    with TensorRTSession(folder / "engine.plan", contract, device=CUDA) as session:
+    with open_plans(folder / "engine.plan", contract, device=CUDA) as session:
         found = errors([session.run(one)["out_sample"] for one in feeds], expected)["relative_l2"]
 
         def call() -> Any:

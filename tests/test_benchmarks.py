@@ -78,7 +78,7 @@ def tune(tuning, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "kernels", lambda call: [])
     monkeypatch.setattr(
         tuning,
-        "TensorRTSession",
+        "open_plans",
         lambda plan, contract, device: OnnxRuntimeSession(plan.with_name("model.onnx"), contract),
     )
 

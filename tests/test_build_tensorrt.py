@@ -16,14 +16,14 @@ import factories
 import onnx
 import pytest
 import torch
-import trt_fakes
 from exports import EACH_BY_BOTH, exported_unet, make
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
-from sdtrt.backends.tensorrt import build, checking
+from sdtrt.backends.checking import check_parity
+from sdtrt.backends.tensorrt import build
 from sdtrt.backends.tensorrt.build import Request, build_plan
-from sdtrt.backends.tensorrt.checking import check_parity, check_precision, why_not_runnable
+from sdtrt.backends.tensorrt.checking import check_precision, reference_of, why_not_runnable
 from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.header import read_header
 from sdtrt.backends.tensorrt.worker import build_here
@@ -33,7 +33,7 @@ from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.exports.component import write_onnx
 from sdtrt.models import components
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
-from sdtrt.specs.contract import text_encoder_contract, unet_contract, vae_contract
+from sdtrt.specs.contract import text_encoder_contract, vae_contract
 
 SM89 = (8, 9)
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
@@ -294,7 +294,7 @@ def test_the_build_ends_with_its_parent(tiny_onnx, tmp_path):
         "from sdtrt.backends.tensorrt import build\n"
         "from sdtrt.common.console import QUIET\n"
         "request = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "build._build_in_child(request, QUIET, lambda text: print(text, flush=True))\n"
+        "build.build_in_child(request, QUIET, lambda text: print(text, flush=True))\n"
     )
     import pickle
 
@@ -330,7 +330,7 @@ def test_a_dead_builder_leaves_its_last_words(tiny_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(BuildError, match=r"died \(SIGSEGV\).*corrupted size vs\. prev_size"):
-        build._build_in_child(request_for(tiny_onnx, tmp_path), QUIET, lambda text: None)
+        build.build_in_child(request_for(tiny_onnx, tmp_path), QUIET, lambda text: None)
 
 
 def test_a_builder_that_died_before_its_request_is_no_broken_pipe(tmp_path, tiny_onnx):
@@ -347,7 +347,7 @@ def test_errors_and_bugs_of_the_child_come_back(tiny_onnx, tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     odd = replace(request_for(tiny_onnx, tmp_path), onnx=save_graph(tmp_path / "odd.onnx", "Frobnicate"))
     with pytest.raises(BuildError, match=r"\(Frobnicate\)") as caught:
-        build._build_in_child(odd, Console(quiet=True), lambda text: None)
+        build.build_in_child(odd, Console(quiet=True), lambda text: None)
     assert caught.value.hint
     (kept,) = tmp_path.glob("sdtrt-build-*.log")
     assert str(kept) in capsys.readouterr().err.replace("\n", "")
@@ -355,45 +355,16 @@ def test_errors_and_bugs_of_the_child_come_back(tiny_onnx, tmp_path, monkeypatch
     request = request_for(tiny_onnx, tmp_path)
     odd = replace(request, contract=replace(request.contract, inputs=None))
     with pytest.raises(RuntimeError, match="the build process failed:\nTraceback"):
-        build._build_in_child(odd, QUIET, lambda text: None)
+        build.build_in_child(odd, QUIET, lambda text: None)
 
 
 def test_a_request_comes_out_of_the_pipe_as_it_went_in(tiny_onnx, tmp_path):
     request = request_for(tiny_onnx, tmp_path, timing_cache=tmp_path / "cache")
     request = replace(request, spec=replace(request.spec, compute_capability=(8, 9), workspace_bytes=2**30))
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
-    piece = replace(request, piece=3, channels_last=("x", "y"))
-    assert Request.from_json(json.loads(json.dumps(piece.to_json()))) == piece
-    assert (piece.plan.name, piece.log.name) == ("engine.plan.3", "build.log.3")
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
-
-
-def test_the_piece_of_the_text_and_those_of_few_layers_may_be_in_any_precision_and_no_other(tmp_path, monkeypatch):
-    """They are a few products, or one convolution; the builder chooses. The whole may not be."""
-    spec = BuildSpec(ExportSpec(), "tensorrt", (PROFILE,))
-    request = Request(
-        tmp_path / "model.onnx",
-        tmp_path,
-        unet_contract({"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8}, "fp16"),
-        spec,
-        None,
-        False,
-    )
-    monkeypatch.setattr(running, "layer_precisions", lambda told: told)
-    few, wide, half = {"fp32": 1}, {"fp32": 9}, {"fp16": 9}
-    with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
-        checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide])
-    monkeypatch.setattr(checking, "read_pieces", lambda plan, contract: trt_fakes.three_pieces(plan))
-    assert checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide, half, few]) == {
-        "fp32": 10,
-        "fp16": 9,
-    }
-    with pytest.raises(BuildError, match="its computing layers are: 11 fp32"):
-        checking._read_precision(fake_library("tensorrt 8.6.1"), request, [wide, few, few])
-    with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
-        checking._read_precision(fake_library("tensorrt 8.6.1"), request, [half, wide, half])
 
 
 @pytest.mark.parametrize(
@@ -421,13 +392,14 @@ def test_check_precision(precision, layers, right):
 
 
 @pytest.mark.parametrize(("error", "right"), [(0.008, True), (0.06, False), (float("nan"), False)])
-def test_check_parity(error, right):
+def test_check_parity(error, right, tiny_onnx, tmp_path):
     figures = {"relative_l2": error, "cosine": 1.0, "max_abs": 0.1}
+    reference = reference_of(request_for(tiny_onnx, tmp_path))
     if right:
-        check_parity(rtx_spec(), figures)
+        check_parity(figures, reference)
         return
     with pytest.raises(BuildError, match="differs from its ONNX"):
-        check_parity(rtx_spec(), figures)
+        check_parity(figures, reference)
 
 
 def test_why_an_engine_is_not_run(monkeypatch):

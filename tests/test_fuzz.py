@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import trt_fakes
 from factories import sd1_folder, unet_engine
 from fault_server import UNET
 from fuzzing import fuzz, only_clean_errors
@@ -30,9 +29,6 @@ from PIL import Image
 from sdtrt.backends import registry
 from sdtrt.backends.onnxruntime.build import optimize
 from sdtrt.backends.open import open_session
-from sdtrt.backends.tensorrt.plan import profiles_of
-from sdtrt.backends.tensorrt86 import memory_layout
-from sdtrt.backends.tensorrt86 import pieces as pieces_module
 from sdtrt.cli.main import main
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import BuildError, EngineError, ModelError, UsageError
@@ -47,14 +43,9 @@ from sdtrt.pipeline.generate import generate
 from sdtrt.pipeline.schedulers import check_steps
 from sdtrt.reports.inspection import inspect_engine
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
-from sdtrt.specs.contract import unet_contract
 
 SIZES = Sizes(2, 64, 64)
 CPU = torch.device("cpu")
-UNET_CONTRACT = unet_contract(
-    {"in_channels": trt_fakes.CHANNELS, "out_channels": trt_fakes.CHANNELS, "cross_attention_dim": trt_fakes.WIDTH},
-    "fp16",
-)
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -167,36 +158,6 @@ def test_sidecars_that_are_damaged(directory, model, data):
             use_everything(directory, model)
     finally:
         sidecar.write_bytes(before)
-
-
-@st.composite
-def lists_of_pieces(draw, good):
-    """A list that says something else, or is damaged."""
-    data = json.loads(good)
-    if draw(st.booleans()):
-        return damaged(draw, good)
-    for _ in range(draw(st.integers(1, 3))):
-        names = ("contract", "attentions", "inputs", "outputs", "sources", "result", "heads", "width", "scale", "dims")
-        names += ("name", "dtype", "tokens", "normalizations", "source", "groups", "epsilon")
-        data = put(data, draw(st.sampled_from(names)), draw(JSON_VALUES))
-    return json.dumps(data).encode()
-
-
-@fuzz(data=st.data())
-def test_lists_of_an_engines_pieces(place, data):
-    """What is accepted can be used: shapes, memory and profile follow from it."""
-    plan = place / "engine.plan"
-    kind = data.draw(st.sampled_from([trt_fakes.two_pieces, trt_fakes.normalized_pieces]))
-    pieces_module.write_pieces(plan, kind(plan))
-    list_file = pieces_module.list_file(plan)
-    list_file.write_bytes(data.draw(lists_of_pieces(list_file.read_bytes())))
-    with only_clean_errors():
-        pieces = pieces_module.read_pieces(plan, UNET_CONTRACT)
-        own = [spec.name for spec in UNET_CONTRACT.outputs]
-        assert memory_layout.lay_out(pieces, own, [1] * len(pieces)).size > 0
-        assert memory_layout.attention_bytes(pieces) >= 0
-        (profile,) = profiles_of(UNET_CONTRACT, pieces, [None] * len(pieces))
-        assert not profile.misfits({name: bounds[0] for name, bounds in profile.bounds.items()})
 
 
 # -------------------------------------------------------------------------------------------------------- ONNX files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,18 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import trt_fakes
-from trt_fakes import CHANNELS, WIDTH, FakeCuda, fake_library, profile_shapes, two_pieces, write_plan
+from trt_fakes import CONTRACT, FakeCuda, fake_gpu, fake_library, profile_shapes, write_plan
 
 from sdtrt.backends import open as backend_open
-from sdtrt.backends import scratch as scratch_module
-from sdtrt.backends import unchanged
 from sdtrt.backends.build import FORMATS, host_key
 from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt import plan as plan_module
-from sdtrt.backends.tensorrt import session as session_module
 from sdtrt.backends.tensorrt.versions import libraries, running
-from sdtrt.backends.tensorrt86.pieces import write_pieces
 from sdtrt.cli import prewarm
 from sdtrt.cli.likely_engines import likely_engines, load_ahead
 from sdtrt.common import host
@@ -36,11 +32,9 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import memory, preloaded, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
-from sdtrt.specs.contract import unet_contract
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 ROOT = Path(__file__).resolve().parents[1]
-CONTRACT = unet_contract({"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}, "fp16")
 SHAPES = profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
 CUDA = torch.device("cuda")
@@ -51,14 +45,10 @@ SPEC = GenerateSpec(("a red circle",), ModelSpec("tiny"), "tensorrt")
 def _gpu(monkeypatch):
     """A GPU made of the CPU, with TensorRT 8.6."""
     library = fake_library("tensorrt 8.6.1")
-    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
     monkeypatch.setattr(host, "has_primary_context", lambda index: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    for module in (session_module, scratch_module):
-        monkeypatch.setattr(module, "torch", trt_fakes.fake_torch(FakeCuda()))
-    monkeypatch.setattr(unchanged, "HOST", "none")
-    monkeypatch.setattr(session_module, "_cuda_device", lambda device, library: torch.device("cpu", 0))
+    fake_gpu(monkeypatch, FakeCuda())
     monkeypatch.setattr(libraries, "open_library", lambda backend: library)
     digests._AHEAD.clear()
     yield
@@ -87,18 +77,16 @@ def hashed(monkeypatch):
     return calls
 
 
-def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny", pieces=False, **key):
-    """An engine that runs here, unless `key` says otherwise; used last at the time `used`."""
+def write_whole(plan):
+    """The plan of an engine in one piece."""
+    write_plan(plan, [SHAPES])
+
+
+def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny", write=write_whole, **key):
+    """An engine that runs here, unless `key` says otherwise; used last at the time `used`; `write` writes its plans."""
 
     def make(folder: Path):
-        plan = folder / "engine.plan"
-        if pieces:
-            parts = two_pieces(plan)
-            write_pieces(plan, parts)
-            for kind, piece in zip(("before", "after"), parts, strict=True):
-                write_plan(piece.plan, [{spec.name: [spec.dims] * 3 for spec in piece.contract.inputs}], kind=kind)
-        else:
-            write_plan(plan, [SHAPES])
+        write(folder / "engine.plan")
         return {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
 
     key = {
@@ -130,7 +118,7 @@ def in_background(spec, directory):
 
 
 def test_likely_are_engines_that_fit_the_largest_first(directory):
-    unet = publish(directory, pieces=True, used=1)
+    unet = publish(directory, used=1, write=lambda plan: write_plan(plan, [SHAPES, SHAPES]))
     decoder = publish(directory, "vae_decoder", precision="fp32")
     text = publish(directory, "text_encoder", Profile(Range.of(1), Range.of(8), Range.of(8)))
     publish(directory, "vae_encoder")
@@ -191,9 +179,12 @@ def test_what_a_request_calls_and_how(changed, found, directory):
 # ------------------------------------------------------------------------------------------------- loaded and shared
 
 
-@pytest.mark.parametrize("pieces", [False, True])
-def test_a_session_shares_what_was_loaded_and_nothing_is_read_twice(pieces, directory, loaded, hashed):
-    entry = publish(directory, pieces=pieces)
+def test_a_session_shares_what_was_loaded_and_nothing_is_read_twice(directory, loaded, hashed):
+    share(publish(directory), directory, loaded, hashed, lambda session: [session._plan.loaded])
+
+
+def share(entry, directory, loaded, hashed, plans_of):
+    """Open a session on what was loaded ahead: nothing is loaded nor read twice."""
     in_background(SPEC, directory)
     files = [name for name in sorted(entry.files) if not name.endswith(".json")]
     assert loaded == [(entry.name, name, "sdtrt-tensorrt") for name in files]
@@ -204,7 +195,7 @@ def test_a_session_shares_what_was_loaded_and_nothing_is_read_twice(pieces, dire
         assert folders == {entry.path}
         session = open_session(entry, CUDA)
     with session:
-        assert [plan.engine for plan in session._plans] == engines
+        assert [plan.engine for plan in plans_of(session)] == engines
     assert len(loaded) == len(files)
     assert sorted(path.name for path in hashed) == sorted(entry.files)
     assert not preloaded._KEPT
@@ -275,7 +266,7 @@ def test_it_follows_on_the_import_of_tensorrt(directory, loaded, tmp_path, monke
 
 
 def test_one_damaged_engine_hides_no_other(directory, loaded):
-    large, small = publish(directory, pieces=True), publish(directory, "vae_decoder")
+    large, small = publish(directory), publish(directory, "vae_decoder")
     plan = large.path / "engine.plan"
     plan.write_bytes(plan.read_bytes()[:-1] + b"?")
     in_background(SPEC, directory)
@@ -292,13 +283,17 @@ def test_nothing_is_asked_of_the_gpu_where_nothing_is_wanted_any_more(directory,
 
 
 def test_a_damaged_file_is_never_deserialised_and_the_session_says_so(directory, loaded, hashed):
-    entry = publish(directory, pieces=True)
-    with (entry.path / "engine.plan.1").open("r+b") as file:
+    refuse(publish(directory), "engine.plan", directory, loaded, hashed)
+
+
+def refuse(entry, name, directory, loaded, hashed):
+    """Damage a file of an engine: nothing of it is deserialised, and a session names the file."""
+    with (entry.path / name).open("r+b") as file:
         file.write(b"\0\0\0\0")
     in_background(SPEC, directory)
     assert not loaded
     assert not preloaded._KEPT
-    with preloaded.taken([entry]), pytest.raises(CacheError, match=r"engine\.plan\.1 is damaged"):
+    with preloaded.taken([entry]), pytest.raises(CacheError, match=rf"{re.escape(name)} is damaged"):
         open_session(entry, CUDA)
     assert not loaded
     assert len(hashed) == len(set(hashed)), "damaged once is enough"
@@ -368,7 +363,7 @@ def test_nothing_is_loaded_that_was_let_go_while_it_was_proven(directory, loaded
 
 def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, monkeypatch):
     """And what is used counts once: as weights that lie on the GPU, not as weights that will need room there."""
-    unused, unet = publish(directory, "vae_decoder"), publish(directory, "unet", pieces=True)
+    unused, unet = publish(directory, "vae_decoder"), publish(directory, "unet")
     in_background(SPEC, directory)
     engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
     assert len(engines) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt.backends.onnxruntime.session import mend_of
+from sdtrt.exports.onnx_run import mend_of
 from sdtrt.cli import prewarm
 from sdtrt.common import files, threads
 from sdtrt.engines import digests

@@ -20,10 +20,10 @@ from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes
 
-PACKAGE = Path(host.__file__).parent
-SOURCES = sorted((PACKAGE / "trt_api").glob("*.py"))
-SOURCES += [PACKAGE / "build" / name for name in ("worker.py", "checking.py")]
-SOURCES += [PACKAGE / "runtime" / name for name in ("plan.py", "tensorrt.py", "pycuda.py")]
+FOLDER = Path(libraries.__file__).parent.parent
+SOURCES = sorted((FOLDER / "versions").glob("*.py"))
+SOURCES += [FOLDER / f"{name}.py" for name in ("worker", "checking", "plan", "contexts", "session", "pycuda")]
+SOURCES += [path for path in (FOLDER.parent / "tensorrt86").glob("*.py") if path.stem in ("worker", "session")]
 # The names that variables for TensorRT's objects have in those files (`trt` is the module).
 RECEIVERS = {
     "builder": "Builder",
@@ -90,7 +90,7 @@ def _tensorrt_name(node, path):
     receiver = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
     if receiver == "trt":
         return node.attr
-    if path.parent.name != "trt_api" and receiver == "tensor" and node.attr in TORCH_TENSORS:
+    if path.parent.name != "versions" and receiver == "tensor" and node.attr in TORCH_TENSORS:
         return None
     if receiver == "layer" and node.attr in MAPPINGS:
         return None

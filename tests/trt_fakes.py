@@ -2,9 +2,7 @@
 
 The fake TensorRT has, class by class, only the names that the real bindings of the version have
 (`data/trt_attributes.json`): code that asks for another one fails as it would there. Its engines read and write real
-memory through the addresses that they are given: `out_sample = 2 * sample + timestep + mean(encoder_hidden_states)`,
-and of an engine in two pieces the same plus the self-attention of the sample's pixels, or plus the sample with its
-channels normalised in groups.
+memory through the addresses that they are given: `out_sample = 2 * sample + timestep + mean(encoder_hidden_states)`.
 """
 
 from __future__ import annotations
@@ -15,16 +13,19 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from sdtrt.backends import cuda_graphs, scratch, unchanged
+from sdtrt.backends.tensorrt import contexts
+from sdtrt.backends.tensorrt import session as session_module
 from sdtrt.backends.tensorrt.versions.libraries import Library, parse_version
-from sdtrt.backends.tensorrt86.pieces import Normalization, Piece, piece_file
-from sdtrt.specs.contract import Attention, Contract, TensorSpec
+from sdtrt.common import host
+from sdtrt.specs.contract import unet_contract
 
 FILE = Path(__file__).parent / "data" / "trt_attributes.json"  # written by scripts/read_trt_bindings.py
 FACTS = {
@@ -37,6 +38,8 @@ FACTS = {
 DTYPES = {"timestep": "FLOAT"}  # all other tensors are fp16
 NUMPY = {"HALF": np.float16, "FLOAT": np.float32}
 CHANNELS, WIDTH = 4, 8
+CONFIG = {"in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": WIDTH}
+CONTRACT = unet_contract(CONFIG, "fp16")
 
 capturing: list | None = None  # operations of the CUDA graph that is being captured
 
@@ -226,40 +229,9 @@ def _whole(sample, timestep, encoder_hidden_states):
     return {"out_sample": expected(sample, timestep, encoder_hidden_states)}
 
 
-def _before(sample, timestep):
-    pixels = sample.reshape(*sample.shape[:2], -1).swapaxes(1, 2)
-    return {"query": pixels, "key": 2 * pixels, "value": 3 * pixels, "doubled": 2 * sample}
-
-
-def _after(doubled, attended, timestep, encoder_hidden_states):
-    pixels = attended.swapaxes(1, 2).reshape(doubled.shape)
-    return {"out_sample": expected(doubled.astype(np.float32) / 2, timestep, encoder_hidden_states) + pixels}
-
-
-def _of_the_sample(shapes):
-    return {"out_sample": shapes.get("sample") or shapes["doubled"]}
-
-
-def _of_pixels(shapes):
-    batch, channels, height, width = shapes["sample"]
-    parts = dict.fromkeys(("query", "key", "value"), (batch, height * width, channels))
-    return {**parts, "doubled": shapes["sample"]}
-
-
-def _text(encoder_hidden_states):
-    return {"projected": 2 * encoder_hidden_states}
-
-
-def _last(doubled, attended, timestep, projected):
-    return _after(doubled, attended, timestep, projected / 2)
-
-
-def _with_normal(doubled, normal, timestep, encoder_hidden_states):
-    return {"out_sample": expected(doubled.astype(np.float32) / 2, timestep, encoder_hidden_states) + normal}
-
-
-def _with_sample(sample, normal, timestep, encoder_hidden_states):
-    return {"out_sample": expected(sample, timestep, encoder_hidden_states) + normal}
+def of_the_sample(shapes):
+    """The result has the sample's shape."""
+    return {"out_sample": shapes["sample"]}
 
 
 @dataclass(frozen=True)
@@ -277,79 +249,8 @@ class Kind:
 
 
 KINDS = {
-    "whole": Kind(("sample", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _whole),
-    "before": Kind(("sample", "timestep"), ("query", "key", "value", "doubled"), _of_pixels, _before),
-    "after": Kind(
-        ("doubled", "attended", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _after
-    ),
-    "doubling": Kind(
-        ("sample",), ("doubled",), lambda s: {"doubled": s["sample"]}, lambda sample: {"doubled": 2 * sample}
-    ),
-    "adding": Kind(
-        ("doubled", "normal", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _with_normal
-    ),
-    "adding in place": Kind(
-        ("sample", "normal", "timestep", "encoder_hidden_states"), ("out_sample",), _of_the_sample, _with_sample
-    ),
-    "text": Kind(
-        ("encoder_hidden_states",), ("projected",), lambda s: {"projected": s["encoder_hidden_states"]}, _text
-    ),
-    "last": Kind(("doubled", "attended", "timestep", "projected"), ("out_sample",), _of_the_sample, _last),
+    "whole": Kind(("sample", "timestep", "encoder_hidden_states"), ("out_sample",), of_the_sample, _whole),
 }
-
-
-FIXED = {"sample": (2, CHANNELS, 16, 16), "timestep": (2,), "encoder_hidden_states": (2, 77, WIDTH)}
-PIXELS, HEADS = (2, 256, CHANNELS), 2
-GROUPS, EPSILON = 2, 0.25
-
-
-def two_pieces(plan: Path) -> list[Piece]:
-    """What an engine of the kinds `before` and `after` is listed as."""
-    parts = [(name, PIXELS) for name in ("query", "key", "value")]
-    doubled, sample, timestep, text = (("doubled", FIXED["sample"]), *FIXED.items())
-    taken = (doubled, ("attended", PIXELS), timestep, text)
-    contracts = [
-        Contract("unet", "fp16", _specs(sample, timestep), _specs(*parts, doubled)),
-        Contract("unet", "fp16", _specs(*taken), _specs(("out_sample", FIXED["sample"]))),
-    ]
-    attention = Attention(("query", "key", "value"), "attended", HEADS, CHANNELS // HEADS, 0.5, 256)
-    return [Piece(plan, contracts[0], (attention,)), Piece(piece_file(plan, 1), contracts[1])]
-
-
-def three_pieces(plan: Path) -> list[Piece]:
-    """What an engine of the kinds `text`, `before` and `last` is listed as: the first makes of the text what it can."""
-    before, after = two_pieces(plan)
-    text = next(spec for spec in after.contract.inputs if spec.name == "encoder_hidden_states")
-    projected = replace(text, name="projected")
-    last = tuple(projected if spec == text else spec for spec in after.contract.inputs)
-    return [
-        Piece(plan, Contract("unet", "fp16", (text,), (projected,))),
-        replace(before, plan=piece_file(plan, 1)),
-        Piece(piece_file(plan, 2), replace(after.contract, inputs=last)),
-    ]
-
-
-def normalized_pieces(plan: Path) -> list[Piece]:
-    """What an engine of the kinds `doubling` and `adding` is listed as."""
-    doubled, (sample, timestep, text) = ("doubled", FIXED["sample"]), FIXED.items()
-    taken = (doubled, ("normal", FIXED["sample"]), timestep, text)
-    contracts = [
-        Contract("unet", "fp16", _specs(sample), _specs(doubled)),
-        Contract("unet", "fp16", _specs(*taken), _specs(("out_sample", FIXED["sample"]))),
-    ]
-    norm = Normalization("doubled", "normal", GROUPS, EPSILON)
-    return [Piece(plan, contracts[0], (norm,)), Piece(piece_file(plan, 1), contracts[1])]
-
-
-def pieces_in_place(plan: Path) -> list[Piece]:
-    """What an engine of the kinds `doubling` and `adding in place` is listed as: it takes the normalised alone."""
-    first, second = normalized_pieces(plan)
-    taken = (*first.contract.inputs, *second.contract.inputs[1:])
-    return [first, replace(second, contract=replace(second.contract, inputs=taken))]
-
-
-def _specs(*shapes):
-    return tuple(TensorSpec(name, "float32" if name in DTYPES else "float16", shape) for name, shape in shapes)
 
 
 def _memory(address, shape, name):
@@ -403,6 +304,22 @@ def fake_tensorrt(label: str):
 def fake_library(label: str) -> Library:
     """A `Library` on `fake_tensorrt`."""
     return Library(fake_tensorrt(label), label.split()[0], parse_version(label.split()[1]))
+
+
+def feeds(batch=2, height=16, width=16, tokens=77, seed=0):
+    """What the fake engine takes, of a size in latents."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "sample": torch.randn(batch, CHANNELS, height, width, generator=generator).half(),
+        "timestep": torch.rand(batch, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, tokens, WIDTH, generator=generator).half(),
+    }
+
+
+def wanted(arrays):
+    """What the fake engine gives."""
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return expected(arrays["sample"], arrays["timestep"], arrays["encoder_hidden_states"])
 
 
 HEADER = 28
@@ -499,6 +416,22 @@ class FakeCuda:
             graph.operations = capturing
         finally:
             capturing = None
+
+
+def fake_gpu(monkeypatch, cuda, *modules):
+    """A GPU made of the CPU, for sessions on TensorRT; `modules` are further ones that ask `torch.cuda`."""
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
+    for module in (session_module, contexts, cuda_graphs, scratch, *modules):
+        monkeypatch.setattr(module, "torch", fake_torch(cuda))
+    monkeypatch.setattr(unchanged, "HOST", "none")
+    monkeypatch.setattr(contexts, "cuda_device", lambda device, library: torch.device("cpu", 0))
+    return cuda
+
+
+def need_scratch(monkeypatch, size):
+    """Make engines need so much scratch memory."""
+    monkeypatch.setattr(Engine, "device_memory_size", size)
+    monkeypatch.setattr(Engine, "device_memory_size_v2", size)
 
 
 def fake_torch(cuda: FakeCuda):

@@ -135,7 +135,7 @@ def _build(
         from sdtrt.backends.onnxruntime.build import optimize
 
         return optimize(source, folder, contract, console)
-    from sdtrt.backends.tensorrt.build import build_plan
+    from sdtrt.backends.tensorrt86.build import build_plan
 
     gpu = host_key(spec.backend, spec.compute_capability)
     words = (spec.backend, backend_version(spec.backend), gpu.get("gpu", "sm"), *gpu["compute_capability"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE
 from sdtrt.backends.session import Session
 from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
-from sdtrt.backends.tensorrt86.pieces import list_file, read_pieces
+from sdtrt.backends.tensorrt86.pieces import check_list, load_pieces, read_pieces
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.entry import Entry, stored_contract
 
@@ -59,17 +59,13 @@ def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tup
     Raises:
         CacheError, EngineError: as of `open_session`.
     """
-    from sdtrt.backends.tensorrt.plan import load_plan
     from sdtrt.backends.tensorrt.versions import libraries
 
     contract, library = stored_contract(entry), libraries.open_library(entry.key["backend"])
     plan, compatible = _proven_plan(entry, ahead=wanted)
 
     def load(device: int) -> tuple[LoadedPlan, ...]:
-        return tuple(
-            load_plan(piece.plan, piece.contract, library, device, allow_host_code=compatible)
-            for piece in read_pieces(plan, contract)
-        )
+        return load_pieces(read_pieces(plan, contract), library, device, allow_host_code=compatible)
 
     return load
 
@@ -77,14 +73,8 @@ def plan_loader(entry: Entry, wanted: Callable[[], bool]) -> Callable[[int], tup
 def _proven_plan(entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tuple[Path, bool]:
     """The plan of a held entry, proven to the last of its pieces, and whether it may bring its own runtime."""
     plan = entry.verified(TENSORRT_FILE, ahead=ahead)  # and the other pieces and their list, named after it
-    _check_list(entry, plan)
+    check_list(entry, plan)
     return plan, bool(entry.key.get("options", {}).get("version_compatible"))
-
-
-def _check_list(entry: Entry, plan: Path) -> None:
-    """Refuse a list of pieces that is not the entry's: nobody has checked its content."""
-    if list_file(plan).name not in entry.files and list_file(plan).exists():
-        raise EngineError(f"{list_file(plan)} is not among the files of {entry.name}", hint=entry.removal)
 
 
 def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
@@ -96,10 +86,8 @@ def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Sessio
 
         return OnnxRuntimeSession(entry.verified(ONNXRUNTIME_FILE), contract)
     if backend in ("tensorrt", "tensorrt-rtx"):
-        from sdtrt.backends.tensorrt.session import TensorRTSession
+        from sdtrt.backends.tensorrt86.session import open_plans
 
         plan, compatible = _proven_plan(entry)
-        return TensorRTSession(
-            plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch
-        )
+        return open_plans(plan, contract, backend=backend, device=device, allow_host_code=compatible, scratch=scratch)
     raise EngineError(f"{entry.name} is for an unknown backend, {backend!r}", hint=entry.removal)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sdtrt.common.errors import EngineError
 from sdtrt.specs.contract import Contract, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 ArrayT = TypeVar("ArrayT")
 SessionT = TypeVar("SessionT", bound="Session[Any]")
@@ -85,6 +88,17 @@ def check_feeds(
     for spec in specs:
         _check_one(spec, shapes[spec.name], dtypes[spec.name], sizes)
     return sizes
+
+
+def check_tensors(specs: Sequence[TensorSpec], feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """`check_feeds` of torch tensors."""
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in feeds.items()}
+    return check_feeds(specs, shapes_of(feeds), dtypes)
+
+
+def shapes_of(feeds: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor given, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in feeds.items()}
 
 
 def _check_one(spec: TensorSpec, shape: tuple[int, ...], dtype: str, sizes: dict[str, int]) -> None:

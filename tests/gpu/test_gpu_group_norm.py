@@ -9,12 +9,12 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from torch import nn
 
-from sdtrt.backends.tensorrt.build import build_plan
 from sdtrt.backends.tensorrt.checking import LAYERS_FILE
 from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
-from sdtrt.backends.tensorrt.session import TensorRTSession
 from sdtrt.backends.tensorrt.versions import libraries, weak_typing
+from sdtrt.backends.tensorrt86.build import build_plan
 from sdtrt.backends.tensorrt86.norm_plugin import OPERATOR
+from sdtrt.backends.tensorrt86.session import open_plans
 from sdtrt.common.console import QUIET
 from sdtrt.common.metrics import relative_l2
 from sdtrt.exports import onnx_file, onnx_simplify
@@ -46,7 +46,7 @@ def test_the_plugin_normalises_as_pytorch_does(channels, batch, tmp_path):
     build_plan(path, tmp_path, contract, spec, timing_cache=None, console=QUIET)
     assert "Plugin" in json.dumps(json.loads((tmp_path / LAYERS_FILE).read_text()))
     module = module.float().to(CUDA)
-    with TensorRTSession(tmp_path / TENSORRT_FILE, contract, device=CUDA) as session, torch.no_grad():
+    with open_plans(tmp_path / TENSORRT_FILE, contract, device=CUDA) as session, torch.no_grad():
         for mean, deviation in ((0, 1), (0, 30), (3, 1), (0, 0.1)):
             sample = (mean + deviation * torch.randn(shape)).half().to(CUDA)
             found = session.run({"sample": sample})["out_sample"].float()

@@ -7,11 +7,11 @@ import torch
 from factories import small_vae
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 
-from sdtrt.backends.tensorrt.build import build_plan
 from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
-from sdtrt.backends.tensorrt.session import TensorRTSession
 from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.backends.tensorrt86.build import build_plan
 from sdtrt.backends.tensorrt86.pieces import Normalization
+from sdtrt.backends.tensorrt86.session import open_plans
 from sdtrt.backends.tensorrt86.torch_kernels import normalize
 from sdtrt.common.console import QUIET
 from sdtrt.common.metrics import relative_l2
@@ -39,7 +39,7 @@ def test_it_is_right_on_the_stream_and_from_the_graph(component, pieces, tmp_pat
     assert info["pieces"] == pieces
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     compute = reference(vae.float().to(CUDA), contract)
-    with TensorRTSession(tmp_path / TENSORRT_FILE, contract, device=CUDA) as session, torch.inference_mode():
+    with open_plans(tmp_path / TENSORRT_FILE, contract, device=CUDA) as session, torch.inference_mode():
         for seed in range(5):
             feeds = {name: tensor.to(CUDA) for name, tensor in seeded_feeds(contract, SIZES, seed).items()}
             (found,) = session.run(feeds).values()

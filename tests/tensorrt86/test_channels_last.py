@@ -10,16 +10,17 @@ import onnx
 import pytest
 from factories import small_unet, small_vae
 from onnx import TensorProto, helper, numpy_helper
+from piece_fakes import three_pieces, two_pieces
 from test_splitting import no_pieces  # noqa: F401  # a fixture
-from trt_fakes import fake_library, recorder, three_pieces, two_pieces
+from trt_fakes import fake_library, recorder
 
 from sdtrt.backends import build as engine_build
-from sdtrt.backends.tensorrt import worker
 from sdtrt.backends.tensorrt.build import Request, check_request
 from sdtrt.backends.tensorrt.versions import building, libraries, weak_typing
 from sdtrt.backends.tensorrt.versions.network import Draft
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import parallel_build
+from sdtrt.backends.tensorrt86 import parallel_build, worker
+from sdtrt.backends.tensorrt86.build import PieceRequest
 from sdtrt.backends.tensorrt86.pieces import Piece
 from sdtrt.cli.options import BuildOptions
 from sdtrt.common.errors import BuildError, UsageError
@@ -185,10 +186,10 @@ def networks(monkeypatch):
         }
         return Draft(library, recorder(library.module, "Builder", **makers), network, None)
 
-    def run_here(request, report, started):
+    def run_here(request, report, **_):
         request.log.touch()
-        sent = Request.from_json(json.loads(json.dumps(request.to_json())))
-        return worker.build_here(sent, report)
+        sent = PieceRequest.from_json(json.loads(json.dumps(request.to_json())))
+        return worker.build_piece_here(sent, report)
 
     monkeypatch.setattr(libraries, "open_library", lambda _: library)
     monkeypatch.setattr(building, "parse_onnx", parse)
@@ -196,7 +197,7 @@ def networks(monkeypatch):
     monkeypatch.setattr(building, "timing_cache_bytes", lambda config, kept: b"")
     monkeypatch.setattr(parallel_build, "run_worker", run_here)
     monkeypatch.setattr(parallel_build, "most_jobs", lambda: 1)
-    monkeypatch.setattr(worker, "check", lambda *_: {})
+    monkeypatch.setattr(worker, "check", lambda *_, **__: {})
     return made
 
 
@@ -302,8 +303,8 @@ def test_the_real_builder_takes_every_piece_of_a_unet(rtx, asked, tmp_path):
     wanted = cutting.channels_last([source.piece for source in sources], asked.contract)
     for number, source in enumerate(sources):
         names = tuple(name for name in source.piece.tensors if name in wanted)
-        request = Request(source.onnx, tmp_path, source.piece.contract, spec, None, False, number, names)
-        found = worker.build_here(request, [].append)
+        request = PieceRequest(source.onnx, tmp_path, source.piece.contract, spec, None, False, number, names)
+        found = worker.build_piece_here(request, [].append)
         assert found["precision"]["layers"]["fp16"] > 0
 
 

@@ -16,11 +16,12 @@ from factories import SMALL, small_unet
 from test_build_tensorrt import is_running, needs_rtx, recording, rtx_spec
 from test_trt_api import save_graph
 
-from sdtrt.backends.tensorrt import build, worker
-from sdtrt.backends.tensorrt.build import Request, build_plan
+from sdtrt.backends.tensorrt import build
+from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.header import read_header
-from sdtrt.backends.tensorrt86 import parallel_build, policy
+from sdtrt.backends.tensorrt86 import parallel_build, policy, worker
+from sdtrt.backends.tensorrt86.build import WORKER, PieceRequest, build_plan
 from sdtrt.backends.tensorrt86.pieces import read_pieces
 from sdtrt.common import host
 from sdtrt.common.console import Console
@@ -34,10 +35,14 @@ COUNT = 5  # the pieces that attentions of 90 tokens leave of the UNet below
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 # In all processes of a build: TensorRT for RTX leaves attention to PyTorch too, which it never does by itself.
 SPLITS = (
-    "from sdtrt.backends.tensorrt.versions import building\n"
-    "building.split_tokens = lambda spec: 90 if spec.split_attention is None else 0\n"
+    "from sdtrt.backends.tensorrt86 import policy\n"
+    "policy.split_tokens = lambda spec: 90 if spec.split_attention is None else 0\n"
 )
-NEVER_ENDS = SPLITS + "import time\nbuilding.serialize = lambda draft, config: time.sleep(100)\n"
+NEVER_ENDS = SPLITS + (
+    "import time\n"
+    "from sdtrt.backends.tensorrt.versions import building\n"
+    "building.serialize = lambda draft, config: time.sleep(100)\n"
+)
 
 
 def children_of(pid):
@@ -163,7 +168,7 @@ def hung_build(whole, folder, everywhere, tmp_path):
         "import json, sys\n"
         "from sdtrt.backends.tensorrt import build\n"
         "request = build.Request.from_json(json.load(open(sys.argv[1])))\n"
-        "build._build_in_child(request, build.Console(quiet=True), lambda text: print(text, flush=True))\n"
+        f"build.build_in_child(request, build.Console(quiet=True), lambda text: print(text, flush=True), {WORKER!r})\n"
     )
     request = Request(whole[0], folder, whole[1], SPEC, None, False)
     (tmp_path / "request").write_text(json.dumps(request.to_json()))
@@ -235,7 +240,7 @@ def builders(whole, folder, tmp_path, monkeypatch):
     for number in range(4):
         onnx = tmp_path / "onnx" / f"{number}.onnx"
         onnx.write_bytes(bytes(1000 * (number + 1)))
-        requests.append(Request(onnx, folder, whole[1], SPEC, None, False, piece=number))
+        requests.append(PieceRequest(onnx, folder, whole[1], SPEC, None, False, number))
 
     def arrange(code):
         program = tmp_path / "python"

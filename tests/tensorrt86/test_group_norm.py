@@ -17,8 +17,8 @@ from trt_fakes import fake_library
 
 from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.versions import building
-from sdtrt.backends.tensorrt.worker import _parse
 from sdtrt.backends.tensorrt86 import norm_plugin
+from sdtrt.backends.tensorrt86.worker import _parse
 from sdtrt.exports import onnx_file, onnx_simplify
 from sdtrt.exports.component import write_onnx
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Sizes

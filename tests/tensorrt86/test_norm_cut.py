@@ -13,15 +13,15 @@ from test_splitting import no_pieces, weakly_typed  # noqa: F401  # a fixture
 from trt_fakes import fake_library
 
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-from sdtrt.backends.tensorrt import worker
 from sdtrt.backends.tensorrt.build import Request
+from sdtrt.backends.tensorrt.plan import list_file
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import policy
+from sdtrt.backends.tensorrt86 import policy, worker
 from sdtrt.backends.tensorrt86.cut import choose_norms, freeze, split
 from sdtrt.backends.tensorrt86.group_norms import check, find_normalizations, sizes_of_norms
 from sdtrt.backends.tensorrt86.memory_layout import lay_out, size_bytes
-from sdtrt.backends.tensorrt86.pieces import Normalization, list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.pieces import Normalization, read_pieces, write_pieces
 from sdtrt.backends.tensorrt86.torch_kernels import compute, normalize
 from sdtrt.common.metrics import relative_l2
 from sdtrt.exports import onnx_file

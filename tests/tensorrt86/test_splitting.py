@@ -13,14 +13,15 @@ from onnx import numpy_helper
 from trt_fakes import fake_library
 
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-from sdtrt.backends.tensorrt import build as plan_builder
-from sdtrt.backends.tensorrt import worker
-from sdtrt.backends.tensorrt.build import Request, build_plan
+from sdtrt.backends.tensorrt import build as plan_build
+from sdtrt.backends.tensorrt.build import Request
+from sdtrt.backends.tensorrt.plan import list_file
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build, policy
+from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build, policy, worker
+from sdtrt.backends.tensorrt86.build import PieceRequest, build_plan
 from sdtrt.backends.tensorrt86.cut import FLOATS, choose, freeze, split
-from sdtrt.backends.tensorrt86.pieces import list_file, read_pieces, write_pieces
+from sdtrt.backends.tensorrt86.pieces import read_pieces, write_pieces
 from sdtrt.backends.tensorrt86.precision import float32_nodes
 from sdtrt.backends.tensorrt86.torch_kernels import compute
 from sdtrt.common.console import QUIET, Console
@@ -245,8 +246,8 @@ def test_only_8_6_leaves_attention_to_pytorch_by_default_and_for_one_size(cut, m
 @pytest.mark.parametrize("is_8", [True, False])
 def test_the_build_says_where_an_engine_for_each_size_is_faster(cut, tmp_path, capsys, monkeypatch, is_8):
     weakly_typed(monkeypatch, is_8)
-    monkeypatch.setattr(plan_builder, "check_request", lambda request: None)  # there is no GPU
-    monkeypatch.setattr(plan_builder, "_build_in_child", lambda request, console, show: {})
+    monkeypatch.setattr(plan_build, "check_request", lambda request: None)  # there is no GPU
+    monkeypatch.setattr(plan_build, "build_in_child", lambda request, console, show, worker: {})
     large, small = (Profile.of(Sizes(2, height, 512)) for height in (512, 248))  # 31 * 64 tokens are too few
     several, dynamic = (small, large), (replace(large, batch=Range(1, 2, 4)),)
     default = replace(cut.spec, split_attention=None)
@@ -256,7 +257,7 @@ def test_the_build_says_where_an_engine_for_each_size_is_faster(cut, tmp_path, c
     others += [replace(faster[0], version_compatible=True), replace(faster[0], split_attention=0)]
     others += [replace(faster[0], export=ExportSpec(component="vae_decoder"))]
     for spec in (*faster, *others):
-        plan_builder.build_plan(cut.onnx, tmp_path, cut.contract, spec, timing_cache=None, console=Console())
+        build_plan(cut.onnx, tmp_path, cut.contract, spec, timing_cache=None, console=Console())
         said = "such as sdtrt build --batch 2 --height 512 --width 512" in capsys.readouterr().err
         assert said is (is_8 and spec in faster)
 
@@ -292,19 +293,19 @@ def no_pieces(monkeypatch):
 
     def build(library, request, report):
         request.plan.write_bytes(b"plan")
-        if request.piece:
+        if isinstance(request, PieceRequest) and request.piece:
             raise BuildError("no kernel fits", hint="raise --workspace-gib")
         built.append(request.plan.name)
         return 1.0, {}
 
-    def run_here(request, report, started):
+    def run_here(request, report, **_):
         request.log.write_text("[ERROR] no kernel\n")
-        return worker.build_here(request, report)
+        return worker.build_piece_here(request, report)
 
-    monkeypatch.setattr(worker, "_build_piece", build)
+    monkeypatch.setattr(worker, "_build_plan", build)
     monkeypatch.setattr(parallel_build, "run_worker", run_here)
     monkeypatch.setattr(parallel_build, "most_jobs", lambda: 1)
-    monkeypatch.setattr(worker, "check", lambda *_: {})
+    monkeypatch.setattr(worker, "check", lambda *_, **__: {})
     monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
     monkeypatch.setattr(policy, "SPLIT_TOKENS", 90)
     return built
@@ -334,7 +335,7 @@ def test_where_a_whole_engine_fails_nothing_is_said_of_pieces(cut, no_pieces, mo
     def fail(*_):
         raise BuildError("no kernel fits", hint="raise --workspace-gib")
 
-    monkeypatch.setattr(worker, "_build_piece", fail)
+    monkeypatch.setattr(worker, "_build_plan", fail)
     with pytest.raises(BuildError, match="no kernel fits") as caught:
         worker.build_here(replace(cut, spec=replace(cut.spec, split_attention=0)), [].append)
     assert caught.value.hint == "raise --workspace-gib"

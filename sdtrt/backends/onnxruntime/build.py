@@ -10,15 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from sdtrt.backends.checking import compare, worst
 from sdtrt.backends.onnxruntime.fused_attention import KEPT, fuse
-from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession, mend_of
+from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, EngineError
-from sdtrt.common.metrics import relative_l2
 from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.onnx_run import LOG_SEVERITY, is_out_of_memory
+from sdtrt.exports.onnx_run import LOG_SEVERITY, is_out_of_memory, mend_of
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Contract
 
@@ -141,9 +139,4 @@ def _difference(source: Path, target: Path, contract: Contract) -> float:
     for path, optimized in ((source, False), (target, True)):
         with OnnxRuntimeSession(path, contract, optimized=optimized) as session:
             results.append([session.run(feeds) for feeds in given])
-    differences = [
-        relative_l2(found[name].numpy().astype(np.float64), expected[name].numpy().astype(np.float64))
-        for expected, found in zip(*results, strict=True)
-        for name in expected
-    ]
-    return float(np.max(differences))  # NaN, where one is
+    return worst(compare(found, expected)["relative_l2"] for expected, found in zip(*results, strict=True))

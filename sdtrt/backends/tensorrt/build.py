@@ -1,12 +1,11 @@
-"""ONNX → TensorRT plan, in a process of its own (`build.worker`): what is asked of it, and what it tells.
+"""ONNX → TensorRT plan, in a process of its own (`worker`): what is asked of it, and what it tells.
 
 TensorRT's builder is one C++ call of minutes, which 8.6 can't be asked to
 leave: there, a process can be ended at once (Ctrl-C) and all its memory comes back; and should the builder crash, it
 takes nothing with it. The parent sends the request through the child's stdin and keeps that open: when the parent
 dies, however it dies, the child sees the end of stdin and goes too.
 
-The pieces of one engine are built by such processes too, which the first one starts (`build.crew`). They are of its
-process group, which ends as a whole.
+A child that starts further ones leads a group of processes, which ends as a whole.
 """
 
 from __future__ import annotations
@@ -23,13 +22,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.messages import OUT_OF_MEMORY
-from sdtrt.backends.tensorrt86 import policy
-from sdtrt.backends.tensorrt86.pieces import piece_file
 from sdtrt.common import errors, interrupts
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, BuildMemoryShortage, SdtrtError
@@ -37,18 +34,14 @@ from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
 from sdtrt.specs.contract import Contract
 
 LOG_FILE = "build.log"
+WORKER = "sdtrt.backends.tensorrt.worker"  # the module that a child serves by
 
 Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the building process needs to know.
-
-    Args:
-        piece: which piece of the engine `onnx` and `contract` are, counted from 0; None for the whole engine.
-        channels_last: of a piece, the inputs and outputs that lie channels last in memory.
-    """
+    """What the building process needs to know."""
 
     onnx: Path
     folder: Path
@@ -56,8 +49,6 @@ class Request:
     spec: BuildSpec
     timing_cache: Path | None
     verbose: bool
-    piece: int | None = None
-    channels_last: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
@@ -65,11 +56,10 @@ class Request:
         cache = None if self.timing_cache is None else str(self.timing_cache)
         spec = asdict(replace(self.spec, export=replace(self.spec.export, output=None)))
         contract = self.contract.to_json()
-        others = {"timing_cache": cache, "verbose": self.verbose, "piece": self.piece}
-        return {**paths, "contract": contract, "spec": spec, **others, "channels_last": self.channels_last}
+        return {**paths, "contract": contract, "spec": spec, "timing_cache": cache, "verbose": self.verbose}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Request:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         spec, capability = data["spec"], data["spec"]["compute_capability"]
         export = ExportSpec(**spec["export"] | {"model": ModelSpec(**spec["export"]["model"])})
@@ -82,19 +72,17 @@ class Request:
             spec=BuildSpec(**spec | tuples | {"export": export}),
             timing_cache=data["timing_cache"] and Path(data["timing_cache"]),
             verbose=data["verbose"],
-            piece=data["piece"],
-            channels_last=tuple(data["channels_last"]),
         )
 
     @property
     def plan(self) -> Path:
         """Where the plan goes."""
-        return piece_file(self.folder / TENSORRT_FILE, self.piece or 0)
+        return self.folder / TENSORRT_FILE
 
     @property
     def log(self) -> Path:
-        """Where TensorRT's messages go; those of a piece for as long as it is built."""
-        return self.folder / (LOG_FILE if self.piece is None else f"{LOG_FILE}.{self.piece}")
+        """Where TensorRT's messages go."""
+        return self.folder / LOG_FILE
 
 
 def build_plan(
@@ -108,8 +96,6 @@ def build_plan(
 ) -> dict[str, Any]:
     """Build a plan into `folder/engine.plan`, TensorRT's messages into `folder/build.log`, and check the plan.
 
-    Where something is left to PyTorch these are several (`runtime.pieces`).
-
     Args:
         onnx_path: the exported ONNX model; external data lies beside it.
         folder: an entry's folder.
@@ -118,22 +104,25 @@ def build_plan(
 
     Returns:
         What is known of the engine: `precision` (computing layers by precision, and where that was read), `parity`
-        with the ONNX for each profile, `pieces` (how many plans), `build_seconds` of them all and, of several,
-        `piece_seconds` of each, `unchecked` (why the engine was not run, else None), `plan_bytes` and `scratch_bytes`
-        (what a session takes of the GPU's memory; the latter only where the engine was run), ...
+        with the ONNX for each profile, `pieces` (how many plans: 1), `build_seconds`, `unchecked` (why the engine was
+        not run, else None), `plan_bytes` and `scratch_bytes` (what a session takes of the GPU's memory; the latter only
+        where the engine was run), ...
 
     Raises:
         BuildError, EngineError: where it can't be built or is not right. `folder` is then to be thrown away.
     """
     request = Request(onnx_path.resolve(), folder.resolve(), contract, spec, timing_cache, console.verbose)
     check_request(request)
+    announce(request, console)
+    with console.activity("building the engine") as show:
+        return build_in_child(request, console, show)
+
+
+def announce(request: Request, console: Console) -> None:
+    """Say what is going to be built."""
+    spec, contract = request.spec, request.contract
     sizes = "; ".join(map(contract.describe, spec.profiles))
     console.note(f"{spec.backend} {spec.export.precision} engine of the {contract.component} for {sizes}")
-    if (alone := policy.faster_alone(spec)) is not None:
-        options = f"--batch {alone.batch} --height {alone.height} --width {alone.width}"
-        console.note(f"TensorRT 8.6 is faster with an engine for each size, such as sdtrt build {options}")
-    with console.activity("building the engine") as show:
-        return _build_in_child(request, console, show)
 
 
 def check_request(request: Request) -> None:
@@ -157,26 +146,44 @@ def check_request(request: Request) -> None:
         libraries.require_gpu(library)
 
 
-def _build_in_child(request: Request, console: Console, show: Callable[[str], None]) -> dict[str, Any]:
-    """Run `worker.serve` in a process of its own, and tell the console what that tells."""
+def build_in_child(
+    request: Request, console: Console, show: Callable[[str], None], worker: str = WORKER
+) -> dict[str, Any]:
+    """Build in a process of its own, and tell the console what that tells.
+
+    Args:
+        show: gets what the process does just now.
+        worker: the module that serves there.
+
+    Raises:
+        SdtrtError: the process's own. The log is kept then, and the console told where.
+    """
 
     def report(message: Mapping[str, Any]) -> None:
         show(message["show"]) if "show" in message else console.warn(message["warn"])
 
     try:
-        return run_worker(request, report)
+        return run_worker(request, report, worker=worker)
     except SdtrtError:
         _keep_log(request.log, console)
         raise
 
 
 def run_worker(
-    request: Request, report: Report, started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None
+    request: Request,
+    report: Report,
+    *,
+    worker: str = WORKER,
+    leads_group: bool = True,
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
 ) -> dict[str, Any]:
-    """Run `worker.serve` in a process of its own and follow it; end it whenever this function is left.
+    """Run a module's `serve` in a process of its own and follow it; end it whenever this function is left.
 
     Args:
         report: gets what the process shows and warns of.
+        worker: the module.
+        leads_group: the process has a group of its own, with all that it starts: a Ctrl-C at the terminal, which goes
+            to a whole group, is for the parent to handle. Else it stays in this process's group, and goes with that.
         started: gets the process itself, before it has its request.
 
     Returns:
@@ -187,8 +194,8 @@ def run_worker(
     """
     with request.log.open("ab") as log, ExitStack() as stack:
         with interrupts.held():  # until it is known to whoever ends this process
-            child = stack.enter_context(_start(log, leads_group=request.piece is None))
-            end = partial(_end, child, with_group=request.piece is None)
+            child = stack.enter_context(_start(log, worker, leads_group=leads_group))
+            end = partial(_end, child, with_group=leads_group)
             stack.enter_context(interrupts.undoing(partial(_end_and_wait, child, end)))
         assert child.stdin is not None
         assert child.stdout is not None
@@ -203,9 +210,9 @@ def run_worker(
     return result
 
 
-def _start(log: IO[bytes], *, leads_group: bool) -> subprocess.Popen[bytes]:
-    """Start a process that serves; what it prints goes into the log."""
-    code = "from sdtrt.backends.tensorrt.worker import serve; serve()"
+def _start(log: IO[bytes], worker: str, *, leads_group: bool) -> subprocess.Popen[bytes]:
+    """Start a process in which a module serves; what it prints goes into the log."""
+    code = f"from {worker} import serve; serve()"
     paths = os.pathsep.join(path for path in sys.path if path)  # the child finds what this process finds
     return subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path[:] = [p for p in sys.path if p]; {code}"],
@@ -213,7 +220,7 @@ def _start(log: IO[bytes], *, leads_group: bool) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=log,
         env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
-        start_new_session=leads_group,  # a Ctrl-C at the terminal is for the parent to handle
+        start_new_session=leads_group,
     )
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdtrt.backends import checking
+from sdtrt.backends.checking import Reference
 from sdtrt.backends.tensorrt.build import Report, Request
 from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.libraries import Library
-from sdtrt.backends.tensorrt86.pieces import read_pieces
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError
-from sdtrt.specs import BuildSpec, Profile
+from sdtrt.specs import BuildSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from sdtrt.backends.tensorrt.session import TensorRTSession
+    from sdtrt.backends.tensorrt.session import InspectedSession
 
 LAYERS_FILE = "layers.json"  # the engine inspector's words
 # What an engine may differ from its ONNX by, as relative L2 error: a wrong engine is far beyond, rounding far below.
 # fp16: 0.007 was measured for Stable Diffusion 1.5's UNet on 8.6. fp32 is without TF32.
 TOLERANCES = {"fp32": 1e-3, "fp16": 5e-2}
-FEW_LAYERS = 8  # of a piece that may be in another precision than was asked for: none need stand out among so few
+
+Layers = Mapping[str, int]  # computing layers by precision
 
 
 def why_not_runnable(library: Library, spec: BuildSpec) -> str | None:
@@ -40,27 +42,63 @@ def why_not_runnable(library: Library, spec: BuildSpec) -> str | None:
     return None
 
 
-def check(library: Library, request: Request, report: Report, precision: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the plan, read its precision back, run it once at each profile's optimum against the ONNX.
+def open_built(request: Request) -> InspectedSession:
+    """A session on the plan that a request has made."""
+    import torch
+
+    from sdtrt.backends.tensorrt.session import TensorRTSession
+
+    spec, device = request.spec, torch.device("cuda")
+    return TensorRTSession(
+        request.plan, request.contract, backend=spec.backend, device=device, allow_host_code=spec.version_compatible
+    )
+
+
+def read_precision(library: Library, request: Request, information: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many computing layers of the built engine have each precision; the inspector's words are kept in a file.
+
+    Args:
+        information: what the inspector tells of each plan.
+
+    Raises:
+        BuildError: where the engine computes in another precision than was asked for.
+    """
+    told = information[0] if len(information) == 1 else information
+    (request.folder / LAYERS_FILE).write_text(json.dumps(told, indent=1))
+    whole = dict(sum((Counter(running.layer_precisions(one)) for one in information), Counter()))
+    check_precision(library, request.spec, whole)
+    return whole
+
+
+def check(
+    library: Library,
+    request: Request,
+    report: Report,
+    precision: Mapping[str, Any],
+    *,
+    open_engine: Callable[[Request], InspectedSession] = open_built,
+    read: Callable[[Library, Request, Sequence[Mapping[str, Any]]], dict[str, int]] = read_precision,
+) -> dict[str, Any]:
+    """Load the engine, read its precision back, run it once at each profile's optimum against the ONNX.
+
+    Args:
+        precision: what is known of it from the network.
+        open_engine: opens a session on what was built.
+        read: reads the precision of what the session's `information` tells.
 
     Raises:
         BuildError: where it computes in another precision than was asked for, or something else than its ONNX.
         EngineError: where it can't be loaded or run.
     """
-    reason = why_not_runnable(library, request.spec)
+    spec, reason = request.spec, why_not_runnable(library, request.spec)
     if reason is not None:
         report({"warn": f"the engine was built but not run: {reason}"})
-        check_precision(library, request.spec, precision.get("layers", {}))
+        check_precision(library, spec, precision.get("layers", {}))
         return {"unchecked": reason, "parity": []}
-    from sdtrt.backends.tensorrt.session import TensorRTSession
-
-    spec, device = request.spec, _current_gpu()
-    compatible = spec.version_compatible
-    with TensorRTSession(
-        request.plan, request.contract, backend=spec.backend, device=device, allow_host_code=compatible
-    ) as session:
-        parity = [_run_once(request, session, profile) for profile in spec.profiles]
-        layers = _read_precision(library, request, session.information())
+    reference = reference_of(request)
+    with open_engine(request) as session:
+        parity = [checking.run_once(request.contract, session, one.optimum, reference) for one in spec.profiles]
+        layers = read(library, request, session.information())
         scratch = session.scratch_bytes
     if spec.export.precision == "bf16":
         report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
@@ -68,31 +106,7 @@ def check(library: Library, request: Request, report: Report, precision: Mapping
     return {"unchecked": None, "parity": parity, "precision": found, "scratch_bytes": scratch}
 
 
-def _current_gpu() -> torch.device:
-    import torch
-
-    return torch.device("cuda")
-
-
-def _read_precision(library: Library, request: Request, information: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many computing layers of the built engine have each precision; the inspector's words are kept in a file.
-
-    The engine must compute in what was asked for, and so must each piece of it, but for one that runs once for a text
-    and those of few layers: these may be no more than a few products or one convolution, whose precision the builder
-    chooses by itself.
-    """
-    told = information[0] if len(information) == 1 else information
-    (request.folder / LAYERS_FILE).write_text(json.dumps(told, indent=1))
-    layers = [running.layer_precisions(one) for one in information]
-    whole = dict(sum(map(Counter, layers), Counter()))
-    check_precision(library, request.spec, whole)
-    for piece, found in zip(read_pieces(request.plan, request.contract), layers, strict=True):
-        if sum(found.values()) > FEW_LAYERS and not piece.is_of_conditioning:
-            check_precision(library, request.spec, found)
-    return whole
-
-
-def check_precision(library: Library, spec: BuildSpec, layers: Mapping[str, int]) -> None:
+def check_precision(library: Library, spec: BuildSpec, layers: Layers) -> None:
     """Raise `BuildError` for an engine that does not compute in what it was built for.
 
     fp16 quietly becoming fp32 is a known failure elsewhere; this is what finds it.
@@ -107,53 +121,30 @@ def check_precision(library: Library, spec: BuildSpec, layers: Mapping[str, int]
         )
 
 
-def _run_once(request: Request, session: TensorRTSession, profile: Profile) -> dict[str, Any]:
-    """Run the engine on seeded inputs and compare with ONNX Runtime on the CPU."""
-    from sdtrt.exports.feeds import seeded_feeds
-
-    sizes = profile.optimum
-    feeds = seeded_feeds(request.contract, sizes)
-    outputs = {name: tensor.cpu() for name, tensor in session.run(feeds).items()}
-    for name, tensor in outputs.items():
-        if not bool(tensor.isfinite().all()):
-            raise BuildError(
-                f"the engine's {name} has values that are not finite at {sizes}", hint="use --precision fp32"
-            )
-    return {"sizes": str(sizes), **_compare(request, feeds, outputs)}
-
-
-def _compare(
-    request: Request, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    """Worst figures over all outputs, against ONNX Runtime; nothing for bf16, which its CPU kernels lack."""
-    from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-    from sdtrt.common.metrics import cosine, max_abs, relative_l2
-
+def reference_of(request: Request) -> Reference | None:
+    """ONNX Runtime on the CPU, with what a request was built from; None for bf16, which its CPU kernels lack."""
     if request.spec.export.precision == "bf16":
-        return {}
+        return None
+    return Reference(
+        name="its ONNX",
+        compute=lambda feeds: _computed_by_onnx(request, feeds),
+        allowed=TOLERANCES[request.spec.export.precision],
+        hint="try --precision fp32 or another --optimization-level, and report the model and TensorRT version",
+    )
+
+
+def _computed_by_onnx(request: Request, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the ONNX gives. It is loaded for each size anew: no memory is held while the engine runs."""
+    import torch
+
+    from sdtrt.exports.onnx_run import load_model, run_model
+
+    names = [spec.name for spec in request.contract.outputs]
     try:
-        with OnnxRuntimeSession(request.onnx, request.contract, optimized=False) as session:
-            expected = session.run(feeds)
+        session = load_model(request.onnx, as_it_is=False, threads=torch.get_num_threads())
+        return run_model(session, request.onnx, feeds, names)
     except MemoryError as error:
         raise BuildError(
             "too little memory on the CPU to check the engine against its ONNX",
             hint="end other programs, or build for a smaller --batch, --height and --width",
         ) from error
-    pairs = [(outputs[name].float().numpy(), expected[name].float().numpy()) for name in expected]
-    figures = {
-        "relative_l2": max(relative_l2(*pair) for pair in pairs),
-        "cosine": min(cosine(*pair) for pair in pairs),
-        "max_abs": max(max_abs(*pair) for pair in pairs),
-    }
-    check_parity(request.spec, figures)
-    return figures
-
-
-def check_parity(spec: BuildSpec, figures: Mapping[str, float]) -> None:
-    """Raise `BuildError` for an engine that computes something else than its ONNX."""
-    allowed = TOLERANCES[spec.export.precision]
-    if not figures["relative_l2"] <= allowed:  # also where it is not a number
-        raise BuildError(
-            f"the engine differs from its ONNX: relative L2 error {figures['relative_l2']:.2e}, {allowed} is allowed",
-            hint="try --precision fp32 or another --optimization-level, and report the model and TensorRT version",
-        )

@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 from sdtrt.backends.tensorrt.versions import running
 from sdtrt.backends.tensorrt.versions.libraries import Library, Shape, ShapeRange
 from sdtrt.backends.tensorrt.versions.messages import REBUILD
-from sdtrt.backends.tensorrt86.pieces import Piece
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.entry import MALFORMED, read_sidecar
 from sdtrt.specs import SIZE_MULTIPLE
@@ -28,8 +27,7 @@ from sdtrt.specs.contract import (
     TensorSpec,
 )
 
-TENSORRT_FILE = "engine.plan"
-
+TENSORRT_FILE = "engine.plan"  # of an entry: its plan, the first where it has several
 Bounds = tuple[int, int, int]  # smallest, optimal, largest value of one dimension
 
 # What users call the dimensions, and how many of their units one of ours is.
@@ -67,6 +65,11 @@ class LoadedPlan:
     runtime: Any
     profiles: tuple[PlanProfile, ...]
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while contexts are made
+
+
+def list_file(plan: Path) -> Path:
+    """Where the list of an engine's plans lies, if there are several: what it lists runs by them all, and by no one."""
+    return plan.with_name(f"{plan.name}.json")
 
 
 def largest(spec: TensorSpec, profiles: Sequence[PlanProfile]) -> int:
@@ -150,14 +153,6 @@ def profile_of(contract: Contract, ranges: Mapping[str, ShapeRange]) -> PlanProf
         for axis, name in spec.dynamic_axes.items():
             bounds[name] = (low[axis], best[axis], high[axis])
     return PlanProfile(bounds)
-
-
-def profiles_of(contract: Contract, pieces: Sequence[Piece], plans: Sequence[LoadedPlan]) -> tuple[PlanProfile, ...]:
-    """The profiles of an engine: its plan's own, or where it has several the one size that they are for."""
-    if len(plans) == 1:
-        return plans[0].profiles
-    shapes = {spec.name: spec.shape({}) for piece in pieces for spec in piece.contract.inputs}
-    return (profile_of(contract, {spec.name: (shapes[spec.name],) * 3 for spec in contract.inputs}),)
 
 
 def choose_profile(profiles: Sequence[PlanProfile], sizes: Mapping[str, int], backend: str = "tensorrt") -> int:

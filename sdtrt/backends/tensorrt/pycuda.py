@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sdtrt.backends.session import Session, check_feeds
-from sdtrt.backends.tensorrt.plan import LoadedPlan, choose_profile, largest, load_plan, output_shape
+from sdtrt.backends.tensorrt.plan import LoadedPlan, choose_profile, largest, list_file, load_plan, output_shape
 from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.libraries import Shape
-from sdtrt.backends.tensorrt86.pieces import list_file
 from sdtrt.common.errors import EngineError
 from sdtrt.specs import Backend
 from sdtrt.specs.contract import Contract, TensorSpec

@@ -1,11 +1,13 @@
 """The group normalisations of an exported model: where they are, and whether they are what they seem.
 
-PyTorch's exporter spells one out: reshape to `[B,groups,-1]`, instance normalisation, reshape back, scale, shift. What
-is cut out (`build.splitting`) ends with the second reshape. `check` holds what was read against what the nodes compute.
+PyTorch's exporter spells one out: reshape to `[B,groups,-1]`, instance normalisation, reshape back, scale, shift.
+`find_spelled` finds them all. What is cut out (`cut`) ends with the second reshape, and `check` holds what was read
+against what the nodes compute; `norm_plugin` takes scale and shift as well.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,26 +31,70 @@ def sizes_of_norms(facts: Facts) -> list[int]:
     return [facts.bytes_of(name) for name in names if name in facts.types]
 
 
-def find_normalizations(facts: Facts) -> list[Normalization]:
-    """The group normalisations of images in fp16, in a graph's order."""
-    found = (_match(facts, node) for node in facts.makers.values() if node.op_type == OPERATOR)
+@dataclass(frozen=True)
+class SpelledNorm:
+    """A group normalisation without scale and shift, as PyTorch's exporter writes it.
+
+    Args:
+        split: the reshape to `[B,groups,-1]`.
+        norm: the instance normalisation.
+        join: the reshape back.
+        groups: of channels, as the first reshape's constant says.
+    """
+
+    split: onnx.NodeProto
+    norm: onnx.NodeProto
+    join: onnx.NodeProto
+    groups: int
+
+    @property
+    def source(self) -> str:
+        """The name of what is normalised."""
+        return str(self.split.input[0])
+
+    @property
+    def result(self) -> str:
+        """The name of what comes of it."""
+        return str(self.join.output[0])
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to a group's variance."""
+        return next((float(one.f) for one in self.norm.attribute if one.name == "epsilon"), DEFAULT_EPSILON)
+
+
+def find_spelled(facts: Facts) -> list[SpelledNorm]:
+    """The group normalisations of a graph, in its order, whatever their types and sizes."""
+    found = (_spelled(facts, node) for node in facts.makers.values() if node.op_type == OPERATOR)
     return [one for one in found if one is not None]
 
 
-def _match(facts: Facts, node: onnx.NodeProto) -> Normalization | None:
+def _spelled(facts: Facts, norm: onnx.NodeProto) -> SpelledNorm | None:
     """The group normalisation around an instance normalisation."""
-    split, join = facts.makers.get(node.input[0]), facts.only_taker(node.output[0], "Reshape")
+    split, join = facts.makers.get(norm.input[0]), facts.only_taker(norm.output[0], "Reshape")
     if split is None or split.op_type != "Reshape" or join is None:
         return None
-    source, result = split.input[0], join.output[0]
-    dims, by_groups = facts.dims.get(source, []), facts.dims.get(node.input[0], [])
-    if len(dims) != 4 or None in dims or facts.types.get(source) != onnx.TensorProto.FLOAT16:
-        return None  # no image in fp16 of a fixed size
-    groups = (by_groups[1] or 0) if len(by_groups) == 3 and by_groups[0] == dims[0] else 0
-    if groups < 1 or (dims[1] or 0) % groups or facts.dims.get(result) != dims:
-        return None
-    epsilon = next((one.f for one in node.attribute if one.name == "epsilon"), DEFAULT_EPSILON)
-    return Normalization(source, result, groups, epsilon)
+    shape = facts.values.get(split.input[1])
+    return SpelledNorm(split, norm, join, int(shape[1])) if shape is not None and shape.shape == (3,) else None
+
+
+def find_normalizations(facts: Facts) -> list[Normalization]:
+    """The group normalisations of images in fp16, in a graph's order."""
+    return [
+        Normalization(one.source, one.result, one.groups, one.epsilon)
+        for one in find_spelled(facts)
+        if _is_of_images(facts, one)
+    ]
+
+
+def _is_of_images(facts: Facts, norm: SpelledNorm) -> bool:
+    """Whether what is normalised is an image in fp16 of a fixed size, in groups of its channels."""
+    dims, by_groups = facts.dims.get(norm.source, []), facts.dims.get(norm.split.output[0], [])
+    if len(dims) != 4 or None in dims or facts.types.get(norm.source) != onnx.TensorProto.FLOAT16:
+        return False
+    if norm.groups < 1 or (dims[1] or 0) % norm.groups or by_groups[:2] != [dims[0], norm.groups]:
+        return False
+    return len(by_groups) == 3 and facts.dims.get(norm.result) == dims
 
 
 def check(facts: Facts, normalization: Normalization, opset: int) -> float:

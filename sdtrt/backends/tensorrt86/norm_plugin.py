@@ -14,9 +14,7 @@ out wrong by more than fp16's rounding; and its workspace is for 32 samples, wha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,8 +22,10 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt.exports import onnx_index, onnx_simplify
+from sdtrt.backends.tensorrt86.group_norms import SpelledNorm, find_spelled
+from sdtrt.exports import onnx_simplify
 from sdtrt.exports.onnx_file import Weights
+from sdtrt.exports.onnx_index import Facts
 
 OPERATOR = "GroupNorm"  # the plugin's name in TensorRT's registry; the parser looks operators up there
 GROUPS = 32  # the only number that it serves
@@ -64,7 +64,7 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
         model: an export's graph, changed in place; no ONNX operator set knows the new nodes.
         weights: the graph's; scales and shifts come in as fp32, which the plugin asks for.
     """
-    norms = _find(model.graph, _constants(model.graph, weights))
+    norms = _find(Facts(model, weights), weights)
     for number, norm in enumerate(norms):
         names = [f"group_norm.{number}.{kind}" for kind in ("scale", "shift")]
         for name, values in zip(names, (norm.scale, norm.shift), strict=True):
@@ -76,70 +76,43 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
     return len(norms)
 
 
-def _constants(graph: onnx.GraphProto, weights: Weights) -> dict[str, Array]:
-    """The values of all constants that may be a scale, a shift or a shape."""
-    values: dict[str, Array] = {}
-    for tensor in graph.initializer:
-        if tensor.name in weights and math.prod(tensor.dims) == max(tensor.dims):  # a vector, of whatever rank
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            values[tensor.name] = weights[tensor.name].view(dtype)
-        elif tensor.name not in weights:
-            values[tensor.name] = numpy_helper.to_array(tensor)
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    return values
-
-
-def _find(graph: onnx.GraphProto, constants: Mapping[str, Array]) -> list[_Norm]:
-    producers, takers = onnx_index.makers_of(graph), onnx_index.takers_of(graph)
-    norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
-    found = (_match(node, producers, takers, constants) for node in norms)
+def _find(facts: Facts, weights: Weights) -> list[_Norm]:
+    """The group normalisations that the plugin serves."""
+    found = (_match(facts, weights, one) for one in find_spelled(facts) if one.groups == GROUPS)
     return [norm for norm in found if norm is not None and serves(norm.scale.size)]
 
 
-def _match(
-    node: onnx.NodeProto,
-    producers: Mapping[str, onnx.NodeProto],
-    takers: Mapping[str, list[onnx.NodeProto]],
-    constants: Mapping[str, Array],
-) -> _Norm | None:
-    """The group normalisation around an instance normalisation, as PyTorch's TorchScript exporter writes it."""
-    split = producers.get(node.input[0])
-    if split is None or split.op_type != "Reshape" or _groups(split, constants) != GROUPS:
+def _match(facts: Facts, weights: Weights, spelled: SpelledNorm) -> _Norm | None:
+    """A group normalisation with the scale and the shift that come after it, and SiLU where that does."""
+    scaled = facts.only_taker(spelled.result, "Mul")
+    shifted = None if scaled is None else facts.only_taker(scaled.output[0], "Add")
+    if scaled is None or shifted is None:
         return None
-    chain = [node]
-    for operator in ("Reshape", "Mul", "Add"):
-        after = takers[chain[-1].output[0]]
-        if len(after) != 1 or after[0].op_type != operator:
-            return None
-        chain.append(after[0])
-    scale, shift = (_other(one, before, constants) for before, one in pairwise(chain[1:]))
+    scale = _other(facts, weights, scaled, spelled.result)
+    shift = _other(facts, weights, shifted, scaled.output[0])
     if scale is None or shift is None or scale.size != shift.size:
         return None
-    last, swish = _silu(chain[-1], takers)
-    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    return _Norm(split.input[0], last, scale.reshape(-1), shift.reshape(-1), epsilon, swish)
+    last, swish = _silu(facts, shifted)
+    return _Norm(spelled.source, last, scale.reshape(-1), shift.reshape(-1), spelled.epsilon, swish)
 
 
-def _groups(split: onnx.NodeProto, constants: Mapping[str, Array]) -> int | None:
-    """Into how many groups a reshape to [B,G,-1] splits the channels."""
-    shape = constants.get(split.input[1])
-    return int(shape[1]) if shape is not None and shape.shape == (3,) else None
+def _other(facts: Facts, weights: Weights, node: onnx.NodeProto, before: str) -> Array | None:
+    """The constant that a node of two inputs takes beside another node's output; None where that is no vector."""
+    names = [name for name in node.input if name != before]
+    if len(names) != 1 or names[0] not in weights:
+        return facts.values.get(names[0]) if len(names) == 1 else None
+    dims = [dim or 0 for dim in facts.dims[names[0]]]
+    if math.prod(dims) != max(dims):  # a vector may be of any rank
+        return None
+    return weights[names[0]].view(onnx.helper.tensor_dtype_to_np_dtype(facts.types[names[0]]))
 
 
-def _other(node: onnx.NodeProto, before: onnx.NodeProto, constants: Mapping[str, Array]) -> Array | None:
-    """The constant that a node of two inputs takes beside another node's output."""
-    names = [name for name in node.input if name != before.output[0]]
-    return constants.get(names[0]) if len(names) == 1 else None
-
-
-def _silu(node: onnx.NodeProto, takers: Mapping[str, list[onnx.NodeProto]]) -> tuple[onnx.NodeProto, bool]:
+def _silu(facts: Facts, node: onnx.NodeProto) -> tuple[onnx.NodeProto, bool]:
     """The node that ends a SiLU of a node's output, and True; the node itself where there is none."""
     value = node.output[0]
-    kinds = {taker.op_type: taker for taker in takers[value]}
-    if len(takers[value]) == 2 and kinds.keys() == {"Sigmoid", "Mul"}:
+    kinds = {taker.op_type: taker for taker in facts.takers[value]}
+    if len(facts.takers[value]) == 2 and kinds.keys() == {"Sigmoid", "Mul"}:
         product, gate = kinds["Mul"], kinds["Sigmoid"].output[0]
-        if set(product.input) == {value, gate} and len(takers[gate]) == 1:
+        if set(product.input) == {value, gate} and len(facts.takers[gate]) == 1:
             return product, True
     return node, False

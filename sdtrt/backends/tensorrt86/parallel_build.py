@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.tensorrt.build import Report, Request, run_worker
+from sdtrt.backends.tensorrt.build import Report, run_worker
+from sdtrt.backends.tensorrt86.build import WORKER, PieceRequest
 from sdtrt.common import host
 from sdtrt.common.errors import BuildMemoryShortage, MemoryShortage
 
@@ -28,7 +29,7 @@ GPU_BYTES = 2**33  # of free memory, for each builder that runs beside others: w
 Found = dict[int, dict[str, Any]]  # by the number of a piece: what its builder has told
 
 
-def build(pieces: Sequence[Request], log: Path, report: Report) -> list[dict[str, Any]]:
+def build(pieces: Sequence[PieceRequest], log: Path, report: Report) -> list[dict[str, Any]]:
     """Build pieces side by side, and where memory is too short for that, one at a time.
 
     Args:
@@ -70,7 +71,7 @@ def _give_back() -> None:
 class _Crew:
     """Builders that run side by side, and end together when one fails."""
 
-    def __init__(self, pieces: Sequence[Request], log: Path, report: Report, found: Found) -> None:
+    def __init__(self, pieces: Sequence[PieceRequest], log: Path, report: Report, found: Found) -> None:
         self._pieces, self._log, self._report, self._found = pieces, log, report, found
         self._lock = threading.Lock()
         self._children: list[subprocess.Popen[bytes]] = []
@@ -96,12 +97,12 @@ class _Crew:
         if self._failure is not None:
             raise self._failure
 
-    def _build(self, piece: Request) -> dict[str, Any] | None:
+    def _build(self, piece: PieceRequest) -> dict[str, Any] | None:
         """What a piece's builder tells; None where that or another one has failed."""
         if self._has_ended:
             return None
         try:
-            return run_worker(piece, self._pass_on, self._add)
+            return run_worker(piece, self._pass_on, worker=WORKER, leads_group=False, started=self._add)
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -136,7 +137,7 @@ class _Crew:
         if is_new:
             self._report(message)
 
-    def _join_log(self, piece: Request) -> None:
+    def _join_log(self, piece: PieceRequest) -> None:
         """Move a piece's messages to those of the others. Where the disk is full, they stay where they are."""
         with suppress(OSError), self._lock:
             with self._log.open("ab") as log, piece.log.open("rb") as own:
@@ -145,6 +146,6 @@ class _Crew:
             piece.log.unlink()
 
 
-def _weight(piece: Request) -> int:
+def _weight(piece: PieceRequest) -> int:
     """The bytes of a piece's ONNX, which are its weights: the more, the longer it takes to build."""
     return sum(file.stat().st_size for file in piece.onnx.parent.glob(f"{piece.onnx.name}*"))

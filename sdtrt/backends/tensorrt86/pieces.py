@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdtrt.backends.tensorrt.plan import LoadedPlan, list_file, load_plan
+from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.backends.tensorrt.versions.messages import REBUILD
 from sdtrt.common.errors import EngineError
 from sdtrt.common.files import read_small_file
-from sdtrt.engines.entry import MALFORMED, SIDECAR_BYTES
+from sdtrt.engines.entry import MALFORMED, SIDECAR_BYTES, Entry
 from sdtrt.specs.contract import CONDITIONING, ITEM_BYTES, Attention, Contract, TensorSpec
 
 
@@ -99,11 +101,6 @@ def piece_file(plan: Path, number: int) -> Path:
     return plan.with_name(f"{plan.name}.{number}") if number else plan
 
 
-def list_file(plan: Path) -> Path:
-    """Where the list of an engine's pieces lies, if there are several."""
-    return plan.with_name(f"{plan.name}.json")
-
-
 def write_pieces(plan: Path, pieces: Sequence[Piece]) -> None:
     """Write the list of an engine's pieces."""
     data = [
@@ -133,6 +130,25 @@ def read_pieces(plan: Path, contract: Contract) -> tuple[Piece, ...]:
     except (*MALFORMED, OSError) as error:
         raise EngineError(f"{file} does not list the engine's pieces: {error}", hint=REBUILD) from error
     return pieces
+
+
+def check_list(entry: Entry, plan: Path) -> None:
+    """Refuse a list of pieces that is not the entry's: nobody has checked its content."""
+    if list_file(plan).name not in entry.files and list_file(plan).exists():
+        raise EngineError(f"{list_file(plan)} is not among the files of {entry.name}", hint=entry.removal)
+
+
+def load_pieces(
+    pieces: Sequence[Piece], library: Library, device: int, *, allow_host_code: bool = False
+) -> tuple[LoadedPlan, ...]:
+    """Load an engine's plans onto the current GPU, or share those that this process has loaded already (`load_plan`).
+
+    Raises:
+        EngineError: when one can't be loaded here, or is another component's.
+    """
+    return tuple(
+        load_plan(piece.plan, piece.contract, library, device, allow_host_code=allow_host_code) for piece in pieces
+    )
 
 
 def _piece(plan: Path, data: Mapping[str, Any]) -> Piece:

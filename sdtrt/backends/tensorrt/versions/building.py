@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtrt.backends.tensorrt.versions import weak_typing
 from sdtrt.backends.tensorrt.versions.libraries import (
     Library,
     ShapeRange,
@@ -14,14 +15,10 @@ from sdtrt.backends.tensorrt.versions.libraries import (
 )
 from sdtrt.backends.tensorrt.versions.messages import explain
 from sdtrt.backends.tensorrt.versions.network import Draft
-from sdtrt.backends.tensorrt.versions.weak_typing import MAX_OPSET_8, default_level, fp32_layers, onnx_node
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError
 from sdtrt.common.files import read_small_file
-from sdtrt.specs import BuildSpec, Precision
-
-# Parsers of 8.6.0 under the bindings of 8.6.1: virtual functions came in before the destructor, which would miss.
-_NEVER_FREED: list[Any] = []
+from sdtrt.specs import BuildSpec
 
 
 def parse_onnx(library: Library, onnx: Path) -> Draft:
@@ -41,7 +38,7 @@ def parse_onnx(library: Library, onnx: Path) -> Draft:
     if library.has("parser flags"):
         parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # norm statistics in fp32; needed for portable plans
     else:
-        _NEVER_FREED.append(parser)
+        weak_typing.NEVER_FREED.append(parser)
     if not parser.parse_from_file(str(onnx)):
         problems = [parser.get_error(index) for index in range(parser.num_errors)]
         reasons = [_describe_problem(library, problem, onnx) for problem in problems] or library.log.errors(mark)
@@ -65,27 +62,15 @@ def _describe_problem(library: Library, problem: Any, onnx: Path) -> str:
     if library.has("parser node names"):
         name, operator = problem.node_name(), problem.node_operator()
     else:
-        name, operator = onnx_node(onnx, problem.node())
+        name, operator = weak_typing.onnx_node(onnx, problem.node())
     node = f"node {name or problem.node()}" + (f" ({operator})" if operator else "")
     return f"{node}: {problem.desc()}"
 
 
 def _parse_hint(library: Library, onnx: Path) -> str:
     """What may help against a parse error."""
-    if not library.has("strong typing") and (opset := _onnx_opset(onnx)) > MAX_OPSET_8:
-        return f"{library.name} reads ONNX opsets up to {MAX_OPSET_8}, this is {opset}: use --exporter torchscript"
-    return "export it again: sdtrt export --force, or use --exporter torchscript"
-
-
-def _onnx_opset(onnx: Path) -> int:
-    """The opset of an ONNX file's main domain, 0 where it can't be read."""
-    import onnx as onnx_library
-
-    try:
-        model = onnx_library.load(str(onnx), load_external_data=False)
-    except Exception:
-        return 0
-    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    hint = "export it again: sdtrt export --force, or use --exporter torchscript"
+    return hint if library.has("strong typing") else weak_typing.parse_hint(library, onnx) or hint
 
 
 TIMINGS_BYTES = 2**28  # at most, of a timing cache
@@ -112,21 +97,18 @@ def configure(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then tells precisions; runs as fast
     if spec.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
-    level = spec.optimization_level if spec.optimization_level is not None else default_level(library)
-    if level is not None:
-        config.builder_optimization_level = level
+    if spec.optimization_level is not None:
+        config.builder_optimization_level = spec.optimization_level
     if spec.export.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and not what was asked for
     if spec.version_compatible:
         _make_version_compatible(library, config)
-    if library.has("external tactics by default"):
-        kept = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
-        config.set_tactic_sources(sum(1 << int(source) for source in kept))
-    if library.has("profile sharing on request"):
-        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if library.has("named compute capability"):
         _set_compute_capability(library, config, spec.compute_capability)
-    _set_precision(draft, config, spec.export.precision, fp32_nodes)
+    if spec.export.precision == "bf16" and not library.has("bfloat16"):
+        raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
+    if library.has("weak typing"):  # else the ONNX's own types say what is computed in which
+        weak_typing.configure(draft, config, spec, fp32_nodes)
     for shapes in profiles:
         _add_profile(builder, config, shapes)
     return config
@@ -156,21 +138,6 @@ def _set_compute_capability(library: Library, config: Any, wanted: tuple[int, in
         )
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
-
-
-def _set_precision(draft: Draft, config: Any, precision: Precision, fp32_nodes: Collection[str]) -> None:
-    """Let the engine compute in `precision`. With strong typing the ONNX's own types already say so."""
-    library = draft.library
-    if precision == "bf16" and not library.has("bfloat16"):
-        raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
-    if library.has("strong typing") or precision == "fp32":
-        return
-    trt = library.module
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-    for layer in fp32_layers(draft, fp32_nodes):
-        layer.precision = trt.DataType.FLOAT
-        layer.set_output_type(0, trt.DataType.FLOAT)
 
 
 def _add_profile(builder: Any, config: Any, shapes: Mapping[str, ShapeRange]) -> None:

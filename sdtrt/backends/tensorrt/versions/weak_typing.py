@@ -1,4 +1,7 @@
-"""What only weakly typed networks need, as TensorRT 8.6's are."""
+"""What TensorRT 8.6 alone must be told, whose networks are weakly typed; `building` calls it where 8.6 is.
+
+On the day 8.6 is dropped this file goes, and its calls there.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.tensorrt.versions.libraries import (
-    Library,
-)
+from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.backends.tensorrt.versions.network import COMPUTING, Draft
+from sdtrt.specs import BuildSpec
 
+DEFAULT_LEVEL = 1  # the builder's effort where nobody asks for one: see `configure`
+# Parsers of 8.6.0 under the bindings of 8.6.1: virtual functions came in before the destructor, which would miss.
+NEVER_FREED: list[Any] = []
 MAX_OPSET_8 = 17  # the newest ONNX opset that TensorRT 8.6's parser reads
 
 
@@ -33,6 +38,49 @@ def onnx_node(onnx: Path, index: int) -> tuple[str, str]:
     return node.name, node.op_type
 
 
+def parse_hint(library: Library, onnx: Path) -> str | None:
+    """What helps against a parse error where an ONNX file's opset is too new; None where it is not."""
+    if (opset := _onnx_opset(onnx)) <= MAX_OPSET_8:
+        return None
+    return f"{library.name} reads ONNX opsets up to {MAX_OPSET_8}, this is {opset}: use --exporter torchscript"
+
+
+def _onnx_opset(onnx: Path) -> int:
+    """The opset of an ONNX file's main domain, 0 where it can't be read."""
+    import onnx as onnx_library
+
+    try:
+        model = onnx_library.load(str(onnx), load_external_data=False)
+    except Exception:
+        return 0
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def configure(draft: Draft, config: Any, spec: BuildSpec, fp32_nodes: Collection[str]) -> None:
+    """Tell a builder's configuration what later versions do by themselves, or take from the network's types.
+
+    Where nobody asks for an effort it is 1: UNets of Stable Diffusion 1.5's size were built and timed with that; level
+    2 made none of the parts that were tried faster, and 3, 8.6's own, did not end in the time that there was
+    (`benchmarks/tuning.md`).
+
+    Args:
+        fp32_nodes: the ONNX nodes that compute in fp32.
+    """
+    trt = draft.library.module
+    if spec.optimization_level is None:
+        config.builder_optimization_level = DEFAULT_LEVEL
+    kept = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+    config.set_tactic_sources(sum(1 << int(source) for source in kept))
+    config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    if spec.export.precision == "fp32":
+        return
+    config.set_flag(trt.BuilderFlag.FP16)
+    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    for layer in fp32_layers(draft, fp32_nodes):
+        layer.precision = trt.DataType.FLOAT
+        layer.set_output_type(0, trt.DataType.FLOAT)
+
+
 CHANNELS_TOGETHER = 8  # of a tensor that lies channels last
 
 
@@ -53,15 +101,6 @@ def lay_channels_last(draft: Draft, names: Collection[str]) -> None:
     for tensor in tensors:
         if tensor.name in names:
             tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
-
-
-def default_level(library: Library) -> int | None:
-    """The builder's effort where nobody asks for one: the library's own, but of 8.6.
-
-    There, 1 is what UNets of Stable Diffusion 1.5's size were built and timed with; level 2 made none of the parts that
-    were tried faster, and 3, its own, did not end in the time that there was (`benchmarks/tuning.md`).
-    """
-    return 1 if library.has("weak typing") else None
 
 
 def fp32_layers(draft: Draft, nodes: Collection[str]) -> list[Any]:
