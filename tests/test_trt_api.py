@@ -1,4 +1,4 @@
-"""trt_api: what it asks of TensorRT exists in every version that it asks; what TensorRT says is understood."""
+"""`versions`: what it asks of TensorRT exists in every version that it asks; what TensorRT says is understood."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine's pieces, built side by side in processes (`build.crew`): what they make, and that none is left behind."""
+"""An engine's pieces, built side by side in processes (`parallel_build`): what they make, and that none is left."""
 
 import json
 import os

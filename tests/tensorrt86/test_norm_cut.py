@@ -1,4 +1,4 @@
-"""Cutting a VAE's halves at their large group normalisations (`build.normalizations`), which are PyTorch's then."""
+"""Cutting a VAE's halves at their large group normalisations (`group_norms`), which are PyTorch's then."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Cutting a UNet at its self-attentions (`build.splitting`), and the pieces with PyTorch's between them."""
+"""Cutting a UNet at its self-attentions (`cut`), and the pieces with PyTorch's between them."""
 
 import json
 from dataclasses import replace

@@ -48,8 +48,8 @@ Dims = Sequence[int | None]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a model: its graph, and the cuts to compute after it."""
+class Slice:
+    """What a piece is built from: a part of a model's graph, and the cuts to compute after it."""
 
     model: onnx.ModelProto
     weights: Weights
@@ -123,8 +123,8 @@ def split(
     facts: Facts,
     cuts: Sequence[Cut],
     conditioning: Collection[str] = (),
-) -> tuple[Part, ...]:
-    """Cut a graph into parts; the three projections of an attention become one matrix product where they can.
+) -> tuple[Slice, ...]:
+    """Cut a graph into slices; the three projections of an attention become one matrix product where they can.
 
     Args:
         model, weights: an exported graph; both are changed, and of no use afterwards.
@@ -157,9 +157,9 @@ def _check(facts: Facts, cut: Cut, opset: int) -> None:
         check_normalization(facts, cut, opset)
 
 
-def check_fixed(parts: Iterable[Part]) -> None:
+def check_fixed(slices: Iterable[Slice]) -> None:
     """Raise `ValueError` where something that crosses has no fixed size."""
-    for spec in (spec for part in parts for spec in (*part.inputs, *part.outputs)):
+    for spec in (spec for one in slices for spec in (*one.inputs, *one.outputs)):
         if spec.dynamic_axes:
             raise ValueError(f"the size of {spec.name} does not follow from the model's inputs")
 
@@ -298,7 +298,7 @@ def _assemble(
     partition: Partition,
     cuts: Sequence[Cut],
     stage: int,
-) -> Part:
+) -> Slice:
     """The piece of one stage."""
     graph = model.graph
     nodes = _nodes_of(graph, partition, stage)
@@ -313,7 +313,7 @@ def _assemble(
     )
     # What a mark waits for may be made by several pieces: it runs after the last of them.
     after = [cut for cut in cuts if partition.stages[cut.result] == stage + 1]
-    return Part(
+    return Slice(
         model=onnx.helper.make_model(part, opset_imports=list(model.opset_import), ir_version=model.ir_version),
         weights={tensor.name: weights[tensor.name] for tensor in kept if tensor.name in weights},
         inputs=tuple(_spec(facts, name) for name in inputs),

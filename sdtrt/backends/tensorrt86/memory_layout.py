@@ -2,7 +2,7 @@
 
 A step is what runs at once: each plan is one, and what PyTorch computes after it is the next.
 
-What plans alone write and read may lie channels last (`build.splitting.channels_last`). That changes nothing here: it
+What plans alone write and read may lie channels last (`cut.channels_last`). That changes nothing here: it
 has as many bytes, and they are all that is asked of such a tensor.
 """
 

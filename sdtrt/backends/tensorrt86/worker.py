@@ -23,7 +23,7 @@ from sdtrt.backends.tensorrt.versions.network import Draft
 from sdtrt.backends.tensorrt86 import cut as cutting
 from sdtrt.backends.tensorrt86 import norm_plugin, parallel_build, policy, precision
 from sdtrt.backends.tensorrt86.build import PieceRequest, open_built
-from sdtrt.backends.tensorrt86.cut import Part
+from sdtrt.backends.tensorrt86.cut import Slice
 from sdtrt.backends.tensorrt86.pieces import Cut, Piece, piece_file, write_pieces
 from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.exports import onnx_file
@@ -178,22 +178,22 @@ class _Source:
 
 
 def _sources(request: Request, folder: Path, report: Report) -> tuple[_Source, ...]:
-    """What to build: the exported model, or its parts between what is left to PyTorch, written to a folder."""
-    parts = _parts(request, report)
-    if not parts:
+    """What to build: the exported model, or its slices between what is left to PyTorch, written to a folder."""
+    slices = _slices(request, report)
+    if not slices:
         return (_Source(request.onnx, Piece(request.plan, request.contract)),)
     found: list[_Source] = []
-    while parts:  # one at a time: saving a part copies its weights
-        part, number = parts.pop(0), len(found)
+    while slices:  # one at a time: saving one copies its weights
+        one, number = slices.pop(0), len(found)
         onnx = folder / f"{number}.onnx"
-        onnx_file.save(part.model, part.weights, onnx)
-        contract = Contract(request.contract.component, request.contract.precision, part.inputs, part.outputs)
-        found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, part.cuts)))
+        onnx_file.save(one.model, one.weights, onnx)
+        contract = Contract(request.contract.component, request.contract.precision, one.inputs, one.outputs)
+        found.append(_Source(onnx, Piece(piece_file(request.plan, number), contract, one.cuts)))
     return tuple(found)
 
 
-def _parts(request: Request, report: Report) -> list[Part]:
-    """The exported model's parts; none where it is built as it is. Says why, where parts were asked for."""
+def _slices(request: Request, report: Report) -> list[Slice]:
+    """The exported model's slices; none where it is built as it is. Says why, where slices were asked for."""
     spec, asked = request.spec, bool(request.spec.split_attention)
     tokens, norms = policy.split_tokens(spec), policy.splits_norms(spec)
     if not (tokens or norms):
@@ -211,15 +211,15 @@ def _parts(request: Request, report: Report) -> list[Part]:
             report({"warn": f"no self-attention is of {tokens} tokens or more: none is left to PyTorch"})
         return []
     try:
-        parts = list(cutting.split(model, weights, facts, cuts, CONDITIONING))
-        cutting.check_fixed(parts)
+        slices = list(cutting.split(model, weights, facts, cuts, CONDITIONING))
+        cutting.check_fixed(slices)
     except ValueError as error:
         if asked:
             raise BuildError(str(error), hint="leave attention to TensorRT: --split-attention 0") from error
         kept = "group normalisations are left to TensorRT, which takes more of the GPU's memory"
         report({"warn": f"{kept if norms else 'attention is left to TensorRT, which is slower here'}: {error}"})
         return []
-    return parts
+    return slices
 
 
 def _build_plan(library: Library, request: Request, report: Report) -> worker.Found:
