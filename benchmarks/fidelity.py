@@ -34,7 +34,7 @@ from unittest.mock import patch
 
 import torch
 
-from sdtrt.backends.build import FORMATS
+from sdtrt.backends import registry
 from sdtrt.backends.onnxruntime.build import optimize
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.backends.session import Session
@@ -52,7 +52,7 @@ from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.loading import load_unet
 from sdtrt.models.resolve import resolve_model
 from sdtrt.reports.meters import time_queued_calls
-from sdtrt.specs import Backend, BuildSpec, ExportSpec, ModelSpec, Profile, Sizes
+from sdtrt.specs import AUTO, BackendName, BuildSpec, ExportSpec, ModelSpec, Profile, Sizes
 from sdtrt.specs.contract import Contract, TensorSpec, unet_contract
 
 TIMESTEPS = (981.0, 701.0, 421.0, 141.0, 1.0)
@@ -95,7 +95,7 @@ class Variant:
         return self.folder / "build.json"
 
 
-def device_of(backend: Backend) -> torch.device:
+def device_of(backend: BackendName) -> torch.device:
     """Where a backend runs."""
     return torch.device("cpu" if backend == "onnxruntime" else "cuda")
 
@@ -120,7 +120,7 @@ def build(variant: Variant, contract: Contract, args: argparse.Namespace) -> dic
 
 
 @contextmanager
-def opened(variant: Variant, contract: Contract, backend: Backend) -> Iterator[Session[torch.Tensor]]:
+def opened(variant: Variant, contract: Contract, backend: BackendName) -> Iterator[Session[torch.Tensor]]:
     """A variant's engine, running."""
     if backend == "onnxruntime":
         with OnnxRuntimeSession(variant.folder / "engine.onnx", contract) as session:
@@ -178,7 +178,10 @@ def kernels(call: Callable[[], Any], repeats: int = 10) -> list[dict[str, Any]]:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder with engines that another sdtrt has built: of the same name, they would be taken for today's."""
-    file, formats = folder / "formats.json", {"export": keys.FORMAT, "build": dict(FORMATS)}
+    file, formats = (
+        folder / "formats.json",
+        {"export": keys.FORMAT, "build": {one.name: one.format for one in registry.candidates(AUTO) if one.source}},
+    )
     known = json.loads(file.read_text()) if file.exists() else None
     if known != formats and (known is not None or any(folder.glob("*/build.json"))):
         sys.exit(f"{folder} has engines of another sdtrt: name another --folder")

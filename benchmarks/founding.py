@@ -31,7 +31,7 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import Timing, nvml, time_calls, time_queued_calls
-from sdtrt.specs import Backend, ModelSpec, Precision, Sizes
+from sdtrt.specs import BackendName, ModelSpec, Precision, Sizes
 from sdtrt.specs.contract import unet_contract
 
 STEPS, STRENGTH = 50, 0.8
@@ -53,7 +53,7 @@ class Task:
 
 
 TASKS = (Task("txt2img", 512, 512), Task("img2img", 512, 512), Task("img2img", 512, 768))
-BACKENDS: tuple[tuple[Backend, Precision, int], ...] = (("torch", "fp32", 3), ("tensorrt", "fp16", 10))
+BACKENDS: tuple[tuple[BackendName, Precision, int], ...] = (("torch", "fp32", 3), ("tensorrt", "fp16", 10))
 
 
 def pipeline_call(opened: OpenPipeline, task: Task) -> Callable[[], Any]:
@@ -79,7 +79,7 @@ def unet_step_ms(opened: OpenPipeline) -> Timing:
 
 
 def measure(
-    task: Task, backend: Backend, precision: Precision, repeats: int, args: argparse.Namespace
+    task: Task, backend: BackendName, precision: Precision, repeats: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One row."""
     torch.cuda.reset_peak_memory_stats()

@@ -40,7 +40,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
-from sdtrt.specs import Backend, Precision, Sizes
+from sdtrt.specs import BackendName, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 
@@ -506,7 +506,7 @@ def _ldm_vae_value(key: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def unet_engine(
-    model: Model, backend: Backend, precision: Precision, sizes: Sizes, directory: EngineDirectory, **options: Any
+    model: Model, backend: BackendName, precision: Precision, sizes: Sizes, directory: EngineDirectory, **options: Any
 ) -> Entry:
     """The UNet's engine, as `ensure_engines` finds or makes it."""
     return engines.ensure_engines(model, backend, precision, sizes, directory, ("unet",), **options)["unet"]

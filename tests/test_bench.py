@@ -591,7 +591,7 @@ def test_on_a_cpu_the_miniature_is_faster_than_pytorch(engine_dir, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.timeout(1200)  # builds the engines
 def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
-    backend = next((name for name in registry.TENSORRT_BACKENDS if registry.why_not(name) is None), "torch")
+    backend = next((one.name for one in registry.with_engines_on_gpu() if one.why_not() is None), "torch")
     spec = BenchSpec(ModelSpec(str(small)), backend=backend, tasks=("txt2img",), steps=5, repeats=3)
     report = run_bench(spec, directory, QUIET, "")
     rows = {row.runner.baseline.name: row for row in report.rows if row.runner.baseline is not None}

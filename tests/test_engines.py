@@ -16,8 +16,9 @@ import torch
 
 from sdtrt.backends import build as engine_build
 from sdtrt.backends import registry
-from sdtrt.backends.build import host_key
+from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.backends.open import open_session
+from sdtrt.backends.tensorrt.backend import TensorRT
 from sdtrt.backends.tensorrt86 import policy
 from sdtrt.cli.main import main
 from sdtrt.common import host
@@ -71,12 +72,12 @@ def test_auto_goes_by_what_pytorch_and_tensorrt_can_do_here(capsys, monkeypatch)
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
     assert registry.choose_backend("auto", Console()) == "onnxruntime"
     assert "this PyTorch can't use it" in capsys.readouterr().err
-    monkeypatch.setattr(registry, "torch_sees_gpu", lambda: True)
-    monkeypatch.setattr(registry, "why_not", lambda backend: EngineError("it is broken", hint="mend it"))
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(TensorRT, "why_not", lambda self: EngineError("it is broken", hint="mend it"))
     assert registry.choose_backend("auto", Console(verbose=True)) == "torch"
     assert "not tensorrt: it is broken" in capsys.readouterr().err
-    monkeypatch.setattr(registry, "why_not", lambda backend: None)
-    monkeypatch.setattr(registry, "backend_version", lambda backend: "10.13.3")
+    monkeypatch.setattr(TensorRT, "why_not", lambda self: None)
+    monkeypatch.setattr(TensorRT, "version", lambda self: "10.13.3")
     assert registry.choose_backend("auto", Console()) == "tensorrt"
     assert "Some RTX, TensorRT 10.13.3" in capsys.readouterr().err
 
@@ -87,9 +88,12 @@ def test_a_named_backend_is_taken_as_it_is(capsys):
 
 
 def test_an_engine_is_built_once_and_serves_other_sizes(model, directory, entry):
-    assert find.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
+    assert (
+        find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", Sizes(5, 72, 104, 154), directory)
+        == entry
+    )
     assert factories.unet_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
-    assert find.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
+    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp16", SMALL, directory) is None
 
 
 def test_the_engine_computes_what_pytorch_computes(model, entry):
@@ -207,9 +211,12 @@ def test_engines_of_all_components_are_built_once_and_found_again(model, tmp_pat
 
 
 def test_an_engine_of_another_component_is_never_taken(model, directory, entry):
-    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
+    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) == entry
     for component in ("text_encoder", "vae_decoder", "vae_encoder"):
-        assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
+        assert (
+            find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory, component)
+            is None
+        )
 
 
 def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
@@ -218,15 +225,17 @@ def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
     made = engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
     assert [entry.key["precision"] for entry in made.values()] == ["fp16", "fp32"]
     assert engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
-    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
+    assert (
+        find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, found, "vae_decoder")
+        == made["vae_decoder"]
+    )
 
 
 @pytest.fixture
 def run_build(monkeypatch):
     """Run a command as the shell would, TensorRT left out: its engines are empty. Returns their specs by component."""
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
-    for module in (engine_build, registry):
-        monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
+    monkeypatch.setattr(TensorRT, "version", lambda self: "8.6.1")
     specs = {}
 
     def publish(model, spec, directory, console):
@@ -304,8 +313,7 @@ def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_buil
 
 def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, tmp_path):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some GPU", (8, 9), 2**34),))
-    for module in (engine_build, registry):
-        monkeypatch.setattr(module, "backend_version", lambda backend: "8.6.1")
+    monkeypatch.setattr(TensorRT, "version", lambda self: "8.6.1")
     found = EngineDirectory(tmp_path / "engines")
     profiles = (Profile.of(Sizes(2, 512, 512)),)
     for component in ("text_encoder", "vae_decoder"):
@@ -314,7 +322,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
 
     def finds(component, sizes):
         own = components.sizes_of(component, sizes)
-        return find.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
+        return find.find_engine(model, registry.get("tensorrt").runs_here(), "fp16", own, found, component) is not None
 
     assert finds("text_encoder", Sizes(2, 768, 512))
     assert finds("vae_decoder", Sizes(1, 512, 512))
@@ -327,14 +335,14 @@ def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
     options = dict(first.key["options"])
     for level in range(3):  # whichever way their names sort
         made = found.obtain("engine", dict(first.key) | {"options": options | {"level": level}}, _empty)
-        assert find.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
+        assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, found) == made
 
 
 def test_an_engine_of_an_older_build_format_is_not_used(model, directory, entry, monkeypatch):
-    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
+    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) is not None
     assert not registry.is_foreign(entry)
-    monkeypatch.setattr(registry, "FORMATS", engine_build.FORMATS | {"onnxruntime": entry.key["format"] + 1})
-    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    monkeypatch.setattr(OnnxRuntime, "format", entry.key["format"] + 1)
+    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) is None
     assert registry.is_foreign(entry)
 
 
@@ -389,9 +397,10 @@ def test_the_tightest_profile_wins():
 
 def test_an_engine_is_bound_to_what_its_backend_needs(monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
-    assert host_key("tensorrt") == {"gpu": "Some RTX", "compute_capability": [8, 9]}
-    assert host_key("tensorrt-rtx") == host_key("tensorrt-rtx", (8, 9)), "built ahead of time elsewhere, it serves here"
-    assert set(host_key("onnxruntime")) == {"processor", "instructions"}
+    assert registry.get("tensorrt").host_key() == {"gpu": "Some RTX", "compute_capability": [8, 9]}
+    rtx = registry.get("tensorrt-rtx")
+    assert rtx.host_key() == rtx.host_key((8, 9)), "built ahead of time elsewhere, it serves here"
+    assert set(registry.get("onnxruntime").host_key()) == {"processor", "instructions"}
 
 
 def test_an_export_of_another_format_is_foreign(model, directory, entry, monkeypatch):
@@ -418,9 +427,9 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
 
 def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkeypatch):
     assert not registry.is_foreign(entry)
-    monkeypatch.setattr(registry, "backend_version", lambda backend: "0.0")
+    monkeypatch.setattr(OnnxRuntime, "version", lambda self: "0.0")
     assert registry.is_foreign(entry)
-    assert find.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
+    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) is None
 
 
 @pytest.mark.parametrize(("version", "runs"), [("8.6.1", True), ("10.15.1.29", True), ("8.5.3", False)])
@@ -430,11 +439,11 @@ def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp
     export = ExportSpec(model.spec)
     for compatible in (True, False):
         spec = BuildSpec(export, "tensorrt", (Profile.of(SMALL),), version_compatible=compatible)
-        monkeypatch.setattr(engine_build, "backend_version", lambda backend: "8.6.1")
+        monkeypatch.setattr(TensorRT, "version", lambda self: "8.6.1")
         made = found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
-        monkeypatch.setattr(registry, "backend_version", lambda backend: version)
+        monkeypatch.setattr(TensorRT, "version", lambda self: version)
         assert registry.is_foreign(made) != (runs if compatible else version == "8.6.1")
-    best = find.find_engine(model, "tensorrt", "fp16", SMALL, found)
+    best = find.find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SMALL, found)
     assert (best is not None) == runs
 
 

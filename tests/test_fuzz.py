@@ -107,7 +107,7 @@ def use_everything(directory, model):
     resolved = resolve_model(ModelSpec(str(model)))
     list(directory.check())
     directory.prunable(PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), registry.is_foreign)
-    entry = find.find_engine(resolved, "onnxruntime", "fp32", SIZES, directory)
+    entry = find.find_engine(resolved, registry.get("onnxruntime").runs_here(), "fp32", SIZES, directory)
     for found in directory.entries():
         json.dumps(found.to_json())
         with only_clean_errors():

@@ -17,11 +17,11 @@ import pytest
 import torch
 from trt_fakes import CONTRACT, FakeCuda, fake_gpu, fake_library, profile_shapes, write_plan
 
-from sdtrt.backends import open as backend_open
-from sdtrt.backends.build import FORMATS, host_key
+from sdtrt.backends import registry
 from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt import plan as plan_module
 from sdtrt.backends.tensorrt.versions import libraries, running
+from sdtrt.backends.tensorrt86.backend import TensorRT86
 from sdtrt.cli import prewarm
 from sdtrt.cli.likely_engines import likely_engines, load_ahead
 from sdtrt.common import host
@@ -90,12 +90,12 @@ def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny
         return {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
 
     key = {
-        "format": FORMATS["tensorrt"],
+        "format": registry.get("tensorrt").format,
         "component": component,
         "precision": "fp16",
         "backend": "tensorrt",
         "backend_version": "8.6.1",
-        "host": host_key("tensorrt"),
+        "host": registry.get("tensorrt").host_key(),
         "profiles": [asdict(profile)],
         "options": {"version_compatible": False},
         **key,
@@ -134,7 +134,7 @@ def test_likely_are_engines_that_fit_the_largest_first(directory):
         {"backend": "tensorrt-rtx"},
         {"backend_version": "10.0.1"},
         {"host": {"gpu": "Another", "compute_capability": [8, 9]}},
-        {"format": FORMATS["tensorrt"] - 1},
+        {"format": registry.get("tensorrt").format - 1},
         {"precision": "fp32"},
         {"profiles": [{"batch": {}}]},
         {"profiles": None},
@@ -348,14 +348,14 @@ def test_nothing_is_loaded_unasked_or_once_the_request_has_its_engines(directory
 
 def test_nothing_is_loaded_that_was_let_go_while_it_was_proven(directory, loaded, monkeypatch):
     entry = publish(directory)
-    proven = backend_open.plan_loader
+    proven = TensorRT86.loader
 
     def proving(*arguments):
         loader = proven(*arguments)
         preloaded.let_go()
         return loader
 
-    monkeypatch.setattr(preloaded, "plan_loader", proving)
+    monkeypatch.setattr(TensorRT86, "loader", proving)
     in_background(SPEC, directory)
     assert not loaded
     directory.remove(entry)
@@ -414,11 +414,11 @@ def test_what_is_just_being_loaded_and_not_used_is_waited_for_then_freed(directo
 
 
 ENDS = """
-import sys, threading, time
+import sys, threading, time, types
 from sdtrt.pipeline import preloaded
 
 class Entry:
-    path = "entry"
+    path, key = "entry", {"backend": "tensorrt"}
     def __init__(self, name): self.path = name
     def hold(self): return open(__file__ if "__file__" in globals() else "/dev/null", "rb")
 
@@ -430,11 +430,11 @@ def loader(entry, wanted):
         print("loading", entry.path, flush=True)
         begun.set()
         time.sleep(0.2)
-        return (Plan(),)
+        return Plan()
     return load
 
 begun = threading.Event()
-preloaded.plan_loader = loader
+preloaded.registry.get = lambda name: types.SimpleNamespace(loader=loader)
 import atexit
 atexit.register(preloaded.let_go)
 preloaded.expect()
@@ -452,7 +452,6 @@ def test_a_process_that_ends_waits_for_one_load_and_begins_no_other():
 
 
 def test_builders_get_the_gpus_memory(directory, monkeypatch):
-    from sdtrt.engines import find
     from sdtrt.pipeline import engines as engines_module
     from sdtrt.pipeline.engines import ensure_engines
 
@@ -466,5 +465,5 @@ def test_builders_get_the_gpus_memory(directory, monkeypatch):
         return publish(directory, used=3)
 
     monkeypatch.setattr(engines_module, "build_engine", build)
-    monkeypatch.setattr(find, "_best", lambda *_: None)
+    monkeypatch.setattr(engines_module, "best_fit", lambda *_: None)
     assert ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))

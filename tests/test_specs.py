@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdtrt.backends import registry
 from sdtrt.common.errors import UsageError
 from sdtrt.specs import (
     MAX_SEED,
@@ -116,9 +117,7 @@ def test_bad_profile_is_refused(text):
         ({"seed": -2}, "-2"),
         ({"height": 500}, "500"),
         ({"scheduler": "nope"}, "nope"),
-        ({"backend": "nope"}, "nope"),
         ({"precision": "int3"}, "int3"),
-        ({"backend": "onnxruntime", "precision": "bf16"}, "bf16"),
         ({"seed": MAX_SEED, "num_images": 2}, str(MAX_SEED - 1)),
     ],
 )
@@ -159,6 +158,19 @@ def test_strength_does_not_matter_without_an_init_image():
 
 
 @pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        (("nope",), "nope"),
+        (("onnxruntime", "bf16"), "bf16"),
+        (("torch", None, ["unet"]), "torch backend has no engines"),
+    ],
+)
+def test_what_no_backend_does_is_refused_before_anything_heavy_is_loaded(request_, named):
+    with pytest.raises(UsageError, match=named):
+        registry.check_request(*request_)
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"backend": "torch"},
@@ -179,7 +191,8 @@ def test_strength_does_not_matter_without_an_init_image():
 )
 def test_build_refuses(wrong):
     with pytest.raises(UsageError):
-        BuildSpec(ExportSpec(), **wrong)
+        spec = BuildSpec(ExportSpec(), **wrong)
+        registry.get(spec.backend).check(spec)
 
 
 @pytest.mark.parametrize(

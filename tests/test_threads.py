@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from sdtrt.exports.onnx_run import mend_of
 from sdtrt.cli import prewarm
 from sdtrt.common import files, threads
 from sdtrt.engines import digests
 from sdtrt.engines.entry import Entry
+from sdtrt.exports.onnx_run import mend_of
 
 
 @pytest.fixture

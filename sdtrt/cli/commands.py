@@ -13,6 +13,7 @@ import typer
 from typer import Option
 
 from sdtrt import __version__
+from sdtrt.backends import registry
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.options import (
     BackendOptions,
@@ -33,15 +34,12 @@ from sdtrt.cli.render import document, render, show
 from sdtrt.common.console import Console, print_table
 from sdtrt.common.errors import UsageError, command_line
 from sdtrt.specs import (
-    BACKENDS,
     DEFAULT_STRENGTH,
     PRECISIONS,
-    Backend,
     Component,
     GenerateSpec,
     Precision,
     Sizes,
-    check_choice,
 )
 
 if TYPE_CHECKING:
@@ -112,10 +110,11 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
     from sdtrt.engines.digests import hash_ahead
 
     engines = directory.directory()
-    if spec.backend != "torch":
+    candidates = registry.candidates(spec.backend)
+    if any(backend.source for backend in candidates):
         hash_ahead(lambda: engines.likely(spec.model.name, spec.backend))
     with quick_imports():
-        if spec.backend != "onnxruntime":
+        if any("cuda" in backend.devices for backend in candidates):
             from sdtrt.cli.prewarm import start_gpu
 
             start_gpu(spec, engines)
@@ -195,22 +194,21 @@ def build(
     output: OutputOptions,
 ) -> None:
     """Build engines from the exported components, exporting first what is missing."""
-    check_choice("backend", backend.backend, BACKENDS)
+    backend.check()
     options.check()
     _check_components(exporter, model, backend.precision or "fp16")
     sizes.profiles(Sizes(2, 512, 512))
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_engine
-    from sdtrt.backends.registry import choose_backend, default_precision
     from sdtrt.models.components import profiles_of
     from sdtrt.models.resolve import resolve_model
 
-    chosen: Backend = choose_backend(backend.backend, console)  # type: ignore[arg-type]  # checked above
-    if chosen == "onnxruntime" and sizes.given():
-        console.note(f"{sizes.given()}: without effect, as ONNX Runtime engines take any size")
+    chosen = registry.get(registry.choose_backend(backend.backend, console))
+    if chosen.takes_any_size and sizes.given():
+        console.note(f"{sizes.given()}: without effect, as {chosen.title} engines take any size")
     resolved = resolve_model(model.spec(), console)
-    profiles = () if chosen == "onnxruntime" else sizes.profiles(Sizes(2, *resolved.default_size()))
-    components = _components(resolved, exporter, backend.precision or default_precision(chosen), console)
+    profiles = () if chosen.takes_any_size else sizes.profiles(Sizes(2, *resolved.default_size()))
+    components = _components(resolved, exporter, backend.precision or chosen.default_precision(), console)
     exports = [exporter.spec(model.spec(), fitting, name) for name, fitting in components]
     specs = options.specs(exports, chosen, {one.component: profiles_of(one.component, profiles) for one in exports})
     entries = [build_engine(resolved, replace(spec, force=exporter.force), engines, console) for spec in specs]

@@ -114,10 +114,11 @@ def prune_entries(
     """Remove entries by age, size, host or damage, and what killed builds left behind; nothing that is in use."""
     keep_bytes = None if keep_gib is None else bytes_of("--keep-gib", keep_gib)
     spec = PruneSpec(older_than_days, keep_bytes, foreign, damaged, dry_run)
+    from sdtrt.backends.registry import is_foreign
     from sdtrt.engines.upkeep import prune
 
     console = output.console()
-    pruned = prune(directory.directory(), spec, console)
+    pruned = prune(directory.directory(), spec, is_foreign, console)
     verb = "would remove" if spec.dry_run else "removed"
     size = f"{pruned.freed_bytes / GIB:.2f} GiB"
     console.note(f"{verb} {len(pruned.removed)} entries, {size}, and {pruned.leftovers} unfinished builds")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from sdtrt.backends.registry import TENSORRT_BACKENDS, choose_backend, default_precision, runs_here
+from sdtrt.backends import registry
 from sdtrt.common import host
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
@@ -15,10 +15,10 @@ from sdtrt.specs import Component, GenerateSpec, Precision, Profile, Sizes
 
 
 def load_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
-    """Load the TensorRT engines that a request will probably run onto the GPU, the largest first.
+    """Load the engines that a request will probably run onto the GPU, the largest first.
 
-    PyTorch and TensorRT must be imported. Nothing here can fail a command: what goes wrong is met again, and told,
-    where the engine is opened. A GPU that has no context yet gets none (`host.open_primary_context`).
+    PyTorch and the backend's library must be imported. Nothing here can fail a command: what goes wrong is met again,
+    and told, where the engine is opened. A GPU that has no context yet gets none (`host.open_primary_context`).
     """
     import torch
 
@@ -35,15 +35,15 @@ def load_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
 
 
 def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry]:
-    """The TensorRT engines that a request will run in all likelihood, the largest first.
+    """The engines that a request will run in all likelihood, the largest first.
 
-    They are those used last, one for each component, among those that run here and fit what the request says. Which
-    weights it needs is known only once the model is read.
+    They are those used last, one for each component, among those that run here and fit what the request says; none
+    where the backend loads nothing ahead. Which weights a request needs is known only once the model is read.
     """
-    backend = choose_backend(spec.backend)
-    if backend not in TENSORRT_BACKENDS:
+    backend = registry.get(registry.choose_backend(spec.backend))
+    if not backend.loads_ahead:
         return []
-    runs, precision = runs_here(backend), spec.precision or default_precision(backend)
+    runs, precision = backend.runs_here(), spec.precision or backend.default_precision()
     latest = directory.latest(spec.model.name, lambda entry: runs(entry.key) and _may_serve(entry, spec, precision))
     return sorted(latest.values(), key=lambda entry: entry.size_bytes, reverse=True)
 

@@ -11,11 +11,13 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from typer import Option
 
+from sdtrt.backends import registry
+from sdtrt.backends.backend import Backend
 from sdtrt.common.console import Console
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory, default_directory, in_home
 from sdtrt.specs import (
-    BACKENDS,
+    AUTO,
     BASELINES,
     BENCH_TASKS,
     COMPONENTS,
@@ -34,8 +36,6 @@ from sdtrt.specs import (
     SAMPLE_PROMPT,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
-    Backend,
-    BackendChoice,
     BaselineName,
     BenchSpec,
     BenchTask,
@@ -56,7 +56,6 @@ from sdtrt.specs import (
     TimestepSpacing,
     VerifySpec,
     bytes_of,
-    may_be_in_pieces,
 )
 
 RANGE = "N or MIN:OPT:MAX"
@@ -172,10 +171,14 @@ class ModelOptions:
 class BackendOptions:
     """What computes, and how finely."""
 
-    backend: Annotated[str, Option("--backend", "-b", help=f"one of {', '.join(BACKENDS)}")] = "auto"
+    backend: Annotated[str, Option("--backend", "-b", help=f"one of {', '.join(registry.names())}")] = AUTO
     precision: Annotated[
         str | None, Option(help=f"one of {', '.join(PRECISIONS)}; by default fp16 on a GPU, fp32 on a CPU")
     ] = None
+
+    def check(self, components: Sequence[str] = ()) -> None:
+        """Refuse what no backend does, before anything heavy is loaded."""
+        registry.check_request(self.backend, self.precision, components)
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,7 @@ class BuildOptions:
             raise UsageError(
                 "only the UNet leaves attention to PyTorch", hint="add --component unet, or leave --split-attention out"
             )
-        if self.channels_last and not any(may_be_in_pieces(backend, export) for export in exports):
+        if self.channels_last and not any(backend.serves("channels-last", export) for export in exports):
             raise UsageError(
                 "only TensorRT's engines of UNets and VAEs in fp16 are in pieces, which can be channels-last",
                 hint="use --backend tensorrt --component unet --precision fp16, or leave --channels-last out",
@@ -340,7 +343,7 @@ class BuildOptions:
         return [
             BuildSpec(
                 export=export,
-                backend=backend,
+                backend=backend.name,
                 profiles=profiles[export.component],
                 optimization_level=self.optimization_level,
                 workspace_bytes=None if self.workspace_gib is None else bytes_of("--workspace-gib", self.workspace_gib),
@@ -348,7 +351,7 @@ class BuildOptions:
                 version_compatible=self.version_compatible,
                 norm_plugins=self.norm_plugins,
                 split_attention=self._split_attention(export.component),
-                channels_last=self.channels_last and may_be_in_pieces(backend, export),
+                channels_last=self.channels_last and backend.serves("channels-last", export),
             )
             for export in exports
         ]
@@ -398,10 +401,11 @@ class GenerateOptions:
 
     def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
         """The images that are asked for; `image` holds the noise, and what only img2img has."""
+        backend.check(self.component or ())
         return GenerateSpec(
             prompts=tuple(self.prompt or ()),
             model=model,
-            backend=cast(BackendChoice, backend.backend),
+            backend=backend.backend,
             precision=cast("Precision | None", backend.precision),
             negative_prompt=self.negative_prompt,
             steps=self.steps,
@@ -452,6 +456,7 @@ class VerifyOptions:
 
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
         """The comparison that is asked for. Raises `UsageError` for a random seed: who fails wants to see it again."""
+        backend.check()
         if self.seed == RANDOM_SEED:
             raise UsageError(
                 f"verify takes no random seed, got {self.seed}", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
@@ -459,7 +464,7 @@ class VerifyOptions:
         image = GenerateSpec(
             prompts=(self.prompt,),
             model=model,
-            backend=cast(BackendChoice, backend.backend),
+            backend=backend.backend,
             precision=cast("Precision | None", backend.precision),
             negative_prompt=self.negative_prompt,
             steps=self.steps,
@@ -506,9 +511,10 @@ class BenchOptions:
 
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> BenchSpec:
         """The measurements that are asked for."""
+        backend.check()
         return BenchSpec(
             model=model,
-            backend=cast(BackendChoice, backend.backend),
+            backend=backend.backend,
             precision=cast("Precision | None", backend.precision),
             tasks=cast("tuple[BenchTask, ...]", BENCH_TASKS if self.task == "both" else (self.task,)),
             baselines=self._baselines(),

@@ -17,11 +17,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 
-from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.backends import registry
 from sdtrt.common import host
 from sdtrt.engines.digests import in_background
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.specs import BackendChoice, GenerateSpec
+from sdtrt.specs import BackendName, GenerateSpec
 
 
 def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
@@ -54,7 +54,7 @@ def wake_gpu() -> Future[bool]:
     return found
 
 
-def import_tensorrt(backend: BackendChoice, gpu: Future[bool], then: Callable[[], None] = lambda: None) -> None:
+def import_tensorrt(backend: BackendName, gpu: Future[bool], then: Callable[[], None] = lambda: None) -> None:
     """Start to import the TensorRT of a backend in the background; nothing happens without a GPU.
 
     PyTorch must be imported before: both may link a cuBLAS and a cuDNN of one name, and the first loaded serves both.
@@ -65,11 +65,10 @@ def import_tensorrt(backend: BackendChoice, gpu: Future[bool], then: Callable[[]
         then: what to do in the same thread once TensorRT is there.
     """
     families = [
-        family
-        for one, names in libraries.MODULES.items()
-        if backend in (one, "auto")
-        for family in names
-        if importlib.util.find_spec(family) is not None
+        module
+        for candidate in registry.candidates(backend)
+        for module in candidate.modules
+        if importlib.util.find_spec(module) is not None
     ]
     if families:
         in_background(_import_on, families[0], gpu, then, name="sdtrt-tensorrt", daemon=False)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sdtrt.backends.registry import runs_here
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import MALFORMED, Entry
 from sdtrt.engines.keys import export_key
 from sdtrt.models.components import precision_of
 from sdtrt.models.resolve import Model
-from sdtrt.specs import Backend, Component, ExportSpec, Precision, Profile, Sizes
+from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
 
 
 def find_engine(
     model: Model,
-    backend: Backend,
+    runs: Callable[[Mapping[str, Any]], bool],
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -26,15 +25,16 @@ def find_engine(
     """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none.
 
     Args:
+        runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
         precision: that is asked for; the component may need another one (`precision_of`).
         sizes: of the component's own call (`sizes_of`).
     """
-    return _best(model, backend, precision, sizes, directory, component, directory.entries("engine"))
+    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"))
 
 
-def _best(
+def best_fit(
     model: Model,
-    backend: Backend,
+    runs: Callable[[Mapping[str, Any]], bool],
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -44,7 +44,6 @@ def _best(
     """Of these engines the one that `find_engine` takes."""
     precision = precision_of(model, component, precision)
     wanted = {"component": component, "precision": precision}
-    runs = runs_here(backend)
     export = export_key(model, ExportSpec(model.spec, component, precision), directory)
     fitting = [
         (looseness, -entry.created, entry)

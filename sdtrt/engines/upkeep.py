@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from sdtrt.backends.registry import is_foreign
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EntryInUseError
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import Entry
 from sdtrt.specs import PruneSpec
 
 
@@ -21,10 +22,15 @@ class Pruned:
     dry_run: bool
 
 
-def prune(directory: EngineDirectory, spec: PruneSpec, console: Console = QUIET) -> Pruned:
+def prune(
+    directory: EngineDirectory, spec: PruneSpec, is_foreign: Callable[[Entry], bool], console: Console = QUIET
+) -> Pruned:
     """Remove the entries that `spec` names, and what killed builds left behind.
 
     What is in use, or was used or made anew since it was looked at, stays, with a word.
+
+    Args:
+        is_foreign: whether this machine can't run an engine.
     """
     seen = directory.stamps()
     leftovers = len(directory.abandoned()) if spec.dry_run else directory.sweep()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import (
@@ -12,7 +13,7 @@ from sdtrt.common.errors import (
 )
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.engines.find import _best
+from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import Sight, steadily
 from sdtrt.models.components import (
     contract_of,
@@ -21,10 +22,10 @@ from sdtrt.models.components import (
     sizes_of,
 )
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import engines, preloaded
+from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
-    Backend,
+    BackendName,
     BuildSpec,
     Component,
     ExportSpec,
@@ -36,7 +37,7 @@ from sdtrt.specs import (
 
 def ensure_engines(
     model: Model,
-    backend: Backend,
+    backend: BackendName,
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -67,7 +68,7 @@ def ensure_engines(
 
 def _ensure(
     model: Model,
-    backend: Backend,
+    backend: BackendName,
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -78,8 +79,8 @@ def _ensure(
 ) -> dict[Component, Entry]:
     """One attempt of `ensure_engines`."""
     own = {component: sizes_of(component, sizes, images) for component in components}
-    there = directory.entries("engine")
-    found = {name: _best(model, backend, precision, own[name], directory, name, there) for name in components}
+    there, runs = directory.entries("engine"), registry.get(backend).runs_here()
+    found = {name: best_fit(model, runs, precision, own[name], directory, name, there) for name in components}
     missing = [name for name in components if found[name] is None]
     if missing:
         directory.warn_of_unsafe(console)
@@ -118,7 +119,7 @@ def _describe(model: Model, precision: Precision, sizes: Mapping[Component, Size
 
 def _build_missing(
     model: Model,
-    backend: Backend,
+    backend: BackendName,
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -129,7 +130,7 @@ def _build_missing(
     precision = precision_of(model, component, precision)
     words = contract_of(model, component, precision).describe(sizes)
     console.note(f"no {backend} {precision} engine of the {component} for {words} yet: building it (once)")
-    profiles = () if backend == "onnxruntime" else (Profile.of(sizes),)
+    profiles = () if registry.get(backend).takes_any_size else (Profile.of(sizes),)
     return build_engine(
         model, BuildSpec(ExportSpec(model.spec, component, precision), backend, profiles), directory, console
     )
@@ -137,7 +138,7 @@ def _build_missing(
 
 def build_command(
     model: Model,
-    backend: Backend,
+    backend: BackendName,
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -147,7 +148,7 @@ def build_command(
     """The command that builds the engines for a request; `sizes` are the UNet's."""
     words = ["sdtrt", "build", "--model", model.spec.name, "--backend", backend, "--precision", precision]
     words += [word for name in components for word in ("--component", name)]
-    if backend != "onnxruntime":
+    if not registry.get(backend).takes_any_size:
         words += _size_options(model, precision, sizes, components, images)
     spec = model.spec
     options = (spec.revision, spec.variant, spec.config, spec.allow_pickle, spec.vae)
@@ -189,7 +190,7 @@ def engines_of(
 ) -> dict[Component, Entry]:
     """Find or build the engines of a pipeline; none for the torch backend. `unet_engine`: as of `open_pipeline`."""
     given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
-    return given | engines.ensure_engines(
+    return given | ensure_engines(
         spec.model,
         spec.backend,
         spec.precision,

@@ -306,7 +306,7 @@ class _Run:
         hint = "use --precision fp32"
         if pipeline_spec.precision == "fp32":
             hint = "the model's weights may be damaged; try another --scheduler or --guidance-scale, or --backend torch"
-        if pipeline_spec.backend != "torch" and bad.startswith("unet"):
+        if pipeline_spec.has_engines and bad.startswith("unet"):
             hint += "; sdtrt verify holds the engine against PyTorch"
         raise EngineError(
             f"{where} gave values that are not finite ({pipeline_spec.backend}, {pipeline_spec.precision}):"

@@ -80,7 +80,7 @@ def open_pipeline(
     """
     parts = {"scheduler": _load_scheduler(spec)} | _load_tokenizers(spec)
     schedulers.check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img)
-    if spec.backend != "torch":  # that one stays diffusers' own, to be compared with
+    if spec.has_engines:  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running:
         with console.stage("loading the pipeline"):

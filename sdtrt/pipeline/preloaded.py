@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sdtrt.backends.open import plan_loader
-from sdtrt.backends.tensorrt.plan import LoadedPlan
+from sdtrt.backends import registry
 from sdtrt.engines.entry import Entry
 
 _WANTED = threading.Event()
 _TURN = threading.Lock()  # held while plans are loaded: who takes them waits for one under way
-_KEPT: dict[Path, tuple[tuple[LoadedPlan, ...], IO[bytes]]] = {}  # entry's folder → its plans, and the hold on it
+_KEPT: dict[Path, tuple[object, IO[bytes]]] = {}  # entry's folder → what was loaded of it, and the hold on it
 
 
 def expect() -> None:
@@ -35,7 +34,7 @@ def load(entry: Entry, device: int) -> None:
     """Load an engine's plans onto the current GPU, once their content is proven, and keep them.
 
     Args:
-        entry: of a TensorRT engine that runs here.
+        entry: of an engine that runs here, in a backend that loads ahead.
         device: index of the current GPU.
 
     Raises:
@@ -45,7 +44,7 @@ def load(entry: Entry, device: int) -> None:
         return
     hold = entry.hold()
     try:
-        loader = plan_loader(entry, is_wanted)
+        loader = registry.get(entry.key["backend"]).loader(entry, is_wanted)
         with _TURN:
             if is_wanted():
                 _KEPT[entry.path] = loader(device), hold

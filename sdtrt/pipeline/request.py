@@ -21,7 +21,7 @@ from sdtrt.pipeline import images
 from sdtrt.specs import (
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
-    Backend,
+    BackendName,
     Component,
     GenerateSpec,
     NoiseSpec,
@@ -50,7 +50,7 @@ class PipelineSpec:
     """
 
     model: Model
-    backend: Backend
+    backend: BackendName
     precision: Precision
     sizes: Sizes
     steps: int
@@ -62,9 +62,14 @@ class PipelineSpec:
     texts: tuple[str, ...] = ()
 
     @property
+    def has_engines(self) -> bool:
+        """Whether the backend has engines at all."""
+        return registry.get(self.backend).source is not None
+
+    @property
     def in_engines(self) -> tuple[Component, ...]:
         """The components that engines run: of those that are wanted, what the pipeline calls at all."""
-        if self.backend == "torch":
+        if not self.has_engines:
             return ()
         wanted = components_of(self.model) if self.components is None else self.components
         return tuple(name for name in wanted if self.img2img or name != "vae_encoder")
@@ -72,8 +77,7 @@ class PipelineSpec:
     @property
     def device(self) -> torch.device:
         """Where the whole pipeline runs."""
-        on_gpu = self.backend in ("tensorrt", "tensorrt-rtx") or (self.backend == "torch" and torch.cuda.is_available())
-        return torch.device("cuda" if on_gpu else "cpu")
+        return torch.device(registry.get(self.backend).device())
 
     @property
     def parts_dtype(self) -> torch.dtype:
@@ -81,7 +85,7 @@ class PipelineSpec:
 
         fp32 beside engines. PyTorch's own pipeline has one dtype for all; in fp16 its noise is another than in fp32.
         """
-        if self.backend != "torch":
+        if self.has_engines:
             return torch.float32
         dtype = getattr(torch, DTYPES[self.precision])
         assert isinstance(dtype, torch.dtype)
@@ -96,9 +100,10 @@ def resolve_request(
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
     """
+    registry.check_request(spec.backend, spec.precision, spec.components)
     check_task(model, img2img=init is not None)
     backend = registry.choose_backend(spec.backend, console)
-    precision = spec.precision or registry.default_precision(backend)
+    precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
     count = spec.images_at_once
     pipeline_spec = PipelineSpec(
@@ -143,7 +148,7 @@ def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
 
 def _note_parts(spec: PipelineSpec, console: Console) -> None:
     """Say what a choice of components means: which of them are not called at all, and what PyTorch runs, in fp32."""
-    if not spec.components or spec.backend == "torch":
+    if not spec.components or not spec.has_engines:
         return
     idle = [name for name in spec.components if name not in spec.in_engines]
     if not spec.in_engines:
@@ -193,7 +198,7 @@ def check_spec(spec: PipelineSpec) -> None:
             f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
             hint="run: sdtrt doctor; or --backend auto",
         )
-    if spec.backend == "torch":
+    if not spec.has_engines:
         return
     for component in spec.in_engines:
         contract_of(spec.model, component, spec.precision)

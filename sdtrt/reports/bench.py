@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdtrt import __version__
 from sdtrt.backends import registry
-from sdtrt.backends.build import backend_version
+from sdtrt.backends.native import NATIVE
 from sdtrt.common import host
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, first_line
@@ -38,7 +38,7 @@ from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.reports.bench_report import BenchReport, Measured, Row, Runner
 from sdtrt.reports.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
-from sdtrt.specs import SAMPLE_PROMPT, Backend, BenchSpec, BenchTask, Precision
+from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, BenchTask, Precision
 
 # How long one component is timed, in seconds, and between how many calls: a UNet on a CPU takes seconds a call.
 COMPONENT_SECONDS, MIN_CALLS, MAX_CALLS = 2.0, 3, 50
@@ -92,9 +92,10 @@ def _tasks(spec: BenchSpec, model: Model, console: Console) -> tuple[BenchTask, 
 
 def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     """The backend that was asked for, then the baselines."""
+    registry.check_request(spec.backend, spec.precision)
     backend = registry.choose_backend(spec.backend, console)
-    precision = spec.precision or registry.default_precision(backend)
-    same = {("fp32", "torch"): BASELINES["torch-fp32"], ("fp16", "torch"): BASELINES["torch-fp16"]}
+    precision = spec.precision or registry.get(backend).default_precision()
+    same = {("fp32", NATIVE): BASELINES["torch-fp32"], ("fp16", NATIVE): BASELINES["torch-fp16"]}
     own = same.get((precision, backend))
     asked = Runner(backend, precision, None if own is None else own.variant, own, asked=True)
     return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
@@ -130,7 +131,8 @@ def _state() -> dict[str, Any]:
 def _versions(asked: Runner) -> dict[str, str]:
     """Of everything that decides the figures."""
     versions = {"sdtrt": __version__, **host.library_versions()}
-    if asked.backend in registry.TENSORRT_BACKENDS and (asked_version := _engine_version(asked)):
+    on_gpu = registry.get(asked.backend) in registry.with_engines_on_gpu()
+    if on_gpu and (asked_version := _engine_version(asked)):
         versions[asked.backend] = asked_version
     found = meters.nvml()
     driver = None if found is None else found.driver_version()
@@ -138,10 +140,9 @@ def _versions(asked: Runner) -> dict[str, str]:
 
 
 def _engine_version(asked: Runner) -> str | None:
-    """The version of the TensorRT library itself, which its Python package may not tell."""
-    backend: Backend = asked.backend  # type: ignore[assignment]  # one of TENSORRT_BACKENDS
+    """The version of the backend's library itself, which its Python package may not tell."""
     try:
-        return backend_version(backend)
+        return registry.get(asked.backend).version()
     except SdtrtError:
         return None
 
@@ -196,10 +197,9 @@ class _Bench:
         spec, (own_height, own_width) = self.spec, self.model.default_size()
         guidance = spec.request(task).uses_guidance
         sizes = unet_sizes(self.model, batch, spec.height or own_height, spec.width or own_width, guidance=guidance)
-        backend: Backend = runner.backend if runner.asked else "torch"  # type: ignore[assignment]  # a backend's name
         return PipelineSpec(
             model=self.model,
-            backend=backend,
+            backend=runner.backend if runner.asked else NATIVE,
             precision=runner.precision,
             sizes=sizes,
             steps=spec.steps,

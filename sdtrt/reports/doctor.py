@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdtrt.backends import registry
-from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import SdtrtError, command_line
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.trust import mend_of
 from sdtrt.models.resolve import TINY
-from sdtrt.specs import GIB, Backend
+from sdtrt.specs import GIB, BackendName
 
 State = Literal["ok", "optional", "missing"]
 
@@ -38,7 +37,7 @@ class Diagnosis:
     """All findings, and which backends can run here."""
 
     findings: tuple[Finding, ...]
-    backends: tuple[Backend, ...]
+    backends: tuple[BackendName, ...]
 
     @property
     def healthy(self) -> bool:
@@ -52,8 +51,8 @@ class Diagnosis:
 
 def diagnose(directory: EngineDirectory) -> Diagnosis:
     """Look at this machine and at the engine directory; changes nothing."""
-    findings = (*_libraries(), _bytecode(), _gpu(), *_tensorrt(), _pycuda(), _directory(directory), _tiny())
-    return Diagnosis(findings, tuple(_backends()))
+    findings = (*_libraries(), _bytecode(), _gpu(), *_gpu_backends(), _pycuda(), _directory(directory), _tiny())
+    return Diagnosis(findings, tuple(backend.name for backend in registry.running_here()))
 
 
 def _libraries() -> Iterable[Finding]:
@@ -107,19 +106,19 @@ def _gpu() -> Finding:
     return Finding("GPU", "ok", detail)
 
 
-def _tensorrt() -> Iterable[Finding]:
-    """Both TensorRTs: installed or not, whole or not, and whether they serve this GPU."""
-    for backend in registry.TENSORRT_BACKENDS:
+def _gpu_backends() -> Iterable[Finding]:
+    """What builds engines for GPUs: installed or not, whole or not, and whether it serves this GPU."""
+    for backend in registry.with_engines_on_gpu():
         try:
-            version = libraries.version(backend)
+            version = backend.version()
         except SdtrtError as error:
-            yield Finding(backend, "optional", error.message, error.hint)
+            yield Finding(backend.name, "optional", error.message, error.hint)
             continue
-        problem = registry.why_not(backend) if host.gpus() else None
+        problem = backend.why_not() if host.gpus() else None
         if problem is None:
-            yield Finding(backend, "ok", version)
+            yield Finding(backend.name, "ok", version)
         else:
-            yield Finding(backend, "optional", f"{version}: {problem.message}", problem.hint)
+            yield Finding(backend.name, "optional", f"{version}: {problem.message}", problem.hint)
 
 
 def _pycuda() -> Finding:
@@ -160,13 +159,3 @@ def _tiny() -> Finding:
     if (TINY / "model_index.json").is_file():
         return Finding("tiny", "ok", "the built-in miniature model is there")
     return Finding("tiny", "missing", f"{TINY} is incomplete", "pip install --force-reinstall sdtrt")
-
-
-def _backends() -> Iterable[Backend]:
-    """The backends that can run here."""
-    if host.gpus() and host.torch_sees_gpu():
-        yield from (backend for backend in registry.TENSORRT_BACKENDS if registry.why_not(backend) is None)
-    if host.library_version("onnxruntime"):
-        yield "onnxruntime"
-    if host.library_version("torch"):
-        yield "torch"

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, command_line
 from sdtrt.common.metrics import count_non_finite, require_ssim
@@ -217,7 +218,7 @@ def _reference(
     spec: VerifySpec, pipeline_spec: PipelineSpec, directory: EngineDirectory, console: Console
 ) -> _Reference:
     """Run the whole pipeline in PyTorch, in fp32 without TF32."""
-    pipeline_spec = replace(pipeline_spec, backend="torch", precision="fp32")
+    pipeline_spec = replace(pipeline_spec, backend=NATIVE, precision="fp32")
     with tf32(False), open_pipeline(pipeline_spec, directory, console) as opened:
         recorder = _Recorder(spread(_count_calls(spec.image, opened), spec.timesteps))
         with hooked(opened.pipe.unet, recorder):
@@ -236,7 +237,7 @@ def _reference(
 def _noise_floor(spec: PipelineSpec, reference: _Reference, console: Console) -> list[Array]:
     """PyTorch's own UNet in half precision (bf16 for an engine in bf16, else fp16) on the recorded inputs."""
     precision: Precision = "bf16" if spec.precision == "bf16" else "fp16"
-    own = replace(spec, backend="torch", precision=precision)
+    own = replace(spec, backend=NATIVE, precision=precision)
     try:
         unet = loading.load_unet(own.model, own.parts_dtype).to(own.device)
     except SdtrtError as error:  # weights that don't fit into fp16: then there is no floor

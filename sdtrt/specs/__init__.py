@@ -2,14 +2,12 @@
 
 from sdtrt.specs.build import (
     DEFAULT_OPSETS,
-    IN_PIECES,
     BuildSpec,
     ExportSpec,
     ModelSpec,
-    may_be_in_pieces,
 )
 from sdtrt.specs.choices import (
-    BACKENDS,
+    AUTO,
     BASELINES,
     BENCH_TASKS,
     COMPONENTS,
@@ -35,8 +33,7 @@ from sdtrt.specs.choices import (
     SCHEDULERS,
     SIZE_MULTIPLE,
     TIMESTEP_SPACINGS,
-    Backend,
-    BackendChoice,
+    BackendName,
     BaselineName,
     BenchTask,
     Component,
@@ -48,7 +45,6 @@ from sdtrt.specs.choices import (
     bytes_of,
     check_choice,
     check_output,
-    check_precision,
 )
 from sdtrt.specs.generate import (
     GenerateSpec,
@@ -68,7 +64,7 @@ from sdtrt.specs.sizes import (
 )
 
 __all__ = [
-    "BACKENDS",
+    "AUTO",
     "BASELINES",
     "BENCH_TASKS",
     "COMPONENTS",
@@ -81,7 +77,6 @@ __all__ = [
     "DEFAULT_VERIFY_SEED",
     "EXPORTERS",
     "GIB",
-    "IN_PIECES",
     "MAX_BATCH",
     "MAX_DIGITS",
     "MAX_IMAGES",
@@ -96,8 +91,7 @@ __all__ = [
     "SCHEDULERS",
     "SIZE_MULTIPLE",
     "TIMESTEP_SPACINGS",
-    "Backend",
-    "BackendChoice",
+    "BackendName",
     "BaselineName",
     "BenchSpec",
     "BenchTask",
@@ -121,7 +115,5 @@ __all__ = [
     "bytes_of",
     "check_choice",
     "check_output",
-    "check_precision",
     "check_size",
-    "may_be_in_pieces",
 ]

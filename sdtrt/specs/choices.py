@@ -12,9 +12,8 @@ Component = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "va
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
+BackendName = str  # one of `backends.registry.names()`
 
-BackendChoice = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "torch"]
 
 Exporter = Literal["torchscript", "dynamo"]
 
@@ -40,7 +39,6 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-BACKENDS: tuple[str, ...] = get_args(BackendChoice)
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
 
@@ -54,6 +52,7 @@ BENCH_TASKS: tuple[str, ...] = get_args(BenchTask)
 
 BASELINES: tuple[str, ...] = get_args(BaselineName)
 
+AUTO = "auto"  # the backend that is fastest on this machine
 DEFAULT_MODEL = "tiny"
 
 DEFAULT_STEPS = 50
@@ -106,14 +105,6 @@ def check_output(output: Path | None) -> None:
         raise UsageError(
             "--output - would be a file or folder of that name: nothing but paths and JSON goes to stdout",
             hint="name a file or folder, as in --output out",
-        )
-
-
-def check_precision(backend: str, precision: str | None) -> None:
-    """Raise `UsageError` for a precision that a backend never computes in."""
-    if (backend, precision) == ("onnxruntime", "bf16"):
-        raise UsageError(
-            "ONNX Runtime's CPU provider does not compute in bf16", hint="use --precision fp32 with this backend"
         )
 
 

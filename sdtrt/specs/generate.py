@@ -10,7 +10,7 @@ from pathlib import Path
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.build import ModelSpec
 from sdtrt.specs.choices import (
-    BACKENDS,
+    AUTO,
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
@@ -24,7 +24,7 @@ from sdtrt.specs.choices import (
     RANDOM_SEED,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
-    BackendChoice,
+    BackendName,
     Component,
     Precision,
     PredictionType,
@@ -32,7 +32,6 @@ from sdtrt.specs.choices import (
     TimestepSpacing,
     check_choice,
     check_output,
-    check_precision,
 )
 from sdtrt.specs.sizes import check_size
 
@@ -105,7 +104,7 @@ class GenerateSpec:
 
     prompts: tuple[str, ...]
     model: ModelSpec = ModelSpec()
-    backend: BackendChoice = "auto"
+    backend: BackendName = AUTO
     precision: Precision | None = None
     negative_prompt: str = ""
     steps: int = DEFAULT_STEPS
@@ -127,14 +126,10 @@ class GenerateSpec:
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
             object.__setattr__(self, "seed", None)
-        check_choice("backend", self.backend, BACKENDS)
         for component in self.components:
             check_choice("component", component, COMPONENTS)
-        if self.backend == "torch" and self.components:
-            raise UsageError("the torch backend has no engines", hint="leave --component out, or use another --backend")
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
-            check_precision(self.backend, self.precision)
         if self.scheduler is not None:
             check_choice("scheduler", self.scheduler, SCHEDULERS)
         check_output(self.output)

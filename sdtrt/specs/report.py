@@ -9,6 +9,7 @@ from pathlib import Path
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.build import ModelSpec
 from sdtrt.specs.choices import (
+    AUTO,
     BASELINES,
     BENCH_TASKS,
     DEFAULT_GUIDANCE_SCALE,
@@ -16,7 +17,7 @@ from sdtrt.specs.choices import (
     DEFAULT_STRENGTH,
     MIN_SSIM_PIXELS,
     SAMPLE_PROMPT,
-    BackendChoice,
+    BackendName,
     BaselineName,
     BenchTask,
     Precision,
@@ -46,7 +47,7 @@ class BenchSpec:
     """
 
     model: ModelSpec = ModelSpec()
-    backend: BackendChoice = "auto"
+    backend: BackendName = AUTO
     precision: Precision | None = None
     tasks: tuple[BenchTask, ...] = ("txt2img",)
     baselines: tuple[BaselineName, ...] | None = None

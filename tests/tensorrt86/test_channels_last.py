@@ -15,6 +15,7 @@ from test_splitting import no_pieces  # noqa: F401  # a fixture
 from trt_fakes import fake_library, recorder
 
 from sdtrt.backends import build as engine_build
+from sdtrt.backends import registry
 from sdtrt.backends.tensorrt.build import Request, check_request
 from sdtrt.backends.tensorrt.versions import building, libraries, weak_typing
 from sdtrt.backends.tensorrt.versions.network import Draft
@@ -361,7 +362,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
         return directory.obtain("engine", key, lambda folder: {})
 
     def find():
-        return find_engine(model, "tensorrt", "fp16", SIZES, directory)
+        return find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SIZES, directory)
 
     plain = obtain(plain_key)
     assert find() == plain

@@ -132,16 +132,6 @@ def check_request(request: Request) -> None:
     libraries.require_builder(library)
     if spec.export.precision == "bf16" and not library.has("bfloat16"):
         raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
-    if spec.split_attention and not library.has("weak typing"):
-        raise BuildError(
-            f"{library.name} does not leave attention to PyTorch: only 8.6 gains by it",
-            hint="leave --split-attention out",
-        )
-    if spec.channels_last and not library.has("weak typing"):
-        raise BuildError(
-            f"{library.name} builds no engines in pieces, which alone can be channels-last: only 8.6 gains by pieces",
-            hint="leave --channels-last out",
-        )
     if not library.has("named compute capability"):
         libraries.require_gpu(library)
 

@@ -21,7 +21,7 @@ from sdtrt.backends.tensorrt.plan import LoadedPlan, choose_profile, largest, li
 from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.libraries import Shape
 from sdtrt.common.errors import EngineError
-from sdtrt.specs import Backend
+from sdtrt.specs import BackendName
 from sdtrt.specs.contract import Contract, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,7 @@ class PyCudaSession(Session[Array]):
         plan: Path,
         contract: Contract,
         *,
-        backend: Backend = "tensorrt",
+        backend: BackendName = "tensorrt",
         device: int = 0,
         allow_host_code: bool = False,
     ) -> None:

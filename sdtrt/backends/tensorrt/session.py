@@ -19,7 +19,7 @@ from sdtrt.backends.tensorrt.plan import choose_profile, largest, load_plan, out
 from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.common.errors import EngineError
-from sdtrt.specs import Backend
+from sdtrt.specs import BackendName
 from sdtrt.specs.contract import Contract, TensorSpec
 
 
@@ -101,7 +101,7 @@ class TensorRTSession(Session[torch.Tensor]):
         plan: Path,
         contract: Contract,
         *,
-        backend: Backend = "tensorrt",
+        backend: BackendName = "tensorrt",
         device: torch.device,
         graphs: int = MAX_GRAPHS,
         allow_host_code: bool = False,

@@ -83,6 +83,7 @@ def build_plan(
     """
     request = Request(onnx_path.resolve(), folder.resolve(), contract, spec, timing_cache, console.verbose)
     build.check_request(request)
+    policy.check_library(spec)
     build.announce(request, console)
     if (alone := policy.faster_alone(spec)) is not None:
         options = f"--batch {alone.batch} --height {alone.height} --width {alone.width}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sdtrt.backends.cuda_graphs import MAX_GRAPHS, CudaGraphs, InputBuffers, Key, Outputs, key_of, memory_errors
+from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session, check_tensors, shapes_of
 from sdtrt.backends.tensorrt import contexts
@@ -35,7 +36,7 @@ from sdtrt.backends.tensorrt86.memory_layout import attention_bytes, last_uses, 
 from sdtrt.backends.tensorrt86.pieces import Piece, load_pieces, read_pieces
 from sdtrt.backends.tensorrt86.torch_kernels import compute
 from sdtrt.common.errors import EngineError
-from sdtrt.specs import Backend
+from sdtrt.specs import BackendName
 from sdtrt.specs.contract import Contract, TensorSpec
 
 PROFILE = 0  # the plans of an engine in pieces are for one size
@@ -45,7 +46,7 @@ def open_plans(
     plan: Path,
     contract: Contract,
     *,
-    backend: Backend = "tensorrt",
+    backend: BackendName = "tensorrt",
     device: torch.device,
     allow_host_code: bool = False,
     scratch: Scratch | None = None,
@@ -139,7 +140,7 @@ class PiecesSession(Session[torch.Tensor]):
         plan: Path,
         contract: Contract,
         *,
-        backend: Backend = "tensorrt",
+        backend: BackendName = "tensorrt",
         device: torch.device,
         graphs: int = MAX_GRAPHS,
         allow_host_code: bool = False,
@@ -201,6 +202,7 @@ class PiecesSession(Session[torch.Tensor]):
             MemoryShortage: where the GPU has too little memory.
         """
         self._check_open()
+        refuse_gradients(self.contract.component, feeds)
         choose_profile([self._profile], check_tensors(self.inputs, feeds), self._backend)
         shapes = shapes_of(feeds)
         key = key_of(shapes)

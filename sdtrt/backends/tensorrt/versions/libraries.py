@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError
-from sdtrt.specs import Backend
+from sdtrt.specs import BackendName
 
 Family = Literal["tensorrt", "tensorrt_lean", "tensorrt_rtx"]
 Version = tuple[int, ...]
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 ShapeRange = tuple[Shape, Shape, Shape]  # smallest, optimal, largest
 
 # The first that can be imported serves. The lean runtime runs version-compatible plans and builds nothing.
-MODULES: dict[Backend, tuple[Family, ...]] = {
+MODULES: dict[BackendName, tuple[Family, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt_lean"),
     "tensorrt-rtx": ("tensorrt_rtx",),
 }
@@ -221,12 +221,12 @@ def _make_logger(trt: Any, log: Log) -> Any:
     return Logger()
 
 
-def is_installed(backend: Backend) -> bool:
+def is_installed(backend: BackendName) -> bool:
     """Whether a backend's library is there (nothing is imported)."""
     return any(importlib.util.find_spec(name) is not None for name in MODULES[backend])
 
 
-def version(backend: Backend) -> str:
+def version(backend: BackendName) -> str:
     """The version of a backend's library, as `8.6.1`. Raises `EngineError` where it is missing or too old."""
     return ".".join(map(str, open_library(backend).version))
 
@@ -234,7 +234,7 @@ def version(backend: Backend) -> str:
 _OPENING = threading.Lock()
 
 
-def open_library(backend: Backend) -> Library:
+def open_library(backend: BackendName) -> Library:
     """Import a backend's library, once.
 
     Raises:
@@ -245,7 +245,7 @@ def open_library(backend: Backend) -> Library:
 
 
 @cache
-def _open_library(backend: Backend) -> Library:
+def _open_library(backend: BackendName) -> Library:
     for family in MODULES[backend]:
         if importlib.util.find_spec(family) is not None:
             return library_of(family, family)

@@ -1,0 +1,180 @@
+"""What each backend gives: why it can't run here, its version, what it builds from, how it builds, opens and loads.
+
+Knows no backend by its name: `registry` lists them. Each lies in a folder of its own, whose `backend.py` imports
+libraries inside functions only, so that asking costs no import.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sdtrt.common.console import Console
+from sdtrt.common.errors import SdtrtError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.specs import BuildSpec, ExportSpec, Precision
+from sdtrt.specs.contract import Contract
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdtrt.backends.scratch import Scratch
+    from sdtrt.backends.session import Session
+
+Source = Literal["onnx"]
+Device = Literal["cuda", "cpu"]
+Loader = Callable[[int], object]  # from a GPU's index to what is loaded on it
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """One engine to be made, once its source is there.
+
+    Args:
+        source: the exported component, proven.
+        folder: where the engine's files go: a draft of the engine directory.
+        contract: the component's inputs and outputs.
+        spec: what was asked for.
+        directory: the engine directory, for what builders keep beside entries.
+    """
+
+    source: Path
+    folder: Path
+    contract: Contract
+    spec: BuildSpec
+    directory: EngineDirectory
+    console: Console
+
+
+class Backend(ABC):
+    """One way to run a model's components.
+
+    Attributes:
+        title: its name in sentences.
+        format: a number in each key; raised where the same request makes another engine than before.
+        source: what its engines are built from; None for a backend without engines.
+        devices: what it may run on.
+        takes_any_size: whether an engine serves every size, so that builds need no profile.
+        loads_ahead: whether `loader` has something to load before a session is opened.
+    """
+
+    title: ClassVar[str]
+    format: ClassVar[int] = 0
+    source: ClassVar[Source | None] = None
+    devices: ClassVar[tuple[Device, ...]]
+    takes_any_size: ClassVar[bool] = False
+    loads_ahead: ClassVar[bool] = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What may be imported ahead of its first use: the first of these that is installed."""
+        return ()
+
+    def device(self) -> Device:
+        """Where a pipeline with this backend's engines runs on this machine."""
+        return self.devices[0]
+
+    @abstractmethod
+    def why_not(self) -> SdtrtError | None:
+        """Why it can't build and run engines on this machine; None if it can."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """The installed version. Raises `BuildError` or `EngineError` where it is not installed."""
+
+    @abstractmethod
+    def default_precision(self) -> Precision:
+        """What it computes in unless asked."""
+
+    def check_precision(self, precision: str) -> None:  # noqa: B027  # most compute in every precision
+        """Raise `UsageError` for a precision that it never computes in."""
+
+    def check(self, spec: BuildSpec) -> None:
+        """Raise `UsageError` for what it can't build."""
+        if self.source is None:
+            raise UsageError(
+                f"the {self.name} backend has no engines to build", hint="use --backend onnxruntime or tensorrt"
+            )
+        if spec.compute_capability is not None and not self.serves("compute-capability", spec.export):
+            raise UsageError(
+                f"{self.name} builds for the GPU it runs on, not for a named compute capability",
+                hint="use --backend tensorrt-rtx, or leave --compute-capability out",
+            )
+        self.check_precision(spec.export.precision)
+
+    def serves(self, option: str, export: ExportSpec) -> bool:
+        """Whether an option of `sdtrt build` means anything for engines of an export."""
+        return False
+
+    def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
+        """What an engine is bound to on this machine.
+
+        Args:
+            compute_capability: the GPU that is built for ahead of time, if it is not this machine's.
+
+        Raises:
+            BuildError: where there is no such thing here.
+        """
+        return {}
+
+    def options_key(self, spec: BuildSpec) -> dict[str, Any]:
+        """The part of an engine's key that its build options decide. Engines of all times have these four."""
+        return {
+            "optimization_level": spec.optimization_level,
+            "workspace_bytes": spec.workspace_bytes,
+            "version_compatible": spec.version_compatible,
+            "norm_plugins": spec.norm_plugins,
+        }
+
+    @abstractmethod
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        """Fill `job.folder`; returns what was measured, for the entry's `info`. Raises `BuildError`."""
+
+    @abstractmethod
+    def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
+        """Open an engine whose entry is held. Raises `CacheError`, `EngineError`."""
+
+    def loader(self, entry: Entry, wanted: Callable[[], bool]) -> Loader:
+        """Check an engine's files ahead of its session, and return the function that loads them onto a GPU.
+
+        A session that is opened while the result exists shares it.
+
+        Args:
+            entry: of an engine that runs here; the caller holds it.
+            wanted: whether the engine is still wanted; once it is not, the check is given up.
+
+        Raises:
+            CacheError, EngineError: as of `open`.
+        """
+        raise AssertionError(f"{self.name} loads nothing ahead")
+
+    def runs_here(self) -> Callable[[Mapping[str, Any]], bool]:
+        """What says of an engine's key whether this sdtrt runs it, on this machine and in the installed version."""
+        wanted = {"format": self.format, "backend": self.name, "host": self.host_key()}
+        version = self.version()
+
+        def runs(key: Mapping[str, Any]) -> bool:
+            try:
+                return all(key.get(name) == value for name, value in wanted.items()) and _runs_in(version, key)
+            except MALFORMED:
+                return False
+
+        return runs
+
+
+def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
+    """Whether a version runs an engine: the one that built it; where the plan is version-compatible, later ones too."""
+    built = key["backend_version"]
+    return bool(built == version or (key["options"]["version_compatible"] and _numbers(built) < _numbers(version)))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`10.13.3.9.post1` → (10, 13, 3, 9)."""
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())

@@ -1,0 +1,112 @@
+"""What TensorRT and TensorRT for RTX give as backends. The libraries are imported inside functions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sdtrt.backends.backend import Backend, BuildJob, Device, Loader, Source
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common import host
+from sdtrt.common.errors import BuildError, SdtrtError, UsageError
+from sdtrt.engines.entry import Entry, stored_contract
+from sdtrt.specs import BuildSpec, ExportSpec, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdtrt.backends.scratch import Scratch
+    from sdtrt.backends.session import Session
+
+AHEAD_OF_TIME = "tensorrt-rtx"  # finishes its kernels at run time: an engine serves all of one compute capability
+
+
+class TensorRT(Backend):
+    """Engines of one plan each, for one GPU and the sizes of their profiles."""
+
+    title: ClassVar[str] = "TensorRT"
+    format: ClassVar[int] = 7  # of a VAE on 8.6
+    source: ClassVar[Source | None] = "onnx"
+    devices: ClassVar[tuple[Device, ...]] = ("cuda",)
+    loads_ahead: ClassVar[bool] = True
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return libraries.MODULES.get(self.name, ())
+
+    def why_not(self) -> SdtrtError | None:
+        try:
+            library = libraries.open_library(self.name)
+            libraries.require_gpu(library)
+            libraries.require_builder(library)
+        except SdtrtError as error:
+            return error
+        return None
+
+    def version(self) -> str:
+        return libraries.version(self.name)
+
+    def default_precision(self) -> Precision:
+        return "fp16"
+
+    def check(self, spec: BuildSpec) -> None:
+        super().check(spec)
+        if not spec.profiles:
+            raise UsageError(f"{self.name} engines need a profile", hint="use --height 512 --width 512")
+
+    def serves(self, option: str, export: ExportSpec) -> bool:
+        return option == "compute-capability" and self.name == AHEAD_OF_TIME
+
+    def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The GPU, or its compute capability alone."""
+        if compute_capability is not None:
+            return {"compute_capability": list(compute_capability)}
+        gpus = host.gpus()
+        if not gpus:
+            raise BuildError(
+                f"{self.name} needs an NVIDIA GPU, and the driver shows none",
+                hint="check nvidia-smi; without a GPU use --backend onnxruntime",
+            )
+        capability = {"compute_capability": list(gpus[0].compute_capability)}
+        return capability if self.name == AHEAD_OF_TIME else {"gpu": gpus[0].name, **capability}
+
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        from sdtrt.backends.tensorrt.build import build_plan
+
+        return build_plan(
+            job.source, job.folder, job.contract, job.spec, timing_cache=self.timing_cache(job), console=job.console
+        )
+
+    def timing_cache(self, job: BuildJob) -> Path:
+        """The file of kernel timings for this version and the GPU that is built for."""
+        gpu = self.host_key(job.spec.compute_capability)
+        words = (self.name, self.version(), gpu.get("gpu", "sm"), *gpu["compute_capability"])
+        return job.directory.timing_cache("-".join(str(word) for word in words))
+
+    def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
+        from sdtrt.backends.tensorrt.session import TensorRTSession
+
+        contract = stored_contract(entry)
+        plan, compatible = self.proven_plan(entry)
+        return TensorRTSession(
+            plan, contract, backend=self.name, device=device, allow_host_code=compatible, scratch=scratch
+        )
+
+    def loader(self, entry: Entry, wanted: Callable[[], bool]) -> Loader:
+        from sdtrt.backends.tensorrt.plan import load_plan
+
+        contract, library = stored_contract(entry), libraries.open_library(self.name)
+        plan, compatible = self.proven_plan(entry, ahead=wanted)
+        return lambda device: load_plan(plan, contract, library, device, allow_host_code=compatible)
+
+    def proven_plan(self, entry: Entry, *, ahead: Callable[[], bool] | None = None) -> tuple[Path, bool]:
+        """The plan of a held entry, proven with all that is named after it, and whether it may bring its own runtime.
+
+        Raises:
+            CacheError: where a file is not what was published.
+        """
+        from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
+
+        plan = entry.verified(TENSORRT_FILE, ahead=ahead)
+        return plan, bool(entry.key.get("options", {}).get("version_compatible"))
