@@ -36,11 +36,12 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdtrt.backends import registry
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
-from sdtrt.specs import BackendName, Precision, Sizes
+from sdtrt.specs import BackendName, BuildSpec, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 
@@ -117,6 +118,13 @@ SMALLEST: dict[Kind, dict[str, Any]] = {
         "transformer_layers_per_block": [1, 2],
     },
 }
+
+
+def checked_spec(*arguments: Any, **options: Any) -> BuildSpec:
+    """A build that its backend takes. Raises `UsageError` for what the spec or the backend refuses."""
+    spec = BuildSpec(*arguments, **options)
+    registry.get(spec.backend).check(spec)
+    return spec
 
 
 def in_threads(work: Callable[..., object], arguments: Iterable[tuple[Any, ...]]) -> None:

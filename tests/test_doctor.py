@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from sdtrt.backends import registry
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import EngineError
@@ -69,7 +68,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):
 @pytest.mark.parametrize(("capability", "state"), [((8, 9), "ok"), ((9, 0), "optional")])
 def test_tensorrt_for_rtx_serves_the_gpus_that_it_serves(directory, monkeypatch, capability, state):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("A GPU", capability, 2**34),))
-    monkeypatch.setattr(registry, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
     diagnosis = doctor.diagnose(directory)
     assert finding(diagnosis, "tensorrt-rtx").state == state
     assert ("tensorrt-rtx" in diagnosis.backends) == (state == "ok")

@@ -24,7 +24,7 @@ from sdtrt.exports.component import export_component
 from sdtrt.exports.to_file import export_file
 from sdtrt.models import components, loading
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import generate
+from sdtrt.pipeline import engines, generate
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.reports import verify
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Sizes, VerifySpec
@@ -295,7 +295,7 @@ def request_of_one(changing, tmp_path):
 def test_engines_of_a_pipeline_are_of_one_state_of_the_weights(changing, directory, monkeypatch, request_of_one):
     """The weights are replaced after the engine of the old ones was found."""
     old = build_engine(changing.model, spec_of(changing.model), directory)
-    monkeypatch.setattr(find, "_best", once(changing, find._best, after=True))
+    monkeypatch.setattr(engines, "best_fit", once(changing, find.best_fit, after=True))
     report = generate.generate(request_of_one, directory, QUIET)
     facts = report.to_json()
     assert facts["engines"][PART]["name"] != old.name

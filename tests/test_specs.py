@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+from factories import checked_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from sdtrt.backends import registry
 from sdtrt.common.errors import UsageError
 from sdtrt.specs import (
     MAX_SEED,
-    BuildSpec,
     ExportSpec,
     GenerateSpec,
     Profile,
@@ -191,8 +191,7 @@ def test_what_no_backend_does_is_refused_before_anything_heavy_is_loaded(request
 )
 def test_build_refuses(wrong):
     with pytest.raises(UsageError):
-        spec = BuildSpec(ExportSpec(), **wrong)
-        registry.get(spec.backend).check(spec)
+        checked_spec(ExportSpec(), **wrong)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from factories import small_unet, small_vae
+from factories import checked_spec, small_unet, small_vae
 from onnx import TensorProto, helper, numpy_helper
 from piece_fakes import three_pieces, two_pieces
 from test_splitting import no_pieces  # noqa: F401  # a fixture
@@ -16,11 +16,11 @@ from trt_fakes import fake_library, recorder
 
 from sdtrt.backends import build as engine_build
 from sdtrt.backends import registry
-from sdtrt.backends.tensorrt.build import Request, check_request
+from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.versions import building, libraries, weak_typing
 from sdtrt.backends.tensorrt.versions.network import Draft
 from sdtrt.backends.tensorrt86 import cut as cutting
-from sdtrt.backends.tensorrt86 import parallel_build, worker
+from sdtrt.backends.tensorrt86 import parallel_build, policy, worker
 from sdtrt.backends.tensorrt86.build import PieceRequest
 from sdtrt.backends.tensorrt86.pieces import Piece
 from sdtrt.cli.options import BuildOptions
@@ -252,7 +252,7 @@ def test_where_such_pieces_fail_the_hint_is_to_do_without(asked, no_pieces):  # 
 def test_later_versions_have_no_pieces(asked, monkeypatch):
     monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 10.13.3.9"))
     with pytest.raises(BuildError, match="builds no engines in pieces") as caught:
-        check_request(replace(asked, spec=replace(asked.spec, split_attention=None)))
+        policy.check_library(replace(asked.spec, split_attention=None))
     assert "--channels-last" in caught.value.hint
 
 
@@ -327,19 +327,21 @@ def test_the_real_builder_takes_every_piece_of_a_unet(rtx, asked, tmp_path):
 )
 def test_what_is_never_in_pieces_is_never_channels_last(wrong):
     with pytest.raises(UsageError):
-        BuildSpec(**({"export": ExportSpec(), "backend": "tensorrt", "profiles": STATIC} | wrong), channels_last=True)
+        checked_spec(
+            **({"export": ExportSpec(), "backend": "tensorrt", "profiles": STATIC} | wrong), channels_last=True
+        )
 
 
 def test_the_option_is_for_those_parts_that_may_be_in_pieces():
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     exports = [ExportSpec(component=name) for name in components]
     exports.append(ExportSpec(component="vae_decoder", precision="fp32"))  # as of SDXL
-    specs = BuildOptions(channels_last=True).specs(exports, "tensorrt", dict.fromkeys(components, STATIC))
+    specs = BuildOptions(channels_last=True).specs(exports, registry.get("tensorrt"), dict.fromkeys(components, STATIC))
     assert [spec.channels_last for spec in specs] == [False, True, True, True, False]
-    specs = BuildOptions().specs(exports, "tensorrt", dict.fromkeys(components, STATIC))
+    specs = BuildOptions().specs(exports, registry.get("tensorrt"), dict.fromkeys(components, STATIC))
     assert not any(spec.channels_last for spec in specs)
     with pytest.raises(UsageError, match="are in pieces"):
-        BuildOptions(channels_last=True).specs(exports[:1], "tensorrt", {"text_encoder": STATIC})
+        BuildOptions(channels_last=True).specs(exports[:1], registry.get("tensorrt"), {"text_encoder": STATIC})
 
 
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
