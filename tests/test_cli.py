@@ -143,7 +143,7 @@ def test_no_build_names_the_command_that_builds(folder, run):
 
 
 def truncated(folder: Path) -> str:
-    source = next((REPOSITORY / "sdtrt" / "tiny" / "unet").glob("*.safetensors"))
+    source = next((REPOSITORY / "sdtrt" / "models" / "tiny" / "unet").glob("*.safetensors"))
     (folder / "cut.safetensors").write_bytes(source.read_bytes()[:100_000])
     return "cut.safetensors"
 
