@@ -38,7 +38,7 @@ from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForwar
 from sdtrt.reports.bench_report import BenchReport, Row, Runner
 from sdtrt.reports.meters import MemoryMeter, Nvml, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
-from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
+from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, NoiseSpec, Sizes
 from sdtrt.specs.contract import Contract
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -574,7 +574,7 @@ def test_wrong_options_are_exit_2(run, arguments):
     ],
 )
 def test_baselines_are_named_or_left_to_the_machine(asked, found):
-    assert BenchOptions(baselines=asked).spec(ModelSpec(), BackendOptions()).baselines == found
+    assert BenchOptions(baselines=asked).spec(ModelSpec(), BackendOptions(), NoiseSpec()).baselines == found
 
 
 @pytest.mark.slow
