@@ -268,9 +268,11 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")
         },
         "sdtrt.pipeline.open": {"open_pipeline": opened(marks)},
+        "sdtrt.pipeline.forwards": {
+            "TextForward.__call__": first_call(marks, "the first call of the text encoder", synchronize),
+            "UNetForward.__call__": first_call(marks, "the first call of the UNet", synchronize),
+        },
         "sdtrt.pipeline.facades": {
-            "TextEncoderFacade.forward": first_call(marks, "the first call of the text encoder", synchronize),
-            "UNetFacade.forward": first_call(marks, "the first call of the UNet", synchronize),
             "VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize),
         },
         "sdtrt.pipeline.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
