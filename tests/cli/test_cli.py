@@ -26,7 +26,7 @@ from sdtrt.engines import directory as engine_directory
 
 PROMPT = "a red circle on a blue background"
 RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TWO_COMPONENTS = ("--component", "vae_decoder", "--component", "text_encoder")
 FAST = ("--steps", "2", "--seed", "1", "--quiet")  # pictures that nobody looks at
 

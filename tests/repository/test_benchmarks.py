@@ -22,7 +22,7 @@ from sdtrt.common.errors import BuildError, ExportError
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS
 from sdtrt.specs import Sizes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = ("--model", "tiny", "--height", "64", "--width", "64")
 
 
