@@ -24,8 +24,9 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 RESIDUAL_ENDS = ("conv2", "to_out.0", "net.2", "proj_out")  # what the UNet's residual branches end with
-# CLIP's own 49 408 words need a hub.
-TOKENIZER = Path(__file__).resolve().parents[1] / "sdtrt" / "models" / "tiny" / "tokenizer"
+TOKENIZER = (
+    Path(__file__).resolve().parents[1] / "sdtrt" / "models" / "tiny" / "tokenizer"
+)  # CLIP's own 49 408 words need a hub
 
 
 def make_unet() -> UNet2DConditionModel:

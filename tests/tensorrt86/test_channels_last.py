@@ -106,7 +106,7 @@ def image(name, *dims, dtype="float16"):
     [
         (image("x", 2, 8, 4, 4), True),
         (image("x", 2, 320, 64, 64), True),
-        (image("x", 2, 12, 4, 4), False),  # would be padded to 16: more bytes than `layout` counts
+        (image("x", 2, 12, 4, 4), False),  # would be padded to 16: more bytes than `memory_layout` counts
         (image("x", 2, 8, 4, 4, dtype="float32"), False),
         (image("x", 2, 8, 16), False),
         (image("x", "batch", 8, 4, 4), False),
