@@ -35,7 +35,7 @@ OPSETS = " or ".join(str(opset) for opset in DEFAULT_OPSETS.values())
 
 @dataclass(frozen=True)
 class ExporterOptions:
-    """How the ONNX graph is written."""
+    """These options say which components are written as ONNX, and how."""
 
     component: Annotated[
         list[str] | None, Option(help=f"one of {', '.join(COMPONENTS)}; give it again for more; by default all")
@@ -64,7 +64,7 @@ class ExporterOptions:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """The sizes that an engine accepts."""
+    """These options say which sizes an engine accepts."""
 
     batch: Annotated[
         str, Option(help=f"UNet batch, {RANGE}; guidance makes it twice the images, so the other parts get half of it")
@@ -89,7 +89,7 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How TensorRT builds."""
+    """These options say how TensorRT builds."""
 
     optimization_level: Annotated[
         int | None, Option(help="TensorRT's builder effort, 0 to 5; by default its own, on 8.6: 1")

@@ -1,4 +1,7 @@
-"""The command line: parse → spec → one call → render. Heavy imports happen inside the commands."""
+"""The commands: each parses its options, builds one spec, calls one function and renders one report.
+
+Heavy libraries are imported inside the commands, so that `--help` loads none. What a command does is not known here.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def img2img(
 
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
-    """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
+    """Make the images of a request; stdout gets their paths, one a line, or one JSON document."""
     from sdtrt.engines.digests import hash_ahead
 
     engines = directory.directory()

@@ -42,7 +42,7 @@ Scheduler = Annotated[
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """How noise is added and predicted, where the model does not say it, or wrongly."""
+    """These options say how noise is added and predicted, where the model does not say it, or says it wrongly."""
 
     prediction_type: Annotated[
         str | None, Option(help=f"{' or '.join(PREDICTION_TYPES)}; by default as the model says")
@@ -55,7 +55,7 @@ class NoiseOptions:
     ] = None
 
     def spec(self) -> NoiseSpec:
-        """What is asked for."""
+        """The noise that is asked for."""
         return NoiseSpec(
             cast("PredictionType | None", self.prediction_type),
             cast("TimestepSpacing | None", self.timestep_spacing),
@@ -68,7 +68,7 @@ NoBuild = Annotated[bool, Option("--no-build", help="fail rather than build a mi
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to generate."""
+    """These options describe the images to be made."""
 
     text: Annotated[
         str | None, Argument(metavar="PROMPT", help="what the image shows; --prompt says it, too", show_default=False)

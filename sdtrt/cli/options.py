@@ -20,7 +20,7 @@ from sdtrt.specs import AUTO, DEFAULT_MODEL, PRECISIONS, ModelSpec
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How a command speaks."""
+    """These options say how a command speaks."""
 
     as_json: Annotated[bool, Option("--json", help="print one JSON document on stdout")] = False
     quiet: Annotated[bool, Option("--quiet", "-q", help="no progress, no notes")] = False
@@ -33,7 +33,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class DirectoryOptions:
-    """Where engines are kept."""
+    """These options say where engines are kept."""
 
     engine_dir: Annotated[
         Path | None,
@@ -51,7 +51,7 @@ class DirectoryOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model."""
+    """These options name the model."""
 
     model: Annotated[
         str, Option("--model", "-m", help="tiny (built in), a diffusers folder, a hub id, or a .safetensors checkpoint")
@@ -76,7 +76,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What computes, and how finely."""
+    """These options say what computes, and in which precision."""
 
     backend: Annotated[str, Option("--backend", "-b", help=f"one of {', '.join(registry.names())}")] = AUTO
     precision: Annotated[

@@ -36,7 +36,7 @@ from sdtrt.specs import (
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to hold an engine against, and how close it must be."""
+    """These options say with what an engine is compared, and how close it must be."""
 
     engine: Annotated[
         str | None, Option("--engine", "-e", help="an engine of the engine directory, by name; else the one in use")
@@ -94,7 +94,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to time, and beside what."""
+    """These options say what is timed, and beside what."""
 
     task: Annotated[str, Option(help=f"{', '.join(BENCH_TASKS)} or both")] = "both"
     baselines: Annotated[

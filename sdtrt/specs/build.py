@@ -1,4 +1,4 @@
-"""What is asked of an export and of a build: the model, the component, the engine."""
+"""The requests that `export` and `build` take: the model, a component, an engine, and several of them at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and what may be done to get it.
+    """A model, and what may be done to get it.
 
     Args:
         name: `tiny`, a diffusers folder, a hub id, or a single-file checkpoint.
