@@ -1,4 +1,4 @@
-"""The commands of the engine directory: list, verify, rm, prune."""
+"""The commands of the engine directory: list, verify, rm, prune. Knows how they speak, not how entries are kept."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sdtrt.cli.options import (
-    DirectoryOptions,
-    OutputOptions,
-    grouped,
-)
+from sdtrt.cli.groups import grouped
+from sdtrt.cli.options import DirectoryOptions, OutputOptions
 from sdtrt.cli.render import render
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import CacheError, UsageError
 from sdtrt.engines.directory import Checked
 from sdtrt.engines.entry import Entry, ForeignEntry, removal_of
 from sdtrt.engines.trust import mend_of
-from sdtrt.specs import (
-    GIB,
-    PruneSpec,
-    bytes_of,
-)
+from sdtrt.specs import GIB, PruneSpec, bytes_of
 
 DAY = 86400
 
@@ -95,7 +88,7 @@ def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
 
 
 def _row(one: Checked) -> tuple[str, str, str, str]:
-    """What was found of an entry, as a table's row."""
+    """Return a row of the table: one entry, and what was found of it."""
     return one.name, one.state, f"{one.size_bytes / 2**20:.1f} MiB", one.problem
 
 
@@ -153,7 +146,7 @@ def _made_for(entry: Entry | ForeignEntry) -> str:
 
 
 def _age(moment: float) -> str:
-    """How long ago a moment was, roughly."""
+    """Say roughly how long ago a moment was."""
     seconds = max(0.0, time.time() - moment)
     for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:

@@ -1,4 +1,7 @@
-"""Which engines a request will run, as far as that is known before its model is read, and loading them ahead of it."""
+"""Load the engines that a request will probably run, before its model is read.
+
+Knows which engines are likely from the request and from the engine directory alone. Nothing depends on its being right.
+"""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def delete(path: Path) -> None:
 
 
 def limit_hint(error: OSError) -> str | None:
-    """What helps where a limit of the process or the system was met, which says nothing of the file; else None."""
+    """Return what helps where a limit of the process or the system was met; None where the error is the file's own."""
     if error.errno in EXHAUSTED:
         return MORE_FILES
     return RAISE_LIMITS if error.errno in LIMITS else None
@@ -179,7 +179,7 @@ def is_exhausted(error: BaseException | None) -> bool:
 
 
 def status(path: Path, *, follow: bool = True) -> os.stat_result | None:
-    """What is known of a path, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
+    """Return a path's status, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
     try:
         return path.stat(follow_symlinks=follow)
     except FileNotFoundError:
@@ -187,7 +187,7 @@ def status(path: Path, *, follow: bool = True) -> os.stat_result | None:
 
 
 def listing(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where there is no folder."""
+    """List what is in a folder, by name; nothing where there is no folder."""
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:

@@ -104,7 +104,7 @@ def write_onnx(
         module: the part of the model that the component is of, on the CPU, in the contract's precision.
         contract: names, dtypes and axes of the graph.
         path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
-        wide_layers: of how many layers an fp16 UNet's convolutions compute in fp32 (see `tracing`).
+        wide_layers: of how many layers an fp16 UNet's convolutions compute in fp32 (see `fp16_recipe`).
 
     Raises:
         ExportError: the module's weights are not finite, or the exporter fails.

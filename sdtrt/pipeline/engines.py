@@ -169,7 +169,7 @@ def _size_options(
 
 
 def _batch_option(rows: int, components: Sequence[Component], images: int) -> str:
-    """`--batch` of `sdtrt build`, which is the UNet's; the other components get half of it (`parts.profile_of`).
+    """`--batch` of `sdtrt build`, which is the UNet's; the other components get half of it (`components.profile_of`).
 
     Without guidance the UNet's batch is no more than the images: then one range serves all. Empty without the UNet for
     one image, which is what every other component is built for unless told otherwise.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TELLING = ("onnxruntime", "diffusers", "transformers", "huggingface_hub")  # the last three may import the first
 
 COMMANDS = [

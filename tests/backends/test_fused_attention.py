@@ -1,4 +1,4 @@
-"""Attentions as one operator of ONNX Runtime each (`build.fused_attention`), and engines with them."""
+"""Attentions as one operator of ONNX Runtime each (`onnxruntime.fused_attention`), and engines with them."""
 
 import math
 import os

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def program_of(section: str) -> str:

@@ -659,7 +659,7 @@ def test_the_example_runs_the_unet_and_proves_it_first(driver, use, plan, tmp_pa
         return directory.obtain("engine", {**key, "options": {"version_compatible": False}}, make)
 
     publish("text_encoder")
-    script = Path(__file__).resolve().parents[1] / "scripts" / "run_engine_pycuda.py"
+    script = Path(__file__).resolve().parents[2] / "scripts" / "run_engine_pycuda.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(directory.path)])
     with pytest.raises(SystemExit, match="no such TensorRT engine of a UNet"):
         runpy.run_path(str(script))

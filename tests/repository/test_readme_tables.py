@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "readme_tables.py"
 EMPTY = "# Title\n\n<!-- table: founding -->\n<!-- /table -->\n\nThe rest.\n"
 

@@ -15,7 +15,7 @@ from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.cli import prewarm
 from sdtrt.common import host
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
 #include <stdio.h>
 #include <stdlib.h>

@@ -26,7 +26,7 @@ from sdtrt.pipeline.request import resolve_request
 from sdtrt.reports.inspection import inspect_model
 from sdtrt.specs import GenerateSpec, ModelSpec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

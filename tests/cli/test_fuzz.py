@@ -1,6 +1,6 @@
 """Whatever comes in from outside: only clean errors.
 
-`SDTRT_FUZZ_SECONDS=600 pytest -s tests/test_fuzz.py` runs each target for ten minutes.
+`SDTRT_FUZZ_SECONDS=600 pytest -s tests/cli/test_fuzz.py` runs each target for ten minutes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtrt.models.hub import is_repo_id
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # huggingface_hub reads its settings when it is imported, so every case is a process of its own.
 SCRIPT = """
 import json, sys

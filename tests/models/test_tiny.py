@@ -14,7 +14,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from pixel_checker import KINDS, PALETTE, RELATIONS, SIZES, Scene, Shape, draw_shape, judge, look
 from tiny_captions import write_tokenizer
@@ -27,7 +27,7 @@ from sdtrt.pipeline.open import open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import ModelSpec, Sizes
 
-TINY = Path(__file__).resolve().parents[1] / "sdtrt" / "models" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "sdtrt" / "models" / "tiny"
 RED_LEFT_OF_WHITE = Scene((Shape("circle", "red", "small"), Shape("star", "white", "large")), "blue", "left")
 SMALL_AND_LARGE = {1: {"small": 0.2, "large": 0.37}, 2: {"small": 0.26, "large": 0.4}}
 

@@ -29,7 +29,7 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import memory
 from sdtrt.specs import ModelSpec, Sizes
 
-TABLE = Path(__file__).resolve().parents[1] / "SECURITY.md"
+TABLE = Path(__file__).resolve().parents[2] / "SECURITY.md"
 ROW = re.compile(r"\| (?P<name>[^|]+) \| (?P<code>\d+) \| `(?P<message>.+?)` \| `(?P<hint>.+?)` \|")
 MODEL = ("--model", "model")
 PAINT = ("txt2img", "-p", "x", *MODEL, "--steps", "1", "-H", "64", "-W", "64", "--quiet", "-b", "onnxruntime")

@@ -27,7 +27,7 @@ from sdtrt.pipeline.images import Metadata, read_init_image
 from sdtrt.pipeline.saving import plan_output
 from sdtrt.specs import GenerateSpec, PruneSpec
 
-PACKAGE = Path(__file__).resolve().parents[1] / "sdtrt"
+PACKAGE = Path(__file__).resolve().parents[2] / "sdtrt"
 REPOSITORY = PACKAGE.parent
 PICTURE = Image.new("RGB", (8, 8), "red")
 KEY = {"component": "unet", "precision": "fp32", "backend": "onnxruntime"}

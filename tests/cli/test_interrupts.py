@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdtrt.engines.directory import EngineDirectory
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 COUNT = int(os.environ.get("SDTRT_SIGNALS", "60"))  # of the test at random moments
 SEED = int(os.environ.get("SDTRT_SIGNALS_SEED", "0"))

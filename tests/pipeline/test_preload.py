@@ -34,7 +34,7 @@ from sdtrt.pipeline import open as pipeline_open
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = profile_shapes((1, 2, 4), (12, 16, 24), (12, 16, 24))
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
 CUDA = torch.device("cuda")
