@@ -24,8 +24,7 @@ from sdtrt.cli.main import main
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, EngineError, UsageError
-from sdtrt.engines import directory as engine_directory
-from sdtrt.engines import find
+from sdtrt.engines import find, trust
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import entry_of
 from sdtrt.exports.feeds import seeded_feeds
@@ -417,9 +416,9 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
         spec = BuildSpec(ExportSpec(model.spec, component, "fp32"), "onnxruntime")
         found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
     read, real = [], entry_of
-    monkeypatch.setattr(engine_directory, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
+    monkeypatch.setattr(trust, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
     found = EngineDirectory(found.path)
-    found.likely(model.name, "onnxruntime")
+    find.likely(found, model.name, "onnxruntime")
     wanted = ("text_encoder", "unet", "vae_decoder")
     assert list(engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
     assert sorted(read) == sorted(entry.path for entry in found.entries())

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sdtrt.common.console import Console
-from sdtrt.common.errors import SdtrtError, UsageError
+from sdtrt.common.errors import MALFORMED, SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.engines.entry import Entry
 from sdtrt.specs import BuildSpec, ExportSpec, Precision
 from sdtrt.specs.contract import Contract
 

@@ -10,8 +10,8 @@ from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.backends.tensorrt86.backend import TensorRT86
 from sdtrt.common import host
 from sdtrt.common.console import QUIET, Console
-from sdtrt.common.errors import SdtrtError, UsageError
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.common.errors import MALFORMED, SdtrtError, UsageError
+from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import FORMAT as EXPORT_FORMAT
 from sdtrt.specs import AUTO, BackendName, check_choice
 

@@ -6,9 +6,10 @@ from contextlib import suppress
 
 from sdtrt.backends import registry
 from sdtrt.common import host
-from sdtrt.common.errors import SdtrtError
+from sdtrt.common.errors import MALFORMED, SdtrtError
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.engines.entry import Entry
 from sdtrt.models.components import VAE_HALVES, sizes_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.specs import Component, GenerateSpec, Precision, Profile, Sizes
@@ -44,7 +45,11 @@ def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry
     if not backend.loads_ahead:
         return []
     runs, precision = backend.runs_here(), spec.precision or backend.default_precision()
-    latest = directory.latest(spec.model.name, lambda entry: runs(entry.key) and _may_serve(entry, spec, precision))
+
+    def fits(entry: Entry) -> bool:
+        return runs(entry.key) and _may_serve(entry, spec, precision)
+
+    latest = find.latest(directory, spec.model.name, fits)
     return sorted(latest.values(), key=lambda entry: entry.size_bytes, reverse=True)
 
 

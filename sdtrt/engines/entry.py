@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from sdtrt.common.errors import CacheError, EngineError, command_line
+from sdtrt.common.errors import MALFORMED, CacheError, EngineError, command_line
 from sdtrt.common.files import limit_hint, lock, open_regular, read_small_file, same_file
 from sdtrt.engines.digests import digest_of, digests_ahead
 from sdtrt.specs import Sizes
@@ -28,7 +28,7 @@ SOME_SIZES = Sizes(batch=2, height=64, width=64)
 FORMAT = 1  # of keys and sidecars: entries of another format are foreign
 SIDECAR = "entry.json"
 SIDECAR_BYTES = 2**24  # at most, of a sidecar or other JSON of the engine directory: far more than any needs
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_NAME = re.compile(r"([A-Za-z0-9._]+-){3}[0-9a-f]{16}")  # of an entry's folder
 
 
 def canonical_json(data: Any) -> str:
@@ -123,11 +123,15 @@ class Entry:
         with self._reading(path):
             digest = digests_ahead(companions, ahead) if ahead else digest_of
         for companion in companions:
-            self._verify(companion, digest)
+            self.verify_file(companion, digest)
         return path
 
-    def _verify(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
-        """Compare a file's content with its digest."""
+    def verify_file(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
+        """Compare the content of one of its files with its digest.
+
+        Raises:
+            CacheError: when it can't be read, or is not what was published.
+        """
         with self._reading(path):
             intact = digest(path) == self.digests[path.name]
         if not intact and self._is_replaced():
@@ -241,6 +245,11 @@ def entry_name(kind: str, key: Mapping[str, Any]) -> str:
     """A folder name that people can read and that no two keys share."""
     words = (key["component"], key.get("backend", kind), key["precision"], key_digest(kind, key)[:16])
     return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(word)) for word in words)
+
+
+def is_entry_name(name: str) -> bool:
+    """Whether a folder's name is one that sdtrt gives to entries."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_published(path: Path, digest: str) -> bool:

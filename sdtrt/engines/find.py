@@ -1,13 +1,18 @@
-"""Which engine of the directory serves a request: the tightest that fits, of its weights."""
+"""Which engine of the directory serves a request: the tightest that fits, of its weights; which one probably will.
+
+What this machine runs is for the caller to say.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from sdtrt.common.errors import SdtrtError
+from sdtrt.common.errors import MALFORMED, SdtrtError
+from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import export_key
 from sdtrt.models.components import precision_of
 from sdtrt.models.resolve import Model
@@ -91,3 +96,26 @@ def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two export keys are of the same weights: exporter and opset may differ, a user's choice at build time."""
     free = {"exporter", "opset"}
     return {k: v for k, v in one.items() if k not in free} == {k: v for k, v in other.items() if k not in free}
+
+
+def likely(directory: EngineDirectory, model: str, backend: str) -> list[Path]:
+    """The large files of the engines that a request for a model will run in all likelihood, the largest first.
+
+    They are those used last, one for each component. Which ones fit is known only once heavy libraries are there.
+
+    Args:
+        model: its name as it was given when the engines were built.
+        backend: the engines'; any for `auto`.
+    """
+    found = latest(directory, model, lambda entry: backend in ("auto", entry.key.get("backend")))
+    files = [(size, entry.path / name) for entry in found.values() for name, size in entry.files.items()]
+    return [path for size, path in sorted(files, reverse=True) if size >= digests.MEMO_BYTES]
+
+
+def latest(directory: EngineDirectory, model: str, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
+    """For each component the engine of a model that was used last, of those that fit."""
+    found: dict[str, Entry] = {}
+    for entry in sorted(directory.entries("engine"), key=lambda entry: entry.last_used):
+        if entry.info.get("model") == model and fits(entry):
+            found[str(entry.key.get("component"))] = entry
+    return found
