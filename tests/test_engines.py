@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import factories
@@ -239,7 +239,7 @@ def run_build(monkeypatch):
 
     def publish(model, spec, directory, console):
         specs[spec.export.component] = spec
-        return directory.obtain("engine", engine_build.engine_key(model, spec, directory), _empty)
+        return directory.obtain("engine", engine_build.engine_key(model, spec, directory).to_json(), _empty)
 
     monkeypatch.setattr(engine_build, "build_engine", publish)
 
@@ -317,7 +317,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
     profiles = (Profile.of(Sizes(2, 512, 512)),)
     for component in ("text_encoder", "vae_decoder"):
         spec = BuildSpec(ExportSpec(model.spec, component), "tensorrt", components.profiles_of(component, profiles))
-        found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
 
     def finds(component, sizes):
         own = components.sizes_of(component, sizes)
@@ -385,7 +385,7 @@ def test_the_tightest_profile_wins():
     elsewhere = Profile(Range(1, 2, 8), Range(256, 768, 1024), Range(256, 768, 1024))
 
     def slack(*profiles, sizes=Sizes(2, 512, 512)):
-        return find.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
+        return find.slack(profiles, sizes)
 
     assert slack(static) == 0
     assert slack() == 0  # takes any size
@@ -414,7 +414,7 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
     found = EngineDirectory(tmp_path / "engines")
     for component in components.components_of(model):
         spec = BuildSpec(ExportSpec(model.spec, component, "fp32"), "onnxruntime")
-        found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
     read, real = [], entry_of
     monkeypatch.setattr(trust, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
     found = EngineDirectory(found.path)
@@ -439,7 +439,7 @@ def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp
     for compatible in (True, False):
         spec = BuildSpec(export, "tensorrt", (Profile.of(SMALL),), version_compatible=compatible)
         monkeypatch.setattr(TensorRT, "version", lambda self: "8.6.1")
-        made = found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        made = found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
         monkeypatch.setattr(TensorRT, "version", lambda self: version)
         assert registry.is_foreign(made) != (runs if compatible else version == "8.6.1")
     best = find.find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SMALL, found)

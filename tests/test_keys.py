@@ -115,7 +115,7 @@ def check_entries(changing, directory, two_models):
     for entry in directory.entries("engine"):
         assert entry.key["export"] == exports[entry.info["onnx"]].key
     old = resolve_model(ModelSpec(str(two_models[0])))
-    assert directory.find("engine", engine_key(old, spec_of(old), directory)) is None
+    assert directory.find("engine", engine_key(old, spec_of(old), directory).to_json()) is None
     runs = registry.get("onnxruntime").runs_here()
     assert find.find_engine(old, runs, "fp32", Sizes(1, 8, 8), directory, PART) is None
 
@@ -123,7 +123,7 @@ def check_entries(changing, directory, two_models):
 @pytest.mark.parametrize("which", ["export", "engine"])
 def test_weights_that_are_replaced_while_a_build_waits_for_the_lock(changing, directory, two_models, which):
     spec = spec_of(changing.model)
-    key = engine_key(changing.model, spec, directory)
+    key = engine_key(changing.model, spec, directory).to_json()
     digest = key_digest("engine", key) if which == "engine" else key_digest("onnx", key["export"])
     (directory.path / ".locks").mkdir(parents=True, mode=0o755)
     other = FileLock(directory.path / ".locks" / f"{digest}.lock")
@@ -394,7 +394,7 @@ def test_an_entry_that_is_made_anew_meanwhile_is_not_called_damaged(directory):
 def test_an_engine_of_another_export_than_its_key_says_is_damaged(changing, directory):
     """As builds made them that read other weights than they had looked at."""
     spec = spec_of(changing.model)
-    old = engine_key(changing.model, spec, directory)
+    old = engine_key(changing.model, spec, directory).to_json()
     changing.replace()
     entry = build_engine(changing.model, spec, directory)
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 from sdtrt.common.errors import MALFORMED, CacheError, EngineError, command_line
 from sdtrt.common.files import limit_hint, lock, open_regular, read_small_file, same_file
 from sdtrt.engines.digests import digest_of, digests_ahead
+from sdtrt.engines.keys import EngineKey, ExportKey, parse_key
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Contract
 
@@ -48,7 +49,7 @@ class Entry:
     Args:
         path: its folder.
         kind: `onnx` or `engine`.
-        key: what it was made for (plain JSON data).
+        key: what it was made for (plain JSON data, as they lie on the disk and are digested).
         info: what is known of it (plain JSON data): contract, parity, times.
         files: name → size in bytes.
         digests: name → sha256 (hex) of the content that was published.
@@ -72,6 +73,22 @@ class Entry:
     def digest(self) -> str:
         """sha256 (hex) of its key."""
         return key_digest(self.kind, self.key)
+
+    @cached_property
+    def parsed_key(self) -> EngineKey | ExportKey | None:
+        """Its key, parsed; None where it is not one that this version of sdtrt writes for its kind."""
+        return parse_key(self.kind, self.key)
+
+    @property
+    def engine_key(self) -> EngineKey:
+        """The key of an engine.
+
+        Raises:
+            EngineError: where it is not one that this version of sdtrt writes.
+        """
+        if isinstance(self.parsed_key, EngineKey):
+            return self.parsed_key
+        raise EngineError(f"{self.name} does not say what it was built for", hint=self.removal)
 
     @property
     def removal(self) -> str:
