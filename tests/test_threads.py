@@ -63,7 +63,7 @@ def test_a_file_that_no_limit_lets_open_is_not_called_damaged(tmp_path, monkeypa
 
     monkeypatch.setattr("sdtrt.engines.entry.digest_of", refuse)
     with pytest.raises(OSError, match="Too many open files"):
-        entry._verify(tmp_path / "file", refuse)
+        entry.verify_file(tmp_path / "file", refuse)
 
 
 def test_python_without_docstrings_is_refused_in_two_lines():
