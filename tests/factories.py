@@ -39,6 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdtrt.backends import registry
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import EngineKey, ExportKey
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
 from sdtrt.specs import BackendName, BuildSpec, Precision, Sizes
@@ -267,6 +268,12 @@ def sd1_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16,
         requires_safety_checker=False,
     )
     return _save(pipeline, path, dtype, tokenizers=("tokenizer",))
+
+
+def engine_key_of(**changes: Any) -> dict[str, Any]:
+    """A whole engine's key, plain data, but for these changes."""
+    export = ExportKey("unet", "fp16", "torchscript", 17, 5, "of some weights")
+    return EngineKey(1, "unet", "fp16", "tensorrt", "8.6.1", {}, (), {}, export).to_json() | changes
 
 
 def tampered_engine(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.engines.keys import export_key
+from sdtrt.engines.keys import EngineKey, ExportKey, export_key
 from sdtrt.models.components import profiles_of
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
 
 
-def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
+def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
     """The key of the engine of the weights that a model has now. Raises `UsageError` for what can't be built."""
-    return key_of(spec, export_key(model, spec.export, directory))
+    return key_of(spec, export_key(model, spec.export, directory.file_digest))
 
 
-def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
+def key_of(spec: BuildSpec, export: ExportKey) -> EngineKey:
     """The key of an engine: all that its bytes depend on. The key of its export stands for the weights.
 
     Raises:
@@ -34,17 +34,17 @@ def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
     """
     backend = registry.get(spec.backend)
     backend.check(spec)
-    return {
-        "format": backend.format,
-        "component": spec.export.component,
-        "precision": spec.export.precision,
-        "backend": backend.name,
-        "backend_version": backend.version(),
-        "host": backend.host_key(spec.compute_capability),
-        "profiles": [asdict(profile) for profile in spec.profiles],
-        "options": backend.options_key(spec),
-        "export": dict(export),
-    }
+    return EngineKey(
+        format=backend.format,
+        component=spec.export.component,
+        precision=spec.export.precision,
+        backend=backend.name,
+        backend_version=backend.version(),
+        host=backend.host_key(spec.compute_capability),
+        profiles=spec.profiles,
+        options=backend.options_key(spec),
+        export=export,
+    )
 
 
 def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
@@ -59,7 +59,7 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
         UsageError: for what the backend can't build.
         BuildError: where the engine can't be built, or is not right; nothing is left of it then.
     """
-    key = engine_key(model, spec, directory)
+    key = engine_key(model, spec, directory).to_json()
     if not spec.force and (entry := directory.find("engine", key)) is not None:
         return entry
     from sdtrt.exports.component import export_component
@@ -67,7 +67,8 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
     onnx = export_component(model, spec.export, directory, console)
     make = partial(_make, model, spec, directory, console, onnx)
     with onnx.hold():
-        return directory.obtain("engine", key_of(spec, onnx.key), make, console, force=spec.force)
+        key = key_of(spec, ExportKey.from_json(onnx.key)).to_json()
+        return directory.obtain("engine", key, make, console, force=spec.force)
 
 
 def _make(

@@ -113,11 +113,12 @@ def img2img(
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Make the images of a request; stdout gets their paths, one a line, or one JSON document."""
     from sdtrt.engines.digests import hash_ahead
+    from sdtrt.engines.find import likely
 
     engines = directory.directory()
     candidates = registry.candidates(spec.backend)
     if any(backend.source for backend in candidates):
-        hash_ahead(lambda: engines.likely(spec.model.name, spec.backend))
+        hash_ahead(lambda: likely(engines, spec.model.name, spec.backend))
     with quick_imports():
         if any("cuda" in backend.devices for backend in candidates):
             from sdtrt.cli.prewarm import start_gpu

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 import shlex
 
+# What goes wrong where plain data is not of the form that it should have.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
 
 class SdtrtError(Exception):
     """A failure that its reader can mend.

@@ -1,6 +1,6 @@
 """Files and folders: opened once, written whole or not at all, flushed to the disk, locked while in use.
 
-Who may change them is not known here, but in `trust`.
+Who may change them is not known here, but in `engines.rights`.
 """
 
 from __future__ import annotations
@@ -132,6 +132,15 @@ def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
     if not missing and not path.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     return missing
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder if it isn't there, for this user alone to write; flushed, as what goes into it is.
+
+    So are the folders above it: `mkdir(parents=True)` makes those as the umask has it, then they may be refused.
+    """
+    for folder in make_folders(path, MODE):
+        fsync(folder.parent)
 
 
 def rename_to_free(temporary: Path, path: Path) -> None:

@@ -1,14 +1,17 @@
-"""Which engine of the directory serves a request: the tightest that fits, of its weights."""
+"""Which engine of the directory serves a request: the tightest that fits, of its weights; which one probably will.
+
+What this machine runs is for the caller to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from sdtrt.common.errors import SdtrtError
+from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
-from sdtrt.engines.keys import export_key
+from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import EngineKey, ExportKey, export_key
 from sdtrt.models.components import precision_of
 from sdtrt.models.resolve import Model
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
@@ -16,7 +19,7 @@ from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
 
 def find_engine(
     model: Model,
-    runs: Callable[[Mapping[str, Any]], bool],
+    runs: Callable[[EngineKey], bool],
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -34,7 +37,7 @@ def find_engine(
 
 def best_fit(
     model: Model,
-    runs: Callable[[Mapping[str, Any]], bool],
+    runs: Callable[[EngineKey], bool],
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -43,14 +46,14 @@ def best_fit(
 ) -> Entry | None:
     """Of these engines the one that `find_engine` takes."""
     precision = precision_of(model, component, precision)
-    wanted = {"component": component, "precision": precision}
-    export = export_key(model, ExportSpec(model.spec, component, precision), directory)
+    export = export_key(model, ExportSpec(model.spec, component, precision), directory.file_digest)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
-        if all(entry.key.get(name) == value for name, value in wanted.items())
-        and runs(entry.key)
-        and (looseness := _fit(entry.key, export, sizes)) is not None
+        if isinstance(key := entry.parsed_key, EngineKey)
+        and (key.component, key.precision) == (component, precision)
+        and runs(key)
+        and (looseness := _fit(key, export, sizes)) is not None
     ]
     if not fitting:
         return None
@@ -59,17 +62,13 @@ def best_fit(
     return best
 
 
-def _fit(key: Mapping[str, Any], export: Mapping[str, Any], sizes: Sizes) -> float | None:
-    """How loosely an engine of the right kind fits; None for other weights, or a malformed key."""
-    try:
-        return slack(key, sizes) if _same_weights(key["export"], export) else None
-    except (SdtrtError, *MALFORMED):
-        return None
+def _fit(key: EngineKey, export: ExportKey, sizes: Sizes) -> float | None:
+    """How loosely an engine of the right kind fits; None for other weights."""
+    return slack(key.profiles, sizes) if key.export.has_weights_of(export) else None
 
 
-def slack(key: Mapping[str, Any], sizes: Sizes) -> float | None:
+def slack(profiles: Sequence[Profile], sizes: Sizes) -> float | None:
     """How loosely an engine's profiles fit a size: 0 for exactly, None for not at all."""
-    profiles = [Profile.from_json(data) for data in key["profiles"]]
     if not profiles:
         return 0.0
     fitting = [profile for profile in profiles if sizes in profile]
@@ -87,7 +86,24 @@ def _looseness(profile: Profile, sizes: Sizes) -> float:
     return sum(abs(bounds.opt - value) / value + (bounds.max - bounds.min) / bounds.max for bounds, value in pairs)
 
 
-def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two export keys are of the same weights: exporter and opset may differ, a user's choice at build time."""
-    free = {"exporter", "opset"}
-    return {k: v for k, v in one.items() if k not in free} == {k: v for k, v in other.items() if k not in free}
+def likely(directory: EngineDirectory, model: str, backend: str) -> list[Path]:
+    """The large files of the engines that a request for a model will run in all likelihood, the largest first.
+
+    They are those used last, one for each component. Which ones fit is known only once heavy libraries are there.
+
+    Args:
+        model: its name as it was given when the engines were built.
+        backend: the engines'; any for `auto`.
+    """
+    found = latest(directory, model, lambda entry: backend in ("auto", entry.key.get("backend")))
+    files = [(size, entry.path / name) for entry in found.values() for name, size in entry.files.items()]
+    return [path for size, path in sorted(files, reverse=True) if size >= digests.MEMO_BYTES]
+
+
+def latest(directory: EngineDirectory, model: str, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
+    """For each component the engine of a model that was used last, of those that fit."""
+    found: dict[str, Entry] = {}
+    for entry in sorted(directory.entries("engine"), key=lambda entry: entry.last_used):
+        if entry.info.get("model") == model and fits(entry):
+            found[str(entry.key.get("component"))] = entry
+    return found

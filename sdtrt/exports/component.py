@@ -55,7 +55,7 @@ def export_component(model: Model, spec: ExportSpec, directory: EngineDirectory,
 def _obtain(model: Model, spec: ExportSpec, directory: EngineDirectory, console: Console) -> Entry:
     """One attempt of `export_component`. Raises `ModelChangedError` where the key is not of what was read."""
     sight = Sight(model, (part_of(spec.component),))
-    key = export_key(model, spec, directory)
+    key = export_key(model, spec, directory.file_digest).to_json()
 
     def make(folder: Path) -> Mapping[str, Any]:
         with sight.steady():  # from the fingerprint, and not from here: others' locks may have been waited for

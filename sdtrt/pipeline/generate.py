@@ -271,7 +271,7 @@ class _Run:
         pipeline_spec = self.opened.spec
         unet = replace(pipeline_spec.sizes, batch=pipeline_spec.sizes.batch // pipeline_spec.images * count)
         return all(
-            find.slack(entry.key, sizes_of(name, unet, count)) is not None
+            find.slack(entry.engine_key.profiles, sizes_of(name, unet, count)) is not None
             for name, entry in self.opened.entries.items()
         )
 

@@ -21,7 +21,6 @@ from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
     SIZE_MULTIPLE,
     Component,
-    Profile,
     Sizes,
 )
 
@@ -86,7 +85,7 @@ def _figure(entry: Entry, name: str) -> int | None:
 
 def _share(entry: Entry, sizes: Sizes) -> float:
     """A size's share of the largest that an engine serves: scratch memory grows about so."""
-    profiles = [Profile.from_json(data) for data in entry.key["profiles"]]
+    profiles = entry.engine_key.profiles
     largest = max((one.batch.max * one.height.max * one.width.max for one in profiles), default=0)
     volume = sizes.batch * sizes.height * sizes.width
     return volume / max(largest, volume)

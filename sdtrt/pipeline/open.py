@@ -121,7 +121,9 @@ def _check_weights(spec: PipelineSpec, running: _Running, directory: EngineDirec
     """Refuse engines of other weights than the model has by now; one that is `given` may be of any."""
     for name, entry in running.entries.items():
         part = part_of(name)
-        if entry != given and entry.key["export"]["fingerprint"] != spec.model.fingerprint(part, directory.file_digest):
+        if entry == given:
+            continue
+        if entry.engine_key.export.fingerprint != spec.model.fingerprint(part, directory.file_digest):
             raise ModelChangedError(
                 f"the {part} of {spec.model.name} was replaced while its engine was found or built",
                 hint="run the command again",

@@ -38,7 +38,7 @@ from sdtrt.pipeline.request import PipelineSpec, resolve_request
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import comparison, error_plot, gradient
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
-from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, Profile, VerifySpec
+from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, VerifySpec
 from sdtrt.specs.contract import Contract
 
 Array = npt.NDArray[Any]
@@ -132,13 +132,17 @@ def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: 
 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
     """The request with an engine's backend and precision; refuses other ones."""
-    if entry.kind != "engine" or entry.key["component"] != "unet":
+    if entry.kind != "engine" or entry.engine_key.component != "unet":
         listing = command_line("sdtrt", "engines", "list", "--engine-dir", str(entry.path.parent))
         raise UsageError(f"{entry.name} is no engine of a unet", hint=f"{listing} shows the engines")
-    for name, given in (("backend", image.backend), ("precision", image.precision)):
-        if given not in (None, "auto", entry.key[name]):
-            raise UsageError(f"{entry.name} is for {entry.key[name]}, not {given}", hint=f"leave --{name} out")
-    return replace(image, backend=entry.key["backend"], precision=entry.key["precision"])
+    key = entry.engine_key
+    for name, built_for, given in (
+        ("backend", key.backend, image.backend),
+        ("precision", key.precision, image.precision),
+    ):
+        if given not in (None, "auto", built_for):
+            raise UsageError(f"{entry.name} is for {built_for}, not {given}", hint=f"leave --{name} out")
+    return replace(image, backend=key.backend, precision=key.precision)
 
 
 def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
@@ -148,8 +152,9 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
             f"{entry.name} takes other inputs than the unet of {spec.model.name}",
             hint=f"it was built for {entry.info.get('model')}: give that as --model",
         )
-    if find.slack(entry.key, spec.sizes) is None:
-        best = Profile.from_json(entry.key["profiles"][0]).optimum
+    profiles = entry.engine_key.profiles
+    if find.slack(profiles, spec.sizes) is None:
+        best = profiles[0].optimum
         guidance = " --guidance-scale 1" if best.batch == 1 else ""
         raise EngineError(
             f"{entry.name} does not take {spec.sizes}",
@@ -161,7 +166,7 @@ def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory)
     """Whether an engine was built from the model's own weights and configuration."""
     if entry is None:
         return None
-    return bool(entry.key["export"]["fingerprint"] == model.fingerprint("unet", directory.file_digest))
+    return entry.engine_key.export.fingerprint == model.fingerprint("unet", directory.file_digest)
 
 
 # --- the three runs ----------------------------------------------------------------------------------------------

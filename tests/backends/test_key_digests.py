@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from trt_fakes import fake_library
 
@@ -9,7 +11,7 @@ from sdtrt.backends import build as engine_build
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.engines.entry import key_digest
-from sdtrt.engines.keys import export_key
+from sdtrt.engines.keys import EngineKey, export_key
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 
@@ -47,8 +49,8 @@ def on(monkeypatch, label):
 def test_exports_are_found_under_the_keys_that_they_always_had(
     model, directory, component, precision, exporter, digest
 ):
-    key = export_key(model, ExportSpec(model.spec, component, precision, exporter), directory)
-    assert key_digest("onnx", key)[:16] == digest
+    key = export_key(model, ExportSpec(model.spec, component, precision, exporter), directory.file_digest)
+    assert key_digest("onnx", key.to_json())[:16] == digest
 
 
 @pytest.mark.parametrize(
@@ -87,4 +89,6 @@ def test_engines_are_found_under_the_keys_that_they_always_had(
     if backend != "onnxruntime":
         on(monkeypatch, label)
     spec = BuildSpec(ExportSpec(model.spec, component, precision), backend, **options)
-    assert key_digest("engine", engine_build.engine_key(model, spec, directory))[:16] == digest
+    key = engine_build.engine_key(model, spec, directory)
+    assert key_digest("engine", key.to_json())[:16] == digest
+    assert EngineKey.from_json(json.loads(json.dumps(key.to_json()))).to_json() == key.to_json()

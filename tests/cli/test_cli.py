@@ -23,7 +23,6 @@ from sdtrt import __version__
 from sdtrt.common import host
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines import digests
-from sdtrt.engines import directory as engine_directory
 
 PROMPT = "a red circle on a blue background"
 RED_ON_BLUE = Scene((Shape("circle", "red"),), background="blue")
@@ -118,7 +117,7 @@ def test_engines_are_hashed_while_libraries_load(folder, run, monkeypatch):
     code, out, _ = run("txt2img", "-p", PROMPT, *FAST, "--backend", "onnxruntime", "--json")
     assert code == 0
     (find,) = begun
-    monkeypatch.setattr(engine_directory, "MEMO_BYTES", 0)
+    monkeypatch.setattr(digests, "MEMO_BYTES", 0)
     used = {engine["name"] for engine in json.loads(out)["engines"].values()}
     assert {path.parent.name for path in find()} >= used
     assert run("txt2img", "-p", PROMPT, *FAST, "--backend", "torch")[0] == 0

@@ -31,10 +31,10 @@ from sdtrt.backends.onnxruntime.build import optimize
 from sdtrt.backends.open import open_session
 from sdtrt.cli.main import main
 from sdtrt.common.console import QUIET
-from sdtrt.common.errors import BuildError, EngineError, ModelError, UsageError
-from sdtrt.engines import find
+from sdtrt.common.errors import MALFORMED, BuildError, EngineError, ModelError, UsageError
+from sdtrt.engines import find, upkeep
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, SIDECAR, entry_name, seal_of
+from sdtrt.engines.entry import SIDECAR, entry_name, seal_of
 from sdtrt.engines.publish import seal
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import resolve_model
@@ -105,8 +105,8 @@ def put(data, name, value):
 def use_everything(directory, model):
     """All that reads sidecars."""
     resolved = resolve_model(ModelSpec(str(model)))
-    list(directory.check())
-    directory.prunable(PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), registry.is_foreign)
+    list(upkeep.check(directory))
+    upkeep.prunable(directory, PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), registry.is_foreign)
     entry = find.find_engine(resolved, registry.get("onnxruntime").runs_here(), "fp32", SIZES, directory)
     for found in directory.entries():
         json.dumps(found.to_json())

@@ -17,9 +17,9 @@ from PIL import Image
 
 from sdtrt.common.console import Console, print_table
 from sdtrt.common.errors import ModelError, OutputError, SdtrtError, UsageError
+from sdtrt.engines import upkeep
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import SIDECAR
-from sdtrt.engines.upkeep import prune
 from sdtrt.exports import to_file
 from sdtrt.models.weights import read_header, read_json
 from sdtrt.pipeline import images
@@ -172,7 +172,7 @@ def test_engines_verify_finds_damage_and_prune_removes_it(run, tmp_path):
 
 def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path):
     directory = fill(tmp_path / "engines")
-    damaged = [one.name for one in directory.check() if one.state == "damaged"]
+    damaged = [one.name for one in upkeep.check(directory) if one.state == "damaged"]
     assert run("engines", "rm", *damaged)[0] == 0
     (entry,) = directory.entries()
     with entry.hold():
@@ -185,18 +185,18 @@ def test_engines_rm_takes_damaged_entries_and_spares_what_is_used(run, tmp_path)
 
 def test_prune_leaves_what_is_mended_or_used_while_it_looks(tmp_path, monkeypatch):
     directory = fill(tmp_path / "engines")
-    (sound,) = (one.name for one in directory.check() if one.state == "ok")
-    (flipped,) = (one.name for one in directory.check() if "content" in one.problem)
-    real = EngineDirectory.check
+    (sound,) = (one.name for one in upkeep.check(directory) if one.state == "ok")
+    (flipped,) = (one.name for one in upkeep.check(directory) if "content" in one.problem)
+    real = upkeep.check
 
-    def check(self):
-        yield from real(self)
-        key = json.loads((self.path / flipped / SIDECAR).read_text())["key"]
-        self.obtain("engine", key, lambda f: (f / "engine.onnx").write_bytes(b"abc") and {}, force=True)
-        self.touch(self.named(sound))
+    def check(where):
+        yield from real(where)
+        key = json.loads((where.path / flipped / SIDECAR).read_text())["key"]
+        where.obtain("engine", key, lambda f: (f / "engine.onnx").write_bytes(b"abc") and {}, force=True)
+        where.touch(where.named(sound))
 
-    monkeypatch.setattr(EngineDirectory, "check", check)
-    pruned = prune(directory, PruneSpec(keep_bytes=0, damaged=True))
+    monkeypatch.setattr(upkeep, "check", check)
+    pruned = upkeep.prune(directory, PruneSpec(keep_bytes=0, damaged=True), lambda entry: False)
     assert not {sound, flipped} & set(pruned.removed)
     assert len(pruned.removed) == 1  # the one without a sidecar
     assert {entry.name for entry in directory.entries()} == {sound, flipped}
@@ -204,7 +204,7 @@ def test_prune_leaves_what_is_mended_or_used_while_it_looks(tmp_path, monkeypatc
 
 def test_entries_of_another_format_are_listed_as_such_and_go_with_foreign(run, tmp_path):
     directory = fill(tmp_path / "engines")
-    (entry,) = (directory.named(one.name) for one in directory.check() if one.state == "ok")
+    (entry,) = (directory.named(one.name) for one in upkeep.check(directory) if one.state == "ok")
     (entry.path / SIDECAR).write_text(json.dumps({"format": 99}))
     _, out, _ = run("engines", "list")
     assert f"{entry.name}  (of another version of sdtrt)" in out

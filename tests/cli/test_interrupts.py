@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdtrt.engines import upkeep
 from sdtrt.engines.directory import EngineDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -262,7 +263,7 @@ class Struck:
         found = [path for path in found if not path.name.startswith(".digests.json")]
         wrong = [f"left {path.relative_to(self.place)}" for path in found]
         for folder in ("engines", "work/new"):
-            checked = EngineDirectory(self.place / folder).check()
+            checked = upkeep.check(EngineDirectory(self.place / folder))
             wrong += [f"{one.name}: {one.problem}" for one in checked if one.state != "ok"]
         return wrong
 

@@ -64,7 +64,7 @@ def test_a_file_that_no_limit_lets_open_is_not_called_damaged(tmp_path, monkeypa
 
     monkeypatch.setattr("sdtrt.engines.entry.digest_of", refuse)
     with pytest.raises(CacheError, match="can't be read: Too many open files") as caught:
-        entry._verify(tmp_path / "file", refuse)
+        entry.verify_file(tmp_path / "file", refuse)
     assert "ulimit -n" in caught.value.hint
     assert "damaged" not in f"{caught.value.message} {caught.value.hint}"
 

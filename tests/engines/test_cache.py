@@ -19,7 +19,7 @@ from factories import flip
 
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, CacheError
-from sdtrt.engines import directory as engine_directory
+from sdtrt.engines import find, trust, upkeep
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import SIDECAR, ForeignEntry, canonical_json, entry_of, key_digest
 from sdtrt.engines.publish import HOST
@@ -120,7 +120,7 @@ def test_a_damaged_entry_is_never_found(directory, damage):
         sidecar.write_text(json.dumps(data | {"files": {"../elsewhere": {"size_bytes": 0}}}))
     elif damage == "open to all":
         entry.file("model.onnx").chmod(0o666)
-    (found,) = directory.check()
+    (found,) = upkeep.check(directory)
     assert found.state == {"format": "foreign", "open to all": "unsafe"}.get(damage, "damaged"), found
     assert found.problem
     assert directory.find("onnx", KEY) is None
@@ -134,8 +134,8 @@ def test_checking_reads_every_file_and_leaves_alone_what_is_not_its_own(director
     (directory.path / "my own folder").mkdir()
     (directory.path / "README.md").write_text("notes")
     flip(flipped.path / "build.log")
-    assert {one.name: one.state for one in directory.check()}[flipped.name] == "damaged"
-    assert sorted(one.state for one in directory.check()) == ["damaged", "ok"]
+    assert {one.name: one.state for one in upkeep.check(directory)}[flipped.name] == "damaged"
+    assert sorted(one.state for one in upkeep.check(directory)) == ["damaged", "ok"]
     assert [path.name for path in (directory.folder_named(flipped.name),)] == [flipped.name]
 
 
@@ -144,7 +144,7 @@ def test_a_sidecar_that_was_changed_is_seen(directory):
     sidecar = entry.path / SIDECAR
     sidecar.write_text(sidecar.read_text().replace('"test"', '"tess"'))
     assert directory.find("onnx", KEY) is None
-    (found,) = directory.check()
+    (found,) = upkeep.check(directory)
     assert "entry.json is damaged" in found.problem
 
 
@@ -153,7 +153,7 @@ def test_a_sidecar_of_nonsense_is_no_entry(directory, text):
     entry = directory.obtain("onnx", KEY, write())
     (entry.path / SIDECAR).write_text(text)
     assert directory.entries() == []
-    assert len(list(directory.check())) == 1
+    assert len(list(upkeep.check(directory))) == 1
 
 
 def write_two(folder):
@@ -241,8 +241,8 @@ def test_a_directory_that_cannot_be_read_is_an_error_with_a_hint(directory, monk
         "find": lambda: directory.find("onnx", KEY),
         "entries": directory.entries,
         "named": lambda: directory.named("unet"),
-        "abandoned": directory.abandoned,
-        "prunable": lambda: directory.prunable(PruneSpec(), lambda entry: False),
+        "abandoned": lambda: upkeep.abandoned(directory),
+        "prunable": lambda: upkeep.prunable(directory, PruneSpec(), lambda entry: False),
     }
     with pytest.raises(CacheError, match="can't be read: Permission denied") as caught:
         calls[look]()
@@ -370,7 +370,7 @@ def test_sweep_removes_what_dead_builds_left(directory):
     directory.obtain("onnx", KEY, write())
     orphan = directory.path / ".building" / (key_digest("onnx", KEY) + "-dead")
     orphan.mkdir()
-    assert directory.sweep() == 1
+    assert upkeep.sweep(directory) == 1
     assert not orphan.exists()
     assert len(directory.entries()) == 1
 
@@ -383,7 +383,7 @@ def test_looking_for_what_was_left_behind_changes_nothing(directory):
     directory.obtain("onnx", KEY, write())
     (directory.path / ".building" / (key_digest("onnx", KEY | {"weights": "z"}) + "-dead")).mkdir()
     before = contents(directory.path)
-    assert len(directory.abandoned()) == 1
+    assert len(upkeep.abandoned(directory)) == 1
     assert contents(directory.path) == before
 
 
@@ -392,15 +392,15 @@ def test_sweep_removes_files_too_and_leaves_what_has_no_name_of_ours(directory):
     trash, notes = directory.path / ".building" / "trash-1", directory.path / ".building" / "notes"
     trash.write_text("x")
     notes.write_text("x")
-    assert directory.sweep() == 1
+    assert upkeep.sweep(directory) == 1
     assert not trash.exists()
     assert notes.exists()
-    assert directory.sweep() == 0
+    assert upkeep.sweep(directory) == 0
 
 
 def test_a_build_under_way_is_not_swept(directory):
     def make(folder):
-        assert EngineDirectory(directory.path).abandoned() == []
+        assert upkeep.abandoned(EngineDirectory(directory.path)) == []
         return write()(folder)
 
     directory.obtain("onnx", KEY, make)
@@ -414,7 +414,7 @@ def test_a_lock_that_may_not_be_tried_may_be_held(directory, monkeypatch):
     (directory.path / ".locks").mkdir(exist_ok=True)
     (directory.path / ".locks" / f"{key_digest('onnx', KEY)}.lock").touch()
     refuse(monkeypatch, os, "open", errno.EROFS, directory.path)
-    assert directory.abandoned() == []
+    assert upkeep.abandoned(directory) == []
 
 
 def test_what_cannot_be_swept_is_an_error_with_a_hint(directory, monkeypatch):
@@ -422,7 +422,7 @@ def test_what_cannot_be_swept_is_an_error_with_a_hint(directory, monkeypatch):
     (directory.path / ".building" / "trash-1").touch()
     refuse(monkeypatch, Path, "unlink", errno.EROFS, directory.path)
     with pytest.raises(CacheError, match="can't be written: Read-only file system") as caught:
-        directory.sweep()
+        upkeep.sweep(directory)
     assert "--engine-dir FOLDER" in caught.value.hint
 
 
@@ -435,8 +435,8 @@ def test_what_is_in_use_is_not_removed(directory):
         assert directory.is_in_use(entry.path)
         assert not directory.is_in_use(other.path)
         directory.obtain("onnx", entry.key, write(b"new"), force=True)  # replaced, and the old one stays where it went
-        assert directory.abandoned() == []
-    assert len(directory.abandoned()) == 1
+        assert upkeep.abandoned(directory) == []
+    assert len(upkeep.abandoned(directory)) == 1
     directory.remove(entry)
     assert directory.entries() == [other]
 
@@ -463,10 +463,10 @@ def test_another_machines_draft_is_left_alone_until_it_is_old(directory):
     draft = directory.path / ".building" / f"{key_digest('onnx', KEY)}-00000000-under_way"
     draft.mkdir(parents=True)
     directory.obtain("onnx", KEY, write())
-    assert directory.sweep() == 0
+    assert upkeep.sweep(directory) == 0
     long_ago = time.time() - 3 * 86400
     os.utime(draft, (long_ago, long_ago))
-    assert directory.sweep() == 1
+    assert upkeep.sweep(directory) == 1
 
 
 def _without_locks(monkeypatch):
@@ -530,7 +530,7 @@ def test_a_directory_that_others_can_write_is_refused(directory, mode, who, use)
         "find": lambda: directory.find("onnx", KEY),
         "obtain": lambda: directory.obtain("onnx", KEY | {"weights": "z"}, write()),
         "entries": directory.entries,
-        "check": lambda: list(directory.check()),
+        "check": lambda: list(upkeep.check(directory)),
     }
     with pytest.raises(CacheError, match=f"is not safe: {who} can change it") as caught:
         calls[use]()
@@ -690,13 +690,13 @@ def test_prune_goes_by_last_use_then_size(directory):
     old, new = (directory.obtain("onnx", KEY | {"weights": w}, write(b"1234")) for w in "ab")
     os.utime(old.path / SIDECAR, (time.time() - 10 * 86400,) * 2)
     keep = lambda entry: False  # noqa: E731
-    assert directory.prunable(PruneSpec(older_than_days=5), keep) == [old]
-    assert directory.prunable(PruneSpec(keep_bytes=4), keep) == [old]
-    assert directory.prunable(PruneSpec(keep_bytes=0), keep) == [old, new]
-    assert directory.prunable(PruneSpec(), keep) == []
-    assert directory.prunable(PruneSpec(foreign=True), lambda entry: entry == new) == [new]
+    assert upkeep.prunable(directory, PruneSpec(older_than_days=5), keep) == [old]
+    assert upkeep.prunable(directory, PruneSpec(keep_bytes=4), keep) == [old]
+    assert upkeep.prunable(directory, PruneSpec(keep_bytes=0), keep) == [old, new]
+    assert upkeep.prunable(directory, PruneSpec(), keep) == []
+    assert upkeep.prunable(directory, PruneSpec(foreign=True), lambda entry: entry == new) == [new]
     directory.find("onnx", old.key)  # a use renews it
-    assert directory.prunable(PruneSpec(older_than_days=5), keep) == []
+    assert upkeep.prunable(directory, PruneSpec(older_than_days=5), keep) == []
 
 
 def make_foreign(entry, **change):
@@ -717,13 +717,13 @@ def test_an_entry_of_another_format_is_listed_counted_and_pruned(directory, chan
     with pytest.raises(CacheError, match="another version"):
         directory.named(entry.name)
     keep = lambda entry: False  # noqa: E731
-    assert directory.prunable(PruneSpec(), keep) == []
-    assert directory.prunable(PruneSpec(foreign=True), keep) == [foreign]
-    assert directory.prunable(PruneSpec(older_than_days=1), keep) == []
+    assert upkeep.prunable(directory, PruneSpec(), keep) == []
+    assert upkeep.prunable(directory, PruneSpec(foreign=True), keep) == [foreign]
+    assert upkeep.prunable(directory, PruneSpec(older_than_days=1), keep) == []
     os.utime(entry.path / SIDECAR, (time.time() - 10 * 86400,) * 2)
-    assert directory.prunable(PruneSpec(older_than_days=1), keep) == [foreign]
-    assert directory.prunable(PruneSpec(keep_bytes=5), keep) == [foreign]
-    assert directory.prunable(PruneSpec(keep_bytes=4 + foreign.size_bytes), keep) == []
+    assert upkeep.prunable(directory, PruneSpec(older_than_days=1), keep) == [foreign]
+    assert upkeep.prunable(directory, PruneSpec(keep_bytes=5), keep) == [foreign]
+    assert upkeep.prunable(directory, PruneSpec(keep_bytes=4 + foreign.size_bytes), keep) == []
     directory.remove(foreign.path)
     assert directory.all_entries() == [other]
 
@@ -741,9 +741,7 @@ def test_what_sdtrt_has_not_named_is_no_entry_of_another_format(directory, tmp_p
 def count_read(monkeypatch):
     """How many sidecars have been read."""
     read = []
-    monkeypatch.setattr(
-        engine_directory, "entry_of", lambda folder, data: (read.append(folder.name), entry_of(folder, data))[1]
-    )
+    monkeypatch.setattr(trust, "entry_of", lambda folder, data: (read.append(folder.name), entry_of(folder, data))[1])
     return lambda: len(read)
 
 
@@ -755,7 +753,7 @@ def test_a_sidecar_is_read_once_until_it_changes(directory, count_read):
     for _ in range(3):
         assert directory.entries("engine") == entries[:3]
         assert directory.find("engine", entries[0].key) == entries[0]  # which touches it
-    directory.likely("test", "auto")
+    find.likely(directory, "test", "auto")
     assert count_read() - before == 4 + 3
     directory.obtain("engine", entries[1].key, write(b"more of it"), force=True)
     assert directory.entries()[1].size_bytes == 10
@@ -782,7 +780,7 @@ def test_digest_of_a_large_file_is_remembered_until_it_changes(directory, tmp_pa
     weights = tmp_path / "weights"
     weights.write_bytes(b"one")
     first = directory.file_digest(weights)
-    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("sdtrt.engines.digests.sha256_file", lambda path: pytest.fail("hashed again"))
     assert directory.file_digest(weights) == first
     monkeypatch.undo()
     weights.write_bytes(b"another")

@@ -14,7 +14,7 @@ from factories import sha256_of as right
 from sdtrt.common import files as files_module
 from sdtrt.common.errors import CacheError
 from sdtrt.common.files import sha256_file
-from sdtrt.engines import digests
+from sdtrt.engines import digests, find
 from sdtrt.engines.digests import digest_of, digests_ahead, hash_ahead
 
 
@@ -115,8 +115,8 @@ def test_what_fails_ahead_is_the_commands_to_meet(file, capfd):
     def refuse():
         raise CacheError("the engine directory is not safe", hint="")
 
-    for find in (refuse, lambda: [file.with_name("not there"), file]):
-        hash_ahead(find)
+    for hashing in (refuse, lambda: [file.with_name("not there"), file]):
+        hash_ahead(hashing)
     wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "sdtrt-ahead"])
     assert digest_of(file) == right(file)
     with pytest.raises(OSError, match="not there"):
@@ -166,16 +166,16 @@ def test_likely_are_the_models_engines_used_last_the_largest_first(directory):
     publish(directory, "unet", 6, kind="onnx")
     publish(directory, "text_encoder", 7, size=100)  # hashed in no time
     plans = {entry.name: entry.path / "engine.plan" for entry in (unet, decoder, slow)}
-    assert directory.likely("one", "tensorrt") == [plans[unet.name], plans[decoder.name]]
-    assert directory.likely("one", "auto") == [plans[slow.name], plans[decoder.name]]
-    assert directory.likely("none", "auto") == []
+    assert find.likely(directory, "one", "tensorrt") == [plans[unet.name], plans[decoder.name]]
+    assert find.likely(directory, "one", "auto") == [plans[slow.name], plans[decoder.name]]
+    assert find.likely(directory, "none", "auto") == []
 
 
 def test_an_entry_damaged_after_it_was_hashed_ahead_is_found(directory):
     entry = publish(directory, "unet", 1)
-    hash_all_ahead(*directory.likely("one", "auto"))
+    hash_all_ahead(*find.likely(directory, "one", "auto"))
     assert entry.verified("engine.plan") == entry.path / "engine.plan"
-    hash_all_ahead(*directory.likely("one", "auto"))
+    hash_all_ahead(*find.likely(directory, "one", "auto"))
     with (entry.path / "engine.plan").open("r+b") as opened:
         opened.write(b"\0\0\0\0")
     with pytest.raises(CacheError, match="damaged"):
@@ -200,7 +200,7 @@ def test_whoever_asks_first_hashes_and_the_other_gives_up(tmp_path, monkeypatch,
     """Not begun with: `digest_of` does not wait for what lies before it."""
     first, second = tmp_path / "first", tmp_path / "second"
     go = threading.Event()
-    noting = sha256_file
+    noting = digests.sha256_file
 
     def slowly(path):
         assert path == second or go.wait(10)

@@ -12,10 +12,11 @@ import factories
 import pytest
 from filelock import FileLock
 
+from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine, engine_key
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import CacheError, ExportError, ModelChangedError, ModelError
-from sdtrt.engines import find, keys
+from sdtrt.engines import digests, find, keys, upkeep
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import key_digest
 from sdtrt.engines.keys import Sight
@@ -114,14 +115,15 @@ def check_entries(changing, directory, two_models):
     for entry in directory.entries("engine"):
         assert entry.key["export"] == exports[entry.info["onnx"]].key
     old = resolve_model(ModelSpec(str(two_models[0])))
-    assert directory.find("engine", engine_key(old, spec_of(old), directory)) is None
-    assert find.find_engine(old, "onnxruntime", "fp32", Sizes(1, 8, 8), directory, PART) is None
+    assert directory.find("engine", engine_key(old, spec_of(old), directory).to_json()) is None
+    runs = registry.get("onnxruntime").runs_here()
+    assert find.find_engine(old, runs, "fp32", Sizes(1, 8, 8), directory, PART) is None
 
 
 @pytest.mark.parametrize("which", ["export", "engine"])
 def test_weights_that_are_replaced_while_a_build_waits_for_the_lock(changing, directory, two_models, which):
     spec = spec_of(changing.model)
-    key = engine_key(changing.model, spec, directory)
+    key = engine_key(changing.model, spec, directory).to_json()
     digest = key_digest("engine", key) if which == "engine" else key_digest("onnx", key["export"])
     (directory.path / ".locks").mkdir(parents=True, mode=0o755)
     other = FileLock(directory.path / ".locks" / f"{digest}.lock")
@@ -245,10 +247,10 @@ def test_a_digest_that_was_taken_of_a_file_under_way_is_not_remembered(directory
         (tmp_path / "draft").replace(weights)
         return real(path)
 
-    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", hashed)
+    monkeypatch.setattr("sdtrt.engines.digests.sha256_file", hashed)
     directory.file_digest(weights)
-    assert not directory._read_digests()
-    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", real)
+    assert not digests.DigestMemo(directory.path, trust_others=False).read()
+    monkeypatch.setattr("sdtrt.engines.digests.sha256_file", real)
     (tmp_path / "kept").replace(weights)
     assert weights.stat().st_ino == old.st_ino
     assert directory.file_digest(weights) == real(weights)
@@ -261,9 +263,9 @@ def test_a_digest_is_remembered_where_the_memo_cannot_be_written(directory, tmp_
     def refuse(path, text):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("sdtrt.engines.directory.write_atomically", refuse)
+    monkeypatch.setattr("sdtrt.engines.digests.write_atomically", refuse)
     first = directory.file_digest(tmp_path / "weights")
-    monkeypatch.setattr("sdtrt.engines.directory.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("sdtrt.engines.digests.sha256_file", lambda path: pytest.fail("hashed again"))
     assert directory.file_digest(tmp_path / "weights") == first
 
 
@@ -398,7 +400,7 @@ def test_an_entry_that_is_made_anew_meanwhile_is_not_called_damaged(directory):
 def test_an_engine_of_another_export_than_its_key_says_is_damaged(changing, directory):
     """As builds made them that read other weights than they had looked at."""
     spec = spec_of(changing.model)
-    old = engine_key(changing.model, spec, directory)
+    old = engine_key(changing.model, spec, directory).to_json()
     changing.replace()
     entry = build_engine(changing.model, spec, directory)
 
@@ -409,5 +411,5 @@ def test_an_engine_of_another_export_than_its_key_says_is_damaged(changing, dire
     with pytest.raises(CacheError):
         directory.obtain("engine", old, make)
     assert directory.find("engine", old) is None
-    assert [one.state for one in directory.check()].count("damaged") == 1
+    assert [one.state for one in upkeep.check(directory)].count("damaged") == 1
     assert directory.find("engine", entry.key) == entry

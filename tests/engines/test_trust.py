@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdtrt.common.errors import CacheError
+from sdtrt.engines import upkeep
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import SIDECAR, key_digest
 from sdtrt.specs import PruneSpec
@@ -64,8 +65,8 @@ def grant(path, rights=7, *, default=False, user=STRANGER):
 
 
 CALLS = {
-    "sweep": lambda directory: directory.sweep(),
-    "abandoned": lambda directory: directory.abandoned(),
+    "sweep": lambda directory: upkeep.sweep(directory),
+    "abandoned": lambda directory: upkeep.abandoned(directory),
     "obtain": lambda directory: directory.obtain("onnx", KEY | {"weights": "z"}, make),
     "force": lambda directory: directory.obtain("onnx", KEY, make, force=True),
     "remove": lambda directory: directory.remove(directory.entries()[0]),
@@ -122,7 +123,7 @@ def test_a_link_among_what_builds_left_is_removed_itself_at_most(full, precious)
     (building / f"{key_digest('onnx', KEY)}-dead").symlink_to(precious)
     (building / "elsewhere").symlink_to(precious)
     before = contents(precious)
-    assert full.sweep() == 1
+    assert upkeep.sweep(full) == 1
     assert contents(precious) == before
     assert (building / "elsewhere").is_symlink()
 
@@ -166,7 +167,7 @@ def test_what_is_no_file_is_not_waited_for(full, tmp_path, monkeypatch, name, ki
     path.unlink(missing_ok=True)
     os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
     assert len(full.entries()) == (name != SIDECAR)
-    assert [one.state for one in full.check()] == ["damaged" if name == SIDECAR else "ok"]
+    assert [one.state for one in upkeep.check(full)] == ["damaged" if name == SIDECAR else "ok"]
     assert full.file_digest(tmp_path / "weights")
     if name == SIDECAR:
         assert not full.is_in_use(entry.path)
@@ -178,7 +179,7 @@ def test_a_sidecar_without_end_is_damaged_and_not_read(full, monkeypatch):
     (entry,) = full.entries()
     with (entry.path / SIDECAR).open("ab") as file:
         file.truncate(2**40)
-    (found,) = full.check()
+    (found,) = upkeep.check(full)
     assert (found.state, found.problem) == ("damaged", "it can't be read: it is larger than 16777216 bytes")
 
 
@@ -189,7 +190,7 @@ def test_an_entry_that_an_access_list_lets_others_write_is_passed_over(full, nam
     assert full.entries() == [entry]
     grant(entry.path / name)
     assert full.entries() == []
-    (found,) = full.check()
+    (found,) = upkeep.check(full)
     assert (found.state, found.problem.split(" can ")[1]) == (
         "unsafe",
         "be changed by those whom its access list names",
@@ -202,19 +203,19 @@ def test_an_entry_that_an_access_list_lets_others_write_is_passed_over(full, nam
 def test_a_folder_that_an_access_list_lets_others_write_is_refused(full, where):
     grant(full.path / where)
     with pytest.raises(CacheError, match="those whom its access list names can change") as caught:
-        full.sweep()
+        upkeep.sweep(full)
     assert caught.value.hint.startswith("chmod ")
-    assert EngineDirectory(full.path, trust_others=True).sweep() == 0
+    assert upkeep.sweep(EngineDirectory(full.path, trust_others=True)) == 0
 
 
 @pytest.mark.parametrize("where", ["", ".building"])
 def test_a_folder_whose_default_access_list_gives_away_what_is_made_in_it_is_refused(full, where):
     grant(full.path / where, default=True, user=os.geteuid())
     grant(full.path / where, 5, default=True)
-    assert full.sweep() == 0
+    assert upkeep.sweep(full) == 0
     grant(full.path / where, default=True)
     with pytest.raises(CacheError, match="those whom its default access list names can change what is made") as caught:
-        full.sweep()
+        upkeep.sweep(full)
     assert caught.value.hint.startswith(f"setfacl -R -k {full.path}, or")
 
 
@@ -298,8 +299,8 @@ def test_too_many_open_files_say_nothing_of_an_entry(full, call):
     (entry,) = full.entries()
     calls = CALLS | {
         "entries": lambda directory: directory.entries(),
-        "check": lambda directory: list(directory.check()),
-        "prunable": lambda directory: directory.prunable(PruneSpec(damaged=True), lambda entry: False),
+        "check": lambda directory: list(upkeep.check(directory)),
+        "prunable": lambda directory: upkeep.prunable(directory, PruneSpec(damaged=True), lambda entry: False),
         "is_in_use": lambda directory: directory.is_in_use(entry.path),
         "remove": lambda directory: directory.remove(entry),
         "verified": lambda directory: entry.verified("model.onnx"),

@@ -422,8 +422,8 @@ def test_an_entry_is_made_once(tmp_path, tiny_model, spec, monkeypatch):
     "change", [{"precision": "fp32"}, {"exporter": "dynamo"}, {"opset": 16}], ids=lambda change: next(iter(change))
 )
 def test_what_changes_the_graph_changes_the_key(tmp_path, tiny_model, spec, change):
-    directory = EngineDirectory(tmp_path)
-    assert export_key(tiny_model, replace(spec, **change), directory) != export_key(tiny_model, spec, directory)
+    digest = EngineDirectory(tmp_path).file_digest
+    assert export_key(tiny_model, replace(spec, **change), digest) != export_key(tiny_model, spec, digest)
 
 
 def test_the_key_goes_by_weights_not_by_name(tmp_path, tiny_model, spec):
@@ -431,8 +431,8 @@ def test_the_key_goes_by_weights_not_by_name(tmp_path, tiny_model, spec):
     keys = []
     for name, seed in (("same", 0), ("other", 1)):
         folder = factories.sd1_folder(tmp_path / name, seed=seed, **SMALLEST)
-        keys.append(export_key(resolve_model(ModelSpec(str(folder))), spec, directory))
-    assert keys[0] == export_key(tiny_model, spec, directory)
+        keys.append(export_key(resolve_model(ModelSpec(str(folder))), spec, directory.file_digest))
+    assert keys[0] == export_key(tiny_model, spec, directory.file_digest)
     assert keys[1] != keys[0]
 
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import factories
@@ -24,8 +24,7 @@ from sdtrt.cli.main import main
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, EngineError, UsageError
-from sdtrt.engines import directory as engine_directory
-from sdtrt.engines import find
+from sdtrt.engines import find, trust
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import entry_of
 from sdtrt.exports.feeds import seeded_feeds
@@ -241,7 +240,7 @@ def run_build(monkeypatch):
 
     def publish(model, spec, directory, console):
         specs[spec.export.component] = spec
-        return directory.obtain("engine", engine_build.engine_key(model, spec, directory), _empty)
+        return directory.obtain("engine", engine_build.engine_key(model, spec, directory).to_json(), _empty)
 
     monkeypatch.setattr(engine_build, "build_engine", publish)
 
@@ -319,7 +318,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
     profiles = (Profile.of(Sizes(2, 512, 512)),)
     for component in ("text_encoder", "vae_decoder"):
         spec = BuildSpec(ExportSpec(model.spec, component), "tensorrt", components.profiles_of(component, profiles))
-        found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
 
     def finds(component, sizes):
         own = components.sizes_of(component, sizes)
@@ -387,7 +386,7 @@ def test_the_tightest_profile_wins():
     elsewhere = Profile(Range(1, 2, 8), Range(256, 768, 1024), Range(256, 768, 1024))
 
     def slack(*profiles, sizes=Sizes(2, 512, 512)):
-        return find.slack({"profiles": [asdict(profile) for profile in profiles]}, sizes)
+        return find.slack(profiles, sizes)
 
     assert slack(static) == 0
     assert slack() == 0  # takes any size
@@ -416,11 +415,11 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
     found = EngineDirectory(tmp_path / "engines")
     for component in components.components_of(model):
         spec = BuildSpec(ExportSpec(model.spec, component, "fp32"), "onnxruntime")
-        found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
     read, real = [], entry_of
-    monkeypatch.setattr(engine_directory, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
+    monkeypatch.setattr(trust, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
     found = EngineDirectory(found.path)
-    found.likely(model.name, "onnxruntime")
+    find.likely(found, model.name, "onnxruntime")
     wanted = ("text_encoder", "unet", "vae_decoder")
     assert list(engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
     assert sorted(read) == sorted(entry.path for entry in found.entries())
@@ -441,7 +440,7 @@ def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp
     for compatible in (True, False):
         spec = BuildSpec(export, "tensorrt", (Profile.of(SMALL),), version_compatible=compatible)
         monkeypatch.setattr(TensorRT, "version", lambda self: "8.6.1")
-        made = found.obtain("engine", engine_build.engine_key(model, spec, found), _empty)
+        made = found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
         monkeypatch.setattr(TensorRT, "version", lambda self: version)
         assert registry.is_foreign(made) != (runs if compatible else version == "8.6.1")
     best = find.find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SMALL, found)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import sd1_folder
+from factories import engine_key_of, sd1_folder
 from fault_server import UNET
 
 from sdtrt.backends.scratch import Scratch
@@ -35,7 +35,8 @@ def model(tmp_path_factory):
 def engine(weights, scratch, *profiles):
     """An engine's entry, as far as memory goes; figures in GiB."""
     info = {"plan_bytes": int(weights * GIB), "scratch_bytes": int(scratch * GIB)}
-    return Entry(Path("none"), "engine", {"profiles": [asdict(one) for one in profiles]}, info, {}, {}, 0.0)
+    key = engine_key_of(profiles=[asdict(one) for one in profiles])
+    return Entry(Path("none"), "engine", key, info, {}, {}, 0.0)
 
 
 def entries(sizes=SQUARE, images=1, weights=2.0, scratch=4.0):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import engine_key_of
 from trt_fakes import CONTRACT, FakeCuda, fake_gpu, fake_library, profile_shapes, write_plan
 
 from sdtrt.backends import registry
@@ -89,18 +90,15 @@ def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny
         write(folder / "engine.plan")
         return {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
 
-    key = {
+    known = {
         "format": registry.get("tensorrt").format,
         "component": component,
-        "precision": "fp16",
-        "backend": "tensorrt",
         "backend_version": "8.6.1",
         "host": registry.get("tensorrt").host_key(),
         "profiles": [asdict(profile)],
         "options": {"version_compatible": False},
-        **key,
     }
-    entry = directory.obtain("engine", key, make)
+    entry = directory.obtain("engine", engine_key_of(**(known | key)), make)
     os.utime(entry.path / "entry.json", (used, used))
     return entry
 
@@ -418,7 +416,7 @@ import sys, threading, time, types
 from sdtrt.pipeline import preloaded
 
 class Entry:
-    path, key = "entry", {"backend": "tensorrt"}
+    path, engine_key = "entry", types.SimpleNamespace(backend="tensorrt")
     def __init__(self, name): self.path = name
     def hold(self): return open(__file__ if "__file__" in globals() else "/dev/null", "rb")
 

@@ -357,7 +357,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
     model = resolve_model(ModelSpec("tiny"))
     spec = BuildSpec(ExportSpec(model.spec), "tensorrt", STATIC)
     last = replace(spec, channels_last=True)
-    plain_key, last_key = (engine_build.engine_key(model, one, directory) for one in (spec, last))
+    plain_key, last_key = (engine_build.engine_key(model, one, directory).to_json() for one in (spec, last))
     assert "channels_last" not in plain_key["options"]  # engines of before have the key that they had
     assert last_key["options"] == plain_key["options"] | {"channels_last": True}
 
