@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import importlib.util
 import json
@@ -13,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnxruntime
+import pynvml
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -36,7 +36,7 @@ from sdtrt.reports import bench, bench_baselines, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
 from sdtrt.reports.bench_report import BenchReport, Row, Runner
-from sdtrt.reports.meters import MemoryMeter, Nvml, Timing, time_calls
+from sdtrt.reports.meters import MemoryMeter, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
 from sdtrt.specs.contract import Contract
@@ -493,30 +493,45 @@ def test_the_memory_peak_is_that_of_the_time_since():
     }
 
 
-class FakeNvml:
-    """NVML as far as it is asked, with one GPU."""
+@pytest.fixture
+def management(monkeypatch):
+    """NVML on a machine with one GPU."""
+    handle = object()
 
-    def nvmlSystemGetDriverVersion(self, text, size):  # noqa: N802
-        text.value = b"580.1"
-        return 0
+    def handle_of(uuid):
+        if uuid != "GPU-1b2c":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return handle
 
-    def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
-        handle._obj.value = 7
-        return 0 if uuid == b"GPU-1b2c" else 2
+    def energy(asked):
+        assert asked is handle
+        return 12_500
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, millijoules):  # noqa: N802
-        assert isinstance(handle, ctypes.c_void_p)
-        assert handle.value == 7
-        millijoules._obj.value = 12_500
-        return 0
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle_of)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", energy)
+    meters.nvml.cache_clear()
+    yield
+    meters.nvml.cache_clear()
 
 
+@pytest.mark.usefixtures("management")
 def test_energy_and_driver_come_from_the_drivers_library():
-    library = Nvml(FakeNvml())
-    assert library.driver_version() == "580.1"
-    assert library.energy_of("GPU-1b2c") == 12.5
-    assert library.energy_of("GPU-other") is None
+    assert meters.driver_version() == "580.1"
+    assert meters.energy_of("GPU-1b2c") == 12.5
+    assert meters.energy_of("GPU-other") is None
     assert meters.energy_joules(torch.device("cpu")) is None
+
+
+@pytest.mark.usefixtures("management")
+def test_without_a_driver_there_is_no_energy_and_no_version(monkeypatch):
+    def missing():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert meters.driver_version() is None
+    assert meters.energy_of("GPU-1b2c") is None
 
 
 # The command

@@ -134,8 +134,7 @@ def _versions(asked: Runner) -> dict[str, str]:
     on_gpu = registry.get(asked.backend) in registry.with_engines_on_gpu()
     if on_gpu and (asked_version := _engine_version(asked)):
         versions[asked.backend] = asked_version
-    found = meters.nvml()
-    driver = None if found is None else found.driver_version()
+    driver = meters.driver_version()
     return versions | ({} if driver is None else {"driver": driver})
 
 
