@@ -250,7 +250,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "sha256_file": every_call(marks, lambda path: f"hash {file(path)}"),
             "digest_of": every_call(marks, digested),
         },
-        "sdtrt.backends.registry": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
+        "sdtrt.pipeline.engines": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
         "sdtrt.models.resolve": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
         "sdtrt.models.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),

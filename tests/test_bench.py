@@ -16,7 +16,7 @@ import pynvml
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from factories import SMALL, sd1_folder, sdxl_folder, small_unet
+from factories import SMALL, engines_wanted, sd1_folder, sdxl_folder, small_unet
 from PIL import Image
 
 from sdtrt.backends import registry
@@ -76,7 +76,7 @@ def directory(small, tmp_path_factory):
     """With the engines of a text's pictures in it."""
     directory = EngineDirectory(tmp_path_factory.mktemp("engines"))
     model, parts = resolve_model(ModelSpec(str(small))), ("text_encoder", "unet", "vae_decoder")
-    engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    engines.ensure_engines(engines_wanted(model, "onnxruntime", "fp32", Sizes(2, 64, 64), parts), directory)
     return directory
 
 

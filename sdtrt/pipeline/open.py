@@ -30,7 +30,7 @@ from sdtrt.models.components import (
 )
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, preloaded, schedulers
-from sdtrt.pipeline.engines import engines_of
+from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.request import PipelineSpec
@@ -150,7 +150,7 @@ def _open_engines(
         preloaded.let_go()
         yield _Running()
         return
-    entries = engines_of(spec, directory, console, allow_build=allow_build, unet_engine=unet_engine)
+    entries = ensure_engines(spec, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     scratch = Scratch()  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:

@@ -29,7 +29,7 @@ from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
-from sdtrt.pipeline.engines import engines_of
+from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.hooks import hooked
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
@@ -212,7 +212,7 @@ class _Bench:
         """Open the pipeline, warm it up, time it, then its parts."""
         check_spec(pipeline_spec)
         # Before memory is watched: a build is no part of generating.
-        engines_of(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
+        ensure_engines(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
         device = pipeline_spec.device
         meter = MemoryMeter(device)
         with self._open(runner, pipeline_spec) as opened, out_of_memory(pipeline_spec):

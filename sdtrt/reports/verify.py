@@ -28,8 +28,8 @@ from sdtrt.engines.keys import Sight
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import engines, saving
-from sdtrt.pipeline.engines import engines_of
+from sdtrt.pipeline import saving
+from sdtrt.pipeline.engines import build_command, ensure_engines
 from sdtrt.pipeline.hooks import hooked
 from sdtrt.pipeline.images import InitImage
 from sdtrt.pipeline.memory import out_of_memory
@@ -103,7 +103,7 @@ def _subject(
     else:
         entry, pipeline_spec = None, resolve_request(spec.image, model, console, start)
     # All that the image needs, before the long part begins.
-    return pipeline_spec, engines_of(
+    return pipeline_spec, ensure_engines(
         pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
     )
 
@@ -121,13 +121,10 @@ def _strength(image: GenerateSpec) -> float:
 
 def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
     """The command that builds the engines beside the UNet's again; empty where there are none."""
-    others = [name for name in entries if name != "unet"]
+    others = tuple(name for name in entries if name != "unet")
     if not others:
         return ""
-    command = engines.build_command(
-        spec.model, spec.backend, spec.precision, spec.sizes, directory, others, spec.images
-    )
-    return f"{command} --force"
+    return f"{build_command(replace(spec, components=others), directory)} --force"
 
 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
