@@ -32,7 +32,7 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import engines, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.pipeline.facades import UNetFacade
-from sdtrt.reports import bench, bench_baselines, meters
+from sdtrt.reports import bench_baselines, bench_parts, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
 from sdtrt.reports.bench_report import BenchReport, Row, Runner
@@ -62,7 +62,7 @@ ROW_KEYS = {
 def _briefly():
     """Parts are timed for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdtrt.reports.bench.COMPONENT_SECONDS", 0.0)
+        patch.setattr("sdtrt.reports.bench_parts.COMPONENT_SECONDS", 0.0)
         yield
 
 
@@ -150,9 +150,11 @@ def test_calls_are_warmed_up_counted_and_without_tf32(spec, directory, monkeypat
 def test_parts_are_warm_when_they_are_timed(monkeypatch):
     """Sessions capture a CUDA graph in their third call."""
     timed = []
-    monkeypatch.setattr("sdtrt.reports.bench.time_queued_calls", lambda call, repeats, device: timed.append(len(calls)))
+    monkeypatch.setattr(
+        "sdtrt.reports.bench_parts.time_queued_calls", lambda call, repeats, device: timed.append(len(calls))
+    )
     calls = []
-    bench._time_component(lambda: calls.append(None), torch.device("cpu"))
+    bench_parts.time_component(lambda: calls.append(None), torch.device("cpu"))
     assert timed == [3]
 
 
@@ -162,7 +164,7 @@ def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, t
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
     pipeline_spec = request.PipelineSpec(
-        resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
+        resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True, images=batch
     )
     seen = []
 
@@ -180,7 +182,7 @@ def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, t
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
         opened.pipe(["red"] * batch, image=pictures, num_inference_steps=2, strength=1.0, generator=generators)
         asked, seen[:] = Counter(seen), []
-        for name, part in bench._parts(opened, batch).items():
+        for name, part in bench_parts.parts_of(opened).items():
             assert (name, part()) is not None
         assert opened.pipe.vae.dtype == torch.float16
     unet = next(one for one in asked if one[0] == "forward")

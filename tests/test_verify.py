@@ -25,8 +25,9 @@ from sdtrt.models import loading
 from sdtrt.models.resolve import TINY, resolve_model
 from sdtrt.pipeline import engines
 from sdtrt.pipeline import open as pipeline_open
-from sdtrt.reports.verify import spread, verify
+from sdtrt.reports.verify import verify
 from sdtrt.reports.verify_report import ImageError, TimestepError, compare_call, judge
+from sdtrt.reports.verify_runs import spread
 from sdtrt.specs import GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
