@@ -42,7 +42,8 @@ from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey, ExportKey
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
-from sdtrt.specs import BackendName, BuildSpec, Precision, Sizes
+from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.specs import BackendName, BuildSpec, Component, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 
@@ -524,4 +525,17 @@ def unet_engine(
     model: Model, backend: BackendName, precision: Precision, sizes: Sizes, directory: EngineDirectory, **options: Any
 ) -> Entry:
     """The UNet's engine, as `ensure_engines` finds or makes it."""
-    return engines.ensure_engines(model, backend, precision, sizes, directory, ("unet",), **options)["unet"]
+    wanted = engines_wanted(model, backend, precision, sizes, ("unet",))
+    return engines.ensure_engines(wanted, directory, **options)["unet"]
+
+
+def engines_wanted(
+    model: Model,
+    backend: BackendName,
+    precision: Precision,
+    sizes: Sizes,
+    components: tuple[Component, ...],
+    images: int = 1,
+) -> PipelineSpec:
+    """A pipeline of which these components are to be engines, the VAE's encoder too."""
+    return PipelineSpec(model, backend, precision, sizes, steps=1, img2img=True, components=components, images=images)

@@ -1,203 +1,152 @@
-"""The engines of a pipeline: found, or exported and built."""
+"""Finds the engines of a pipeline, or has them exported and built. Opens none, and knows nothing of diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine
 from sdtrt.common.console import QUIET, Console
-from sdtrt.common.errors import (
-    EngineError,
-    command_line,
-)
+from sdtrt.common.errors import EngineError, command_line
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import Sight, steadily
-from sdtrt.models.components import (
-    contract_of,
-    part_of,
-    precision_of,
-    sizes_of,
-)
-from sdtrt.models.resolve import Model
+from sdtrt.models.components import contract_of, part_of, precision_of
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.specs import (
-    BackendName,
-    BuildSpec,
-    Component,
-    ExportSpec,
-    Precision,
-    Profile,
-    Sizes,
-)
+from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
 
 
 def ensure_engines(
-    model: Model,
-    backend: BackendName,
-    precision: Precision,
-    sizes: Sizes,
+    spec: PipelineSpec,
     directory: EngineDirectory,
-    components: Sequence[Component],
-    *,
-    images: int = 1,
-    allow_build: bool = True,
     console: Console = QUIET,
+    *,
+    allow_build: bool = True,
+    unet_engine: Entry | None = None,
 ) -> dict[Component, Entry]:
-    """Find the engines for a request, or export and build those that are missing, for exactly its sizes.
+    """Find the engines of a pipeline, or export and build those that are missing, for exactly its sizes.
+
+    The torch backend has none.
 
     Args:
-        sizes: of the UNet's call; the other components' follow from it.
-        images: made at once.
+        unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
 
     Raises:
         EngineError: when any is missing and `allow_build` is off; the hint is the command that builds all of them.
         ExportError, BuildError: when one can't be made.
         ModelChangedError: where the model's files are replaced again and again.
     """
+    given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
+    wanted = replace(spec, components=tuple(name for name in spec.in_engines if name not in given))
+    if not wanted.in_engines:
+        return given
 
     def ensure() -> dict[Component, Entry]:
-        with Sight(model, map(part_of, components)).steady():
-            return _ensure(model, backend, precision, sizes, directory, components, images, allow_build, console)
+        with Sight(spec.model, map(part_of, wanted.in_engines)).steady():
+            return _ensure(wanted, directory, console, allow_build)
 
-    return steadily(ensure, console)
+    return given | steadily(ensure, console)
 
 
 def _ensure(
-    model: Model,
-    backend: BackendName,
-    precision: Precision,
-    sizes: Sizes,
-    directory: EngineDirectory,
-    components: Sequence[Component],
-    images: int,
-    allow_build: bool,
-    console: Console,
+    spec: PipelineSpec, directory: EngineDirectory, console: Console, allow_build: bool
 ) -> dict[Component, Entry]:
     """One attempt of `ensure_engines`."""
-    own = {component: sizes_of(component, sizes, images) for component in components}
-    there, runs = directory.entries("engine"), registry.get(backend).runs_here()
-    found = {name: best_fit(model, runs, precision, own[name], directory, name, there) for name in components}
-    missing = [name for name in components if found[name] is None]
+    found = _find(spec, directory)
+    missing = [name for name, entry in found.items() if entry is None]
     if missing:
         directory.warn_of_unsafe(console)
     if missing and not allow_build:
-        precision = _precision_of_all(model, precision, missing)
-        wanted = _describe(model, precision, {name: own[name] for name in missing})
-        raise EngineError(
-            f"no {backend} {precision} engine for the {', '.join(missing)} of {model.spec.name} fits{wanted}",
-            hint=build_command(model, backend, precision, sizes, directory, missing, images),
-        )
+        raise _none_fits(replace(spec, components=tuple(missing)), directory)
     if missing:
         preloaded.let_go()  # builders get the GPU's memory to themselves
     entries = {}
     for name, entry in found.items():
         if entry is not None and (reason := entry.info.get("unchecked")):
             console.warn(f"{entry.name} was built but never checked ({reason}): {entry.removal} drops it")
-        entries[name] = entry or _build_missing(model, backend, precision, own[name], directory, name, console)
+        entries[name] = entry or _build_missing(spec, name, directory, console)
     return entries
 
 
-def _precision_of_all(model: Model, precision: Precision, components: Sequence[Component]) -> Precision:
-    """The precision that components are built in where `precision` is asked for; that one where they differ."""
-    fitting = {precision_of(model, name, precision) for name in components}
-    return fitting.pop() if len(fitting) == 1 else precision
+def _find(spec: PipelineSpec, directory: EngineDirectory) -> dict[Component, Entry | None]:
+    """The engine of each component that fits; the directory is read once."""
+    there, runs = directory.entries("engine"), registry.get(spec.backend).runs_here()
+    return {
+        name: best_fit(spec.model, runs, spec.precision, spec.sizes_of(name), directory, name, there)
+        for name in spec.in_engines
+    }
 
 
-def _describe(model: Model, precision: Precision, sizes: Mapping[Component, Sizes]) -> str:
-    """What engines must fit: of one ` batch 1, height 512, width 512`, of several `: unet at …; vae_decoder at …`."""
-    words = []
-    for name, size in sizes.items():
-        own = precision_of(model, name, precision)
-        text = contract_of(model, name, own).describe(size)
-        words.append(f"{name}{f' in {own}' * (own != precision)} at {text}" if len(sizes) > 1 else text)
-    return (": " if len(sizes) > 1 else " ") + "; ".join(words)
-
-
-def _build_missing(
-    model: Model,
-    backend: BackendName,
-    precision: Precision,
-    sizes: Sizes,
-    directory: EngineDirectory,
-    component: Component,
-    console: Console,
-) -> Entry:
-    """Export and build one engine, for exactly one size."""
-    precision = precision_of(model, component, precision)
-    words = contract_of(model, component, precision).describe(sizes)
-    console.note(f"no {backend} {precision} engine of the {component} for {words} yet: building it (once)")
-    profiles = () if registry.get(backend).takes_any_size else (Profile.of(sizes),)
-    return build_engine(
-        model, BuildSpec(ExportSpec(model.spec, component, precision), backend, profiles), directory, console
+def _none_fits(spec: PipelineSpec, directory: EngineDirectory) -> EngineError:
+    """The error for components that have no engine, all of a pipeline's; its hint builds them."""
+    spec = replace(spec, precision=_precision_of_all(spec))
+    names = ", ".join(spec.in_engines)
+    return EngineError(
+        f"no {spec.backend} {spec.precision} engine for the {names} of {spec.model.spec.name} fits{_describe(spec)}",
+        hint=build_command(spec, directory),
     )
 
 
-def build_command(
-    model: Model,
-    backend: BackendName,
-    precision: Precision,
-    sizes: Sizes,
-    directory: EngineDirectory,
-    components: Sequence[Component] = ("unet",),
-    images: int = 1,
-) -> str:
-    """The command that builds the engines for a request; `sizes` are the UNet's."""
-    words = ["sdtrt", "build", "--model", model.spec.name, "--backend", backend, "--precision", precision]
-    words += [word for name in components for word in ("--component", name)]
-    if not registry.get(backend).takes_any_size:
-        words += _size_options(model, precision, sizes, components, images)
-    spec = model.spec
-    options = (spec.revision, spec.variant, spec.config, spec.allow_pickle, spec.vae)
+def _precision_of_all(spec: PipelineSpec) -> Precision:
+    """The precision that a pipeline's engines are built in; the one that is asked for where they differ."""
+    fitting = {precision_of(spec.model, name, spec.precision) for name in spec.in_engines}
+    return fitting.pop() if len(fitting) == 1 else spec.precision
+
+
+def _describe(spec: PipelineSpec) -> str:
+    """What engines must fit: of one ` batch 1, height 512, width 512`, of several `: unet at …; vae_decoder at …`."""
+    words, several = [], len(spec.in_engines) > 1
+    for name in spec.in_engines:
+        own = precision_of(spec.model, name, spec.precision)
+        text = contract_of(spec.model, name, own).describe(spec.sizes_of(name))
+        words.append(f"{name}{f' in {own}' * (own != spec.precision)} at {text}" if several else text)
+    return (": " if several else " ") + "; ".join(words)
+
+
+def _build_missing(spec: PipelineSpec, component: Component, directory: EngineDirectory, console: Console) -> Entry:
+    """Export and build one engine, for exactly one size."""
+    model, sizes = spec.model, spec.sizes_of(component)
+    precision = precision_of(model, component, spec.precision)
+    words = contract_of(model, component, precision).describe(sizes)
+    console.note(f"no {spec.backend} {precision} engine of the {component} for {words} yet: building it (once)")
+    profiles = () if registry.get(spec.backend).takes_any_size else (Profile.of(sizes),)
+    build = BuildSpec(ExportSpec(model.spec, component, precision), spec.backend, profiles)
+    return build_engine(model, build, directory, console)
+
+
+def build_command(spec: PipelineSpec, directory: EngineDirectory) -> str:
+    """The command that builds the engines of a pipeline."""
+    model = spec.model.spec
+    words = ["sdtrt", "build", "--model", model.name, "--backend", spec.backend, "--precision", spec.precision]
+    words += [word for name in spec.in_engines for word in ("--component", name)]
+    if not registry.get(spec.backend).takes_any_size:
+        words += _size_options(spec)
+    options = (model.revision, model.variant, model.config, model.allow_pickle, model.vae)
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
-    words += ["--offline"] if spec.offline else []
+    words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 
 
-def _size_options(
-    model: Model, precision: Precision, sizes: Sizes, components: Sequence[Component], images: int
-) -> list[str]:
-    """The options of `sdtrt build` for the sizes that components depend on; `sizes` are the UNet's."""
-    used = {word for name in components for word in contract_of(model, name, precision).size_names}
-    values = {"batch": _batch_option(sizes.batch, components, images)}
-    values |= {name: str(getattr(sizes, name)) for name in ("height", "width", "tokens")}
+def _size_options(spec: PipelineSpec) -> list[str]:
+    """The options of `sdtrt build` for the sizes that the components depend on."""
+    contracts = (contract_of(spec.model, name, spec.precision) for name in spec.in_engines)
+    used = {word for contract in contracts for word in contract.size_names}
+    values = {"batch": _batch_option(spec)}
+    values |= {name: str(getattr(spec.sizes, name)) for name in ("height", "width", "tokens")}
     return [word for name, value in values.items() if name in used and value for word in (f"--{name}", value)]
 
 
-def _batch_option(rows: int, components: Sequence[Component], images: int) -> str:
+def _batch_option(spec: PipelineSpec) -> str:
     """`--batch` of `sdtrt build`, which is the UNet's; the other components get half of it (`components.profile_of`).
 
     Without guidance the UNet's batch is no more than the images: then one range serves all. Empty without the UNet for
     one image, which is what every other component is built for unless told otherwise.
     """
+    rows, components, images = spec.sizes.batch, spec.in_engines, spec.images
     others = [name for name in components if name not in ("unet", "vae_encoder")]  # images are encoded one by one
     if "unet" not in components:
         return f"{2 * images}" if others and images > 1 else ""
     return f"{rows}" if not others or (rows + 1) // 2 >= images else f"{rows}:{rows}:{2 * images}"
-
-
-def engines_of(
-    spec: PipelineSpec,
-    directory: EngineDirectory,
-    console: Console,
-    *,
-    allow_build: bool = True,
-    unet_engine: Entry | None = None,
-) -> dict[Component, Entry]:
-    """Find or build the engines of a pipeline; none for the torch backend. `unet_engine`: as of `open_pipeline`."""
-    given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
-    return given | ensure_engines(
-        spec.model,
-        spec.backend,
-        spec.precision,
-        spec.sizes,
-        directory,
-        [name for name in spec.in_engines if name not in given],
-        images=spec.images,
-        allow_build=allow_build,
-        console=console,
-    )

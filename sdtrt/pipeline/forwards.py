@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.session import Session
-from sdtrt.backends.unchanged import Remembered
+from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
 
@@ -106,7 +106,7 @@ class UNetForward:
             return _cast(tensor, self._device, self._dtypes[name])
         kept, stream = self._casts.pop(name, None), _current_stream(self._device)
         if kept is None or kept.stream != stream or not kept.source.is_still(tensor):
-            source, result = Remembered.of(tensor), _cast(tensor, self._device, self._dtypes[name])
+            source, result = TensorSnapshot.of(tensor), _cast(tensor, self._device, self._dtypes[name])
             if source is None or result is tensor:
                 return result
             kept = _Cast(source, stream, result)
@@ -131,7 +131,7 @@ class UNetForward:
 class _Cast:
     """What a cast gave, and the CUDA stream that it was made on: on others it may not be there yet."""
 
-    source: Remembered
+    source: TensorSnapshot
     stream: int
     result: torch.Tensor
 

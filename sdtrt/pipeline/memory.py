@@ -16,7 +16,6 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
     sizes_of,
 )
-from sdtrt.pipeline import memory
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
     SIZE_MULTIPLE,
@@ -134,11 +133,11 @@ def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded:
     Args:
         loaded: folders of those whose plans lie there already.
     """
-    free = memory.free_bytes(spec.device)
+    free = free_bytes(spec.device)
     if free is None:
         return
-    free += memory.weights_of(entry for entry in entries.values() if entry.path in loaded)
-    demand = memory.demand_of(entries, spec.sizes, spec.images)
+    free += weights_of(entry for entry in entries.values() if entry.path in loaded)
+    demand = demand_of(entries, spec.sizes, spec.images)
     if demand.total <= free:
         return
     size = f"{spec.sizes.width}x{spec.sizes.height} pixels" + f", {spec.images} at once" * (spec.images > 1)
@@ -149,9 +148,9 @@ def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded:
     )
 
 
-def _what_fits(spec: PipelineSpec, demand: memory.Demand, free: int) -> str:
+def _what_fits(spec: PipelineSpec, demand: Demand, free: int) -> str:
     """The hint for engines that are too large for the GPU."""
-    found = memory.fitting(demand, free, spec.sizes, spec.images)
+    found = fitting(demand, free, spec.sizes, spec.images)
     if found is None:
         smaller = "use --precision fp16, " if spec.precision == "fp32" else ""
         return f"end other programs on the GPU, {smaller}or use a GPU with more memory: the weights alone take too much"

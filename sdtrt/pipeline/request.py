@@ -13,6 +13,7 @@ from sdtrt.models.components import (
     choose_components,
     components_of,
     contract_of,
+    sizes_of,
     text_encoders_of,
     unet_batch,
 )
@@ -73,6 +74,10 @@ class PipelineSpec:
             return ()
         wanted = components_of(self.model) if self.components is None else self.components
         return tuple(name for name in wanted if self.img2img or name != "vae_encoder")
+
+    def sizes_of(self, component: Component) -> Sizes:
+        """The sizes of one call of a component."""
+        return sizes_of(component, self.sizes, self.images)
 
     @property
     def device(self) -> torch.device:

@@ -40,7 +40,7 @@ from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import images
 from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.schedulers import check_steps
+from sdtrt.pipeline.scheduler_checks import check_steps
 from sdtrt.reports.inspection import inspect_engine
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
 

@@ -343,8 +343,8 @@ def test_a_verified_model_that_is_replaced_meanwhile_is_an_error(changing, direc
         changing.replace("unet")
         return real(*args)
 
-    real = verify._noise_floor
-    monkeypatch.setattr(verify, "_noise_floor", floor)
+    real = verify.run_noise_floor
+    monkeypatch.setattr(verify, "run_noise_floor", floor)
     image = GenerateSpec(("red",), model=changing.model.spec, backend="torch", steps=2, height=64, width=64)
     with pytest.raises(ModelChangedError, match="unet"):
         verify.verify(VerifySpec(image, timesteps=2, output=tmp_path / "out"), directory, QUIET)

@@ -39,6 +39,11 @@ CPU = torch.device("cpu")
 SMALL = Sizes(2, 64, 64)
 
 
+def wanting(model, wanted, precision="fp32", sizes=SMALL):
+    """A pipeline of which these components are to be ONNX Runtime's."""
+    return factories.engines_wanted(model, "onnxruntime", precision, sizes, wanted)
+
+
 @pytest.fixture(autouse=True)
 def tensorrt_is_not_asked(monkeypatch):
     """Keys of TensorRT's engines are made without TensorRT here."""
@@ -193,7 +198,7 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(mod
     empty = EngineDirectory(tmp_path / "none")
     for found, missing in ((empty, wanted), (directory, ("text_encoder", "vae_decoder"))):
         with pytest.raises(EngineError, match=f"for the {', '.join(missing)} of ") as caught:
-            engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted, allow_build=False)
+            engines.ensure_engines(wanting(model, wanted), found, allow_build=False)
         words = shlex.split(caught.value.hint)
         assert tuple(words[i + 1] for i, word in enumerate(words) if word == "--component") == missing
     assert not empty.path.exists()
@@ -202,11 +207,12 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(mod
 def test_engines_of_all_components_are_built_once_and_found_again(model, tmp_path):
     found = EngineDirectory(tmp_path / "engines")
     wanted = ("text_encoder", "vae_decoder", "vae_encoder")
-    made = engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)
+    made = engines.ensure_engines(wanting(model, wanted), found)
     assert tuple(made) == wanted
     assert [made[name].key["component"] for name in wanted] == list(wanted)
     assert len(found.entries("onnx")) == len(found.entries("engine")) == 3
-    again = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(4, 72, 96), found, wanted, allow_build=False)
+    larger = wanting(model, wanted, sizes=Sizes(4, 72, 96))
+    again = engines.ensure_engines(larger, found, allow_build=False)
     assert again == made
 
 
@@ -222,9 +228,10 @@ def test_an_engine_of_another_component_is_never_taken(model, directory, entry):
 def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
     model = resolve_model(ModelSpec(str(factories.sdxl_folder(tmp_path / "sdxl", layers_per_block=1))))
     found = EngineDirectory(tmp_path / "engines")
-    made = engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, ("text_encoder_2", "vae_decoder"))
+    wanted = wanting(model, ("text_encoder_2", "vae_decoder"), precision="fp16")
+    made = engines.ensure_engines(wanted, found)
     assert [entry.key["precision"] for entry in made.values()] == ["fp16", "fp32"]
-    assert engines.ensure_engines(model, "onnxruntime", "fp16", SMALL, found, tuple(made), allow_build=False) == made
+    assert engines.ensure_engines(wanted, found, allow_build=False) == made
     assert (
         find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, found, "vae_decoder")
         == made["vae_decoder"]
@@ -284,16 +291,17 @@ BATCHES = {
 @pytest.mark.parametrize("case", REQUESTS)
 def test_the_hinted_command_builds_what_is_missing(model, run_build, tmp_path, case):
     sizes, images, missing, options, words = REQUESTS[case]
-    request = (model, "tensorrt", "fp16", sizes, EngineDirectory(tmp_path / "engines"), missing)
+    wanted = factories.engines_wanted(model, "tensorrt", "fp16", sizes, missing, images)
+    request = (wanted, EngineDirectory(tmp_path / "engines"))
     with pytest.raises(EngineError) as caught:
-        engines.ensure_engines(*request, images=images, allow_build=False)
+        engines.ensure_engines(*request, allow_build=False)
     assert f"for the {', '.join(missing)} of {model.spec.name} fits{words}" in caught.value.message
     given = caught.value.hint.partition(f"--component {missing[-1]} ")[2]
     assert given.partition("--engine-dir")[0].strip() == options
     for name, spec in run_build(caught.value.hint).items():
         own = Profile.of(components.sizes_of(name, sizes, images))
         assert spec.profiles == (replace(own, batch=BATCHES.get(case, {}).get(name, own.batch)),)
-    assert tuple(engines.ensure_engines(*request, images=images, allow_build=False)) == missing
+    assert tuple(engines.ensure_engines(*request, allow_build=False)) == missing
 
 
 def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_build, tmp_path):
@@ -303,7 +311,8 @@ def test_a_part_that_is_built_in_another_precision_is_asked_for_in_that(run_buil
         (("unet", "vae_decoder"), "no tensorrt fp16 engine for the unet, vae_decoder of"),
         (("vae_decoder",), "no tensorrt fp32 engine for the vae_decoder of"),
     ):
-        request = (model, "tensorrt", "fp16", SMALL, EngineDirectory(tmp_path / f"{len(missing)}"), missing)
+        wanted = factories.engines_wanted(model, "tensorrt", "fp16", SMALL, missing)
+        request = (wanted, EngineDirectory(tmp_path / f"{len(missing)}"))
         with pytest.raises(EngineError, match=words) as caught:
             engines.ensure_engines(*request, allow_build=False)
         assert ("vae_decoder in fp32 at batch 1" in caught.value.message) == (len(missing) > 1)
@@ -362,7 +371,8 @@ def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
 
 def test_the_build_command_names_all_that_the_model_needs(model):
     named = replace(model, spec=ModelSpec("some/model", revision="main", variant="fp16", offline=True))
-    words = engines.build_command(named, "tensorrt", "fp16", SMALL, EngineDirectory(Path("my engines")))
+    wanted = factories.engines_wanted(named, "tensorrt", "fp16", SMALL, ("unet",))
+    words = engines.build_command(wanted, EngineDirectory(Path("my engines")))
     assert "--revision main --variant fp16 --offline" in words
     assert "--batch 2 --height 64 --width 64 --tokens 77" in words
     assert shlex.split(words)[-1].endswith("my engines")
@@ -421,7 +431,7 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
     found = EngineDirectory(found.path)
     find.likely(found, model.name, "onnxruntime")
     wanted = ("text_encoder", "unet", "vae_decoder")
-    assert list(engines.ensure_engines(model, "onnxruntime", "fp32", SMALL, found, wanted)) == list(wanted)
+    assert list(engines.ensure_engines(wanting(model, wanted), found)) == list(wanted)
     assert sorted(read) == sorted(entry.path for entry in found.entries())
 
 

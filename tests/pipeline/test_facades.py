@@ -28,7 +28,8 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.hooks import hooked
-from sdtrt.pipeline.open import AS_A_WHOLE, _refuse_as_a_whole, open_pipeline
+from sdtrt.pipeline.open import open_pipeline
+from sdtrt.pipeline.refusals import AS_A_WHOLE, refuse_as_a_whole
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import ModelSpec, Sizes
 from sdtrt.specs.contract import text_encoder_contract, vae_contract
@@ -307,7 +308,7 @@ def swapped(originals, facades, tokenizer):
     """A pipeline of facades alone."""
     pipe = make_pipeline(facades["unet"], tokenizer)
     pipe.vae, pipe.text_encoder = facades["vae"], facades["text_encoder"]
-    _refuse_as_a_whole(pipe, ["unet", "text_encoder", "vae_decoder", "vae_encoder"])
+    refuse_as_a_whole(pipe, ["unet", "text_encoder", "vae_decoder", "vae_encoder"])
     return pipe
 
 

@@ -25,10 +25,11 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import sizes_of
 from sdtrt.models.weights import read_tensors
-from sdtrt.pipeline import engines, saving
-from sdtrt.pipeline import generate as generation
-from sdtrt.pipeline.generate import Job, Jobs, generate
+from sdtrt.pipeline import engines, saving, settings
+from sdtrt.pipeline import prompts as prompt_checks
+from sdtrt.pipeline.generate import generate
 from sdtrt.pipeline.images import read_metadata, read_parameters
+from sdtrt.pipeline.jobs import Job, Jobs
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -242,7 +243,7 @@ def test_tens_of_millions_of_images_take_no_memory_before_they_are_made(spec, di
 
     monkeypatch.setattr(saving.OutputPlan, "save", full)
     prompts = tuple(f"picture {number}" for number in range(500))
-    monkeypatch.setattr(generation, "_warn_truncated", lambda *_: None)  # of each prompt, in seconds
+    monkeypatch.setattr(prompt_checks, "_warn_truncated", lambda *_: None)  # of each prompt, in seconds
     tracemalloc.start()
     try:
         with pytest.raises(OutputError, match="picture 0 5"):
@@ -506,7 +507,7 @@ def test_a_single_file_has_the_hash_that_web_uis_show(spec, sd1, tmp_path, direc
 
 def test_the_device_of_a_gpu_is_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Some RTX {device}")
-    assert generation._device_name(torch.device("cuda")) == "Some RTX cuda"
+    assert settings.device_name(torch.device("cuda")) == "Some RTX cuda"
 
 
 def test_the_torch_backend_has_no_engine(spec, directory):

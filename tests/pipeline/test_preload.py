@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import engine_key_of
+from factories import engine_key_of, engines_wanted
 from trt_fakes import CONTRACT, FakeCuda, fake_gpu, fake_library, profile_shapes, write_plan
 
 from sdtrt.backends import registry
@@ -366,7 +366,7 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
     assert len(engines) == 2
     spec = request.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
-    monkeypatch.setattr(pipeline_open, "engines_of", lambda *_, **__: {"unet": unet})
+    monkeypatch.setattr(pipeline_open, "ensure_engines", lambda *_, **__: {"unet": unet})
     free = []
 
     def judged(device):
@@ -464,4 +464,4 @@ def test_builders_get_the_gpus_memory(directory, monkeypatch):
 
     monkeypatch.setattr(engines_module, "build_engine", build)
     monkeypatch.setattr(engines_module, "best_fit", lambda *_: None)
-    assert ensure_engines(model, "tensorrt", "fp16", sizes, directory, ("unet",))
+    assert ensure_engines(engines_wanted(model, "tensorrt", "fp16", sizes, ("unet",)), directory)

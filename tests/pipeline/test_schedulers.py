@@ -12,16 +12,9 @@ import torch
 from factories import small_unet
 
 from sdtrt.common.errors import ModelError, UsageError
-from sdtrt.pipeline.schedulers import (
-    Settings,
-    check_steps,
-    keep_on_host,
-    make_scheduler,
-    noise_schedule,
-    sampler_name,
-    schedule_type,
-    with_noise,
-)
+from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
+from sdtrt.pipeline.scheduler_checks import check_steps
+from sdtrt.pipeline.schedulers import Settings, keep_on_host, make_scheduler, with_noise
 from sdtrt.specs import SCHEDULERS, NoiseSpec
 
 STORED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import importlib.util
 import json
@@ -13,10 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import onnxruntime
+import pynvml
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from factories import SMALL, sd1_folder, sdxl_folder, small_unet
+from factories import SMALL, engines_wanted, sd1_folder, sdxl_folder, small_unet
 from PIL import Image
 
 from sdtrt.backends import registry
@@ -33,11 +33,11 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import engines, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.pipeline.facades import UNetFacade
-from sdtrt.reports import bench, bench_baselines, meters
+from sdtrt.reports import bench_baselines, bench_parts, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
 from sdtrt.reports.bench_report import BenchReport, Row, Runner
-from sdtrt.reports.meters import MemoryMeter, Nvml, Timing, time_calls
+from sdtrt.reports.meters import MemoryMeter, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, NoiseSpec, Sizes
 from sdtrt.specs.contract import Contract
@@ -63,7 +63,7 @@ ROW_KEYS = {
 def _briefly():
     """Parts are timed for a moment only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdtrt.reports.bench.COMPONENT_SECONDS", 0.0)
+        patch.setattr("sdtrt.reports.bench_parts.COMPONENT_SECONDS", 0.0)
         yield
 
 
@@ -77,7 +77,7 @@ def directory(small, tmp_path_factory):
     """With the engines of a text's pictures in it."""
     directory = EngineDirectory(tmp_path_factory.mktemp("engines"))
     model, parts = resolve_model(ModelSpec(str(small))), ("text_encoder", "unet", "vae_decoder")
-    engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    engines.ensure_engines(engines_wanted(model, "onnxruntime", "fp32", Sizes(2, 64, 64), parts), directory)
     return directory
 
 
@@ -151,9 +151,11 @@ def test_calls_are_warmed_up_counted_and_without_tf32(spec, directory, monkeypat
 def test_parts_are_warm_when_they_are_timed(monkeypatch):
     """Sessions capture a CUDA graph in their third call."""
     timed = []
-    monkeypatch.setattr("sdtrt.reports.bench.time_queued_calls", lambda call, repeats, device: timed.append(len(calls)))
+    monkeypatch.setattr(
+        "sdtrt.reports.bench_parts.time_queued_calls", lambda call, repeats, device: timed.append(len(calls))
+    )
     calls = []
-    bench._time_component(lambda: calls.append(None), torch.device("cpu"))
+    bench_parts.time_component(lambda: calls.append(None), torch.device("cpu"))
     assert timed == [3]
 
 
@@ -163,7 +165,7 @@ def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, t
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")
     pipeline_spec = request.PipelineSpec(
-        resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True
+        resolve_model(ModelSpec(str(folder))), "torch", "fp16", Sizes(2 * batch, 64, 64), 2, img2img=True, images=batch
     )
     seen = []
 
@@ -181,7 +183,7 @@ def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, t
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
         opened.pipe(["red"] * batch, image=pictures, num_inference_steps=2, strength=1.0, generator=generators)
         asked, seen[:] = Counter(seen), []
-        for name, part in bench._parts(opened, batch).items():
+        for name, part in bench_parts.parts_of(opened).items():
             assert (name, part()) is not None
         assert opened.pipe.vae.dtype == torch.float16
     unet = next(one for one in asked if one[0] == "forward")
@@ -494,30 +496,45 @@ def test_the_memory_peak_is_that_of_the_time_since():
     }
 
 
-class FakeNvml:
-    """NVML as far as it is asked, with one GPU."""
+@pytest.fixture
+def management(monkeypatch):
+    """NVML on a machine with one GPU."""
+    handle = object()
 
-    def nvmlSystemGetDriverVersion(self, text, size):  # noqa: N802
-        text.value = b"580.1"
-        return 0
+    def handle_of(uuid):
+        if uuid != "GPU-1b2c":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return handle
 
-    def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
-        handle._obj.value = 7
-        return 0 if uuid == b"GPU-1b2c" else 2
+    def energy(asked):
+        assert asked is handle
+        return 12_500
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, millijoules):  # noqa: N802
-        assert isinstance(handle, ctypes.c_void_p)
-        assert handle.value == 7
-        millijoules._obj.value = 12_500
-        return 0
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle_of)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", energy)
+    meters.nvml.cache_clear()
+    yield
+    meters.nvml.cache_clear()
 
 
+@pytest.mark.usefixtures("management")
 def test_energy_and_driver_come_from_the_drivers_library():
-    library = Nvml(FakeNvml())
-    assert library.driver_version() == "580.1"
-    assert library.energy_of("GPU-1b2c") == 12.5
-    assert library.energy_of("GPU-other") is None
+    assert meters.driver_version() == "580.1"
+    assert meters.energy_of("GPU-1b2c") == 12.5
+    assert meters.energy_of("GPU-other") is None
     assert meters.energy_joules(torch.device("cpu")) is None
+
+
+@pytest.mark.usefixtures("management")
+def test_without_a_driver_there_is_no_energy_and_no_version(monkeypatch):
+    def missing():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert meters.driver_version() is None
+    assert meters.energy_of("GPU-1b2c") is None
 
 
 # The command

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import TEN_PROMPTS, sd1_folder, sdxl_folder, tampered_engine, unet_engine
+from factories import TEN_PROMPTS, engines_wanted, sd1_folder, sdxl_folder, tampered_engine, unet_engine
 from safetensors.torch import load_file, save_file
 
 from sdtrt.backends import open as backend_open
@@ -25,8 +25,9 @@ from sdtrt.models import loading
 from sdtrt.models.resolve import TINY, resolve_model
 from sdtrt.pipeline import engines
 from sdtrt.pipeline import open as pipeline_open
-from sdtrt.reports.verify import spread, verify
+from sdtrt.reports.verify import verify
 from sdtrt.reports.verify_report import ImageError, TimestepError, compare_call, judge
+from sdtrt.reports.verify_runs import spread
 from sdtrt.specs import GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -233,9 +234,9 @@ def test_an_engine_whose_weight_was_changed_fails_though_its_key_is_right(spec, 
 
 
 def test_an_engine_of_another_part_is_refused_with_where_to_look(spec, directory):
-    other = engines.ensure_engines(
-        resolve_model(spec.image.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory, ("vae_decoder",)
-    )["vae_decoder"]
+    model = resolve_model(spec.image.model)
+    wanted = engines_wanted(model, "onnxruntime", "fp32", Sizes(2, 64, 64), ("vae_decoder",))
+    other = engines.ensure_engines(wanted, directory)["vae_decoder"]
     with pytest.raises(UsageError, match="is no engine of a unet") as caught:
         verify(replace(spec, engine=other.name), directory, QUIET)
     assert f"sdtrt engines list --engine-dir {directory.path} shows" in caught.value.hint
@@ -253,7 +254,7 @@ def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, d
 
     model, spoilt = resolve_model(spec.image.model), EngineDirectory(tmp_path / "engines")
     parts = ("text_encoder", "unet", "vae_decoder")
-    right = engines.ensure_engines(model, "onnxruntime", "fp32", Sizes(2, 64, 64), directory, parts)
+    right = engines.ensure_engines(engines_wanted(model, "onnxruntime", "fp32", Sizes(2, 64, 64), parts), directory)
     for name, entry in right.items():
         tampered_engine(spoilt, entry, change if name == "vae_decoder" else lambda _: None)
 
