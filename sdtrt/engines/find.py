@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import MALFORMED, Entry
-from sdtrt.engines.keys import export_key
-from sdtrt.models.components import precision_of
-from sdtrt.models.resolve import Model
+from sdtrt.engines.keys import Sight, export_key
+from sdtrt.models.components import load_component, part_of, precision_of
+from sdtrt.models.live import LiveModel, dtype_of, weights_digest
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
 
 
 def find_engine(
-    model: Model,
+    model: ModelSource,
     runs: Callable[[Mapping[str, Any]], bool],
     precision: Precision,
     sizes: Sizes,
@@ -33,7 +35,7 @@ def find_engine(
 
 
 def best_fit(
-    model: Model,
+    model: ModelSource,
     runs: Callable[[Mapping[str, Any]], bool],
     precision: Precision,
     sizes: Sizes,
@@ -44,13 +46,13 @@ def best_fit(
     """Of these engines the one that `find_engine` takes."""
     precision = precision_of(model, component, precision)
     wanted = {"component": component, "precision": precision}
-    export = export_key(model, ExportSpec(model.spec, component, precision), directory)
+    has_weights = _same_weights_as(model, component, precision, directory)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
         if all(entry.key.get(name) == value for name, value in wanted.items())
         and runs(entry.key)
-        and (looseness := _fit(entry.key, export, sizes)) is not None
+        and (looseness := _fit(entry, has_weights, sizes)) is not None
     ]
     if not fitting:
         return None
@@ -59,12 +61,42 @@ def best_fit(
     return best
 
 
-def _fit(key: Mapping[str, Any], export: Mapping[str, Any], sizes: Sizes) -> float | None:
+def _fit(entry: Entry, has_weights: Callable[[Entry], bool], sizes: Sizes) -> float | None:
     """How loosely an engine of the right kind fits; None for other weights, or a malformed key."""
     try:
-        return slack(key, sizes) if _same_weights(key["export"], export) else None
+        return slack(entry.key, sizes) if has_weights(entry) else None
     except (SdtrtError, *MALFORMED):
         return None
+
+
+def _same_weights_as(
+    model: ModelSource, component: Component, precision: Precision, directory: EngineDirectory
+) -> Callable[[Entry], bool]:
+    """What says of an engine whether it is of a model's weights: by its key, or for a live model by their digest."""
+    export = export_key(model, ExportSpec(model.spec, component, precision), directory)
+    if not isinstance(model, LiveModel):
+        return lambda entry: _same_weights(entry.key["export"], export)
+    digest, older = model.digest(component, precision), cache(partial(_files_are, model, component, precision))
+
+    def has_weights(entry: Entry) -> bool:
+        if "weights_digest" in entry.info:
+            same_format = entry.key["export"]["format"] == export["format"]
+            return same_format and bool(entry.info["weights_digest"] == digest)
+        stored = model.stored
+        if stored is None:
+            return False
+        of_files = export_key(stored, ExportSpec(stored.spec, component, precision), directory)
+        return _same_weights(entry.key["export"], of_files) and older()
+
+    return has_weights
+
+
+def _files_are(model: LiveModel, component: Component, precision: Precision) -> bool:
+    """Whether the files that a live model came from hold what its modules hold now; reads them."""
+    assert model.stored is not None
+    with Sight(model.stored, (part_of(component),)).steady():
+        module = load_component(model.stored, component, dtype_of(precision))
+        return weights_digest(module, component, precision) == model.digest(component, precision)
 
 
 def slack(key: Mapping[str, Any], sizes: Sizes) -> float | None:

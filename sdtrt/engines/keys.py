@@ -16,7 +16,9 @@ from sdtrt.common.errors import ModelChangedError, SdtrtError
 from sdtrt.engines.digests import Identity, identity
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import part_of
+from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import ExportSpec
 
 FORMAT = 5  # of exports: raise it when `export` writes something else for the same request
@@ -25,7 +27,7 @@ TRIES = 3  # of work whose files change meanwhile
 T = TypeVar("T")
 
 
-def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> dict[str, Any]:
+def export_key(model: ModelSource, spec: ExportSpec, directory: EngineDirectory) -> dict[str, Any]:
     """What an export is identified by: the component's configuration and weights, and how it is written.
 
     The versions of PyTorch and diffusers are not in it: an export is checked against them when it is made, and computes
@@ -37,8 +39,16 @@ def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> di
         "exporter": spec.exporter,
         "opset": spec.resolved_opset,
         "format": FORMAT,
-        "fingerprint": model.fingerprint(part_of(spec.component), directory.file_digest),
+        "fingerprint": _fingerprint(model, spec, directory),
     }
+
+
+def _fingerprint(model: ModelSource, spec: ExportSpec, directory: EngineDirectory) -> str:
+    """What stands for the weights: a file's content, or the tensors of a live module as the engine takes them."""
+    if isinstance(model, LiveModel):
+        return model.fingerprint(spec.component, spec.precision)
+    assert isinstance(model, Model)
+    return model.fingerprint(part_of(spec.component), directory.file_digest)
 
 
 class Sight:
@@ -53,7 +63,7 @@ class Sight:
         ModelError: where a part's weights can't be had.
     """
 
-    def __init__(self, model: Model, parts: Iterable[str]) -> None:
+    def __init__(self, model: ModelSource, parts: Iterable[str]) -> None:
         self._model = model
         self._seen = {part: self._look(part) for part in dict.fromkeys(parts)}
 
@@ -97,8 +107,7 @@ class Sight:
                     raise self._changed(part)
 
     def _look(self, part: str) -> list[Identity | None]:
-        files = (self._model.config_file(part), *self._model.weight_files(part))
-        return [_identity_or_none(path) for path in files]
+        return [_identity_or_none(path) for path in self._model.files(part)]
 
     def _changed(self, part: str) -> ModelChangedError:
         return ModelChangedError(

@@ -21,7 +21,7 @@ from sdtrt.models.components import (
     precision_of,
     sizes_of,
 )
-from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
@@ -36,7 +36,7 @@ from sdtrt.specs import (
 
 
 def ensure_engines(
-    model: Model,
+    model: ModelSource,
     backend: BackendName,
     precision: Precision,
     sizes: Sizes,
@@ -67,7 +67,7 @@ def ensure_engines(
 
 
 def _ensure(
-    model: Model,
+    model: ModelSource,
     backend: BackendName,
     precision: Precision,
     sizes: Sizes,
@@ -101,13 +101,13 @@ def _ensure(
     return entries
 
 
-def _precision_of_all(model: Model, precision: Precision, components: Sequence[Component]) -> Precision:
+def _precision_of_all(model: ModelSource, precision: Precision, components: Sequence[Component]) -> Precision:
     """The precision that components are built in where `precision` is asked for; that one where they differ."""
     fitting = {precision_of(model, name, precision) for name in components}
     return fitting.pop() if len(fitting) == 1 else precision
 
 
-def _describe(model: Model, precision: Precision, sizes: Mapping[Component, Sizes]) -> str:
+def _describe(model: ModelSource, precision: Precision, sizes: Mapping[Component, Sizes]) -> str:
     """What engines must fit: of one ` batch 1, height 512, width 512`, of several `: unet at …; vae_decoder at …`."""
     words = []
     for name, size in sizes.items():
@@ -118,7 +118,7 @@ def _describe(model: Model, precision: Precision, sizes: Mapping[Component, Size
 
 
 def _build_missing(
-    model: Model,
+    model: ModelSource,
     backend: BackendName,
     precision: Precision,
     sizes: Sizes,
@@ -137,7 +137,7 @@ def _build_missing(
 
 
 def build_command(
-    model: Model,
+    model: ModelSource,
     backend: BackendName,
     precision: Precision,
     sizes: Sizes,
@@ -159,7 +159,7 @@ def build_command(
 
 
 def _size_options(
-    model: Model, precision: Precision, sizes: Sizes, components: Sequence[Component], images: int
+    model: ModelSource, precision: Precision, sizes: Sizes, components: Sequence[Component], images: int
 ) -> list[str]:
     """The options of `sdtrt build` for the sizes that components depend on; `sizes` are the UNet's."""
     used = {word for name in components for word in contract_of(model, name, precision).size_names}
