@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sdtrt.common.errors import UsageError
-from sdtrt.models.loading import load_parts
 from sdtrt.models.live import LiveModel
+from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import (

@@ -64,8 +64,8 @@ class LiveModel:
     def of(cls, pipe: Any) -> LiveModel:
         """The model of a pipeline, as its modules are at this moment."""
         modules = {name: module for name in MODULES if (module := getattr(pipe, name, None)) is not None}
-        name = getattr(pipe, "name_or_path", None)
-        return cls(ModelSpec(str(name or type(pipe).__name__)), modules, _stored(name) if name else None)
+        name = str(getattr(pipe, "name_or_path", None) or "")
+        return cls(ModelSpec(name or type(pipe).__name__), modules, _stored(name) if name else None)
 
     @property
     def name(self) -> str:

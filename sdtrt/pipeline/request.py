@@ -17,6 +17,7 @@ from sdtrt.models.components import (
     unet_batch,
 )
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
 from sdtrt.specs import (
     DEFAULT_TOKENS,
@@ -162,7 +163,7 @@ def _note_parts(spec: PipelineSpec, console: Console) -> None:
         console.note(f"{', '.join(rest)}: in PyTorch, in fp32")
 
 
-def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
+def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
     """The size of the UNet calls that make so many images at once."""
     tokens = model.config(text_encoders_of(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
     return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)
