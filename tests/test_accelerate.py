@@ -1,4 +1,4 @@
-"""Engines in pipelines that somebody else has made: pictures, what diffusers does with a pipeline, refusals, the end."""
+"""Engines in pipelines that somebody else has made: pictures, what diffusers does with them, refusals, the end."""
 
 from __future__ import annotations
 
@@ -354,8 +354,14 @@ def test_a_unet_with_a_forward_of_its_own_is_refused(make, accelerate):
 
 @pytest.mark.parametrize(
     "options",
-    [{"height": 65}, {"batch_size": 0}, {"precision": "fp8"}, {"components": ["tokenizer"]}, {"on_miss": "wait"}]
-    + [{"backend": "torch", "components": None}],
+    [
+        {"height": 65},
+        {"batch_size": 0},
+        {"precision": "fp8"},
+        {"components": ["tokenizer"]},
+        {"on_miss": "wait"},
+        {"backend": "torch"},
+    ],
 )
 def test_requests_that_can_not_be_met_are_refused_before_anything_changes(make, accelerate, options):
     pipe = make()

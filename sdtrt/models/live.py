@@ -172,12 +172,13 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         for buffer in own._buffers.values():
             if buffer is not None:
                 memo[id(buffer)] = buffer.detach().to("cpu", dtype if buffer.is_floating_point() else buffer.dtype)
-    made = copy.deepcopy(module, memo).eval()
+    made: Any = copy.deepcopy(module, memo).eval()
     if hasattr(made, "set_attn_processor"):
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         made.set_attn_processor(AttnProcessor2_0())
-    return made
+    result: torch.nn.Module = made
+    return result
 
 
 def component_tensors(module: torch.nn.Module, component: Component) -> dict[str, torch.Tensor]:
@@ -204,7 +205,7 @@ def weights_digest(module: torch.nn.Module, component: Component, precision: Pre
 
     def digest(tensor: torch.Tensor) -> str:
         plain = tensor.detach().to("cpu", dtype).contiguous()
-        return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
     tensors = component_tensors(module, component)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -225,7 +226,7 @@ def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:
     if hasattr(config, "to_dict"):
         whole = config.to_dict()
         return {name: whole.get(name) for name in _CLIP_NUMBERS}
-    known = inspect.signature(_base_of(type(module)).__init__).parameters
+    known = inspect.signature(_base_of(type(module))).parameters
     return {name: config[name] for name in sorted(known) if name in config and name not in _UNUSED}
 
 

@@ -244,7 +244,8 @@ def _check_request(height: int | None, width: int | None, batch_size: int, preci
 
 def _device(pipe: Any) -> torch.device:
     """Where the pipeline is."""
-    return next(pipe.unet.parameters()).device
+    device: torch.device = next(pipe.unet.parameters()).device
+    return device
 
 
 def _components(pipe: Any, model: LiveModel, names: Iterable[Component] | None) -> tuple[Component, ...]:

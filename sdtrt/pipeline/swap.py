@@ -372,11 +372,11 @@ class _RowByRow(torch.nn.Module):
 
     def __init__(self, half: torch.nn.Module) -> None:
         super().__init__()
-        self.half = half
+        self.encode_one = half
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[B,3,8H,8W]` → moments `[B,2C,H,W]`."""
-        return torch.cat([self.half(row) for row in images.split(1)])
+        return torch.cat([self.encode_one(row) for row in images.split(1)])
 
 
 def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tensor | None) -> Sizes:
