@@ -101,8 +101,13 @@ def refuse_changes(module: torch.nn.Module, component: Component) -> None:
             raise _refusal(component, "LoRA layers", "pipe.fuse_lora(), then pipe.unload_lora_weights()")
         if any(layer.__dict__.get(word) is not None for word in _FREE_U):
             raise _refusal(component, "FreeU", "pipe.disable_freeu()")
-        if name and (layer._forward_hooks or layer._forward_pre_hooks):
+        if name and any(map(_is_a_users, (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()))):
             raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
+
+
+def _is_a_users(hook: Any) -> bool:
+    """Whether a hook is not one of those by which transformers collects the states of layers."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _refusal(component: Component, what: str, mend: str) -> EngineError:
