@@ -164,7 +164,7 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     memo: dict[int, Any] = {}
     for own in module.modules():
         for hooks in (own._forward_hooks, own._forward_pre_hooks, own._backward_hooks):
-            memo[id(hooks)] = OrderedDict()
+            memo[id(hooks)] = OrderedDict((key, hook) for key, hook in hooks.items() if is_of_transformers(hook))
         for parameter in own._parameters.values():
             if parameter is not None:
                 cast = parameter.detach().to("cpu", dtype)
@@ -179,6 +179,11 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         made.set_attn_processor(AttnProcessor2_0())
     result: torch.nn.Module = made
     return result
+
+
+def is_of_transformers(hook: Any) -> bool:
+    """Whether a hook is one of those by which transformers collects the states of layers."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def component_tensors(module: torch.nn.Module, component: Component) -> dict[str, torch.Tensor]:

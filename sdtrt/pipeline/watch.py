@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sdtrt.common.errors import EngineError
-from sdtrt.models.live import component_tensors, weights_digest
+from sdtrt.models.live import component_tensors, is_of_transformers, weights_digest
 from sdtrt.specs import Component, Precision
 
 SAMPLES = 16  # numbers of each tensor that are compared at each look
@@ -101,13 +101,9 @@ def refuse_changes(module: torch.nn.Module, component: Component) -> None:
             raise _refusal(component, "LoRA layers", "pipe.fuse_lora(), then pipe.unload_lora_weights()")
         if any(layer.__dict__.get(word) is not None for word in _FREE_U):
             raise _refusal(component, "FreeU", "pipe.disable_freeu()")
-        if name and any(map(_is_a_users, (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()))):
+        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+        if name and not all(map(is_of_transformers, hooks)):
             raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
-
-
-def _is_a_users(hook: Any) -> bool:
-    """Whether a hook is not one of those by which transformers collects the states of layers."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _refusal(component: Component, what: str, mend: str) -> EngineError:
