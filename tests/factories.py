@@ -42,7 +42,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey, ExportKey
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BackendName, BuildSpec, Component, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
@@ -536,6 +536,7 @@ def engines_wanted(
     sizes: Sizes,
     components: tuple[Component, ...],
     images: int = 1,
-) -> PipelineSpec:
-    """A pipeline of which these components are to be engines, the VAE's encoder too."""
-    return PipelineSpec(model, backend, precision, sizes, steps=1, img2img=True, components=components, images=images)
+) -> EngineRequest:
+    """A request for engines of these components."""
+    device = torch.device(registry.get(backend).device())
+    return EngineRequest(model, backend, precision, sizes, components, images, device)

@@ -17,11 +17,12 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import EngineKey, ExportKey, export_key
 from sdtrt.models.components import profiles_of
-from sdtrt.models.resolve import Model, resolve_model
+from sdtrt.models.resolve import resolve_model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
 
 
-def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
+def engine_key(model: ModelSource, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
     """The key of the engine of the weights that a model has now. Raises `UsageError` for what can't be built."""
     return key_of(spec, export_key(model, spec.export, directory.file_digest))
 
@@ -47,7 +48,7 @@ def key_of(spec: BuildSpec, export: ExportKey) -> EngineKey:
     )
 
 
-def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
+def build_engine(model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
     """Find or build an engine; exports the component first if that is missing.
 
     Its key has that of the export that it is built from: by then the model may have other weights.
@@ -72,7 +73,7 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
 
 
 def _make(
-    model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console, onnx: Entry, folder: Path
+    model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console, onnx: Entry, folder: Path
 ) -> dict[str, Any]:
     """Fill an entry's folder from a held export, and return what is known of the engine."""
     start = time.perf_counter()
@@ -83,6 +84,7 @@ def _make(
         "contract": onnx.info["contract"],
         "model": model.spec.name,
         "onnx": onnx.name,
+        **{name: onnx.info[name] for name in ("weights_digest",) if name in onnx.info},
         "seconds": round(time.perf_counter() - start, 3),
         **measured,
     }

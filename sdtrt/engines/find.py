@@ -6,19 +6,21 @@ What this machine runs is for the caller to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.engines.keys import EngineKey, ExportKey, export_key
-from sdtrt.models.components import precision_of
-from sdtrt.models.resolve import Model
+from sdtrt.engines.keys import EngineKey, Sight, export_key
+from sdtrt.models.components import load_component, part_of, precision_of
+from sdtrt.models.live import LiveModel, dtype_of, weights_digest
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
 
 
 def find_engine(
-    model: Model,
+    model: ModelSource,
     runs: Callable[[EngineKey], bool],
     precision: Precision,
     sizes: Sizes,
@@ -36,7 +38,7 @@ def find_engine(
 
 
 def best_fit(
-    model: Model,
+    model: ModelSource,
     runs: Callable[[EngineKey], bool],
     precision: Precision,
     sizes: Sizes,
@@ -46,14 +48,15 @@ def best_fit(
 ) -> Entry | None:
     """Of these engines the one that `find_engine` takes."""
     precision = precision_of(model, component, precision)
-    export = export_key(model, ExportSpec(model.spec, component, precision), directory.file_digest)
+    has_weights = _same_weights_as(model, component, precision, directory)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
         if isinstance(key := entry.parsed_key, EngineKey)
         and (key.component, key.precision) == (component, precision)
         and runs(key)
-        and (looseness := _fit(key, export, sizes)) is not None
+        and (looseness := slack(key.profiles, sizes)) is not None
+        and has_weights(entry, key)
     ]
     if not fitting:
         return None
@@ -62,9 +65,33 @@ def best_fit(
     return best
 
 
-def _fit(key: EngineKey, export: ExportKey, sizes: Sizes) -> float | None:
-    """How loosely an engine of the right kind fits; None for other weights."""
-    return slack(key.profiles, sizes) if key.export.has_weights_of(export) else None
+def _same_weights_as(
+    model: ModelSource, component: Component, precision: Precision, directory: EngineDirectory
+) -> Callable[[Entry, EngineKey], bool]:
+    """What says of an engine whether it is of a model's weights: by its key, or for a live model by their digest."""
+    export = export_key(model, ExportSpec(model.spec, component, precision), directory.file_digest)
+    if not isinstance(model, LiveModel):
+        return lambda _entry, key: key.export.has_weights_of(export)
+    digest, older = model.digest(component, precision), cache(partial(_files_are, model, component, precision))
+
+    def has_weights(entry: Entry, key: EngineKey) -> bool:
+        if "weights_digest" in entry.info:
+            return key.export.format == export.format and bool(entry.info["weights_digest"] == digest)
+        stored = model.stored
+        if stored is None:
+            return False
+        of_files = export_key(stored, ExportSpec(stored.spec, component, precision), directory.file_digest)
+        return key.export.has_weights_of(of_files) and older()
+
+    return has_weights
+
+
+def _files_are(model: LiveModel, component: Component, precision: Precision) -> bool:
+    """Whether the files that a live model came from hold what its modules hold now; reads them."""
+    assert model.stored is not None
+    with Sight(model.stored, (part_of(component),)).steady():
+        module = load_component(model.stored, component, dtype_of(precision))
+        return weights_digest(module, component, precision) == model.digest(component, precision)
 
 
 def slack(profiles: Sequence[Profile], sizes: Sizes) -> float | None:

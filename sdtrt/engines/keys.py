@@ -18,7 +18,9 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import MALFORMED, ModelChangedError, SdtrtError
 from sdtrt.engines.digests import Identity, identity
 from sdtrt.models.components import part_of
+from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import COMPONENTS, PRECISIONS, Component, ExportSpec, Precision, Profile
 
 FORMAT = 5  # of exports: raise it when `export` writes something else for the same request
@@ -154,7 +156,7 @@ def _check_types(texts: Iterable[object], numbers: Iterable[object]) -> None:
             raise ValueError(f"a key has {number} where less is possible")
 
 
-def export_key(model: Model, spec: ExportSpec, digest: Callable[[Path], str]) -> ExportKey:
+def export_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str]) -> ExportKey:
     """The key of the export of a model's component, with the weights that the model has now.
 
     Args:
@@ -169,8 +171,16 @@ def export_key(model: Model, spec: ExportSpec, digest: Callable[[Path], str]) ->
         exporter=spec.exporter,
         opset=spec.resolved_opset,
         format=FORMAT,
-        fingerprint=model.fingerprint(part_of(spec.component), digest),
+        fingerprint=_fingerprint(model, spec, digest),
     )
+
+
+def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str]) -> str:
+    """What stands for the weights: a file's content, or the tensors of a live module as the engine takes them."""
+    if isinstance(model, LiveModel):
+        return model.fingerprint(spec.component, spec.precision)
+    assert isinstance(model, Model)
+    return model.fingerprint(part_of(spec.component), digest)
 
 
 class Sight:
@@ -185,7 +195,7 @@ class Sight:
         ModelError: where a part's weights can't be had.
     """
 
-    def __init__(self, model: Model, parts: Iterable[str]) -> None:
+    def __init__(self, model: ModelSource, parts: Iterable[str]) -> None:
         self._model = model
         self._seen = {part: self._look(part) for part in dict.fromkeys(parts)}
 
@@ -229,8 +239,7 @@ class Sight:
                     raise self._changed(part)
 
     def _look(self, part: str) -> list[Identity | None]:
-        files = (self._model.config_file(part), *self._model.weight_files(part))
-        return [_identity_or_none(path) for path in files]
+        return [_identity_or_none(path) for path in self._model.files(part)]
 
     def _changed(self, part: str) -> ModelChangedError:
         return ModelChangedError(

@@ -172,6 +172,10 @@ class Model:
         self.check_has(part)
         return self.origin(part).files()
 
+    def files(self, part: str) -> tuple[Path, ...]:
+        """All the files that a part is read from. Raises `ModelError` as of `weight_files`."""
+        return (self.config_file(part), *self.weight_files(part))
+
     def stored_weight_files(self, part: str) -> tuple[Path, ...]:
         """The weight files of a part that are on this machine already; empty if there are none."""
         return () if part in self.missing else self.origin(part).stored_files()

@@ -14,12 +14,12 @@ from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import Sight, steadily
 from sdtrt.models.components import contract_of, part_of, precision_of
 from sdtrt.pipeline import preloaded
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
 
 
 def ensure_engines(
-    spec: PipelineSpec,
+    request: EngineRequest,
     directory: EngineDirectory,
     console: Console = QUIET,
     *,
@@ -27,8 +27,6 @@ def ensure_engines(
     unet_engine: Entry | None = None,
 ) -> dict[Component, Entry]:
     """Find the engines of a pipeline, or export and build those that are missing, for exactly its sizes.
-
-    The torch backend has none.
 
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
@@ -39,90 +37,91 @@ def ensure_engines(
         ModelChangedError: where the model's files are replaced again and again.
     """
     given: dict[Component, Entry] = {} if unet_engine is None else {"unet": unet_engine}
-    wanted = replace(spec, components=tuple(name for name in spec.in_engines if name not in given))
-    if not wanted.in_engines:
+    wanted = replace(request, components=tuple(name for name in request.components if name not in given))
+    if not wanted.components:
         return given
 
     def ensure() -> dict[Component, Entry]:
-        with Sight(spec.model, map(part_of, wanted.in_engines)).steady():
+        with Sight(request.model, map(part_of, wanted.components)).steady():
             return _ensure(wanted, directory, console, allow_build)
 
     return given | steadily(ensure, console)
 
 
 def _ensure(
-    spec: PipelineSpec, directory: EngineDirectory, console: Console, allow_build: bool
+    request: EngineRequest, directory: EngineDirectory, console: Console, allow_build: bool
 ) -> dict[Component, Entry]:
     """One attempt of `ensure_engines`."""
-    found = _find(spec, directory)
+    found = _find(request, directory)
     missing = [name for name, entry in found.items() if entry is None]
     if missing:
         directory.warn_of_unsafe(console)
     if missing and not allow_build:
-        raise _none_fits(replace(spec, components=tuple(missing)), directory)
+        raise _none_fits(replace(request, components=tuple(missing)), directory)
     if missing:
         preloaded.let_go()  # builders get the GPU's memory to themselves
     entries = {}
     for name, entry in found.items():
         if entry is not None and (reason := entry.info.get("unchecked")):
             console.warn(f"{entry.name} was built but never checked ({reason}): {entry.removal} drops it")
-        entries[name] = entry or _build_missing(spec, name, directory, console)
+        entries[name] = entry or _build_missing(request, name, directory, console)
     return entries
 
 
-def _find(spec: PipelineSpec, directory: EngineDirectory) -> dict[Component, Entry | None]:
+def _find(request: EngineRequest, directory: EngineDirectory) -> dict[Component, Entry | None]:
     """The engine of each component that fits; the directory is read once."""
-    there, runs = directory.entries("engine"), registry.get(spec.backend).runs_here()
+    there, runs = directory.entries("engine"), registry.get(request.backend).runs_here()
     return {
-        name: best_fit(spec.model, runs, spec.precision, spec.sizes_of(name), directory, name, there)
-        for name in spec.in_engines
+        name: best_fit(request.model, runs, request.precision, request.sizes_of(name), directory, name, there)
+        for name in request.components
     }
 
 
-def _none_fits(spec: PipelineSpec, directory: EngineDirectory) -> EngineError:
+def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineError:
     """The error for components that have no engine, all of a pipeline's; its hint builds them."""
-    spec = replace(spec, precision=_precision_of_all(spec))
-    names = ", ".join(spec.in_engines)
+    request = replace(request, precision=_precision_of_all(request))
+    names = ", ".join(request.components)
     return EngineError(
-        f"no {spec.backend} {spec.precision} engine for the {names} of {spec.model.spec.name} fits{_describe(spec)}",
-        hint=build_command(spec, directory),
+        f"no {request.backend} {request.precision} engine for the {names} of {request.model.spec.name} fits"
+        f"{_describe(request)}",
+        hint=build_command(request, directory),
     )
 
 
-def _precision_of_all(spec: PipelineSpec) -> Precision:
+def _precision_of_all(request: EngineRequest) -> Precision:
     """The precision that a pipeline's engines are built in; the one that is asked for where they differ."""
-    fitting = {precision_of(spec.model, name, spec.precision) for name in spec.in_engines}
-    return fitting.pop() if len(fitting) == 1 else spec.precision
+    fitting = {precision_of(request.model, name, request.precision) for name in request.components}
+    return fitting.pop() if len(fitting) == 1 else request.precision
 
 
-def _describe(spec: PipelineSpec) -> str:
+def _describe(request: EngineRequest) -> str:
     """What engines must fit: of one ` batch 1, height 512, width 512`, of several `: unet at …; vae_decoder at …`."""
-    words, several = [], len(spec.in_engines) > 1
-    for name in spec.in_engines:
-        own = precision_of(spec.model, name, spec.precision)
-        text = contract_of(spec.model, name, own).describe(spec.sizes_of(name))
-        words.append(f"{name}{f' in {own}' * (own != spec.precision)} at {text}" if several else text)
+    words, several = [], len(request.components) > 1
+    for name in request.components:
+        own = precision_of(request.model, name, request.precision)
+        text = contract_of(request.model, name, own).describe(request.sizes_of(name))
+        words.append(f"{name}{f' in {own}' * (own != request.precision)} at {text}" if several else text)
     return (": " if several else " ") + "; ".join(words)
 
 
-def _build_missing(spec: PipelineSpec, component: Component, directory: EngineDirectory, console: Console) -> Entry:
+def _build_missing(request: EngineRequest, component: Component, directory: EngineDirectory, console: Console) -> Entry:
     """Export and build one engine, for exactly one size."""
-    model, sizes = spec.model, spec.sizes_of(component)
-    precision = precision_of(model, component, spec.precision)
+    model, sizes = request.model, request.sizes_of(component)
+    precision = precision_of(model, component, request.precision)
     words = contract_of(model, component, precision).describe(sizes)
-    console.note(f"no {spec.backend} {precision} engine of the {component} for {words} yet: building it (once)")
-    profiles = () if registry.get(spec.backend).takes_any_size else (Profile.of(sizes),)
-    build = BuildSpec(ExportSpec(model.spec, component, precision), spec.backend, profiles)
+    console.note(f"no {request.backend} {precision} engine of the {component} for {words} yet: building it (once)")
+    profiles = () if registry.get(request.backend).takes_any_size else (Profile.of(sizes),)
+    build = BuildSpec(ExportSpec(model.spec, component, precision), request.backend, profiles)
     return build_engine(model, build, directory, console)
 
 
-def build_command(spec: PipelineSpec, directory: EngineDirectory) -> str:
+def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
     """The command that builds the engines of a pipeline."""
-    model = spec.model.spec
-    words = ["sdtrt", "build", "--model", model.name, "--backend", spec.backend, "--precision", spec.precision]
-    words += [word for name in spec.in_engines for word in ("--component", name)]
-    if not registry.get(spec.backend).takes_any_size:
-        words += _size_options(spec)
+    model = request.model.spec
+    words = ["sdtrt", "build", "--model", model.name, "--backend", request.backend, "--precision", request.precision]
+    words += [word for name in request.components for word in ("--component", name)]
+    if not registry.get(request.backend).takes_any_size:
+        words += _size_options(request)
     options = (model.revision, model.variant, model.config, model.allow_pickle, model.vae)
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
@@ -130,22 +129,22 @@ def build_command(spec: PipelineSpec, directory: EngineDirectory) -> str:
     return command_line(*words, "--engine-dir", str(directory.path))
 
 
-def _size_options(spec: PipelineSpec) -> list[str]:
+def _size_options(request: EngineRequest) -> list[str]:
     """The options of `sdtrt build` for the sizes that the components depend on."""
-    contracts = (contract_of(spec.model, name, spec.precision) for name in spec.in_engines)
+    contracts = (contract_of(request.model, name, request.precision) for name in request.components)
     used = {word for contract in contracts for word in contract.size_names}
-    values = {"batch": _batch_option(spec)}
-    values |= {name: str(getattr(spec.sizes, name)) for name in ("height", "width", "tokens")}
+    values = {"batch": _batch_option(request)}
+    values |= {name: str(getattr(request.sizes, name)) for name in ("height", "width", "tokens")}
     return [word for name, value in values.items() if name in used and value for word in (f"--{name}", value)]
 
 
-def _batch_option(spec: PipelineSpec) -> str:
+def _batch_option(request: EngineRequest) -> str:
     """`--batch` of `sdtrt build`, which is the UNet's; the other components get half of it (`components.profile_of`).
 
     Without guidance the UNet's batch is no more than the images: then one range serves all. Empty without the UNet for
     one image, which is what every other component is built for unless told otherwise.
     """
-    rows, components, images = spec.sizes.batch, spec.in_engines, spec.images
+    rows, components, images = request.sizes.batch, request.components, request.images
     others = [name for name in components if name not in ("unet", "vae_encoder")]  # images are encoded one by one
     if "unet" not in components:
         return f"{2 * images}" if others and images > 1 else ""

@@ -30,11 +30,18 @@ class UNetForward:
         session: runs the engine; who opened it closes it.
         contract: the engine's inputs and outputs.
         device: where the session takes its tensors.
+        way_out: what runs a call that the engine has no input for.
     """
 
-    def __init__(self, session: Session[torch.Tensor], contract: Contract, device: torch.device) -> None:
+    def __init__(
+        self,
+        session: Session[torch.Tensor],
+        contract: Contract,
+        device: torch.device,
+        way_out: str = "use --backend torch",
+    ) -> None:
         self.session, self.contract = session, contract
-        self._device = device
+        self._device, self._way_out = device, way_out
         self._dtypes = {spec.name: torch_dtype(spec.dtype) for spec in contract.inputs}
         self._casts: dict[str, _Cast] = {}
 
@@ -73,7 +80,7 @@ class UNetForward:
         Raises:
             EngineError: where an argument is used that the engine has no input for, or the session refuses one.
         """
-        _refuse_unsupported(
+        self._refuse(
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
@@ -113,11 +120,15 @@ class UNetForward:
         self._casts[name] = kept
         return kept.result
 
+    def _refuse(self, **arguments: object) -> None:
+        """Raise `EngineError` naming the arguments that are in use."""
+        _refuse_unsupported("unet", self._way_out, **arguments)
+
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
         wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
         unknown = {name: value for name, value in given.items() if name not in wanted}
-        _refuse_unsupported(**unknown)
+        self._refuse(**unknown)
         missing = [name for name in wanted if given.get(name) is None]
         if missing:
             raise EngineError(
@@ -143,10 +154,17 @@ class TextForward:
         session: runs the engine; who opened it closes it.
         device: where the session takes its tensors.
         dtype: of the pipeline: what the embeddings are cast to.
+        way_out: what runs a call that the engine has no input for.
     """
 
-    def __init__(self, session: Session[torch.Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        self.session, self._device, self._dtype = session, device, dtype
+    def __init__(
+        self,
+        session: Session[torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        way_out: str = "use --backend torch",
+    ) -> None:
+        self.session, self._device, self._dtype, self._way_out = session, device, dtype, way_out
 
     def __call__(
         self,
@@ -168,6 +186,7 @@ class TextForward:
         """
         _refuse_unsupported(
             "text encoder",
+            self._way_out,
             attention_mask=attention_mask,
             position_ids=position_ids,
             output_attentions=output_attentions or None,
@@ -263,11 +282,11 @@ def _per_row(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tens
     return tensor.reshape(-1).expand(sample.shape[0])
 
 
-def _refuse_unsupported(part: str = "unet", /, **arguments: object) -> None:
+def _refuse_unsupported(part: str, way_out: str, /, **arguments: object) -> None:
     """Raise `EngineError` naming the arguments that are in use."""
     used = [name for name, value in arguments.items() if value is not None]
     if used:
         raise EngineError(
             f"the engine of the {part} has no input for {', '.join(used)}",
-            hint="use --backend torch for ControlNet, IP-Adapter, LoRA scales and attention masks",
+            hint=f"{way_out} for ControlNet, IP-Adapter, LoRA scales and attention masks",
         )

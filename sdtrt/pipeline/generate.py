@@ -202,7 +202,7 @@ class _Run:
         spec = self.opened.spec
         fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
         return all(
-            find.slack(entry.engine_key.profiles, fewer.sizes_of(name)) is not None
+            find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
             for name, entry in self.opened.entries.items()
         )
 

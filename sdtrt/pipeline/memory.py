@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,16 +17,41 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
     sizes_of,
 )
-from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
     SIZE_MULTIPLE,
+    BackendName,
     Component,
+    Precision,
     Sizes,
 )
 
 ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
+
+
+class Request(Protocol):
+    """What is asked of a GPU's memory: a `PipelineSpec`, or what a live pipeline is accelerated for."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def backend(self) -> BackendName:
+        """What runs it."""
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the UNet's call."""
+
+    @property
+    def images(self) -> int:
+        """Made at once."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +153,7 @@ def release() -> None:
     torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
-def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+def check_memory(spec: Request, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
     """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
 
     Args:
@@ -148,7 +174,7 @@ def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded:
     )
 
 
-def _what_fits(spec: PipelineSpec, demand: Demand, free: int) -> str:
+def _what_fits(spec: Request, demand: Demand, free: int) -> str:
     """The hint for engines that are too large for the GPU."""
     found = fitting(demand, free, spec.sizes, spec.images)
     if found is None:
@@ -165,7 +191,7 @@ def _what_fits(spec: PipelineSpec, demand: Demand, free: int) -> str:
 
 
 @contextmanager
-def out_of_memory(spec: PipelineSpec, images: int | None = None) -> Iterator[None]:
+def out_of_memory(spec: Request, images: int | None = None) -> Iterator[None]:
     """Turn failures to allocate into a `MemoryShortage` (PyTorch's on the CPU is a bare `RuntimeError`).
 
     Args:

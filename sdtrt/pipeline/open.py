@@ -150,7 +150,7 @@ def _open_engines(
         preloaded.let_go()
         yield _Running()
         return
-    entries = ensure_engines(spec, directory, console, allow_build=allow_build, unet_engine=unet_engine)
+    entries = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     scratch = Scratch()  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:

@@ -209,7 +209,7 @@ class _Bench:
         """Open the pipeline, warm it up, time it, then its parts."""
         check_spec(pipeline_spec)
         # Before memory is watched: a build is no part of generating.
-        ensure_engines(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
+        ensure_engines(pipeline_spec.engines, self.directory, self.console, allow_build=self.spec.allow_build)
         device = pipeline_spec.device
         meter = MemoryMeter(device)
         pipeline_call = self._call(pipeline_spec)

@@ -98,7 +98,7 @@ def _subject(
         entry, pipeline_spec = None, resolve_request(spec.image, model, console, start)
     # All that the image needs, before the long part begins.
     return pipeline_spec, ensure_engines(
-        pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
+        pipeline_spec.engines, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
     )
 
 
@@ -113,7 +113,7 @@ def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: 
     others = tuple(name for name in entries if name != "unet")
     if not others:
         return ""
-    return f"{build_command(replace(spec, components=others), directory)} --force"
+    return f"{build_command(replace(spec.engines, components=others), directory)} --force"
 
 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
