@@ -9,6 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from sdtrt.common.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sdtrt import specs
     from sdtrt.common.errors import (
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from sdtrt.pipeline.front import build, export, generate, open_session
     from sdtrt.pipeline.opened import load
     from sdtrt.specs import Profile, Sizes
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BuildError",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from sdtrt import __version__
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
 from sdtrt.cli.engine_commands import engines_app
@@ -26,6 +25,7 @@ from sdtrt.cli.report_options import BenchOptions, VerifyOptions
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
+from sdtrt.common.version import __version__
 from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtrt import __version__
 from sdtrt.common.errors import CacheError, SdtrtError
 from sdtrt.common.files import delete, fsync, listing, private_folder, sha256_file, status
 from sdtrt.common.interrupts import held, undoing
+from sdtrt.common.version import __version__
 from sdtrt.engines.entry import FORMAT, SIDECAR, Entry, UnfitError, entry_name, key_digest, seal_of
 from sdtrt.engines.failures import vanished
 from sdtrt.engines.locks import exclusively

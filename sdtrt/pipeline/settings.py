@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sdtrt import __version__
 from sdtrt.common import host
+from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import text_encoders_of
 from sdtrt.models.resolve import Model

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdtrt import __version__
 from sdtrt.backends import registry
 from sdtrt.backends.native import NATIVE
 from sdtrt.common import host
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, first_line
 from sdtrt.common.host import torch_sees_gpu
+from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model

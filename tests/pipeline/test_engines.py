@@ -193,10 +193,11 @@ def test_an_engine_that_others_can_change_is_not_just_missing(model, entry, tmp_
     assert f"chmod -R go-w {found.path} mends that" in capsys.readouterr().err
 
 
-def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(model, directory, entry, tmp_path):
+def test_all_that_is_missing_is_said_at_once_with_the_command_that_builds_it(model, entry, tmp_path):
     wanted = ("text_encoder", "unet", "vae_decoder")
-    empty = EngineDirectory(tmp_path / "none")
-    for found, missing in ((empty, wanted), (directory, ("text_encoder", "vae_decoder"))):
+    empty, partial = EngineDirectory(tmp_path / "none"), EngineDirectory(tmp_path / "partial")
+    shutil.copytree(entry.path, partial.path / entry.name)
+    for found, missing in ((empty, wanted), (partial, ("text_encoder", "vae_decoder"))):
         with pytest.raises(EngineError, match=f"for the {', '.join(missing)} of ") as caught:
             engines.ensure_engines(wanting(model, wanted), found, allow_build=False)
         words = shlex.split(caught.value.hint)
