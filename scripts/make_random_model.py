@@ -24,7 +24,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 RESIDUAL_ENDS = ("conv2", "to_out.0", "net.2", "proj_out")  # what the UNet's residual branches end with
-TOKENIZER = Path(__file__).resolve().parents[1] / "sdtrt" / "tiny" / "tokenizer"  # CLIP's own 49 408 words need a hub
+# CLIP's own 49 408 words need a hub.
+TOKENIZER = Path(__file__).resolve().parents[1] / "sdtrt" / "models" / "tiny" / "tokenizer"
 
 
 def make_unet() -> UNet2DConditionModel:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdtrt.backends import registry
-from sdtrt.backends.backend import BuildJob
+from sdtrt.backends.backend import Backend, BuildJob
 from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import export_key
-from sdtrt.models.resolve import Model
-from sdtrt.specs import BuildSpec
+from sdtrt.models.components import profiles_of
+from sdtrt.models.resolve import Model, resolve_model
+from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
 
 
 def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
@@ -83,3 +85,62 @@ def _make(
         "seconds": round(time.perf_counter() - start, 3),
         **measured,
     }
+
+
+def build_all(request: BuildRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:
+    """Find or build the engines of a request, exporting first what is missing.
+
+    Raises:
+        UsageError: for what the backend can't build, and for an option that serves none of the components.
+        BuildError: as of `build_engine`.
+    """
+    from sdtrt.exports.request import export_specs
+
+    backend = registry.get(registry.choose_backend(request.common.backend, console))
+    if backend.takes_any_size and (given := request.sizes.given()):
+        console.note(f"{given}: without effect, as {backend.title} engines take any size")
+    model = resolve_model(request.common.export.model, console)
+    profiles = () if backend.takes_any_size else request.sizes.profiles(Sizes(2, *model.default_size()))
+    precision = request.precision or backend.default_precision()
+    exports = ExportRequest(replace(request.common.export, precision=precision), request.components)
+    specs = engine_specs(request.common, list(export_specs(model, exports, console)), backend, profiles)
+    return [build_engine(model, spec, directory, console) for spec in specs]
+
+
+def engine_specs(
+    common: BuildSpec, exports: Sequence[ExportSpec], backend: Backend, profiles: Sequence[Profile]
+) -> list[BuildSpec]:
+    """The engines of some components.
+
+    Args:
+        common: what is asked of each of them.
+        exports: what they are made from.
+        backend: what runs them.
+        profiles: of the UNet; the other components' follow from them.
+
+    Raises:
+        UsageError: for an option that serves none of the components.
+    """
+    if common.split_attention and not any(export.component == "unet" for export in exports):
+        raise UsageError(
+            "only the UNet leaves attention to PyTorch", hint="add --component unet, or leave --split-attention out"
+        )
+    if common.channels_last and not any(backend.serves("channels-last", export) for export in exports):
+        raise UsageError(
+            "only TensorRT's engines of UNets and VAEs in fp16 are in pieces, which can be channels-last",
+            hint="use --backend tensorrt --component unet --precision fp16, or leave --channels-last out",
+        )
+    return [_engine_spec(common, export, backend, profiles) for export in exports]
+
+
+def _engine_spec(common: BuildSpec, export: ExportSpec, backend: Backend, profiles: Sequence[Profile]) -> BuildSpec:
+    """The engine of one component: of the options for some components only, those that serve it."""
+    splits = export.component == "unet" or common.split_attention == 0  # 0 leaves nothing of any part to PyTorch
+    return replace(
+        common,
+        export=export,
+        backend=backend.name,
+        profiles=profiles_of(export.component, profiles),
+        split_attention=common.split_attention if splits else None,
+        channels_last=common.channels_last and backend.serves("channels-last", export),
+    )

@@ -10,22 +10,15 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sdtrt.cli.options import (
-    DirectoryOptions,
-    OutputOptions,
-    grouped,
-)
+from sdtrt.cli.groups import grouped
+from sdtrt.cli.options import DirectoryOptions, OutputOptions
 from sdtrt.cli.render import render
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import CacheError, UsageError
 from sdtrt.engines.directory import Checked
 from sdtrt.engines.entry import Entry, ForeignEntry, removal_of
 from sdtrt.engines.trust import mend_of
-from sdtrt.specs import (
-    GIB,
-    PruneSpec,
-    bytes_of,
-)
+from sdtrt.specs import GIB, PruneSpec, bytes_of
 
 DAY = 86400
 

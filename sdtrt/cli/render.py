@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.cli.options import (
-    OutputOptions,
-)
+from sdtrt.cli.options import OutputOptions
 from sdtrt.engines.entry import Entry
 
 if TYPE_CHECKING:

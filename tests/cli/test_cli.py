@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_no_build_names_the_command_that_builds(folder, run):
 
 
 def truncated(folder: Path) -> str:
-    source = next((REPOSITORY / "sdtrt" / "tiny" / "unet").glob("*.safetensors"))
+    source = next((REPOSITORY / "sdtrt" / "models" / "tiny" / "unet").glob("*.safetensors"))
     (folder / "cut.safetensors").write_bytes(source.read_bytes()[:100_000])
     return "cut.safetensors"
 
@@ -447,3 +448,56 @@ def test_no_arguments_show_the_help(folder, run):
 
 def test_version(folder, run):
     assert run("--version") == (0, f"sdtrt {__version__}\n", "")
+
+
+@pytest.mark.parametrize("options", [("--version", "--verbose"), ("--verbose", "--version")])
+def test_version_names_the_libraries_too_where_more_is_asked_for(folder, run, options):
+    code, out, err = run(*options)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"sdtrt {__version__}"
+    named = dict(line.split() for line in out.splitlines())
+    assert {name: named[name] for name in ("torch", "diffusers", "onnxruntime")} == {
+        name: version(name) for name in ("torch", "diffusers", "onnxruntime")
+    }
+    backends = [name for name in ("tensorrt", "tensorrt-rtx") if host.library_version(name)]
+    assert all(named[name] == version(name) for name in backends)
+
+
+def test_the_libraries_versions_are_told_without_importing_them(folder):
+    code = (
+        "import sys; sys.argv = ['sdtrt', '--version', '--verbose']\n"
+        "from sdtrt.cli.main import main\n"
+        "try: main()\nexcept SystemExit as end: code = end.code\n"
+        "sys.exit(code or len({'torch', 'diffusers', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_verbose_before_a_command_is_refused_as_it_would_not_reach_it(folder, run):
+    code, out, err = run("--verbose", "doctor")
+    assert (code, out) == (2, "")
+    assert "hint: give it after it: sdtrt doctor ... --verbose" in err
+
+
+def test_run_has_the_same_commands(folder, run):
+    for command in ("txt2img", "img2img"):
+        (code, out, _), (run_code, run_out, _) = run(command, "--help"), run("run", command, "--help")
+        assert (code, run_code) == (0, 0)
+        assert run_out.replace(f"run {command}", command).split() == out.split()
+    code, out, err = run("run")
+    assert code == 2
+    assert "txt2img" in out + err
+
+
+def test_a_picture_by_the_short_words_is_that_of_the_long_ones(folder, run):
+    """A prompt that stands alone, `run`, and the other name of a scheduler."""
+    long = run("txt2img", "--prompt", PROMPT, "--scheduler", "euler", "-o", "long.png", *FAST)
+    short = run("run", "txt2img", PROMPT, "--sampler", "euler", "-o", "short.png", *FAST)
+    assert (long[0], short[0]) == (0, 0)
+    assert Path("short.png").read_bytes() == Path("long.png").read_bytes()
+
+
+def test_a_prompt_without_quotes_is_an_error_and_not_many_prompts(folder, run):
+    code, out, err = run("txt2img", "a", "red", "circle")
+    assert (code, out) == (2, "")
+    assert "red circle" in err

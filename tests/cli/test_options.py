@@ -9,8 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sdtrt.cli.options import ExporterOptions, GenerateOptions, ModelOptions, ProfileOptions, grouped
-from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.cli.build_options import ExporterOptions, ProfileOptions
+from sdtrt.cli.groups import grouped
+from sdtrt.cli.image_options import GenerateOptions
+from sdtrt.cli.options import BackendOptions, ModelOptions
+from sdtrt.common.errors import UsageError
+from sdtrt.specs import ExportSpec, GenerateSpec, ModelSpec, Profile, Range, Sizes
 
 NATIVE = Sizes(2, 512, 512)
 
@@ -38,16 +42,11 @@ def test_a_group_becomes_options_and_comes_back_whole():
 
 
 def test_options_default_to_the_specs_own_defaults():
-    spec = GenerateOptions(prompt=["a star"]).spec(ModelSpec(), _backend())
+    spec = GenerateOptions(prompt=["a star"]).spec(ModelSpec(), BackendOptions())
     assert spec == GenerateSpec(("a star",))
     assert ModelOptions().spec() == ModelSpec()
-    assert ExporterOptions().spec(ModelSpec(), "fp16").resolved_opset == 17
-
-
-def _backend():
-    from sdtrt.cli.options import BackendOptions
-
-    return BackendOptions()
+    assert ExporterOptions().request(ModelSpec(), "fp16").common == ExportSpec()
+    assert ExportSpec().resolved_opset == 17
 
 
 @pytest.mark.parametrize(
@@ -62,4 +61,26 @@ def _backend():
     ],
 )
 def test_profiles_start_from_the_models_own_size(options, profiles):
-    assert options.profiles(NATIVE) == profiles
+    assert options.request().profiles(NATIVE) == profiles
+
+
+def test_a_prompt_may_stand_without_its_option():
+    def prompts(**given):
+        return GenerateOptions(**given).spec(ModelSpec(), BackendOptions()).prompts
+
+    assert prompts(text="a star") == prompts(prompt=["a star"]) == ("a star",)
+    assert prompts(text="a star", prompt=["a circle", "a square"]) == ("a star", "a circle", "a square")
+    assert prompts(text="") == ("",)  # a prompt, if an empty one
+    with pytest.raises(UsageError, match="no prompt was given"):
+        prompts()
+
+
+def test_sizes_that_were_given_are_named_as_options():
+    assert ProfileOptions().request().given() == ""
+    assert ProfileOptions(batch="2", height="512", profile=["width=64"]).request().given() == "--height, --profile"
+
+
+@pytest.mark.parametrize("options", [{"height": "512:"}, {"tokens": "x"}, {"profile": ["hight=512"]}, {"width": "500"}])
+def test_sizes_that_no_engine_has_are_refused_before_the_model_is_read(options):
+    with pytest.raises(UsageError):
+        ProfileOptions(**options).request()

@@ -22,7 +22,8 @@ from PIL import Image
 from sdtrt.backends import registry
 from sdtrt.backends.onnxruntime.fused_attention import fuse
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-from sdtrt.cli.options import BackendOptions, BenchOptions
+from sdtrt.cli.options import BackendOptions
+from sdtrt.cli.report_options import BenchOptions
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, OutputError, UsageError
 from sdtrt.engines.directory import EngineDirectory

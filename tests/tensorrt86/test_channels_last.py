@@ -23,7 +23,6 @@ from sdtrt.backends.tensorrt86 import cut as cutting
 from sdtrt.backends.tensorrt86 import parallel_build, policy, worker
 from sdtrt.backends.tensorrt86.build import PieceRequest
 from sdtrt.backends.tensorrt86.pieces import Piece
-from sdtrt.cli.options import BuildOptions
 from sdtrt.common.errors import BuildError, UsageError
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.onnx_file import ELEM_TYPES
@@ -336,12 +335,14 @@ def test_the_option_is_for_those_parts_that_may_be_in_pieces():
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     exports = [ExportSpec(component=name) for name in components]
     exports.append(ExportSpec(component="vae_decoder", precision="fp32"))  # as of SDXL
-    specs = BuildOptions(channels_last=True).specs(exports, registry.get("tensorrt"), dict.fromkeys(components, STATIC))
+    plain, backend = BuildSpec(ExportSpec(), "tensorrt"), registry.get("tensorrt")
+    asked = replace(plain, channels_last=True)
+    specs = engine_build.engine_specs(asked, exports, backend, STATIC)
     assert [spec.channels_last for spec in specs] == [False, True, True, True, False]
-    specs = BuildOptions().specs(exports, registry.get("tensorrt"), dict.fromkeys(components, STATIC))
+    specs = engine_build.engine_specs(plain, exports, backend, STATIC)
     assert not any(spec.channels_last for spec in specs)
     with pytest.raises(UsageError, match="are in pieces"):
-        BuildOptions(channels_last=True).specs(exports[:1], registry.get("tensorrt"), {"text_encoder": STATIC})
+        engine_build.engine_specs(asked, exports[:1], backend, STATIC)
 
 
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
