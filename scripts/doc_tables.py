@@ -123,7 +123,9 @@ def front_table(root: Path) -> str:
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("driver", "torch", "tensorrt"))
     raw = " and ".join(f"[{name}](benchmarks/{name}.json)" for name in reports)
     table_ = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return f"\n{table_}\n{gpus}, {versions}. **Random weights** of Stable Diffusion 1.5's size. Medians; raw: {raw}.\n\n"
+    return (
+        f"\n{table_}\n{gpus}, {versions}. **Random weights** of Stable Diffusion 1.5's size. Medians; raw: {raw}.\n\n"
+    )
 
 
 def failures_table(root: Path) -> str:
@@ -165,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     texts = {page: page.read_text(encoding="utf-8") for page in pages(args.root)}
     if not any(map(BLOCK.search, texts.values())):
-        print("error: no page has a table block\nhint: <!-- table: founding --> … <!-- /table -->", file=sys.stderr)
+        print("error: there is no table block\nhint: <!-- table: founding --> … <!-- /table -->", file=sys.stderr)
         return 1
     for page, text in texts.items():
         wanted = rewritten(text, page, args.root)

@@ -13,9 +13,10 @@ DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [README, *DOCS]
 
 _BLOCK = re.compile(r"(?:^<!-- (?P<comment>[^\n]*) -->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
-_NO_PROSE = re.compile(r"^```.*?^```$|<!--.*?-->|^#.*?$|^\|.*?$|!\[[^\]]*\]\([^)]*\)|`[^`]*`", re.M | re.S)
+_NO_PROSE = re.compile(r"^```.*?^```$|<!--.*?-->|^#[^\n]*$|^\|[^\n]*$|!\[[^\]]*\]\([^)]*\)", re.M | re.S)
+_CODE = re.compile(r"`[^`]*`")
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
-_BOUNDARY = re.compile(r"(?<=[.!?:])\**\s+(?=[A-Z*\[…]|$)|\n\s*\n|\n\s*(?:[-*]|\d+\.) ")
+_BOUNDARY = re.compile(r"(?<=[.!?])\**\s+(?=[A-Z0-9*\[…]|sdtrt|diffusers|$)|\n\s*\n|\n\s*(?:[-*]|\d+\.) ")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _excuse(comment: str) -> str | None:
 
 def prose(page: Path) -> str:
     """A page without code, tables, headings, comments, pictures and the targets of links."""
-    return _LINK.sub(r"\g<text>", _NO_PROSE.sub("", page.read_text(encoding="utf-8")))
+    return _LINK.sub(r"\g<text>", _CODE.sub("…", _NO_PROSE.sub("", page.read_text(encoding="utf-8"))))
 
 
 def sentences(page: Path) -> list[str]:
