@@ -109,7 +109,7 @@ def origin(report: Mapping[str, Any], path: str) -> str:
     return f"Medians. {', '.join([machine, *driver, *shown])}; `{report['command']}`; [raw figures]({path}).\n"
 
 
-def front_table(root: Path) -> str:
+def front_comparison(root: Path) -> str:
     """The README's short comparison, of the rows that `FRONT` names."""
     lines = [["one picture, 512×512, 50 steps", "whole call, s", "UNet step, ms"], ["---"] * 3]
     reports = {}
@@ -122,20 +122,19 @@ def front_table(root: Path) -> str:
     gpus = ", ".join(gpu["name"] for gpu in first["host"]["gpus"])
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("driver", "torch", "tensorrt"))
     raw = " and ".join(f"[{name}](benchmarks/{name}.json)" for name in reports)
-    table_ = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return (
-        f"\n{table_}\n{gpus}, {versions}. **Random weights** of Stable Diffusion 1.5's size. Medians; raw: {raw}.\n\n"
-    )
+    shown = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    weights = "**Random weights** of Stable Diffusion 1.5's size"
+    return f"\n{shown}\n{gpus}, {versions}. {weights}. Medians; raw: {raw}.\n\n"
 
 
-def failures_table(root: Path) -> str:
+def failures_listed(root: Path) -> str:
     """Every error with its mend, as SECURITY.md has them."""
     found = FAILURE.findall((root / "SECURITY.md").read_text(encoding="utf-8"))
     lines = [["what is wrong", "`error:`", "`hint:`"], ["---"] * 3, *([name, *said] for name, *said in found)]
     return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
 
 
-def report_table(name: str, page: Path, root: Path) -> str:
+def table_of(name: str, page: Path, root: Path) -> str:
     """The table of a report in `benchmarks/`, and where its figures are from."""
     path = root / "benchmarks" / f"{name}.json"
     if not path.exists():
@@ -148,10 +147,10 @@ def report_table(name: str, page: Path, root: Path) -> str:
 def block(name: str, page: Path, root: Path) -> str:
     """What a block of a page must hold."""
     if name == "front":
-        return front_table(root)
+        return front_comparison(root)
     if name == "failures":
-        return failures_table(root)
-    return report_table(name, page, root)
+        return failures_listed(root)
+    return table_of(name, page, root)
 
 
 def rewritten(text: str, page: Path, root: Path) -> str:
