@@ -128,6 +128,12 @@ def test_every_option_of_every_command_is_documented():
     assert sorted(name for name in options if name.startswith("--") and name not in written) == []
 
 
+def test_every_public_name_is_documented():
+    text = (pages.REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
+    public = importlib.import_module("sdtrt").__all__
+    assert [name for name in public if not re.search(rf"\b{name}\b", text)] == []
+
+
 def test_what_development_md_names_is_there():
     text = (pages.REPOSITORY / "docs" / "development.md").read_text(encoding="utf-8")
     names = re.findall(r"`(sdtrt(?:\.\w+)+)`", text)
