@@ -1,4 +1,4 @@
-"""The README's tables of speeds come from the reports in benchmarks/, and a test says when they don't."""
+"""The tables of README.md and docs/ come from their sources, and a test says when they don't."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "scripts" / "readme_tables.py"
+SCRIPT = REPOSITORY / "scripts" / "doc_tables.py"
 EMPTY = "# Title\n\n<!-- table: founding -->\n<!-- /table -->\n\nThe rest.\n"
 
 
@@ -59,7 +59,7 @@ def readme(project):
     return (project / "README.md").read_text()
 
 
-def test_the_readme_of_this_repository_agrees_with_its_reports():
+def test_the_pages_of_this_repository_agree_with_their_sources():
     result = run(REPOSITORY, "--check")
     assert result.returncode == 0, result.stderr
 
