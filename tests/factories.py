@@ -39,6 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdtrt.backends import registry
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
+from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import EngineKey, ExportKey
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
@@ -527,6 +528,19 @@ def unet_engine(
     """The UNet's engine, as `ensure_engines` finds or makes it."""
     wanted = engines_wanted(model, backend, precision, sizes, ("unet",))
     return engines.ensure_engines(wanted, directory, **options)["unet"]
+
+
+def find_engine(
+    model: Model,
+    backend: BackendName,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    component: Component = "unet",
+) -> Entry | None:
+    """The engine of a component that a request would take; None if there is none."""
+    runs, there = registry.get(backend).runs_here(), directory.entries("engine")
+    return best_fit(model, runs, precision, sizes, directory, component, there)
 
 
 def engines_wanted(

@@ -122,7 +122,7 @@ def engine_specs(
         profiles: of the UNet; the other components' follow from them.
 
     Raises:
-        UsageError: for an option that serves none of the components.
+        UsageError: for an option that serves none of the components, and for what the backend can't build.
     """
     if common.split_attention and not any(export.component == "unet" for export in exports):
         raise UsageError(
@@ -133,7 +133,10 @@ def engine_specs(
             "only TensorRT's engines of UNets and VAEs in fp16 are in pieces, which can be channels-last",
             hint="use --backend tensorrt --component unet --precision fp16, or leave --channels-last out",
         )
-    return [_engine_spec(common, export, backend, profiles) for export in exports]
+    specs = [_engine_spec(common, export, backend, profiles) for export in exports]
+    for spec in specs:
+        backend.check(spec)  # of all, before the first is built
+    return specs
 
 
 def _engine_spec(common: BuildSpec, export: ExportSpec, backend: Backend, profiles: Sequence[Profile]) -> BuildSpec:

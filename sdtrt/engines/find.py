@@ -19,24 +19,6 @@ from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
 
 
-def find_engine(
-    model: ModelSource,
-    runs: Callable[[EngineKey], bool],
-    precision: Precision,
-    sizes: Sizes,
-    directory: EngineDirectory,
-    component: Component = "unet",
-) -> Entry | None:
-    """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none.
-
-    Args:
-        runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
-        precision: that is asked for; the component may need another one (`precision_of`).
-        sizes: of the component's own call (`sizes_of`).
-    """
-    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"))
-
-
 def best_fit(
     model: ModelSource,
     runs: Callable[[EngineKey], bool],
@@ -46,7 +28,13 @@ def best_fit(
     component: Component,
     entries: Sequence[Entry],
 ) -> Entry | None:
-    """Of these engines the one that `find_engine` takes."""
+    """Of some engines the one that fits a request on this machine: of the tightest profiles the newest; None for none.
+
+    Args:
+        runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
+        precision: that is asked for; the component may need another one (`precision_of`).
+        sizes: of the component's own call (`sizes_of`).
+    """
     precision = precision_of(model, component, precision)
     has_weights = _same_weights_as(model, component, precision, directory)
     fitting = [

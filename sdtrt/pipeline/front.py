@@ -27,7 +27,7 @@ def generate(
     """Make images and save them, as `sdtrt txt2img` and `sdtrt img2img` do.
 
     Args:
-        prompt: a text, or a whole `specs.GenerateSpec`.
+        prompt: a text, or a whole `GenerateSpec`.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
         progress: say on stderr what goes on.
         options: fields of `GenerateSpec` (`steps=20, height=512, seed=7, output=Path("out")`), beside a text.

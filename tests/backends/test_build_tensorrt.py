@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -43,7 +44,8 @@ KINDS = {
     "sdxl": {"transformer_layers_per_block": [1, 1, 2]},
 }
 
-needs_rtx = pytest.mark.skipif(not libraries.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
+NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
+needs_rtx = pytest.mark.skipif(NO_RTX, reason="TensorRT for RTX is not installed")
 
 
 def rtx_spec(precision="fp16", profiles=(PROFILE,), **values):
@@ -79,7 +81,10 @@ def request_for(tiny_onnx, folder, spec=None, **values):
 
 
 @needs_rtx
-@pytest.mark.parametrize(("kind", "exporter"), EACH_BY_BOTH)
+@pytest.mark.parametrize(
+    ("kind", "exporter"),
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one != ("sd1", "torchscript"))) for one in EACH_BY_BOTH],
+)
 def test_every_kind_of_unet_builds(kind, exporter, tmp_path, shared):
     """Parsed and built by a real TensorRT from the real export: convolutional and linear projections, SDXL's inputs."""
     if exporter == "dynamo":

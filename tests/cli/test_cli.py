@@ -303,6 +303,7 @@ def test_a_closed_or_full_stdout_is_no_traceback(folder):
         assert ended.returncode == code, ended.stderr
 
 
+@pytest.mark.slow
 def test_what_belongs_on_a_closed_stderr_goes_nowhere(folder):
     """Not into the result, and into no file that would get its number."""
     build = f"'{sys.executable}' -m sdtrt build --component vae_decoder --backend onnxruntime --engine-dir own --json"
@@ -315,6 +316,7 @@ def test_what_belongs_on_a_closed_stderr_goes_nowhere(folder):
     assert (ended.returncode, ended.stdout) == (2, b"")
 
 
+@pytest.mark.slow
 def test_a_full_or_broken_stderr_ends_no_work(folder):
     """Of notes, warnings and bars; errors keep their exit code."""
     command = f"'{sys.executable}' -m sdtrt txt2img -p x --steps 2 --num-images 2 -n text --guidance-scale 1 -o out"
@@ -337,6 +339,7 @@ def test_a_working_folder_that_is_gone_is_an_error(folder):
     assert [line.split(":")[0] for line in ended.stderr.splitlines()] == ["error", "hint"], ended.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_so_and_keeps_what_is_done(folder):
     command = [sys.executable, "-m", "sdtrt", "txt2img", "-p", PROMPT, "--num-images", "50", "-o", "out", "--no-build"]
     assert process("build", "-q").returncode == 0
@@ -407,6 +410,7 @@ def test_export_and_build_make_all_that_the_pipeline_needs(folder, run):
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
+@pytest.mark.slow
 def test_the_miniature_builds_ahead_of_time_for_a_gpu_that_is_not_here(folder, run):
     arguments = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--precision", "fp16")
     code, out, err = run("build", *arguments, "--height", "96:128:192", "--batch", "1:2:4")

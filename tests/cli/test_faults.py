@@ -92,6 +92,7 @@ def test_without_permission_to_write_nothing_is_lost(campaign, kind):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts file systems")
+@pytest.mark.slow
 def test_a_full_file_system_is_a_clean_error_and_no_loss(campaign, tmp_path):
     small = tmp_path / "small"
     small.mkdir()

@@ -18,6 +18,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import factories
 import pytest
 import torch
 from factories import sd1_folder, unet_engine
@@ -32,7 +33,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.cli.main import main
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import MALFORMED, BuildError, EngineError, ModelError, UsageError
-from sdtrt.engines import find, upkeep
+from sdtrt.engines import upkeep
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import SIDECAR, entry_name, seal_of
 from sdtrt.engines.publish import seal
@@ -107,7 +108,7 @@ def use_everything(directory, model):
     resolved = resolve_model(ModelSpec(str(model)))
     list(upkeep.check(directory))
     upkeep.prunable(directory, PruneSpec(older_than_days=1, keep_bytes=10, foreign=True), registry.is_foreign)
-    entry = find.find_engine(resolved, registry.get("onnxruntime").runs_here(), "fp32", SIZES, directory)
+    entry = factories.find_engine(resolved, "onnxruntime", "fp32", SIZES, directory)
     for found in directory.entries():
         json.dumps(found.to_json())
         with only_clean_errors():

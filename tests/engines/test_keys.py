@@ -12,7 +12,6 @@ import factories
 import pytest
 from filelock import FileLock
 
-from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine, engine_key
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import CacheError, ExportError, ModelChangedError, ModelError
@@ -116,8 +115,7 @@ def check_entries(changing, directory, two_models):
         assert entry.key["export"] == exports[entry.info["onnx"]].key
     old = resolve_model(ModelSpec(str(two_models[0])))
     assert directory.find("engine", engine_key(old, spec_of(old), directory).to_json()) is None
-    runs = registry.get("onnxruntime").runs_here()
-    assert find.find_engine(old, runs, "fp32", Sizes(1, 8, 8), directory, PART) is None
+    assert factories.find_engine(old, "onnxruntime", "fp32", Sizes(1, 8, 8), directory, PART) is None
 
 
 @pytest.mark.parametrize("which", ["export", "engine"])

@@ -302,7 +302,7 @@ def test_queries_and_keys_are_scaled_before_their_product(exported, kind, export
             assert scale
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)])
 def test_exporting_twice_gives_the_same_bytes_and_says_nothing(tmp_path, exported, exporter, capfd):
     before = exported("sd1", "fp16", exporter)
     capfd.readouterr()

@@ -92,12 +92,9 @@ def test_a_named_backend_is_taken_as_it_is(capsys):
 
 
 def test_an_engine_is_built_once_and_serves_other_sizes(model, directory, entry):
-    assert (
-        find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", Sizes(5, 72, 104, 154), directory)
-        == entry
-    )
+    assert factories.find_engine(model, "onnxruntime", "fp32", Sizes(5, 72, 104, 154), directory) == entry
     assert factories.unet_engine(model, "onnxruntime", "fp32", SMALL, directory) == entry
-    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp16", SMALL, directory) is None
+    assert factories.find_engine(model, "onnxruntime", "fp16", SMALL, directory) is None
 
 
 def test_the_engine_computes_what_pytorch_computes(model, entry):
@@ -217,13 +214,12 @@ def test_engines_of_all_components_are_built_once_and_found_again(model, tmp_pat
     assert again == made
 
 
-def test_an_engine_of_another_component_is_never_taken(model, directory, entry):
-    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) == entry
+def test_an_engine_of_another_component_is_never_taken(model, entry, tmp_path):
+    directory = EngineDirectory(tmp_path / "one")
+    shutil.copytree(entry.path, directory.path / entry.name)
+    assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, directory).name == entry.name
     for component in ("text_encoder", "vae_decoder", "vae_encoder"):
-        assert (
-            find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory, component)
-            is None
-        )
+        assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, directory, component) is None
 
 
 def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
@@ -233,10 +229,7 @@ def test_sdxls_vae_is_built_in_fp32_where_fp16_is_asked_for(tmp_path):
     made = engines.ensure_engines(wanted, found)
     assert [entry.key["precision"] for entry in made.values()] == ["fp16", "fp32"]
     assert engines.ensure_engines(wanted, found, allow_build=False) == made
-    assert (
-        find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, found, "vae_decoder")
-        == made["vae_decoder"]
-    )
+    assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, found, "vae_decoder") == made["vae_decoder"]
 
 
 @pytest.fixture
@@ -332,7 +325,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
 
     def finds(component, sizes):
         own = components.sizes_of(component, sizes)
-        return find.find_engine(model, registry.get("tensorrt").runs_here(), "fp16", own, found, component) is not None
+        return factories.find_engine(model, "tensorrt", "fp16", own, found, component) is not None
 
     assert finds("text_encoder", Sizes(2, 768, 512))
     assert finds("vae_decoder", Sizes(1, 512, 512))
@@ -345,14 +338,14 @@ def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
     options = dict(first.key["options"])
     for level in range(3):  # whichever way their names sort
         made = found.obtain("engine", dict(first.key) | {"options": options | {"level": level}}, _empty)
-        assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, found) == made
+        assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, found) == made
 
 
 def test_an_engine_of_an_older_build_format_is_not_used(model, directory, entry, monkeypatch):
-    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) is not None
+    assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is not None
     assert not registry.is_foreign(entry)
     monkeypatch.setattr(OnnxRuntime, "format", entry.key["format"] + 1)
-    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) is None
+    assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
     assert registry.is_foreign(entry)
 
 
@@ -440,7 +433,7 @@ def test_an_engine_of_another_version_is_foreign(model, directory, entry, monkey
     assert not registry.is_foreign(entry)
     monkeypatch.setattr(OnnxRuntime, "version", lambda self: "0.0")
     assert registry.is_foreign(entry)
-    assert find.find_engine(model, registry.get("onnxruntime").runs_here(), "fp32", SMALL, directory) is None
+    assert factories.find_engine(model, "onnxruntime", "fp32", SMALL, directory) is None
 
 
 @pytest.mark.parametrize(("version", "runs"), [("8.6.1", True), ("10.15.1.29", True), ("8.5.3", False)])
@@ -454,7 +447,7 @@ def test_a_version_compatible_plan_serves_later_versions(monkeypatch, model, tmp
         made = found.obtain("engine", engine_build.engine_key(model, spec, found).to_json(), _empty)
         monkeypatch.setattr(TensorRT, "version", lambda self: version)
         assert registry.is_foreign(made) != (runs if compatible else version == "8.6.1")
-    best = find.find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SMALL, found)
+    best = factories.find_engine(model, "tensorrt", "fp16", SMALL, found)
     assert (best is not None) == runs
 
 

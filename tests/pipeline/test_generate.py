@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, MemoryShortage, OutputError, UsageError
-from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import EngineKey, parse_key
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import sizes_of
 from sdtrt.models.weights import read_tensors
@@ -30,7 +32,7 @@ from sdtrt.pipeline import prompts as prompt_checks
 from sdtrt.pipeline.generate import generate
 from sdtrt.pipeline.images import read_metadata, read_parameters
 from sdtrt.pipeline.jobs import Job, Jobs
-from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Sizes
+from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Profile, Range, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 # Of CLIP's text encoder, whose modules lie one level deeper before transformers 5.
@@ -203,7 +205,7 @@ def test_a_component_that_the_model_has_not_is_a_usage_error(spec, directory):
         generate(spec, directory, QUIET)
     assert "text_encoder, unet, vae_decoder, vae_encoder" in caught.value.hint
     with pytest.raises(UsageError, match="no engines"):
-        replace(spec, backend="torch")
+        generate(replace(spec, backend="torch"), directory, QUIET)
     with pytest.raises(UsageError, match="vae_decodr"):
         replace(spec, components=("vae_decodr",))
 
@@ -319,6 +321,15 @@ def test_images_of_a_batch_are_encoded_one_by_one_as_their_engine_expects(spec, 
     assert called == {sizes_of("vae_encoder", Sizes(4, 64, 64), images=2).batch}
 
 
+def key_for_images(images, entry):
+    """An entry's key, as that of an engine which makes exactly so many images at once."""
+    key = parse_key(entry.kind, entry.key)
+    if not isinstance(key, EngineKey):
+        return key
+    rows, pixels = 2 * images if key.component == "unet" else images, Range(8, 64, 512)
+    return replace(key, profiles=(Profile(Range(rows, rows, rows), pixels, pixels, Range(1, 77, 77)),))
+
+
 def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monkeypatch):
     """As TensorRT's are, built for exactly the batch that is asked for."""
     spec = replace(spec, backend="onnxruntime", num_images=3)
@@ -330,17 +341,14 @@ def test_an_engine_for_full_batches_only_gets_full_batches(spec, directory, monk
             rows.append(feeds["sample"].shape[0])
         return real(session, feeds)
 
-    def for_two_images(key, sizes):
-        return 0.0 if sizes.batch == (4 if key["component"] == "unet" else 2) else None
-
     monkeypatch.setattr(OnnxRuntimeSession, "run", note)
-    monkeypatch.setattr(find, "slack", for_two_images)
-    filled = made(replace(spec, batch_size=2), directory)
+    with monkeypatch.context() as patched:
+        patched.setattr(Entry, "parsed_key", property(partial(key_for_images, 2)))
+        filled = made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4}
     assert len(filled) == 3
     for one, other in zip(expected, filled, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
-    monkeypatch.setattr(find, "slack", lambda _key, _sizes: 0.0)
     rows.clear()
     made(replace(spec, batch_size=2), directory)
     assert set(rows) == {4, 2}
@@ -849,13 +857,9 @@ def test_the_last_images_are_not_tried_in_batches_that_they_do_not_fill(spec, di
 
 def test_an_engine_for_one_batch_alone_says_which_batch_to_ask_for(spec, directory, unet_rows, monkeypatch):
     """As TensorRT's are, built for exactly the batch that is asked for."""
-
-    def for_four_images(key, sizes):
-        return 0.0 if sizes.batch == (8 if key["component"] == "unet" else 4) else None
-
     spec = replace(spec, backend="onnxruntime", num_images=6, batch_size=4)
     unet_engine(resolve.resolve_model(spec.model), "onnxruntime", "fp32", Sizes(2, 64, 64), directory)
-    monkeypatch.setattr(find, "slack", for_four_images)
+    monkeypatch.setattr(Entry, "parsed_key", property(partial(key_for_images, 4)))
     with pytest.raises(MemoryShortage, match="out of memory at 64x64 pixels, 4 at once") as caught:
         generate(spec, directory, QUIET)
     assert caught.value.hint == "use --batch-size 2: it gets engines of its own, these don't take so few"

@@ -17,6 +17,7 @@ def grown_by(found, warm):
     return found["resident_bytes"][found["generations"]] - found["resident_bytes"][warm]
 
 
+@pytest.mark.slow
 def test_a_hundred_generations_leave_memory_as_it_was():
     """Six requests after the warm-up: a leak of the size of a picture or of a small model is found."""
     found = run(100, 0, warm=40)

@@ -315,13 +315,17 @@ def test_a_chart_of_nothing_but_failures_can_be_drawn():
         {"warmups": 0},
         {"steps": 0},
         {"height": 100},
-        {"backend": "gpu"},
         {"tasks": ("img2img",), "strength": 0.01},
     ],
 )
 def test_a_wrong_request_is_a_usage_error(wrong):
     with pytest.raises(UsageError):
         BenchSpec(**wrong)
+
+
+def test_a_backend_that_there_is_not_is_a_usage_error(spec, directory):
+    with pytest.raises(UsageError, match="backend"):
+        run_bench(replace(spec, backend="gpu"), directory, QUIET, "")
 
 
 def test_every_baseline_has_its_description():

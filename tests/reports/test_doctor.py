@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -64,7 +65,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_so(directory, monkeypatch):
     assert "torch" in found.mend
 
 
-@pytest.mark.skipif(not libraries.is_installed("tensorrt-rtx"), reason="TensorRT for RTX is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
 @pytest.mark.parametrize(("capability", "state"), [((8, 9), "ok"), ((9, 0), "optional")])
 def test_tensorrt_for_rtx_serves_the_gpus_that_it_serves(directory, monkeypatch, capability, state):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("A GPU", capability, 2**34),))

@@ -116,6 +116,7 @@ def test_what_was_built_in_an_earlier_run_is_measured_and_what_was_not_is_said(t
     assert tune("product", "level-2", "whole")[1] == ["whole"]  # what has failed is not tried again
 
 
+@pytest.mark.slow
 def test_exports_are_checked_without_a_gpu(tune, tmp_path):
     rows, built = tune("product", "opset-14", "opset-16", "dynamo", "channels-last", "--check")
     assert built == []

@@ -346,8 +346,9 @@ def test_the_option_is_for_those_parts_that_may_be_in_pieces():
 
 
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
+    from factories import find_engine
+
     from sdtrt.common import host
-    from sdtrt.engines.find import find_engine
     from sdtrt.models.resolve import resolve_model
     from sdtrt.specs import ModelSpec
 
@@ -365,7 +366,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
         return directory.obtain("engine", key, lambda folder: {})
 
     def find():
-        return find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SIZES, directory)
+        return find_engine(model, "tensorrt", "fp16", SIZES, directory)
 
     plain = obtain(plain_key)
     assert find() == plain
