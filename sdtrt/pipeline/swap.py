@@ -139,11 +139,13 @@ class Swapped:
                 return self.original(*args, **kwargs)
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-            self._look(states if self.component == "unet" else None)
+            is_first = self._look(states if self.component == "unet" else None)
             opened = self._for(_sizes_of_call(self.component, first, states))
             if opened is None:
                 return self.in_pytorch(*args, **kwargs)
             result = opened.call(*args, **kwargs)
+            if is_first:
+                self.watch.read(self.module)  # while a GPU computes
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
         return result
@@ -161,8 +163,11 @@ class Swapped:
         self._say(f"{self.component}: PyTorch computes the states of other layers (clip_skip)")
         return self.in_pytorch(*args, **kwargs)
 
-    def _look(self, states: torch.Tensor | None) -> None:
-        """Look at the weights at the first step of a call, and where nothing tells steps from calls each time."""
+    def _look(self, states: torch.Tensor | None) -> bool:
+        """Look at the weights, but for steps that follow one another at once; whether it is a picture's first step.
+
+        Where nothing tells steps from calls, each is the first one.
+        """
         module = self.module
         if module.__dict__.get(self.method) is not self or hasattr(module, "_hf_hook"):
             raise EngineError(
@@ -171,10 +176,11 @@ class Swapped:
             )
         again = states is not None and self._last is not None and self._last() is states
         if again and time.monotonic() - self._looked < LOOK_AGAIN_S:
-            return
-        self.watch.check(module)
+            return False
+        self.watch.look(module)
         self._last = None if states is None else ref(states)
         self._looked = time.monotonic()
+        return not again
 
     def _for(self, sizes: Sizes) -> Opened | None:
         """The engine for a call of this size, by `on_miss`; None for PyTorch."""
