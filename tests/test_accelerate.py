@@ -27,7 +27,7 @@ from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import swap
+from sdtrt.pipeline import parked, swap
 from sdtrt.pipeline.watch import block_sums
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
 
@@ -445,3 +445,59 @@ def test_loading_keeps_the_engines_until_restore(sd1, engine_dir):
     sdtrt.restore(pipe)
     with pytest.raises(EngineError, match="closed"):
         latents(pipe)
+
+
+@pytest.fixture
+def parking(monkeypatch):
+    """Weights leave a GPU that is not there: they are float64 meanwhile, which no layer takes beside float32."""
+    monkeypatch.setattr(parked, "is_on_gpu", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(parked, "to_host", lambda data: data.double())
+    monkeypatch.setattr(parked, "to_device", lambda data, device: data.float())
+
+
+def dtypes(module):
+    return {parameter.dtype for parameter in module.parameters()}
+
+
+LAYERS = {
+    "vae.decoder": lambda pipe: pipe.vae.decoder(torch.ones(1, 4, 8, 8)),
+    "vae.encoder": lambda pipe: pipe.vae.encoder(torch.ones(1, 3, 64, 64)),
+    "vae.quant_conv": lambda pipe: pipe.vae.quant_conv(torch.ones(1, 8, 8, 8)),
+    "vae.post_quant_conv": lambda pipe: pipe.vae.post_quant_conv(torch.ones(1, 4, 8, 8)),
+    "unet.conv_in": lambda pipe: pipe.unet.conv_in(torch.ones(1, 4, 8, 8)),
+    "unet.conv_out": lambda pipe: pipe.unet.conv_out(torch.ones(1, 32, 8, 8)),
+    "text_encoder": lambda pipe: pipe.text_encoder.get_input_embeddings()(torch.ones(1, 77, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.usefixtures("parking")
+def test_a_layer_that_is_called_by_itself_has_its_weights_back(make, accelerate, directory, layer, capsys):
+    pipe = make(StableDiffusionImg2ImgPipeline, vae=factories.small_vae())
+    call = LAYERS[layer]
+    plain, picture = call(pipe), latents(pipe, image=NOISE)
+    accelerate(pipe, progress=True)
+    assert torch.float64 in dtypes(pipe.unet) & dtypes(pipe.text_encoder) & dtypes(pipe.vae)
+    copied = copy.deepcopy(pipe)
+    capsys.readouterr()
+    assert torch.equal(call(pipe), plain)
+    assert torch.equal(call(pipe), plain)
+    assert capsys.readouterr().err.count("a layer is called by itself") == 1
+    assert differ(latents(pipe, image=NOISE), picture) <= 1e-4
+    assert torch.equal(call(copied), plain)
+    assert torch.equal(latents(pickle.loads(pickle.dumps(copied)), image=NOISE), picture)
+    assert torch.equal(latents(copied, image=NOISE), picture)
+    sdtrt.restore(pipe)
+    assert torch.equal(latents(pipe, image=NOISE), picture)
+    assert not any(one._forward_pre_hooks for part in modules_of(pipe).values() for one in part.modules())
+
+
+@pytest.mark.usefixtures("parking")
+def test_weights_come_back_under_whatever_names_they_have_by_then(make, accelerate):
+    pipe = accelerate(make(), components=UNET_ALONE)
+    held = pipe.unet.conv_out
+    pipe.unet.conv_out = torch.nn.Sequential(held)  # as peft wraps layers
+    with pytest.raises(EngineError, match="it has other layers"):
+        latents(pipe)
+    sdtrt.restore(pipe)
+    assert dtypes(pipe.unet) == {torch.float32}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import component_tensors, is_of_transformers, weights_digest
+from sdtrt.pipeline.parked import ComesBack
 from sdtrt.specs import Component, Precision
 
 SAMPLES = 16  # numbers of each tensor that are compared at each look
@@ -62,6 +63,10 @@ class WeightsWatch:
         digest: of the weights that the engine has (`weights_digest`).
     """
 
+    _seen: _Look
+    _dtypes: list[torch.dtype]  # of the tensors when their sums were taken
+    _sums: torch.Tensor
+
     def __init__(self, module: torch.nn.Module, component: Component, precision: Precision, digest: str) -> None:
         self.component, self.precision, self.digest = component, precision, digest
         self._take(module)
@@ -84,8 +89,8 @@ class WeightsWatch:
         return weights_digest(module, self.component, self.precision) != self.digest
 
     def moved(self, module: torch.nn.Module) -> None:
-        """Take the module's tensors as they lie now for unchanged: the caller has moved them."""
-        self._seen = _look(module, self.component)
+        """Take the places where the module's tensors lie now for those where they lay: the caller has moved them."""
+        self._seen = replace(self._seen, places=_look(module, self.component).places)
 
     def _take(self, module: torch.nn.Module) -> None:
         self._seen = _look(module, self.component)
@@ -123,7 +128,7 @@ def refuse_changes(module: torch.nn.Module, component: Component) -> None:
         if any(layer.__dict__.get(word) is not None for word in _FREE_U):
             raise _refusal(component, "FreeU", "pipe.disable_freeu()")
         hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-        if name and not all(map(is_of_transformers, hooks)):
+        if name and not all(is_of_transformers(hook) or isinstance(hook, ComesBack) for hook in hooks):
             raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
 
 
