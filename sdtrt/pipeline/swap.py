@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 
@@ -31,6 +31,7 @@ from sdtrt.models.resolve import Model
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import EncodedText, TextForward, UNetForward
+from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Sizes
@@ -45,7 +46,6 @@ METHODS: dict[Component, str] = {
     "vae_encoder": "encode",
 }
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
-KEPT_LAYERS = ("final_layer_norm",)  # pipelines call it themselves, for `clip_skip`
 LOOK_AGAIN_S = 1.0  # a call that passes the same conditioning as the one before is looked at by then
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
@@ -115,11 +115,13 @@ class Swapped:
         self.component, self.settings = component, settings
         self.method = METHODS[component]
         self.engines: list[Opened] = []
-        self.parked: list[str] = []  # names of the parameters that left the GPU
+        finalize(self, _close, self.engines).atexit = False
+        self.parked = Parked(self._wanted)
         self.is_open = True
         precision = precision_of(settings.model, component, settings.precision)
         self.watch = WeightsWatch(module, component, precision, digest)
-        self._module, self._said = ref(module), False
+        self._module = ref(module)
+        self._said: set[str] = set()
         self._last: ref[torch.Tensor] | None = None
         self._looked = 0.0
         own = getattr(type(module), self.method)
@@ -146,11 +148,13 @@ class Swapped:
                 return self.original(*args, **kwargs)
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-            self._look(states if self.component == "unet" else None)
+            is_first = self._look(states if self.component == "unet" else None)
             opened = self._for(_sizes_of_call(self.component, first, states))
             if opened is None:
                 return self.in_pytorch(*args, **kwargs)
             result = opened.call(*args, **kwargs)
+            if is_first:
+                self.watch.read(self.module)  # while a GPU computes
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
         return result
@@ -165,23 +169,34 @@ class Swapped:
         return self.original(*args, **kwargs)
 
     def _rest_of_text(self, *args: Any, **kwargs: Any) -> Any:
-        self._say(f"{self.component}: PyTorch computes the states of other layers (clip_skip)")
-        return self.in_pytorch(*args, **kwargs)
+        with self.settings.lock:
+            self._say(f"{self.component}: PyTorch computes the states of other layers (clip_skip)")
+            return self.in_pytorch(*args, **kwargs)
 
-    def _look(self, states: torch.Tensor | None) -> None:
-        """Look at the weights at the first step of a call, and where nothing tells steps from calls each time."""
+    def _look(self, states: torch.Tensor | None) -> bool:
+        """Look at the weights, but for steps that follow one another at once; whether it is a picture's first step.
+
+        Where nothing tells steps from calls, each is the first one.
+        """
         module = self.module
         if module.__dict__.get(self.method) is not self or hasattr(module, "_hf_hook"):
             raise EngineError(
                 f"the {self.component} got hooks (offloading?) after sdtrt.accelerate: engines stay where they are",
                 hint="pipe.remove_all_hooks(), then sdtrt.restore(pipe); offloading works in PyTorch alone",
             )
+        device = next(module.parameters()).device
+        if device.type != self.settings.device.type:
+            raise EngineError(
+                f"the {self.component} is on {device.type} by now, its engine on {self.settings.device.type}",
+                hint=f"pipe.to({str(self.settings.device)!r}) takes it back; {WAY_OUT}",
+            )
         again = states is not None and self._last is not None and self._last() is states
         if again and time.monotonic() - self._looked < LOOK_AGAIN_S:
-            return
-        self.watch.check(module)
+            return False
+        self.watch.look(module)
         self._last = None if states is None else ref(states)
         self._looked = time.monotonic()
+        return not again
 
     def _for(self, sizes: Sizes) -> Opened | None:
         """The engine for a call of this size, by `on_miss`; None for PyTorch."""
@@ -215,9 +230,9 @@ class Swapped:
         return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
 
     def _say(self, text: str) -> None:
-        if not self._said:
+        if text not in self._said:
             self.settings.console.note(text)
-        self._said = True
+        self._said.add(text)
 
     def open(self, entry: Entry, scratch: Scratch | None = None) -> None:
         """Open an engine, unless it is open. Raises as of `open_session`."""
@@ -232,9 +247,7 @@ class Swapped:
         if self.component == "unet":
             return UNetForward(session, session.contract, device, IN_PYTORCH)
         if self.component in TEXT_ENCODERS:
-            return lambda *args, **kwargs: TextForward(session, device, _dtype(self.module), IN_PYTORCH)(
-                *args, **kwargs
-            )
+            return _encodes(session, device, self._module)
         config: Any = self.module.config
         if self.component == "vae_decoder":
             return VaeFacade(config, device, decoder=session).decode
@@ -245,26 +258,22 @@ class Swapped:
     # --- the weights' place ---------------------------------------------------------------------------------------
 
     def park(self) -> None:
-        """Let the weights leave the GPU: all but the module's first, which says where it is, and what pipelines use."""
-        first = next(self.module.parameters())
-        for name, tensor in component_tensors(self.module, self.component).items():
-            kept = tensor is first or any(word in name for word in KEPT_LAYERS)
-            if not kept and isinstance(tensor, torch.nn.Parameter) and tensor.device.type == "cuda":
-                tensor.data = tensor.data.to("cpu")
-                self.parked.append(name)
+        """Let the weights leave the GPU."""
+        self.parked.park(self.module, component_tensors(self.module, self.component).items())
         self.watch.moved(self.module)
 
     def bring_back(self) -> None:
         """Bring the weights back to where the module is."""
         module = self._module()
-        if not self.parked or module is None:
-            return
-        tensors = component_tensors(module, self.component)
-        for name in self.parked:
-            if name in tensors:
-                tensors[name].data = tensors[name].data.to(self.settings.device)
-        self.parked.clear()
-        self.watch.moved(module)
+        if self.parked and module is not None:
+            self.parked.bring_back(module)
+            self.watch.moved(module)
+
+    def _wanted(self) -> None:
+        """A layer is called by itself, while the module's weights are away."""
+        with self.settings.lock:
+            self._say(f"{self.component}: a layer is called by itself: PyTorch runs it, and the weights are back")
+            self.bring_back()
 
     # --- coming and going ------------------------------------------------------------------------------------------
 
@@ -283,9 +292,7 @@ class Swapped:
                 _SWAPPED.get(module, {}).pop(self.component, None)
             self.bring_back()
             self.is_open = False
-            for one in self.engines:
-                one.session.close()
-            self.engines.clear()
+            _close(self.engines)
 
     def __copy__(self) -> Swapped:
         return self
@@ -293,19 +300,10 @@ class Swapped:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The own method of a module's copy, which is under way; alone, this shares its engines."""
         made = memo.get(id(self._module()))
-        if made is None:
-            return self
-        return self._own_method(made)
+        return self if made is None else types.MethodType(getattr(type(made), self.method), made)
 
     def __reduce__(self) -> Any:
-        if self.parked:
-            return CopiedMethod, (self.module, self.method, str(self.settings.device))
         return getattr, (self.module, self.method)  # what is read has the class's own by then
-
-    def _own_method(self, module: torch.nn.Module) -> Any:
-        if self.parked:
-            return CopiedMethod(module, self.method, str(self.settings.device))
-        return types.MethodType(getattr(type(module), self.method), module)
 
 
 def swapped_of(pipe: Any) -> dict[Component, Swapped]:
@@ -316,19 +314,6 @@ def swapped_of(pipe: Any) -> dict[Component, Swapped]:
         if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
             found[component] = _SWAPPED[module][component]
     return found
-
-
-class CopiedMethod:
-    """The own method of a copy whose weights were away from the GPU: the first call moves them all there."""
-
-    def __init__(self, module: torch.nn.Module, method: str, device: str) -> None:
-        self.module, self.method, self.device = module, method, device
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Move the module to where it was copied from, and run its method from now on."""
-        self.module.__dict__.pop(self.method, None)
-        self.module.to(self.device)
-        return getattr(self.module, self.method)(*args, **kwargs)
 
 
 class LiveText:
@@ -391,5 +376,21 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
     return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
 
 
-def _dtype(module: torch.nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def _encodes(
+    session: Session[torch.Tensor], device: torch.device, encoder: ref[torch.nn.Module]
+) -> Callable[..., EncodedText]:
+    """A text encoder's forward, which gives the dtype that the encoder has by then."""
+
+    def forward(*args: Any, **kwargs: Any) -> EncodedText:
+        module = encoder()
+        assert module is not None
+        return TextForward(session, device, next(module.parameters()).dtype, IN_PYTORCH)(*args, **kwargs)
+
+    return forward
+
+
+def _close(engines: list[Opened]) -> None:
+    """Close all, and empty the list."""
+    for one in engines:
+        one.session.close()
+    engines.clear()

@@ -548,6 +548,23 @@ def test_a_vaes_half_in_pytorch_is_tiled(originals):
     torch.testing.assert_close(facade.decode(latents).sample, whole)
 
 
+@pytest.mark.parametrize("base", [diffusers.StableDiffusionPipeline, diffusers.AutoPipelineForImage2Image])
+def test_pipelines_made_of_one_with_engines_are_not_saved_without_what_engines_have(swapped, base, tmp_path):
+    other = base.from_pipe(swapped)
+    assert other.unet is swapped.unet
+    with pytest.raises(EngineError, match="has no save_pretrained") as caught:
+        other.save_pretrained(tmp_path)
+    assert "with the backend torch" in caught.value.hint
+    assert not (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config_name", "compatibles", "push_to_hub", "_compatibles", "_upload_folder"])
+def test_facades_have_no_names_of_a_scheduler(swapped, name):
+    for part in (swapped.unet, swapped.vae, swapped.text_encoder):
+        assert getattr(part, name, None) is getattr(part._original, name, None) or not hasattr(part, name)
+    assert swapped.unet.from_pretrained == diffusers.UNet2DConditionModel.from_pretrained
+
+
 def test_the_torch_backend_saves_the_whole_pipeline(spec, engine_dir, tmp_path):
     with opened(spec, engine_dir, backend="torch") as running:
         running.pipe.save_pretrained(tmp_path)
