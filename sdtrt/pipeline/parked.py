@@ -18,7 +18,7 @@ class Parked:
     """The parameters of a module that left the GPU.
 
     The module's first one stays, as it says where the module is, and so do layers that pipelines call by themselves.
-    Whoever calls any other layer by itself (`vae.decoder(...)`) calls `wanted` first, which is to bring them back.
+    Whoever calls any other layer by itself (the decoder of a VAE) calls `wanted` first, which is to bring them back.
 
     Args:
         wanted: brings them back.
