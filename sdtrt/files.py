@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -86,6 +87,19 @@ def private_folder(parent: Path, prefix: str) -> Iterator[Path]:
             yield folder
         finally:
             remove()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A private folder where the system has its temporary files, for the time of a `with`.
+
+    Raises:
+        OSError: where there is none that can be written to.
+    """
+    with held():  # the first time, Python writes a file there to see whether it can
+        parent = Path(tempfile.gettempdir())
+    with private_folder(parent, "sdtrt-") as folder:
+        yield folder
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

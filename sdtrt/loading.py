@@ -7,17 +7,17 @@ import inspect
 import json
 import os
 import reprlib
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.checkpoints import check_plain, convert, meta_tensors
 from sdtrt.configuration import check_kinds, whole_numbers
 from sdtrt.console import quiet_libraries
-from sdtrt.errors import ModelError, first_line
+from sdtrt.errors import ModelError, SdtrtError, first_line
+from sdtrt.files import limit_hint, temporary_folder
 from sdtrt.models import UNUSED_PARTS, Model
 from sdtrt.specs import DEFAULT_TOKENS
 from sdtrt.weights import (
@@ -388,12 +388,19 @@ def _copied_tokenizer(model: Model, name: str) -> Iterator[Path]:
     """
     folder = model.origin(name).folder
     config = {key: value for key, value in model.config(name).items() if not key.endswith(("_file", "_files"))}
-    with tempfile.TemporaryDirectory(prefix="sdtrt-") as copy:
-        (Path(copy) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        for file in TOKENIZER_FILES:
-            if os.path.lexists(folder / file):
-                (Path(copy) / file).write_bytes(read_model_file(folder / file, MAX_TOKENIZER_BYTES))
-        yield Path(copy)
+    with ExitStack() as stack:
+        try:
+            copy = stack.enter_context(temporary_folder())
+            (copy / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+            for file in TOKENIZER_FILES:
+                if os.path.lexists(folder / file):
+                    (copy / file).write_bytes(read_model_file(folder / file, MAX_TOKENIZER_BYTES))
+        except OSError as error:
+            raise SdtrtError(
+                f"can't write a copy of the tokenizer in {folder} to a temporary folder: {error.strerror}",
+                hint=limit_hint(error) or "free some space there, or set TMPDIR",
+            ) from error
+        yield copy
 
 
 def _try_tokenizer(tokenizer: Any, vocabulary: int) -> None:
