@@ -35,7 +35,7 @@ from sdtrt.modules import UNetFacade
 from sdtrt.options import BackendOptions, BenchOptions
 from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 from sdtrt.specs import BASELINES as BASELINE_NAMES
-from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, Sizes
+from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, NoiseSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 ROW_KEYS = {
@@ -570,7 +570,7 @@ def test_wrong_options_are_exit_2(run, arguments):
     ],
 )
 def test_baselines_are_named_or_left_to_the_machine(asked, found):
-    assert BenchOptions(baselines=asked).spec(ModelSpec(), BackendOptions()).baselines == found
+    assert BenchOptions(baselines=asked).spec(ModelSpec(), BackendOptions(), NoiseSpec()).baselines == found
 
 
 @pytest.mark.slow

@@ -126,9 +126,10 @@ def test_parts_of_sdxl_that_do_not_fit_each_other(tmp_path):
     change(file, projection_class_embeddings_input_dim=width - SDXL_TIME_WIDTH)  # the refiner has five time ids
     resolve_model(ModelSpec(str(folder)))
     change(file, projection_class_embeddings_input_dim=width + 1)
-    with pytest.raises(ModelError, match="projection_class_embeddings_input_dim is 81, where 80 or 72 fits"):
+    with pytest.raises(ModelError, match="takes 81 numbers of added conditioning") as caught:
         resolve_model(ModelSpec(str(folder)))
-    change(file, addition_embed_type=None)
+    assert "projection_class_embeddings_input_dim" in caught.value.hint
+    change(file, addition_embed_type=None, projection_class_embeddings_input_dim=None)
     with pytest.raises(ModelError, match="addition_embed_type is None, where 'text_time' fits"):
         resolve_model(ModelSpec(str(folder)))
 

@@ -149,13 +149,14 @@ def test_a_closed_session_says_so(entry):
         session.run(seeded_feeds(Contract.from_json(entry.info["contract"]), SMALL))
 
 
-def test_a_garbled_engine_is_an_error_with_the_rebuild(entry, tmp_path):
+def test_an_engine_that_cannot_be_read_is_an_error_with_the_check(entry, tmp_path):
     from sdtrt.runtime.onnxruntime import OnnxRuntimeSession
 
     (tmp_path / "engine.onnx").write_bytes(b"not a model")
     with pytest.raises(EngineError) as caught:
         OnnxRuntimeSession(tmp_path / "engine.onnx", Contract.from_json(entry.info["contract"]))
-    assert "sdtrt engines rm" in caught.value.hint
+    assert "sdtrt engines verify" in caught.value.hint
+    assert " rm " not in caught.value.hint  # nothing has proven that it is damaged
 
 
 def test_no_build_names_the_command_that_builds(model, tmp_path):

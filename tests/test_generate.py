@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, tampered_engine, unet_engine
+from factories import SMALL, sd1_folder, sd1_single_file, sdxl_folder, sha256_of, tampered_engine, unet_engine
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdtrt import engines, images, loading, models, saving
+from sdtrt import engines, loading, models, saving
 from sdtrt import generate as generation
 from sdtrt.cache import EngineDirectory
 from sdtrt.console import QUIET, Console
@@ -394,7 +394,7 @@ def test_an_image_says_how_to_make_it_again(spec, directory, init_image):
     )
     path = made(spec, directory)[0]
     details = read_metadata(path).details
-    assert details["init_image"]["sha256"] == images.sha256_file(init_image)
+    assert details["init_image"]["sha256"] == sha256_of(init_image)
     again = GenerateSpec(
         prompts=(details["prompt"],),
         model=ModelSpec(details["model"]["name"]),
@@ -498,7 +498,7 @@ def test_a_v_prediction_checkpoint_makes_the_picture_of_diffusers_own_pipeline(h
 def test_a_single_file_has_the_hash_that_web_uis_show(spec, sd1, tmp_path, directory):
     path = sd1_single_file(tmp_path / "one.safetensors", **SMALL)
     made_path = made(replace(spec, model=ModelSpec(str(path), config=str(sd1))), directory)[0]
-    assert read_parameters(made_path).fields["Model hash"] == images.sha256_file(path)[:10]
+    assert read_parameters(made_path).fields["Model hash"] == sha256_of(path)[:10]
 
 
 def test_the_device_of_a_gpu_is_its_name(monkeypatch):

@@ -161,7 +161,7 @@ def test_weights_that_are_replaced_between_an_engines_key_and_its_export(changin
     check_entries(changing, directory, two_models)
 
 
-def test_a_configuration_that_is_replaced_counts_too(changing, directory, monkeypatch):
+def test_a_configuration_that_is_replaced_is_used_as_it_was_checked(changing, directory, monkeypatch):
     spec = ExportSpec(changing.model.spec, PART, "fp32")
     config = changing.folder / PART / "config.json"
 
@@ -171,10 +171,16 @@ def test_a_configuration_that_is_replaced_counts_too(changing, directory, monkey
         return real(*args)
 
     real = export.load_component
-    monkeypatch.setattr(export, "load_component", load)
     before = changing.fingerprint()
+    scratch = export_component(changing.model, spec, EngineDirectory(directory.path.parent / "scratch"))
+    monkeypatch.setattr(export, "load_component", load)
     entry = export_component(changing.model, spec, directory)
-    assert entry.key["fingerprint"] == changing.fingerprint() != before
+    assert entry.key["fingerprint"] == changing.fingerprint() == before
+    assert entry.digests == scratch.digests  # of the activation that its key says
+    anew = resolve_model(changing.model.spec)
+    other = export_component(anew, spec, directory)
+    assert other.key["fingerprint"] == anew.fingerprint(PART, factories.sha256_of) != before
+    assert other.digests != entry.digests
 
 
 def test_weights_that_change_each_time_are_an_error_that_leaves_nothing(changing, directory, monkeypatch):

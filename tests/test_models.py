@@ -585,6 +585,7 @@ def test_a_configuration_of_another_kind_of_model(made, checkpoint, config, tmp_
     if config == "sd2":
         shutil.copytree(made / "sd1", tmp_path / "sd2")
         change_json(tmp_path / "sd2" / "unet/config.json", use_linear_projection=True, cross_attention_dim=64)
+        change_json(tmp_path / "sd2" / "text_encoder/config.json", hidden_size=64)
     path = (made if config == "sdxl" else tmp_path) / config
     model = resolve_model(ModelSpec(str(checkpoint), config=str(path)))
     with pytest.raises(ModelError, match=r"the unet weights of .* don't fit its configuration") as caught:

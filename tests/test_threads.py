@@ -14,6 +14,7 @@ import pytest
 
 from sdtrt import ahead, digests, threads
 from sdtrt.entries import Entry
+from sdtrt.errors import CacheError
 from sdtrt.runtime.onnxruntime import mend_of
 
 
@@ -60,8 +61,10 @@ def test_a_file_that_no_limit_lets_open_is_not_called_damaged(tmp_path, monkeypa
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
     monkeypatch.setattr("sdtrt.entries.digest_of", refuse)
-    with pytest.raises(OSError, match="Too many open files"):
+    with pytest.raises(CacheError, match="can't be read: Too many open files") as caught:
         entry._verify(tmp_path / "file", refuse)
+    assert "ulimit -n" in caught.value.hint
+    assert "damaged" not in f"{caught.value.message} {caught.value.hint}"
 
 
 def test_python_without_docstrings_is_refused_in_two_lines():
