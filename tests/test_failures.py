@@ -94,6 +94,22 @@ def open_directory():
     return PAINT
 
 
+def link_inside():
+    Path("elsewhere").mkdir()
+    shutil.rmtree("engines/.locks")
+    Path("engines/.locks").symlink_to(Path("elsewhere").resolve())
+    return (*BUILD, "-b", "onnxruntime", "--precision", "fp32", "--component", "vae_decoder", "--quiet")
+
+
+def too_many_files():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    again = contextlib.ExitStack()
+    again.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+    held.append(again)
+    return ("engines", "list")
+
+
 def truncated():
     path = next(Path("model/unet").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:5000])
@@ -209,6 +225,8 @@ MAKERS = {
     "engine directory is a file": (*PAINT, "--engine-dir", "file"),
     "engine directory can't be written": (*PAINT, "--engine-dir", "/proc/nowhere"),
     "engine directory that others can change": open_directory,
+    "link inside the engine directory": link_inside,
+    "too many open files": too_many_files,
     "out of memory": short_of_memory,
     "engines larger than the GPU's memory": short_of_gpu_memory,
     "interrupted": interrupted,
