@@ -54,11 +54,14 @@ def words_of(number: signal.Signals) -> str:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_undoes_what_is_under_way_and_then_ends_the_process(tmp_path, number):
+@pytest.mark.parametrize("made", ["private_folder(Path(tempfile.tempdir), 'draft-')", "temporary_folder()"])
+def test_a_signal_undoes_what_is_under_way_and_then_ends_the_process(tmp_path, number, made):
     code = f"""
-from sdtrt.files import private_folder
+import tempfile
+from sdtrt.files import private_folder, temporary_folder
+tempfile.tempdir = {str(tmp_path)!r}
 interrupts.listen()
-with private_folder(Path({str(tmp_path)!r}), "draft-") as folder:
+with {made} as folder:
     (folder / "half").write_text("done")
     try:
         signal.raise_signal({int(number)})

@@ -22,7 +22,7 @@ COMMANDS = [
     pytest.param("export --component vae_decoder --exporter dynamo --output x.onnx", marks=pytest.mark.slow),
     pytest.param("build -b onnxruntime", marks=pytest.mark.slow),
     pytest.param("verify -b onnxruntime --steps 2 -o report", marks=pytest.mark.slow),
-    pytest.param("bench -b onnxruntime --steps 1 --warmups 0 --repeats 1", marks=pytest.mark.slow),
+    pytest.param("bench -b onnxruntime --steps 2 --warmups 1 --repeats 1", marks=pytest.mark.slow),
     pytest.param("inspect", marks=pytest.mark.slow),
     "doctor",
     "engines verify",
