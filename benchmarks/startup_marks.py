@@ -264,9 +264,11 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         "sdtrt.runtime.onnxruntime": {"open_model": every_call(marks, lambda path: f"deserialise {file(path)}")},
         "sdtrt.runtime": {"open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")},
         "sdtrt.pipeline": {"open_pipeline": opened(marks)},
+        "sdtrt.forwards": {
+            "TextForward.__call__": first_call(marks, "the first call of the text encoder", synchronize),
+            "UNetForward.__call__": first_call(marks, "the first call of the UNet", synchronize),
+        },
         "sdtrt.modules": {
-            "TextEncoderFacade.forward": first_call(marks, "the first call of the text encoder", synchronize),
-            "UNetFacade.forward": first_call(marks, "the first call of the UNet", synchronize),
             "VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize),
         },
         "sdtrt.saving": {"OutputPlan.save": first_call(marks, "the image is written")},

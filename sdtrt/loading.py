@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -371,7 +372,7 @@ def _load_tokenizer(model: Model, name: str) -> Any:
             tokenizer = CLIPTokenizer.from_pretrained(str(copy), local_files_only=True)
             tokenizer.name_or_path = str(folder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-            _try_tokenizer(tokenizer, encoder.get("vocab_size", CLIP_VOCABULARY))
+            _try_once(tokenizer, copy, encoder.get("vocab_size", CLIP_VOCABULARY))
         except Exception as error:  # the tokenizers library raises bare Exceptions
             reason = first_line(error).replace(str(copy), str(folder))
             raise ModelError(
@@ -401,6 +402,22 @@ def _copied_tokenizer(model: Model, name: str) -> Iterator[Path]:
                 hint=limit_hint(error) or "free some space there, or set TMPDIR",
             ) from error
         yield copy
+
+
+_TRIED: set[str] = set()  # digests of what has passed in this process
+
+
+def _try_once(tokenizer: Any, copy: Path, vocabulary: int) -> None:
+    """Try a tokenizer whose files no other has had: its library never frees all that a text has taken there.
+
+    Raises:
+        ValueError: as of `_try_tokenizer`.
+    """
+    files = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(copy.iterdir())]
+    digest = hashlib.sha256(repr((files, tokenizer.model_max_length, vocabulary)).encode()).hexdigest()
+    if digest not in _TRIED:
+        _try_tokenizer(tokenizer, vocabulary)
+        _TRIED.add(digest)
 
 
 def _try_tokenizer(tokenizer: Any, vocabulary: int) -> None:

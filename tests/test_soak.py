@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+from itertools import pairwise
 
 import pytest
 from soak import run
@@ -24,7 +26,13 @@ def test_a_hundred_generations_leave_memory_as_it_was():
 
 @pytest.mark.slow
 def test_two_hundred_openings_of_the_pipeline_leave_memory_as_it_was():
-    """A request leaves at most half of the 26 kB that a leak had left of it (`benchmarks/reliability.md`)."""
-    found = run(300, 0, warm=100, each=1)
+    """A request leaves at most half of the 26 kB that a leak had left of it (`benchmarks/reliability.md`).
+
+    A leak grows all the time. Python's table of interned strings grows once, by 4 MB, when it is full: after some 100
+    to 400 openings, as the libraries of the process have filled it. The median of several stretches tells one from the
+    other.
+    """
+    found = run(300, 0, warm=100, each=1, every=25)
     assert found["same_image_before_and_after"]
-    assert grown_by(found, 100) <= 200 * 13_000
+    memory = [size for number, size in sorted(found["resident_bytes"].items()) if number >= 100]
+    assert statistics.median(after - before for before, after in pairwise(memory)) <= 25 * 13_000
