@@ -83,7 +83,10 @@ def request_for(tiny_onnx, folder, spec=None, **values):
 @needs_rtx
 @pytest.mark.parametrize(
     ("kind", "exporter"),
-    [pytest.param(*one, marks=[pytest.mark.slow] * (one != ("sd1", "torchscript"))) for one in EACH_BY_BOTH],
+    [
+        pytest.param(*one.values, marks=[pytest.mark.slow] * (one.values != ("sd1", "torchscript")))
+        for one in EACH_BY_BOTH
+    ],
 )
 def test_every_kind_of_unet_builds(kind, exporter, tmp_path, shared):
     """Parsed and built by a real TensorRT from the real export: convolutional and linear projections, SDXL's inputs."""

@@ -16,11 +16,10 @@ import onnx
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from exports import DTYPES, EACH_BY_BOTH, EXPORTERS, exported_unet, make
+from exports import DTYPES, EACH_BY_BOTH, EXPORTERS, computing_in_fp32, exported_unet, make
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sdtrt.backends.tensorrt86.precision import float32_nodes
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ExportError, OutputError, UsageError
 from sdtrt.common.metrics import relative_l2
@@ -226,7 +225,7 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
     made = exported("sd1", exporter=exporter)
     operators = {node.name: node.op_type for node in made.model.graph.node}
-    kept = float32_nodes(made.path)
+    kept = computing_in_fp32(made.path)
     assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
 
 
@@ -235,7 +234,7 @@ def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
     """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
     made = exported("sd1", exporter=exporter)
     weights = {tensor.name: tensor for tensor in made.model.graph.initializer}
-    kept = float32_nodes(made.path)
+    kept = computing_in_fp32(made.path)
     wide = {node.input[1] for node in made.model.graph.node if node.op_type == "Conv" and node.name in kept}
     expected = fp16_recipe.wide_convolutions(made.unet)
     assert wide == {f"unet.{name}.weight.fp32" for name in expected}
@@ -282,7 +281,7 @@ def test_more_or_no_layers_in_fp32(tmp_path, exported, monkeypatch):
         path = tmp_path / f"{layers}.onnx"
         write_onnx(made.unet, made.contract, path, wide_layers=layers)
         operators = {node.name: node.op_type for node in onnx.load(path).graph.node}
-        counts.append(sum(operators[name] == "Conv" for name in float32_nodes(path)))
+        counts.append(sum(operators[name] == "Conv" for name in computing_in_fp32(path)))
     assert counts[0] == 0 < counts[1] < counts[2]
     assert not fp16_recipe.wide_convolutions(exported("sd1", "bf16").unet)
 

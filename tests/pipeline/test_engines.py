@@ -16,10 +16,10 @@ import torch
 
 from sdtrt.backends import build as engine_build
 from sdtrt.backends import registry
+from sdtrt.backends.backend import Backend
 from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt.backend import TensorRT
-from sdtrt.backends.tensorrt86 import policy
 from sdtrt.cli.main import main
 from sdtrt.common import host
 from sdtrt.common.console import Console
@@ -47,8 +47,7 @@ def wanting(model, wanted, precision="fp32", sizes=SMALL):
 @pytest.fixture(autouse=True)
 def tensorrt_is_not_asked(monkeypatch):
     """Keys of TensorRT's engines are made without TensorRT here."""
-    monkeypatch.setattr(policy, "split_tokens", lambda spec: 0)
-    monkeypatch.setattr(policy, "splits_norms", lambda spec: False)
+    monkeypatch.setattr(type(registry.get("tensorrt")), "options_key", Backend.options_key)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from sdtrt.backends import registry
 from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt import plan as plan_module
 from sdtrt.backends.tensorrt.versions import libraries, running
-from sdtrt.backends.tensorrt86.backend import TensorRT86
 from sdtrt.cli import prewarm
 from sdtrt.cli.likely_engines import likely_engines, load_ahead
 from sdtrt.common import host
@@ -346,14 +345,15 @@ def test_nothing_is_loaded_unasked_or_once_the_request_has_its_engines(directory
 
 def test_nothing_is_loaded_that_was_let_go_while_it_was_proven(directory, loaded, monkeypatch):
     entry = publish(directory)
-    proven = TensorRT86.loader
+    backend = type(registry.get("tensorrt"))
+    proven = backend.loader
 
     def proving(*arguments):
         loader = proven(*arguments)
         preloaded.let_go()
         return loader
 
-    monkeypatch.setattr(TensorRT86, "loader", proving)
+    monkeypatch.setattr(backend, "loader", proving)
     in_background(SPEC, directory)
     assert not loaded
     directory.remove(entry)

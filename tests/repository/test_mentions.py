@@ -61,7 +61,7 @@ def test_what_text_names_is_there(folder):
 
 
 def test_a_module_that_is_gone_is_noticed():
-    assert is_there("cut.choose_norms", set())
-    assert is_there("tensorrt86.cut.choose_norms", set())
-    assert not is_there("splitting.choose_norms", set())
-    assert not is_there("cut.channels_first", set())
+    assert is_there("parity.check_onnx", set())
+    assert is_there("exports.parity.check_onnx", set())
+    assert not is_there("comparing.check_onnx", set())
+    assert not is_there("parity.check_everything", set())
