@@ -14,14 +14,16 @@ from sdtrt.backends.backend import BuildJob
 from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.engines.keys import export_key
+from sdtrt.engines.keys import Sight, source_key, steadily
+from sdtrt.models.components import contract_of, part_of
 from sdtrt.models.resolve import Model
 from sdtrt.specs import BuildSpec
 
 
 def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
     """The key of the engine of the weights that a model has now. Raises `UsageError` for what can't be built."""
-    return key_of(spec, export_key(model, spec.export, directory))
+    inside = registry.get(spec.backend).weights_inside
+    return key_of(spec, source_key(model, spec.export, directory, weights=inside))
 
 
 def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,12 +62,30 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
     key = engine_key(model, spec, directory)
     if not spec.force and (entry := directory.find("engine", key)) is not None:
         return entry
+    if registry.get(spec.backend).source == "program":
+        return steadily(partial(_build_of_model, model, spec, directory, console), console)
     from sdtrt.exports.component import export_component
 
     onnx = export_component(model, spec.export, directory, console)
     make = partial(_make, model, spec, directory, console, onnx)
     with onnx.hold():
         return directory.obtain("engine", key_of(spec, onnx.key), make, console, force=spec.force)
+
+
+def _build_of_model(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console) -> Entry:
+    """Build an engine from the model itself. Raises `ModelChangedError` where its files were replaced meanwhile."""
+    export = spec.export
+    sight = Sight(model, (part_of(export.component),))
+
+    def make(folder: Path) -> dict[str, Any]:
+        start = time.perf_counter()
+        contract = contract_of(model, export.component, export.precision)
+        with sight.steady():
+            measured = registry.get(spec.backend).build(BuildJob(None, folder, contract, spec, directory, console))
+        facts = {"contract": contract.to_json(), "model": model.spec.name}
+        return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
+
+    return directory.obtain("engine", engine_key(model, spec, directory), make, console, force=spec.force)
 
 
 def _make(

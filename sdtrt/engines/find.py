@@ -8,7 +8,7 @@ from typing import Any
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import MALFORMED, Entry
-from sdtrt.engines.keys import export_key
+from sdtrt.engines.keys import source_key
 from sdtrt.models.components import precision_of
 from sdtrt.models.resolve import Model
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
@@ -21,6 +21,8 @@ def find_engine(
     sizes: Sizes,
     directory: EngineDirectory,
     component: Component = "unet",
+    *,
+    weights: bool = True,
 ) -> Entry | None:
     """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none.
 
@@ -28,8 +30,9 @@ def find_engine(
         runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
         precision: that is asked for; the component may need another one (`precision_of`).
         sizes: of the component's own call (`sizes_of`).
+        weights: whether the backend's engines hold them; others serve any weights of the architecture.
     """
-    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"))
+    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"), weights=weights)
 
 
 def best_fit(
@@ -40,11 +43,13 @@ def best_fit(
     directory: EngineDirectory,
     component: Component,
     entries: Sequence[Entry],
+    *,
+    weights: bool = True,
 ) -> Entry | None:
     """Of these engines the one that `find_engine` takes."""
     precision = precision_of(model, component, precision)
     wanted = {"component": component, "precision": precision}
-    export = export_key(model, ExportSpec(model.spec, component, precision), directory)
+    export = source_key(model, ExportSpec(model.spec, component, precision), directory, weights=weights)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries

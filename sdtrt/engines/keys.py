@@ -15,7 +15,8 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelChangedError, SdtrtError
 from sdtrt.engines.digests import Identity, identity
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.models.components import part_of
+from sdtrt.models.architecture import architecture_fingerprint
+from sdtrt.models.components import contract_of, part_of
 from sdtrt.models.resolve import Model
 from sdtrt.specs import ExportSpec
 
@@ -39,6 +40,28 @@ def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> di
         "format": FORMAT,
         "fingerprint": model.fingerprint(part_of(spec.component), directory.file_digest),
     }
+
+
+def program_key(model: Model, spec: ExportSpec) -> dict[str, Any]:
+    """What an engine free of weights is built from: like `export_key`, but of any weights of the architecture."""
+    contract = contract_of(model, spec.component, spec.precision)
+    return {
+        "component": spec.component,
+        "precision": spec.precision,
+        "exporter": "program",
+        "opset": 0,
+        "format": FORMAT,
+        "fingerprint": architecture_fingerprint(model, part_of(spec.component), contract),
+    }
+
+
+def source_key(model: Model, spec: ExportSpec, directory: EngineDirectory, *, weights: bool) -> dict[str, Any]:
+    """What an engine is built from.
+
+    Args:
+        weights: whether they are inside it.
+    """
+    return export_key(model, spec, directory) if weights else program_key(model, spec)
 
 
 class Sight:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
+from torch.export.graph_signature import InputKind
 
 from sdtrt.common.errors import ExportError
 from sdtrt.exports.feeds import seeded_feeds
@@ -21,8 +22,6 @@ from sdtrt.exports.tracing import component_call, traceable
 from sdtrt.specs import Component, Profile, Sizes
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract, dimension_values
 
-# What transformers puts before a text encoder's names, or not, from version to version.
-_TEXT_PREFIX = "text_model."
 # Of a fused projection: the projections that it is joined from, in their order.
 _FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 _SIDES = {IMAGE_HEIGHT: LATENT_HEIGHT, IMAGE_WIDTH: LATENT_WIDTH}
@@ -49,7 +48,7 @@ class Program:
     Args:
         exported: takes the contract's inputs in their order, and gives its outputs in theirs.
         sources: by the name of each weight in the program: the tensors of the model's part that it is joined from along
-            its first axis, by their own names (`own_name`).
+            its first axis, by their own names (`tensor_names`).
         fixed: what is no weight of the model but belongs to the program, by name: a causal mask.
     """
 
@@ -61,11 +60,6 @@ class Program:
     def weights(self) -> dict[str, Tensor]:
         """The tensor of each weight, in the layout that the program was exported with."""
         return {name: self.exported.state_dict[name].detach() for name in self.sources}
-
-
-def own_name(name: str) -> str:
-    """The name of a model's tensor, whichever version of its library names it."""
-    return name.removeprefix(_TEXT_PREFIX)
 
 
 def export_program(
@@ -95,6 +89,7 @@ def export_program(
     call = component_call(module, contract).eval().requires_grad_(False)
     _move_loose_tensors(call, device)
     exported = _export(call, module, contract, profile, device)
+    _keep_names(exported)
     sources = {name: _sources(contract.component, name) for name in exported.state_dict}
     return Program(exported, sources, _fixed(exported))
 
@@ -207,6 +202,13 @@ def _own_names(component: Component, name: str) -> str:
     if component.startswith("text_encoder"):
         return f"text_{name}" if name.startswith("projection.") else name.removeprefix("text.")
     return name  # the call takes the halves of a VAE by their own names
+
+
+def _keep_names(exported: torch.export.ExportedProgram) -> None:
+    """Make buffers of a program's constants: Inductor numbers constants anew, and nobody could tell them apart."""
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
 def _fixed(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
