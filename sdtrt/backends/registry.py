@@ -44,7 +44,7 @@ def candidates(choice: BackendName) -> tuple[Backend, ...]:
 
 
 def with_engines_on_gpu() -> Iterator[Backend]:
-    """The backends that have engines for GPUs."""
+    """The backends that have engines for GPUs (some of them for processors, too)."""
     return (backend for backend in _BACKENDS if backend.source and "cuda" in backend.devices)
 
 

@@ -21,7 +21,6 @@ def find_engine(
     sizes: Sizes,
     directory: EngineDirectory,
     component: Component = "unet",
-    *,
     weights: bool = True,
 ) -> Entry | None:
     """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none.
@@ -32,7 +31,7 @@ def find_engine(
         sizes: of the component's own call (`sizes_of`).
         weights: whether the backend's engines hold them; others serve any weights of the architecture.
     """
-    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"), weights=weights)
+    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"), weights)
 
 
 def best_fit(
@@ -43,7 +42,6 @@ def best_fit(
     directory: EngineDirectory,
     component: Component,
     entries: Sequence[Entry],
-    *,
     weights: bool = True,
 ) -> Entry | None:
     """Of these engines the one that `find_engine` takes."""

@@ -79,8 +79,9 @@ def _ensure(
 ) -> dict[Component, Entry]:
     """One attempt of `ensure_engines`."""
     own = {component: sizes_of(component, sizes, images) for component in components}
-    there, runs = directory.entries("engine"), registry.get(backend).runs_here()
-    found = {name: best_fit(model, runs, precision, own[name], directory, name, there) for name in components}
+    there, serves = directory.entries("engine"), registry.get(backend)
+    runs, inside = serves.runs_here(), serves.weights_inside
+    found = {name: best_fit(model, runs, precision, own[name], directory, name, there, inside) for name in components}
     missing = [name for name in components if found[name] is None]
     if missing:
         directory.warn_of_unsafe(console)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sdtrt.backends import registry
 from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, command_line
@@ -24,7 +25,7 @@ from sdtrt.common.metrics import count_non_finite, require_ssim
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.engines.keys import Sight
+from sdtrt.engines.keys import Sight, source_key
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
@@ -38,7 +39,7 @@ from sdtrt.pipeline.request import PipelineSpec, resolve_request
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import comparison, error_plot, gradient
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
-from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, GenerateSpec, Precision, Profile, VerifySpec
+from sdtrt.specs import DEFAULT_VERIFY_SEED, Component, ExportSpec, GenerateSpec, Precision, Profile, VerifySpec
 from sdtrt.specs.contract import Contract
 
 Array = npt.NDArray[Any]
@@ -158,10 +159,13 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
 
 
 def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory) -> bool | None:
-    """Whether an engine was built from the model's own weights and configuration."""
+    """Whether an engine was built from the model's own weights and configuration, or serves any of its architecture."""
     if entry is None:
         return None
-    return bool(entry.key["export"]["fingerprint"] == model.fingerprint("unet", directory.file_digest))
+    inside = registry.get(entry.key["backend"]).weights_inside
+    export = ExportSpec(model.spec, "unet", entry.key["precision"])
+    own = source_key(model, export, directory, weights=inside)
+    return bool(entry.key["export"]["fingerprint"] == own["fingerprint"])
 
 
 # --- the three runs ----------------------------------------------------------------------------------------------
