@@ -69,13 +69,15 @@ class Inductor(Backend):
             )
 
     def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The GPU with what compiles for it, or the processor."""
+        """The processor, and the GPU where there is one, with what compiles for it."""
+        # The C++ in a package for a GPU, too, is compiled for this very processor (`-march=native`).
+        processor = {"processor": host.processor_name(), "instructions": list(host.instruction_sets())}
         if self.device() == "cpu":
-            return {"processor": host.processor_name(), "instructions": list(host.instruction_sets())}
+            return processor
         import torch
 
         gpu = host.gpus()[0]
-        facts = {"gpu": gpu.name, "compute_capability": list(gpu.compute_capability)}
+        facts = {"gpu": gpu.name, "compute_capability": list(gpu.compute_capability), **processor}
         return {**facts, "cuda": torch.version.cuda, "triton": host.library_version("triton")}
 
     def options_key(self, spec: BuildSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A compiled package loaded by PyTorch's own loader, which unpacks it into a folder that goes when it is freed.
+"""A compiled package loaded by PyTorch's own loader, which unpacks it into a folder: that goes, at the latest with it.
 
 `torch._inductor.aoti_load_package` calls the same loader, after a test of what vector instructions the C++ compiler
 makes, for a warning: that takes most of a minute where nothing of it is cached, and needs a compiler.
@@ -49,6 +49,8 @@ class Package:
                 self._stack = self._stack.pop_all()
         except (RuntimeError, OSError) as error:
             raise EngineError(f"PyTorch can't load {path}: {first_line(error)[:300]}", hint=REBUILD) from error
+        if device.type == "cpu":
+            self._stack.close()  # all of it is in memory; for a GPU, kernels are read when they first run
         self._bound: Mapping[str, torch.Tensor] = {}
 
     @property
