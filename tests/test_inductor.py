@@ -25,11 +25,14 @@ from sdtrt.backends.inductor.weights import (
     write_constants,
     write_fixed,
 )
+from sdtrt.backends.open import open_session
 from sdtrt.backends.session import Session
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import BuildError, EngineError, UsageError
 from sdtrt.engines.find import best_fit
+from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Recipe, export_program
+from sdtrt.exports.tracing import reference
 from sdtrt.models.architecture import architecture_of
 from sdtrt.models.components import contract_of, load_component, profile_of
 from sdtrt.models.resolve import resolve_model
@@ -48,6 +51,11 @@ def models(tmp_path_factory):
     """Two checkpoints of one architecture."""
     folder = tmp_path_factory.mktemp("models")
     return [resolve_model(ModelSpec(str(factories.sd1_folder(folder / str(seed), seed=seed)))) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return resolve_model(ModelSpec(str(factories.sdxl_folder(tmp_path_factory.mktemp("sdxl") / "model"))))
 
 
 def program_of(model, component, profile=PROFILE, recipe=None):
@@ -73,6 +81,19 @@ def test_a_programs_weights_are_the_models_own_by_name(models, component):
         assert torch.equal(weight, torch.cat(parts) if len(parts) > 1 else parts[0]), name
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2", "vae_decoder"])
+def test_so_are_those_of_sdxl_and_the_program_computes_the_same(sdxl, component):
+    program, tensors = program_of(sdxl, component)
+    named = {name for names in program.sources.values() for name in names}
+    assert named == {name for name in tensors if not name.startswith(other_names(component))}
+    contract, module = contract_of(sdxl, component, "fp32"), load_component(sdxl, component, torch.float32)
+    feeds = tuple(seeded_feeds(contract, profile_of(component, PROFILE).optimum).values())
+    with torch.inference_mode():
+        found, wanted = program.exported.module()(*feeds), reference(module, contract)(*feeds)
+    pairs = [(found, wanted)] if isinstance(wanted, torch.Tensor) else zip(found, wanted, strict=True)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)
+
+
 def test_projections_are_fused_and_convolutions_lie_channels_last(models):
     program, _ = program_of(models[0], "unet")
     joined = {name: sources for name, sources in program.sources.items() if len(sources) > 1}
@@ -93,9 +114,6 @@ def test_a_program_may_take_ranges_of_sizes(models, component):
     program, _ = program_of(models[0], component, profile)
     module = load_component(models[0], component, torch.float32)
     contract = contract_of(models[0], component, "fp32")
-    from sdtrt.exports.feeds import seeded_feeds
-    from sdtrt.exports.tracing import reference
-
     ran = program.exported.module()
     batch = 1 if component == "vae_encoder" else 2
     for sizes in (Sizes(batch, 72, 192), Sizes(batch, 128, 128), Sizes(1, 88, 104)):
@@ -301,6 +319,15 @@ def test_an_engine_serves_every_checkpoint_and_no_other_version(models, director
     monkeypatch.setattr("sdtrt.common.host.library_version", lambda name: "9.9")
     assert found(models[1]) is None
     assert registry.is_foreign(entry)
+
+
+@pytest.mark.parametrize("change", [{"host": {"processor": "another"}}, {"backend_version": "1.0"}, {"format": 0}])
+def test_a_package_of_another_machine_is_never_opened(models, directory, change):
+    """PyTorch would warn, and run it."""
+    key = engine_key(models[0], spec_of(models[0]), directory)
+    entry = directory.obtain("engine", {**key, **change}, lambda folder: {})
+    with pytest.raises(EngineError, match="another machine or version"):
+        open_session(entry, CPU, None, models[0])
 
 
 # -------------------------------------------------------------------------------------------------------- requests

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdtrt.backends.backend import Backend, BuildJob, Device, Source
 from sdtrt.common import host
-from sdtrt.common.errors import BuildError, SdtrtError, UsageError
+from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.specs import BuildSpec, Precision, Profile
 
@@ -96,6 +96,11 @@ class Inductor(Backend):
         from sdtrt.backends.inductor.session import InductorSession
         from sdtrt.backends.inductor.weights import CONSTANTS_FILE, FIXED_FILE, PACKAGE_FILE, read_constants, read_fixed
 
+        if not self.runs_here()(entry.key):  # PyTorch itself warns at most, and runs it
+            raise EngineError(
+                f"{entry.name} was compiled for another machine or version of PyTorch than this one",
+                hint=f"build it here: sdtrt build --backend {self.name}; {entry.removal} drops that one",
+            )
         contract = stored_contract(entry)
         package = entry.verified(PACKAGE_FILE)  # and so its companions: the list of constants, and those of its own
         constants = read_constants(entry.file(CONSTANTS_FILE))
