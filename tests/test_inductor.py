@@ -380,9 +380,10 @@ def test_the_users_environment_changes_no_engine_and_no_folder_of_theirs_is_writ
     monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
     monkeypatch.setenv("CXX", "g++-13")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/usr/bin/ptxas")
     environment = build._environment(tmp_path)
     assert "TORCHINDUCTOR_FREEZING" not in environment
-    assert environment["CXX"] == "g++-13"
+    assert (environment["CXX"], environment["TRITON_PTXAS_PATH"]) == ("g++-13", "/usr/bin/ptxas")
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR"):
         assert Path(environment[name]).is_relative_to(tmp_path)
 

@@ -120,7 +120,11 @@ def _environment(work: Path) -> dict[str, str]:
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "TMPDIR": "tmp"}
     ours = {name: str(work / place) for name, place in folders.items()}
     (work / folders["TMPDIR"]).mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_SETTINGS) or name.endswith("_PATH")  # where Triton finds its assembler, say
+    }
     return kept | ours
 
 
