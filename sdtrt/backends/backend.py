@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sdtrt.backends.scratch import Scratch
     from sdtrt.backends.session import Session
 
-Source = Literal["onnx"]
+Source = Literal["onnx", "program"]
 Device = Literal["cuda", "cpu"]
 Loader = Callable[[int], object]  # from a GPU's index to what is loaded on it
 
@@ -37,19 +37,25 @@ class BuildJob:
     """One engine to be made, once its source is there.
 
     Args:
-        source: the exported component, proven.
+        source: the exported component, proven; None for an engine that is built from the model itself (`program`).
         folder: where the engine's files go: a draft of the engine directory.
         contract: the component's inputs and outputs.
         spec: what was asked for.
         directory: the engine directory, for what builders keep beside entries.
     """
 
-    source: Path
+    source: Path | None
     folder: Path
     contract: Contract
     spec: BuildSpec
     directory: EngineDirectory
     console: Console
+
+    @property
+    def onnx(self) -> Path:
+        """The exported component, for a backend that builds from ONNX."""
+        assert self.source is not None
+        return self.source
 
 
 class Backend(ABC):
@@ -60,6 +66,9 @@ class Backend(ABC):
         format: a number in each key; raised where the same request makes another engine than before.
         source: what its engines are built from; None for a backend without engines.
         devices: what it may run on.
+        weights_inside: whether its engines hold a model's weights; others get them when they are opened, serve every
+            model of an architecture, and take other weights while they run.
+        by_name_only: whether `auto` never takes it.
         takes_any_size: whether an engine serves every size, so that builds need no profile.
         loads_ahead: whether `loader` has something to load before a session is opened.
     """
@@ -68,6 +77,8 @@ class Backend(ABC):
     format: ClassVar[int] = 0
     source: ClassVar[Source | None] = None
     devices: ClassVar[tuple[Device, ...]]
+    weights_inside: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = False
     takes_any_size: ClassVar[bool] = False
     loads_ahead: ClassVar[bool] = False
 

@@ -15,8 +15,8 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.engines.keys import EngineKey, ExportKey, export_key
-from sdtrt.models.components import profiles_of
+from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
+from sdtrt.models.components import contract_of, part_of, profiles_of
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
@@ -24,7 +24,8 @@ from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Prof
 
 def engine_key(model: ModelSource, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
     """The key of the engine of the weights that a model has now. Raises `UsageError` for what can't be built."""
-    return key_of(spec, export_key(model, spec.export, directory.file_digest))
+    inside = registry.get(spec.backend).weights_inside
+    return key_of(spec, source_key(model, spec.export, directory.file_digest, weights=inside))
 
 
 def key_of(spec: BuildSpec, export: ExportKey) -> EngineKey:
@@ -63,6 +64,8 @@ def build_engine(model: ModelSource, spec: BuildSpec, directory: EngineDirectory
     key = engine_key(model, spec, directory).to_json()
     if not spec.force and (entry := directory.find("engine", key)) is not None:
         return entry
+    if registry.get(spec.backend).source == "program":
+        return steadily(partial(_build_of_model, model, spec, directory, console), console)
     from sdtrt.exports.component import export_component
 
     onnx = export_component(model, spec.export, directory, console)
@@ -70,6 +73,22 @@ def build_engine(model: ModelSource, spec: BuildSpec, directory: EngineDirectory
     with onnx.hold():
         key = key_of(spec, ExportKey.from_json(onnx.key)).to_json()
         return directory.obtain("engine", key, make, console, force=spec.force)
+
+
+def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console) -> Entry:
+    """Build an engine from the model itself. Raises `ModelChangedError` where its files were replaced meanwhile."""
+    export = spec.export
+    sight = Sight(model, (part_of(export.component),))
+
+    def make(folder: Path) -> dict[str, Any]:
+        start = time.perf_counter()
+        contract = contract_of(model, export.component, export.precision)
+        with sight.steady():
+            measured = registry.get(spec.backend).build(BuildJob(None, folder, contract, spec, directory, console))
+        facts = {"contract": contract.to_json(), "model": model.spec.name}
+        return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
+
+    return directory.obtain("engine", engine_key(model, spec, directory).to_json(), make, console, force=spec.force)
 
 
 def _make(

@@ -8,6 +8,9 @@ from sdtrt.backends import registry
 from sdtrt.backends.session import Session
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import Sight
+from sdtrt.models.components import load_component, part_of
+from sdtrt.models.resolve import Model
 
 if TYPE_CHECKING:
     import torch
@@ -15,23 +18,27 @@ if TYPE_CHECKING:
     from sdtrt.backends.scratch import Scratch
 
 
-def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = None) -> Session[torch.Tensor]:
+def open_session(
+    entry: Entry, device: torch.device, scratch: Scratch | None = None, model: Model | None = None
+) -> Session[torch.Tensor]:
     """Open an engine of the engine directory.
 
     Args:
         entry: an entry of the kind `engine`.
         device: where its inputs and outputs live: `cpu` for ONNX Runtime, a CUDA device for TensorRT.
         scratch: what TensorRT sessions that never run at once share; None for a session on its own.
+        model: whose weights the engine is to compute with, where it holds none; None where `set_weights` follows.
 
     The entry is not removed before the session is closed.
 
     Raises:
         CacheError: where a file of it is not what was published, or it has been removed.
-        EngineError: where it can't be loaded on this machine, saying why and how to rebuild it.
+        EngineError: where it can't be loaded on this machine, saying why and how to rebuild it; or for other weights.
+        ModelError: where the weights can't be read.
     """
     hold = entry.hold()
     try:
-        session = _open(entry, device, scratch)
+        session = _open(entry, device, scratch, model)
     except BaseException:
         hold.close()
         raise
@@ -39,11 +46,28 @@ def open_session(entry: Entry, device: torch.device, scratch: Scratch | None = N
     return session
 
 
-def _open(entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
+def _open(entry: Entry, device: torch.device, scratch: Scratch | None, model: Model | None) -> Session[torch.Tensor]:
     """Open an engine whose entry is held."""
     name = entry.key.get("backend")
     try:
         backend = registry.get(str(name))
     except UsageError as error:
         raise EngineError(f"{entry.name} is for an unknown backend, {name!r}", hint=entry.removal) from error
-    return backend.open(entry, device, scratch)
+    session = backend.open(entry, device, scratch)
+    if model is not None and not backend.weights_inside:
+        try:
+            _give_weights(session, model)
+        except BaseException:
+            session.close()
+            raise
+    return session
+
+
+def _give_weights(session: Session[torch.Tensor], model: Model) -> None:
+    """Have a session compute with a model's weights, which nobody replaces while they are read."""
+    import torch
+
+    contract = session.contract
+    with Sight(model, (part_of(contract.component),)).steady():
+        dtype = getattr(torch, contract.outputs[0].dtype)
+        session.set_weights(load_component(model, contract.component, dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from sdtrt.backends.backend import Backend
+from sdtrt.backends.inductor.backend import Inductor
 from sdtrt.backends.native import NATIVE, Native
 from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.backends.tensorrt86.backend import TensorRT86
@@ -20,6 +21,7 @@ from sdtrt.specs import AUTO, BackendName, check_choice
 _BACKENDS: tuple[Backend, ...] = (
     TensorRT86("tensorrt"),
     TensorRT86("tensorrt-rtx"),
+    Inductor("inductor"),
     OnnxRuntime("onnxruntime"),
     Native(NATIVE),
 )
@@ -39,11 +41,11 @@ def get(name: BackendName) -> Backend:
 
 def candidates(choice: BackendName) -> tuple[Backend, ...]:
     """Which backends a choice may come to mean: one, or for `auto` all."""
-    return _BACKENDS if choice == AUTO else (get(choice),)
+    return tuple(one for one in _BACKENDS if not one.by_name_only) if choice == AUTO else (get(choice),)
 
 
 def with_engines_on_gpu() -> Iterator[Backend]:
-    """The backends that have engines for GPUs."""
+    """The backends that have engines for GPUs (some of them for processors, too)."""
     return (backend for backend in _BACKENDS if backend.source and "cuda" in backend.devices)
 
 
@@ -93,7 +95,7 @@ def _automatic(console: Console) -> tuple[Backend, str]:
     """The best backend of this machine, and why it is."""
     gpus = host.gpus()
     usable = bool(gpus) and host.torch_sees_gpu()
-    for backend in _BACKENDS:
+    for backend in candidates(AUTO):
         if backend.device() != ("cuda" if usable else "cpu"):
             continue
         problem = backend.why_not()

@@ -12,6 +12,8 @@ from sdtrt.specs.contract import Contract, TensorSpec
 if TYPE_CHECKING:
     import torch
 
+    Weights = torch.nn.Module | Mapping[str, torch.Tensor]
+
 ArrayT = TypeVar("ArrayT")
 SessionT = TypeVar("SessionT", bound="Session[Any]")
 
@@ -48,6 +50,20 @@ class Session(Protocol[ArrayT]):
 
     def run(self, feeds: Mapping[str, ArrayT]) -> dict[str, ArrayT]:
         """Run the engine once. Raises `EngineError` where a name, dtype or shape does not fit."""
+
+    def set_weights(self, weights: Weights) -> None:
+        """Compute with other weights from the next run on.
+
+        Args:
+            weights: the part of a model that the component is of, or its `state_dict()`.
+
+        Raises:
+            EngineError: where the engine holds its weights, or these are not of its architecture.
+        """
+        raise EngineError(
+            f"the engine of the {self.contract.component} holds its weights",
+            hint="use --backend inductor, whose engines take other weights while they run",
+        )
 
     def close(self) -> None:
         """Free everything that the session holds."""

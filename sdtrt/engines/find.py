@@ -12,7 +12,7 @@ from pathlib import Path
 from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.engines.keys import EngineKey, Sight, export_key
+from sdtrt.engines.keys import EngineKey, Sight, export_key, program_key
 from sdtrt.models.components import load_component, part_of, precision_of
 from sdtrt.models.live import LiveModel, dtype_of, weights_digest
 from sdtrt.models.source import ModelSource
@@ -27,6 +27,7 @@ def best_fit(
     directory: EngineDirectory,
     component: Component,
     entries: Sequence[Entry],
+    weights: bool = True,
 ) -> Entry | None:
     """Of some engines the one that fits a request on this machine: of the tightest profiles the newest; None for none.
 
@@ -34,9 +35,14 @@ def best_fit(
         runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
         precision: that is asked for; the component may need another one (`precision_of`).
         sizes: of the component's own call (`sizes_of`).
+        weights: whether the backend's engines hold them; others serve any weights of the architecture.
     """
     precision = precision_of(model, component, precision)
-    has_weights = _same_weights_as(model, component, precision, directory)
+    has_weights = (
+        _same_weights_as(model, component, precision, directory)
+        if weights
+        else _same_program_as(model, component, precision)
+    )
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
@@ -51,6 +57,14 @@ def best_fit(
     best = min(fitting, key=lambda fit: fit[:2])[2]
     directory.touch(best)
     return best
+
+
+def _same_program_as(
+    model: ModelSource, component: Component, precision: Precision
+) -> Callable[[Entry, EngineKey], bool]:
+    """What says of an engine without weights whether it serves a model: by the architecture."""
+    program = program_key(model, ExportSpec(model.spec, component, precision))
+    return lambda _entry, key: key.export == program
 
 
 def _same_weights_as(

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from sdtrt.common.console import Console
 from sdtrt.common.errors import MALFORMED, ModelChangedError, SdtrtError
 from sdtrt.engines.digests import Identity, identity
-from sdtrt.models.components import part_of
+from sdtrt.models.architecture import architecture_fingerprint
+from sdtrt.models.components import contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
@@ -181,6 +182,30 @@ def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], 
         return model.fingerprint(spec.component, spec.precision)
     assert isinstance(model, Model)
     return model.fingerprint(part_of(spec.component), digest)
+
+
+def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
+    """What an engine free of weights is built from: like `export_key`, but of any weights of the architecture."""
+    assert isinstance(model, Model)
+    contract = contract_of(model, spec.component, spec.precision)
+    return ExportKey(
+        component=spec.component,
+        precision=spec.precision,
+        exporter="program",
+        opset=0,
+        format=FORMAT,
+        fingerprint=architecture_fingerprint(model, part_of(spec.component), contract),
+    )
+
+
+def source_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str], *, weights: bool) -> ExportKey:
+    """What an engine is built from.
+
+    Args:
+        digest: sha256 of a file.
+        weights: whether they are inside it.
+    """
+    return export_key(model, spec, digest) if weights else program_key(model, spec)
 
 
 class Sight:

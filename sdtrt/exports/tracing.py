@@ -196,16 +196,19 @@ def example_inputs(contract: Contract) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def traceable(module: torch.nn.Module, *, wide_layers: int = WIDE_LAYERS) -> Iterator[torch.nn.Module]:
+def traceable(
+    module: torch.nn.Module, *, wide_layers: int = WIDE_LAYERS, upcast: bool = True
+) -> Iterator[torch.nn.Module]:
     """A UNet or VAE, for the time of a `with` such that its trace is right at every size, and faithful in fp16.
 
     Args:
         wide_layers: of how many layers the convolutions of an fp16 UNet compute in fp32, see `wide_convolutions`.
+        upcast: spell out in fp32 the attentions that need it (`_overflows`); PyTorch's fused kernels don't.
     """
     with ExitStack() as stack:
         stack.enter_context(_attribute(module, "num_upsamplers", ALWAYS_FORWARD_SIZES))
         for part in module.modules():
-            if _overflows(part):
+            if upcast and _overflows(part):
                 stack.enter_context(_attribute(part, "processor", _attend_in_fp32))
             if _is_plain(part):
                 stack.enter_context(_attribute(part, "forward", partial(_upsample, part)))

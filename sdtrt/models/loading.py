@@ -45,6 +45,7 @@ LAYERS = (
     "reverse_transformer_layers_per_block",
     "num_hidden_layers",
 )
+TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 CLIP_VOCABULARY = 49408  # of a text encoder that does not say
 TOKENIZER_FILES = (
     "vocab.json",
@@ -137,18 +138,30 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
 
 def _build_module(class_name: str, config: dict[str, Any]) -> torch.nn.Module:
     """A module of one of the classes that sdtrt knows."""
-    if class_name in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+    if class_name in TEXT_CLASSES:
         import transformers
 
-        check_kinds(config, transformers.CLIPTextConfig().to_dict())
+        check_kinds(config, class_defaults(class_name))
         module: torch.nn.Module = getattr(transformers, class_name)(transformers.CLIPTextConfig.from_dict(config))
         return module
     import diffusers
 
     cls: Any = getattr(diffusers, class_name)
-    check_kinds(config, _defaults(cls))
+    check_kinds(config, class_defaults(class_name))
     module = cls.from_config(config)
     return module
+
+
+def class_defaults(class_name: str) -> dict[str, Any]:
+    """What a class of a model's part takes where its configuration says nothing."""
+    if class_name in TEXT_CLASSES:
+        import transformers
+
+        defaults: dict[str, Any] = transformers.CLIPTextConfig().to_dict()
+        return defaults
+    import diffusers
+
+    return _defaults(getattr(diffusers, class_name))
 
 
 def _defaults(cls: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
+from sdtrt.backends import registry
 from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
@@ -117,9 +118,11 @@ def _load_tokenizers(spec: PipelineSpec) -> dict[str, Any]:
 
 def _check_weights(spec: PipelineSpec, running: _Running, directory: EngineDirectory, given: Entry | None) -> None:
     """Refuse engines of other weights than the model has by now; one that is `given` may be of any."""
+    if running.files is not None:
+        running.files.check()
     for name, entry in running.entries.items():
         part = part_of(name)
-        if entry == given:
+        if entry == given or not registry.get(spec.backend).weights_inside:
             continue
         if entry.engine_key.export.fingerprint != spec.model.fingerprint(part, directory.file_digest):
             raise ModelChangedError(
@@ -130,10 +133,15 @@ def _check_weights(spec: PipelineSpec, running: _Running, directory: EngineDirec
 
 @dataclass(frozen=True)
 class _Running:
-    """The engines of a pipeline, and the sessions that run them."""
+    """The engines of a pipeline, and the sessions that run them.
+
+    Args:
+        files: how those were that the sessions' weights were read from; None where the engines hold their weights.
+    """
 
     entries: dict[Component, Entry] = field(default_factory=dict)
     sessions: dict[Component, Session[torch.Tensor]] = field(default_factory=dict)
+    files: Sight | None = None
 
     def covers(self, part: str, img2img: bool) -> bool:
         """Whether engines do all that the pipeline asks of a part."""
@@ -155,11 +163,18 @@ def _open_engines(
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
             check_memory(spec, entries, loaded)
+            files = None if registry.get(spec.backend).weights_inside else Sight(spec.model, map(part_of, entries))
             sessions = {
-                name: stack.enter_context(open_session(entries[name], spec.device, scratch))
-                for name in memory.by_scratch(entries)
+                name: stack.enter_context(_open(spec, entries[name], scratch)) for name in memory.by_scratch(entries)
             }
-        yield _Running(entries, sessions)
+        yield _Running(entries, sessions, files)
+
+
+def _open(spec: PipelineSpec, entry: Entry, scratch: Scratch) -> Session[torch.Tensor]:
+    """Open one engine of a pipeline, with the model's weights where it holds none."""
+    if registry.get(spec.backend).weights_inside:
+        return open_session(entry, spec.device, scratch)
+    return open_session(entry, spec.device, scratch, spec.model)
 
 
 def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _gpu_backends() -> Iterable[Finding]:
         except SdtrtError as error:
             yield Finding(backend.name, "optional", error.message, error.hint)
             continue
-        problem = backend.why_not() if host.gpus() else None
+        problem = backend.why_not() if host.gpus() or "cpu" in backend.devices else None
         if problem is None:
             yield Finding(backend.name, "ok", version)
         else:

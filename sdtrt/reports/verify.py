@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdtrt.backends import registry
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, command_line
 from sdtrt.common.metrics import require_ssim
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.engines.keys import Sight
+from sdtrt.engines.keys import Sight, source_key
 from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
@@ -37,7 +38,7 @@ from sdtrt.reports.verify_runs import (
     seed_of,
     strength_of,
 )
-from sdtrt.specs import Component, GenerateSpec, VerifySpec
+from sdtrt.specs import Component, ExportSpec, GenerateSpec, VerifySpec
 from sdtrt.specs.contract import Contract
 
 
@@ -149,10 +150,13 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
 
 
 def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory) -> bool | None:
-    """Whether an engine was built from the model's own weights and configuration."""
+    """Whether an engine was built from the model's own weights and configuration, or serves any of its architecture."""
     if entry is None:
         return None
-    return entry.engine_key.export.fingerprint == model.fingerprint("unet", directory.file_digest)
+    key = entry.engine_key
+    export = ExportSpec(model.spec, "unet", key.precision)
+    own = source_key(model, export, directory.file_digest, weights=registry.get(key.backend).weights_inside)
+    return key.export.fingerprint == own.fingerprint
 
 
 def _compare(

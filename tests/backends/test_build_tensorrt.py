@@ -21,6 +21,7 @@ from exports import EACH_BY_BOTH, exported_unet, make
 from test_trt_api import save_graph
 from trt_fakes import fake_library
 
+from sdtrt.backends import child
 from sdtrt.backends.checking import check_parity
 from sdtrt.backends.tensorrt import build
 from sdtrt.backends.tensorrt.build import Request, build_plan
@@ -283,7 +284,7 @@ def test_ctrl_c_ends_the_build_at_once(tiny_onnx, tmp_path, monkeypatch):
     def interrupt(text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build.subprocess, "Popen", Popen)
+    monkeypatch.setattr(child.subprocess, "Popen", Popen)
     console = Console(quiet=True)
     console.activity = recording([], interrupt)
     path, contract = tiny_onnx
@@ -346,7 +347,7 @@ def test_a_builder_that_died_before_its_request_is_no_broken_pipe(tmp_path, tiny
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
-        build._send(request_for(tiny_onnx, tmp_path), pipe)
+        child.send(request_for(tiny_onnx, tmp_path), pipe)
     assert pipe.closed
 
 

@@ -28,7 +28,7 @@ def test_a_cpu_alone_is_healthy(directory, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: ())
     diagnosis = doctor.diagnose(directory)
     assert diagnosis.healthy
-    assert diagnosis.backends == ("onnxruntime", "torch")
+    assert set(diagnosis.backends) - {"inductor"} == {"onnxruntime", "torch"}, "that one needs a C++ compiler"
     assert finding(diagnosis, "GPU").state == "optional"
     assert not directory.path.exists(), "looking makes nothing"
 

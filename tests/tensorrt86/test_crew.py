@@ -16,7 +16,7 @@ from factories import SMALL, small_unet
 from test_build_tensorrt import is_running, needs_rtx, recording, rtx_spec
 from test_trt_api import save_graph
 
-from sdtrt.backends.tensorrt import build
+from sdtrt.backends.child import end_child
 from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.header import read_header
@@ -222,7 +222,7 @@ def test_what_ends_a_worker_ends_what_it_has_started():
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as child:
         wait_until(lambda: len(children_of(child.pid)) == 2)
         started = children_of(child.pid)
-        build._end(child, with_group=True)
+        end_child(child, with_group=True)
     wait_until(lambda: not any(map(is_running, started)))
 
 

@@ -66,7 +66,7 @@ class OnnxRuntime(Backend):
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         from sdtrt.backends.onnxruntime.build import optimize
 
-        return optimize(job.source, job.folder, job.contract, job.console)
+        return optimize(job.onnx, job.folder, job.contract, job.console)
 
     def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
         from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession

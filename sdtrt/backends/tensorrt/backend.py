@@ -76,7 +76,7 @@ class TensorRT(Backend):
         from sdtrt.backends.tensorrt.build import build_plan
 
         return build_plan(
-            job.source, job.folder, job.contract, job.spec, timing_cache=self.timing_cache(job), console=job.console
+            job.onnx, job.folder, job.contract, job.spec, timing_cache=self.timing_cache(job), console=job.console
         )
 
     def timing_cache(self, job: BuildJob) -> Path:

@@ -2,41 +2,29 @@
 
 TensorRT's builder is one C++ call of minutes, which 8.6 can't be asked to
 leave: there, a process can be ended at once (Ctrl-C) and all its memory comes back; and should the builder crash, it
-takes nothing with it. The parent sends the request through the child's stdin and keeps that open: when the parent
-dies, however it dies, the child sees the end of stdin and goes too.
-
-A child that starts further ones leads a group of processes, which ends as a whole.
+takes nothing with it. How the two processes talk is of `backends.child`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
+from sdtrt.backends.child import crash, run_worker
 from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.messages import OUT_OF_MEMORY
-from sdtrt.common import errors, interrupts
 from sdtrt.common.console import Console
-from sdtrt.common.errors import BuildError, BuildMemoryShortage, SdtrtError
+from sdtrt.common.errors import BuildError, SdtrtError
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
 from sdtrt.specs.contract import Contract
 
 LOG_FILE = "build.log"
 WORKER = "sdtrt.backends.tensorrt.worker"  # the module that a child serves by
-
-Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -153,81 +141,10 @@ def build_in_child(
         show(message["show"]) if "show" in message else console.warn(message["warn"])
 
     try:
-        return run_worker(request, report, worker=worker)
+        return run_worker(request, report, worker=worker, crashed=crashed)
     except SdtrtError:
         _keep_log(request.log, console)
         raise
-
-
-def run_worker(
-    request: Request,
-    report: Report,
-    *,
-    worker: str = WORKER,
-    leads_group: bool = True,
-    started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
-) -> dict[str, Any]:
-    """Run a module's `serve` in a process of its own and follow it; end it whenever this function is left.
-
-    Args:
-        report: gets what the process shows and warns of.
-        worker: the module.
-        leads_group: the process has a group of its own, with all that it starts: a Ctrl-C at the terminal, which goes
-            to a whole group, is for the parent to handle. Else it stays in this process's group, and goes with that.
-        started: gets the process itself, before it has its request.
-
-    Returns:
-        What the process has found.
-
-    Raises:
-        SdtrtError: the process's own; `BuildError` where it died without a word.
-    """
-    with request.log.open("ab") as log, ExitStack() as stack:
-        with interrupts.held():  # until it is known to whoever ends this process
-            child = stack.enter_context(_start(log, worker, leads_group=leads_group))
-            end = partial(_end, child, with_group=leads_group)
-            stack.enter_context(interrupts.undoing(partial(_end_and_wait, child, end)))
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            started(child)
-            _send(request, child.stdin)
-            result = _follow(child.stdout, report)
-        finally:
-            end()
-    if result is None:
-        raise _crash(child.returncode, request.log)
-    return result
-
-
-def _start(log: IO[bytes], worker: str, *, leads_group: bool) -> subprocess.Popen[bytes]:
-    """Start a process in which a module serves; what it prints goes into the log."""
-    code = f"from {worker} import serve; serve()"
-    paths = os.pathsep.join(path for path in sys.path if path)  # the child finds what this process finds
-    return subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:] = [p for p in sys.path if p]; {code}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
-        start_new_session=leads_group,
-    )
-
-
-def _end(child: subprocess.Popen[bytes], *, with_group: bool) -> None:
-    """Kill a process; with its group, those that it has started too."""
-    if with_group and os.name == "posix":
-        with suppress(ProcessLookupError, PermissionError):  # it is gone already
-            os.killpg(child.pid, signal.SIGKILL)  # nobody has waited for it yet: the number is still its own
-    child.kill()
-
-
-def _end_and_wait(child: subprocess.Popen[bytes], end: Callable[[], None]) -> None:
-    """End a process and wait until it writes no more. Not `Popen.wait`: a signal may land where that holds its lock."""
-    end()
-    if os.name == "posix":
-        with suppress(ChildProcessError):
-            os.waitpid(child.pid, 0)
 
 
 def _keep_log(log: Path, console: Console) -> None:
@@ -239,39 +156,12 @@ def _keep_log(log: Path, console: Console) -> None:
         console.warn(f"the build failed; TensorRT's log is in {kept.name}")
 
 
-def _send(request: Request, pipe: IO[bytes]) -> None:
-    """Give the child its request; a child that has died already tells why on its stderr."""
-    try:
-        pipe.write(json.dumps(request.to_json()).encode() + b"\n")
-        pipe.flush()
-    except BrokenPipeError:
-        with suppress(BrokenPipeError):
-            pipe.close()  # now: what is left in its buffer would fail again when `Popen` closes it
-
-
-def _follow(pipe: IO[bytes], report: Report) -> dict[str, Any] | None:
-    """Pass on what the child reports; returns its result, None if it ends without one."""
-    for line in pipe:
-        message = json.loads(line)
-        if "show" in message or "warn" in message:
-            report(message)
-        elif "error" in message:
-            raise getattr(errors, message["error"])(message["message"], hint=message["hint"])
-        elif "bug" in message:
-            raise RuntimeError(f"the build process failed:\n{message['bug']}")
-        elif "result" in message:
-            return dict(message["result"])
-    return None
-
-
-def _crash(code: int, log: Path) -> BuildError:
+def crashed(code: int, log: Path) -> BuildError:
     """The error for a build process that ended without a word."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = " | ".join(lines[-3:])[-600:]
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    killed = " (the system ends processes that use too much memory this way)" if name == "SIGKILL" else ""
-    short = killed or re.search(rf"{OUT_OF_MEMORY}|bad_alloc", last)
-    return (BuildMemoryShortage if short else BuildError)(
-        f"TensorRT's builder died ({name}){killed}; its last words: {last or 'none'}",
+    return crash(
+        code,
+        log,
+        who="TensorRT's builder",
         hint="try a lower --batch, --height or --optimization-level, or update TensorRT and the driver",
+        out_of_memory=rf"{OUT_OF_MEMORY}|bad_alloc",
     )

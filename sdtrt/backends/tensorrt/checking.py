@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrt.backends import checking
 from sdtrt.backends.checking import Reference
-from sdtrt.backends.tensorrt.build import Report, Request
+from sdtrt.backends.child import Report
+from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.common import host

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.tensorrt.build import Report, Request
+from sdtrt.backends.child import Report, answer
+from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.checking import check
 from sdtrt.backends.tensorrt.versions import building, libraries
 from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.backends.tensorrt.versions.network import Draft, network_inputs, network_precisions
-from sdtrt.common.errors import BuildError, BuildMemoryShortage, SdtrtError
+from sdtrt.common.errors import BuildError
 from sdtrt.specs.contract import Contract
 
 SHOW_SECONDS = 0.2  # between two lines of progress
@@ -30,42 +27,6 @@ Found = tuple[float, Mapping[str, Any]]  # the seconds that a build took, and wh
 def serve() -> None:
     """Answer one request for a plan (`answer`)."""
     answer(lambda data, report: build_here(Request.from_json(data), report))
-
-
-def answer(build: Callable[[Mapping[str, Any], Report], dict[str, Any]]) -> None:
-    """Read a request from stdin, build, and report in JSON lines on stdout. What libraries print goes to stderr.
-
-    Args:
-        build: gets the request's JSON and what it may report to; returns what is known of the engine.
-    """
-    reports = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    lock = threading.Lock()
-
-    def report(message: Mapping[str, Any]) -> None:
-        with lock:
-            reports.write(json.dumps(message) + "\n")
-
-    try:
-        data = json.loads(sys.stdin.buffer.readline())
-        threading.Thread(target=_die_with_parent, daemon=True).start()
-        report({"result": build(data, report)})
-    except SdtrtError as error:
-        report({"error": type(error).__name__, "message": error.message, "hint": error.hint})
-    except MemoryError:
-        hint = "end other programs, or build for a smaller --batch, --height and --width"
-        report({"error": BuildMemoryShortage.__name__, "message": "too little memory on the CPU", "hint": hint})
-    except Exception:
-        report({"bug": traceback.format_exc()})
-    reports.flush()
-    os._exit(0)  # the result is out: no tidying by TensorRT's and CUDA's destructors, which crash at times
-
-
-def _die_with_parent() -> None:
-    """End this process when stdin ends: the parent is gone."""
-    while sys.stdin.buffer.read(4096):
-        pass
-    os._exit(1)
 
 
 def build_here(request: Request, report: Report) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class TensorRT86(TensorRT):
         from sdtrt.backends.tensorrt86.build import build_plan
 
         return build_plan(
-            job.source, job.folder, job.contract, job.spec, timing_cache=self.timing_cache(job), console=job.console
+            job.onnx, job.folder, job.contract, job.spec, timing_cache=self.timing_cache(job), console=job.console
         )
 
     def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:

@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.tensorrt.build import Report, run_worker
+from sdtrt.backends.child import Report, run_worker
+from sdtrt.backends.tensorrt.build import crashed
 from sdtrt.backends.tensorrt86.build import WORKER, PieceRequest
 from sdtrt.common import host
 from sdtrt.common.errors import BuildMemoryShortage, MemoryShortage
@@ -102,7 +103,9 @@ class _Crew:
         if self._has_ended:
             return None
         try:
-            return run_worker(piece, self._pass_on, worker=WORKER, leads_group=False, started=self._add)
+            return run_worker(
+                piece, self._pass_on, worker=WORKER, leads_group=False, started=self._add, crashed=crashed
+            )
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdtrt.backends.child import Report, answer
 from sdtrt.backends.tensorrt import worker
-from sdtrt.backends.tensorrt.build import Report, Request
+from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.checking import check
 from sdtrt.backends.tensorrt.versions import building, libraries, weak_typing
 from sdtrt.backends.tensorrt.versions.libraries import Library
@@ -38,8 +39,8 @@ MOST_CUTS = 16
 
 
 def serve() -> None:
-    """Answer one request, for an engine or for a piece of one (`tensorrt.worker.answer`)."""
-    worker.answer(_build_any)
+    """Answer one request, for an engine or for a piece of one (`child.answer`)."""
+    answer(_build_any)
 
 
 def _build_any(data: Mapping[str, Any], report: Report) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""What PyTorch's Inductor gives as a backend: engines free of weights. PyTorch is imported inside functions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sdtrt.backends.backend import Backend, BuildJob, Device, Source
+from sdtrt.common import host
+from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
+from sdtrt.engines.entry import Entry, stored_contract
+from sdtrt.specs import BuildSpec, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdtrt.backends.scratch import Scratch
+    from sdtrt.backends.session import Session
+
+
+class Inductor(Backend):
+    """Engines that serve every checkpoint of an architecture: code alone, compiled for one GPU or processor."""
+
+    title: ClassVar[str] = "PyTorch Inductor"
+    format: ClassVar[int] = 1
+    source: ClassVar[Source | None] = "program"
+    devices: ClassVar[tuple[Device, ...]] = ("cuda", "cpu")
+    weights_inside: ClassVar[bool] = False
+    by_name_only: ClassVar[bool] = True
+
+    def device(self) -> Device:
+        return "cuda" if host.torch_sees_gpu() else "cpu"
+
+    def why_not(self) -> SdtrtError | None:
+        from sdtrt.backends.inductor.build import require_compiler
+
+        try:
+            require_compiler()
+        except SdtrtError as error:
+            return error
+        if self.device() == "cuda" and host.library_version("triton") is None:
+            return BuildError(
+                "Triton is not installed, which PyTorch compiles for GPUs with", hint="pip install triton"
+            )
+        return None
+
+    def version(self) -> str:
+        version = host.library_version("torch")
+        if version is None:
+            raise BuildError("PyTorch is not installed", hint="pip install torch")
+        return version
+
+    def default_precision(self) -> Precision:
+        return "fp16" if self.device() == "cuda" else "fp32"
+
+    def check(self, spec: BuildSpec) -> None:
+        super().check(spec)
+        limited = spec.optimization_level is not None or spec.workspace_bytes is not None
+        in_pieces = bool(spec.split_attention) or spec.channels_last
+        if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
+            raise UsageError(
+                f"{self.title} has no optimization level, workspace, version compatibility, plugins or pieces",
+                hint="leave those options out, or use --backend tensorrt",
+            )
+        if len(spec.profiles) != 1:
+            raise UsageError(
+                f"{self.title} builds an engine for one profile, got {len(spec.profiles)}",
+                hint="build one engine after the other, or one for a range: --height 512:512:768",
+            )
+
+    def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The processor, and the GPU where there is one, with what compiles for it."""
+        # The C++ in a package for a GPU, too, is compiled for this very processor (`-march=native`).
+        processor = {"processor": host.processor_name(), "instructions": list(host.instruction_sets())}
+        if self.device() == "cpu":
+            return processor
+        import torch
+
+        gpu = host.gpus()[0]
+        facts = {"gpu": gpu.name, "compute_capability": list(gpu.compute_capability), **processor}
+        return {**facts, "cuda": torch.version.cuda, "triton": host.library_version("triton")}
+
+    def options_key(self, spec: BuildSpec) -> dict[str, Any]:
+        from sdtrt.backends.inductor.build import OPTIONS, RECIPE
+
+        return {**super().options_key(spec), "compiler": dict(OPTIONS), "recipe": dict(RECIPE)}
+
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        from sdtrt.backends.inductor.build import Request, build_package
+
+        (profile,) = job.spec.profiles
+        request = Request(job.spec.export, profile, job.contract, job.folder.resolve(), self.device())
+        return build_package(request, job.console)
+
+    def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
+        from sdtrt.backends.inductor.session import InductorSession
+        from sdtrt.backends.inductor.weights import CONSTANTS_FILE, FIXED_FILE, PACKAGE_FILE, read_constants, read_fixed
+
+        if not self.runs_here()(entry.engine_key):  # PyTorch itself warns at most, and runs it
+            raise EngineError(
+                f"{entry.name} was compiled for another machine or version of PyTorch than this one",
+                hint=f"build it here: sdtrt build --backend {self.name}; {entry.removal} drops that one",
+            )
+        contract = stored_contract(entry)
+        package = entry.verified(PACKAGE_FILE)  # and so its companions: the list of constants, and those of its own
+        constants = read_constants(entry.file(CONSTANTS_FILE))
+        fixed = read_fixed(package.with_name(FIXED_FILE), constants)
+        (profile,) = entry.engine_key.profiles
+        return InductorSession(package, constants, fixed, contract, profile, device=device, scratch=scratch)

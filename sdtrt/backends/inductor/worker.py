@@ -1,0 +1,203 @@
+"""The process that compiles a package: load, export, compile, check; a request on its stdin, reports in JSON lines."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sdtrt.backends import checking
+from sdtrt.backends.checking import Reference
+from sdtrt.backends.child import Report, answer
+from sdtrt.backends.inductor.build import OPTIONS, RECIPE, Request
+from sdtrt.backends.inductor.package import Package
+from sdtrt.backends.inductor.session import InductorSession
+from sdtrt.backends.inductor.weights import PACKAGE_FILE, Constant, write_constants, write_fixed
+from sdtrt.common.errors import BuildError, BuildMemoryShortage, first_line
+from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.program import Program, Recipe, export_program
+from sdtrt.exports.tracing import reference
+from sdtrt.models.components import load_component
+from sdtrt.models.resolve import resolve_model
+from sdtrt.specs import Profile, Sizes
+
+# What an engine may differ from the component in fp32 by, as relative L2 error: a wrong engine is far beyond, rounding
+# far below. fp16: 0.001 was measured for Stable Diffusion 1.5's UNet.
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+TIMED_RUNS, TIMED_SECONDS = 20, 5.0  # at most, of the runs that a step's time is the median of
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def serve() -> None:
+    """Answer one request for a package (`child.answer`)."""
+    answer(lambda data, report: build_here(Request.from_json(data), report))
+
+
+def build_here(request: Request, report: Report) -> dict[str, Any]:
+    """Build and check a package in this process."""
+    torch.backends.cudnn.allow_tf32 = False  # the reference is in fp32; engines in fp16 don't ask
+    report({"show": f"loading the {request.contract.component}"})
+    times: dict[str, Any] = {}
+    start = time.perf_counter()
+    program = _export(request, report)
+    times["export_seconds"] = round(time.perf_counter() - start, 3)
+    start = time.perf_counter()
+    constants = compile_program(program, request, report)
+    times["compile_seconds"] = round(time.perf_counter() - start, 3)
+    fixed = dict(program.fixed)
+    del program
+    gc.collect()
+    if request.device == "cuda":
+        torch.cuda.empty_cache()
+    report({"show": "checking"})
+    start = time.perf_counter()
+    found = _check(request, constants, fixed)
+    times["check_seconds"] = round(time.perf_counter() - start, 3)
+    size = (request.folder / PACKAGE_FILE).stat().st_size
+    return times | {"package_bytes": size, "versions": _versions()} | found
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def _load(request: Request) -> torch.nn.Module:
+    """The part of the model that the component is of, in its precision."""
+    dtype = getattr(torch, request.contract.outputs[0].dtype)
+    return load_component(resolve_model(request.export.model), request.export.component, dtype)
+
+
+def _export(request: Request, report: Report) -> Program:
+    """Load the component and export it."""
+    module = _load(request)
+    report({"show": f"exporting the {request.contract.component}"})
+    device = torch.device(request.device)
+    return export_program(module, request.contract, request.profile, device=device, recipe=Recipe(**RECIPE))
+
+
+def compile_program(program: Program, request: Request, report: Report) -> tuple[Constant, ...]:
+    """Compile a program into the request's folder; returns the constants that the package takes.
+
+    Raises:
+        BuildError: where the compiler fails, or has compiled a weight in.
+    """
+    report({"show": "compiling"})
+    path = request.folder / PACKAGE_FILE
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program.exported, package_path=str(path), inductor_configs=dict(OPTIONS)
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise BuildMemoryShortage(
+            f"too little memory to compile the {request.contract.component}: {first_line(error)}",
+            hint="end other programs, or build for a smaller --batch, --height and --width",
+        ) from error
+    except Exception as error:  # the compiler's exceptions share no base class of their own
+        raise BuildError(
+            f"PyTorch can't compile the {request.contract.component}: {first_line(error)[:300]}",
+            hint="build.log has the compiler's words; try another C++ compiler by CXX, or another --backend",
+        ) from error
+    return _list_constants(program, request)
+
+
+def _list_constants(program: Program, request: Request) -> tuple[Constant, ...]:
+    """Write down what a package takes, and what of it is no weight."""
+    package = Package(request.folder / PACKAGE_FILE, torch.device(request.device))
+    names = set(package.constants)
+    package.close()
+    if lost := program.sources.keys() - names:
+        raise BuildError(
+            f"PyTorch has compiled {len(lost)} weights into the engine, as {min(lost)}", hint="use another --backend"
+        )
+    if odd := names - program.sources.keys() - program.fixed.keys():
+        raise BuildError(
+            f"the engine takes {min(odd)}, which is no tensor of the program", hint="use another --backend"
+        )
+    constants = tuple(
+        Constant.of(name, tensor, program.sources.get(name, ()))
+        for name, tensor in sorted((program.weights | dict(program.fixed)).items())
+        if name in names
+    )
+    write_constants(request.folder, constants)
+    write_fixed(request.folder, {name: program.fixed[name] for name in names & program.fixed.keys()})
+    return constants
+
+
+def _check(request: Request, constants: tuple[Constant, ...], fixed: Tensors) -> dict[str, Any]:
+    """Run the engine with the model's weights, against the component in fp32; measure time and memory of a run."""
+    device, module = torch.device(request.device), _load(request)
+    package = request.folder / PACKAGE_FILE
+    with InductorSession(package, constants, fixed, request.contract, request.profile, device=device) as session:
+        session.set_weights(module)
+        wanted = Reference(
+            name=f"the {request.contract.component} in fp32",
+            compute=_reference(module, request),
+            allowed=TOLERANCES[request.contract.precision],
+            hint="use --precision fp32, and report the model and the version of PyTorch",
+        )
+        memory = _measure_memory(session, request)
+        step_ms = _measure(session, request)
+        parity = [
+            checking.run_once(request.contract, session, sizes, wanted) for sizes in _sizes_to_check(request.profile)
+        ]
+        return {"parity": parity, "step_ms": step_ms, "plan_bytes": session.weights_bytes, **memory}
+
+
+def _sizes_to_check(profile: Profile) -> list[Sizes]:
+    """The optimum of a profile, and its ends."""
+    return list(dict.fromkeys((profile.optimum, profile.minimum, profile.maximum)))
+
+
+def _reference(module: torch.nn.Module, request: Request) -> checking.Compute:
+    """What computes a component's outputs in fp32, with the module's own rounded weights."""
+    names = [spec.name for spec in request.contract.outputs]
+
+    def compute(feeds: Tensors) -> Tensors:
+        call = reference(torch.nn.Module.to(module, request.device, torch.float32), request.contract)
+        wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in feeds.values()]
+        with torch.inference_mode():
+            found = call(*(tensor.to(request.device) for tensor in wide))
+        outputs = (found,) if isinstance(found, torch.Tensor) else found
+        return {name: tensor.cpu() for name, tensor in zip(names, outputs, strict=True)}
+
+    return compute
+
+
+def _measure_memory(session: InductorSession, request: Request) -> dict[str, int]:
+    """What a run takes of the GPU's memory beside its weights, at the largest size; nothing for a CPU."""
+    if request.device != "cuda":
+        return {}
+    feeds = seeded_feeds(request.contract, request.profile.maximum)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    session.run(feeds)
+    torch.cuda.synchronize()
+    return {"scratch_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def _measure(session: InductorSession, request: Request) -> float:
+    """The time of a run at the profile's optimum, in milliseconds: the median of some."""
+    feeds = {
+        name: tensor.to(request.device)
+        for name, tensor in seeded_feeds(request.contract, request.profile.optimum).items()
+    }
+    times: list[float] = []
+    begin = time.perf_counter()
+    for number in range(TIMED_RUNS + 3):
+        start = time.perf_counter()
+        session.run(feeds)
+        if request.device == "cuda":
+            torch.cuda.synchronize()
+        if number >= 3 or request.device == "cpu":  # the first runs on a GPU load kernels and capture a graph
+            times.append(time.perf_counter() - start)
+        if time.perf_counter() - begin > TIMED_SECONDS and times:
+            break
+    return round(1000 * statistics.median(times), 4)

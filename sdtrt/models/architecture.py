@@ -1,0 +1,64 @@
+"""What a part of a model is built like, whatever its weights: all that fine-tunes of one model share.
+
+Knows the classes' own defaults, so that a configuration that spells one out is the same as one that leaves it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from sdtrt.models.loading import class_defaults
+from sdtrt.models.resolve import Model
+from sdtrt.specs.contract import Contract
+
+# What decides nothing of what a part computes: where it came from, how it was trained, what pipelines do around it.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "sample_size",
+        "scaling_factor",
+        "shift_factor",
+        "latents_mean",
+        "latents_std",
+        "force_upcast",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dropout",
+        "dtype",
+        "initializer_factor",
+        "initializer_range",
+        "model_type",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+
+
+def architecture_of(model: Model, part: str) -> dict[str, Any]:
+    """The class of a model's part, and those values of its configuration that are not the class's defaults.
+
+    Raises:
+        ModelError: as of `Model.config`.
+    """
+    name = model.class_name(part)
+    defaults = class_defaults(name)
+    values = {
+        key: value
+        for key, value in model.config(part).items()
+        if key in defaults and key not in _WITHOUT_EFFECT and not _same(value, defaults[key])
+    }
+    return {"class": name, "values": values}
+
+
+def architecture_fingerprint(model: Model, part: str, contract: Contract) -> str:
+    """Sha256 of what a part is built like, and of the inputs and outputs of the component that is made of it."""
+    content = {"part": part, "architecture": architecture_of(model, part), "contract": contract.to_json()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether two values of a configuration are the same in JSON, which has no tuples."""
+    return bool(json.dumps(value, default=repr) == json.dumps(default, default=repr))
