@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -70,6 +71,11 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
         raise EngineError(f"the {part} of {name} is compiled", hint="load the pipeline anew, without compile()")
     if any(not parameter.is_floating_point() for parameter in module.parameters()):
         raise EngineError(f"the {part} of {name} has quantised weights", hint="load it in fp16, bf16 or fp32")
+
+
+def takes_images(pipe: Any) -> bool:
+    """Whether a pipeline's call encodes images."""
+    return "image" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:

@@ -257,10 +257,12 @@ class Swapped:
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
-    def park(self) -> None:
-        """Let the weights leave the GPU."""
-        self.parked.park(self.module, component_tensors(self.module, self.component).items())
-        self.watch.moved(self.module)
+    def park(self) -> bool:
+        """Let the weights leave the GPU; whether any did."""
+        found = self.parked.park(self.module, component_tensors(self.module, self.component).items())
+        if found:
+            self.watch.moved(self.module)
+        return found
 
     def bring_back(self) -> None:
         """Bring the weights back to where the module is."""
@@ -289,7 +291,8 @@ class Swapped:
             if module is not None:
                 if module.__dict__.get(self.method) is self:
                     del module.__dict__[self.method]
-                _SWAPPED.get(module, {}).pop(self.component, None)
+                if (there := _SWAPPED.get(module, {})).get(self.component) is self:
+                    del there[self.component]
             self.bring_back()
             self.is_open = False
             _close(self.engines)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import pickle
+from weakref import ref
 
 import factories
 import numpy as np
@@ -27,6 +30,7 @@ from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import accelerate as accelerating
 from sdtrt.pipeline import parked, swap
 from sdtrt.pipeline.watch import block_sums
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
@@ -437,14 +441,64 @@ def test_hooks_that_move_modules_are_refused(make, accelerate, pipe):
         accelerate(other)
 
 
-def test_loading_keeps_the_engines_until_restore(sd1, engine_dir):
-    options = {"backend": "onnxruntime", "components": ["text_encoder"], "engine_dir": engine_dir, "progress": False}
-    pipe = sdtrt.load(str(sd1), height=64, width=64, **options)
-    assert latents(pipe).shape == (1, 4, 8, 8)
-    assert sdtrt.status(pipe)["text_encoder"].is_in_engine
-    sdtrt.restore(pipe)
-    with pytest.raises(EngineError, match="closed"):
-        latents(pipe)
+@pytest.fixture
+def load(sd1, engine_dir):
+    def call(**options):
+        given = {"backend": "onnxruntime", "components": ["text_encoder", "unet"], "engine_dir": engine_dir}
+        return sdtrt.load(str(sd1), height=64, width=64, progress=False, **{**given, **options})
+
+    return call
+
+
+def test_a_loaded_pipeline_is_open_until_it_is_closed(load):
+    with contextlib.closing(load()) as pipe:
+        assert latents(pipe).shape == (1, 4, 8, 8)
+        assert sdtrt.status(pipe)["text_encoder"].is_in_engine
+        copied = copy.copy(pipe)
+        with pytest.raises(EngineError, match="it has no weights to go back to") as caught:
+            sdtrt.restore(pipe)
+        assert "pipe.close()" in caught.value.hint
+    pipe.close()
+    for closed in (pipe, copied):
+        with pytest.raises(EngineError, match="closed"):
+            latents(closed)
+        assert not sdtrt.status(closed)["text_encoder"].is_in_engine
+
+
+def sessions_of(pipe):
+    parts = swap.swapped_of(pipe).values()
+    return [ref(one.session) for part in parts for one in part.engines] or [ref(pipe.unet.session)]
+
+
+@pytest.mark.parametrize("how", ["load", "accelerate"])
+def test_a_pipeline_that_is_dropped_takes_its_engines_along(load, make, accelerate, how):
+    pipe = load() if how == "load" else accelerate(make())
+    latents(pipe)
+    kept = sessions_of(pipe)
+    assert all(one() for one in kept)
+    gc.collect()
+    gc.disable()  # a GPU's memory does not wait for it
+    try:
+        del pipe
+        assert not any(one() for one in kept)
+    finally:
+        gc.enable()
+
+
+def test_what_fails_in_a_second_call_leaves_the_engines_of_the_first(make, accelerate, monkeypatch):
+    pipe = accelerate(make(), components=UNET_ALONE)
+    forward, before = pipe.unet.forward, latents(pipe)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accelerating, "ensure_engines", interrupt)
+    for options in ({"components": ("unet", "text_encoder")}, {"components": ("vae_decoder",)}):
+        with pytest.raises(KeyboardInterrupt):
+            accelerate(pipe, **options)
+        assert pipe.unet.forward is forward
+        assert list(swap.swapped_of(pipe)) == ["unet"]
+    assert torch.equal(latents(pipe), before)
 
 
 @pytest.fixture
