@@ -93,9 +93,27 @@ def load(
     """
     console = Console(quiet=not progress)
     named = model if isinstance(model, ModelSpec) else ModelSpec(model)
-    spec = GenerateSpec(
+    spec = _spec(named, height, width, batch_size, guidance, backend, precision, components, scheduler)
+    with quiet_libraries():
+        directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
+        return _open(_request(spec, task, console), directory, console)
+
+
+def _spec(
+    model: ModelSpec,
+    height: int | None,
+    width: int | None,
+    batch_size: int,
+    guidance: bool,
+    backend: BackendName,
+    precision: Precision | None,
+    components: Iterable[Component] | None,
+    scheduler: SchedulerName | None,
+) -> GenerateSpec:
+    """The request of a call that makes as many images as the pipeline is for."""
+    return GenerateSpec(
         prompts=("",),
-        model=named,
+        model=model,
         backend=backend,
         precision=precision,
         height=height,
@@ -106,9 +124,6 @@ def load(
         scheduler=scheduler,
         components=tuple(components or ()),
     )
-    with quiet_libraries():
-        directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
-        return _open(_request(spec, task, console), directory, console)
 
 
 def _request(spec: GenerateSpec, task: Task, console: Console) -> PipelineSpec:
