@@ -38,6 +38,7 @@ from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 UNET_ALONE = ("unet",)
+TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 CALL = (torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))  # of a UNet
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
@@ -83,8 +84,8 @@ def latents(pipe, **options):
 
 
 def differ(found, expected):
-    """How much latents differ, as a share of the largest where that is above 1."""
-    return float((found - expected).abs().max() / max(1.0, expected.abs().max()))
+    """How much latents differ at most."""
+    return float((found - expected).abs().max())
 
 
 def pixels(pipe, **options):
@@ -108,7 +109,7 @@ def test_a_pipeline_made_in_memory_gives_its_pictures_in_engines_and_restored_to
     assert accelerate(pipe) is pipe
     assert sdtrt.status(pipe)["unet"].is_in_engine
     assert sdtrt.status(pipe)["vae_decoder"].is_in_engine
-    assert differ(latents(pipe), plain) <= 1e-4
+    assert differ(latents(pipe), plain) <= TOLERANCE
     assert np.abs(pixels(pipe) - picture).max() <= 2
     sdtrt.restore(pipe)
     assert torch.equal(latents(pipe), plain)
@@ -129,12 +130,32 @@ def test_image_and_inpainting_pipelines_encode_in_an_engine(make, accelerate):
     plain, filled = latents(pipe, **options), latents(inpaint, **masked)
     accelerate(pipe)
     assert {name: part.is_in_engine for name, part in parts_of(pipe).items()} == dict.fromkeys(parts_of(pipe), True)
-    assert differ(latents(pipe, **options), plain) <= 1e-4
-    assert differ(latents(inpaint, **masked), filled) <= 1e-4
+    assert differ(latents(pipe, **options), plain) <= TOLERANCE
+    assert differ(latents(inpaint, **masked), filled) <= TOLERANCE
     two = latents(pipe, **{**options, "image": [NOISE, NOISE], "prompt": ["a", "b"]})
     assert len(two) == 2
     sdtrt.restore(inpaint)  # the same modules
     assert torch.equal(latents(pipe, **options), plain)
+
+
+def moments(vae, image):
+    with torch.no_grad():
+        return vae.encode(image).latent_dist.parameters
+
+
+def test_an_image_of_one_colour_is_encoded_as_well_as_fp32_can(make, accelerate):
+    """A norm divides a group of one channel, which is a constant but for its edges, by about nothing: 1e-7 more or less
+    in the image makes 5e-4 in the latents, in PyTorch as well. Models have groups of several channels.
+    """
+    grey = torch.full((1, 3, 64, 64), 1 / 255)
+    grain = 1e-7 * torch.randn(grey.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for groups, tolerance in ((8, None), (2, TOLERANCE)):
+        pipe = make(StableDiffusionImg2ImgPipeline, vae=factories.small_vae(norm_num_groups=groups))
+        wide = copy.deepcopy(pipe.vae).double()
+        truth = moments(wide, grey.double())
+        accelerate(pipe, components=("vae_encoder",))
+        found = moments(pipe.vae, grey)
+        assert differ(found, truth) <= (tolerance or 10 * differ(moments(wide, grey.double() + grain), truth))
 
 
 def parts_of(pipe):
@@ -170,7 +191,8 @@ def test_schedulers_and_callbacks_go_on(make, pipe):
         one.scheduler = EulerDiscreteScheduler()
     seen = latents(pipe, callback_on_step_end=lambda pipe, step, time, tensors: steps.append(step) or {})
     assert steps == [0, 1]
-    assert differ(seen, latents(plain)) <= 1e-4
+    expected = latents(plain)  # in the hundreds, as Euler's scheduler has them with weights by chance
+    assert differ(seen, expected) <= TOLERANCE * float(expected.abs().max())
 
 
 def test_copies_and_pickles_run_in_pytorch_and_a_shallow_copy_shares_the_engine(make, pipe):
@@ -196,6 +218,37 @@ def test_one_thread_runs_at_a_time(pipe):
 
     factories.in_threads(call, [(number,) for number in range(4)])
     assert all(torch.equal(found[number], one) for number, one in enumerate(expected))
+
+
+@pytest.mark.parametrize("how", ["load", "accelerate"])
+def test_pipelines_of_one_set_of_engines_run_in_threads_with_schedulers_of_their_own(load, make, accelerate, how):
+    first = load() if how == "load" else accelerate(make(vae=factories.small_vae()))
+    pipes = [first, *(StableDiffusionPipeline.from_pipe(first) for _ in range(2))]
+    for pipe in pipes:
+        pipe.scheduler = EulerDiscreteScheduler()  # steps are counted there: threads that share one disturb each other
+        pipe.set_progress_bar_config(disable=True)
+    expected = pixels(first)
+    found = {}
+
+    def call(number):
+        found[number] = [pixels(pipes[number]) for _ in range(3)]
+
+    factories.in_threads(call, [(number,) for number in range(3)])
+    assert all(np.array_equal(one, expected) for own in found.values() for one in own)
+    assert len(found) == 3
+
+
+def test_one_call_at_a_time_changes_the_modules_that_pipelines_share(make, accelerate, directory):
+    first = make()
+    pipes = [first, StableDiffusionPipeline(**first.components, requires_safety_checker=False), make()]
+    plain = latents(make())
+    options = {"components": UNET_ALONE, "engine_dir": directory.path}
+    factories.in_threads(lambda number: accelerate(pipes[number], **options), [(number,) for number in range(3)])
+    assert pipes[0].unet.forward is pipes[1].unet.forward
+    assert len(directory.entries("engine")) == 1
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        assert differ(latents(pipe), plain) <= TOLERANCE
 
 
 def set_another(unet):
@@ -327,7 +380,7 @@ def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, directory, cap
     accelerate(pipe, **options, on_miss="build")
     built = latents(pipe, **other)
     assert "building it (once)" in capsys.readouterr().err
-    assert differ(built, plain) <= 1e-4
+    assert differ(built, plain) <= TOLERANCE
     assert len(sdtrt.status(pipe)["unet"].engines) == 2
 
 
@@ -355,7 +408,7 @@ def test_states_of_other_layers_come_from_pytorch(make, accelerate):
     pipe = make(StableDiffusionXLPipeline, "sdxl")
     plain = latents(pipe, clip_skip=1)
     accelerate(pipe, components=("text_encoder", "text_encoder_2"))
-    assert differ(latents(pipe, clip_skip=1), plain) <= 1e-4
+    assert differ(latents(pipe, clip_skip=1), plain) <= TOLERANCE
 
 
 def test_arguments_without_an_input_are_refused_with_a_way_out(pipe):
@@ -537,7 +590,7 @@ def test_a_layer_that_is_called_by_itself_has_its_weights_back(make, accelerate,
     assert torch.equal(call(pipe), plain)
     assert torch.equal(call(pipe), plain)
     assert capsys.readouterr().err.count("a layer is called by itself") <= 1  # a first one stays
-    assert differ(latents(pipe, image=NOISE), picture) <= 1e-4
+    assert differ(latents(pipe, image=NOISE), picture) <= TOLERANCE
     assert torch.equal(call(copied), plain)
     assert torch.equal(latents(pickle.loads(pickle.dumps(copied)), image=NOISE), picture)
     assert torch.equal(latents(copied, image=NOISE), picture)
