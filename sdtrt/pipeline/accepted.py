@@ -12,7 +12,7 @@ import transformers
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline.watch import describe
+from sdtrt.pipeline.watch import describe, moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
 
 TAKEN = "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting with a 4-channel UNet"
@@ -62,7 +62,7 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
     for method in ("forward", *METHODS.get(part, ())):
         if getattr(type(module), method, None) is not getattr(base, method, None):
             raise EngineError(f"the {part} of {name}, a {describe(module)}, has a {method} of its own", hint=HINT)
-    if getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None:
+    if moved_by(module) is not None:
         raise EngineError(
             f"the {part} of {name} is moved by hooks (offloading, caching or a device map)",
             hint="pipe.remove_all_hooks(), or load the pipeline without them, and move it with pipe.to(...)",

@@ -33,7 +33,7 @@ from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import EncodedText, TextForward, UNetForward
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
-from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch
+from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_training
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Sizes
 
 OnMiss = Literal["build", "torch", "error"]
@@ -148,6 +148,7 @@ class Swapped:
                 return self.original(*args, **kwargs)
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+            refuse_training(self.component, self.module)
             is_first = self._look(states if self.component == "unet" else None)
             opened = self._for(_sizes_of_call(self.component, first, states))
             if opened is None:
@@ -179,7 +180,7 @@ class Swapped:
         Where nothing tells steps from calls, each is the first one.
         """
         module = self.module
-        if module.__dict__.get(self.method) is not self or hasattr(module, "_hf_hook"):
+        if module.__dict__.get(self.method) is not self or moved_by(module) is not None:
             raise EngineError(
                 f"the {self.component} got hooks (offloading?) after sdtrt.accelerate: engines stay where they are",
                 hint="pipe.remove_all_hooks(), then sdtrt.restore(pipe); offloading works in PyTorch alone",
@@ -314,6 +315,7 @@ def swapped_of(pipe: Any) -> dict[Component, Swapped]:
     found: dict[Component, Swapped] = {}
     for component in METHODS:
         module = getattr(pipe, part_of(component), None)
+        module = getattr(module, "_orig_mod", module)  # that of torch.compile
         if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
             found[component] = _SWAPPED[module][component]
     return found

@@ -118,6 +118,11 @@ class WeightsWatch:
 def refuse_changes(module: torch.nn.Module, component: Component) -> None:
     """Raise `EngineError` for what changes a module's results without a tensor, and no engine does."""
     for name, layer in module.named_modules():
+        if (mover := moved_by(layer)) is not None:
+            raise EngineError(
+                f"the {component} has hooks of {mover} (offloading, casting, caching): engines do without them",
+                hint="sdtrt.restore(pipe) goes back to PyTorch; or load the pipeline without them",
+            )
         processor = layer.__dict__.get("processor") or layer._modules.get("processor")
         if processor is not None and type(processor).__name__ not in PLAIN_PROCESSORS:
             raise _refusal(component, f"the attention processor {type(processor).__name__}", "set_attn_processor")
@@ -130,6 +135,23 @@ def refuse_changes(module: torch.nn.Module, component: Component) -> None:
         hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
         if name and not all(is_of_transformers(hook) or isinstance(hook, ComesBack) for hook in hooks):
             raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
+
+
+def refuse_training(component: Component, module: torch.nn.Module) -> None:
+    """Raise `EngineError` where a gradient of a module's weights is wanted: an engine's result has none."""
+    if module.training and torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters()):
+        raise EngineError(
+            f"the {component} is in training mode, and no gradient passes an engine",
+            hint=f"sdtrt.restore(pipe) before training; else {component}.eval() or torch.no_grad()",
+        )
+
+
+def moved_by(layer: torch.nn.Module) -> str | None:
+    """The library whose hooks move, cast or skip a layer; None where there are none."""
+    if layer.__dict__.get("_hf_hook") is not None:
+        return "accelerate"
+    registry = layer.__dict__.get("_diffusers_hook")  # is left when its hooks are gone
+    return "diffusers" if registry is not None and getattr(registry, "hooks", True) else None
 
 
 def _refusal(component: Component, what: str, mend: str) -> EngineError:

@@ -494,6 +494,70 @@ def test_hooks_that_move_modules_are_refused(make, accelerate, pipe):
         accelerate(other)
 
 
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_hooks_of_diffusers_are_refused(make, accelerate, pipe, level):
+    options = {"onload_device": torch.device("cpu"), "offload_type": level}
+    options |= {"num_blocks_per_group": 1} if level == "block_level" else {}
+    pipe.unet.enable_group_offload(**options)
+    with pytest.raises(EngineError, match="hooks"):
+        latents(pipe)
+    latents(sdtrt.restore(pipe))
+    other = make()
+    other.unet.enable_group_offload(**options)
+    with pytest.raises(EngineError, match="hooks"):
+        accelerate(other)
+
+
+def test_training_is_refused_and_a_call_under_no_grad_is_not(pipe):
+    pipe.unet.train().requires_grad_(True)
+    latents(pipe)
+    with pytest.raises(EngineError, match="the unet is in training mode") as caught:
+        pipe.unet(*CALL)
+    assert "sdtrt.restore(pipe)" in caught.value.hint
+    pipe.unet.eval()
+    pipe.unet(*CALL)
+
+
+def test_a_pipeline_without_text_encoder_takes_embeddings(make, accelerate):
+    pipe = make(text_encoder=None, tokenizer=None)
+    options = {"prompt": None, "prompt_embeds": torch.ones(1, 77, 32), "negative_prompt_embeds": torch.zeros(1, 77, 32)}
+    plain = latents(pipe, **options)
+    assert differ(latents(accelerate(pipe), **options), plain) <= TOLERANCE
+
+
+def test_a_part_on_another_device_is_refused_with_the_way_back(pipe):
+    pipe.unet.to("meta")
+    with pytest.raises(EngineError, match="the unet is on meta by now, its engine on cpu") as caught:
+        latents(pipe)
+    assert "pipe.to('cpu')" in caught.value.hint
+
+
+def test_an_engine_directory_that_can_not_be_written_leaves_the_pipeline_as_it_was(make, accelerate, tmp_path):
+    (tmp_path / "file").write_text("")
+    pipe = make()
+    with pytest.raises(sdtrt.CacheError):
+        accelerate(pipe, engine_dir=tmp_path / "file" / "engines")
+    assert not swap.swapped_of(pipe)
+    assert "forward" not in pipe.unet.__dict__
+
+
+def test_lora_of_peft_is_refused_and_served_once_it_is_fused(make, accelerate, pipe):
+    pytest.importorskip("peft")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
+    lora = {f"{name}A.weight": torch.ones(4, 64), f"{name}B.weight": torch.ones(64, 4)}
+    plain = make()
+    for one in (plain, pipe):
+        one.load_lora_weights(dict(lora))
+    with pytest.raises(EngineError, match="LoRA layers") as caught:
+        latents(pipe)
+    assert "pipe.fuse_lora(), then pipe.unload_lora_weights()" in caught.value.hint
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with pytest.raises(EngineError, match="the unet has other weights"):
+        latents(pipe)
+    assert differ(latents(accelerate(pipe, components=UNET_ALONE)), latents(plain)) <= TOLERANCE
+
+
 @pytest.fixture
 def load(sd1, engine_dir):
     def call(**options):
