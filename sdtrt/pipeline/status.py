@@ -85,7 +85,10 @@ def status(pipe: Any) -> Status:
     engines |= {name: (_engine_status(entry),) for name, entry in opened.entries(pipe).items()}
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
     refusal = "" if engines else _refusal(pipe)
-    found = [PartStatus(name, engines.get(name, ()), _reason(pipe, name, refusal)) for name in parts]
+    found = [
+        PartStatus(name, there := engines.get(name, ()), "" if there else _reason(pipe, name, refusal))
+        for name in parts
+    ]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
     found += [
         PartStatus(name, (), "no engine runs such a part")

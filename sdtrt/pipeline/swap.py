@@ -10,8 +10,8 @@ import inspect
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -34,7 +34,7 @@ from sdtrt.pipeline.forwards import EncodedText, TextForward, UNetForward
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_training
-from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Sizes
+from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Profile, Sizes
 
 OnMiss = Literal["build", "torch", "error"]
 ON_MISS: tuple[str, ...] = ("build", "torch", "error")
@@ -222,10 +222,13 @@ class Swapped:
     def fitting(self, sizes: Sizes) -> Opened | None:
         """The open engine that fits a size of the component's own call best."""
         own = sizes_of(self.component, sizes, sizes.batch)
-        fits = [
-            (loose, one) for one in self.engines if (loose := slack(one.entry.engine_key.profiles, own)) is not None
-        ]
-        return min(fits, key=lambda fit: fit[0])[1] if fits else None
+        fits = []
+        for one in self.engines:
+            profiles = one.entry.engine_key.profiles
+            rows = least_rows(profiles, own.batch) if self.component in TEXT_ENCODERS else own.batch
+            if (loose := slack(profiles, replace(own, batch=rows))) is not None:
+                fits.append((rows, loose, one))
+        return min(fits, key=lambda fit: fit[:2])[2] if fits else None
 
     def _describe(self, sizes: Sizes) -> str:
         return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
@@ -240,15 +243,15 @@ class Swapped:
         if any(one.entry.path == entry.path for one in self.engines):
             return
         session = open_session(entry, self.settings.device, scratch)
-        self.engines.append(Opened(entry, session, self._call_of(session)))
+        self.engines.append(Opened(entry, session, self._call_of(session, entry.engine_key.profiles)))
 
-    def _call_of(self, session: Session[torch.Tensor]) -> Callable[..., Any]:
+    def _call_of(self, session: Session[torch.Tensor], profiles: Sequence[Profile]) -> Callable[..., Any]:
         """The module's method, by a session."""
         device = self.settings.device
         if self.component == "unet":
             return UNetForward(session, session.contract, device, IN_PYTORCH)
         if self.component in TEXT_ENCODERS:
-            return _encodes(session, device, self._module)
+            return _encodes(session, device, self._module, profiles)
         config: Any = self.module.config
         if self.component == "vae_decoder":
             return VaeFacade(config, device, decoder=session).decode
@@ -382,16 +385,28 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
 
 
 def _encodes(
-    session: Session[torch.Tensor], device: torch.device, encoder: ref[torch.nn.Module]
+    session: Session[torch.Tensor], device: torch.device, encoder: ref[torch.nn.Module], profiles: Sequence[Profile]
 ) -> Callable[..., EncodedText]:
-    """A text encoder's forward, which gives the dtype that the encoder has by then."""
+    """A text encoder's forward, which gives the dtype that the encoder has by then.
 
-    def forward(*args: Any, **kwargs: Any) -> EncodedText:
+    One prompt of several images comes alone: an engine for more rows gets it as often as it needs.
+    """
+
+    def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> EncodedText:
         module = encoder()
         assert module is not None
-        return TextForward(session, device, next(module.parameters()).dtype, IN_PYTORCH)(*args, **kwargs)
+        rows = input_ids.shape[0]
+        missing = least_rows(profiles, rows) - rows
+        ids = torch.cat([input_ids, input_ids[-1:].expand(missing, -1)]) if missing else input_ids
+        encoded = TextForward(session, device, next(module.parameters()).dtype, IN_PYTORCH)(ids, *args, **kwargs)
+        return EncodedText({name: tensor[:rows] for name, tensor in encoded.tensors.items()}) if missing else encoded
 
     return forward
+
+
+def least_rows(profiles: Sequence[Profile], rows: int) -> int:
+    """The fewest rows, from so many up, that an engine of these profiles takes; so many where it takes none."""
+    return min((max(rows, one.batch.min) for one in profiles if rows <= one.batch.max), default=rows)
 
 
 def _close(engines: list[Opened]) -> None:

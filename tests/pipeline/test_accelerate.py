@@ -384,6 +384,17 @@ def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, directory, cap
     assert len(sdtrt.status(pipe)["unet"].engines) == 2
 
 
+@pytest.mark.usefixtures("fixed_sizes")
+def test_one_prompt_of_several_images_runs_in_an_encoder_for_as_many_prompts(make, accelerate, directory):
+    pipe, options = make(StableDiffusionXLPipeline, "sdxl"), {"num_images_per_prompt": 2}
+    plain, other = latents(pipe, **options), latents(pipe, prompt=["a circle", "a ring"])
+    accelerate(pipe, batch_size=2, on_miss="error", engine_dir=directory.path)
+    assert differ(latents(pipe, **options), plain) <= TOLERANCE
+    assert differ(latents(pipe, prompt=["a circle", "a ring"]), other) <= TOLERANCE
+    with pytest.raises(EngineError, match="no engine of the text_encoder is open for batch 3"):
+        latents(pipe, prompt=["a", "b", "c"])
+
+
 def test_an_engine_of_files_serves_the_pipeline_that_they_were_loaded_into(sd1, directory, accelerate, monkeypatch):
     model = resolve_model(ModelSpec(str(sd1)))
     spec = BuildSpec(ExportSpec(model.spec, "text_encoder", "fp32"), "onnxruntime")
@@ -481,6 +492,7 @@ def test_status_is_a_table(pipe):
     assert lines[0] == "StableDiffusionPipeline"
     assert lines[1].split()[:2] == ["part", "runs"]
     assert any(line.startswith("unet ") and "onnxruntime" in line for line in lines)
+    assert sdtrt.status(pipe)["unet"].reason == ""
     assert any(line.startswith("vae_encoder") and "this pipeline encodes no images" in line for line in lines)
 
 
