@@ -38,8 +38,8 @@ class Parked:
         for name, tensor in tensors:
             kept = tensor is first or any(word in name for word in KEPT_LAYERS)
             if not kept and isinstance(tensor, torch.nn.Parameter) and is_on_gpu(tensor):
+                self._tensors.append(ref(tensor))  # before it leaves: an interrupt may come between
                 tensor.data = to_host(tensor.data)
-                self._tensors.append(ref(tensor))
                 leaving.add(id(tensor))
         for layer in module.modules():
             if any(id(parameter) in leaving for parameter in layer.parameters(recurse=False)):

@@ -311,7 +311,7 @@ def test_each_number_of_any_tensor_is_in_a_sum():
     def sums(tensor):
         return block_sums([tensor], [torch.float16])
 
-    for count in (1, 3, 4, 511, 2048, 2051, 9000):
+    for count in (1, 3, 4, 511, 2048, 2051, 9000, 16385, 40961):
         tensor = torch.ones(count + 1, dtype=torch.float16)[1:]  # words don't begin where it does
         before = sums(tensor)
         for place in {0, count // 2, count - 1}:
