@@ -12,6 +12,7 @@ import transformers
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import LiveModel
+from sdtrt.pipeline.facades import Facade
 from sdtrt.pipeline.watch import describe, moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
 
@@ -54,6 +55,11 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
         if part in ("unet", "vae"):
             raise EngineError(f"{name} has no {part}", hint=HINT)
         return
+    if isinstance(module, Facade):
+        raise EngineError(
+            f"{name} was opened by sdtrt.load: an engine runs its {part} already",
+            hint="sdtrt.load(..., height=..., width=...) opens one for another size",
+        )
     base = next((one for one in classes if isinstance(module, one)), None)
     if base is None:
         compiled = "; pass it before torch.compile" * hasattr(module, "_orig_mod")

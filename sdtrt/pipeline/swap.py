@@ -21,7 +21,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
 from sdtrt.common.console import Console
-from sdtrt.common.errors import EngineError, NotInEngineError
+from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
@@ -30,7 +30,8 @@ from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
-from sdtrt.pipeline.forwards import EncodedText, TextForward, UNetForward
+from sdtrt.pipeline.forwards import EncodedText, UNetForward
+from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_training
@@ -251,7 +252,7 @@ class Swapped:
         if self.component == "unet":
             return UNetForward(session, session.contract, device, IN_PYTORCH)
         if self.component in TEXT_ENCODERS:
-            return _encodes(session, device, self._module, profiles)
+            return encodes(session, device, self._module, profiles, IN_PYTORCH)
         config: Any = self.module.config
         if self.component == "vae_decoder":
             return VaeFacade(config, device, decoder=session).decode
@@ -324,42 +325,6 @@ def swapped_of(pipe: Any) -> dict[Component, Swapped]:
     return found
 
 
-class LiveText:
-    """What a text encoder gives: an engine's states, and those of other layers by PyTorch, once they are asked for."""
-
-    def __init__(self, encoded: EncodedText, rest: Callable[[], Any]) -> None:
-        self._encoded, self._rest = encoded, functools.cache(rest)
-
-    def __getitem__(self, index: int | str | slice) -> Any:
-        try:
-            return self._encoded[index]  # type: ignore[index]
-        except NotInEngineError:
-            return self._rest()[index]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name == "hidden_states":
-            return _LiveStates(self._encoded, self._rest)
-        try:
-            return getattr(self._encoded, name)
-        except NotInEngineError:
-            return getattr(self._rest(), name)
-
-
-class _LiveStates:
-    """All layers' states, of which the engine gives the last but one."""
-
-    def __init__(self, encoded: EncodedText, rest: Callable[[], Any]) -> None:
-        self._encoded, self._rest = encoded, rest
-
-    def __getitem__(self, index: int) -> Any:
-        return self._encoded.hidden_states[-2] if index == -2 else self._rest().hidden_states[index]
-
-    def __len__(self) -> int:
-        return len(self._rest().hidden_states)
-
-
 class _RowByRow(torch.nn.Module):
     """Half a VAE that takes images one by one, as its engine does."""
 
@@ -382,31 +347,6 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
         tokens = DEFAULT_TOKENS if states is None else states.shape[1]
         return Sizes(first.shape[0], height, width, tokens)
     return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
-
-
-def _encodes(
-    session: Session[torch.Tensor], device: torch.device, encoder: ref[torch.nn.Module], profiles: Sequence[Profile]
-) -> Callable[..., EncodedText]:
-    """A text encoder's forward, which gives the dtype that the encoder has by then.
-
-    One prompt of several images comes alone: an engine for more rows gets it as often as it needs.
-    """
-
-    def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> EncodedText:
-        module = encoder()
-        assert module is not None
-        rows = input_ids.shape[0]
-        missing = least_rows(profiles, rows) - rows
-        ids = torch.cat([input_ids, input_ids[-1:].expand(missing, -1)]) if missing else input_ids
-        encoded = TextForward(session, device, next(module.parameters()).dtype, IN_PYTORCH)(ids, *args, **kwargs)
-        return EncodedText({name: tensor[:rows] for name, tensor in encoded.tensors.items()}) if missing else encoded
-
-    return forward
-
-
-def least_rows(profiles: Sequence[Profile], rows: int) -> int:
-    """The fewest rows, from so many up, that an engine of these profiles takes; so many where it takes none."""
-    return min((max(rows, one.batch.min) for one in profiles if rows <= one.batch.max), default=rows)
 
 
 def _close(engines: list[Opened]) -> None:

@@ -587,6 +587,8 @@ def test_a_loaded_pipeline_is_open_until_it_is_closed(load):
         with pytest.raises(EngineError, match="it has no weights to go back to") as caught:
             sdtrt.restore(pipe)
         assert "pipe.close()" in caught.value.hint
+        with pytest.raises(EngineError, match="an engine runs its unet already"):
+            sdtrt.accelerate(pipe)
     pipe.close()
     for closed in (pipe, copied):
         with pytest.raises(EngineError, match="closed"):
