@@ -96,6 +96,7 @@ def tune(tuning, tmp_path, monkeypatch):
     return run_it
 
 
+@pytest.mark.slow
 def test_variants_that_fail_are_rows_with_their_errors(tune):
     rows, built = tune("product", "opset-16", "level-2", "two-profiles")
     assert sorted(built) == ["level-2", "product", "two-profiles"]
@@ -106,6 +107,7 @@ def test_variants_that_fail_are_rows_with_their_errors(tune):
         assert rows[name]["build"]["build_seconds"] == 1.5
 
 
+@pytest.mark.slow
 def test_what_was_built_in_an_earlier_run_is_measured_and_what_was_not_is_said(tune):
     assert tune("product", "level-2", "--build-only") == ({}, ["product", "level-2"])
     rows, built = tune("product", "level-2", "whole", "--no-build")
