@@ -31,7 +31,7 @@ class Reading:
         pairs = list(zip([tensor.detach() for tensor in tensors], dtypes, strict=True))
         self._sums: list[torch.Tensor | None] = [None] * len(pairs)
         self._failures: list[Exception] = []
-        self._on_gpu = [number for number, (tensor, _) in enumerate(pairs) if tensor.is_cuda]
+        self._on_gpu = [number for number, (tensor, _) in enumerate(pairs) if is_on_gpu(tensor)]
         self._event: torch.cuda.Event | None = None
         self._stop = threading.Event()
         there = set(self._on_gpu)
@@ -73,15 +73,26 @@ class Reading:
             self._thread.join()
 
     def _ask_gpu(self, pairs: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
-        """Let the GPU add, and copy its sums to the host. A copy to pinned memory waits for nothing."""
-        with torch.cuda.device(pairs[0][0].device):
-            sums = [_blocks(tensor, dtype).sum(1) for tensor, dtype in pairs]
-            joined = torch.cat(sums)
-            host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True).copy_(joined, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        """Let the GPU add, and have its sums copied to the host."""
+        sums = [_blocks(tensor, dtype).sum(1) for tensor, dtype in pairs]
+        host, self._event = _copy_soon(torch.cat(sums))
         for number, own in zip(self._on_gpu, host.split([len(one) for one in sums]), strict=True):
             self._sums[number] = own
+
+
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a GPU reads a tensor."""
+    return tensor.is_cuda
+
+
+def _copy_soon(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """A GPU's numbers in the host's memory, once the event is there. A copy to pinned memory waits for nothing."""
+    with torch.cuda.device(numbers.device):
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    return host, event
 
 
 def block_sums(tensors: Iterable[torch.Tensor], dtypes: Iterable[torch.dtype]) -> torch.Tensor:

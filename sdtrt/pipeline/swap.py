@@ -138,6 +138,7 @@ class Swapped:
             raise EngineError(f"the {self.component} that was accelerated is gone", hint=WAY_OUT)
         return module
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the module is compiled: an engine is already
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the engine that has the call's size; the module's own method, where the engines are closed.
 
@@ -193,7 +194,7 @@ class Swapped:
         if self.component == "vae_decoder":
             for one in self._siblings():
                 one.watch.settle(one.module)
-                one._last = None
+                one._looked = 0.0  # what comes next may be another picture of the same conditioning
 
     def _siblings(self) -> list[Swapped]:
         """All that engines run of the pipeline's modules."""

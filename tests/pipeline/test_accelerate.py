@@ -840,3 +840,37 @@ def test_a_reading_does_without_a_thread_and_hands_on_what_fails(monkeypatch):
     monkeypatch.setattr(reading, "_blocks", lambda *_: torch.empty(1 << 60))
     with pytest.raises(RuntimeError):
         Reading(tensors, dtypes).wait()
+
+
+class Event:
+    """A GPU's, which is there once it is waited for."""
+
+    done = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+def test_a_reading_of_a_gpus_tensors_is_that_of_the_hosts(monkeypatch):
+    tensors = [torch.randn(5000), torch.randn(3, dtype=torch.float64), torch.randn(70, 70), torch.randn(2, 3, 5, 5)]
+    dtypes = [tensor.dtype for tensor in tensors]
+    expected, event = block_sums(tensors, dtypes), Event()
+    monkeypatch.setattr(reading, "is_on_gpu", lambda tensor: tensor.ndim < 3 and tensor.dtype == torch.float32)
+    monkeypatch.setattr(reading, "_copy_soon", lambda numbers: (numbers.clone(), event))
+    one = Reading(tensors, dtypes)
+    one._join()
+    assert not one.is_done
+    assert torch.equal(one.wait(), expected)
+    assert one.is_done
+
+
+def test_a_compiled_unet_runs_the_engine(pipe):
+    expected, unet = latents(pipe), pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    assert torch.equal(latents(pipe), expected)
+    assert sdtrt.status(pipe)["unet"].is_in_engine
+    sdtrt.restore(pipe)
+    assert "forward" not in unet.__dict__
