@@ -259,7 +259,7 @@ def _there(look: _Look) -> list[torch.Tensor]:
 
 
 def _samples(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Some numbers of each tensor in the host's memory, evenly spread over it, as float64."""
+    """Some numbers of each tensor in the host's memory, as float64."""
     with torch.no_grad():
         found: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
         for tensor in tensors:
@@ -270,13 +270,13 @@ def _samples(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _some(tensor: torch.Tensor) -> torch.Tensor:
-    """Up to `SAMPLES` numbers of a tensor, evenly spread over its memory."""
+    """Up to `SAMPLES` numbers in the middle of a tensor's memory: side by side, they are one access to it."""
     count = tensor.numel()
     number = min(count, SAMPLES)
-    step = max(1, (count - 1) // max(1, number - 1))
+    first = (count - number) // 2
     if not is_dense(tensor):
-        return flat_memory(tensor)[::step][:number]
-    return tensor.as_strided((number,), (step,))
+        return flat_memory(tensor)[first : first + number]
+    return tensor.as_strided((number,), (1,), tensor.storage_offset() + first)
 
 
 def _difference(now: _Look, before: _Look) -> str:
