@@ -1,4 +1,4 @@
-"""Reads the memory of tensors while others work: a thread reads the host's, a GPU its own.
+"""Reads the memory of tensors while others work: threads read the host's, a GPU its own.
 
 Knows tensors. Knows no module, and keeps none alive.
 """
@@ -6,24 +6,30 @@ Knows tensors. Knows no module, and keeps none alive.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from weakref import finalize
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from sdtrt.common.host import cores
+
 BLOCK_WORDS = 512  # 4 KiB, of which a reading keeps one sum
 THREAD = "sdtrt-reading"
+MOST_THREADS = 4
 BLOCK_BYTES = 8 * BLOCK_WORDS  # words have 8 bytes: their sums are exact, and as fast as memory is read
+
+Numbered = tuple[int, tuple[torch.Tensor, torch.dtype]]
 
 
 class Reading:
     """The sums of each 4 KiB of tensors' memory (int64), each tensor as if it had its dtype; it begins at once.
 
     One changed number changes one of them. Numbers that change places within 4 KiB do not.
-    NumPy adds what lies in the host's memory: it takes one thread and no core beside, reads 25 GB/s, and lets Python
-    go on meanwhile. What lies on a GPU is added there, after what its stream has to do by now; nobody waits for it.
+    NumPy adds what lies in the host's memory: it takes no core beside a thread's own, reads 10 to 25 GB/s with each,
+    and lets Python go on meanwhile. What lies on a GPU is added there, after what its stream has to do by now; nobody
+    waits for it.
     The tensors' memory is kept until the end; `stop` is that end, and so is the end of this object.
     """
 
@@ -35,14 +41,8 @@ class Reading:
         self._event: torch.cuda.Event | None = None
         self._stop = threading.Event()
         there = set(self._on_gpu)
-        on_host = [(number, pair) for number, pair in enumerate(pairs) if number not in there]
-        arguments = (on_host, self._sums, self._failures, self._stop)
-        self._thread: threading.Thread | None = threading.Thread(target=_read_host, args=arguments, name=THREAD)
-        try:
-            self._thread.start()
-        except RuntimeError:  # the system gives no more threads
-            self._thread = None
-            _read_host(*arguments)
+        on_host = iter([(number, pair) for number, pair in enumerate(pairs) if number not in there])
+        self._threads = _started(on_host, self._sums, self._failures, self._stop)
         finalize(self, self._stop.set)
         if there:
             self._ask_gpu([pairs[number] for number in self._on_gpu])
@@ -50,7 +50,7 @@ class Reading:
     @property
     def is_done(self) -> bool:
         """Whether `wait` returns at once."""
-        reads = self._thread is not None and self._thread.is_alive()
+        reads = any(thread.is_alive() for thread in self._threads)
         return not reads and (self._event is None or self._event.query())
 
     def wait(self) -> torch.Tensor:
@@ -64,13 +64,13 @@ class Reading:
         return torch.cat([torch.empty(0, dtype=torch.int64), *(one for one in self._sums if one is not None)])
 
     def stop(self) -> None:
-        """End the thread, within a tensor."""
+        """End the threads, within a tensor."""
         self._stop.set()
         self._join()
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _ask_gpu(self, pairs: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
         """Let the GPU add, and have its sums copied to the host."""
@@ -100,13 +100,34 @@ def block_sums(tensors: Iterable[torch.Tensor], dtypes: Iterable[torch.dtype]) -
     return Reading(tensors, dtypes).wait()
 
 
+def thread_count() -> int:
+    """How many threads read: a quarter of the cores, so that who launches a GPU's work has one, and at most 4."""
+    return max(1, min(MOST_THREADS, cores() // 4))
+
+
+def _started(
+    pairs: Iterator[Numbered], sums: list[torch.Tensor | None], failures: list[Exception], stop: threading.Event
+) -> list[threading.Thread]:
+    """Threads that share the tensors among them; where the system gives none, they are read here."""
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(thread_count()):
+            thread = threading.Thread(target=_read_host, args=(pairs, sums, failures, stop), name=THREAD)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        if not started:
+            _read_host(pairs, sums, failures, stop)
+    return started
+
+
 def _read_host(
-    pairs: Sequence[tuple[int, tuple[torch.Tensor, torch.dtype]]],
+    pairs: Iterator[Numbered],
     sums: list[torch.Tensor | None],
     failures: list[Exception],
     stop: threading.Event,
 ) -> None:
-    """Add each tensor's memory, until `stop`."""
+    """Add the memory of each tensor that no other thread has taken, until `stop`."""
     try:
         for number, (tensor, dtype) in pairs:
             if stop.is_set():

@@ -126,10 +126,10 @@ class WeightsWatch:
 
     def _judge(self, module: torch.nn.Module) -> None:
         """Compare what a reading found. It began before this: where it tells of a change, the weights are read anew."""
-        assert self._reading is not None
-        sums, again = self._reading.wait(), self._again
+        reading, again = self._reading, self._again
         self._reading, self._again = None, False
-        if not torch.equal(sums, self._sums):
+        assert reading is not None
+        if not torch.equal(reading.wait(), self._sums):
             self._compare(module, _look(module, self.component))
         if again:
             self._reading = Reading(self._tensors(), self._dtypes)

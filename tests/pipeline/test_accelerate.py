@@ -722,6 +722,7 @@ def gate(monkeypatch):
         read(pairs, sums, failures, stop)
 
     monkeypatch.setattr(reading, "_read_host", wait)
+    monkeypatch.setattr(reading, "thread_count", lambda: 1)
     yield opened
     opened.set()
 
@@ -822,6 +823,14 @@ def test_a_reading_stops_while_weights_come_back_and_begins_anew(make, accelerat
     pipe.unet(*CALL)
     with pytest.raises(EngineError, match="the unet has other weights"):
         watch.settle(pipe.unet)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_threads_share_a_reading(monkeypatch, count):
+    tensors = [torch.full((1000 * number,), number, dtype=torch.float16) for number in range(1, 60)]
+    expected = [block_sums([tensor], [torch.float16]) for tensor in tensors]
+    monkeypatch.setattr(reading, "thread_count", lambda: count)
+    assert torch.equal(block_sums(tensors, [torch.float16] * len(tensors)), torch.cat(expected))
 
 
 def test_a_reading_does_without_a_thread_and_hands_on_what_fails(monkeypatch):
