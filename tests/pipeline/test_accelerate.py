@@ -772,9 +772,9 @@ def test_what_changes_during_a_reading_is_found_by_the_one_that_follows(make, ac
     gate.clear()
     for _ in range(3):
         assert torch.equal(pipe.encode_prompt("a", "cpu", 1, False)[0], encoded[0])
-    assert len(readers()) == 1
+    (first,) = readers()
     gate.set()
-    readers()[0].join()
+    first.join()
     layer = pipe.text_encoder.get_submodule(next(n for n, _ in pipe.text_encoder.named_modules() if n.endswith("fc1")))
     layer.weight.data[3, 5] += 0.5
     with pytest.raises(EngineError, match="the text_encoder has other weights"):
