@@ -224,11 +224,14 @@ def test_one_thread_runs_at_a_time(pipe):
 
 
 @pytest.mark.parametrize("how", ["load", "accelerate"])
-def test_pipelines_of_one_set_of_engines_run_in_threads_with_schedulers_of_their_own(load, make, accelerate, how):
+def test_pipelines_of_one_set_of_engines_run_in_threads_with_schedulers_and_tokenizers_of_their_own(
+    load, make, accelerate, how
+):
     first = load() if how == "load" else accelerate(make(vae=factories.small_vae()))
     pipes = [first, *(StableDiffusionPipeline.from_pipe(first) for _ in range(2))]
     for pipe in pipes:
         pipe.scheduler = EulerDiscreteScheduler()  # steps are counted there: threads that share one disturb each other
+        pipe.tokenizer = copy.deepcopy(first.tokenizer)  # it remembers between its calls how it pads
         pipe.set_progress_bar_config(disable=True)
     expected = pixels(first)
     found = {}
