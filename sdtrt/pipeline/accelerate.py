@@ -53,7 +53,8 @@ def accelerate(
     Its modules stay diffusers' and transformers' own; what their `forward` (a VAE's `decode` and `encode`) runs is an
     engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
     A second call adds engines for its size; with another backend or precision, or after weights were changed, it
-    replaces them. Changed weights raise an `EngineError` at the next picture. Threads need schedulers of their own.
+    replaces them. Changed weights raise an `EngineError` at the next picture. Threads need schedulers and
+    tokenizers of their own.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting (4-channel UNet).
