@@ -1,4 +1,4 @@
-"""PyTorch's kernels for self-attentions that an engine in pieces leaves to it (`runtime.pieces`), by themselves.
+"""PyTorch's kernels for self-attentions that an engine in pieces leaves to it (`tensorrt86.pieces`), by themselves.
 
     python benchmarks/attention.py --output benchmarks/attention-h200.json
 

@@ -1,4 +1,4 @@
-"""What stays fp32 in an fp16 UNet, and what that costs: the ablation behind `tracing.WIDE_LAYERS`.
+"""What stays fp32 in an fp16 UNet, and what that costs: the ablation behind `fp16_recipe.WIDE_LAYERS`.
 
     python scripts/make_random_model.py sd15
     python benchmarks/fidelity.py layers --model sd15 --variants 0 2 5-native --output benchmarks/fidelity/layers.json

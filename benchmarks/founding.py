@@ -30,7 +30,7 @@ from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.reports.meters import Timing, nvml, time_calls, time_queued_calls
+from sdtrt.reports.meters import Timing, driver_version, time_calls, time_queued_calls
 from sdtrt.specs import BackendName, ModelSpec, Precision, Sizes
 from sdtrt.specs.contract import unet_contract
 
@@ -140,9 +140,7 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    library = nvml()
-    driver = None if library is None else library.driver_version()
-    versions = host.library_versions() | {"tensorrt": libraries.version("tensorrt"), "driver": driver}
+    versions = host.library_versions() | {"tensorrt": libraries.version("tensorrt"), "driver": driver_version()}
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "host": host.facts(),

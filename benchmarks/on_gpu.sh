@@ -85,7 +85,7 @@ bench() { # FOLDER TASK WIDTH BASELINES
         --no-build --overwrite --repeats 3 --output "$out/reports/$1"
 }
 
-builders="tests/gpu/test_gpu_norm_cut.py tests/gpu/test_gpu_group_norm.py tests/test_bench.py"
+builders="tests/gpu/test_gpu_norm_cut.py tests/gpu/test_gpu_group_norm.py tests/reports/test_bench.py"
 start "$last" test-dynamic "$python" tests/gpu/gpu_engines.py --one dynamic
 start "$last" test-fp32 "$python" tests/gpu/gpu_engines.py --one fp32
 start "$last" test-split "$python" tests/gpu/gpu_engines.py --one split

@@ -246,11 +246,9 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "gpus": first_call(marks, "the driver is asked for GPUs"),
             "open_primary_context": every_call(marks, lambda *_: "a CUDA context is made"),
         },
-        "sdtrt.engines.digests": {
-            "sha256_file": every_call(marks, lambda path: f"hash {file(path)}"),
-            "digest_of": every_call(marks, digested),
-        },
-        "sdtrt.backends.registry": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
+        "sdtrt.common.files": {"sha256_file": every_call(marks, lambda path: f"hash {file(path)}")},
+        "sdtrt.engines.digests": {"digest_of": every_call(marks, digested)},
+        "sdtrt.pipeline.engines": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
         "sdtrt.models.resolve": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
         "sdtrt.models.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
@@ -261,18 +259,16 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         },
         "sdtrt.cli.likely_engines": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},
         "sdtrt.pipeline.preloaded": {"_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")},
-        "sdtrt.backends.onnxruntime.session": {
-            "open_model": every_call(marks, lambda path: f"deserialise {file(path)}")
-        },
+        "sdtrt.exports.onnx_run": {"open_model": every_call(marks, lambda path: f"deserialise {file(path)}")},
         "sdtrt.backends.open": {
             "open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")
         },
         "sdtrt.pipeline.open": {"open_pipeline": opened(marks)},
-        "sdtrt.pipeline.facades": {
-            "TextEncoderFacade.forward": first_call(marks, "the first call of the text encoder", synchronize),
-            "UNetFacade.forward": first_call(marks, "the first call of the UNet", synchronize),
-            "VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize),
+        "sdtrt.pipeline.forwards": {
+            "TextForward.__call__": first_call(marks, "the first call of the text encoder", synchronize),
+            "UNetForward.__call__": first_call(marks, "the first call of the UNet", synchronize),
         },
+        "sdtrt.pipeline.facades": {"VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize)},
         "sdtrt.pipeline.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
     }
     if nothing_ahead:

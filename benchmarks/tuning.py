@@ -76,7 +76,7 @@ class Choice:
     """One variant.
 
     Args:
-        layers: how many layers have fp32 convolutions (`tracing.wide_convolutions`).
+        layers: how many layers have fp32 convolutions (`fp16_recipe.wide_convolutions`).
         level: TensorRT's optimization level.
         plugins: group normalisation by 8.6's plugin.
         change: what is done to the module before its export.

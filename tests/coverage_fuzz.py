@@ -25,6 +25,7 @@ with atheris.instrument_imports(include=["sdtrt"]):
     from fuzzing import only_clean_errors
 
     from sdtrt.engines import directory as engine_directory
+    from sdtrt.engines import upkeep
     from sdtrt.engines.entry import SIDECAR, Entry
     from sdtrt.models import checkpoints, weights
     from sdtrt.pipeline import images
@@ -64,8 +65,8 @@ def sidecar(data: bytes) -> None:
     for entry in DIRECTORY.entries():
         entry.to_json()
         assert entry.size_bytes >= 0
-    list(DIRECTORY.check())
-    DIRECTORY.prunable(PruneSpec(older_than_days=1, keep_bytes=10), lambda entry: False)
+    list(upkeep.check(DIRECTORY))
+    upkeep.prunable(DIRECTORY, PruneSpec(older_than_days=1, keep_bytes=10), lambda entry: False)
 
 
 def parameters(data: bytes) -> None:

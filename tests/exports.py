@@ -14,6 +14,8 @@ from diffusers import UNet2DConditionModel
 from filelock import FileLock
 
 from sdtrt.exports.component import write_onnx
+from sdtrt.exports.onnx_file import load_split
+from sdtrt.exports.onnx_index import Facts
 from sdtrt.specs import DEFAULT_OPSETS
 from sdtrt.specs.contract import Contract, unet_contract
 
@@ -51,6 +53,29 @@ def make(folder, kind="sd1", precision="fp16", exporter="torchscript", **overrid
     path = folder / "model.onnx"
     write_onnx(unet, contract, path, exporter=exporter, opset=DEFAULT_OPSETS[exporter])
     return Exported(path, unet, contract)
+
+
+MOVING = {
+    "Cast",
+    "Concat",
+    "Constant",
+    "ConstantOfShape",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+}
+MOVING |= {"Split", "Squeeze", "Transpose", "Unsqueeze", "Where"}
+
+
+def computing_in_fp32(path):
+    """The names of a file's nodes that compute in fp32, by their outputs' types."""
+    model, weights = load_split(path)
+    types = Facts(model, weights).types
+    computing = (node for node in model.graph.node if node.op_type not in MOVING)
+    return {node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT}
 
 
 def made_once(path, write):

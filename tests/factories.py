@@ -39,9 +39,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdtrt.backends import registry
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
+from sdtrt.engines.find import best_fit
+from sdtrt.engines.keys import EngineKey, ExportKey
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import engines
-from sdtrt.specs import BackendName, BuildSpec, Precision, Sizes
+from sdtrt.pipeline.request import EngineRequest
+from sdtrt.specs import BackendName, BuildSpec, Component, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 
@@ -267,6 +270,12 @@ def sd1_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16,
         requires_safety_checker=False,
     )
     return _save(pipeline, path, dtype, tokenizers=("tokenizer",))
+
+
+def engine_key_of(**changes: Any) -> dict[str, Any]:
+    """A whole engine's key, plain data, but for these changes."""
+    export = ExportKey("unet", "fp16", "torchscript", 17, 5, "of some weights")
+    return EngineKey(1, "unet", "fp16", "tensorrt", "8.6.1", {}, (), {}, export).to_json() | changes
 
 
 def tampered_engine(
@@ -517,4 +526,31 @@ def unet_engine(
     model: Model, backend: BackendName, precision: Precision, sizes: Sizes, directory: EngineDirectory, **options: Any
 ) -> Entry:
     """The UNet's engine, as `ensure_engines` finds or makes it."""
-    return engines.ensure_engines(model, backend, precision, sizes, directory, ("unet",), **options)["unet"]
+    wanted = engines_wanted(model, backend, precision, sizes, ("unet",))
+    return engines.ensure_engines(wanted, directory, **options)["unet"]
+
+
+def find_engine(
+    model: Model,
+    backend: BackendName,
+    precision: Precision,
+    sizes: Sizes,
+    directory: EngineDirectory,
+    component: Component = "unet",
+) -> Entry | None:
+    """The engine of a component that a request would take; None if there is none."""
+    runs, there = registry.get(backend).runs_here(), directory.entries("engine")
+    return best_fit(model, runs, precision, sizes, directory, component, there, registry.get(backend).weights_inside)
+
+
+def engines_wanted(
+    model: Model,
+    backend: BackendName,
+    precision: Precision,
+    sizes: Sizes,
+    components: tuple[Component, ...],
+    images: int = 1,
+) -> EngineRequest:
+    """A request for engines of these components."""
+    device = torch.device(registry.get(backend).device())
+    return EngineRequest(model, backend, precision, sizes, components, images, device)

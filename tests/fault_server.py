@@ -43,6 +43,8 @@ from sdtrt.backends import build as engine_build
 from sdtrt.backends.open import open_session
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import SdtrtError
+from sdtrt.engines import directory as engine_directory
+from sdtrt.engines import upkeep
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports import component as component_export
 from sdtrt.exports import to_file
@@ -125,19 +127,19 @@ def crowd(model: ModelSpec, folder: Path, count: int = 8) -> dict[str, list[str]
 def _note_what_is_made() -> list[str]:
     """A list that gets the backend or kind of every entry that this process makes from now on."""
     made: list[str] = []
-    publish = EngineDirectory._publish
+    publish = engine_directory.publish
 
-    def noted(self: EngineDirectory, kind: str, key: Mapping[str, Any], *rest: Any, **more: Any) -> Any:
+    def noted(path: Path, kind: str, key: Mapping[str, Any], *rest: Any, **more: Any) -> Any:
         made.append(str(key.get("backend", kind)))
-        return publish(self, kind, key, *rest, **more)
+        return publish(path, kind, key, *rest, **more)
 
-    EngineDirectory._publish = noted
+    engine_directory.publish = noted
     return made
 
 
 def check(model: ModelSpec, folder: Path) -> list[list[str]]:
     """What is there now: every entry with its state, every file with its digest."""
-    found = [[one.name, one.state] for one in EngineDirectory(folder / "engines").check()]
+    found = [[one.name, one.state] for one in upkeep.check(EngineDirectory(folder / "engines"))]
     files = sorted(path for path in (folder / "out").iterdir() if path.is_file())
     for path in files:
         if path.name.startswith(".sdtrt-"):  # a killed process's draft: hidden, and nobody's file
@@ -149,7 +151,7 @@ def check(model: ModelSpec, folder: Path) -> list[list[str]]:
 
 def sweep(model: ModelSpec, folder: Path) -> int:
     """Remove what killed jobs have left."""
-    return _directory(folder).sweep()
+    return upkeep.sweep(_directory(folder))
 
 
 JOBS: dict[str, Callable[[ModelSpec, Path], Any]] = {

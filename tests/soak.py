@@ -23,11 +23,12 @@ WARM = 100  # generations after which memory has settled: libraries are loaded, 
 SIZES = ((64, 64), (96, 64), (64, 96))
 
 
-def run(count: int, seed: int, *, warm: int = WARM, each: int = 10) -> dict[str, Any]:
-    """Generate `count` images with two models in three sizes; resident bytes after each hundredth, and at both ends.
+def run(count: int, seed: int, *, warm: int = WARM, each: int = 10, every: int = 100) -> dict[str, Any]:
+    """Generate `count` images with two models in three sizes; resident bytes along the way, and at both ends.
 
     Args:
         warm: images after which growth is counted.
+        every: images between two looks at the memory.
         each: images of one request; the pipeline is opened anew, with another model and size, for the next one.
     """
     torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def run(count: int, seed: int, *, warm: int = WARM, each: int = 10) -> dict[str,
         for number in range(each, count + 1, each):
             turn = number // each
             _request(models[turn % 2], directory, folder, SIZES[turn % 3], seed + number, each)
-            if number in (warm, count) or number % 100 == 0:
+            if number in (warm, count) or number % every == 0:
                 memory[number] = resident_bytes()
         last = _request(models[0], directory, folder, SIZES[0], seed, 1)
     return {

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from sdtrt.common.console import Console
 from sdtrt.common.errors import SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import EngineKey
 from sdtrt.specs import BuildSpec, ExportSpec, Precision
+from sdtrt.specs.choices import MAX_DIGITS
 from sdtrt.specs.contract import Contract
 
 if TYPE_CHECKING:
@@ -166,26 +168,23 @@ class Backend(ABC):
         """
         raise AssertionError(f"{self.name} loads nothing ahead")
 
-    def runs_here(self) -> Callable[[Mapping[str, Any]], bool]:
+    def runs_here(self) -> Callable[[EngineKey], bool]:
         """What says of an engine's key whether this sdtrt runs it, on this machine and in the installed version."""
-        wanted = {"format": self.format, "backend": self.name, "host": self.host_key()}
+        wanted = (self.format, self.name, self.host_key())
         version = self.version()
 
-        def runs(key: Mapping[str, Any]) -> bool:
-            try:
-                return all(key.get(name) == value for name, value in wanted.items()) and _runs_in(version, key)
-            except MALFORMED:
-                return False
+        def runs(key: EngineKey) -> bool:
+            return (key.format, key.backend, key.host) == wanted and _runs_in(version, key)
 
         return runs
 
 
-def _runs_in(version: str, key: Mapping[str, Any]) -> bool:
+def _runs_in(version: str, key: EngineKey) -> bool:
     """Whether a version runs an engine: the one that built it; where the plan is version-compatible, later ones too."""
-    built = key["backend_version"]
-    return bool(built == version or (key["options"]["version_compatible"] and _numbers(built) < _numbers(version)))
+    built = key.backend_version
+    return built == version or (key.is_version_compatible and _numbers(built) < _numbers(version))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     """`10.13.3.9.post1` → (10, 13, 3, 9)."""
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+    return tuple(int(part) for part in version.split(".") if part.isdecimal() and len(part) <= MAX_DIGITS)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdtrt.backends import registry
-from sdtrt.backends.backend import BuildJob
+from sdtrt.backends.backend import Backend, BuildJob
 from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.engines.keys import Sight, source_key, steadily
-from sdtrt.models.components import contract_of, part_of
-from sdtrt.models.resolve import Model
-from sdtrt.specs import BuildSpec
+from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
+from sdtrt.models.components import contract_of, part_of, profiles_of
+from sdtrt.models.resolve import Model, resolve_model
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
 
 
-def engine_key(model: Model, spec: BuildSpec, directory: EngineDirectory) -> dict[str, Any]:
+def engine_key(model: ModelSource, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
     """The key of the engine of the weights that a model has now. Raises `UsageError` for what can't be built."""
     inside = registry.get(spec.backend).weights_inside
-    return key_of(spec, source_key(model, spec.export, directory, weights=inside))
+    return key_of(spec, source_key(model, spec.export, directory.file_digest, weights=inside))
 
 
-def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
+def key_of(spec: BuildSpec, export: ExportKey) -> EngineKey:
     """The key of an engine: all that its bytes depend on. The key of its export stands for the weights.
 
     Raises:
@@ -34,20 +36,20 @@ def key_of(spec: BuildSpec, export: Mapping[str, Any]) -> dict[str, Any]:
     """
     backend = registry.get(spec.backend)
     backend.check(spec)
-    return {
-        "format": backend.format,
-        "component": spec.export.component,
-        "precision": spec.export.precision,
-        "backend": backend.name,
-        "backend_version": backend.version(),
-        "host": backend.host_key(spec.compute_capability),
-        "profiles": [asdict(profile) for profile in spec.profiles],
-        "options": backend.options_key(spec),
-        "export": dict(export),
-    }
+    return EngineKey(
+        format=backend.format,
+        component=spec.export.component,
+        precision=spec.export.precision,
+        backend=backend.name,
+        backend_version=backend.version(),
+        host=backend.host_key(spec.compute_capability),
+        profiles=spec.profiles,
+        options=backend.options_key(spec),
+        export=export,
+    )
 
 
-def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
+def build_engine(model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
     """Find or build an engine; exports the component first if that is missing.
 
     Its key has that of the export that it is built from: by then the model may have other weights.
@@ -59,7 +61,7 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
         UsageError: for what the backend can't build.
         BuildError: where the engine can't be built, or is not right; nothing is left of it then.
     """
-    key = engine_key(model, spec, directory)
+    key = engine_key(model, spec, directory).to_json()
     if not spec.force and (entry := directory.find("engine", key)) is not None:
         return entry
     if registry.get(spec.backend).source == "program":
@@ -69,12 +71,18 @@ def build_engine(model: Model, spec: BuildSpec, directory: EngineDirectory, cons
     onnx = export_component(model, spec.export, directory, console)
     make = partial(_make, model, spec, directory, console, onnx)
     with onnx.hold():
-        return directory.obtain("engine", key_of(spec, onnx.key), make, console, force=spec.force)
+        key = key_of(spec, ExportKey.from_json(onnx.key)).to_json()
+        return directory.obtain("engine", key, make, console, force=spec.force)
 
 
-def _build_of_model(model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console) -> Entry:
+def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console) -> Entry:
     """Build an engine from the model itself. Raises `ModelChangedError` where its files were replaced meanwhile."""
     export = spec.export
+    if not isinstance(model, Model):
+        raise UsageError(
+            f"{spec.backend} engines are built from a model's files, not from a pipeline in memory",
+            hint=f"save the pipeline, then sdtrt build --backend {spec.backend} --model FOLDER",
+        )
     sight = Sight(model, (part_of(export.component),))
 
     def make(folder: Path) -> dict[str, Any]:
@@ -85,11 +93,12 @@ def _build_of_model(model: Model, spec: BuildSpec, directory: EngineDirectory, c
         facts = {"contract": contract.to_json(), "model": model.spec.name}
         return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
 
-    return directory.obtain("engine", engine_key(model, spec, directory), make, console, force=spec.force)
+    key = engine_key(model, spec, directory).to_json()
+    return directory.obtain("engine", key, make, console, force=spec.force)
 
 
 def _make(
-    model: Model, spec: BuildSpec, directory: EngineDirectory, console: Console, onnx: Entry, folder: Path
+    model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console, onnx: Entry, folder: Path
 ) -> dict[str, Any]:
     """Fill an entry's folder from a held export, and return what is known of the engine."""
     start = time.perf_counter()
@@ -100,6 +109,69 @@ def _make(
         "contract": onnx.info["contract"],
         "model": model.spec.name,
         "onnx": onnx.name,
+        **{name: onnx.info[name] for name in ("weights_digest",) if name in onnx.info},
         "seconds": round(time.perf_counter() - start, 3),
         **measured,
     }
+
+
+def build_all(request: BuildRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:
+    """Find or build the engines of a request, exporting first what is missing.
+
+    Raises:
+        UsageError: for what the backend can't build, and for an option that serves none of the components.
+        BuildError: as of `build_engine`.
+    """
+    from sdtrt.exports.request import export_specs
+
+    backend = registry.get(registry.choose_backend(request.common.backend, console))
+    if backend.takes_any_size and (given := request.sizes.given()):
+        console.note(f"{given}: without effect, as {backend.title} engines take any size")
+    model = resolve_model(request.common.export.model, console)
+    profiles = () if backend.takes_any_size else request.sizes.profiles(Sizes(2, *model.default_size()))
+    precision = request.precision or backend.default_precision()
+    exports = ExportRequest(replace(request.common.export, precision=precision), request.components)
+    specs = engine_specs(request.common, list(export_specs(model, exports, console)), backend, profiles)
+    return [build_engine(model, spec, directory, console) for spec in specs]
+
+
+def engine_specs(
+    common: BuildSpec, exports: Sequence[ExportSpec], backend: Backend, profiles: Sequence[Profile]
+) -> list[BuildSpec]:
+    """The engines of some components.
+
+    Args:
+        common: what is asked of each of them.
+        exports: what they are made from.
+        backend: what runs them.
+        profiles: of the UNet; the other components' follow from them.
+
+    Raises:
+        UsageError: for an option that serves none of the components, and for what the backend can't build.
+    """
+    if common.split_attention and not any(export.component == "unet" for export in exports):
+        raise UsageError(
+            "only the UNet leaves attention to PyTorch", hint="add --component unet, or leave --split-attention out"
+        )
+    if common.channels_last and not any(backend.serves("channels-last", export) for export in exports):
+        raise UsageError(
+            "only TensorRT's engines of UNets and VAEs in fp16 are in pieces, which can be channels-last",
+            hint="use --backend tensorrt --component unet --precision fp16, or leave --channels-last out",
+        )
+    specs = [_engine_spec(common, export, backend, profiles) for export in exports]
+    for spec in specs:
+        backend.check(spec)  # of all, before the first is built
+    return specs
+
+
+def _engine_spec(common: BuildSpec, export: ExportSpec, backend: Backend, profiles: Sequence[Profile]) -> BuildSpec:
+    """The engine of one component: of the options for some components only, those that serve it."""
+    splits = export.component == "unet" or common.split_attention == 0  # 0 leaves nothing of any part to PyTorch
+    return replace(
+        common,
+        export=export,
+        backend=backend.name,
+        profiles=profiles_of(export.component, profiles),
+        split_attention=common.split_attention if splits else None,
+        channels_last=common.channels_last and backend.serves("channels-last", export),
+    )

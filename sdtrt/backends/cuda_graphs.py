@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from sdtrt.backends.unchanged import Remembered
+from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.specs.contract import CONDITIONING, TensorSpec
@@ -33,7 +33,7 @@ class InputBuffers:
     """A session's own memory for its inputs, so that the addresses in a CUDA graph never change.
 
     What stays the same from step to step (`CONDITIONING`) is copied once: not again while the very same tensor comes
-    unchanged, as `Remembered` tells. No such tensor is kept alive.
+    unchanged, as `TensorSnapshot` tells. No such tensor is kept alive.
 
     Args:
         specs: the inputs.
@@ -46,7 +46,7 @@ class InputBuffers:
             spec.name: torch.empty(elements[spec.name], dtype=getattr(torch, spec.dtype), device=device)
             for spec in specs
         }
-        self._copied: dict[str, Remembered] = {}  # what lies there
+        self._copied: dict[str, TensorSnapshot] = {}  # what lies there
         self.conditionings = 0  # how often conditioning was copied: what is made of it holds while this stays
 
     def fill(self, feeds: Mapping[str, torch.Tensor]) -> None:
@@ -57,7 +57,7 @@ class InputBuffers:
     def _copy(self, name: str, tensor: torch.Tensor) -> None:
         last = self._copied.pop(name, None)  # a copy that fails leaves the buffer unknown
         if last is None or not last.is_still(tensor):
-            last = Remembered.of(tensor) if name in CONDITIONING else None
+            last = TensorSnapshot.of(tensor) if name in CONDITIONING else None
             self.conditionings += name in CONDITIONING
             self.view(name, tuple(tensor.shape)).copy_(tensor, non_blocking=True)
         if last is not None:

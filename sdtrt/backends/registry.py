@@ -12,8 +12,9 @@ from sdtrt.backends.tensorrt86.backend import TensorRT86
 from sdtrt.common import host
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import SdtrtError, UsageError
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import FORMAT as EXPORT_FORMAT
+from sdtrt.engines.keys import ExportKey
 from sdtrt.specs import AUTO, BackendName, check_choice
 
 # In the order in which `auto` takes them.
@@ -112,11 +113,12 @@ def _automatic(console: Console) -> tuple[Backend, str]:
 
 def is_foreign(entry: Entry) -> bool:
     """Whether an entry is of another sdtrt, or an engine for another GPU, processor or library than this machine's."""
-    if entry.kind == "onnx":
-        return bool(entry.key.get("format") != EXPORT_FORMAT)
-    if entry.kind != "engine":
+    key = entry.parsed_key
+    if isinstance(key, ExportKey):
+        return key.format != EXPORT_FORMAT
+    if key is None:
         return True
     try:
-        return not get(entry.key["backend"]).runs_here()(entry.key)
-    except (SdtrtError, *MALFORMED):  # the backend is not there at all, or the key is not one of ours
+        return not get(key.backend).runs_here()(key)
+    except SdtrtError:  # the backend is not there at all
         return True

@@ -1,4 +1,4 @@
-"""Tensors that have been used once, recognised while nothing in them has changed: what was made of them still holds."""
+"""Recognises a tensor that was used before and has not changed since. Knows no session and keeps no tensor alive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOST = "cpu"  # NumPy arrays share memory there, and change it without a trace
 
 
 @dataclass(frozen=True)
-class Remembered:
+class TensorSnapshot:
     """A tensor on the GPU as it was when it was used.
 
     PyTorch counts the changes of a tensor, whichever view of it they are made through. It does not count what is
@@ -27,7 +27,7 @@ class Remembered:
     place: Place
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Remembered | None:
+    def of(cls, tensor: torch.Tensor) -> TensorSnapshot | None:
         """A tensor as it is now; None for one whose changes can't be seen: of inference mode, or on the CPU."""
         if tensor.is_inference() or tensor.device.type == HOST:
             return None

@@ -1,49 +1,38 @@
-"""The command line: parse → spec → one call → render. Heavy imports happen inside the commands."""
+"""The commands: each parses its options, builds one spec, calls one function and renders one report.
+
+Heavy libraries are imported inside the commands, so that `--help` loads none. What a command does is not known here.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
-from sdtrt import __version__
 from sdtrt.backends import registry
+from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
 from sdtrt.cli.engine_commands import engines_app
-from sdtrt.cli.options import (
-    BackendOptions,
-    BenchOptions,
-    BuildOptions,
-    DirectoryOptions,
-    ExporterOptions,
-    GenerateOptions,
-    ModelOptions,
-    NoiseOptions,
-    OutputOptions,
-    ProfileOptions,
-    VerifyOptions,
-    grouped,
-)
+from sdtrt.cli.groups import grouped
+from sdtrt.cli.image_options import GenerateOptions, NoiseOptions
+from sdtrt.cli.options import BackendOptions, DirectoryOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
-from sdtrt.common.console import Console, print_table
+from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.common import host
+from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
+from sdtrt.common.version import __version__
 from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
-    Component,
     GenerateSpec,
-    Precision,
-    Sizes,
 )
 
 if TYPE_CHECKING:
-    from sdtrt.models.resolve import Model
     from sdtrt.reports.inspection import EngineReport, ModelReport
 
 
@@ -56,24 +45,39 @@ app = typer.Typer(
 )
 app.add_typer(engines_app, name="engines")
 
+run_app = typer.Typer(help="Make images: txt2img and img2img under one name.", no_args_is_help=True)
+app.add_typer(run_app, name="run")
 
-def _show_version(wanted: bool) -> None:
-    """Print the version and end, before a command is asked for."""
-    if wanted:
-        print(f"sdtrt {__version__}")
-        raise typer.Exit
+
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    """Print the version and end, before a command is asked for; with `--verbose` those of the libraries, too."""
+    if not wanted:
+        return
+    print(f"sdtrt {__version__}")
+    if context.params["verbose"]:
+        for name, version in host.library_versions().items():
+            print(f"{name} {version}")
+    raise typer.Exit
 
 
 @app.callback()
 def root(
-    version: Annotated[
-        bool, Option("--version", help="show the version", is_eager=True, callback=_show_version)
+    context: typer.Context,
+    verbose: Annotated[
+        bool, Option("--verbose", help="with --version: the libraries' versions, too", is_eager=True)
     ] = False,
+    version: Annotated[bool, Option("--version", help="show the version", callback=_show_version)] = False,
 ) -> None:
     """Options before the command."""
+    if verbose:
+        command = context.invoked_subcommand
+        raise UsageError(
+            f"--verbose before {command} would not reach it", hint=f"give it after it: sdtrt {command} ... --verbose"
+        )
 
 
 @app.command()
+@run_app.command()
 @grouped
 def txt2img(
     generate: GenerateOptions,
@@ -88,6 +92,7 @@ def txt2img(
 
 
 @app.command()
+@run_app.command()
 @grouped
 def img2img(
     init_image: Annotated[Path, Option("--init-image", "-i", help="the image to start from")],
@@ -106,13 +111,14 @@ def img2img(
 
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
-    """Run a generation; stdout gets the image paths, one a line, or one JSON document."""
+    """Make the images of a request; stdout gets their paths, one a line, or one JSON document."""
     from sdtrt.engines.digests import hash_ahead
+    from sdtrt.engines.find import likely
 
     engines = directory.directory()
     candidates = registry.candidates(spec.backend)
     if any(backend.source for backend in candidates):
-        hash_ahead(lambda: engines.likely(spec.model.name, spec.backend))
+        hash_ahead(lambda: likely(engines, spec.model.name, spec.backend))
     with quick_imports():
         if any("cuda" in backend.devices for backend in candidates):
             from sdtrt.cli.prewarm import start_gpu
@@ -139,47 +145,16 @@ def export(
     output: OutputOptions,
 ) -> None:
     """Write the model's components as ONNX with dynamic batch, height and width, checked against PyTorch."""
-    _check_components(exporter, model, precision)
-    if target is not None and len(exporter.component or ()) != 1:
-        count = len(exporter.component or ()) or "all"
-        raise UsageError(f"--output takes one component, got {count}", hint="as in --component unet --output unet.onnx")
+    request = exporter.request(model.spec(), precision, output=target, overwrite=overwrite)
     engines, console = directory.directory(), output.console()
-    from sdtrt.exports.component import FILE_NAME, export_component
-    from sdtrt.exports.to_file import export_file
-    from sdtrt.models.resolve import resolve_model
+    from sdtrt.exports.request import export_all, export_to_file
 
-    resolved = resolve_model(model.spec(), console)
-    specs = [
-        exporter.spec(model.spec(), fitting, name, output=target, overwrite=overwrite)
-        for name, fitting in _components(resolved, exporter, precision, console)
-    ]
     if target is not None:
-        path = export_file(resolved, specs[0], console)
-        render([str(path)], {"path": str(path), "precision": specs[0].precision}, output)
+        path, spec = export_to_file(request, console)
+        render([str(path)], {"path": str(path), "precision": spec.precision}, output)
         return
-    entries = [export_component(resolved, spec, engines, console) for spec in specs]
-    render([str(entry.file(FILE_NAME)) for entry in entries], document(entries), output)
-
-
-def _check_components(exporter: ExporterOptions, model: ModelOptions, precision: str) -> None:
-    """Refuse what is wrong with an export before anything heavy is loaded."""
-    for name in exporter.component or ("unet",):
-        exporter.spec(model.spec(), precision, name)
-
-
-def _components(
-    model: Model, exporter: ExporterOptions, precision: str, console: Console
-) -> Iterator[tuple[Component, Precision]]:
-    """The components that are asked for, each with the precision that it is made in."""
-    from sdtrt.models.components import choose_components, precision_of
-
-    if model.missing and not exporter.component:
-        console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
-    for name in choose_components(model, exporter.component or ()):
-        fitting = precision_of(model, name, cast("Precision", precision))
-        if fitting != precision:
-            console.note(f"{name}: in {fitting}, as this model's VAE overflows in {precision} (force_upcast)")
-        yield name, fitting
+    entries = export_all(request, engines, console)
+    render([str(entry.file("model.onnx")) for entry in entries], document(entries), output)
 
 
 @app.command()
@@ -195,23 +170,12 @@ def build(
 ) -> None:
     """Build engines from the exported components, exporting first what is missing."""
     backend.check()
-    options.check()
-    _check_components(exporter, model, backend.precision or "fp16")
-    sizes.profiles(Sizes(2, 512, 512))
+    exports = exporter.request(model.spec(), backend.precision or "fp16")
+    request = options.request(exports, backend, sizes.request())
     engines, console = directory.directory(), output.console()
-    from sdtrt.backends.build import build_engine
-    from sdtrt.models.components import profiles_of
-    from sdtrt.models.resolve import resolve_model
+    from sdtrt.backends.build import build_all
 
-    chosen = registry.get(registry.choose_backend(backend.backend, console))
-    if chosen.takes_any_size and sizes.given():
-        console.note(f"{sizes.given()}: without effect, as {chosen.title} engines take any size")
-    resolved = resolve_model(model.spec(), console)
-    profiles = () if chosen.takes_any_size else sizes.profiles(Sizes(2, *resolved.default_size()))
-    components = _components(resolved, exporter, backend.precision or chosen.default_precision(), console)
-    exports = [exporter.spec(model.spec(), fitting, name) for name, fitting in components]
-    specs = options.specs(exports, chosen, {one.component: profiles_of(one.component, profiles) for one in exports})
-    entries = [build_engine(resolved, replace(spec, force=exporter.force), engines, console) for spec in specs]
+    entries = build_all(request, engines, console)
     render([str(entry.path) for entry in entries], document(entries), output)
 
 

@@ -1,4 +1,4 @@
-"""The commands of the engine directory: list, verify, rm, prune."""
+"""The commands of the engine directory: list, verify, rm, prune. Knows how they speak, not how entries are kept."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sdtrt.cli.options import (
-    DirectoryOptions,
-    OutputOptions,
-    grouped,
-)
+from sdtrt.cli.groups import grouped
+from sdtrt.cli.options import DirectoryOptions, OutputOptions
 from sdtrt.cli.render import render
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import CacheError, UsageError
-from sdtrt.engines.directory import Checked
+from sdtrt.engines import upkeep
 from sdtrt.engines.entry import Entry, ForeignEntry, removal_of
 from sdtrt.engines.trust import mend_of
-from sdtrt.specs import (
-    GIB,
-    PruneSpec,
-    bytes_of,
-)
+from sdtrt.specs import GIB, PruneSpec, bytes_of
 
 DAY = 86400
 
@@ -64,7 +57,7 @@ def remove_entries(
     found = directory.directory()
     folders = {folder.name: folder for folder in (found.folder_named(name) for name in names)}
     for folder in folders.values():  # all or none
-        found.require_free(folder)
+        upkeep.require_free(found, folder)
     for folder in folders.values():
         found.remove(folder)
     render(list(folders), {"removed": list(folders)}, output)
@@ -76,7 +69,7 @@ def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
     """Read every entry whole and compare it with what was published; exit 1 where one is damaged or unsafe."""
     found = directory.directory()
     with output.console().stage("verifying"):
-        checked = list(found.check())
+        checked = list(upkeep.check(found))
     if output.as_json:
         print(json.dumps({"directory": str(found.path), "entries": [asdict(one) for one in checked]}, indent=2))
     elif checked:
@@ -94,8 +87,8 @@ def verify_entries(directory: DirectoryOptions, output: OutputOptions) -> None:
         )
 
 
-def _row(one: Checked) -> tuple[str, str, str, str]:
-    """What was found of an entry, as a table's row."""
+def _row(one: upkeep.Checked) -> tuple[str, str, str, str]:
+    """Return a row of the table: one entry, and what was found of it."""
     return one.name, one.state, f"{one.size_bytes / 2**20:.1f} MiB", one.problem
 
 
@@ -115,10 +108,9 @@ def prune_entries(
     keep_bytes = None if keep_gib is None else bytes_of("--keep-gib", keep_gib)
     spec = PruneSpec(older_than_days, keep_bytes, foreign, damaged, dry_run)
     from sdtrt.backends.registry import is_foreign
-    from sdtrt.engines.upkeep import prune
 
     console = output.console()
-    pruned = prune(directory.directory(), spec, is_foreign, console)
+    pruned = upkeep.prune(directory.directory(), spec, is_foreign, console)
     verb = "would remove" if spec.dry_run else "removed"
     size = f"{pruned.freed_bytes / GIB:.2f} GiB"
     console.note(f"{verb} {len(pruned.removed)} entries, {size}, and {pruned.leftovers} unfinished builds")
@@ -153,7 +145,7 @@ def _made_for(entry: Entry | ForeignEntry) -> str:
 
 
 def _age(moment: float) -> str:
-    """How long ago a moment was, roughly."""
+    """Say roughly how long ago a moment was."""
     seconds = max(0.0, time.time() - moment)
     for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:

@@ -1,4 +1,7 @@
-"""Which engines a request will run, as far as that is known before its model is read, and loading them ahead of it."""
+"""Load the engines that a request will probably run, before its model is read.
+
+Knows which engines are likely from the request and from the engine directory alone. Nothing depends on its being right.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from contextlib import suppress
 
 from sdtrt.backends import registry
 from sdtrt.common import host
-from sdtrt.common.errors import SdtrtError
+from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
+from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import EngineKey
 from sdtrt.models.components import VAE_HALVES, sizes_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.specs import Component, GenerateSpec, Precision, Profile, Sizes
@@ -44,20 +48,21 @@ def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry
     if not backend.loads_ahead:
         return []
     runs, precision = backend.runs_here(), spec.precision or backend.default_precision()
-    latest = directory.latest(spec.model.name, lambda entry: runs(entry.key) and _may_serve(entry, spec, precision))
+
+    def fits(entry: Entry) -> bool:
+        key = entry.parsed_key
+        return isinstance(key, EngineKey) and runs(key) and _may_serve(key, spec, precision)
+
+    latest = find.latest(directory, spec.model.name, fits)
     return sorted(latest.values(), key=lambda entry: entry.size_bytes, reverse=True)
 
 
-def _may_serve(entry: Entry, spec: GenerateSpec, precision: Precision) -> bool:
+def _may_serve(key: EngineKey, spec: GenerateSpec, precision: Precision) -> bool:
     """Whether an engine serves a request, as far as the request alone tells."""
-    try:
-        name: Component = entry.key["component"]
-        fitting = entry.key["precision"] in ((precision, "fp32") if name in VAE_HALVES else (precision,))
-        called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
-        profiles = [Profile.from_json(data) for data in entry.key["profiles"]]
-        return fitting and called and any(_known_sizes(name, spec, one) in one for one in profiles)
-    except (SdtrtError, *MALFORMED):  # the key is not one of ours
-        return False
+    name: Component = key.component
+    fitting = key.precision in ((precision, "fp32") if name in VAE_HALVES else (precision,))
+    called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
+    return fitting and called and any(_known_sizes(name, spec, one) in one for one in key.profiles)
 
 
 def _known_sizes(component: Component, spec: GenerateSpec, profile: Profile) -> Sizes:

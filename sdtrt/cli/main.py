@@ -1,4 +1,4 @@
-"""The command line's outermost layer: from arguments to an exit code."""
+"""Turn arguments into an exit code. Knows how every failure is told; what commands do it does not know."""
 
 from __future__ import annotations
 

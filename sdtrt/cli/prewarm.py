@@ -1,8 +1,8 @@
-"""What a GPU needs before a first step, begun while Python imports: CUDA's context, TensorRT's libraries, engines.
+"""Begin while Python imports what a GPU needs before a first step: CUDA's context, TensorRT's libraries, engines.
 
-All are waits without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where it
-is needed. The threads are no daemons: a process that ends early first waits for the driver, which must not be torn down
-while it starts or loads; but no load begins once the process is ending.
+All of these wait without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where
+it is needed. The threads are no daemons: a process that ends early first waits for the driver, which must not be torn
+down while it starts or loads; but no load begins once the process is ending.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdtrt.specs import BackendName, GenerateSpec
 
 
 def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
-    """Start all of it for a request, and import PyTorch meanwhile: it has to come before TensorRT."""
+    """Start the driver, TensorRT and a request's likely engines; import PyTorch, which must come before TensorRT."""
     gpu = wake_gpu()
     import torch  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""A report on stdout: lines, or JSON."""
+"""Print a command's result on stdout, as lines or as one JSON document. Nothing else goes to stdout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdtrt.cli.options import (
-    OutputOptions,
-)
+from sdtrt.cli.options import OutputOptions
 from sdtrt.engines.entry import Entry
 
 if TYPE_CHECKING:
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def document(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Entries as one JSON document: one entry as it is, several as a list."""
+    """Write entries as one JSON document: one entry as it is, several as a list."""
     documents = [{"path": str(entry.path), **entry.to_json()} for entry in entries]
     return documents[0] if len(documents) == 1 else {"entries": documents}
 

@@ -1,1 +1,1 @@
-"""What every room may use: errors, the console, files, facts of the machine, measures of error."""
+"""Errors, the console, files, facts of the machine, measures of error: every room may use them. They know no room."""

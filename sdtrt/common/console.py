@@ -1,4 +1,4 @@
-"""What people see while they wait: stages, bars and notes on stderr. Stdout is the result's alone."""
+"""Show people stages, bars and notes on stderr while they wait. Stdout is the result's alone."""
 
 from __future__ import annotations
 

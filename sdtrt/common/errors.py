@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 import shlex
 
+# What goes wrong where plain data is not of the form that it should have.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
 
 class SdtrtError(Exception):
     """A failure that its reader can mend.
@@ -57,7 +60,7 @@ class EngineError(SdtrtError):
 
 
 class NotInEngineError(EngineError, AttributeError):
-    """What an engine has not and the module that it stands for has: absent for who only asks whether it is there."""
+    """An engine lacks what the module that it stands for has. `hasattr` finds it absent, and raises nothing."""
 
 
 class MemoryShortage(EngineError):  # noqa: N818 (the word is the error)
@@ -119,5 +122,5 @@ def _one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says in its first line; its type where it says nothing."""
+    """Return the first line of another library's error, or the error's type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

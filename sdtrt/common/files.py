@@ -1,6 +1,6 @@
 """Files and folders: opened once, written whole or not at all, flushed to the disk, locked while in use.
 
-Who may change them is not known here, but in `trust`.
+Who may change them is not known here, but in `engines.rights`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -92,6 +93,19 @@ def private_folder(parent: Path, prefix: str) -> Iterator[Path]:
             remove()
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A private folder where the system has its temporary files, for the time of a `with`.
+
+    Raises:
+        OSError: where there is none that can be written to.
+    """
+    with held():  # the first time, Python writes a file there to see whether it can
+        parent = Path(tempfile.gettempdir())
+    with private_folder(parent, "sdtrt-") as folder:
+        yield folder
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace a small file in one step; a link is replaced itself."""
     temporary = path.with_name(f"{path.name}{secrets.token_hex(8)}")
@@ -118,6 +132,15 @@ def make_folders(path: Path, mode: int = 0o777) -> list[Path]:
     if not missing and not path.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     return missing
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder if it isn't there, for this user alone to write; flushed, as what goes into it is.
+
+    So are the folders above it: `mkdir(parents=True)` makes those as the umask has it, then they may be refused.
+    """
+    for folder in make_folders(path, MODE):
+        fsync(folder.parent)
 
 
 def rename_to_free(temporary: Path, path: Path) -> None:
@@ -147,7 +170,7 @@ def delete(path: Path) -> None:
 
 
 def limit_hint(error: OSError) -> str | None:
-    """What helps where a limit of the process or the system was met, which says nothing of the file; else None."""
+    """Return what helps where a limit of the process or the system was met; None where the error is the file's own."""
     if error.errno in EXHAUSTED:
         return MORE_FILES
     return RAISE_LIMITS if error.errno in LIMITS else None
@@ -165,7 +188,7 @@ def is_exhausted(error: BaseException | None) -> bool:
 
 
 def status(path: Path, *, follow: bool = True) -> os.stat_result | None:
-    """What is known of a path, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
+    """Return a path's status, None if nothing is there. Raises where that can't be told (`Path.exists` may not)."""
     try:
         return path.stat(follow_symlinks=follow)
     except FileNotFoundError:
@@ -173,7 +196,7 @@ def status(path: Path, *, follow: bool = True) -> os.stat_result | None:
 
 
 def listing(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where there is no folder."""
+    """List what is in a folder, by name; nothing where there is no folder."""
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:

@@ -49,7 +49,7 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """How many processor cores this process may use."""
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -147,7 +147,7 @@ def has_gpu() -> bool:
 
 
 def facts() -> dict[str, Any]:
-    """All facts, as plain data for reports and sidecars."""
+    """Return all facts, as plain data for reports and sidecars."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""What libraries keep on the disk for their next run: compiled kernels, lists of fonts. Here it goes at the end."""
+"""Remove at the end what libraries keep on the disk for their next run: compiled kernels, lists of fonts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far two arrays are apart, and how alike they are.
+"""Measure how far two arrays are apart, and how alike they are.
 
 All take arrays of one shape and compute in float64, so that fp16 inputs don't overflow and the order of summation
 doesn't matter. A non-finite input gives a non-finite (or NaN) result: it never looks like a good one.
@@ -89,7 +89,7 @@ def require_ssim() -> Any:
 
 
 def count_non_finite(values: npt.ArrayLike) -> int:
-    """How many values are NaN or infinite."""
+    """Count the values that are NaN or infinite."""
     array: npt.NDArray[Any] = np.asarray(values)
     return int(array.size - np.count_nonzero(np.isfinite(array)))
 

@@ -1,4 +1,4 @@
-"""How many threads there are to spare: users and containers have limits, and libraries end the process at them."""
+"""Count the threads that are to spare: users and containers have limits, and libraries end the process at them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-"""sha256 of files; of those that a command will soon ask for, in the background while it imports large libraries."""
+"""sha256 of files; of those that a command will soon ask for, in the background while it imports large libraries.
+
+The engine directory remembers those of large files (`DigestMemo`). What the files are is not known here.
+"""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
@@ -10,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt.common.errors import SdtrtError
-from sdtrt.common.files import (
-    sha256_file,
-)
+from sdtrt.common.files import make_private_folder, read_small_file, sha256_file, write_atomically
+from sdtrt.engines.rights import writers
 
 MEMO_BYTES = 32 * 2**20  # files smaller than this are hashed anew each time: it takes milliseconds
-
+MEMO_FILE_BYTES = 2**24  # at most, of the memo: far more than it needs
 PATIENCE_S = 0.05
 Identity = tuple[str, int, int, int, int]
 
@@ -100,3 +103,49 @@ def identity(path: Path) -> Identity:
     """What changes when a file is replaced or written, whoever puts its old time back. Raises `OSError`."""
     found = path.stat()
     return str(path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+class DigestMemo:
+    """The digests of large files, remembered in the engine directory by path, size and times.
+
+    Args:
+        path: of the engine directory, which need not exist.
+        trust_others: read the memo even if other users can change it.
+    """
+
+    def __init__(self, path: Path, *, trust_others: bool) -> None:
+        self._folder = path
+        self._file = path / ".digests.json"
+        self._trust_others = trust_others
+        self._own: dict[str, Mapping[str, Any]] = {}  # what this process has hashed
+
+    def digest(self, path: Path) -> str:
+        """sha256 (hex) of a file; that of a large one is remembered for as long as its size and times stay the same."""
+        name, *stamp = identity(path.resolve())
+        size_bytes = int(stamp[0])
+        if size_bytes < MEMO_BYTES:
+            return sha256_file(path)
+        known = (self.read() | self._own).get(name)
+        if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+            return str(known["sha256"])
+        digest = sha256_file(path)
+        if identity(path.resolve()) == (name, *stamp):  # else nobody knows which of two contents that is of
+            self._remember(name, {"stamp": stamp, "sha256": digest})
+        return digest
+
+    def _remember(self, name: str, known: Mapping[str, Any]) -> None:
+        """Write a file's digest into the memo; one that can't be written is this process's own."""
+        self._own[name] = known
+        with suppress(OSError):
+            make_private_folder(self._folder)
+            write_atomically(self._file, json.dumps(self.read() | {name: known}))
+
+    def read(self) -> dict[str, Any]:
+        """What was written into the memo; nothing where it can't be read as one, or others can change it."""
+        with suppress(OSError, ValueError, RecursionError):
+            if not self._trust_others and writers(self._file, self._file.lstat()):
+                return {}
+            memo = json.loads(read_small_file(self._file, MEMO_FILE_BYTES, follow=False))
+            if isinstance(memo, dict):
+                return memo
+        return {}

@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from sdtrt.common.errors import CacheError, EngineError, command_line
+from sdtrt.common.errors import MALFORMED, CacheError, EngineError, command_line
 from sdtrt.common.files import limit_hint, lock, open_regular, read_small_file, same_file
 from sdtrt.engines.digests import digest_of, digests_ahead
+from sdtrt.engines.keys import EngineKey, ExportKey, parse_key
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Contract
 
@@ -28,7 +29,7 @@ SOME_SIZES = Sizes(batch=2, height=64, width=64)
 FORMAT = 1  # of keys and sidecars: entries of another format are foreign
 SIDECAR = "entry.json"
 SIDECAR_BYTES = 2**24  # at most, of a sidecar or other JSON of the engine directory: far more than any needs
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_NAME = re.compile(r"([A-Za-z0-9._]+-){3}[0-9a-f]{16}")  # of an entry's folder
 
 
 def canonical_json(data: Any) -> str:
@@ -48,7 +49,7 @@ class Entry:
     Args:
         path: its folder.
         kind: `onnx` or `engine`.
-        key: what it was made for (plain JSON data).
+        key: what it was made for (plain JSON data, as they lie on the disk and are digested).
         info: what is known of it (plain JSON data): contract, parity, times.
         files: name → size in bytes.
         digests: name → sha256 (hex) of the content that was published.
@@ -72,6 +73,22 @@ class Entry:
     def digest(self) -> str:
         """sha256 (hex) of its key."""
         return key_digest(self.kind, self.key)
+
+    @cached_property
+    def parsed_key(self) -> EngineKey | ExportKey | None:
+        """Its key, parsed; None where it is not one that this version of sdtrt writes for its kind."""
+        return parse_key(self.kind, self.key)
+
+    @property
+    def engine_key(self) -> EngineKey:
+        """The key of an engine.
+
+        Raises:
+            EngineError: where it is not one that this version of sdtrt writes.
+        """
+        if isinstance(self.parsed_key, EngineKey):
+            return self.parsed_key
+        raise EngineError(f"{self.name} does not say what it was built for", hint=self.removal)
 
     @property
     def removal(self) -> str:
@@ -123,11 +140,15 @@ class Entry:
         with self._reading(path):
             digest = digests_ahead(companions, ahead) if ahead else digest_of
         for companion in companions:
-            self._verify(companion, digest)
+            self.verify_file(companion, digest)
         return path
 
-    def _verify(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
-        """Compare a file's content with its digest."""
+    def verify_file(self, path: Path, digest: Callable[[Path], str] = digest_of) -> None:
+        """Compare the content of one of its files with its digest.
+
+        Raises:
+            CacheError: when it can't be read, or is not what was published.
+        """
         with self._reading(path):
             intact = digest(path) == self.digests[path.name]
         if not intact and self._is_replaced():
@@ -241,6 +262,11 @@ def entry_name(kind: str, key: Mapping[str, Any]) -> str:
     """A folder name that people can read and that no two keys share."""
     words = (key["component"], key.get("backend", kind), key["precision"], key_digest(kind, key)[:16])
     return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(word)) for word in words)
+
+
+def is_entry_name(name: str) -> bool:
+    """Whether a folder's name is one that sdtrt gives to entries."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_published(path: Path, digest: str) -> bool:

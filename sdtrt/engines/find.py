@@ -1,42 +1,27 @@
-"""Which engine of the directory serves a request: the tightest that fits, of its weights."""
+"""Which engine of the directory serves a request: the tightest that fits, of its weights; which one probably will.
+
+What this machine runs is for the caller to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
 
-from sdtrt.common.errors import SdtrtError
+from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import MALFORMED, Entry
-from sdtrt.engines.keys import source_key
-from sdtrt.models.components import precision_of
-from sdtrt.models.resolve import Model
+from sdtrt.engines.entry import Entry
+from sdtrt.engines.keys import EngineKey, Sight, export_key, program_key
+from sdtrt.models.components import load_component, part_of, precision_of
+from sdtrt.models.live import LiveModel, dtype_of, weights_digest
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
 
 
-def find_engine(
-    model: Model,
-    runs: Callable[[Mapping[str, Any]], bool],
-    precision: Precision,
-    sizes: Sizes,
-    directory: EngineDirectory,
-    component: Component = "unet",
-    weights: bool = True,
-) -> Entry | None:
-    """The engine that fits a request on this machine: of the tightest profiles the newest; None if there is none.
-
-    Args:
-        runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
-        precision: that is asked for; the component may need another one (`precision_of`).
-        sizes: of the component's own call (`sizes_of`).
-        weights: whether the backend's engines hold them; others serve any weights of the architecture.
-    """
-    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"), weights)
-
-
 def best_fit(
-    model: Model,
-    runs: Callable[[Mapping[str, Any]], bool],
+    model: ModelSource,
+    runs: Callable[[EngineKey], bool],
     precision: Precision,
     sizes: Sizes,
     directory: EngineDirectory,
@@ -44,16 +29,24 @@ def best_fit(
     entries: Sequence[Entry],
     weights: bool = True,
 ) -> Entry | None:
-    """Of these engines the one that `find_engine` takes."""
+    """Of some engines the one that fits a request on this machine: of the tightest profiles the newest; None for none.
+
+    Args:
+        runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
+        precision: that is asked for; the component may need another one (`precision_of`).
+        sizes: of the component's own call (`sizes_of`).
+        weights: whether the backend's engines hold them; others serve any weights of the architecture.
+    """
     precision = precision_of(model, component, precision)
-    wanted = {"component": component, "precision": precision}
-    export = source_key(model, ExportSpec(model.spec, component, precision), directory, weights=weights)
+    has_weights = (_same_weights_as if weights else _same_architecture_as)(model, component, precision, directory)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
-        if all(entry.key.get(name) == value for name, value in wanted.items())
-        and runs(entry.key)
-        and (looseness := _fit(entry.key, export, sizes)) is not None
+        if isinstance(key := entry.parsed_key, EngineKey)
+        and (key.component, key.precision) == (component, precision)
+        and runs(key)
+        and (looseness := slack(key.profiles, sizes)) is not None
+        and has_weights(entry, key)
     ]
     if not fitting:
         return None
@@ -62,17 +55,45 @@ def best_fit(
     return best
 
 
-def _fit(key: Mapping[str, Any], export: Mapping[str, Any], sizes: Sizes) -> float | None:
-    """How loosely an engine of the right kind fits; None for other weights, or a malformed key."""
-    try:
-        return slack(key, sizes) if _same_weights(key["export"], export) else None
-    except (SdtrtError, *MALFORMED):
-        return None
+def _same_architecture_as(
+    model: ModelSource, component: Component, precision: Precision, directory: EngineDirectory
+) -> Callable[[Entry, EngineKey], bool]:
+    """What says of an engine free of weights whether it serves a model."""
+    wanted = program_key(model, ExportSpec(model.spec, component, precision))
+    return lambda _entry, key: key.export == wanted
 
 
-def slack(key: Mapping[str, Any], sizes: Sizes) -> float | None:
+def _same_weights_as(
+    model: ModelSource, component: Component, precision: Precision, directory: EngineDirectory
+) -> Callable[[Entry, EngineKey], bool]:
+    """What says of an engine whether it is of a model's weights: by its key, or for a live model by their digest."""
+    export = export_key(model, ExportSpec(model.spec, component, precision), directory.file_digest)
+    if not isinstance(model, LiveModel):
+        return lambda _entry, key: key.export.has_weights_of(export)
+    digest, older = model.digest(component, precision), cache(partial(_files_are, model, component, precision))
+
+    def has_weights(entry: Entry, key: EngineKey) -> bool:
+        if "weights_digest" in entry.info:
+            return key.export.format == export.format and bool(entry.info["weights_digest"] == digest)
+        stored = model.stored
+        if stored is None:
+            return False
+        of_files = export_key(stored, ExportSpec(stored.spec, component, precision), directory.file_digest)
+        return key.export.has_weights_of(of_files) and older()
+
+    return has_weights
+
+
+def _files_are(model: LiveModel, component: Component, precision: Precision) -> bool:
+    """Whether the files that a live model came from hold what its modules hold now; reads them."""
+    assert model.stored is not None
+    with Sight(model.stored, (part_of(component),)).steady():
+        module = load_component(model.stored, component, dtype_of(precision))
+        return weights_digest(module, component, precision) == model.digest(component, precision)
+
+
+def slack(profiles: Sequence[Profile], sizes: Sizes) -> float | None:
     """How loosely an engine's profiles fit a size: 0 for exactly, None for not at all."""
-    profiles = [Profile.from_json(data) for data in key["profiles"]]
     if not profiles:
         return 0.0
     fitting = [profile for profile in profiles if sizes in profile]
@@ -90,7 +111,24 @@ def _looseness(profile: Profile, sizes: Sizes) -> float:
     return sum(abs(bounds.opt - value) / value + (bounds.max - bounds.min) / bounds.max for bounds, value in pairs)
 
 
-def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two export keys are of the same weights: exporter and opset may differ, a user's choice at build time."""
-    free = {"exporter", "opset"}
-    return {k: v for k, v in one.items() if k not in free} == {k: v for k, v in other.items() if k not in free}
+def likely(directory: EngineDirectory, model: str, backend: str) -> list[Path]:
+    """The large files of the engines that a request for a model will run in all likelihood, the largest first.
+
+    They are those used last, one for each component. Which ones fit is known only once heavy libraries are there.
+
+    Args:
+        model: its name as it was given when the engines were built.
+        backend: the engines'; any for `auto`.
+    """
+    found = latest(directory, model, lambda entry: backend in ("auto", entry.key.get("backend")))
+    files = [(size, entry.path / name) for entry in found.values() for name, size in entry.files.items()]
+    return [path for size, path in sorted(files, reverse=True) if size >= digests.MEMO_BYTES]
+
+
+def latest(directory: EngineDirectory, model: str, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
+    """For each component the engine of a model that was used last, of those that fit."""
+    found: dict[str, Entry] = {}
+    for entry in sorted(directory.entries("engine"), key=lambda entry: entry.last_used):
+        if entry.info.get("model") == model and fits(entry):
+            found[str(entry.key.get("component"))] = entry
+    return found

@@ -1,4 +1,6 @@
-"""What identifies an export. Apart from `export`: who looks for an engine needs neither ONNX nor an exporter.
+"""What identifies an export and an engine, and whether a model's files are still those that a key was made from.
+
+Apart from `exports`: who looks for an engine needs neither ONNX nor an exporter. Entries are not known here.
 
 Between a look at a model's weights and their use others may replace them. So whatever is given a key, or named by a
 fingerprint, is read inside `Sight.steady`, which begins before the fingerprint is taken.
@@ -6,62 +8,203 @@ fingerprint, is read inside `Sight.steady`, which begins before the fingerprint 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sdtrt.common.console import Console
-from sdtrt.common.errors import ModelChangedError, SdtrtError
+from sdtrt.common.errors import MALFORMED, ModelChangedError, SdtrtError
 from sdtrt.engines.digests import Identity, identity
-from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.architecture import architecture_fingerprint
 from sdtrt.models.components import contract_of, part_of
+from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import Model
-from sdtrt.specs import ExportSpec
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import COMPONENTS, PRECISIONS, Component, ExportSpec, Precision, Profile
 
 FORMAT = 5  # of exports: raise it when `export` writes something else for the same request
+MOST = 2**62  # of a number in a key: more is nobody's size
 TRIES = 3  # of work whose files change meanwhile
 
 T = TypeVar("T")
 
 
-def export_key(model: Model, spec: ExportSpec, directory: EngineDirectory) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExportKey:
     """What an export is identified by: the component's configuration and weights, and how it is written.
+
+    Args:
+        format: of exports; another number is another sdtrt's.
+        fingerprint: of the configuration and weights (`Model.fingerprint`).
+    """
+
+    component: Component
+    precision: Precision
+    exporter: str
+    opset: int
+    format: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        _check_what(self.component, self.precision)
+        _check_types((self.exporter, self.fingerprint), (self.opset, self.format))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ExportKey:
+        """Read a key's plain data. Raises one of `MALFORMED` for what no export of this format has."""
+        return cls(**data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as they are written on the disk."""
+        return asdict(self)
+
+    def has_weights_of(self, other: ExportKey) -> bool:
+        """Whether both are of the same weights: exporter and opset may differ, a user's choice at build time."""
+        return replace(self, exporter=other.exporter, opset=other.opset) == other
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What an engine is identified by: all that its bytes depend on.
+
+    Args:
+        format: of the backend's engines; another number is another sdtrt's.
+        host: what the engine is bound to; only its backend knows what that is.
+        profiles: the sizes that it takes; none for all sizes.
+        options: how it was built; only its backend knows what that is.
+        export: of the export that it was built from, which stands for the weights.
+    """
+
+    format: int
+    component: Component
+    precision: Precision
+    backend: str
+    backend_version: str
+    host: Mapping[str, Any]
+    profiles: tuple[Profile, ...]
+    options: Mapping[str, Any]
+    export: ExportKey
+
+    def __post_init__(self) -> None:
+        _check_what(self.component, self.precision)
+        bounds = [value for profile in self.profiles for one in vars(profile).values() for value in vars(one).values()]
+        _check_types((self.backend, self.backend_version), (self.format, *bounds))
+        if not (isinstance(self.host, Mapping) and isinstance(self.options, Mapping)):
+            raise TypeError("host and options must be objects")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineKey:
+        """Read a key's plain data. Raises `SdtrtError` or one of `MALFORMED` for what no engine has."""
+        return cls(
+            format=data["format"],
+            component=data["component"],
+            precision=data["precision"],
+            backend=data["backend"],
+            backend_version=data["backend_version"],
+            host=data["host"],
+            profiles=tuple(Profile.from_json(profile) for profile in data["profiles"]),
+            options=data["options"],
+            export=ExportKey.from_json(data["export"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as they are written on the disk."""
+        return {
+            "format": self.format,
+            "component": self.component,
+            "precision": self.precision,
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "host": self.host,
+            "profiles": [asdict(profile) for profile in self.profiles],
+            "options": self.options,
+            "export": self.export.to_json(),
+        }
+
+    @property
+    def is_version_compatible(self) -> bool:
+        """Whether later versions of its backend may run it, too."""
+        return bool(self.options.get("version_compatible"))
+
+
+def parse_key(kind: str, key: Mapping[str, Any]) -> EngineKey | ExportKey | None:
+    """The key of an entry of a kind, parsed; None for one that this version of sdtrt does not write."""
+    try:
+        if kind == "engine":
+            return EngineKey.from_json(key)
+        return ExportKey.from_json(key) if kind == "onnx" else None
+    except (SdtrtError, *MALFORMED):
+        return None
+
+
+def _check_what(component: object, precision: object) -> None:
+    """Raise `ValueError` for what is no component or no precision."""
+    if component not in COMPONENTS or precision not in PRECISIONS:
+        raise ValueError(f"a key is of {component!r} in {precision!r}")
+
+
+def _check_types(texts: Iterable[object], numbers: Iterable[object]) -> None:
+    """Raise `TypeError` or `ValueError` for what is not the text or the number that a key has in its place."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"a key has {text!r} in the place of a text")
+    for number in numbers:
+        if type(number) is not int:
+            raise TypeError(f"a key has {number!r} in the place of a number")
+        if abs(number) > MOST:
+            raise ValueError(f"a key has {number} where less is possible")
+
+
+def export_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str]) -> ExportKey:
+    """The key of the export of a model's component, with the weights that the model has now.
+
+    Args:
+        digest: sha256 of a file (the engine directory's memoises it).
 
     The versions of PyTorch and diffusers are not in it: an export is checked against them when it is made, and computes
     the same ever after. They are in the entry's `info`.
     """
-    return {
-        "component": spec.component,
-        "precision": spec.precision,
-        "exporter": spec.exporter,
-        "opset": spec.resolved_opset,
-        "format": FORMAT,
-        "fingerprint": model.fingerprint(part_of(spec.component), directory.file_digest),
-    }
+    return ExportKey(
+        component=spec.component,
+        precision=spec.precision,
+        exporter=spec.exporter,
+        opset=spec.resolved_opset,
+        format=FORMAT,
+        fingerprint=_fingerprint(model, spec, digest),
+    )
 
 
-def program_key(model: Model, spec: ExportSpec) -> dict[str, Any]:
-    """What an engine free of weights is built from: like `export_key`, but of any weights of the architecture."""
+def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
+    """What an engine free of weights is built from: as `export_key`, but of any weights of the architecture."""
     contract = contract_of(model, spec.component, spec.precision)
-    return {
-        "component": spec.component,
-        "precision": spec.precision,
-        "exporter": "program",
-        "opset": 0,
-        "format": FORMAT,
-        "fingerprint": architecture_fingerprint(model, part_of(spec.component), contract),
-    }
+    return ExportKey(
+        component=spec.component,
+        precision=spec.precision,
+        exporter="program",
+        opset=0,
+        format=FORMAT,
+        fingerprint=architecture_fingerprint(model, part_of(spec.component), contract),
+    )
 
 
-def source_key(model: Model, spec: ExportSpec, directory: EngineDirectory, *, weights: bool) -> dict[str, Any]:
-    """What an engine is built from.
+def source_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str], *, weights: bool) -> ExportKey:
+    """The key of what an engine is built from.
 
     Args:
-        weights: whether they are inside it.
+        digest: as of `export_key`.
+        weights: whether they are inside the engine.
     """
-    return export_key(model, spec, directory) if weights else program_key(model, spec)
+    return export_key(model, spec, digest) if weights else program_key(model, spec)
+
+
+def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str]) -> str:
+    """What stands for the weights: a file's content, or the tensors of a live module as the engine takes them."""
+    if isinstance(model, LiveModel):
+        return model.fingerprint(spec.component, spec.precision)
+    assert isinstance(model, Model)
+    return model.fingerprint(part_of(spec.component), digest)
 
 
 class Sight:
@@ -76,7 +219,7 @@ class Sight:
         ModelError: where a part's weights can't be had.
     """
 
-    def __init__(self, model: Model, parts: Iterable[str]) -> None:
+    def __init__(self, model: ModelSource, parts: Iterable[str]) -> None:
         self._model = model
         self._seen = {part: self._look(part) for part in dict.fromkeys(parts)}
 
@@ -120,8 +263,7 @@ class Sight:
                     raise self._changed(part)
 
     def _look(self, part: str) -> list[Identity | None]:
-        files = (self._model.config_file(part), *self._model.weight_files(part))
-        return [_identity_or_none(path) for path in files]
+        return [_identity_or_none(path) for path in self._model.files(part)]
 
     def _changed(self, part: str) -> ModelChangedError:
         return ModelChangedError(

@@ -1,117 +1,84 @@
-"""Who but this user and root can change a file or folder, by its rights, its access list, or on the way to it.
+"""What the engine directory refuses because others could change it, or because it is not of its own kind.
 
-Windows has rights of another kind, of which this says nothing; nor does it of NFSv4's access lists.
+Engines run code, so whoever can write to them could run theirs. Who can write to a file is known in `rights`; what an
+entry is, in `entry`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from sdtrt.common.errors import CacheError, command_line, quote
-from sdtrt.common.files import (
-    status,
-)
-from sdtrt.engines.entry import (
-    UnfitError,
-)
-
-OTHERS = stat.S_IWGRP | stat.S_IWOTH
-ACCESS_LIST, DEFAULT_LIST = "system.posix_acl_access", "system.posix_acl_default"  # attributes of POSIX ACLs
-_LIST_HEAD, _LIST_LINE = 4, "<HHI"  # bytes; tag, rights, user or group (Linux, include/uapi/linux/posix_acl_xattr.h)
-_USER, _GROUP, _MASK, _WRITE = 0x02, 0x08, 0x10, 0x02
-_NO_LIST = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS)
-_MOST_LINKS = 40  # on one way, as in Linux
+from sdtrt.common.errors import MALFORMED, CacheError, command_line, quote
+from sdtrt.common.files import LIMITS, MODE, status
+from sdtrt.engines.entry import SIDECAR, Entry, UnfitError, entry_of, read_sidecar
+from sdtrt.engines.failures import reading, refusal
+from sdtrt.engines.rights import gives_away, is_anothers, replacers, safe_command, writers
 
 
-def writers(path: Path, found: os.stat_result) -> str | None:
-    """Who but this user and root can change a file or folder; None for nobody.
+class UnsafeError(UnfitError):
+    """An entry that other users can change; `mend` is the command after which they can't."""
 
-    Args:
-        path: of the file or folder itself, not of a link to it.
-        found: what is known of it.
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.mend = mend
+
+
+def check_trust(path: Path, *, trust_others: bool) -> None:
+    """Refuse an engine directory that others can change: engines run code, and whoever writes them chooses which.
+
+    Raises:
+        CacheError: where others can change it, or it can't be read.
     """
-    if os.name == "nt":
-        return None
-    if is_anothers(found):
-        return f"its owner, {_user_name(found.st_uid)}"
-    if found.st_mode & stat.S_IWOTH:
-        return "everybody"
-    if not found.st_mode & stat.S_IWGRP:
-        return None
-    if _access_list(path, ACCESS_LIST):  # these are not the group's rights, but the most that the list gives to anyone
-        return "those whom its access list names"
-    return None if _is_own_group(found.st_gid) else f"the group {_group_name(found.st_gid)}"
-
-
-def gives_away(folder: Path) -> bool:
-    """Whether a folder's default access list lets others write to what is made in it."""
-    lines = list(struct.iter_unpack(_LIST_LINE, _access_list(folder, DEFAULT_LIST)[_LIST_HEAD:]))
-    mask = next((rights for tag, rights, _ in lines if tag == _MASK), _WRITE)
-    others = [rights for tag, rights, who in lines if tag == _GROUP or (tag == _USER and who not in (0, os.geteuid()))]
-    return any(rights & mask & _WRITE for rights in others)
-
-
-def is_anothers(found: os.stat_result) -> bool:
-    """Whether a file or folder is neither this user's nor root's."""
-    return found.st_uid not in (0, os.geteuid())
-
-
-def safe_command(folder: Path, found: os.stat_result) -> str:
-    """The command that leaves a folder, and all that is in it, to this user where `writers` names others.
-
-    Args:
-        folder: to be made safe.
-        found: what is known of it, or of what is wrong in it.
-    """
-    if not is_anothers(found):
-        return f"chmod -R go-w {quote(str(folder))}"
-    # The number, for not every user of a container has a name; only root gives files away.
-    return f"{'sudo ' * (os.geteuid() != 0)}chown -R $(id -u) {quote(str(folder))}"
-
-
-def replacers(path: Path) -> Iterator[tuple[Path, str]]:
-    """The folders and links on the way to a path that lets others put something else there, and who they are.
-
-    They can where they may rename what is in a folder, or own a link. In a sticky folder such as `/tmp` only the owner
-    of a thing renames it: the next step on the way tells who that is.
-    """
-    if os.name == "nt":
+    if trust_others:
         return
-    for place, found in _way(path):
-        is_sticky = bool(found.st_mode & stat.S_ISVTX) and not is_anothers(found)
-        if stat.S_ISLNK(found.st_mode):
-            who = f"its owner, {_user_name(found.st_uid)}" if is_anothers(found) else None
-        else:
-            who = None if is_sticky else writers(place, found)
-        if who:
-            yield place, who
+    with reading(path):
+        found = status(path)
+        if found is not None:
+            _check_folder(path, Path(os.path.realpath(path)), found, "it")
+        for place, other in replacers(path):
+            # Another user's folder is not to be taken away from them for what lies in it.
+            mend = "" if is_anothers(place.lstat()) else f"chmod go-w {quote(str(place))}, or "
+            raise _unsafe(path, other, str(place), mend)
 
 
-def _way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Each folder and link that the system goes through to a path, from the root on; it ends where nothing is."""
-    place, ahead, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
-    while ahead:
-        yield place, place.lstat()
-        name = ahead.pop()
-        step = place.parent if name == ".." else place / name
-        found = status(step, follow=False)
-        if found is None:
-            return
-        if not stat.S_ISLNK(found.st_mode):
-            place = step
-            continue
-        yield step, found
-        links += 1
-        if links > _MOST_LINKS:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        target = step.readlink()
-        place = Path(target.anchor) if target.anchor else place
-        ahead += reversed(target.relative_to(target.anchor).parts)
+def _check_folder(path: Path, folder: Path, found: os.stat_result, where: str) -> None:
+    """Refuse a folder that others can change, or where they could change what is made in it."""
+    if who := writers(folder, found):
+        raise _unsafe(path, who, where, f"{safe_command(path, found)}, or ")
+    if gives_away(folder):
+        mend = command_line("setfacl", "-R", "-k", str(path))
+        raise _unsafe(path, "those whom its default access list names", f"what is made in {where}", f"{mend}, or ")
+
+
+def _unsafe(path: Path, who: str, where: str, mend: str) -> CacheError:
+    """The error for an engine directory that others can change."""
+    return CacheError(
+        f"the engine directory {path} is not safe: {who} can change {where}, and engines run code",
+        hint=f"{mend}name another --engine-dir; --trust-engine-dir takes it as it is",
+    )
+
+
+def inner(path: Path, name: str, *, trust_others: bool) -> Path:
+    """A folder of the engine directory's own, if it is there; else raises `CacheError` for what has its name.
+
+    What others can change is refused, as the directory itself would be: what they put there would be ours.
+    """
+    folder = path / name
+    found = require_own(folder, "folder")
+    if found is not None and not trust_others:
+        _check_folder(path, folder, found, str(folder))
+    return folder
+
+
+def make_inner(path: Path, name: str, *, trust_others: bool) -> Path:
+    """Make a folder of the engine directory's own where it is not there. Raises `CacheError` for what has its name."""
+    with suppress(FileExistsError):
+        (path / name).mkdir(mode=MODE)
+    return inner(path, name, trust_others=trust_others)
 
 
 def require_own(path: Path, kind: str) -> os.stat_result | None:
@@ -136,58 +103,60 @@ def _kind(found: os.stat_result) -> str:
     return kinds.get(stat.S_IFMT(found.st_mode), "neither file nor folder")
 
 
-def _access_list(path: Path, name: str) -> bytes:
-    """One of the POSIX access lists of a file or folder; empty where there is none."""
-    if not hasattr(os, "getxattr"):
-        return b""
+def examine(folder: Path, *, trust_others: bool) -> Entry:
+    """Read the entry in a folder, but not the contents of its files.
+
+    Raises:
+        UnfitError: where it is damaged, foreign, or (`UnsafeError`) others can change it.
+        CacheError: where the process has met a limit: that says nothing of the entry.
+    """
     try:
-        return os.getxattr(path, name, follow_symlinks=False)
+        _check_piece(folder, stat.S_ISDIR, trust_others=trust_others)
+        _check_piece(folder / SIDECAR, stat.S_ISREG, trust_others=trust_others)
+        entry = entry_of(folder, read_sidecar(folder))
+        for name in entry.files:
+            _check_piece(folder / name, stat.S_ISREG, trust_others=trust_others)
+    except FileNotFoundError as error:
+        raise UnfitError(f"{Path(error.filename).name} is missing") from error
     except OSError as error:
-        if error.errno not in _NO_LIST:
-            raise
-        return b""
+        if error.errno in LIMITS:
+            raise refusal(folder.parent, error, "read") from error
+        raise UnfitError(f"it can't be read: {error.strerror}") from error
+    except MALFORMED as error:
+        raise UnfitError(f"{SIDECAR} is damaged") from error
+    for name, size in entry.files.items():
+        if (found := (folder / name).stat()).st_size != size:
+            raise UnfitError(f"{name} has {found.st_size} of {size} bytes")
+    return entry
 
 
-def _is_own_group(gid: int) -> bool:
-    """Whether a group has this user alone in it: many systems give every user such a one."""
-    import grp
-    import pwd
+def _check_piece(path: Path, is_kind: Callable[[int], bool], *, trust_others: bool) -> None:
+    """Raise `UnfitError` for a link, for what is of another kind, and for what other users can change.
 
-    try:
-        user = pwd.getpwuid(os.geteuid())
-        members = set(grp.getgrgid(gid).gr_mem)
-    except KeyError:
-        return False
-    alone = all(other.pw_gid != gid for other in pwd.getpwall() if other.pw_uid != user.pw_uid)
-    return alone and members <= {user.pw_name}
-
-
-def _user_name(uid: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
+    Args:
+        path: an entry's folder, or a file in it.
+    """
+    found, is_folder = path.lstat(), is_kind is stat.S_ISDIR
+    if not is_kind(found.st_mode):
+        raise UnfitError(f"{path.name} is a link, or no {'folder' if is_folder else 'file'}")
+    if not trust_others and (who := writers(path, found)):
+        directory = path.parent if is_folder else path.parent.parent
+        raise UnsafeError(f"{path.name} can be changed by {who}", safe_command(directory, found))
 
 
-def _group_name(gid: int) -> str:
-    import grp
-
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+def mends_of_unsafe(folders: Iterable[Path], *, trust_others: bool) -> dict[str, str]:
+    """The names of the entries that other users can change, each with the command that mends it."""
+    found = {}
+    for folder in folders:
+        try:
+            examine(folder, trust_others=trust_others)
+        except UnsafeError as reason:
+            found[folder.name] = reason.mend
+        except UnfitError:
+            continue
+    return found
 
 
 def mend_of(unsafe: Mapping[str, str]) -> str:
     """The command after which other users can't change the entries that `EngineDirectory.unsafe` has found."""
     return " && ".join(sorted(set(unsafe.values())))
-
-
-class UnsafeError(UnfitError):
-    """An entry that other users can change; `mend` is the command after which they can't."""
-
-    def __init__(self, reason: str, mend: str) -> None:
-        super().__init__(reason)
-        self.mend = mend

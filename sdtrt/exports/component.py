@@ -31,7 +31,8 @@ from sdtrt.exports.onnx_file import Weights
 from sdtrt.exports.parity import ParityReport, check_onnx
 from sdtrt.exports.tracing import component_call, example_inputs, traceable
 from sdtrt.models.components import contract_of, load_component, part_of
-from sdtrt.models.resolve import Model
+from sdtrt.models.live import weights_digest
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import SIZE_MULTIPLE, Exporter, ExportSpec
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract
 
@@ -39,7 +40,9 @@ FILE_NAME = "model.onnx"
 OTHER: dict[Exporter, Exporter] = {"torchscript": "dynamo", "dynamo": "torchscript"}
 
 
-def export_component(model: Model, spec: ExportSpec, directory: EngineDirectory, console: Console = QUIET) -> Entry:
+def export_component(
+    model: ModelSource, spec: ExportSpec, directory: EngineDirectory, console: Console = QUIET
+) -> Entry:
     """Find or make the ONNX export of a component.
 
     Returns:
@@ -52,10 +55,10 @@ def export_component(model: Model, spec: ExportSpec, directory: EngineDirectory,
     return steadily(partial(_obtain, model, spec, directory, console), console)
 
 
-def _obtain(model: Model, spec: ExportSpec, directory: EngineDirectory, console: Console) -> Entry:
+def _obtain(model: ModelSource, spec: ExportSpec, directory: EngineDirectory, console: Console) -> Entry:
     """One attempt of `export_component`. Raises `ModelChangedError` where the key is not of what was read."""
     sight = Sight(model, (part_of(spec.component),))
-    key = export_key(model, spec, directory)
+    key = export_key(model, spec, directory.file_digest).to_json()
 
     def make(folder: Path) -> Mapping[str, Any]:
         with sight.steady():  # from the fingerprint, and not from here: others' locks may have been waited for
@@ -65,7 +68,7 @@ def _obtain(model: Model, spec: ExportSpec, directory: EngineDirectory, console:
 
 
 def _make(
-    model: Model, spec: ExportSpec, console: Console, folder: Path, *, name: str = FILE_NAME
+    model: ModelSource, spec: ExportSpec, console: Console, folder: Path, *, name: str = FILE_NAME
 ) -> Mapping[str, Any]:
     """Write and check `folder/name`; returns what is known of it."""
     start = time.perf_counter()
@@ -75,10 +78,11 @@ def _make(
         module = load_component(model, spec.component, getattr(torch, contract.outputs[0].dtype))
     write_onnx(module, contract, path, exporter=spec.exporter, opset=spec.resolved_opset, console=console)
     parity = check_onnx(path, module, contract, console=console)
-    return _info(model, contract, path, parity) | {"seconds": round(time.perf_counter() - start, 3)}
+    digest = {"weights_digest": weights_digest(module, spec.component, spec.precision)}
+    return _info(model, contract, path, parity) | digest | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def _info(model: Model, contract: Contract, path: Path, parity: ParityReport) -> dict[str, Any]:
+def _info(model: ModelSource, contract: Contract, path: Path, parity: ParityReport) -> dict[str, Any]:
     return {
         "contract": contract.to_json(),
         "model": model.spec.name,
@@ -104,7 +108,7 @@ def write_onnx(
         module: the part of the model that the component is of, on the CPU, in the contract's precision.
         contract: names, dtypes and axes of the graph.
         path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
-        wide_layers: of how many layers an fp16 UNet's convolutions compute in fp32 (see `tracing`).
+        wide_layers: of how many layers an fp16 UNet's convolutions compute in fp32 (see `fp16_recipe`).
 
     Raises:
         ExportError: the module's weights are not finite, or the exporter fails.

@@ -14,11 +14,11 @@ from sdtrt.common.interrupts import held
 from sdtrt.engines.keys import Sight, steadily
 from sdtrt.exports.component import _make
 from sdtrt.models.components import part_of
-from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import ExportSpec
 
 
-def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Path:
+def export_file(model: ModelSource, spec: ExportSpec, console: Console = QUIET) -> Path:
     """Export a component to the file `spec.output`: complete and checked, or not at all.
 
     Raises:
@@ -34,7 +34,7 @@ def export_file(model: Model, spec: ExportSpec, console: Console = QUIET) -> Pat
     return spec.output
 
 
-def _write(model: Model, spec: ExportSpec, target: Path, console: Console) -> None:
+def _write(model: ModelSource, spec: ExportSpec, target: Path, console: Console) -> None:
     """One attempt of `export_file`. Raises `ModelChangedError` where the weights were replaced while they were read."""
     sight = Sight(model, (part_of(spec.component),))
     with _draft_folder(target) as folder:

@@ -9,8 +9,10 @@ import hashlib
 import json
 from typing import Any
 
+from sdtrt.models.live import LiveModel, base_of
 from sdtrt.models.loading import class_defaults
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs.contract import Contract
 
 # What decides nothing of what a part computes: where it came from, how it was trained, what pipelines do around it.
@@ -37,13 +39,13 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-def architecture_of(model: Model, part: str) -> dict[str, Any]:
+def architecture_of(model: ModelSource, part: str) -> dict[str, Any]:
     """The class of a model's part, and those values of its configuration that are not the class's defaults.
 
     Raises:
         ModelError: as of `Model.config`.
     """
-    name = model.class_name(part)
+    name = _class_name(model, part)
     defaults = class_defaults(name)
     values = {
         key: value
@@ -53,10 +55,18 @@ def architecture_of(model: Model, part: str) -> dict[str, Any]:
     return {"class": name, "values": values}
 
 
-def architecture_fingerprint(model: Model, part: str, contract: Contract) -> str:
+def architecture_fingerprint(model: ModelSource, part: str, contract: Contract) -> str:
     """Sha256 of what a part is built like, and of the inputs and outputs of the component that is made of it."""
     content = {"part": part, "architecture": architecture_of(model, part), "contract": contract.to_json()}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _class_name(model: ModelSource, part: str) -> str:
+    """The class of a part; of a live one that of diffusers or transformers which it is derived from."""
+    if isinstance(model, LiveModel):
+        return base_of(type(model.modules[part])).__name__
+    assert isinstance(model, Model)
+    return model.class_name(part)
 
 
 def _same(value: Any, default: Any) -> bool:

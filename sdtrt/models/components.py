@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sdtrt.common.errors import UsageError
+from sdtrt.models.live import LiveModel
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_TOKENS,
@@ -34,17 +36,17 @@ def part_of(component: Component) -> str:
     return "vae" if component in VAE_HALVES else component
 
 
-def components_of(model: Model) -> tuple[Component, ...]:
+def components_of(model: ModelSource) -> tuple[Component, ...]:
     """All components that a model has, in the order in which its pipeline uses them (the encoder of images last)."""
     return tuple(name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type,misc]
 
 
-def text_encoders_of(model: Model) -> tuple[Component, ...]:
+def text_encoders_of(model: ModelSource) -> tuple[Component, ...]:
     """The model's text encoders (SDXL has two, its refiner the second only)."""
     return tuple(name for name in TEXT_ENCODERS if name in model.parts)
 
 
-def choose_components(model: Model, names: Iterable[str]) -> tuple[Component, ...]:
+def choose_components(model: ModelSource, names: Iterable[str]) -> tuple[Component, ...]:
     """The components that a user names, each once, in the usual order; all of the model's where none is named.
 
     Raises:
@@ -60,7 +62,7 @@ def choose_components(model: Model, names: Iterable[str]) -> tuple[Component, ..
     return tuple(name for name in known if not wanted or name in wanted)
 
 
-def contract_of(model: Model, component: Component, precision: Precision) -> Contract:
+def contract_of(model: ModelSource, component: Component, precision: Precision) -> Contract:
     """The contract of a model's component.
 
     Raises:
@@ -74,7 +76,7 @@ def contract_of(model: Model, component: Component, precision: Precision) -> Con
     return vae_contract(config, precision, component)
 
 
-def precision_of(model: Model, component: Component, precision: Precision) -> Precision:
+def precision_of(model: ModelSource, component: Component, precision: Precision) -> Precision:
     """The precision that a component is built in where `precision` is asked for.
 
     SDXL's VAE overflows in fp16. Its configuration says so (`force_upcast`, which by default is on), and diffusers'
@@ -123,8 +125,11 @@ def profiles_of(component: Component, profiles: Iterable[Profile]) -> tuple[Prof
     return tuple(dict.fromkeys(profile_of(component, profile) for profile in profiles))
 
 
-def load_component(model: Model, component: Component, dtype: torch.dtype) -> torch.nn.Module:
+def load_component(model: ModelSource, component: Component, dtype: torch.dtype) -> torch.nn.Module:
     """The part of the model that a component is of, on the CPU; nothing else of the model is read."""
+    if isinstance(model, LiveModel):
+        return model.load(component, dtype)
+    assert isinstance(model, Model)
     part = part_of(component)
     module: torch.nn.Module = load_parts(model, (part,), dtype)[part]
     return module

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import json
 import os
 import reprlib
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.console import quiet_libraries
-from sdtrt.common.errors import ModelError, first_line
+from sdtrt.common.errors import ModelError, SdtrtError, first_line
+from sdtrt.common.files import limit_hint, temporary_folder
 from sdtrt.models.checkpoints import check_plain, convert, meta_tensors
 from sdtrt.models.configuration import check_kinds, whole_numbers
 from sdtrt.models.resolve import UNUSED_PARTS, Model
@@ -384,7 +385,7 @@ def _load_tokenizer(model: Model, name: str) -> Any:
             tokenizer = CLIPTokenizer.from_pretrained(str(copy), local_files_only=True)
             tokenizer.name_or_path = str(folder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-            _try_tokenizer(tokenizer, encoder.get("vocab_size", CLIP_VOCABULARY))
+            _try_once(tokenizer, copy, encoder.get("vocab_size", CLIP_VOCABULARY))
         except Exception as error:  # the tokenizers library raises bare Exceptions
             reason = first_line(error).replace(str(copy), str(folder))
             raise ModelError(
@@ -401,12 +402,35 @@ def _copied_tokenizer(model: Model, name: str) -> Iterator[Path]:
     """
     folder = model.origin(name).folder
     config = {key: value for key, value in model.config(name).items() if not key.endswith(("_file", "_files"))}
-    with tempfile.TemporaryDirectory(prefix="sdtrt-") as copy:
-        (Path(copy) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        for file in TOKENIZER_FILES:
-            if os.path.lexists(folder / file):
-                (Path(copy) / file).write_bytes(read_model_file(folder / file, MAX_TOKENIZER_BYTES))
-        yield Path(copy)
+    with ExitStack() as stack:
+        try:
+            copy = stack.enter_context(temporary_folder())
+            (copy / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+            for file in TOKENIZER_FILES:
+                if os.path.lexists(folder / file):
+                    (copy / file).write_bytes(read_model_file(folder / file, MAX_TOKENIZER_BYTES))
+        except OSError as error:
+            raise SdtrtError(
+                f"can't write a copy of the tokenizer in {folder} to a temporary folder: {error.strerror}",
+                hint=limit_hint(error) or "free some space there, or set TMPDIR",
+            ) from error
+        yield copy
+
+
+_TRIED: set[str] = set()  # digests of what has passed in this process
+
+
+def _try_once(tokenizer: Any, copy: Path, vocabulary: int) -> None:
+    """Try a tokenizer whose files no other has had: its library never frees all that a text has taken there.
+
+    Raises:
+        ValueError: as of `_try_tokenizer`.
+    """
+    files = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(copy.iterdir())]
+    digest = hashlib.sha256(repr((files, tokenizer.model_max_length, vocabulary)).encode()).hexdigest()
+    if digest not in _TRIED:
+        _try_tokenizer(tokenizer, vocabulary)
+        _TRIED.add(digest)
 
 
 def _try_tokenizer(tokenizer: Any, vocabulary: int) -> None:

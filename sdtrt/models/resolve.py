@@ -172,6 +172,10 @@ class Model:
         self.check_has(part)
         return self.origin(part).files()
 
+    def files(self, part: str) -> tuple[Path, ...]:
+        """All the files that a part is read from. Raises `ModelError` as of `weight_files`."""
+        return (self.config_file(part), *self.weight_files(part))
+
     def stored_weight_files(self, part: str) -> tuple[Path, ...]:
         """The weight files of a part that are on this machine already; empty if there are none."""
         return () if part in self.missing else self.origin(part).stored_files()
@@ -357,8 +361,6 @@ def _check_configs(model: Model) -> None:
             f" {model.config('vae')['_class_name']}",
             hint=f"check {model.config_file('vae')}, or download the model again",
         )
-    if model.is_sdxl:
-        _check_conditioning(model)
     unet = model.config("unet")
     channels, latent_channels = unet["in_channels"], latent_channels_of(model.config("vae"))
     if channels != latent_channels and model.spec.vae is not None:
@@ -380,6 +382,8 @@ def _check_configs(model: Model) -> None:
                 f" {' or '.join(map(repr, wanted))} fits",
                 hint="download or copy the model again, or use another model",
             )
+    if model.is_sdxl:
+        _check_conditioning(model)
 
 
 def _joints(model: Model, unet: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -388,7 +392,7 @@ def _joints(model: Model, unet: Mapping[str, Any]) -> Iterator[tuple[str, Any, t
     conditioning = ("text_time",) if model.is_sdxl else (None, "text")
     yield "the unet's addition_embed_type", unet.get("addition_embed_type"), conditioning
     if model.is_sdxl or unet.get("encoder_hid_dim_type"):
-        return  # SDXL's conditioning has been checked
+        return  # `_check_conditioning` knows what fits
     widths = unet["cross_attention_dim"]
     for width in widths if isinstance(widths, list) else [widths]:
         yield "the unet's cross_attention_dim", width, (text_width(model.config("text_encoder")),)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.errors import ModelError, first_line, quote
-from sdtrt.common.files import open_regular, read_small_file
+from sdtrt.common.files import limit_hint, open_regular, read_small_file
 from sdtrt.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -346,7 +346,8 @@ def read_model_file(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing", hint="download or copy the model again") from error
     except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}", hint="download or copy the file again") from error
+        mend = limit_hint(error) or "download or copy the file again"
+        raise ModelError(f"can't read {path}: {error.strerror}", hint=mend) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import PushToHubMixin
 
 from sdtrt.backends.gradients import in_pytorch
 from sdtrt.backends.session import Session
@@ -26,10 +28,15 @@ from sdtrt.specs import Component
 from sdtrt.specs.contract import Contract, is_tiny_vae
 
 
-class Facade(torch.nn.Module):
+class Facade(torch.nn.Module, SchedulerMixin):  # type: ignore[misc]  # diffusers is not typed
     """What all facades share: they are like the class that they stand for, as far as an engine goes.
 
-    Of what that class has, class methods and names are its own; all else that a facade lacks is a `NotInEngineError`.
+    `DiffusionPipeline.save_pretrained` leaves out, with a warning, what is of none of the classes that it knows, and
+    the folder is broken. So a facade is of one of them, and refuses: of `SchedulerMixin`, of which diffusers asks
+    nothing else. Its names are not a facade's (`_Absent`).
+
+    Of what the class that it stands for has, class methods and names are a facade's own; all else that it lacks is a
+    `NotInEngineError`.
     A copy runs the same engine, so one thread at a time may use it and its copies; there are no pickles.
 
     Args:
@@ -142,6 +149,19 @@ class Facade(torch.nn.Module):
             f"a pipeline whose {' and '.join(self._components)} an engine runs can't be pickled",
             hint="open it in the other process: engines are shared there through the engine directory",
         )
+
+
+class _Absent:
+    """A name that a base class has and its children have not: their `__getattr__` is asked for it."""
+
+    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
+        raise AttributeError
+
+
+for _mixin in (SchedulerMixin, PushToHubMixin):
+    for _name in vars(_mixin):
+        if not _name.startswith("__"):
+            setattr(Facade, _name, _Absent())
 
 
 class _NoParameters(Iterator[torch.nn.Parameter]):

@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.session import Session
-from sdtrt.backends.unchanged import Remembered
+from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
 
@@ -30,11 +30,18 @@ class UNetForward:
         session: runs the engine; who opened it closes it.
         contract: the engine's inputs and outputs.
         device: where the session takes its tensors.
+        way_out: what runs a call that the engine has no input for.
     """
 
-    def __init__(self, session: Session[torch.Tensor], contract: Contract, device: torch.device) -> None:
+    def __init__(
+        self,
+        session: Session[torch.Tensor],
+        contract: Contract,
+        device: torch.device,
+        way_out: str = "use --backend torch",
+    ) -> None:
         self.session, self.contract = session, contract
-        self._device = device
+        self._device, self._way_out = device, way_out
         self._dtypes = {spec.name: torch_dtype(spec.dtype) for spec in contract.inputs}
         self._casts: dict[str, _Cast] = {}
 
@@ -73,7 +80,7 @@ class UNetForward:
         Raises:
             EngineError: where an argument is used that the engine has no input for, or the session refuses one.
         """
-        _refuse_unsupported(
+        self._refuse(
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
@@ -106,18 +113,22 @@ class UNetForward:
             return _cast(tensor, self._device, self._dtypes[name])
         kept, stream = self._casts.pop(name, None), _current_stream(self._device)
         if kept is None or kept.stream != stream or not kept.source.is_still(tensor):
-            source, result = Remembered.of(tensor), _cast(tensor, self._device, self._dtypes[name])
+            source, result = TensorSnapshot.of(tensor), _cast(tensor, self._device, self._dtypes[name])
             if source is None or result is tensor:
                 return result
             kept = _Cast(source, stream, result)
         self._casts[name] = kept
         return kept.result
 
+    def _refuse(self, **arguments: object) -> None:
+        """Raise `EngineError` naming the arguments that are in use."""
+        _refuse_unsupported("unet", self._way_out, **arguments)
+
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
         wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
         unknown = {name: value for name, value in given.items() if name not in wanted}
-        _refuse_unsupported(**unknown)
+        self._refuse(**unknown)
         missing = [name for name in wanted if given.get(name) is None]
         if missing:
             raise EngineError(
@@ -131,7 +142,7 @@ class UNetForward:
 class _Cast:
     """What a cast gave, and the CUDA stream that it was made on: on others it may not be there yet."""
 
-    source: Remembered
+    source: TensorSnapshot
     stream: int
     result: torch.Tensor
 
@@ -143,10 +154,17 @@ class TextForward:
         session: runs the engine; who opened it closes it.
         device: where the session takes its tensors.
         dtype: of the pipeline: what the embeddings are cast to.
+        way_out: what runs a call that the engine has no input for.
     """
 
-    def __init__(self, session: Session[torch.Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        self.session, self._device, self._dtype = session, device, dtype
+    def __init__(
+        self,
+        session: Session[torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        way_out: str = "use --backend torch",
+    ) -> None:
+        self.session, self._device, self._dtype, self._way_out = session, device, dtype, way_out
 
     def __call__(
         self,
@@ -168,6 +186,7 @@ class TextForward:
         """
         _refuse_unsupported(
             "text encoder",
+            self._way_out,
             attention_mask=attention_mask,
             position_ids=position_ids,
             output_attentions=output_attentions or None,
@@ -263,11 +282,11 @@ def _per_row(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tens
     return tensor.reshape(-1).expand(sample.shape[0])
 
 
-def _refuse_unsupported(part: str = "unet", /, **arguments: object) -> None:
+def _refuse_unsupported(part: str, way_out: str, /, **arguments: object) -> None:
     """Raise `EngineError` naming the arguments that are in use."""
     used = [name for name, value in arguments.items() if value is not None]
     if used:
         raise EngineError(
             f"the engine of the {part} has no input for {', '.join(used)}",
-            hint="use --backend torch for ControlNet, IP-Adapter, LoRA scales and attention masks",
+            hint=f"{way_out} for ControlNet, IP-Adapter, LoRA scales and attention masks",
         )

@@ -1,8 +1,10 @@
-"""Text, or an image and text, to images: one path for txt2img and img2img."""
+"""Makes images of a request and saves them: one path from text, or from an image and text, to files.
+
+It knows neither how engines are found nor how diffusers is called.
+"""
 
 from __future__ import annotations
 
-import secrets
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,27 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from sdtrt import __version__
-from sdtrt.common import host
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
-from sdtrt.models.components import sizes_of, text_encoders_of
-from sdtrt.models.resolve import Model
-from sdtrt.pipeline import images, memory, prompts, saving, schedulers
+from sdtrt.pipeline import images, memory, prompts, saving
+from sdtrt.pipeline.call import PipelineCall
 from sdtrt.pipeline.finite import Finite
+from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.settings import metadata_of, settings_of
 from sdtrt.specs import Component, GenerateSpec
-
-RANDOM_SEEDS = 2**32
-SHOWN_TOKENS = 100  # of a prompt that is too long
 
 
 @dataclass(frozen=True)
@@ -87,44 +84,13 @@ class GenerateReport:
         return {"images": made, **self.settings, "engine": facts.get("unet"), "engines": facts, "seconds": seconds}
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image to be made."""
-
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Jobs:
-    """All the images of a request, prompt after prompt: each prompt starts at the first seed and counts up from it.
-
-    A job is made when it is asked for: a request may be for tens of millions.
-    """
-
-    prompts: tuple[str, ...]
-    num_images: int
-    first_seed: int
-
-    def __len__(self) -> int:
-        return len(self.prompts) * self.num_images
-
-    def batch(self, first: int, size: int) -> list[Job]:
-        """The jobs from the number `first` on: `size`, or as many as there are."""
-        return [self._job(number) for number in range(first, min(first + size, len(self)))]
-
-    def _job(self, number: int) -> Job:
-        prompt, image = divmod(number, self.num_images)
-        return Job(self.prompts[prompt], self.first_seed + image)
-
-
 def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -> GenerateReport:
     """Make the images of a request, batch after batch; each is saved as soon as it is done.
 
     Every image has a generator of its own on the CPU: a seed gives the same image whatever else is asked for, on a CPU
     and on a GPU alike up to rounding. Alone in its pipeline call (`batch_size` 1) it is the same to the last bit, but
-    with engines of TensorRT 8.6 that add up by atomics (`build.group_norm`); in a larger batch sums may be rounded in
-    another order.
+    with engines of TensorRT 8.6 that add up by atomics (`tensorrt86.norm_plugin`); in a larger batch sums may be
+    rounded in another order.
 
     Where the memory is too small for a batch, it goes on with batches of half as many.
 
@@ -133,7 +99,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         ModelError, EngineError, ExportError, BuildError: where the model or its engine can't be had.
     """
     start = time.perf_counter()
-    jobs = _jobs(spec)
+    jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
     init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
@@ -148,45 +114,15 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         model = resolve.resolve_model(spec.model, console)
         pipeline_spec = resolve_request(spec, model, console, init)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
-            for text, name in _named(spec).items():
-                _warn_truncated(opened.pipe, text, name, console)
+            prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = _settings(spec, opened, init, directory)
+                settings = settings_of(spec, opened, init, directory)
                 opened.files.check()  # so that they are of the weights that were loaded
             run = _Run(spec, opened, output, init, console, settings)
             load_seconds = time.perf_counter() - start
             made = run.make_all(jobs)
     facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
     return GenerateReport(tuple(made), run.settings, facts, load_seconds)
-
-
-def _jobs(spec: GenerateSpec) -> Jobs:
-    """The images of a request, from its seed on, or from a random one."""
-    first = spec.seed if spec.seed is not None else secrets.randbelow(RANDOM_SEEDS)
-    return Jobs(spec.prompts, spec.num_images, first)
-
-
-def _named(spec: GenerateSpec) -> dict[str, str]:
-    """Each different text of a request, and what it is called."""
-    texts = dict.fromkeys(spec.prompts)
-    names = {text: f"prompt {number} of {len(texts)}" for number, text in enumerate(texts, 1)}
-    if len(names) == 1:
-        names = dict.fromkeys(names, "the prompt")
-    if spec.uses_guidance:  # without, nobody reads it
-        both = f"{names[spec.negative_prompt]} and the negative prompt" if spec.negative_prompt in names else None
-        names[spec.negative_prompt] = both or "the negative prompt"
-    return names
-
-
-def _warn_truncated(pipe: Any, text: str, name: str, console: Console) -> None:
-    """Say which end of a prompt the text encoder won't see."""
-    tokenizer = pipe.tokenizer or pipe.tokenizer_2
-    ids = tokenizer(text, truncation=False).input_ids
-    limit = tokenizer.model_max_length
-    if len(ids) > limit:
-        dropped = tokenizer.decode(ids[limit - 1 : limit - 1 + SHOWN_TOKENS][: len(ids) - limit]).strip()
-        more = " …" if len(ids) - limit > SHOWN_TOKENS else ""
-        console.warn(f"{name} is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}")
 
 
 @dataclass(frozen=True)
@@ -218,13 +154,13 @@ class _Run:
         """Make the batch of `size` images that starts at the job `first`, and save its images."""
         start = time.perf_counter()
         batch = jobs.batch(first, size)
-        made = self._denoise(_batch_name(batch, first + 1, len(jobs)), batch, size)
+        made = self._denoise(batch_name(batch, first + 1, len(jobs)), batch, size)
         self.opened.check_weights()
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
-            metadata = self._metadata(job.prompt, job.seed, size)
+            metadata = metadata_of(self.spec, self.opened, self.settings, job, size)
             path = self.output.save(image, metadata, prompt=job.prompt, seed=job.seed)
-            self.console.note(f"{_batch_name([job], number, len(jobs))}: {path}")
+            self.console.note(f"{batch_name([job], number, len(jobs))}: {path}")
             found.append((path, job, image))
         seconds = (time.perf_counter() - start) / len(batch)
         negative = self.spec.negative_prompt
@@ -248,16 +184,11 @@ class _Run:
     def _denoise(self, name: str, batch: Sequence[Job], size: int) -> list[Image.Image]:
         """One call of the pipeline."""
         pipe, finite = self.opened.pipe, Finite()
-        steps = len(self._timesteps())
-        watching = finite.watching(pipe)
-        with self.console.bar(name, steps) as advance, out_of_memory(self.opened.spec, size), watching:
-
-            def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-                advance()
-                return {}
-
-            arguments = self._arguments(self._filled(batch, size))
-            pixels = pipe(**arguments, callback_on_step_end=on_step_end, output_type="np").images[: len(batch)]
+        with out_of_memory(self.opened.spec, size), finite.watching(pipe):
+            call = self._call(self._filled(batch, size))
+            steps = call.count_unet_calls(self.opened)
+            with self.console.bar(name, steps) as advance:
+                pixels = call.run(self.opened, advance=advance)[: len(batch)]
         self._check_finite(finite.first_bad(), steps)
         made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
         return made
@@ -268,34 +199,24 @@ class _Run:
 
     def _takes(self, count: int) -> bool:
         """Whether all engines take so many images at once."""
-        pipeline_spec = self.opened.spec
-        unet = replace(pipeline_spec.sizes, batch=pipeline_spec.sizes.batch // pipeline_spec.images * count)
+        spec = self.opened.spec
+        fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
         return all(
-            find.slack(entry.key, sizes_of(name, unet, count)) is not None
+            find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
             for name, entry in self.opened.entries.items()
         )
 
-    def _timesteps(self) -> Any:
-        """The timesteps that the pipeline will run: PNDM has one more than steps, Heun nearly twice as many."""
-        pipe, spec = self.opened.pipe, self.spec
-        pipe.scheduler.set_timesteps(spec.steps, device=self.opened.spec.device)
-        if self.init is None:
-            return pipe.scheduler.timesteps
-        return pipe.get_timesteps(spec.steps, spec.strength, self.opened.spec.device)[0]
-
-    def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
-        """The pipeline's arguments."""
+    def _call(self, batch: Sequence[Job]) -> PipelineCall:
+        """The call of the pipeline that makes a batch."""
         spec, sizes = self.spec, self.opened.spec.sizes
-        common = {
-            "prompt": [job.prompt for job in batch],
-            "negative_prompt": [spec.negative_prompt] * len(batch) if spec.negative_prompt else None,
-            "num_inference_steps": spec.steps,
-            "guidance_scale": spec.guidance_scale,
-            "generator": [torch.Generator().manual_seed(job.seed) for job in batch],
-        }
-        if self.init is None:
-            return {**common, "height": sizes.height, "width": sizes.width}
-        return {**common, "image": self.init.fitted(sizes.height, sizes.width), "strength": spec.strength}
+        return PipelineCall(
+            prompts=tuple(job.prompt for job in batch),
+            seeds=tuple(job.seed for job in batch),
+            guidance_scale=spec.guidance_scale,
+            negative_prompt=spec.negative_prompt,
+            start=None if self.init is None else self.init.fitted(sizes.height, sizes.width),
+            strength=spec.strength,
+        )
 
     def _check_finite(self, bad: str | None, steps: int) -> None:
         """Refuse an image that would come out black."""
@@ -313,82 +234,3 @@ class _Run:
             " no image was made",
             hint=hint,
         )
-
-    def _metadata(self, prompt: str, seed: int, size: int) -> images.Metadata:
-        """The text that one image carries. Nothing in it changes between two runs with one seed."""
-        spec, sizes, settings = self.spec, self.opened.spec.sizes, self.settings
-        scheduler = self.opened.pipe.scheduler
-        fields = {
-            "Steps": spec.steps,
-            "Sampler": schedulers.sampler_name(scheduler),
-            "Schedule type": schedulers.schedule_type(scheduler),
-            "CFG scale": float(spec.guidance_scale),
-            "Seed": seed,
-            "Size": f"{sizes.width}x{sizes.height}",
-            "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,
-            "Model": _model_title(self.opened.spec.model),
-            "Denoising strength": float(spec.strength) if self.init is not None else None,
-            "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
-            "Noise Schedule": schedulers.noise_schedule(scheduler),
-            "Emphasis": "None" if set(prompt + spec.negative_prompt) & set("()[]") else None,  # taken literally
-            "Version": f"sdtrt {__version__}",
-        }
-        own = {"prompt": prompt, "negative_prompt": spec.negative_prompt, "seed": seed}
-        own |= {"width": sizes.width, "height": sizes.height}
-        parameters = images.format_parameters(prompt, spec.negative_prompt, fields)
-        return images.Metadata(parameters, {**own, **settings, "batch_size": size})
-
-
-def _batch_name(batch: Sequence[Job], number: int, count: int) -> str:
-    """What a batch is called while it is made; `number` is that of its first image."""
-    seeds = ", ".join(f"{job.seed}" for job in batch)
-    if len(batch) > 1:
-        return f"images {number} to {number + len(batch) - 1} of {count}, seeds {seeds}"
-    return f"seed {seeds}" if count == 1 else f"image {number} of {count}, seed {seeds}"
-
-
-def _settings(
-    spec: GenerateSpec, opened: OpenPipeline, init: images.InitImage | None, directory: EngineDirectory
-) -> dict[str, Any]:
-    """What all images of a request have in common, as plain data."""
-    pipeline_spec, scheduler = opened.spec, opened.pipe.scheduler
-    return {
-        "model": _model_facts(pipeline_spec.model, directory),
-        "backend": pipeline_spec.backend,
-        "device": _device_name(pipeline_spec.device),
-        "precision": pipeline_spec.precision,
-        "scheduler": {"name": spec.scheduler, **schedulers.facts(scheduler)},
-        "steps": spec.steps,
-        "guidance_scale": spec.guidance_scale,
-        "strength": spec.strength if init is not None else None,
-        "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
-        "batch_size": pipeline_spec.images,
-        "versions": {"sdtrt": __version__, **host.library_versions()},
-    }
-
-
-def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
-    """Which model it was: its name, and the fingerprints of the parts with weights (the name alone may change hands).
-
-    A single file's own sha256 is there too: web UIs show its beginning as the model's hash.
-    """
-    spec = model.spec
-    facts: dict[str, Any] = {"name": spec.name, "revision": spec.revision, "variant": spec.variant}
-    for part in ("unet", *text_encoders_of(model), "vae"):
-        facts[part] = model.fingerprint(part, directory.file_digest)
-    if spec.vae is not None:
-        facts["vae_name"] = spec.vae
-    if model.layout == "single-file":
-        facts["sha256"] = directory.file_digest(model.source)
-    return facts
-
-
-def _device_name(device: torch.device) -> str:
-    """`cpu`, or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _model_title(model: Model) -> str:
-    """A model's short name, as web UIs show it."""
-    path = Path(model.spec.name)
-    return path.stem if model.layout == "single-file" else path.name or path.resolve().name

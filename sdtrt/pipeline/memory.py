@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,18 +17,41 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
     sizes_of,
 )
-from sdtrt.pipeline import memory
-from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
     SIZE_MULTIPLE,
+    BackendName,
     Component,
-    Profile,
+    Precision,
     Sizes,
 )
 
 ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
+
+
+class Request(Protocol):
+    """What is asked of a GPU's memory: a `PipelineSpec`, or what a live pipeline is accelerated for."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def backend(self) -> BackendName:
+        """What runs it."""
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the UNet's call."""
+
+    @property
+    def images(self) -> int:
+        """Made at once."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +110,7 @@ def _figure(entry: Entry, name: str) -> int | None:
 
 def _share(entry: Entry, sizes: Sizes) -> float:
     """A size's share of the largest that an engine serves: scratch memory grows about so."""
-    profiles = [Profile.from_json(data) for data in entry.key["profiles"]]
+    profiles = entry.engine_key.profiles
     largest = max((one.batch.max * one.height.max * one.width.max for one in profiles), default=0)
     volume = sizes.batch * sizes.height * sizes.width
     return volume / max(largest, volume)
@@ -129,17 +153,17 @@ def release() -> None:
     torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
-def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+def check_memory(spec: Request, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
     """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
 
     Args:
         loaded: folders of those whose plans lie there already.
     """
-    free = memory.free_bytes(spec.device)
+    free = free_bytes(spec.device)
     if free is None:
         return
-    free += memory.weights_of(entry for entry in entries.values() if entry.path in loaded)
-    demand = memory.demand_of(entries, spec.sizes, spec.images)
+    free += weights_of(entry for entry in entries.values() if entry.path in loaded)
+    demand = demand_of(entries, spec.sizes, spec.images)
     if demand.total <= free:
         return
     size = f"{spec.sizes.width}x{spec.sizes.height} pixels" + f", {spec.images} at once" * (spec.images > 1)
@@ -150,9 +174,9 @@ def check_memory(spec: PipelineSpec, entries: Mapping[Component, Entry], loaded:
     )
 
 
-def _what_fits(spec: PipelineSpec, demand: memory.Demand, free: int) -> str:
+def _what_fits(spec: Request, demand: Demand, free: int) -> str:
     """The hint for engines that are too large for the GPU."""
-    found = memory.fitting(demand, free, spec.sizes, spec.images)
+    found = fitting(demand, free, spec.sizes, spec.images)
     if found is None:
         smaller = "use --precision fp16, " if spec.precision == "fp32" else ""
         return f"end other programs on the GPU, {smaller}or use a GPU with more memory: the weights alone take too much"
@@ -167,7 +191,7 @@ def _what_fits(spec: PipelineSpec, demand: memory.Demand, free: int) -> str:
 
 
 @contextmanager
-def out_of_memory(spec: PipelineSpec, images: int | None = None) -> Iterator[None]:
+def out_of_memory(spec: Request, images: int | None = None) -> Iterator[None]:
     """Turn failures to allocate into a `MemoryShortage` (PyTorch's on the CPU is a bare `RuntimeError`).
 
     Args:

@@ -1,13 +1,11 @@
-"""How a request runs, and diffusers' own pipelines with engines in the place of their parts."""
+"""Opens diffusers' own pipelines with engines in the place of their parts. Makes no images."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 import torch
@@ -17,7 +15,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
 from sdtrt.common.console import Console
-from sdtrt.common.errors import EngineError, ModelChangedError, ModelError
+from sdtrt.common.errors import ModelChangedError, ModelError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import Sight
@@ -31,13 +29,13 @@ from sdtrt.models.components import (
 )
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, preloaded, schedulers
-from sdtrt.pipeline.engines import engines_of
+from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
+from sdtrt.pipeline.refusals import refuse_as_a_whole
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.specs import (
-    Component,
-)
+from sdtrt.pipeline.scheduler_checks import check_steps
+from sdtrt.specs import Component
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def open_pipeline(
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
     parts = {"scheduler": _load_scheduler(spec)} | _load_tokenizers(spec)
-    schedulers.check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img)
+    check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img)
     if spec.has_engines:  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running:
@@ -92,7 +90,7 @@ def open_pipeline(
             parts |= _facades(spec, running, parts.get("vae"))
         pipe = _assemble(spec, parts)
         if running.sessions:
-            _refuse_as_a_whole(pipe, running.sessions)
+            refuse_as_a_whole(pipe, running.sessions)
         yield OpenPipeline(pipe, spec, running.entries, files)
 
 
@@ -126,7 +124,7 @@ def _check_weights(spec: PipelineSpec, running: _Running, directory: EngineDirec
         part = part_of(name)
         if entry == given or not registry.get(spec.backend).weights_inside:
             continue
-        if entry.key["export"]["fingerprint"] != spec.model.fingerprint(part, directory.file_digest):
+        if entry.engine_key.export.fingerprint != spec.model.fingerprint(part, directory.file_digest):
             raise ModelChangedError(
                 f"the {part} of {spec.model.name} was replaced while its engine was found or built",
                 hint="run the command again",
@@ -160,7 +158,7 @@ def _open_engines(
         preloaded.let_go()
         yield _Running()
         return
-    entries = engines_of(spec, directory, console, allow_build=allow_build, unet_engine=unet_engine)
+    entries = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     scratch = Scratch()  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
@@ -223,40 +221,6 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any]) -> Any:
     pipe = cls(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-AS_A_WHOLE = (
-    "save_pretrained",
-    "push_to_hub",
-    "enable_model_cpu_offload",
-    "enable_sequential_cpu_offload",
-    "enable_group_offload",
-)
-
-
-def _refuse_as_a_whole(pipe: Any, names: Iterable[Component]) -> None:
-    """Refuse what diffusers would do to half of a pipeline, or begin and not end, before it does anything.
-
-    A method that refuses needs no `self`, so copies of the pipeline may share it.
-    """
-    for method in AS_A_WHOLE:
-        setattr(pipe, method, _refusal(getattr(type(pipe), method), " and ".join(names)))
-
-
-def _refusal(method: Callable[..., Any], names: str) -> Callable[..., NoReturn]:
-    """A method of a pipeline, by its name and signature, that raises `EngineError`."""
-
-    @functools.wraps(method)
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise EngineError(
-            f"{method.__name__} needs the weights of {names}, which engines hold",
-            hint="open the pipeline with the backend torch",
-        )
-
-    signature = inspect.signature(method)
-    own = list(signature.parameters.values())[1:]  # without `self`
-    refuse.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    return refuse
 
 
 def engine_facts(entry: Entry) -> dict[str, str]:

@@ -44,7 +44,7 @@ def load(entry: Entry, device: int) -> None:
         return
     hold = entry.hold()
     try:
-        loader = registry.get(entry.key["backend"]).loader(entry, is_wanted)
+        loader = registry.get(entry.engine_key.backend).loader(entry, is_wanted)
         with _TURN:
             if is_wanted():
                 _KEPT[entry.path] = loader(device), hold

@@ -13,10 +13,12 @@ from sdtrt.models.components import (
     choose_components,
     components_of,
     contract_of,
+    sizes_of,
     text_encoders_of,
     unet_batch,
 )
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
 from sdtrt.specs import (
     DEFAULT_TOKENS,
@@ -32,6 +34,30 @@ from sdtrt.specs import (
 from sdtrt.specs.contract import DTYPES
 
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Which engines have to be there.
+
+    Args:
+        sizes: of a UNet call.
+        components: that engines run; none for a backend without engines.
+        images: made by one pipeline call.
+        device: where it runs.
+    """
+
+    model: ModelSource
+    backend: BackendName
+    precision: Precision
+    sizes: Sizes
+    components: tuple[Component, ...]
+    images: int
+    device: torch.device
+
+    def sizes_of(self, component: Component) -> Sizes:
+        """The sizes of one call of a component."""
+        return sizes_of(component, self.sizes, self.images)
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,13 @@ class PipelineSpec:
             return ()
         wanted = components_of(self.model) if self.components is None else self.components
         return tuple(name for name in wanted if self.img2img or name != "vae_encoder")
+
+    @property
+    def engines(self) -> EngineRequest:
+        """The engines that it needs."""
+        return EngineRequest(
+            self.model, self.backend, self.precision, self.sizes, self.in_engines, self.images, self.device
+        )
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +195,7 @@ def _note_parts(spec: PipelineSpec, console: Console) -> None:
         console.note(f"{', '.join(rest)}: in PyTorch, in fp32")
 
 
-def unet_sizes(model: Model, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
+def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
     """The size of the UNet calls that make so many images at once."""
     tokens = model.config(text_encoders_of(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
     return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)

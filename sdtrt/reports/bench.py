@@ -5,43 +5,40 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
-from sdtrt import __version__
 from sdtrt.backends import registry
 from sdtrt.backends.native import NATIVE
 from sdtrt.common import host
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError, SdtrtError, UsageError, first_line
 from sdtrt.common.host import torch_sees_gpu
+from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.tracing import UNetCall
 from sdtrt.models import resolve
-from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
-from sdtrt.pipeline.engines import engines_of
-from sdtrt.pipeline.hooks import hooked
+from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task, note_noise, unet_sizes
+from sdtrt.pipeline.settings import device_name
 from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
+from sdtrt.reports.bench_parts import parts_of, time_component
 from sdtrt.reports.bench_report import BenchReport, Measured, Row, Runner
-from sdtrt.reports.meters import MemoryMeter, Timing, tf32, time_calls, time_queued_calls
+from sdtrt.reports.meters import MemoryMeter, tf32, time_calls
 from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, BenchTask, Precision
 
-# How long one component is timed, in seconds, and between how many calls: a UNet on a CPU takes seconds a call.
-COMPONENT_SECONDS, MIN_CALLS, MAX_CALLS = 2.0, 3, 50
 FILES = ("bench.json", "bench.md", "bench.png")
 
 
@@ -134,8 +131,7 @@ def _versions(asked: Runner) -> dict[str, str]:
     on_gpu = registry.get(asked.backend) in registry.with_engines_on_gpu()
     if on_gpu and (asked_version := _engine_version(asked)):
         versions[asked.backend] = asked_version
-    found = meters.nvml()
-    driver = None if found is None else found.driver_version()
+    driver = meters.driver_version()
     return versions | ({} if driver is None else {"driver": driver})
 
 
@@ -181,7 +177,7 @@ class _Bench:
         row = Row(task, runner, self.spec.steps_run(task), sizes.height, sizes.width, batch)
         self.console.note(f"{task}, batch {batch}: {runner.title} ...")
         try:
-            measured = self._measure(task, runner, pipeline_spec, batch)
+            measured = self._measure(runner, pipeline_spec)
         except UsageError:
             raise
         except Exception as error:
@@ -209,16 +205,17 @@ class _Bench:
             noise=spec.noise,
         )
 
-    def _measure(self, task: BenchTask, runner: Runner, pipeline_spec: PipelineSpec, batch: int) -> Measured:
+    def _measure(self, runner: Runner, pipeline_spec: PipelineSpec) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""
         check_spec(pipeline_spec)
         # Before memory is watched: a build is no part of generating.
-        engines_of(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
+        ensure_engines(pipeline_spec.engines, self.directory, self.console, allow_build=self.spec.allow_build)
         device = pipeline_spec.device
         meter = MemoryMeter(device)
+        pipeline_call = self._call(pipeline_spec)
         with self._open(runner, pipeline_spec) as opened, out_of_memory(pipeline_spec):
-            call = self._call(opened, task, batch)
-            unet_calls = _count_calls(opened.pipe.unet, call)
+            call = partial(pipeline_call.run, opened, output_type="pil")
+            call()
             # What compiles has done it in that call, and that is no part of generating either.
             meters.release_memory(device)
             with meter.watching():
@@ -229,11 +226,11 @@ class _Bench:
             used = meters.energy_joules(device)
             meter.read()
             memory, peak = meter.to_json(), meter.peak_bytes
-            components = {name: _time_component(part, device) for name, part in _parts(opened, batch).items()}
+            components = {name: time_component(part, device) for name, part in parts_of(opened).items()}
+            unet_calls = pipeline_call.count_unet_calls(opened)
         joules = None if energy is None or used is None else (used - energy) / self.spec.repeats
         engine = None if opened.entry is None else engine_facts(opened.entry)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return Measured(name, latency, components, unet_calls, memory, peak, joules, engine)
+        return Measured(device_name(device), latency, components, unet_calls, memory, peak, joules, engine)
 
     @contextmanager
     def _open(self, runner: Runner, pipeline_spec: PipelineSpec) -> Iterator[OpenPipeline]:
@@ -249,96 +246,14 @@ class _Bench:
             with open_baseline(runner.baseline, pipeline_spec, self.directory, self.console) as opened:
                 yield opened
 
-    def _call(self, opened: OpenPipeline, task: BenchTask, batch: int) -> Callable[[], object]:
-        """The diffusers call of a task: the same noise each time."""
-        spec, sizes = self.spec, opened.spec.sizes
-        arguments: dict[str, Any] = {
-            "prompt": [SAMPLE_PROMPT] * batch,
-            "num_inference_steps": spec.steps,
-            "guidance_scale": spec.guidance_scale,
-        }
-        if task == "img2img":
-            image = Image.effect_noise((sizes.width, sizes.height), 64).convert("RGB")
-            arguments |= {"image": image, "strength": spec.strength}
-        else:
-            arguments |= {"height": sizes.height, "width": sizes.width}
-
-        def call() -> object:
-            generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-            return opened.pipe(**arguments, generator=generators)
-
-        return call
-
-
-def _count_calls(module: torch.nn.Module, call: Callable[[], object]) -> int:
-    """How often a module runs in a call."""
-    count = 0
-
-    def note(*_: object) -> None:
-        nonlocal count
-        count += 1
-
-    with hooked(module, note):
-        call()
-    return count
-
-
-def _parts(opened: OpenPipeline, batch: int) -> dict[str, Callable[[], object]]:
-    """One call of each part, as the pipeline makes it."""
-    pipe, spec = opened.pipe, opened.spec
-    contract = contract_of(spec.model, "unet", spec.precision)
-    feeds = {name: tensor.to(spec.device) for name, tensor in seeded_feeds(contract, spec.sizes).items()}
-    for name in feeds.keys() - {"timestep", "time_ids"}:
-        feeds[name] = feeds[name].to(spec.parts_dtype)
-    unet, latents = UNetCall(pipe.unet), feeds["sample"][:batch]
-    image = torch.rand(batch, 3, spec.sizes.height, spec.sizes.width, device=spec.device, dtype=spec.parts_dtype)
-    guided = spec.sizes.batch > batch
-
-    def decode() -> None:
-        with _widened(opened) as dtype:
-            pipe.vae.decode(latents.to(dtype), return_dict=False)
-
-    def encode() -> None:
-        with _widened(opened) as dtype:
-            for row in range(batch):  # diffusers encodes images one by one, each with its own generator
-                pipe.vae.encode(image[row : row + 1].to(dtype), return_dict=False)
-
-    parts: dict[str, Callable[[], object]] = {
-        "text_encoder": lambda: pipe.encode_prompt(
-            prompt=[SAMPLE_PROMPT] * batch,
-            device=spec.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-        ),
-        "unet": lambda: unet(*feeds.values()),
-        "vae_decoder": decode,
-    }
-    return parts | ({"vae_encoder": encode} if spec.img2img else {})
-
-
-@contextmanager
-def _widened(opened: OpenPipeline) -> Iterator[torch.dtype]:
-    """Have the VAE compute as the pipeline does, in the dtype that is given; as it was afterwards.
-
-    diffusers' pipelines of SDXL widen one in fp16 that would overflow (`force_upcast`) for each call of it.
-    """
-    vae, own = opened.pipe.vae, opened.pipe.vae.dtype
-    widen = opened.spec.model.is_sdxl and own == torch.float16 and vae.config.force_upcast
-    try:
-        yield (vae.float() if widen else vae).dtype
-    finally:
-        if widen:
-            vae.to(own)
-
-
-@torch.no_grad()  # as in the pipeline
-def _time_component(call: Callable[[], object], device: torch.device) -> Timing:
-    """Seconds of one call, after a warm-up of three: TensorRT and PyTorch capture graphs on the way."""
-    for _ in range(MIN_CALLS - 1):
-        call()
-    start = time.perf_counter()
-    call()
-    meters.synchronize(device)
-    once = time.perf_counter() - start
-    repeats = min(MAX_CALLS, max(MIN_CALLS, int(COMPONENT_SECONDS / max(once, 1e-6))))
-    return time_queued_calls(call, repeats, device)
+    def _call(self, pipeline_spec: PipelineSpec) -> PipelineCall:
+        """The call that is timed: the same noise each time."""
+        spec, sizes, batch = self.spec, pipeline_spec.sizes, pipeline_spec.images
+        image = Image.effect_noise((sizes.width, sizes.height), 64).convert("RGB") if pipeline_spec.img2img else None
+        return PipelineCall(
+            prompts=(SAMPLE_PROMPT,) * batch,
+            seeds=tuple(range(batch)),
+            guidance_scale=spec.guidance_scale,
+            start=image,
+            strength=spec.strength,
+        )

@@ -5,7 +5,6 @@ What they do to a UNet is done on its one instance; diffusers itself stays as it
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from sdtrt.backends.onnxruntime.fused_attention import fuse
 from sdtrt.backends.session import Session, check_feeds
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, first_line
-from sdtrt.common.files import private_folder
+from sdtrt.common.files import temporary_folder
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.exports.component import FILE_NAME, export_component
@@ -206,7 +205,7 @@ def _open_onnxruntime(spec: PipelineSpec, directory: EngineDirectory, console: C
     entry = export_component(spec.model, ExportSpec(spec.model.spec, precision=spec.precision), directory, console)
     with open_pipeline(spec, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
-        with private_folder(Path(tempfile.gettempdir()), "sdtrt-") as place:
+        with temporary_folder() as place:
             session = BoundSession(_fused(entry, place, console), contract, spec.device)
         with session:
             opened.pipe.unet = UNetFacade(session, contract, spec.model.config("unet"), spec.device)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.console import print_table
-from sdtrt.common.errors import EngineError, SdtrtError, UsageError
-from sdtrt.engines.entry import MALFORMED, Entry, stored_contract
+from sdtrt.common.errors import MALFORMED, EngineError, SdtrtError, UsageError
+from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.models.loading import empty_part, part_infos
 from sdtrt.models.origins import Origin
 from sdtrt.models.resolve import Model

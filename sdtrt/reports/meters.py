@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import resource
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 
 POLL_SECONDS = 0.005
-NVML_SUCCESS = 0
 PROC = Path("/proc/self")
 RESET_PEAK = "5"  # what clear_refs takes to make the peak start again at what is resident now: proc(5)
 
@@ -191,43 +189,45 @@ def process_peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-@dataclass(frozen=True)
-class Nvml:
-    """NVIDIA's management library, as far as a benchmark asks it."""
-
-    library: Any
-
-    def driver_version(self) -> str | None:
-        """The driver's version, as `580.65.06`."""
-        text = ctypes.create_string_buffer(80)
-        done = self.library.nvmlSystemGetDriverVersion(text, len(text))
-        return text.value.decode() if done == NVML_SUCCESS else None
-
-    def energy_joules(self, device: torch.device) -> float | None:
-        """All that a GPU has used since the driver was loaded; None where it does not count (before Volta)."""
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return self.energy_of(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-
-    def energy_of(self, uuid: str) -> float | None:
-        """The same of the GPU with this identifier, as in `GPU-1b2c…`; CUDA numbers GPUs otherwise than NVML."""
-        handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-        if self.library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != NVML_SUCCESS:
-            return None
-        done = self.library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        return millijoules.value / 1000 if done == NVML_SUCCESS else None
-
-
 @lru_cache(maxsize=1)
-def nvml() -> Nvml | None:
-    """The library of this machine's driver; None without one."""
+def nvml() -> Any:
+    """NVIDIA's management library (`pynvml`), ready to be asked; None on a machine without its driver."""
+    import pynvml
+
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
         return None
-    return Nvml(library) if library.nvmlInit_v2() == NVML_SUCCESS else None
+    return pynvml
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver, as `580.65.06`; None without one."""
+    if (library := nvml()) is None:
+        return None
+    try:
+        return str(library.nvmlSystemGetDriverVersion())
+    except library.NVMLError:
+        return None
 
 
 def energy_joules(device: torch.device) -> float | None:
     """The energy counter of the device that computes; None where nobody counts, as on CPUs."""
-    found = nvml() if device.type == "cuda" else None
-    return None if found is None else found.energy_joules(device)
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return energy_of(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+
+def energy_of(uuid: str) -> float | None:
+    """All that the GPU with this identifier, as in `GPU-1b2c…`, has used since the driver was loaded, in joules.
+
+    CUDA numbers GPUs otherwise than NVML. None where a GPU does not count (before Volta).
+    """
+    if (library := nvml()) is None:
+        return None
+    try:
+        millijoules: int = library.nvmlDeviceGetTotalEnergyConsumption(library.nvmlDeviceGetHandleByUUID(uuid))
+    except library.NVMLError:
+        return None
+    return millijoules / 1000

@@ -2,7 +2,9 @@
 
 from sdtrt.specs.build import (
     DEFAULT_OPSETS,
+    BuildRequest,
     BuildSpec,
+    ExportRequest,
     ExportSpec,
     ModelSpec,
 )
@@ -58,6 +60,7 @@ from sdtrt.specs.report import (
 )
 from sdtrt.specs.sizes import (
     Profile,
+    ProfileRequest,
     Range,
     Sizes,
     check_size,
@@ -95,8 +98,10 @@ __all__ = [
     "BaselineName",
     "BenchSpec",
     "BenchTask",
+    "BuildRequest",
     "BuildSpec",
     "Component",
+    "ExportRequest",
     "ExportSpec",
     "Exporter",
     "GenerateSpec",
@@ -105,6 +110,7 @@ __all__ = [
     "Precision",
     "PredictionType",
     "Profile",
+    "ProfileRequest",
     "PruneSpec",
     "Range",
     "SchedulerName",

@@ -1,8 +1,8 @@
-"""What is asked of an export and of a build: the model, the component, the engine."""
+"""The requests that `export` and `build` take: the model, a component, an engine, and several of them at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdtrt.common.errors import UsageError
@@ -18,7 +18,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
-from sdtrt.specs.sizes import Profile
+from sdtrt.specs.sizes import Profile, ProfileRequest
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads, and the first with layer
 # normalisation as one operator: spelled out, it costs 8.6 a quarter of a step (benchmarks/tuning.md). The dynamo
@@ -28,7 +28,7 @@ DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and what may be done to get it.
+    """A model, and what may be done to get it.
 
     Args:
         name: `tiny`, a diffusers folder, a hub id, or a single-file checkpoint.
@@ -130,3 +130,42 @@ class BuildSpec:
             raise UsageError(
                 f"self-attention has no {self.split_attention} tokens", hint="use --split-attention 2048, or 0 for none"
             )
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Some or all of a model's components, to be written as ONNX.
+
+    Args:
+        common: what is asked of each; its component, and where that would overflow its precision, are each one's own.
+        components: none for all that the model's pipeline needs.
+    """
+
+    common: ExportSpec
+    components: tuple[Component, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.components:
+            check_choice("component", name, COMPONENTS)
+        if self.common.output is not None and len(self.components) != 1:
+            raise UsageError(
+                f"--output takes one component, got {len(self.components) or 'all'}",
+                hint="as in --component unet --output unet.onnx",
+            )
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Engines of some or all of a model's components.
+
+    Args:
+        common: what is asked of each; component, precision and profiles are each one's own. Its backend may be `auto`.
+        components: none for all that the model's pipeline needs.
+        precision: None for the backend's default.
+        sizes: what the engines are to accept.
+    """
+
+    common: BuildSpec
+    components: tuple[Component, ...] = ()
+    precision: Precision | None = None
+    sizes: ProfileRequest = field(default_factory=ProfileRequest)

@@ -57,7 +57,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Contract:
-    """What a component takes and gives."""
+    """The tensors that a component takes and gives."""
 
     component: Component
     precision: Precision
@@ -84,14 +84,14 @@ class Contract:
 
     @property
     def size_names(self) -> tuple[str, ...]:
-        """Of a size's fields, those that the component depends on."""
+        """The fields of a size that the component depends on."""
         names = {name for spec in self.inputs for name in spec.dynamic_axes.values()}
         words = {"batch": {BATCH}, "height": {LATENT_HEIGHT, IMAGE_HEIGHT}, "width": {LATENT_WIDTH, IMAGE_WIDTH}}
         words["tokens"] = {TOKENS}
         return tuple(word for word, known in words.items() if known & names)
 
     def describe(self, sizes: Sizes | Profile) -> str:
-        """Of sizes, those that the component depends on: `batch 2, height 512, width 512, tokens 77`."""
+        """Describe the sizes that the component depends on: `batch 2, height 512, width 512, tokens 77`."""
         return ", ".join(f"{name} {getattr(sizes, name)}" for name in self.size_names)
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def unet_contract(config: Mapping[str, Any], precision: Precision, pooled: int |
 
 
 def time_ids_of(config: Mapping[str, Any], pooled: int | None) -> int:
-    """How many time ids an SDXL UNet takes: what its added conditioning has beside the pooled text.
+    """Count the time ids that an SDXL UNet takes: what its added conditioning has beside the pooled text.
 
     Args:
         config: the UNet's diffusers configuration.

@@ -1,4 +1,4 @@
-"""What is asked of `txt2img` and `img2img`."""
+"""The request that `txt2img` and `img2img` take."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from sdtrt.specs.sizes import check_size
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Where a scheduler is not to go by its model's configuration; None leaves that as it is.
+    """Values for a scheduler in the place of its model's configuration; None leaves that as it is.
 
     Args:
         prediction_type: what the UNet was trained to give.
@@ -67,12 +67,12 @@ class NoiseSpec:
         return replace(other, **own, sources={**theirs, **self.sources})
 
     def source(self, name: str) -> str:
-        """Who said a field's value."""
+        """Name who said a field's value."""
         no = "no-" if getattr(self, name) is False else ""
         return self.sources.get(name, f"--{no}{name.replace('_', '-')}")
 
     def describe(self) -> str:
-        """What is said and by whom, for the reader; empty where nothing is."""
+        """Say for the reader what is said and by whom; empty where nothing is."""
         snr = None if self.zero_snr is None else "zero terminal SNR" if self.zero_snr else "no zero terminal SNR"
         spacing = self.timestep_spacing and f"{self.timestep_spacing} timesteps"
         said = {"prediction_type": self.prediction_type, "zero_snr": snr, "timestep_spacing": spacing}

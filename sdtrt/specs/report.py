@@ -1,4 +1,4 @@
-"""What is asked of `bench`, `verify` and `engines prune`."""
+"""The requests that `bench`, `verify` and `engines prune` take."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sdtrt.specs.generate import GenerateSpec, NoiseSpec
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """What to time.
+    """Pipeline calls to be timed.
 
     Args:
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
@@ -104,7 +104,7 @@ class BenchSpec:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What `verify` asks of an engine; None asks nothing.
+    """The limits that `verify` holds an engine to; None is no limit.
 
     Args:
         min_cosine: of each timestep's output with the fp32 reference's, in the worse of the two guidance rows.
@@ -173,7 +173,7 @@ class VerifySpec:
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """Which entries of the engine directory to remove.
+    """Entries of the engine directory to be removed.
 
     Args:
         older_than_days: those not used for so long.

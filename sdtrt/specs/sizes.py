@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.choices import DEFAULT_TOKENS, MAX_DIGITS, MAX_PIXELS, SIZE_MULTIPLE
@@ -155,3 +155,40 @@ class Profile:
 
     def __str__(self) -> str:
         return f"batch {self.batch}, height {self.height}, width {self.width}, tokens {self.tokens}"
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """The sizes that engines are to accept, as they are known before the model is read.
+
+    Args:
+        batch: of the UNet; guidance makes it twice the number of images.
+        height, width: pixels; None for the model's own.
+        tokens: of a prompt.
+        profile: several profiles, each as `Profile.parse` reads it; what one leaves out is as above.
+
+    Raises:
+        UsageError: for a profile that can't be read, and for sizes that no profile may have.
+    """
+
+    batch: Range = field(default_factory=lambda: Range.of(2))
+    height: Range | None = None
+    width: Range | None = None
+    tokens: Range = field(default_factory=lambda: Range.of(DEFAULT_TOKENS))
+    profile: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.profiles(Sizes(2, 512, 512))  # any size of a model: what can't be read is refused now
+
+    def given(self) -> str:
+        """The sizes that differ from the defaults, as options; empty where none does."""
+        default = ProfileRequest()
+        return ", ".join(
+            f"--{one.name}" for one in fields(self) if getattr(self, one.name) != getattr(default, one.name)
+        )
+
+    def profiles(self, native: Sizes) -> tuple[Profile, ...]:
+        """The profiles that are asked for; `native` is the model's own size."""
+        height, width = self.height or Range.of(native.height), self.width or Range.of(native.width)
+        base = Profile(self.batch, height, width, self.tokens)
+        return tuple(Profile.parse(text, base) for text in self.profile) or (base,)

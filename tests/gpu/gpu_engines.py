@@ -7,6 +7,7 @@ meanwhile: `python tests/gpu/gpu_engines.py [--large]`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 import torch
 
 from sdtrt.backends.build import build_engine
-from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
@@ -28,7 +28,7 @@ NEEDS_GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
 )
-NEEDS_TENSORRT = pytest.mark.skipif(not libraries.is_installed("tensorrt"), reason="TensorRT is not installed")
+NEEDS_TENSORRT = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="TensorRT is not installed")
 
 DIRECTORY_VARIABLE = "SDTRT_GPU_TEST_ENGINE_DIR"
 LARGE_VARIABLE = "SDTRT_GPU_TEST_LARGE"

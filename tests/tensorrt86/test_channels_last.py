@@ -23,7 +23,6 @@ from sdtrt.backends.tensorrt86 import cut as cutting
 from sdtrt.backends.tensorrt86 import parallel_build, policy, worker
 from sdtrt.backends.tensorrt86.build import PieceRequest
 from sdtrt.backends.tensorrt86.pieces import Piece
-from sdtrt.cli.options import BuildOptions
 from sdtrt.common.errors import BuildError, UsageError
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.onnx_file import ELEM_TYPES
@@ -107,7 +106,7 @@ def image(name, *dims, dtype="float16"):
     [
         (image("x", 2, 8, 4, 4), True),
         (image("x", 2, 320, 64, 64), True),
-        (image("x", 2, 12, 4, 4), False),  # would be padded to 16: more bytes than `layout` counts
+        (image("x", 2, 12, 4, 4), False),  # would be padded to 16: more bytes than `memory_layout` counts
         (image("x", 2, 8, 4, 4, dtype="float32"), False),
         (image("x", 2, 8, 16), False),
         (image("x", "batch", 8, 4, 4), False),
@@ -336,17 +335,20 @@ def test_the_option_is_for_those_parts_that_may_be_in_pieces():
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     exports = [ExportSpec(component=name) for name in components]
     exports.append(ExportSpec(component="vae_decoder", precision="fp32"))  # as of SDXL
-    specs = BuildOptions(channels_last=True).specs(exports, registry.get("tensorrt"), dict.fromkeys(components, STATIC))
+    plain, backend = BuildSpec(ExportSpec(), "tensorrt"), registry.get("tensorrt")
+    asked = replace(plain, channels_last=True)
+    specs = engine_build.engine_specs(asked, exports, backend, STATIC)
     assert [spec.channels_last for spec in specs] == [False, True, True, True, False]
-    specs = BuildOptions().specs(exports, registry.get("tensorrt"), dict.fromkeys(components, STATIC))
+    specs = engine_build.engine_specs(plain, exports, backend, STATIC)
     assert not any(spec.channels_last for spec in specs)
     with pytest.raises(UsageError, match="are in pieces"):
-        BuildOptions(channels_last=True).specs(exports[:1], registry.get("tensorrt"), {"text_encoder": STATIC})
+        engine_build.engine_specs(asked, exports[:1], backend, STATIC)
 
 
 def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypatch):
+    from factories import find_engine
+
     from sdtrt.common import host
-    from sdtrt.engines.find import find_engine
     from sdtrt.models.resolve import resolve_model
     from sdtrt.specs import ModelSpec
 
@@ -356,7 +358,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
     model = resolve_model(ModelSpec("tiny"))
     spec = BuildSpec(ExportSpec(model.spec), "tensorrt", STATIC)
     last = replace(spec, channels_last=True)
-    plain_key, last_key = (engine_build.engine_key(model, one, directory) for one in (spec, last))
+    plain_key, last_key = (engine_build.engine_key(model, one, directory).to_json() for one in (spec, last))
     assert "channels_last" not in plain_key["options"]  # engines of before have the key that they had
     assert last_key["options"] == plain_key["options"] | {"channels_last": True}
 
@@ -364,7 +366,7 @@ def test_both_kinds_fit_a_request_and_the_newer_one_is_taken(directory, monkeypa
         return directory.obtain("engine", key, lambda folder: {})
 
     def find():
-        return find_engine(model, registry.get("tensorrt").runs_here(), "fp16", SIZES, directory)
+        return find_engine(model, "tensorrt", "fp16", SIZES, directory)
 
     plain = obtain(plain_key)
     assert find() == plain

@@ -9,7 +9,7 @@ from sdtrt.backends.backend import Backend, BuildJob, Device, Source
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.specs import BuildSpec, Precision, Profile
+from sdtrt.specs import BuildSpec, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ class Inductor(Backend):
         from sdtrt.backends.inductor.session import InductorSession
         from sdtrt.backends.inductor.weights import CONSTANTS_FILE, FIXED_FILE, PACKAGE_FILE, read_constants, read_fixed
 
-        if not self.runs_here()(entry.key):  # PyTorch itself warns at most, and runs it
+        if not self.runs_here()(entry.engine_key):  # PyTorch itself warns at most, and runs it
             raise EngineError(
                 f"{entry.name} was compiled for another machine or version of PyTorch than this one",
                 hint=f"build it here: sdtrt build --backend {self.name}; {entry.removal} drops that one",
@@ -105,5 +105,5 @@ class Inductor(Backend):
         package = entry.verified(PACKAGE_FILE)  # and so its companions: the list of constants, and those of its own
         constants = read_constants(entry.file(CONSTANTS_FILE))
         fixed = read_fixed(package.with_name(FIXED_FILE), constants)
-        (profile,) = (Profile.from_json(data) for data in entry.key["profiles"])
+        (profile,) = entry.engine_key.profiles
         return InductorSession(package, constants, fixed, contract, profile, device=device, scratch=scratch)

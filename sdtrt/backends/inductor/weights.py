@@ -15,9 +15,8 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 
-from sdtrt.common.errors import EngineError, SdtrtError
+from sdtrt.common.errors import MALFORMED, EngineError, SdtrtError
 from sdtrt.common.files import read_small_file
-from sdtrt.engines.entry import MALFORMED
 from sdtrt.models.weights import read_tensors
 
 PACKAGE_FILE = "engine.pt2"

@@ -11,6 +11,7 @@ from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
+from sdtrt.engines.keys import EngineKey
 from sdtrt.specs import BuildSpec, ExportSpec, Precision
 
 if TYPE_CHECKING:
@@ -109,4 +110,5 @@ class TensorRT(Backend):
         from sdtrt.backends.tensorrt.plan import TENSORRT_FILE
 
         plan = entry.verified(TENSORRT_FILE, ahead=ahead)
-        return plan, bool(entry.key.get("options", {}).get("version_compatible"))
+        key = entry.parsed_key
+        return plan, isinstance(key, EngineKey) and key.is_version_compatible

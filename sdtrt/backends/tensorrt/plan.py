@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 from sdtrt.backends.tensorrt.versions import running
 from sdtrt.backends.tensorrt.versions.libraries import Library, Shape, ShapeRange
 from sdtrt.backends.tensorrt.versions.messages import REBUILD
-from sdtrt.common.errors import EngineError
-from sdtrt.engines.entry import MALFORMED, read_sidecar
+from sdtrt.common.errors import MALFORMED, EngineError
+from sdtrt.engines.entry import read_sidecar
 from sdtrt.specs import SIZE_MULTIPLE
 from sdtrt.specs.contract import (
     BATCH,

@@ -20,9 +20,9 @@ from typing import Any
 from sdtrt.backends.tensorrt.plan import LoadedPlan, list_file, load_plan
 from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.backends.tensorrt.versions.messages import REBUILD
-from sdtrt.common.errors import EngineError
+from sdtrt.common.errors import MALFORMED, EngineError
 from sdtrt.common.files import read_small_file
-from sdtrt.engines.entry import MALFORMED, SIDECAR_BYTES, Entry
+from sdtrt.engines.entry import SIDECAR_BYTES, Entry
 from sdtrt.specs.contract import CONDITIONING, ITEM_BYTES, Attention, Contract, TensorSpec
 
 

@@ -110,7 +110,7 @@ def faster_alone(spec: BuildSpec) -> Sizes | None:
 
 
 def splits_norms(spec: BuildSpec) -> bool:
-    """Whether an engine leaves its large group normalisations to PyTorch, those of `splitting.choose_norms`.
+    """Whether an engine leaves its large group normalisations to PyTorch, those of `cut.choose_norms`.
 
     That is one of a VAE's decoder or encoder on 8.6, for one fixed size, unless the build leaves nothing to PyTorch
     (`split_attention` is 0): no flag and no other form of a norm keeps 8.6 from three copies of it in fp32, which are

@@ -221,11 +221,6 @@ def _make_logger(trt: Any, log: Log) -> Any:
     return Logger()
 
 
-def is_installed(backend: BackendName) -> bool:
-    """Whether a backend's library is there (nothing is imported)."""
-    return any(importlib.util.find_spec(name) is not None for name in MODULES[backend])
-
-
 def version(backend: BackendName) -> str:
     """The version of a backend's library, as `8.6.1`. Raises `EngineError` where it is missing or too old."""
     return ".".join(map(str, open_library(backend).version))

@@ -1,0 +1,126 @@
+"""The options that describe an image, and those of `txt2img` and `img2img`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from typer import Argument, Option
+
+from sdtrt.cli.options import BackendOptions
+from sdtrt.specs import (
+    COMPONENTS,
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_STEPS,
+    PREDICTION_TYPES,
+    SCHEDULERS,
+    TIMESTEP_SPACINGS,
+    Component,
+    GenerateSpec,
+    ModelSpec,
+    NoiseSpec,
+    Precision,
+    PredictionType,
+    SchedulerName,
+    TimestepSpacing,
+)
+
+# What several commands ask about an image.
+NegativePrompt = Annotated[str, Option("--negative-prompt", "-n", help="what the image must not show")]
+Steps = Annotated[int, Option("--steps", "--num-inference-steps", help="denoising steps")]
+GuidanceScale = Annotated[
+    float, Option("--guidance-scale", "--cfg-scale", help="how closely the prompt is followed; up to 1 is off")
+]
+Height = Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")]
+Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")]
+Scheduler = Annotated[
+    str | None,
+    Option("--scheduler", "--sampler", help=f"one of {', '.join(SCHEDULERS)}; by default the model's own"),
+]
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """These options say how noise is added and predicted, where the model does not say it, or says it wrongly."""
+
+    prediction_type: Annotated[
+        str | None, Option(help=f"{' or '.join(PREDICTION_TYPES)}; by default as the model says")
+    ] = None
+    timestep_spacing: Annotated[
+        str | None, Option(help=f"{', '.join(TIMESTEP_SPACINGS)}; by default as the model says")
+    ] = None
+    zero_snr: Annotated[
+        bool | None, Option(help="rescale the noise schedule to zero terminal SNR; by default as the model says")
+    ] = None
+
+    def spec(self) -> NoiseSpec:
+        """The noise that is asked for."""
+        return NoiseSpec(
+            cast("PredictionType | None", self.prediction_type),
+            cast("TimestepSpacing | None", self.timestep_spacing),
+            self.zero_snr,
+        )
+
+
+NoBuild = Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """These options describe the images to be made."""
+
+    text: Annotated[
+        str | None, Argument(metavar="PROMPT", help="what the image shows; --prompt says it, too", show_default=False)
+    ] = None
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="what the image shows; give it again for more images")
+    ] = None
+    negative_prompt: NegativePrompt = ""
+    steps: Steps = DEFAULT_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    height: Height = None
+    width: Width = None
+    seed: Annotated[
+        int | None, Option(help="of the first image, the next ones count up; by default, or at -1, random")
+    ] = None
+    num_images: Annotated[int, Option(help="images for each prompt")] = 1
+    batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
+    scheduler: Scheduler = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
+    no_build: NoBuild = False
+    component: Annotated[
+        list[str] | None,
+        Option(help=f"a part that an engine runs ({', '.join(COMPONENTS)}); give it again for more"),
+    ] = None
+
+    def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
+        """The images that are asked for; `image` holds the noise, and what only img2img has."""
+        backend.check(self.component or ())
+        return GenerateSpec(
+            prompts=self._prompts(),
+            model=model,
+            backend=backend.backend,
+            precision=cast("Precision | None", backend.precision),
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            num_images=self.num_images,
+            batch_size=self.batch_size,
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            output=self.output,
+            overwrite=self.overwrite,
+            allow_build=not self.no_build,
+            components=cast("tuple[Component, ...]", tuple(self.component or ())),
+            **image,
+        )
+
+    def _prompts(self) -> tuple[str, ...]:
+        """The prompt that stands as an argument, then those of `--prompt`."""
+        return (*(() if self.text is None else (self.text,)), *(self.prompt or ()))

@@ -1,3 +1,0 @@
-"""A quick start: nine tenths of it are the imports of torch, transformers and diffusers."""
-
-from __future__ import annotations

@@ -1,0 +1,52 @@
+"""From a request to exports: which components it means, and in which precision each is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sdtrt.common.console import QUIET, Console
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import Entry
+from sdtrt.models.components import choose_components, precision_of
+from sdtrt.models.resolve import Model, resolve_model
+from sdtrt.specs import ExportRequest, ExportSpec
+
+
+def export_specs(model: Model, request: ExportRequest, console: Console = QUIET) -> Iterator[ExportSpec]:
+    """The exports that a request means, of a model that has been found. Says what differs from what was asked for.
+
+    Raises:
+        UsageError: for a component that the model has not.
+    """
+    if model.missing and not request.components:
+        console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
+    asked = request.common.precision
+    for name in choose_components(model, request.components):
+        fitting = precision_of(model, name, asked)
+        if fitting != asked:
+            console.note(f"{name}: in {fitting}, as this model's VAE overflows in {asked} (force_upcast)")
+        yield replace(request.common, component=name, precision=fitting)
+
+
+def export_all(request: ExportRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:
+    """Find or make the exports of a request in the engine directory. Raises as `export_component`."""
+    from sdtrt.exports.component import export_component
+
+    model = resolve_model(request.common.model, console)
+    specs = list(export_specs(model, request, console))
+    return [export_component(model, spec, directory, console) for spec in specs]
+
+
+def export_to_file(request: ExportRequest, console: Console = QUIET) -> tuple[Path, ExportSpec]:
+    """Write the one component of a request to the request's file. Raises as `export_file`.
+
+    Returns:
+        The file, and what was made, which may have another precision than was asked for.
+    """
+    from sdtrt.exports.to_file import export_file
+
+    model = resolve_model(request.common.model, console)
+    (spec,) = export_specs(model, request, console)
+    return export_file(model, spec, console), spec

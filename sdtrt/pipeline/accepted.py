@@ -1,0 +1,120 @@
+"""Which pipelines `accelerate` takes, and why others are refused, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from sdtrt.backends import registry
+from sdtrt.common.errors import EngineError
+from sdtrt.models.live import LiveModel
+from sdtrt.pipeline.watch import describe
+from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
+
+TAKEN = "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting with a 4-channel UNet"
+HINT = f"sdtrt.accelerate takes {TAKEN}; run this one in PyTorch"
+CHANNELS = 4
+# Parts that give a UNet inputs which its engine has not, or that make another kind of pipeline.
+FOREIGN_PARTS = ("controlnet", "adapter", "prior", "movq", "transformer", "motion_adapter", "image_noising_scheduler")
+CLASSES: dict[str, tuple[type, ...]] = {
+    "unet": (diffusers.UNet2DConditionModel,),
+    "vae": (diffusers.AutoencoderKL, diffusers.AutoencoderTiny),
+    "text_encoder": (transformers.CLIPTextModel,),
+    "text_encoder_2": (transformers.CLIPTextModelWithProjection,),
+}
+METHODS = {"vae": ("decode", "encode", "_decode", "_encode")}
+
+
+def check_pipeline(pipe: Any) -> LiveModel:
+    """The model of a pipeline whose parts engines can run.
+
+    Raises:
+        EngineError: for any other, naming its class and what of it no engine runs.
+    """
+    name = type(pipe).__name__
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise EngineError(f"{name} is no diffusers pipeline", hint="pass what from_pretrained of a pipeline returned")
+    for part in FOREIGN_PARTS:
+        if getattr(pipe, part, None) is not None:
+            raise EngineError(f"{name} has a {part}, whose part in the result no engine has an input for", hint=HINT)
+    for part, classes in CLASSES.items():
+        _check_part(name, part, getattr(pipe, part, None), classes)
+    model = LiveModel.of(pipe)
+    _check_shapes(name, pipe, model)
+    return model
+
+
+def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) -> None:
+    """Refuse a part that is of another class, computes otherwise, or is somebody else's to move or compile."""
+    if module is None:
+        if part in ("unet", "vae"):
+            raise EngineError(f"{name} has no {part}", hint=HINT)
+        return
+    base = next((one for one in classes if isinstance(module, one)), None)
+    if base is None:
+        compiled = "; pass it before torch.compile" * hasattr(module, "_orig_mod")
+        wanted = " or ".join(one.__name__ for one in classes)
+        raise EngineError(f"the {part} of {name} is a {describe(module)}, not a {wanted}", hint=f"{HINT}{compiled}")
+    for method in ("forward", *METHODS.get(part, ())):
+        if getattr(type(module), method, None) is not getattr(base, method, None):
+            raise EngineError(f"the {part} of {name}, a {describe(module)}, has a {method} of its own", hint=HINT)
+    if getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None:
+        raise EngineError(
+            f"the {part} of {name} is moved by hooks (offloading, caching or a device map)",
+            hint="pipe.remove_all_hooks(), or load the pipeline without them, and move it with pipe.to(...)",
+        )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise EngineError(f"the {part} of {name} is compiled", hint="load the pipeline anew, without compile()")
+    if any(not parameter.is_floating_point() for parameter in module.parameters()):
+        raise EngineError(f"the {part} of {name} has quantised weights", hint="load it in fp16, bf16 or fp32")
+
+
+def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
+    """Refuse UNets of other inputs, and VAEs of another factor."""
+    config = model.config("unet")
+    if (config["in_channels"], config["out_channels"]) != (CHANNELS, CHANNELS):
+        raise EngineError(
+            f"the unet of {name} takes {config['in_channels']} channels and gives {config['out_channels']}", hint=HINT
+        )
+    if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
+        raise EngineError(
+            f"the unet of {name} has image prompts (an IP-Adapter) or other projected states",
+            hint="pipe.unload_ip_adapter(), or run it in PyTorch",
+        )
+    if config.get("attention_type", "default") != "default":
+        raise EngineError(f"the unet of {name} has {config['attention_type']} attention", hint=HINT)
+    vae = model.config("vae")
+    if model.vae_scale_factor != SIZE_MULTIPLE or (vae["in_channels"], vae["out_channels"]) != (3, 3):
+        raise EngineError(
+            f"the vae of {name} has a factor of {model.vae_scale_factor}, {vae['in_channels']} channels in and"
+            f" {vae['out_channels']} out; engines need {SIZE_MULTIPLE}, 3 and 3",
+            hint=HINT,
+        )
+
+
+def choose_backend(choice: BackendName, device: torch.device) -> BackendName:
+    """The backend that runs where a pipeline's modules are.
+
+    Raises:
+        EngineError: where none of those chosen runs there, with each one's reason.
+    """
+    reasons = []
+    for backend in registry.candidates(choice):
+        if backend.source is None:
+            continue
+        if not backend.weights_inside:
+            reasons.append(f"{backend.name} is for commands and sessions: it follows no pipeline's own weights yet")
+        elif device.type not in backend.devices:
+            reasons.append(f"{backend.name} runs on {' and '.join(backend.devices)}")
+        elif (problem := backend.why_not()) is not None:
+            reasons.append(f"{backend.name}: {problem.message}")
+        else:
+            return backend.name
+    wanted = "no backend" if choice == AUTO else f"{choice} can't run: no engine"
+    raise EngineError(
+        f"{wanted} serves a pipeline on {device.type} ({'; '.join(reasons) or 'it has no engines'})",
+        hint="move the pipeline first, as in pipe.to('cuda'); sdtrt doctor says what this machine has",
+    )

@@ -1,0 +1,86 @@
+"""Calls a diffusers pipeline: the arguments of one call, and how often it runs the UNet.
+
+It neither saves images nor judges them, and frees no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from sdtrt.pipeline.open import OpenPipeline
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """One call of an open pipeline, which makes a batch of images.
+
+    The steps and the size are the open pipeline's.
+
+    Args:
+        prompts: one for each image.
+        seeds: one for each image, whose noise a generator of its own draws on the CPU.
+        start: what img2img starts from, in the images' size; None for images from text alone.
+        strength: how much of `start` is replaced.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    guidance_scale: float
+    negative_prompt: str = ""
+    start: Image.Image | None = None
+    strength: float = 1.0
+
+    def count_unet_calls(self, opened: OpenPipeline) -> int:
+        """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
+        pipe, spec = opened.pipe, opened.spec
+        pipe.scheduler.set_timesteps(spec.steps, device=spec.device)
+        if self.start is None:
+            return len(pipe.scheduler.timesteps)
+        return len(pipe.get_timesteps(spec.steps, self.strength, spec.device)[0])
+
+    def run(
+        self,
+        opened: OpenPipeline,
+        *,
+        output_type: Literal["np", "pil"] = "np",
+        advance: Callable[[], object] | None = None,
+    ) -> Any:
+        """Make the images.
+
+        Args:
+            advance: is called after each step of the scheduler.
+
+        Returns:
+            Pixels `[B,H,W,3]` in 0 to 1 for `np`, finite or not; a list of pictures for `pil`.
+        """
+        watched = {} if advance is None else {"callback_on_step_end": _calling(advance)}
+        return opened.pipe(**self._arguments(opened), **watched, output_type=output_type).images
+
+    def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
+        """What diffusers' pipelines call all this."""
+        spec = opened.spec
+        common = {
+            "prompt": list(self.prompts),
+            "negative_prompt": [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None,
+            "num_inference_steps": spec.steps,
+            "guidance_scale": self.guidance_scale,
+            "generator": [torch.Generator().manual_seed(seed) for seed in self.seeds],
+        }
+        if self.start is None:
+            return {**common, "height": spec.sizes.height, "width": spec.sizes.width}
+        return {**common, "image": self.start, "strength": self.strength}
+
+
+def _calling(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:
+    """What diffusers calls after a step, and which changes none of its tensors."""
+
+    def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return {}
+
+    return on_step_end

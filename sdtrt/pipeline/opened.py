@@ -1,0 +1,135 @@
+"""Pipelines that stay open: `load` opens one without PyTorch's copy of the weights, and keeps its engines with it.
+
+Knows how a pipeline is opened as the commands do it. Where it is dropped, or closed, its engines are closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sdtrt.common.console import Console, quiet_libraries
+from sdtrt.engines.directory import EngineDirectory, default_directory
+from sdtrt.engines.entry import Entry
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task, resolve_request
+from sdtrt.specs import (
+    AUTO,
+    DEFAULT_MODEL,
+    BackendName,
+    Component,
+    GenerateSpec,
+    ModelSpec,
+    Precision,
+    SchedulerName,
+)
+
+ATTRIBUTE = "_sdtrt_open"
+Task = Literal["txt2img", "img2img"]
+
+
+class _KeptOpen:
+    """What closes a pipeline. Copies of the pipeline share its engines, and this."""
+
+    def __init__(self, stack: ExitStack, pipeline: OpenPipeline) -> None:
+        self.stack, self.entries = stack, dict(pipeline.entries)
+
+    def __copy__(self) -> _KeptOpen:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _KeptOpen:
+        return self
+
+
+def load(
+    model: str | ModelSpec = DEFAULT_MODEL,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    task: Task = "txt2img",
+    guidance: bool = True,
+    backend: BackendName = AUTO,
+    precision: Precision | None = None,
+    components: Iterable[Component] | None = None,
+    scheduler: SchedulerName | None = None,
+    engine_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Any:
+    """Open a diffusers pipeline without PyTorch's copy of the weights that engines have, as the commands do.
+
+    It stays open until it is dropped, or `restore` closes it. It can't be saved, take a LoRA or go back to PyTorch: use
+    `from_pretrained` and `accelerate` for that.
+
+    Args:
+        model: `tiny`, a diffusers folder, a hub id or a `.safetensors` file; a `ModelSpec` for a variant or a revision.
+        height, width: of the images in pixels, multiples of 8; None for the model's own size.
+        batch_size: images that one call makes.
+        task: `img2img` opens an image pipeline, with an engine for the VAE's encoder.
+        guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
+        backend, precision, components, engine_dir, progress: as of `accelerate`; here the backend decides the device.
+        scheduler: `euler`, `dpm++`, …; None for the model's own.
+
+    Returns:
+        diffusers' pipeline. Its modules have no weights.
+
+    Raises:
+        UsageError, ModelError, EngineError, ExportError, BuildError, CacheError: where it can't be had.
+
+    Example:
+        >>> import sdtrt
+        >>> pipe = sdtrt.load("tiny", height=128, width=128)
+        >>> image = pipe("a red circle").images[0]
+    """
+    console = Console(quiet=not progress)
+    named = model if isinstance(model, ModelSpec) else ModelSpec(model)
+    spec = GenerateSpec(
+        prompts=("",),
+        model=named,
+        backend=backend,
+        precision=precision,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        num_images=batch_size,
+        guidance_scale=2.0 if guidance else 1.0,
+        scheduler=scheduler,
+        components=tuple(components or ()),
+    )
+    with quiet_libraries():
+        directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
+        return _open(_request(spec, task, console), directory, console)
+
+
+def _request(spec: GenerateSpec, task: Task, console: Console) -> PipelineSpec:
+    found = resolve_model(spec.model, console)
+    check_task(found, img2img=task == "img2img")
+    request = replace(resolve_request(spec, found, console), img2img=task == "img2img")
+    check_spec(request)
+    return request
+
+
+def _open(request: PipelineSpec, directory: EngineDirectory, console: Console) -> Any:
+    with ExitStack() as stack:
+        pipeline = stack.enter_context(open_pipeline(request, directory, console))
+        pipe = pipeline.pipe
+        setattr(pipe, ATTRIBUTE, _KeptOpen(stack.pop_all(), pipeline))
+    return pipe
+
+
+def entries(pipe: Any) -> Mapping[Component, Entry]:
+    """The engines of a pipeline that `load` opened; none of another."""
+    kept = getattr(pipe, ATTRIBUTE, None)
+    return kept.entries if isinstance(kept, _KeptOpen) else {}
+
+
+def close(pipe: Any) -> None:
+    """Close the engines of a pipeline that `load` opened. May be called twice."""
+    kept = getattr(pipe, ATTRIBUTE, None)
+    if isinstance(kept, _KeptOpen):
+        kept.stack.close()
+        kept.entries.clear()

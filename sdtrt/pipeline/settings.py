@@ -1,0 +1,108 @@
+"""What an image carries to be made again: its request's settings, as plain data and as web UIs write them.
+
+Makes no image and writes no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdtrt.common import host
+from sdtrt.common.version import __version__
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models.components import text_encoders_of
+from sdtrt.models.resolve import Model
+from sdtrt.pipeline import images
+from sdtrt.pipeline.jobs import Job
+from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
+from sdtrt.specs import GenerateSpec
+
+
+def settings_of(
+    spec: GenerateSpec, opened: OpenPipeline, init: images.InitImage | None, directory: EngineDirectory
+) -> dict[str, Any]:
+    """What all images of a request have in common, as plain data."""
+    pipeline_spec, scheduler = opened.spec, opened.pipe.scheduler
+    return {
+        "model": _model_facts(pipeline_spec.model, directory),
+        "backend": pipeline_spec.backend,
+        "device": device_name(pipeline_spec.device),
+        "precision": pipeline_spec.precision,
+        "scheduler": {"name": spec.scheduler, **_scheduler_facts(scheduler)},
+        "steps": spec.steps,
+        "guidance_scale": spec.guidance_scale,
+        "strength": spec.strength if init is not None else None,
+        "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
+        "batch_size": pipeline_spec.images,
+        "versions": {"sdtrt": __version__, **host.library_versions()},
+    }
+
+
+def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
+    """Which model it was: its name, and the fingerprints of the parts with weights (the name alone may change hands).
+
+    A single file's own sha256 is there too: web UIs show its beginning as the model's hash.
+    """
+    spec = model.spec
+    facts: dict[str, Any] = {"name": spec.name, "revision": spec.revision, "variant": spec.variant}
+    for part in ("unet", *text_encoders_of(model), "vae"):
+        facts[part] = model.fingerprint(part, directory.file_digest)
+    if spec.vae is not None:
+        facts["vae_name"] = spec.vae
+    if model.layout == "single-file":
+        facts["sha256"] = directory.file_digest(model.source)
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _model_title(model: Model) -> str:
+    """A model's short name, as web UIs show it."""
+    path = Path(model.spec.name)
+    return path.stem if model.layout == "single-file" else path.name or path.resolve().name
+
+
+def _scheduler_facts(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler is, and how it takes noise, as plain data."""
+    config = scheduler.config
+    names = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
+    return {"class": type(scheduler).__name__} | {name: config[name] for name in names if name in config}
+
+
+def metadata_of(
+    spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any], job: Job, batch_size: int
+) -> images.Metadata:
+    """The text that one image carries. Nothing in it changes between two runs with one seed."""
+    sizes, prompt = opened.spec.sizes, job.prompt
+    own = {"prompt": prompt, "negative_prompt": spec.negative_prompt, "seed": job.seed}
+    own |= {"width": sizes.width, "height": sizes.height}
+    parameters = images.format_parameters(prompt, spec.negative_prompt, _fields(spec, opened, settings, job))
+    return images.Metadata(parameters, {**own, **settings, "batch_size": batch_size})
+
+
+def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """An image's settings by the names that web UIs have for them; None where they name none."""
+    sizes, scheduler = opened.spec.sizes, opened.pipe.scheduler
+    return {
+        "Steps": spec.steps,
+        "Sampler": sampler_name(scheduler),
+        "Schedule type": schedule_type(scheduler),
+        "CFG scale": float(spec.guidance_scale),
+        "Seed": job.seed,
+        "Size": f"{sizes.width}x{sizes.height}",
+        "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,
+        "Model": _model_title(opened.spec.model),
+        "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
+        "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
+        "Noise Schedule": noise_schedule(scheduler),
+        "Emphasis": "None" if set(job.prompt + spec.negative_prompt) & set("()[]") else None,  # taken literally
+        "Version": f"sdtrt {__version__}",
+    }

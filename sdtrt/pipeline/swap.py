@@ -1,0 +1,396 @@
+"""What stands in a live module's place: one method of it, which runs engines; the module and its weights stay.
+
+Knows one module, one method, and the engines that run it. `accelerate` says which modules of a pipeline get one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, finalize, ref
+
+import torch
+
+from sdtrt.backends.open import open_session
+from sdtrt.backends.scratch import Scratch
+from sdtrt.backends.session import Session
+from sdtrt.common.console import Console
+from sdtrt.common.errors import EngineError, NotInEngineError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import Entry
+from sdtrt.engines.find import slack
+from sdtrt.models.components import TEXT_ENCODERS, part_of, precision_of, sizes_of
+from sdtrt.models.live import LiveModel, component_tensors
+from sdtrt.models.resolve import Model
+from sdtrt.pipeline.engines import ensure_engines
+from sdtrt.pipeline.facades import VaeFacade
+from sdtrt.pipeline.forwards import EncodedText, TextForward, UNetForward
+from sdtrt.pipeline.parked import Parked
+from sdtrt.pipeline.request import EngineRequest
+from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch
+from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Sizes
+
+OnMiss = Literal["build", "torch", "error"]
+ON_MISS: tuple[str, ...] = ("build", "torch", "error")
+METHODS: dict[Component, str] = {
+    "unet": "forward",
+    "text_encoder": "forward",
+    "text_encoder_2": "forward",
+    "vae_decoder": "decode",
+    "vae_encoder": "encode",
+}
+FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
+LOOK_AGAIN_S = 1.0  # a call that passes the same conditioning as the one before is looked at by then
+IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
+
+_SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the parts of an accelerated pipeline have in common.
+
+    Args:
+        spec: of the model: its name.
+        stored: the model in files that the pipeline was loaded from, where it lies on this machine.
+        modules: the pipeline's, which are not kept alive.
+        precision: that is asked for; a component may have another (`precision_of`).
+        on_miss: what happens at a call that no engine has the size of.
+        lock: the parts' engines share memory, and run one at a time.
+    """
+
+    spec: ModelSpec
+    stored: Model | None
+    modules: Mapping[str, ref[torch.nn.Module]]
+    backend: BackendName
+    precision: Precision
+    directory: EngineDirectory
+    device: torch.device
+    on_miss: OnMiss
+    console: Console
+    lock: threading.RLock
+
+    @property
+    def model(self) -> LiveModel:
+        """The model as the pipeline has it now."""
+        modules = {name: module for name, one in self.modules.items() if (module := one()) is not None}
+        return LiveModel(self.spec, modules, self.stored)
+
+    def request(self, sizes: Sizes, component: Component) -> EngineRequest:
+        """The engine for a call of one component; `sizes` are that call's."""
+        return EngineRequest(
+            self.model, self.backend, self.precision, sizes, (component,), images=sizes.batch, device=self.device
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine that is open, and what it does as the module's method."""
+
+    entry: Entry
+    session: Session[torch.Tensor]
+    call: Callable[..., Any]
+
+
+class Swapped:
+    """A method of a live module that engines run, as an attribute of that module.
+
+    A deep copy or a pickle of the module has the module's own method in its place; a shallow copy, which shares the
+    weights, shares the engines. One thread runs at a time, others wait.
+
+    Args:
+        module: a part of a pipeline, which is not kept alive.
+        component: what of it engines run.
+        settings: of the pipeline.
+        digest: of the weights that the engines have.
+    """
+
+    def __init__(self, module: torch.nn.Module, component: Component, settings: Settings, digest: str) -> None:
+        self.component, self.settings = component, settings
+        self.method = METHODS[component]
+        self.engines: list[Opened] = []
+        finalize(self, _close, self.engines).atexit = False
+        self.parked = Parked(self._wanted)
+        self.is_open = True
+        precision = precision_of(settings.model, component, settings.precision)
+        self.watch = WeightsWatch(module, component, precision, digest)
+        self._module = ref(module)
+        self._said: set[str] = set()
+        self._last: ref[torch.Tensor] | None = None
+        self._looked = 0.0
+        own = getattr(type(module), self.method)
+        functools.update_wrapper(self, own)
+        parameters = list(inspect.signature(own).parameters.values())[1:]
+        self.__signature__ = inspect.signature(own).replace(parameters=parameters)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module. Raises `EngineError` where it is gone, and a shallow copy of it calls."""
+        module = self._module()
+        if module is None:
+            raise EngineError(f"the {self.component} that was accelerated is gone", hint=WAY_OUT)
+        return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the engine that has the call's size; the module's own method, where the engines are closed.
+
+        Raises:
+            EngineError: where the weights were changed, no engine has the size, or an argument that it needs.
+        """
+        with self.settings.lock:
+            if not self.is_open:
+                return self.original(*args, **kwargs)
+            first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
+            states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+            is_first = self._look(states if self.component == "unet" else None)
+            opened = self._for(_sizes_of_call(self.component, first, states))
+            if opened is None:
+                return self.in_pytorch(*args, **kwargs)
+            result = opened.call(*args, **kwargs)
+            if is_first:
+                self.watch.read(self.module)  # while a GPU computes
+        if isinstance(result, EncodedText):
+            return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
+        return result
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own method."""
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+    def in_pytorch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own method, for which its weights come back to the GPU and stay there."""
+        self.bring_back()
+        return self.original(*args, **kwargs)
+
+    def _rest_of_text(self, *args: Any, **kwargs: Any) -> Any:
+        with self.settings.lock:
+            self._say(f"{self.component}: PyTorch computes the states of other layers (clip_skip)")
+            return self.in_pytorch(*args, **kwargs)
+
+    def _look(self, states: torch.Tensor | None) -> bool:
+        """Look at the weights, but for steps that follow one another at once; whether it is a picture's first step.
+
+        Where nothing tells steps from calls, each is the first one.
+        """
+        module = self.module
+        if module.__dict__.get(self.method) is not self or hasattr(module, "_hf_hook"):
+            raise EngineError(
+                f"the {self.component} got hooks (offloading?) after sdtrt.accelerate: engines stay where they are",
+                hint="pipe.remove_all_hooks(), then sdtrt.restore(pipe); offloading works in PyTorch alone",
+            )
+        device = next(module.parameters()).device
+        if device.type != self.settings.device.type:
+            raise EngineError(
+                f"the {self.component} is on {device.type} by now, its engine on {self.settings.device.type}",
+                hint=f"pipe.to({str(self.settings.device)!r}) takes it back; {WAY_OUT}",
+            )
+        again = states is not None and self._last is not None and self._last() is states
+        if again and time.monotonic() - self._looked < LOOK_AGAIN_S:
+            return False
+        self.watch.look(module)
+        self._last = None if states is None else ref(states)
+        self._looked = time.monotonic()
+        return not again
+
+    def _for(self, sizes: Sizes) -> Opened | None:
+        """The engine for a call of this size, by `on_miss`; None for PyTorch."""
+        if (fitting := self.fitting(sizes)) is not None:
+            return fitting
+        words = f"no engine of the {self.component} is open for {self._describe(sizes)}"
+        if self.settings.on_miss == "torch":
+            self._say(f"{words}: PyTorch runs it")
+            return None
+        if self.settings.on_miss == "error":
+            raise EngineError(
+                words,
+                hint="sdtrt.accelerate(pipe, height=..., width=..., batch_size=...) opens one for another size;"
+                ' on_miss="build" builds it at the call, on_miss="torch" runs PyTorch',
+            )
+        settings = self.settings
+        with torch.inference_mode(False), torch.no_grad():
+            entries = ensure_engines(settings.request(sizes, self.component), settings.directory, settings.console)
+        self.open(entries[self.component])
+        return self.engines[-1]
+
+    def fitting(self, sizes: Sizes) -> Opened | None:
+        """The open engine that fits a size of the component's own call best."""
+        own = sizes_of(self.component, sizes, sizes.batch)
+        fits = [
+            (loose, one) for one in self.engines if (loose := slack(one.entry.engine_key.profiles, own)) is not None
+        ]
+        return min(fits, key=lambda fit: fit[0])[1] if fits else None
+
+    def _describe(self, sizes: Sizes) -> str:
+        return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self.settings.console.note(text)
+        self._said.add(text)
+
+    def open(self, entry: Entry, scratch: Scratch | None = None) -> None:
+        """Open an engine, unless it is open. Raises as of `open_session`."""
+        if any(one.entry.path == entry.path for one in self.engines):
+            return
+        session = open_session(entry, self.settings.device, scratch)
+        self.engines.append(Opened(entry, session, self._call_of(session)))
+
+    def _call_of(self, session: Session[torch.Tensor]) -> Callable[..., Any]:
+        """The module's method, by a session."""
+        device = self.settings.device
+        if self.component == "unet":
+            return UNetForward(session, session.contract, device, IN_PYTORCH)
+        if self.component in TEXT_ENCODERS:
+            return _encodes(session, device, self._module)
+        config: Any = self.module.config
+        if self.component == "vae_decoder":
+            return VaeFacade(config, device, decoder=session).decode
+        facade = VaeFacade(config, device, encoder=session)
+        facade.halves["encoder"] = _RowByRow(facade.halves["encoder"])
+        return facade.encode
+
+    # --- the weights' place ---------------------------------------------------------------------------------------
+
+    def park(self) -> None:
+        """Let the weights leave the GPU."""
+        self.parked.park(self.module, component_tensors(self.module, self.component).items())
+        self.watch.moved(self.module)
+
+    def bring_back(self) -> None:
+        """Bring the weights back to where the module is."""
+        module = self._module()
+        if self.parked and module is not None:
+            self.parked.bring_back(module)
+            self.watch.moved(module)
+
+    def _wanted(self) -> None:
+        """A layer is called by itself, while the module's weights are away."""
+        with self.settings.lock:
+            self._say(f"{self.component}: a layer is called by itself: PyTorch runs it, and the weights are back")
+            self.bring_back()
+
+    # --- coming and going ------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Take the place of the module's method."""
+        object.__setattr__(self.module, self.method, self)
+        _SWAPPED.setdefault(self.module, {})[self.component] = self
+
+    def close(self) -> None:
+        """Give the module back its method and its weights, and close the engines. May be called twice."""
+        with self.settings.lock:
+            module = self._module()
+            if module is not None:
+                if module.__dict__.get(self.method) is self:
+                    del module.__dict__[self.method]
+                _SWAPPED.get(module, {}).pop(self.component, None)
+            self.bring_back()
+            self.is_open = False
+            _close(self.engines)
+
+    def __copy__(self) -> Swapped:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The own method of a module's copy, which is under way; alone, this shares its engines."""
+        made = memo.get(id(self._module()))
+        return self if made is None else types.MethodType(getattr(type(made), self.method), made)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, self.method)  # what is read has the class's own by then
+
+
+def swapped_of(pipe: Any) -> dict[Component, Swapped]:
+    """What engines run of a pipeline's modules, whichever pipeline they were accelerated through."""
+    found: dict[Component, Swapped] = {}
+    for component in METHODS:
+        module = getattr(pipe, part_of(component), None)
+        if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
+            found[component] = _SWAPPED[module][component]
+    return found
+
+
+class LiveText:
+    """What a text encoder gives: an engine's states, and those of other layers by PyTorch, once they are asked for."""
+
+    def __init__(self, encoded: EncodedText, rest: Callable[[], Any]) -> None:
+        self._encoded, self._rest = encoded, functools.cache(rest)
+
+    def __getitem__(self, index: int | str | slice) -> Any:
+        try:
+            return self._encoded[index]  # type: ignore[index]
+        except NotInEngineError:
+            return self._rest()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name == "hidden_states":
+            return _LiveStates(self._encoded, self._rest)
+        try:
+            return getattr(self._encoded, name)
+        except NotInEngineError:
+            return getattr(self._rest(), name)
+
+
+class _LiveStates:
+    """All layers' states, of which the engine gives the last but one."""
+
+    def __init__(self, encoded: EncodedText, rest: Callable[[], Any]) -> None:
+        self._encoded, self._rest = encoded, rest
+
+    def __getitem__(self, index: int) -> Any:
+        return self._encoded.hidden_states[-2] if index == -2 else self._rest().hidden_states[index]
+
+    def __len__(self) -> int:
+        return len(self._rest().hidden_states)
+
+
+class _RowByRow(torch.nn.Module):
+    """Half a VAE that takes images one by one, as its engine does."""
+
+    def __init__(self, half: torch.nn.Module) -> None:
+        super().__init__()
+        self.encode_one = half
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `[B,3,8H,8W]` → moments `[B,2C,H,W]`."""
+        return torch.cat([self.encode_one(row) for row in images.split(1)])
+
+
+def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tensor | None) -> Sizes:
+    """The size of a call: of the UNet's for that, else of images or latents."""
+    if component in TEXT_ENCODERS:
+        return Sizes(first.shape[0], SIZE_MULTIPLE, SIZE_MULTIPLE)
+    factor = 1 if component == "vae_encoder" else SIZE_MULTIPLE
+    height, width = (side * factor for side in first.shape[-2:])
+    if component == "unet":
+        tokens = DEFAULT_TOKENS if states is None else states.shape[1]
+        return Sizes(first.shape[0], height, width, tokens)
+    return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
+
+
+def _encodes(
+    session: Session[torch.Tensor], device: torch.device, encoder: ref[torch.nn.Module]
+) -> Callable[..., EncodedText]:
+    """A text encoder's forward, which gives the dtype that the encoder has by then."""
+
+    def forward(*args: Any, **kwargs: Any) -> EncodedText:
+        module = encoder()
+        assert module is not None
+        return TextForward(session, device, next(module.parameters()).dtype, IN_PYTORCH)(*args, **kwargs)
+
+    return forward
+
+
+def _close(engines: list[Opened]) -> None:
+    """Close all, and empty the list."""
+    for one in engines:
+        one.session.close()
+    engines.clear()

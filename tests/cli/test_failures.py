@@ -1,0 +1,287 @@
+"""Every failure that `SECURITY.md` lists is made to happen with the real command line, and says what is said there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from factories import sd1_folder, unet_engine
+from fault_server import UNET
+from PIL import Image
+
+from sdtrt.cli.main import main
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import SIDECAR
+from sdtrt.engines.publish import seal
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import memory
+from sdtrt.specs import ModelSpec, Sizes
+
+TABLE = Path(__file__).resolve().parents[2] / "SECURITY.md"
+ROW = re.compile(r"\| (?P<name>[^|]+) \| (?P<code>\d+) \| `(?P<message>.+?)` \| `(?P<hint>.+?)` \|")
+MODEL = ("--model", "model")
+PAINT = ("txt2img", "-p", "x", *MODEL, "--steps", "1", "-H", "64", "-W", "64", "--quiet", "-b", "onnxruntime")
+BUILD = ("build", *MODEL)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with all that failures are about: the smallest model there is, its engine, files of the wrong kinds."""
+    place = tmp_path_factory.mktemp("made")
+    sd1_folder(place / "model", cross_attention_dim=32, **UNET)
+    model = resolve_model(ModelSpec(str(place / "model")))
+    unet_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), EngineDirectory(place / "engines"))
+    (place / "text.png").write_text("no picture")
+    (place / "folder").mkdir()
+    for name in ("file", "weights.ckpt", "exists.onnx"):
+        (place / name).touch()
+    Image.new("RGB", (64, 64)).save(place / "init.png")
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(place / "float.tif")
+    Image.new("1", (9000, 9000)).save(place / "large.png")
+    Image.new("1", (2000, 8)).save(place / "long.png")
+    return place
+
+
+def flip(pattern):
+    """Change one bit of a file."""
+    (path,) = Path().glob(pattern)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def damaged_engine():
+    flip("engines/unet-onnxruntime-*/engine.onnx")
+    return PAINT
+
+
+def damaged_export():
+    flip("engines/unet-onnx-*/model.onnx")
+    (engine,) = Path().glob("engines/unet-onnxruntime-*")
+    shutil.rmtree(engine)
+    return (*BUILD, "-b", "onnxruntime", "--precision", "fp32", "--quiet")
+
+
+def damaged_entry():
+    flip("engines/unet-onnxruntime-*/engine.onnx")
+    return ("engines", "verify", "--quiet", "--json")
+
+
+def open_entry():
+    (engine,) = Path().glob("engines/unet-onnxruntime-*")
+    engine.chmod(0o777)
+    return ("engines", "verify", "--quiet", "--json")
+
+
+def entry_in_use():
+    entry = next(iter(EngineDirectory(Path("engines")).entries("engine")))
+    held.append(entry.hold())
+    return ("engines", "rm", entry.name)
+
+
+def open_directory():
+    Path("engines").chmod(0o777)
+    return PAINT
+
+
+def link_inside():
+    Path("elsewhere").mkdir()
+    shutil.rmtree("engines/.locks")
+    Path("engines/.locks").symlink_to(Path("elsewhere").resolve())
+    return (*BUILD, "-b", "onnxruntime", "--precision", "fp32", "--component", "vae_decoder", "--quiet")
+
+
+def too_many_files():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    again = contextlib.ExitStack()
+    again.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+    held.append(again)
+    return ("engines", "list")
+
+
+def truncated():
+    path = next(Path("model/unet").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:5000])
+    return PAINT
+
+
+def other_shapes():
+    config = Path("model/unet/config.json")
+    config.write_text(config.read_text().replace('"time_embedding_dim": null', '"time_embedding_dim": 48'))
+    return (*PAINT, "-b", "torch")
+
+
+def not_finite():
+    from safetensors.torch import load_file, save_file
+
+    path = next(Path("model/unet").glob("*.safetensors"))
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
+    return PAINT
+
+
+def interrupted():
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    held.append(timer)
+    timer.start()
+    return (*PAINT, "--steps", "900")
+
+
+def short_of_memory():
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, resource.RLIM_INFINITY))
+    return (*PAINT, "-H", "4096", "-W", "4096")
+
+
+def short_of_gpu_memory():
+    """The engine's sidecar says what a TensorRT engine's does, and the GPU has 3 GiB: neither is to be had here."""
+    (folder,) = Path().glob("engines/unet-onnxruntime-*")
+    (entry,) = (one for one in EngineDirectory(Path("engines")).entries("engine") if one.name == folder.name)
+    (folder / SIDECAR).unlink()
+    seal(folder, entry.kind, entry.key, {**entry.info, "plan_bytes": 2**31, "scratch_bytes": 2**31})
+    free = contextlib.ExitStack()
+    free.enter_context(mock.patch.object(memory, "free_bytes", return_value=3 * 2**30))
+    held.append(free)
+    return (*PAINT, "--component", "unet")
+
+
+held: list[object] = []
+
+MAKERS = {
+    "no prompt": ("txt2img",),
+    "unknown option": ("txt2img", "-p", "x", "--stepz", "3"),
+    "not a number": ("txt2img", "-p", "x", "--steps", "many"),
+    "unknown command": ("text2img",),
+    "size": (*PAINT, "--height", "500"),
+    "size beyond all": (*PAINT, "--width", "20000"),
+    "steps": (*PAINT, "--steps", "0"),
+    "more steps than the model has": (*PAINT, "--steps", "5000"),
+    "number of images": (*PAINT, "--num-images", "0"),
+    "number of images beyond all": (*PAINT, "--num-images", "9" * 12),
+    "guidance scale": (*PAINT, "--cfg-scale", "nan"),
+    "seed": (*PAINT, "--seed", "-2"),
+    "scheduler": (*PAINT, "--scheduler", "eulr"),
+    "backend": (*PAINT, "--backend", "tensort"),
+    "precision of a backend": (*PAINT, "--precision", "bf16"),
+    "backend without a GPU": (*PAINT, "--backend", "tensorrt"),
+    "prompt that is no text": ("txt2img", "-p", "\udcff"),
+    "strength": ("img2img", *PAINT[1:], "-i", "init.png", "--strength", "0"),
+    "strength of no step": ("img2img", *PAINT[1:], "-i", "init.png", "--strength", "0.5"),
+    "missing init image": ("img2img", "-p", "x", *MODEL, "-i", "missing.png"),
+    "init image that is none": ("img2img", "-p", "x", *MODEL, "-i", "text.png"),
+    "init image too large": ("img2img", "-p", "x", *MODEL, "-i", "large.png"),
+    "init image too long": ("img2img", "-p", "x", *MODEL, "-i", "long.png"),
+    "init image of floats": ("img2img", "-p", "x", *MODEL, "-i", "float.tif"),
+    "image format": (*PAINT, "-o", "x.gif"),
+    "images for one file": (*PAINT, "-o", "x.png", "--num-images", "2"),
+    "output exists": (*PAINT, "-o", "init.png"),
+    "output is a file": (*PAINT, "-o", "file"),
+    "output's name is too long": (*PAINT, "-o", "x" * 300 + ".png"),
+    "output can't be written": (*PAINT, "-o", "/proc/nowhere/x.png"),
+    "unknown model": ("txt2img", "-p", "x", "--model", "tinny"),
+    "missing model": ("txt2img", "-p", "x", "--model", "./nowhere"),
+    "model's address": ("txt2img", "-p", "x", "--model", "https://huggingface.co/a/b"),
+    "folder that is no model": ("txt2img", "-p", "x", "--model", "folder"),
+    "file that is no model": ("txt2img", "-p", "x", "--model", "weights.ckpt"),
+    "model that is not here": ("txt2img", "-p", "x", "--model", "owner/name", "--offline"),
+    "truncated weights": truncated,
+    "weights of another shape": other_shapes,
+    "weights that are not finite": not_finite,
+    "profile": (*BUILD, "-b", "tensorrt-rtx", "--profile", "depth=3"),
+    "range": (*BUILD, "-b", "tensorrt-rtx", "--height", "1:2"),
+    "range upside down": (*BUILD, "-b", "tensorrt-rtx", "--height", "512:256:128"),
+    "compute capability": (*BUILD, "-b", "tensorrt-rtx", "--compute-capability", "x"),
+    "options without effect": (*BUILD, "-b", "onnxruntime", "--workspace-gib", "1"),
+    "attention left to PyTorch": (*BUILD, "-b", "tensorrt-rtx", "--split-attention", "2048"),
+    "attention without a UNet": ("build", *MODEL, "--component", "text_encoder", "--split-attention", "2048"),
+    "channels-last without pieces": (*BUILD, "-b", "tensorrt", "--channels-last", "--split-attention", "0"),
+    "channels-last in fp32": (*BUILD, "-b", "tensorrt", "--channels-last", "--precision", "fp32"),
+    "backend without engines": (*BUILD, "-b", "torch"),
+    "export's name": ("export", *MODEL, "--component", "unet", "-o", "unet.txt"),
+    "export of several parts": ("export", *MODEL, "-o", "unet.onnx"),
+    "export exists": ("export", *MODEL, "--component", "unet", "-o", "exists.onnx"),
+    "opset": ("export", *MODEL, "--opset", "3"),
+    "component": ("export", *MODEL, "--component", "vea"),
+    "missing engine": (*PAINT, "--no-build", "--engine-dir", "none"),
+    "damaged engine": damaged_engine,
+    "damaged export": damaged_export,
+    "damaged entries": damaged_entry,
+    "entries that others can change": open_entry,
+    "no such entry": ("engines", "rm", "nothing"),
+    "entry in use": entry_in_use,
+    "size to keep": ("engines", "prune", "--keep-gib", "nan"),
+    "age": ("engines", "prune", "--older-than-days", "-5"),
+    "part of an engine": ("inspect", "--engine", "x", "--part", "unet"),
+    "engine directory is a file": (*PAINT, "--engine-dir", "file"),
+    "engine directory can't be written": (*PAINT, "--engine-dir", "/proc/nowhere"),
+    "engine directory that others can change": open_directory,
+    "link inside the engine directory": link_inside,
+    "too many open files": too_many_files,
+    "out of memory": short_of_memory,
+    "engines larger than the GPU's memory": short_of_gpu_memory,
+    "interrupted": interrupted,
+}
+
+
+def rows() -> dict[str, re.Match[str]]:
+    """The table, by its first column."""
+    return {row["name"].strip(): row for row in ROW.finditer(TABLE.read_text(encoding="utf-8"))}
+
+
+def fits(text: str, pattern: str) -> bool:
+    """Whether a line is what the table has; `…` stands for anything."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("…"))), text) is not None
+
+
+def test_the_table_and_the_tests_are_about_the_same_failures():
+    assert set(rows()) == {*MAKERS, "stdout can't be written"}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_failure_is_as_the_table_has_it(name, made, tmp_path, capsys, monkeypatch):
+    maker = MAKERS[name]
+    if callable(maker):  # it changes something
+        made = shutil.copytree(made, tmp_path / "made")
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("SDTRT_ENGINE_DIR", "engines")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    words = maker() if callable(maker) else maker
+    monkeypatch.setattr(sys, "argv", ["sdtrt", *words])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        for thing in held:
+            thing.cancel() if isinstance(thing, threading.Timer) else thing.close()
+        held.clear()
+    out, err = capsys.readouterr()
+    error, hint = err.splitlines()[-2:]
+    row = rows()[name]
+    assert ended.value.code == int(row["code"]), err
+    assert fits(error, f"error: {row['message']}"), error
+    assert fits(hint, f"hint: {row['hint']}"), hint
+    assert out == "" or name in ("damaged entries", "entries that others can change")
+
+
+def test_a_full_stdout_is_as_the_table_has_it():
+    row = rows()["stdout can't be written"]
+    command = f"'{sys.executable}' -m sdtrt --version >/dev/full"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    error, hint = ended.stderr.splitlines()
+    assert ended.returncode == int(row["code"])
+    assert fits(error, f"error: {row['message']}")
+    assert fits(hint, f"hint: {row['hint']}")
