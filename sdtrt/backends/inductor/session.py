@@ -77,7 +77,7 @@ class InductorSession(Session[torch.Tensor]):
         scratch: Scratch | None = None,
     ) -> None:
         self.contract, self._profile, self._file = contract, profile, package
-        self._device = device
+        self._device = device = _with_index(device)
         self._has_weights = False
         self._gpu = _Gpu(contract, profile, device, graphs, scratch or Scratch()) if device.type == "cuda" else None
         loaded = Package(package, device)
@@ -183,8 +183,7 @@ class _Gpu:
         largest = contract.input_shapes(profile.maximum)
         elements = {name: torch.Size(shape).numel() for name, shape in largest.items()}
         with torch.cuda.device(device), memory_errors("its inputs"), torch.inference_mode(False):
-            index = torch.device("cuda", torch.cuda.current_device())
-            self._block = scratch.block(0, index)  # of no size: for the turns alone
+            self._block = scratch.block(0, device)  # of no size: for the turns alone
             self.buffers = InputBuffers(contract.inputs, elements, device)
             self.graphs = CudaGraphs(graphs, device)
 
@@ -199,6 +198,15 @@ class _Gpu:
         self._scratch.finish()
         self.graphs.clear()
         self.buffers.clear()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """A device that says which GPU it is. Raises `EngineError` where PyTorch can't use one."""
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise EngineError("this PyTorch can't use the GPU", hint="install a CUDA build of PyTorch: https://pytorch.org")
+    return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
 
 
 def _check_names(file: Path, package: Package, constants: Sequence[Constant]) -> None:
