@@ -185,6 +185,21 @@ def test_one_engine_for_a_range_of_sizes(models, shared):
             session.run(seeded_feeds(session.contract, Sizes(5, 128, 128)))
 
 
+def test_eight_builders_make_one_engine(models, directory, monkeypatch):
+    """Whichever checkpoint each has: one builds, and the others wait for it."""
+    from sdtrt.backends.inductor import build
+
+    built, real = [], build.build_package
+    monkeypatch.setattr(build, "build_package", lambda *given: built.append(given) or real(*given))
+    made = []
+    factories.in_threads(
+        lambda model: made.append(engine(model, directory, "text_encoder").path), [(models[n % 2],) for n in range(8)]
+    )
+    assert len(built) == 1
+    assert len(made) == 8
+    assert len(set(made)) == 1
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -43,19 +43,33 @@ _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "TORCHDYNAMO_", 
 
 @dataclass(frozen=True)
 class Request:
-    """What the building process needs to know."""
+    """What the building process needs to know.
+
+    Args:
+        device: what is compiled for, `cuda` or `cpu`.
+        options: of the compiler.
+        recipe: the fields of an `exports.program.Recipe`.
+    """
 
     export: ExportSpec
     profile: Profile
     contract: Contract
     folder: Path
     device: str
+    options: Mapping[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    recipe: Mapping[str, bool] = field(default_factory=lambda: dict(RECIPE))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
         export, contract = asdict(replace(self.export, output=None)), self.contract.to_json()
-        rest = {"profile": asdict(self.profile), "folder": str(self.folder), "device": self.device}
-        return {"export": export, "contract": contract, **rest}
+        how = {"device": self.device, "options": dict(self.options), "recipe": dict(self.recipe)}
+        return {
+            "export": export,
+            "contract": contract,
+            "profile": asdict(self.profile),
+            "folder": str(self.folder),
+            **how,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -66,6 +80,8 @@ class Request:
             contract=Contract.from_json(data["contract"]),
             folder=Path(data["folder"]),
             device=data["device"],
+            options=data["options"],
+            recipe=data["recipe"],
         )
 
     @property

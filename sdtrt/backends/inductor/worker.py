@@ -13,7 +13,7 @@ import torch
 from sdtrt.backends import checking
 from sdtrt.backends.checking import Reference
 from sdtrt.backends.child import Report, answer
-from sdtrt.backends.inductor.build import OPTIONS, RECIPE, Request
+from sdtrt.backends.inductor.build import Request
 from sdtrt.backends.inductor.package import Package
 from sdtrt.backends.inductor.session import InductorSession
 from sdtrt.backends.inductor.weights import PACKAGE_FILE, Constant, write_constants, write_fixed
@@ -79,7 +79,7 @@ def _export(request: Request, report: Report) -> Program:
     module = _load(request)
     report({"show": f"exporting the {request.contract.component}"})
     device = torch.device(request.device)
-    return export_program(module, request.contract, request.profile, device=device, recipe=Recipe(**RECIPE))
+    return export_program(module, request.contract, request.profile, device=device, recipe=Recipe(**request.recipe))
 
 
 def compile_program(program: Program, request: Request, report: Report) -> tuple[Constant, ...]:
@@ -88,12 +88,12 @@ def compile_program(program: Program, request: Request, report: Report) -> tuple
     Raises:
         BuildError: where the compiler fails, or has compiled a weight in.
     """
+    from torch._inductor import aoti_compile_and_package
+
     report({"show": "compiling"})
     path = request.folder / PACKAGE_FILE
     try:
-        torch._inductor.aoti_compile_and_package(
-            program.exported, package_path=str(path), inductor_configs=dict(OPTIONS)
-        )
+        aoti_compile_and_package(program.exported, package_path=str(path), inductor_configs=dict(request.options))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise BuildMemoryShortage(
             f"too little memory to compile the {request.contract.component}: {first_line(error)}",
