@@ -27,6 +27,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import CacheError, EngineError, SdtrtError
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.upkeep import sweep
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import reference
 from sdtrt.models.components import components_of, load_component, profile_of
@@ -417,7 +418,7 @@ def test_a_killed_build_takes_its_processes_along(building, tmp_path):
     assert not list((tmp_path / "tmp").iterdir())
     directory = EngineDirectory(tmp_path / "engines")
     assert directory.entries("engine") == []
-    assert directory.sweep() == 1
+    assert sweep(directory) == 1
     assert not list((tmp_path / "engines" / ".building").iterdir())
 
 
