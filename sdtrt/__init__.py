@@ -29,9 +29,10 @@ if TYPE_CHECKING:
         UsageError,
     )
     from sdtrt.engines.directory import EngineDirectory
-    from sdtrt.pipeline.accelerate import accelerate, restore, status
+    from sdtrt.pipeline.accelerate import accelerate, restore
     from sdtrt.pipeline.front import build, export, generate, open_session
     from sdtrt.pipeline.opened import load
+    from sdtrt.pipeline.status import status
     from sdtrt.specs import Profile, Sizes
 
 __all__ = [
@@ -73,7 +74,7 @@ _MODULES = {
     "load": "sdtrt.pipeline.opened",
     "open_session": "sdtrt.pipeline.front",
     "restore": "sdtrt.pipeline.accelerate",
-    "status": "sdtrt.pipeline.accelerate",
+    "status": "sdtrt.pipeline.status",
 }
 
 # Before anything imports ONNX Runtime (diffusers does so, too): it would give the user a number, keep a database in the

@@ -539,8 +539,8 @@ def find_engine(
     component: Component = "unet",
 ) -> Entry | None:
     """The engine of a component that a request would take; None if there is none."""
-    runs, there = registry.get(backend).runs_here(), directory.entries("engine")
-    return best_fit(model, runs, precision, sizes, directory, component, there, registry.get(backend).weights_inside)
+    runs, inside = registry.get(backend).runs_here(), registry.get(backend).weights_inside
+    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"), inside)
 
 
 def engines_wanted(

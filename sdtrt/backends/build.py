@@ -17,7 +17,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
 from sdtrt.models.components import contract_of, part_of, profiles_of
-from sdtrt.models.resolve import Model, resolve_model
+from sdtrt.models.resolve import resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
 
@@ -78,11 +78,6 @@ def build_engine(model: ModelSource, spec: BuildSpec, directory: EngineDirectory
 def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirectory, console: Console) -> Entry:
     """Build an engine from the model itself. Raises `ModelChangedError` where its files were replaced meanwhile."""
     export = spec.export
-    if not isinstance(model, Model):
-        raise UsageError(
-            f"{spec.backend} engines are built from a model's files, not from a pipeline in memory",
-            hint=f"save the pipeline, then sdtrt build --backend {spec.backend} --model FOLDER",
-        )
     sight = Sight(model, (part_of(export.component),))
 
     def make(folder: Path) -> dict[str, Any]:
@@ -93,8 +88,7 @@ def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirect
         facts = {"contract": contract.to_json(), "model": model.spec.name}
         return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
 
-    key = engine_key(model, spec, directory).to_json()
-    return directory.obtain("engine", key, make, console, force=spec.force)
+    return directory.obtain("engine", engine_key(model, spec, directory).to_json(), make, console, force=spec.force)
 
 
 def _make(

@@ -38,7 +38,11 @@ def best_fit(
         weights: whether the backend's engines hold them; others serve any weights of the architecture.
     """
     precision = precision_of(model, component, precision)
-    has_weights = (_same_weights_as if weights else _same_architecture_as)(model, component, precision, directory)
+    has_weights = (
+        _same_weights_as(model, component, precision, directory)
+        if weights
+        else _same_program_as(model, component, precision)
+    )
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
@@ -55,12 +59,12 @@ def best_fit(
     return best
 
 
-def _same_architecture_as(
-    model: ModelSource, component: Component, precision: Precision, directory: EngineDirectory
+def _same_program_as(
+    model: ModelSource, component: Component, precision: Precision
 ) -> Callable[[Entry, EngineKey], bool]:
-    """What says of an engine free of weights whether it serves a model."""
-    wanted = program_key(model, ExportSpec(model.spec, component, precision))
-    return lambda _entry, key: key.export == wanted
+    """What says of an engine without weights whether it serves a model: by the architecture."""
+    program = program_key(model, ExportSpec(model.spec, component, precision))
+    return lambda _entry, key: key.export == program
 
 
 def _same_weights_as(

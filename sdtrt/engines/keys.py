@@ -176,8 +176,16 @@ def export_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], st
     )
 
 
+def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str]) -> str:
+    """What stands for the weights: a file's content, or the tensors of a live module as the engine takes them."""
+    if isinstance(model, LiveModel):
+        return model.fingerprint(spec.component, spec.precision)
+    assert isinstance(model, Model)
+    return model.fingerprint(part_of(spec.component), digest)
+
+
 def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
-    """What an engine free of weights is built from: as `export_key`, but of any weights of the architecture."""
+    """What an engine free of weights is built from: like `export_key`, but of any weights of the architecture."""
     contract = contract_of(model, spec.component, spec.precision)
     return ExportKey(
         component=spec.component,
@@ -190,21 +198,13 @@ def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
 
 
 def source_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str], *, weights: bool) -> ExportKey:
-    """The key of what an engine is built from.
+    """What an engine is built from.
 
     Args:
-        digest: as of `export_key`.
-        weights: whether they are inside the engine.
+        digest: sha256 of a file.
+        weights: whether they are inside it.
     """
     return export_key(model, spec, digest) if weights else program_key(model, spec)
-
-
-def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], str]) -> str:
-    """What stands for the weights: a file's content, or the tensors of a live module as the engine takes them."""
-    if isinstance(model, LiveModel):
-        return model.fingerprint(spec.component, spec.precision)
-    assert isinstance(model, Model)
-    return model.fingerprint(part_of(spec.component), digest)
 
 
 class Sight:

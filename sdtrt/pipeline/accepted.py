@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -11,7 +12,8 @@ import transformers
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline.watch import describe
+from sdtrt.pipeline.facades import Facade
+from sdtrt.pipeline.watch import describe, moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
 
 TAKEN = "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting with a 4-channel UNet"
@@ -53,6 +55,11 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
         if part in ("unet", "vae"):
             raise EngineError(f"{name} has no {part}", hint=HINT)
         return
+    if isinstance(module, Facade):
+        raise EngineError(
+            f"{name} was opened by sdtrt.load: an engine runs its {part} already",
+            hint="sdtrt.load(..., height=..., width=...) opens one for another size",
+        )
     base = next((one for one in classes if isinstance(module, one)), None)
     if base is None:
         compiled = "; pass it before torch.compile" * hasattr(module, "_orig_mod")
@@ -61,7 +68,7 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
     for method in ("forward", *METHODS.get(part, ())):
         if getattr(type(module), method, None) is not getattr(base, method, None):
             raise EngineError(f"the {part} of {name}, a {describe(module)}, has a {method} of its own", hint=HINT)
-    if getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None:
+    if moved_by(module) is not None:
         raise EngineError(
             f"the {part} of {name} is moved by hooks (offloading, caching or a device map)",
             hint="pipe.remove_all_hooks(), or load the pipeline without them, and move it with pipe.to(...)",
@@ -70,6 +77,11 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
         raise EngineError(f"the {part} of {name} is compiled", hint="load the pipeline anew, without compile()")
     if any(not parameter.is_floating_point() for parameter in module.parameters()):
         raise EngineError(f"the {part} of {name} has quantised weights", hint="load it in fp16, bf16 or fp32")
+
+
+def takes_images(pipe: Any) -> bool:
+    """Whether a pipeline's call encodes images."""
+    return "image" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
@@ -105,10 +117,10 @@ def choose_backend(choice: BackendName, device: torch.device) -> BackendName:
     for backend in registry.candidates(choice):
         if backend.source is None:
             continue
-        if not backend.weights_inside:
-            reasons.append(f"{backend.name} is for commands and sessions: it follows no pipeline's own weights yet")
-        elif device.type not in backend.devices:
+        if device.type not in backend.devices:
             reasons.append(f"{backend.name} runs on {' and '.join(backend.devices)}")
+        elif not backend.weights_inside:
+            reasons.append(f"{backend.name} takes no live pipeline yet: sdtrt.load opens one with it")
         elif (problem := backend.why_not()) is not None:
             reasons.append(f"{backend.name}: {problem.message}")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine
@@ -71,9 +72,9 @@ def _ensure(
 def _find(request: EngineRequest, directory: EngineDirectory) -> dict[Component, Entry | None]:
     """The engine of each component that fits; the directory is read once."""
     there, backend = directory.entries("engine"), registry.get(request.backend)
-    model, runs, inside = request.model, backend.runs_here(), backend.weights_inside
+    find = partial(best_fit, request.model, backend.runs_here(), request.precision)
     return {
-        name: best_fit(model, runs, request.precision, request.sizes_of(name), directory, name, there, inside)
+        name: find(request.sizes_of(name), directory, name, there, backend.weights_inside)
         for name in request.components
     }
 

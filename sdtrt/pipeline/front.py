@@ -6,12 +6,23 @@ They make a spec of their arguments and call the room that does the work.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from sdtrt.common.console import Console, quiet_libraries
+from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec
+from sdtrt.specs import (
+    BackendName,
+    BuildSpec,
+    Component,
+    ExportSpec,
+    GenerateSpec,
+    ModelSpec,
+    NoiseSpec,
+    Precision,
+    SchedulerName,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +32,36 @@ if TYPE_CHECKING:
     from sdtrt.pipeline.generate import GenerateReport
 
 
+class GenerateOptions(TypedDict, total=False):
+    """The fields of a `GenerateSpec` that `generate` takes beside a text."""
+
+    model: str | ModelSpec
+    backend: BackendName
+    precision: Precision | None
+    negative_prompt: str
+    steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    seed: int | None
+    num_images: int
+    batch_size: int
+    scheduler: SchedulerName | None
+    init_image: Path | None
+    strength: float
+    output: Path | None
+    overwrite: bool
+    allow_build: bool
+    components: tuple[Component, ...]
+    noise: NoiseSpec
+
+
 def generate(
-    prompt: str | GenerateSpec, *, engine_dir: str | Path | None = None, progress: bool = True, **options: Any
+    prompt: str | GenerateSpec,
+    *,
+    engine_dir: str | Path | None = None,
+    progress: bool = True,
+    **options: Unpack[GenerateOptions],
 ) -> GenerateReport:
     """Make images and save them, as `sdtrt txt2img` and `sdtrt img2img` do.
 
@@ -30,7 +69,7 @@ def generate(
         prompt: a text, or a whole `GenerateSpec`.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
         progress: say on stderr what goes on.
-        options: fields of `GenerateSpec` (`steps=20, height=512, seed=7, output=Path("out")`), beside a text.
+        options: fields of `GenerateSpec` (`steps=20, height=512, seed=7, output=Path("out")`), beside a text alone.
 
     Returns:
         The report: `report.images[0].path`, seeds, engines, seconds.
@@ -47,8 +86,22 @@ def generate(
     """
     from sdtrt.pipeline.generate import generate as make
 
-    spec = prompt if isinstance(prompt, GenerateSpec) else GenerateSpec(prompts=(prompt,), **options)
-    return make(spec, _directory(engine_dir), Console(quiet=not progress))
+    return make(_spec_of(prompt, options), _directory(engine_dir), Console(quiet=not progress))
+
+
+def _spec_of(prompt: str | GenerateSpec, options: GenerateOptions) -> GenerateSpec:
+    """The request. Raises `UsageError` for options that it has not, and for any beside a whole one."""
+    if isinstance(prompt, GenerateSpec):
+        if options:
+            names = ", ".join(options)
+            raise UsageError(f"{names} beside a GenerateSpec, which has its own", hint="dataclasses.replace(spec, ...)")
+        return prompt
+    known = GenerateOptions.__annotations__
+    if unknown := options.keys() - known.keys():
+        raise UsageError(f"generate has no {', '.join(sorted(unknown))}", hint=f"it has {', '.join(known)}")
+    model = options.get("model")
+    fields: dict[str, Any] = {**options, **({"model": ModelSpec(model)} if isinstance(model, str) else {})}
+    return GenerateSpec(prompts=(prompt,), **fields)
 
 
 def export(
@@ -112,15 +165,12 @@ def build(spec: BuildSpec, *, engine_dir: str | Path | None = None, progress: bo
         return build_engine(resolve_model(spec.export.model, console), spec, _directory(engine_dir), console)
 
 
-def open_session(
-    entry: Entry, device: str | torch.device | None = None, model: ModelSpec | None = None
-) -> Session[torch.Tensor]:
+def open_session(entry: Entry, device: str | torch.device | None = None) -> Session[torch.Tensor]:
     """Open an engine: torch tensors in, torch tensors out, by the names in `session.inputs` and `session.outputs`.
 
     Args:
         entry: of the kind `engine`, as `build` returns it.
         device: where its tensors lie; None for where its backend runs, `cuda` or `cpu`.
-        model: whose weights an engine that holds none computes with; None where `session.set_weights` follows.
 
     Returns:
         A context manager, whose `run` takes and gives tensors by name. It serves one thread at a time.
@@ -144,8 +194,7 @@ def open_session(
     from sdtrt.backends import registry
 
     place = device if device is not None else registry.get(str(entry.key.get("backend"))).device()
-    source = resolve_model(model) if model is not None else None
-    return opening.open_session(entry, torch.device(place), model=source)
+    return opening.open_session(entry, torch.device(place))
 
 
 def _directory(path: str | Path | None) -> EngineDirectory:

@@ -88,10 +88,8 @@ def open_pipeline(
                 parts |= _load_parts(spec, running)
                 _check_weights(spec, running, directory, given=unet_engine)
             parts |= _facades(spec, running, parts.get("vae"))
-        pipe = _assemble(spec, parts)
-        if running.sessions:
-            refuse_as_a_whole(pipe, running.sessions)
-        yield OpenPipeline(pipe, spec, running.entries, files)
+        # No name for the pipeline here: whoever drops it ends this generator, which closes the engines.
+        yield OpenPipeline(_assemble(spec, parts, running), spec, running.entries, files)
 
 
 def _load_scheduler(spec: PipelineSpec) -> Any:
@@ -206,7 +204,7 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
     return facades
 
 
-def _assemble(spec: PipelineSpec, parts: Mapping[str, Any]) -> Any:
+def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -> Any:
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
     if spec.model.is_sdxl:
@@ -220,6 +218,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any]) -> Any:
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = cls(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
+    if running.sessions:
+        refuse_as_a_whole(pipe, running.sessions)
     return pipe
 
 

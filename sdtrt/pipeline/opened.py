@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdtrt.common.console import Console, quiet_libraries
+from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.open import open_pipeline
 from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task, resolve_request
 from sdtrt.specs import (
     AUTO,
@@ -35,8 +36,13 @@ Task = Literal["txt2img", "img2img"]
 class _KeptOpen:
     """What closes a pipeline. Copies of the pipeline share its engines, and this."""
 
-    def __init__(self, stack: ExitStack, pipeline: OpenPipeline) -> None:
-        self.stack, self.entries = stack, dict(pipeline.entries)
+    def __init__(self, stack: ExitStack, entries: Mapping[Component, Entry]) -> None:
+        self.stack, self.entries = stack, dict(entries)
+
+    def close(self) -> None:
+        """Close the pipeline's engines, and free their memory. May be called twice."""
+        self.stack.close()
+        self.entries.clear()
 
     def __copy__(self) -> _KeptOpen:
         return self
@@ -62,8 +68,8 @@ def load(
 ) -> Any:
     """Open a diffusers pipeline without PyTorch's copy of the weights that engines have, as the commands do.
 
-    It stays open until it is dropped, or `restore` closes it. It can't be saved, take a LoRA or go back to PyTorch: use
-    `from_pretrained` and `accelerate` for that.
+    It stays open until it is dropped or `pipe.close()`d, as `with contextlib.closing(sdtrt.load(...)) as pipe` does. It
+    can't be saved, take a LoRA or go back to PyTorch: use `from_pretrained` and `accelerate` for that.
 
     Args:
         model: `tiny`, a diffusers folder, a hub id or a `.safetensors` file; a `ModelSpec` for a variant or a revision.
@@ -75,7 +81,7 @@ def load(
         scheduler: `euler`, `dpm++`, …; None for the model's own.
 
     Returns:
-        diffusers' pipeline. Its modules have no weights.
+        diffusers' pipeline, with `close`. Its modules have no weights.
 
     Raises:
         UsageError, ModelError, EngineError, ExportError, BuildError, CacheError: where it can't be had.
@@ -87,9 +93,27 @@ def load(
     """
     console = Console(quiet=not progress)
     named = model if isinstance(model, ModelSpec) else ModelSpec(model)
-    spec = GenerateSpec(
+    spec = _spec(named, height, width, batch_size, guidance, backend, precision, components, scheduler)
+    with quiet_libraries():
+        directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
+        return _open(_request(spec, task, console), directory, console)
+
+
+def _spec(
+    model: ModelSpec,
+    height: int | None,
+    width: int | None,
+    batch_size: int,
+    guidance: bool,
+    backend: BackendName,
+    precision: Precision | None,
+    components: Iterable[Component] | None,
+    scheduler: SchedulerName | None,
+) -> GenerateSpec:
+    """The request of a call that makes as many images as the pipeline is for."""
+    return GenerateSpec(
         prompts=("",),
-        model=named,
+        model=model,
         backend=backend,
         precision=precision,
         height=height,
@@ -100,9 +124,6 @@ def load(
         scheduler=scheduler,
         components=tuple(components or ()),
     )
-    with quiet_libraries():
-        directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
-        return _open(_request(spec, task, console), directory, console)
 
 
 def _request(spec: GenerateSpec, task: Task, console: Console) -> PipelineSpec:
@@ -116,9 +137,10 @@ def _request(spec: GenerateSpec, task: Task, console: Console) -> PipelineSpec:
 def _open(request: PipelineSpec, directory: EngineDirectory, console: Console) -> Any:
     with ExitStack() as stack:
         pipeline = stack.enter_context(open_pipeline(request, directory, console))
-        pipe = pipeline.pipe
-        setattr(pipe, ATTRIBUTE, _KeptOpen(stack.pop_all(), pipeline))
-    return pipe
+        kept = _KeptOpen(stack.pop_all(), pipeline.entries)
+    setattr(pipeline.pipe, ATTRIBUTE, kept)
+    pipeline.pipe.close = kept.close  # `contextlib.closing(pipe)` calls it
+    return pipeline.pipe
 
 
 def entries(pipe: Any) -> Mapping[Component, Entry]:
@@ -127,9 +149,10 @@ def entries(pipe: Any) -> Mapping[Component, Entry]:
     return kept.entries if isinstance(kept, _KeptOpen) else {}
 
 
-def close(pipe: Any) -> None:
-    """Close the engines of a pipeline that `load` opened. May be called twice."""
-    kept = getattr(pipe, ATTRIBUTE, None)
-    if isinstance(kept, _KeptOpen):
-        kept.stack.close()
-        kept.entries.clear()
+def refuse_restoring(pipe: Any) -> None:
+    """Raise `EngineError` for a pipeline that `load` opened."""
+    if isinstance(getattr(pipe, ATTRIBUTE, None), _KeptOpen):
+        raise EngineError(
+            f"this {type(pipe).__name__} was opened by sdtrt.load: it has no weights to go back to",
+            hint="pipe.close() frees its engines; from_pretrained and sdtrt.accelerate make one that can be restored",
+        )

@@ -32,18 +32,19 @@ class Parked:
     def __bool__(self) -> bool:
         return bool(self._tensors)
 
-    def park(self, module: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Let those of a module's tensors, given by name, leave the GPU that need not be there."""
+    def park(self, module: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> bool:
+        """Let those of a module's tensors, given by name, leave the GPU that need not be there; whether any did."""
         first, leaving = next(module.parameters()), set()
         for name, tensor in tensors:
             kept = tensor is first or any(word in name for word in KEPT_LAYERS)
             if not kept and isinstance(tensor, torch.nn.Parameter) and is_on_gpu(tensor):
+                self._tensors.append(ref(tensor))  # before it leaves: an interrupt may come between
                 tensor.data = to_host(tensor.data)
-                self._tensors.append(ref(tensor))
                 leaving.add(id(tensor))
         for layer in module.modules():
             if any(id(parameter) in leaving for parameter in layer.parameters(recurse=False)):
                 self._handles.append(layer.register_forward_pre_hook(ComesBack(self._wanted)))
+        return bool(leaving)
 
     def bring_back(self, module: torch.nn.Module) -> None:
         """Bring them back to where the module is by now."""

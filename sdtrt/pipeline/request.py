@@ -197,7 +197,8 @@ def _note_parts(spec: PipelineSpec, console: Console) -> None:
 
 def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
     """The size of the UNet calls that make so many images at once."""
-    tokens = model.config(text_encoders_of(model)[0]).get("max_position_embeddings", DEFAULT_TOKENS)
+    encoders = text_encoders_of(model)  # a live pipeline may have none: its calls bring embeddings
+    tokens = model.config(encoders[0]).get("max_position_embeddings", DEFAULT_TOKENS) if encoders else DEFAULT_TOKENS
     return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)
 
 

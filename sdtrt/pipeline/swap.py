@@ -10,8 +10,8 @@ import inspect
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -21,7 +21,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
 from sdtrt.common.console import Console
-from sdtrt.common.errors import EngineError, NotInEngineError
+from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
@@ -30,11 +30,12 @@ from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
-from sdtrt.pipeline.forwards import EncodedText, TextForward, UNetForward
+from sdtrt.pipeline.forwards import EncodedText, UNetForward
+from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
-from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch
-from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Sizes
+from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_training
+from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Profile, Sizes
 
 OnMiss = Literal["build", "torch", "error"]
 ON_MISS: tuple[str, ...] = ("build", "torch", "error")
@@ -148,6 +149,7 @@ class Swapped:
                 return self.original(*args, **kwargs)
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+            refuse_training(self.component, self.module)
             is_first = self._look(states if self.component == "unet" else None)
             opened = self._for(_sizes_of_call(self.component, first, states))
             if opened is None:
@@ -179,7 +181,7 @@ class Swapped:
         Where nothing tells steps from calls, each is the first one.
         """
         module = self.module
-        if module.__dict__.get(self.method) is not self or hasattr(module, "_hf_hook"):
+        if module.__dict__.get(self.method) is not self or moved_by(module) is not None:
             raise EngineError(
                 f"the {self.component} got hooks (offloading?) after sdtrt.accelerate: engines stay where they are",
                 hint="pipe.remove_all_hooks(), then sdtrt.restore(pipe); offloading works in PyTorch alone",
@@ -221,10 +223,13 @@ class Swapped:
     def fitting(self, sizes: Sizes) -> Opened | None:
         """The open engine that fits a size of the component's own call best."""
         own = sizes_of(self.component, sizes, sizes.batch)
-        fits = [
-            (loose, one) for one in self.engines if (loose := slack(one.entry.engine_key.profiles, own)) is not None
-        ]
-        return min(fits, key=lambda fit: fit[0])[1] if fits else None
+        fits = []
+        for one in self.engines:
+            profiles = one.entry.engine_key.profiles
+            rows = least_rows(profiles, own.batch) if self.component in TEXT_ENCODERS else own.batch
+            if (loose := slack(profiles, replace(own, batch=rows))) is not None:
+                fits.append((rows, loose, one))
+        return min(fits, key=lambda fit: fit[:2])[2] if fits else None
 
     def _describe(self, sizes: Sizes) -> str:
         return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
@@ -239,15 +244,15 @@ class Swapped:
         if any(one.entry.path == entry.path for one in self.engines):
             return
         session = open_session(entry, self.settings.device, scratch)
-        self.engines.append(Opened(entry, session, self._call_of(session)))
+        self.engines.append(Opened(entry, session, self._call_of(session, entry.engine_key.profiles)))
 
-    def _call_of(self, session: Session[torch.Tensor]) -> Callable[..., Any]:
+    def _call_of(self, session: Session[torch.Tensor], profiles: Sequence[Profile]) -> Callable[..., Any]:
         """The module's method, by a session."""
         device = self.settings.device
         if self.component == "unet":
             return UNetForward(session, session.contract, device, IN_PYTORCH)
         if self.component in TEXT_ENCODERS:
-            return _encodes(session, device, self._module)
+            return encodes(session, device, self._module, profiles, IN_PYTORCH)
         config: Any = self.module.config
         if self.component == "vae_decoder":
             return VaeFacade(config, device, decoder=session).decode
@@ -257,10 +262,12 @@ class Swapped:
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
-    def park(self) -> None:
-        """Let the weights leave the GPU."""
-        self.parked.park(self.module, component_tensors(self.module, self.component).items())
-        self.watch.moved(self.module)
+    def park(self) -> bool:
+        """Let the weights leave the GPU; whether any did."""
+        found = self.parked.park(self.module, component_tensors(self.module, self.component).items())
+        if found:
+            self.watch.moved(self.module)
+        return found
 
     def bring_back(self) -> None:
         """Bring the weights back to where the module is."""
@@ -289,7 +296,8 @@ class Swapped:
             if module is not None:
                 if module.__dict__.get(self.method) is self:
                     del module.__dict__[self.method]
-                _SWAPPED.get(module, {}).pop(self.component, None)
+                if (there := _SWAPPED.get(module, {})).get(self.component) is self:
+                    del there[self.component]
             self.bring_back()
             self.is_open = False
             _close(self.engines)
@@ -311,45 +319,10 @@ def swapped_of(pipe: Any) -> dict[Component, Swapped]:
     found: dict[Component, Swapped] = {}
     for component in METHODS:
         module = getattr(pipe, part_of(component), None)
+        module = getattr(module, "_orig_mod", module)  # that of torch.compile
         if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
             found[component] = _SWAPPED[module][component]
     return found
-
-
-class LiveText:
-    """What a text encoder gives: an engine's states, and those of other layers by PyTorch, once they are asked for."""
-
-    def __init__(self, encoded: EncodedText, rest: Callable[[], Any]) -> None:
-        self._encoded, self._rest = encoded, functools.cache(rest)
-
-    def __getitem__(self, index: int | str | slice) -> Any:
-        try:
-            return self._encoded[index]  # type: ignore[index]
-        except NotInEngineError:
-            return self._rest()[index]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name == "hidden_states":
-            return _LiveStates(self._encoded, self._rest)
-        try:
-            return getattr(self._encoded, name)
-        except NotInEngineError:
-            return getattr(self._rest(), name)
-
-
-class _LiveStates:
-    """All layers' states, of which the engine gives the last but one."""
-
-    def __init__(self, encoded: EncodedText, rest: Callable[[], Any]) -> None:
-        self._encoded, self._rest = encoded, rest
-
-    def __getitem__(self, index: int) -> Any:
-        return self._encoded.hidden_states[-2] if index == -2 else self._rest().hidden_states[index]
-
-    def __len__(self) -> int:
-        return len(self._rest().hidden_states)
 
 
 class _RowByRow(torch.nn.Module):
@@ -374,19 +347,6 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
         tokens = DEFAULT_TOKENS if states is None else states.shape[1]
         return Sizes(first.shape[0], height, width, tokens)
     return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
-
-
-def _encodes(
-    session: Session[torch.Tensor], device: torch.device, encoder: ref[torch.nn.Module]
-) -> Callable[..., EncodedText]:
-    """A text encoder's forward, which gives the dtype that the encoder has by then."""
-
-    def forward(*args: Any, **kwargs: Any) -> EncodedText:
-        module = encoder()
-        assert module is not None
-        return TextForward(session, device, next(module.parameters()).dtype, IN_PYTORCH)(*args, **kwargs)
-
-    return forward
 
 
 def _close(engines: list[Opened]) -> None:

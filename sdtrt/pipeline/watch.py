@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import component_tensors, is_of_transformers, weights_digest
@@ -18,8 +19,9 @@ from sdtrt.pipeline.parked import ComesBack
 from sdtrt.specs import Component, Precision
 
 SAMPLES = 16  # numbers of each tensor that are compared at each look
-BLOCK_BYTES = 4096  # of which a whole reading keeps one sum
 WORD_BYTES = 8  # of the whole numbers that are added: their sums are exact, and as fast as memory is read
+BLOCK_WORDS = 512  # 4 KiB, of which a whole reading keeps one sum
+SMALL_WORDS = 8 * BLOCK_WORDS
 WAY_OUT = (
     "sdtrt.accelerate(pipe) again finds or builds engines of the weights as they are now;"
     " sdtrt.restore(pipe) goes back to PyTorch"
@@ -81,8 +83,12 @@ class WeightsWatch:
             self._compare(module, now)
 
     def read(self, module: torch.nn.Module) -> None:
-        """Raise `EngineError` where any number of the weights is another one."""
-        self._compare(module, _look(module, self.component))
+        """Raise `EngineError` where any number of the weights is another one.
+
+        What lies on a GPU is waited for last: it may be busy.
+        """
+        if not torch.equal(self._sums_of(module), self._sums):
+            self._compare(module, _look(module, self.component))
 
     def differs(self, module: torch.nn.Module) -> bool:
         """Whether the module's weights are others than the engine's, by their digest."""
@@ -118,6 +124,11 @@ class WeightsWatch:
 def refuse_changes(module: torch.nn.Module, component: Component) -> None:
     """Raise `EngineError` for what changes a module's results without a tensor, and no engine does."""
     for name, layer in module.named_modules():
+        if (mover := moved_by(layer)) is not None:
+            raise EngineError(
+                f"the {component} has hooks of {mover} (offloading, casting, caching): engines do without them",
+                hint="sdtrt.restore(pipe) goes back to PyTorch; or load the pipeline without them",
+            )
         processor = layer.__dict__.get("processor") or layer._modules.get("processor")
         if processor is not None and type(processor).__name__ not in PLAIN_PROCESSORS:
             raise _refusal(component, f"the attention processor {type(processor).__name__}", "set_attn_processor")
@@ -130,6 +141,23 @@ def refuse_changes(module: torch.nn.Module, component: Component) -> None:
         hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
         if name and not all(is_of_transformers(hook) or isinstance(hook, ComesBack) for hook in hooks):
             raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
+
+
+def refuse_training(component: Component, module: torch.nn.Module) -> None:
+    """Raise `EngineError` where a gradient of a module's weights is wanted: an engine's result has none."""
+    if module.training and torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters()):
+        raise EngineError(
+            f"the {component} is in training mode, and no gradient passes an engine",
+            hint=f"sdtrt.restore(pipe) before training; else {component}.eval() or torch.no_grad()",
+        )
+
+
+def moved_by(layer: torch.nn.Module) -> str | None:
+    """The library whose hooks move, cast or skip a layer; None where there are none."""
+    if layer.__dict__.get("_hf_hook") is not None:
+        return "accelerate"
+    registry = layer.__dict__.get("_diffusers_hook")  # is left when its hooks are gone
+    return "diffusers" if registry is not None and getattr(registry, "hooks", True) else None
 
 
 def _refusal(component: Component, what: str, mend: str) -> EngineError:
@@ -178,28 +206,31 @@ def _some(tensor: torch.Tensor) -> torch.Tensor:
 def block_sums(tensors: Iterable[torch.Tensor], dtypes: Iterable[torch.dtype]) -> torch.Tensor:
     """The sums (int64, on the CPU) of each 4 KiB of tensors' memory, each tensor as if it had its dtype.
 
-    One changed number changes one of them. Numbers that change places within 4 KiB do not.
+    One changed number changes one of them. Numbers that change places within 4 KiB do not. Small tensors are added
+    together: half of a UNet's have a few KiB, and each call of PyTorch takes longer than their sum.
     """
-    sums: list[torch.Tensor] = []
+    sums, small = [], []
     for tensor, dtype in zip(tensors, dtypes, strict=True):
-        sums += _block_sums(_flat(tensor.detach().to(dtype)).view(torch.uint8))
-    return _joined(sums, torch.int64)
+        words = _words(_flat(tensor.detach().to(dtype)))
+        small += [words] if words.numel() < SMALL_WORDS else []
+        sums += [_sums(words)] if words.numel() >= SMALL_WORDS else []
+    return _joined([*sums, _sums(_joined(small, torch.int64))], torch.int64)
 
 
-def _block_sums(memory: torch.Tensor) -> list[torch.Tensor]:
-    """Sums of whole blocks, of the words of the rest, and of the bytes that are left."""
-    blocks = memory.numel() // BLOCK_BYTES * BLOCK_BYTES
-    words = memory.numel() // WORD_BYTES * WORD_BYTES
-    if memory.storage_offset() % WORD_BYTES:
-        memory = memory.clone()
-    sums = []
-    if blocks:
-        sums.append(memory[:blocks].view(torch.int64).view(-1, BLOCK_BYTES // WORD_BYTES).sum(1))
-    if words > blocks:
-        sums.append(memory[blocks:words].view(torch.int64).sum().reshape(1))
-    if memory.numel() > words:
-        sums.append(memory[words:].sum(dtype=torch.int64).reshape(1))
-    return sums
+def _words(flat: torch.Tensor) -> torch.Tensor:
+    """Numbers as whole numbers of 8 bytes, with zeros after them where that takes some."""
+    if flat.storage_offset() * flat.itemsize % WORD_BYTES:
+        flat = flat.clone()
+    if flat.nbytes % WORD_BYTES:
+        return pad(flat.view(torch.uint8), (0, -flat.nbytes % WORD_BYTES)).view(torch.int64)
+    return flat.view(torch.int64)
+
+
+def _sums(words: torch.Tensor) -> torch.Tensor:
+    """A sum for each whole block, and one for the rest."""
+    whole = words.numel() // BLOCK_WORDS * BLOCK_WORDS
+    blocks = words[:whole].view(-1, BLOCK_WORDS).sum(1)
+    return blocks if whole == words.numel() else torch.cat([blocks, words[whole:].sum(0, keepdim=True)])
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

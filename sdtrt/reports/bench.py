@@ -108,12 +108,13 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
     """Those that were named; else those that this machine has a use for, and a word on the others."""
     if spec.baselines is not None:
         return [BASELINES[name] for name in spec.baselines]
-    on_gpu, why = torch_sees_gpu(), "they are for GPUs, but for torch-compile, which takes long"
+    on_gpu, why = torch_sees_gpu(), "they are for GPUs, but for torch-compile's forms, which take long"
     chosen = [BASELINES["torch-fp32"]]
     if on_gpu:
-        missing = {"torch-compile-max"} | (set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"})
+        missing = {"torch-compile-max", "torch-compile-regional", "torch-compile-unet"}
+        missing |= set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"}
         chosen = [found for found in BASELINES.values() if found.name not in missing]
-        why = "tuning takes many minutes; ONNX Runtime's CUDA baseline needs onnxruntime-gpu"
+        why = "the other forms of torch.compile are slower or tune for minutes; ONNX Runtime's needs onnxruntime-gpu"
     left_out = [found.name for found in BASELINES.values() if found not in chosen]
     console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines all, or their names, asks for them")
     return chosen

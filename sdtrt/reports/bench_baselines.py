@@ -28,6 +28,7 @@ from sdtrt.models.components import contract_of
 from sdtrt.pipeline.facades import UNetFacade
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.reports.bench_compile import COMPILED, compile_pipeline
 from sdtrt.reports.meters import tf32
 from sdtrt.specs import BaselineName, ExportSpec, Precision
 from sdtrt.specs.contract import Contract
@@ -64,8 +65,10 @@ BASELINES: dict[BaselineName, Baseline] = {
         Baseline("torch-tf32", "torch", "fp32", "TF32 on", "a CPU has no TF32", tf32=True),
         Baseline("torch-fp16", "torch", "fp16", None, _FP16),
         Baseline("torch-graph", "torch", "fp16", "channels-last, CUDA graph", "CUDA graphs need a GPU"),
-        Baseline("torch-compile", "torch", "fp16", "torch.compile, reduce-overhead"),
-        Baseline("torch-compile-max", "torch", "fp16", "torch.compile, max-autotune", "its kernels are the GPU's"),
+        Baseline("torch-compile", "torch", "fp16", "torch.compile of all parts, fused QKV, channels last, one graph"),
+        Baseline("torch-compile-max", "torch", "fp16", "the same, max-autotune", "its kernels are the GPU's"),
+        Baseline("torch-compile-regional", "torch", "fp16", "the same, of repeated blocks"),
+        Baseline("torch-compile-unet", "torch", "fp16", "torch.compile of the UNet, reduce-overhead"),
         Baseline("onnxruntime-cuda", "onnxruntime", "fp16", "CUDA, attentions fused", "its CUDA provider needs a GPU"),
     )
 }
@@ -86,13 +89,11 @@ def open_baseline(
             yield opened
         return
     with tf32(baseline.tf32), open_pipeline(spec, directory, console) as opened:
-        unet = opened.pipe.unet
         if baseline.name == "torch-graph":
-            unet.to(memory_format=torch.channels_last)
+            unet = opened.pipe.unet.to(memory_format=torch.channels_last)
             unet.forward = GraphedForward(unet.forward)
-        elif baseline.name in ("torch-compile", "torch-compile-max"):
-            unet.to(memory_format=torch.channels_last)
-            unet.forward = compiled_forward(unet.forward, baseline.name, spec.device)
+        elif baseline.name in COMPILED:
+            compile_pipeline(opened.pipe, baseline.name, spec.device, GraphedForward)
         yield opened
 
 
@@ -178,19 +179,6 @@ def capture_graph(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None],
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call()
     return graph.replay, output
-
-
-def compiled_forward(forward: Callable[..., Any], name: BaselineName, device: torch.device) -> Callable[..., Any]:
-    """A UNet's `forward` through torch.compile, with outputs that later calls leave alone (its own graphs' don't)."""
-    torch.compiler.reset()
-    mode = "max-autotune" if name == "torch-compile-max" else "reduce-overhead"
-    compiled = torch.compile(forward, mode=mode if device.type == "cuda" else "default", dynamic=False)
-
-    def call(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        return (compiled(*args, **kwargs, return_dict=False)[0].clone(),)
-
-    return call
 
 
 @contextmanager

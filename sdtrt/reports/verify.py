@@ -154,8 +154,9 @@ def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory)
     if entry is None:
         return None
     key = entry.engine_key
-    inside, export = registry.get(key.backend).weights_inside, ExportSpec(model.spec, "unet", key.precision)
-    return key.export.fingerprint == source_key(model, export, directory.file_digest, weights=inside).fingerprint
+    export = ExportSpec(model.spec, "unet", key.precision)
+    own = source_key(model, export, directory.file_digest, weights=registry.get(key.backend).weights_inside)
+    return key.export.fingerprint == own.fingerprint
 
 
 def _compare(

@@ -26,6 +26,8 @@ BaselineName = Literal[
     "torch-graph",
     "torch-compile",
     "torch-compile-max",
+    "torch-compile-regional",
+    "torch-compile-unet",
     "onnxruntime-cuda",
 ]
 

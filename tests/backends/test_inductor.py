@@ -11,8 +11,8 @@ import factories
 import pytest
 import torch
 
-from sdtrt.backends import build as builds
 from sdtrt.backends import registry
+from sdtrt.backends.build import engine_key
 from sdtrt.backends.inductor import build
 from sdtrt.backends.inductor.weights import (
     CONSTANTS_FILE,
@@ -29,6 +29,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.backends.session import Session
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import BuildError, EngineError, UsageError
+from sdtrt.engines.find import best_fit
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Recipe, export_program
 from sdtrt.exports.tracing import reference
@@ -263,13 +264,14 @@ def spec_of(model, component="unet", precision="fp32", profile=PROFILE):
     return BuildSpec(ExportSpec(model.spec, component, precision), "inductor", (profile_of(component, profile),))
 
 
-def engine_key(model, spec, directory):
-    return builds.engine_key(model, spec, directory).to_json()
+def key_of(model, spec, directory):
+    """An engine's key, as it is written."""
+    return engine_key(model, spec, directory).to_json()
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_two_checkpoints_have_one_key(models, directory, component):
-    one, two = (engine_key(model, spec_of(model, component), directory) for model in models)
+    one, two = (key_of(model, spec_of(model, component), directory) for model in models)
     assert one == two
     text = json.dumps(one)
     assert models[0].fingerprint("unet", factories.sha256_of) not in text
@@ -281,12 +283,12 @@ def test_what_fine_tunes_differ_in_is_not_in_the_key(models, directory, tmp_path
     shutil.copytree(Path(models[0].spec.name), folder)
     file = folder / "unet" / "config.json"
     config = json.loads(file.read_text())
-    before = engine_key(models[0], spec_of(models[0]), directory)
+    before = key_of(models[0], spec_of(models[0]), directory)
 
     def key_with(**values):
         file.write_text(json.dumps({**config, **values}))
         model = resolve_model(ModelSpec(str(folder)))
-        return engine_key(model, spec_of(model), directory)
+        return key_of(model, spec_of(model), directory)
 
     assert key_with(_name_or_path="elsewhere", sample_size=96, _diffusers_version="0.6.0") == before
     assert key_with(act_fn="silu", dropout=0.0) == before
@@ -298,23 +300,25 @@ def test_what_fine_tunes_differ_in_is_not_in_the_key(models, directory, tmp_path
 def test_sizes_precision_and_versions_are_in_the_key(models, directory, monkeypatch):
     model = models[0]
     keys = [
-        engine_key(model, spec_of(model), directory),
-        engine_key(model, spec_of(model, precision="bf16"), directory),
-        engine_key(model, spec_of(model, profile=Profile.of(replace(SIZES, height=64))), directory),
+        key_of(model, spec_of(model), directory),
+        key_of(model, spec_of(model, precision="bf16"), directory),
+        key_of(model, spec_of(model, profile=Profile.of(replace(SIZES, height=64))), directory),
     ]
     monkeypatch.setitem(build.OPTIONS, "conv_1x1_as_mm", False)
-    keys.append(engine_key(model, spec_of(model), directory))
+    keys.append(key_of(model, spec_of(model), directory))
     monkeypatch.setattr("sdtrt.common.host.library_version", lambda name: "9.9")
-    keys.append(engine_key(model, spec_of(model), directory))
+    keys.append(key_of(model, spec_of(model), directory))
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == 5
 
 
 def test_an_engine_serves_every_checkpoint_and_no_other_version(models, directory, monkeypatch):
-    key = engine_key(models[0], spec_of(models[0]), directory)
+    backend = registry.get("inductor")
+    key = key_of(models[0], spec_of(models[0]), directory)
     entry = directory.obtain("engine", key, lambda folder: {})
 
     def found(model):
-        return factories.find_engine(model, "inductor", "fp32", SIZES, directory)
+        there = directory.entries("engine")
+        return best_fit(model, backend.runs_here(), "fp32", SIZES, directory, "unet", there, backend.weights_inside)
 
     assert found(models[0]) == found(models[1]) == entry
     monkeypatch.setattr("sdtrt.common.host.library_version", lambda name: "9.9")
@@ -325,7 +329,7 @@ def test_an_engine_serves_every_checkpoint_and_no_other_version(models, director
 @pytest.mark.parametrize("change", [{"host": {"processor": "another"}}, {"backend_version": "1.0"}, {"format": 0}])
 def test_a_package_of_another_machine_is_never_opened(models, directory, change):
     """PyTorch would warn, and run it."""
-    key = engine_key(models[0], spec_of(models[0]), directory)
+    key = key_of(models[0], spec_of(models[0]), directory)
     entry = directory.obtain("engine", {**key, **change}, lambda folder: {})
     with pytest.raises(EngineError, match="another machine or version"):
         open_session(entry, CPU, None, models[0])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import pickle
+from weakref import ref
 
 import factories
 import numpy as np
@@ -27,6 +30,7 @@ from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import accelerate as accelerating
 from sdtrt.pipeline import parked, swap
 from sdtrt.pipeline.watch import block_sums
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
@@ -34,6 +38,7 @@ from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 UNET_ALONE = ("unet",)
+TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 CALL = (torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))  # of a UNet
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
@@ -79,8 +84,8 @@ def latents(pipe, **options):
 
 
 def differ(found, expected):
-    """How much latents differ, as a share of the largest where that is above 1."""
-    return float((found - expected).abs().max() / max(1.0, expected.abs().max()))
+    """How much latents differ at most."""
+    return float((found - expected).abs().max())
 
 
 def pixels(pipe, **options):
@@ -104,7 +109,7 @@ def test_a_pipeline_made_in_memory_gives_its_pictures_in_engines_and_restored_to
     assert accelerate(pipe) is pipe
     assert sdtrt.status(pipe)["unet"].is_in_engine
     assert sdtrt.status(pipe)["vae_decoder"].is_in_engine
-    assert differ(latents(pipe), plain) <= 1e-4
+    assert differ(latents(pipe), plain) <= TOLERANCE
     assert np.abs(pixels(pipe) - picture).max() <= 2
     sdtrt.restore(pipe)
     assert torch.equal(latents(pipe), plain)
@@ -125,12 +130,32 @@ def test_image_and_inpainting_pipelines_encode_in_an_engine(make, accelerate):
     plain, filled = latents(pipe, **options), latents(inpaint, **masked)
     accelerate(pipe)
     assert {name: part.is_in_engine for name, part in parts_of(pipe).items()} == dict.fromkeys(parts_of(pipe), True)
-    assert differ(latents(pipe, **options), plain) <= 1e-4
-    assert differ(latents(inpaint, **masked), filled) <= 1e-4
+    assert differ(latents(pipe, **options), plain) <= TOLERANCE
+    assert differ(latents(inpaint, **masked), filled) <= TOLERANCE
     two = latents(pipe, **{**options, "image": [NOISE, NOISE], "prompt": ["a", "b"]})
     assert len(two) == 2
     sdtrt.restore(inpaint)  # the same modules
     assert torch.equal(latents(pipe, **options), plain)
+
+
+def moments(vae, image):
+    with torch.no_grad():
+        return vae.encode(image).latent_dist.parameters
+
+
+def test_an_image_of_one_colour_is_encoded_as_well_as_fp32_can(make, accelerate):
+    """A norm divides a group of one channel, which is a constant but for its edges, by about nothing: 1e-7 more or less
+    in the image makes 5e-4 in the latents, in PyTorch as well. Models have groups of several channels.
+    """
+    grey = torch.full((1, 3, 64, 64), 1 / 255)
+    grain = 1e-7 * torch.randn(grey.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for groups, tolerance in ((8, None), (2, TOLERANCE)):
+        pipe = make(StableDiffusionImg2ImgPipeline, vae=factories.small_vae(norm_num_groups=groups))
+        wide = copy.deepcopy(pipe.vae).double()
+        truth = moments(wide, grey.double())
+        accelerate(pipe, components=("vae_encoder",))
+        found = moments(pipe.vae, grey)
+        assert differ(found, truth) <= (tolerance or 10 * differ(moments(wide, grey.double() + grain), truth))
 
 
 def parts_of(pipe):
@@ -166,7 +191,8 @@ def test_schedulers_and_callbacks_go_on(make, pipe):
         one.scheduler = EulerDiscreteScheduler()
     seen = latents(pipe, callback_on_step_end=lambda pipe, step, time, tensors: steps.append(step) or {})
     assert steps == [0, 1]
-    assert differ(seen, latents(plain)) <= 1e-4
+    expected = latents(plain)  # in the hundreds, as Euler's scheduler has them with weights by chance
+    assert differ(seen, expected) <= TOLERANCE * float(expected.abs().max())
 
 
 def test_copies_and_pickles_run_in_pytorch_and_a_shallow_copy_shares_the_engine(make, pipe):
@@ -192,6 +218,37 @@ def test_one_thread_runs_at_a_time(pipe):
 
     factories.in_threads(call, [(number,) for number in range(4)])
     assert all(torch.equal(found[number], one) for number, one in enumerate(expected))
+
+
+@pytest.mark.parametrize("how", ["load", "accelerate"])
+def test_pipelines_of_one_set_of_engines_run_in_threads_with_schedulers_of_their_own(load, make, accelerate, how):
+    first = load() if how == "load" else accelerate(make(vae=factories.small_vae()))
+    pipes = [first, *(StableDiffusionPipeline.from_pipe(first) for _ in range(2))]
+    for pipe in pipes:
+        pipe.scheduler = EulerDiscreteScheduler()  # steps are counted there: threads that share one disturb each other
+        pipe.set_progress_bar_config(disable=True)
+    expected = pixels(first)
+    found = {}
+
+    def call(number):
+        found[number] = [pixels(pipes[number]) for _ in range(3)]
+
+    factories.in_threads(call, [(number,) for number in range(3)])
+    assert all(np.array_equal(one, expected) for own in found.values() for one in own)
+    assert len(found) == 3
+
+
+def test_one_call_at_a_time_changes_the_modules_that_pipelines_share(make, accelerate, directory):
+    first = make()
+    pipes = [first, StableDiffusionPipeline(**first.components, requires_safety_checker=False), make()]
+    plain = latents(make())
+    options = {"components": UNET_ALONE, "engine_dir": directory.path}
+    factories.in_threads(lambda number: accelerate(pipes[number], **options), [(number,) for number in range(3)])
+    assert pipes[0].unet.forward is pipes[1].unet.forward
+    assert len(directory.entries("engine")) == 1
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        assert differ(latents(pipe), plain) <= TOLERANCE
 
 
 def set_another(unet):
@@ -254,7 +311,7 @@ def test_each_number_of_any_tensor_is_in_a_sum():
     def sums(tensor):
         return block_sums([tensor], [torch.float16])
 
-    for count in (1, 3, 4, 511, 2048, 2051, 9000):
+    for count in (1, 3, 4, 511, 2048, 2051, 9000, 16385, 40961):
         tensor = torch.ones(count + 1, dtype=torch.float16)[1:]  # words don't begin where it does
         before = sums(tensor)
         for place in {0, count // 2, count - 1}:
@@ -323,8 +380,19 @@ def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, directory, cap
     accelerate(pipe, **options, on_miss="build")
     built = latents(pipe, **other)
     assert "building it (once)" in capsys.readouterr().err
-    assert differ(built, plain) <= 1e-4
+    assert differ(built, plain) <= TOLERANCE
     assert len(sdtrt.status(pipe)["unet"].engines) == 2
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_one_prompt_of_several_images_runs_in_an_encoder_for_as_many_prompts(make, accelerate, directory):
+    pipe, options = make(StableDiffusionXLPipeline, "sdxl"), {"num_images_per_prompt": 2}
+    plain, other = latents(pipe, **options), latents(pipe, prompt=["a circle", "a ring"])
+    accelerate(pipe, batch_size=2, on_miss="error", engine_dir=directory.path)
+    assert differ(latents(pipe, **options), plain) <= TOLERANCE
+    assert differ(latents(pipe, prompt=["a circle", "a ring"]), other) <= TOLERANCE
+    with pytest.raises(EngineError, match="no engine of the text_encoder is open for batch 3"):
+        latents(pipe, prompt=["a", "b", "c"])
 
 
 def test_an_engine_of_files_serves_the_pipeline_that_they_were_loaded_into(sd1, directory, accelerate, monkeypatch):
@@ -351,7 +419,7 @@ def test_states_of_other_layers_come_from_pytorch(make, accelerate):
     pipe = make(StableDiffusionXLPipeline, "sdxl")
     plain = latents(pipe, clip_skip=1)
     accelerate(pipe, components=("text_encoder", "text_encoder_2"))
-    assert differ(latents(pipe, clip_skip=1), plain) <= 1e-4
+    assert differ(latents(pipe, clip_skip=1), plain) <= TOLERANCE
 
 
 def test_arguments_without_an_input_are_refused_with_a_way_out(pipe):
@@ -424,6 +492,7 @@ def test_status_is_a_table(pipe):
     assert lines[0] == "StableDiffusionPipeline"
     assert lines[1].split()[:2] == ["part", "runs"]
     assert any(line.startswith("unet ") and "onnxruntime" in line for line in lines)
+    assert sdtrt.status(pipe)["unet"].reason == ""
     assert any(line.startswith("vae_encoder") and "this pipeline encodes no images" in line for line in lines)
 
 
@@ -437,14 +506,130 @@ def test_hooks_that_move_modules_are_refused(make, accelerate, pipe):
         accelerate(other)
 
 
-def test_loading_keeps_the_engines_until_restore(sd1, engine_dir):
-    options = {"backend": "onnxruntime", "components": ["text_encoder"], "engine_dir": engine_dir, "progress": False}
-    pipe = sdtrt.load(str(sd1), height=64, width=64, **options)
-    assert latents(pipe).shape == (1, 4, 8, 8)
-    assert sdtrt.status(pipe)["text_encoder"].is_in_engine
-    sdtrt.restore(pipe)
-    with pytest.raises(EngineError, match="closed"):
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_hooks_of_diffusers_are_refused(make, accelerate, pipe, level):
+    options = {"onload_device": torch.device("cpu"), "offload_type": level}
+    options |= {"num_blocks_per_group": 1} if level == "block_level" else {}
+    pipe.unet.enable_group_offload(**options)
+    with pytest.raises(EngineError, match="hooks"):
         latents(pipe)
+    latents(sdtrt.restore(pipe))
+    other = make()
+    other.unet.enable_group_offload(**options)
+    with pytest.raises(EngineError, match="hooks"):
+        accelerate(other)
+
+
+def test_training_is_refused_and_a_call_under_no_grad_is_not(pipe):
+    pipe.unet.train().requires_grad_(True)
+    latents(pipe)
+    with pytest.raises(EngineError, match="the unet is in training mode") as caught:
+        pipe.unet(*CALL)
+    assert "sdtrt.restore(pipe)" in caught.value.hint
+    pipe.unet.eval()
+    pipe.unet(*CALL)
+
+
+def test_a_pipeline_without_text_encoder_takes_embeddings(make, accelerate):
+    pipe = make(text_encoder=None, tokenizer=None)
+    options = {"prompt": None, "prompt_embeds": torch.ones(1, 77, 32), "negative_prompt_embeds": torch.zeros(1, 77, 32)}
+    plain = latents(pipe, **options)
+    assert differ(latents(accelerate(pipe), **options), plain) <= TOLERANCE
+
+
+def test_a_part_on_another_device_is_refused_with_the_way_back(pipe):
+    pipe.unet.to("meta")
+    with pytest.raises(EngineError, match="the unet is on meta by now, its engine on cpu") as caught:
+        latents(pipe)
+    assert "pipe.to('cpu')" in caught.value.hint
+
+
+def test_an_engine_directory_that_can_not_be_written_leaves_the_pipeline_as_it_was(make, accelerate, tmp_path):
+    (tmp_path / "file").write_text("")
+    pipe = make()
+    with pytest.raises(sdtrt.CacheError):
+        accelerate(pipe, engine_dir=tmp_path / "file" / "engines")
+    assert not swap.swapped_of(pipe)
+    assert "forward" not in pipe.unet.__dict__
+
+
+def test_lora_of_peft_is_refused_and_served_once_it_is_fused(make, accelerate, pipe):
+    pytest.importorskip("peft")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
+    lora = {f"{name}A.weight": torch.ones(4, 64), f"{name}B.weight": torch.ones(64, 4)}
+    plain = make()
+    for one in (plain, pipe):
+        one.load_lora_weights(dict(lora))
+    with pytest.raises(EngineError, match="LoRA layers") as caught:
+        latents(pipe)
+    assert "pipe.fuse_lora(), then pipe.unload_lora_weights()" in caught.value.hint
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with pytest.raises(EngineError, match="the unet has other weights"):
+        latents(pipe)
+    assert differ(latents(accelerate(pipe, components=UNET_ALONE)), latents(plain)) <= TOLERANCE
+
+
+@pytest.fixture
+def load(sd1, engine_dir):
+    def call(**options):
+        given = {"backend": "onnxruntime", "components": ["text_encoder", "unet"], "engine_dir": engine_dir}
+        return sdtrt.load(str(sd1), height=64, width=64, progress=False, **{**given, **options})
+
+    return call
+
+
+def test_a_loaded_pipeline_is_open_until_it_is_closed(load):
+    with contextlib.closing(load()) as pipe:
+        assert latents(pipe).shape == (1, 4, 8, 8)
+        assert sdtrt.status(pipe)["text_encoder"].is_in_engine
+        copied = copy.copy(pipe)
+        with pytest.raises(EngineError, match="it has no weights to go back to") as caught:
+            sdtrt.restore(pipe)
+        assert "pipe.close()" in caught.value.hint
+        with pytest.raises(EngineError, match="an engine runs its unet already"):
+            sdtrt.accelerate(pipe)
+    pipe.close()
+    for closed in (pipe, copied):
+        with pytest.raises(EngineError, match="closed"):
+            latents(closed)
+        assert not sdtrt.status(closed)["text_encoder"].is_in_engine
+
+
+def sessions_of(pipe):
+    parts = swap.swapped_of(pipe).values()
+    return [ref(one.session) for part in parts for one in part.engines] or [ref(pipe.unet.session)]
+
+
+@pytest.mark.parametrize("how", ["load", "accelerate"])
+def test_a_pipeline_that_is_dropped_takes_its_engines_along(load, make, accelerate, how):
+    pipe = load() if how == "load" else accelerate(make())
+    latents(pipe)
+    kept = sessions_of(pipe)
+    assert all(one() for one in kept)
+    gc.collect()
+    gc.disable()  # a GPU's memory does not wait for it
+    try:
+        del pipe
+        assert not any(one() for one in kept)
+    finally:
+        gc.enable()
+
+
+def test_what_fails_in_a_second_call_leaves_the_engines_of_the_first(make, accelerate, monkeypatch):
+    pipe = accelerate(make(), components=UNET_ALONE)
+    forward, before = pipe.unet.forward, latents(pipe)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accelerating, "ensure_engines", interrupt)
+    for options in ({"components": ("unet", "text_encoder")}, {"components": ("vae_decoder",)}):
+        with pytest.raises(KeyboardInterrupt):
+            accelerate(pipe, **options)
+        assert pipe.unet.forward is forward
+        assert list(swap.swapped_of(pipe)) == ["unet"]
+    assert torch.equal(latents(pipe), before)
 
 
 @pytest.fixture
@@ -483,7 +668,7 @@ def test_a_layer_that_is_called_by_itself_has_its_weights_back(make, accelerate,
     assert torch.equal(call(pipe), plain)
     assert torch.equal(call(pipe), plain)
     assert capsys.readouterr().err.count("a layer is called by itself") <= 1  # a first one stays
-    assert differ(latents(pipe, image=NOISE), picture) <= 1e-4
+    assert differ(latents(pipe, image=NOISE), picture) <= TOLERANCE
     assert torch.equal(call(copied), plain)
     assert torch.equal(latents(pickle.loads(pickle.dumps(copied)), image=NOISE), picture)
     assert torch.equal(latents(copied, image=NOISE), picture)

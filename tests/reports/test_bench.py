@@ -194,7 +194,7 @@ def test_a_baseline_that_fails_is_a_row_with_the_reason(spec, directory, monkeyp
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore of it")
 
-    monkeypatch.setattr("sdtrt.reports.bench_baselines.compiled_forward", fail)
+    monkeypatch.setattr("sdtrt.reports.bench_baselines.compile_pipeline", fail)
     names = ("torch-compile", "torch-graph", "onnxruntime-cuda", "torch-fp32")
     report = run_bench(replace(spec, tasks=("txt2img",), baselines=names), directory, QUIET, "")
     rows = report.to_json()["rows"]
@@ -630,6 +630,8 @@ NEEDS_PROVIDER = pytest.mark.skipif(
 ON_A_GPU = (
     "torch-graph",
     pytest.param("torch-compile", marks=NEEDS_TRITON),
+    pytest.param("torch-compile-regional", marks=NEEDS_TRITON),
+    pytest.param("torch-compile-unet", marks=NEEDS_TRITON),
     pytest.param("onnxruntime-cuda", marks=NEEDS_PROVIDER),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import inspect
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import sdtrt
 from sdtrt.common import errors
 from sdtrt.pipeline import front, opened
+from sdtrt.specs import GenerateSpec
 
 PACKAGE = Path(sdtrt.__file__).parent
 FUNCTIONS = ("accelerate", "build", "export", "generate", "load", "open_session", "restore", "status")
@@ -61,3 +63,17 @@ def test_the_examples_run(function, folder):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert [runner.run(one) for one in found]
     assert runner.summarize(verbose=False).failed == 0
+
+
+def test_generate_takes_the_fields_of_its_spec():
+    fields = {field.name: field.type for field in dataclasses.fields(GenerateSpec) if field.name != "prompts"}
+    own = {name: one.__forward_arg__ for name, one in front.GenerateOptions.__annotations__.items()}
+    assert own == fields | {"model": "str | ModelSpec"}
+
+
+def test_generate_refuses_what_it_does_not_know():
+    with pytest.raises(sdtrt.UsageError, match="generate has no step") as caught:
+        sdtrt.generate("a red circle", step=2)
+    assert "steps" in caught.value.hint
+    with pytest.raises(sdtrt.UsageError, match="steps beside a GenerateSpec"):
+        sdtrt.generate(GenerateSpec(("a red circle",)), steps=2)

@@ -1,0 +1,126 @@
+"""`status`: what runs each part of a pipeline, and why no engine does where none does.
+
+Knows pipelines as `accelerate` and `load` leave them, and changes nothing of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdtrt.common.errors import SdtrtError
+from sdtrt.engines.entry import Entry
+from sdtrt.models.components import part_of
+from sdtrt.pipeline import opened
+from sdtrt.pipeline.accepted import check_pipeline, takes_images
+from sdtrt.pipeline.swap import METHODS, swapped_of
+from sdtrt.specs import Component
+
+PYTORCH = "PyTorch"
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """An engine that is open for a part.
+
+    Args:
+        name: of its entry in the engine directory.
+        sizes: what calls it serves; `any` for all.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    sizes: str
+
+
+@dataclass(frozen=True)
+class PartStatus:
+    """What runs a part of a pipeline: engines, or PyTorch, and why that."""
+
+    part: str
+    engines: tuple[EngineStatus, ...] = ()
+    reason: str = ""
+
+    @property
+    def is_in_engine(self) -> bool:
+        """Whether engines run it."""
+        return bool(self.engines)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs each part of a pipeline; `print` shows it as a table."""
+
+    pipeline: str
+    parts: tuple[PartStatus, ...]
+
+    def __getitem__(self, part: str) -> PartStatus:
+        """A part by its name, `unet`. Raises `KeyError` where there is none."""
+        return {one.part: one for one in self.parts}[part]
+
+    def __str__(self) -> str:
+        rows = [("part", "runs in", "precision", "sizes", "engine, or why not")]
+        for part in self.parts:
+            rows += [(part.part, one.backend, one.precision, one.sizes, one.name) for one in part.engines]
+            rows += [] if part.engines else [(part.part, PYTORCH, "", "", part.reason)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join((self.pipeline, *lines))
+
+
+def status(pipe: Any) -> Status:
+    """Which part of a pipeline runs in which engine, and why the others don't.
+
+    Args:
+        pipe: any pipeline: accelerated, opened by `load`, or neither.
+
+    Example:
+        >>> print(sdtrt.status(pipe))
+    """
+    swapped = swapped_of(pipe)
+    engines = {name: tuple(_engine_status(one.entry) for one in part.engines) for name, part in swapped.items()}
+    engines |= {name: (_engine_status(entry),) for name, entry in opened.entries(pipe).items()}
+    parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
+    refusal = "" if engines else _refusal(pipe)
+    found = [
+        PartStatus(name, there := engines.get(name, ()), "" if there else _reason(pipe, name, refusal))
+        for name in parts
+    ]
+    others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
+    found += [
+        PartStatus(name, (), "no engine runs such a part")
+        for name in others
+        if isinstance(getattr(pipe, name, None), torch.nn.Module)
+    ]
+    return Status(type(pipe).__name__, tuple(found))
+
+
+def _engine_status(entry: Entry) -> EngineStatus:
+    key = entry.engine_key
+    sizes = "; ".join(
+        f"batch {one.batch.min}-{one.batch.max}, {one.width.min}-{one.width.max} x"
+        f" {one.height.min}-{one.height.max} pixels"
+        for one in key.profiles
+    )
+    return EngineStatus(entry.name, key.backend, key.precision, sizes or "any")
+
+
+def _reason(pipe: Any, component: Component, refusal: str) -> str:
+    """Why PyTorch runs a component."""
+    if refusal:
+        return refusal
+    if component == "vae_encoder" and not takes_images(pipe):
+        return "this pipeline encodes no images"
+    return "not among the components of sdtrt.accelerate" if swapped_of(pipe) else "sdtrt.accelerate was not called"
+
+
+def _refusal(pipe: Any) -> str:
+    """Why `accelerate` would refuse a pipeline; empty where it would not."""
+    try:
+        check_pipeline(pipe)
+    except SdtrtError as error:
+        return error.message
+    return ""
