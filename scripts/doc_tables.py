@@ -29,9 +29,10 @@ NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT f
 UNMEASURED = "Not measured yet.\n"
 # The rows of the README's comparison: title, report, and the baseline there; None is what sdtrt itself ran.
 FRONT = (
-    ("PyTorch fp16, channels last, in a CUDA graph", "bench-h200", "torch-graph"),
-    ("`torch.compile`, mode `reduce-overhead`", "bench-compile-h200", "torch-compile"),
-    ("sdtrt, TensorRT 8.6 fp16", "bench-h200", None),
+    ("PyTorch fp16, channels last, in a CUDA graph", "bench-inductor-h200", "torch-graph"),
+    ("`torch.compile` at its strongest", "bench-inductor-h200", "torch-compile"),
+    ("**sdtrt**, backend `inductor`, fp16", "bench-inductor-h200", None),
+    ("**sdtrt**, TensorRT 8.6, fp16 (another run)", "bench-h200", None),
 )
 FAILURE = re.compile(r"\| ([^|]+) \| \d+ \| (`.+?`) \| (`.+?`) \|")
 
@@ -120,7 +121,8 @@ def front_comparison(root: Path) -> str:
         lines.append([label, seconds(row), milliseconds(row["unet_step_ms"])])
     first = next(iter(reports.values()))
     gpus = ", ".join(gpu["name"] for gpu in first["host"]["gpus"])
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("driver", "torch", "tensorrt"))
+    known = {name: version for report in reports.values() for name, version in report["versions"].items()}
+    versions = ", ".join(f"{name} {known[name]}" for name in ("driver", "torch", "tensorrt") if name in known)
     raw = " and ".join(f"[{name}](benchmarks/{name}.json)" for name in reports)
     shown = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     weights = "**Random weights** of Stable Diffusion 1.5's size"
