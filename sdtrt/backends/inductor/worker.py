@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +27,6 @@ from sdtrt.specs import Profile, Sizes
 # What an engine may differ from the component in fp32 by, as relative L2 error: a wrong engine is far beyond, rounding
 # far below. fp16: 0.001 was measured for Stable Diffusion 1.5's UNet.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-TIMED_RUNS, TIMED_SECONDS = 20, 5.0  # at most, of the runs that a step's time is the median of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -143,11 +141,11 @@ def _check(request: Request, constants: tuple[Constant, ...], fixed: Tensors) ->
             hint="use --precision fp32, and report the model and the version of PyTorch",
         )
         memory = _measure_memory(session, request)
-        step_ms = _measure(session, request)
+        step = checking.measure_step(request.contract, session, request.profile.optimum)
         parity = [
             checking.run_once(request.contract, session, sizes, wanted) for sizes in _sizes_to_check(request.profile)
         ]
-        return {"parity": parity, "step_ms": step_ms, "plan_bytes": session.weights_bytes, **memory}
+        return {"parity": parity, "plan_bytes": session.weights_bytes, **step, **memory}
 
 
 def _sizes_to_check(profile: Profile) -> list[Sizes]:
@@ -181,23 +179,3 @@ def _measure_memory(session: InductorSession, request: Request) -> dict[str, int
     session.run(feeds)
     torch.cuda.synchronize()
     return {"scratch_bytes": torch.cuda.max_memory_allocated() - before}
-
-
-def _measure(session: InductorSession, request: Request) -> float:
-    """The time of a run at the profile's optimum, in milliseconds: the median of some."""
-    feeds = {
-        name: tensor.to(request.device)
-        for name, tensor in seeded_feeds(request.contract, request.profile.optimum).items()
-    }
-    times: list[float] = []
-    begin = time.perf_counter()
-    for number in range(TIMED_RUNS + 3):
-        start = time.perf_counter()
-        session.run(feeds)
-        if request.device == "cuda":
-            torch.cuda.synchronize()
-        if number >= 3 or request.device == "cpu":  # the first runs on a GPU load kernels and capture a graph
-            times.append(time.perf_counter() - start)
-        if time.perf_counter() - begin > TIMED_SECONDS and times:
-            break
-    return round(1000 * statistics.median(times), 4)
