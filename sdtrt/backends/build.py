@@ -17,7 +17,9 @@ from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
+from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import contract_of, part_of, profiles_of
+from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
@@ -84,8 +86,10 @@ def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirect
     def make(folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         contract = contract_of(model, export.component, export.precision)
+        blueprint = Blueprint.of(model, part_of(export.component)) if isinstance(model, LiveModel) else None
+        job = BuildJob(None, folder, contract, spec, directory, console, blueprint)
         with sight.steady():
-            measured = registry.get(spec.backend).build(BuildJob(None, folder, contract, spec, directory, console))
+            measured = registry.get(spec.backend).build(job)
         facts = {"contract": contract.to_json(), "model": model.spec.name}
         return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
 

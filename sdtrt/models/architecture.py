@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 from sdtrt.models.live import LiveModel, base_of
-from sdtrt.models.loading import class_defaults
+from sdtrt.models.loading import build_module, class_defaults
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs.contract import Contract
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 0  # of the weights that stand in for a live module's
 
 # What decides nothing of what a part computes: where it came from, how it was trained, what pipelines do around it.
 _WITHOUT_EFFECT = frozenset(
@@ -37,6 +44,32 @@ _WITHOUT_EFFECT = frozenset(
         "transformers_version",
     }
 )
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a module of a live pipeline is built like: enough to make one in another process, with other weights.
+
+    Args:
+        class_name: of diffusers or transformers.
+        config: its whole configuration, plain data.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: LiveModel, part: str) -> Self:
+        """That of a live model's part."""
+        return cls(_class_name(model, part), json.loads(json.dumps(model.config(part), default=str)))
+
+    def with_seeded_weights(self, dtype: torch.dtype) -> torch.nn.Module:
+        """A module like it, on the CPU, with the weights that its library begins a training with: always the same."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return build_module(self.class_name, dict(self.config)).to(dtype).eval().requires_grad_(False)
 
 
 def architecture_of(model: ModelSource, part: str) -> dict[str, Any]:

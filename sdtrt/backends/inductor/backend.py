@@ -90,7 +90,7 @@ class Inductor(Backend):
         from sdtrt.backends.inductor.build import Request, build_package
 
         (profile,) = job.spec.profiles
-        request = Request(job.spec.export, profile, job.contract, job.folder.resolve(), self.device())
+        request = Request(job.spec.export, profile, job.contract, job.folder.resolve(), self.device(), job.blueprint)
         return build_package(request, job.console)
 
     def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:

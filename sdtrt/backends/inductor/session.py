@@ -123,7 +123,34 @@ class InductorSession(Session[torch.Tensor]):
             torch.cuda.current_stream(self._device).synchronize()  # the caller's memory may change from here on
         self._has_weights = True
 
-    def weight_views(self) -> dict[str, torch.Tensor]:
+    def follow(self, tensors: Mapping[str, torch.Tensor], *, known: bool = False) -> None:
+        """Take a live module's tensors as they are now. What is one of `weight_views` itself is not copied.
+
+        Nothing waits for a GPU: changes that the caller's stream makes later are not in the next run.
+
+        Args:
+            tensors: all that the engine computes with, by their own names, of any floating dtype, on any device.
+            known: these are only some of those that were given before, of the same shapes.
+
+        Raises:
+            EngineError: as of `set_weights`.
+        """
+        self._opened()
+        if self._gpu is None:
+            self._weights.follow(tensors, known=known)
+        else:
+            with self._gpu.turn():
+                self._weights.follow(tensors, known=known)
+        self._has_weights = True
+
+    def share_weights(self, other: InductorSession) -> None:
+        """Compute with the weights of another session of the same model, before the first run."""
+        package = self._opened()
+        self._weights.share(other._weights)
+        self._weights.check()
+        package.bind(self._weights.tensors)
+
+    def weight_views(self) -> Mapping[str, torch.Tensor]:
         """By its own name, where each tensor of the model lies; the next run computes with what is written there."""
         self._opened()
         return self._weights.views()

@@ -20,6 +20,7 @@ from sdtrt.common.errors import BuildError, BuildMemoryShortage, first_line
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Program, Recipe, export_program
 from sdtrt.exports.tracing import reference
+from sdtrt.models.architecture import SEED
 from sdtrt.models.components import load_component
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import Profile, Sizes
@@ -57,7 +58,8 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
     found = _check(request, constants, fixed)
     times["check_seconds"] = round(time.perf_counter() - start, 3)
     size = (request.folder / PACKAGE_FILE).stat().st_size
-    return times | {"package_bytes": size, "versions": _versions()} | found
+    checked_with = "the model's weights" if request.blueprint is None else f"random weights of the seed {SEED}"
+    return times | {"package_bytes": size, "versions": _versions(), "checked_with": checked_with} | found
 
 
 def _versions() -> dict[str, str]:
@@ -67,8 +69,10 @@ def _versions() -> dict[str, str]:
 
 
 def _load(request: Request) -> torch.nn.Module:
-    """The part of the model that the component is of, in its precision."""
+    """The part of the model that the component is of, in its precision; one like it for a live pipeline's."""
     dtype = getattr(torch, request.contract.outputs[0].dtype)
+    if request.blueprint is not None:
+        return request.blueprint.with_seeded_weights(dtype)
     return load_component(resolve_model(request.export.model), request.export.component, dtype)
 
 
