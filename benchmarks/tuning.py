@@ -56,7 +56,7 @@ from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import find_attentions
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.exports.parity import check_onnx
 from sdtrt.exports.tracing import UNetCall
 from sdtrt.reports.meters import time_queued_calls
@@ -452,7 +452,7 @@ def pieces_of(onnx: Path, contract: Contract, choice: Choice) -> dict[str, Any]:
         return {"pieces": 1}
     model, weights = onnx_file.load_split(onnx)
     cutting.freeze(model, weights, contract.input_shapes(SIZES))
-    facts = Facts(model, weights)
+    facts = GraphIndex(model, weights)
     cuts = cutting.choose(find_attentions(facts), choice.split or SPLIT_TOKENS)
     parts = cutting.split(model, weights, facts, cuts, CONDITIONING) if cuts else ()
     pieces = [Piece(onnx, replace(contract, inputs=one.inputs, outputs=one.outputs), one.cuts) for one in parts]

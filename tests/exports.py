@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.onnx_file import load_split
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs import DEFAULT_OPSETS
 from sdtrt.specs.contract import Contract, unet_contract
 
@@ -73,7 +73,7 @@ MOVING |= {"Split", "Squeeze", "Transpose", "Unsqueeze", "Where"}
 def computing_in_fp32(path):
     """The names of a file's nodes that compute in fp32, by their outputs' types."""
     model, weights = load_split(path)
-    types = Facts(model, weights).types
+    types = GraphIndex(model, weights).types
     computing = (node for node in model.graph.node if node.op_type not in MOVING)
     return {node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT}
 

@@ -21,7 +21,8 @@ def refuse_gradients(component: Component, inputs: Mapping[str, Any]) -> None:
     if names:
         raise EngineError(
             f"{', '.join(names)}: a gradient is wanted, and none passes the engine of the {component}",
-            hint=f"call it under torch.no_grad(), or {in_pytorch(component)}",
+            hint="call it under torch.no_grad(). For gradients sdtrt.restore(pipe) undoes sdtrt.accelerate; otherwise"
+            f" {in_pytorch(component)}",
         )
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs.contract import Attention
 
 BY_HEADS, TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)  # [B,S,heads,D] → [B,heads,S,D], [B,heads,D,S]
@@ -41,7 +41,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
 
 
-def _back(facts: Facts, name: str) -> _Walk | None:
+def _back(facts: GraphIndex, name: str) -> _Walk | None:
     """The first node on the way back from a tensor that is no cast, factor or transposition."""
     scale, axes = 1.0, (0, 1, 2, 3)
     while (node := facts.makers.get(name)) is not None:
@@ -62,7 +62,7 @@ def _back(facts: Facts, name: str) -> _Walk | None:
     return None
 
 
-def _projection(facts: Facts, name: str) -> onnx.NodeProto | None:
+def _projection(facts: GraphIndex, name: str) -> onnx.NodeProto | None:
     """The matrix product that makes a tensor, a bias aside."""
     node = facts.makers.get(name)
     if node is not None and node.op_type == "Add":
@@ -71,14 +71,14 @@ def _projection(facts: Facts, name: str) -> onnx.NodeProto | None:
     return node if node is not None and node.op_type == "MatMul" else None
 
 
-def find_attentions(facts: Facts, *, cross: bool = False) -> list[Attention]:
+def find_attentions(facts: GraphIndex, *, cross: bool = False) -> list[Attention]:
     """The self-attentions of a graph, in its order; with `cross` also those with keys and values of other states."""
     nodes = {id(node): node for node in facts.makers.values() if node.op_type == "Softmax"}
     found = (_match(facts, node, cross) for node in nodes.values())
     return [attention for attention in found if attention is not None]
 
 
-def _match(facts: Facts, softmax: onnx.NodeProto, cross: bool) -> Attention | None:
+def _match(facts: GraphIndex, softmax: onnx.NodeProto, cross: bool) -> Attention | None:
     """The attention around a softmax."""
     if _attribute(softmax, "axis", -1) not in (-1, 3):
         return None
@@ -102,7 +102,7 @@ def _match(facts: Facts, softmax: onnx.NodeProto, cross: bool) -> Attention | No
     return found if _is_over_all(facts, found, [part.node.output[0] for part in parts]) else None
 
 
-def _joined(facts: Facts, name: str) -> str | None:
+def _joined(facts: GraphIndex, name: str) -> str | None:
     """What joins the heads again: [B,heads,S,D] → [B,S,C]."""
     moved = facts.only_taker(name, "Transpose")
     if moved is None or tuple(_attribute(moved, "perm", ())) != BY_HEADS:
@@ -112,7 +112,7 @@ def _joined(facts: Facts, name: str) -> str | None:
 
 
 def _described(
-    facts: Facts, sources: list[str], result: str, shapes: set[tuple[int, ...] | None], walks: list[_Walk]
+    facts: GraphIndex, sources: list[str], result: str, shapes: set[tuple[int, ...] | None], walks: list[_Walk]
 ) -> Attention | None:
     """The attention, if heads of all three parts are of the same width, and keys and values of the same states."""
     shape = shapes.pop()
@@ -132,18 +132,18 @@ def _described(
     )
 
 
-def _states(facts: Facts, source: str) -> str | None:
+def _states(facts: GraphIndex, source: str) -> str | None:
     """What queries, keys or values are a projection of."""
     node = _projection(facts, source)
     return None if node is None else node.input[0]
 
 
-def _is_of_one(facts: Facts, attention: Attention) -> bool:
+def _is_of_one(facts: GraphIndex, attention: Attention) -> bool:
     """Whether queries, keys and values are projections of the same states: self-attention."""
     return len({_states(facts, source) for source in attention.sources}) == 1
 
 
-def _is_over_all(facts: Facts, attention: Attention, by_heads: Sequence[str]) -> bool:
+def _is_over_all(facts: GraphIndex, attention: Attention, by_heads: Sequence[str]) -> bool:
     """Whether it is over all tokens of a sample, and not over windows of them, as far as sizes are known."""
     query, *others = zip(attention.sources, by_heads, strict=True)
     batch, tokens = _rows(facts, query[0])
@@ -155,7 +155,7 @@ def _is_over_all(facts: Facts, attention: Attention, by_heads: Sequence[str]) ->
     return all(_agree(facts.dims.get(name, dims), dims) for name, dims in wanted.items())
 
 
-def _rows(facts: Facts, name: str) -> tuple[int | None, int | None]:
+def _rows(facts: GraphIndex, name: str) -> tuple[int | None, int | None]:
     """Batch and tokens of what is projected, as far as they are known."""
     batch, tokens = (*facts.dims.get(name, ()), None, None)[:2]
     return batch, tokens
@@ -168,7 +168,7 @@ def _agree(found: Dims, wanted: Dims) -> bool:
     return all(one is None or other is None or one == other for one, other in zip(found, wanted, strict=True))
 
 
-def check(facts: Facts, attention: Attention, opset: int) -> float:
+def check(facts: GraphIndex, attention: Attention, opset: int) -> float:
     """The relative L2 error of what was read of an attention against what its nodes compute, on a few tokens.
 
     Raises:
@@ -197,7 +197,7 @@ def check(facts: Facts, attention: Attention, opset: int) -> float:
     return difference
 
 
-def _inner(facts: Facts, attention: Attention) -> list[onnx.NodeProto]:
+def _inner(facts: GraphIndex, attention: Attention) -> list[onnx.NodeProto]:
     """Copies of an attention's nodes, in order, that take any number of tokens."""
     found: dict[int, onnx.NodeProto] = {}
 
@@ -222,7 +222,7 @@ def _inner(facts: Facts, attention: Attention) -> list[onnx.NodeProto]:
     return [*_constants(facts, found.values()), *found.values()]
 
 
-def _constants(facts: Facts, nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def _constants(facts: GraphIndex, nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """Constant nodes for those inputs that are small initializers."""
     for name in {given for node in nodes for given in node.input}:
         if name in facts.values and name not in facts.makers:

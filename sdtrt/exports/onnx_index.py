@@ -16,7 +16,7 @@ FOLD_LIMIT_ELEMENTS = 4096  # the largest constant that folding may make (the ti
 # fmt: on
 
 
-class Facts:
+class GraphIndex:
     """What is known of a graph's tensors ahead of time: types, sizes and small values; and who makes and takes them."""
 
     def __init__(self, model: onnx.ModelProto, weights: Weights) -> None:

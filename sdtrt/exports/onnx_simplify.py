@@ -18,7 +18,7 @@ from onnx import inliner, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sdtrt.exports.onnx_file import Weights
-from sdtrt.exports.onnx_index import FOLD_LIMIT_ELEMENTS, Facts
+from sdtrt.exports.onnx_index import FOLD_LIMIT_ELEMENTS, GraphIndex
 
 MAX_ROUNDS = 10
 # fmt: off
@@ -67,7 +67,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 def _fold(model: onnx.ModelProto, weights: Weights) -> None:
     """Replace each node whose result is known by a constant."""
-    facts = Facts(model, weights)
+    facts = GraphIndex(model, weights)
     for node in model.graph.node:
         if len(node.output) != 1:
             continue
@@ -82,7 +82,7 @@ def _fold(model: onnx.ModelProto, weights: Weights) -> None:
             node.CopyFrom(onnx.helper.make_node("Constant", [], node.output, name=node.name, value=constant))
 
 
-def _evaluate(node: onnx.NodeProto, facts: Facts) -> npt.NDArray[Any] | None:
+def _evaluate(node: onnx.NodeProto, facts: GraphIndex) -> npt.NDArray[Any] | None:
     """The node's value, if it is known ahead of time."""
     if node.op_type == "Constant":
         return _constant(node)
@@ -113,7 +113,7 @@ def _constant(node: onnx.NodeProto) -> npt.NDArray[Any] | None:
     return np.asarray(onnx.helper.get_attribute_value(attribute), dtype=kinds[attribute.name])
 
 
-def _evaluate_shape(node: onnx.NodeProto, facts: Facts) -> npt.NDArray[Any] | None:
+def _evaluate_shape(node: onnx.NodeProto, facts: GraphIndex) -> npt.NDArray[Any] | None:
     """A tensor's shape, if it is static; else remember the sizes that are."""
     dims = facts.dims.get(node.input[0])
     if dims is None:
@@ -158,7 +158,7 @@ def _as_model(node: onnx.NodeProto, inputs: Mapping[str, Any], opset: int) -> on
 
 def _drop_no_ops(model: onnx.ModelProto, weights: Weights) -> None:
     """Bypass Identity, casts to the type a tensor has already, and multiplication or division by one."""
-    facts = Facts(model, weights)
+    facts = GraphIndex(model, weights)
     for node in model.graph.node:
         if node.op_type == "Constant" and (value := _constant(node)) is not None:
             facts.values[node.output[0]] = value
@@ -170,7 +170,7 @@ def _drop_no_ops(model: onnx.ModelProto, weights: Weights) -> None:
             renamed[node.output[0]] = node.input[0]
 
 
-def _changes_nothing(node: onnx.NodeProto, facts: Facts) -> bool:
+def _changes_nothing(node: onnx.NodeProto, facts: GraphIndex) -> bool:
     if node.op_type == "Identity":
         return True
     if node.op_type == "Cast":

@@ -42,7 +42,10 @@ _CLIP_NUMBERS = (
 )
 # What diffusers' constructors take, and `forward` computes nothing with.
 _UNUSED = ("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
-_HALVES = {"vae_decoder": ("decoder.", "post_quant_conv."), "vae_encoder": ("encoder.", "quant_conv.")}
+HALVES: dict[str, tuple[str, ...]] = {
+    "vae_decoder": ("decoder.", "post_quant_conv."),
+    "vae_encoder": ("encoder.", "quant_conv."),
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class LiveModel:
         return _cpu_copy(self._module_of(component), dtype)
 
     def _module_of(self, component: Component) -> torch.nn.Module:
-        part = "vae" if component in _HALVES else component
+        part = "vae" if component in HALVES else component
         self.check_has(part)
         return self.modules[part]
 
@@ -191,7 +194,7 @@ def component_tensors(module: torch.nn.Module, component: Component) -> dict[str
 
     Versions of transformers differ in a prefix and in whether they store the positions, so both are left out.
     """
-    halves = _HALVES.get(component)
+    halves = HALVES.get(component)
     return {
         name.removeprefix("text_model."): tensor
         for name, tensor in module.state_dict(keep_vars=True).items()

@@ -18,7 +18,7 @@ import torch
 from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import component_tensors
-from sdtrt.pipeline.watch import WAY_OUT, refuse_changes
+from sdtrt.pipeline.watch import WAY_OUT
 from sdtrt.specs import Component
 
 COPY_AGAIN_S = 1.0  # a call that passes the same conditioning as the one before is another picture's by then
@@ -92,6 +92,10 @@ class Bound:
 
         return run
 
+    def expect_another(self) -> None:
+        """Take the next call for another picture's, whatever its conditioning is."""
+        self._last = None
+
     def _begins(self, states: object) -> bool:
         """Whether a call is a picture's first, as far as its conditioning tells; where nothing does, each is."""
         again = states is not None and self._last is not None and self._last() is states
@@ -151,18 +155,28 @@ class Followed:
 
     digest = ""  # of no weights in particular
 
-    def __init__(self, module: torch.nn.Module, component: Component) -> None:
-        self._component = component
+    def __init__(self, module: torch.nn.Module, component: Component, bound: Bound) -> None:
+        self._component, self._bound = component, bound
         self._layers = _layers(module)
 
     def look(self, module: torch.nn.Module) -> None:
-        """Raise `EngineError` where the module has other layers, or does what no engine does."""
-        refuse_changes(module, self._component)
+        """Raise `EngineError` where the module has other layers."""
         if _layers(module) != self._layers:
             raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
 
-    def read(self, module: torch.nn.Module) -> None:
-        """Nothing: weights may be any."""
+    def begin(self, module: torch.nn.Module) -> None:
+        """Nothing: there is nothing to read, as weights may be any."""
+
+    def poll(self, module: torch.nn.Module) -> None:
+        """Nothing."""
+
+    def settle(self, module: torch.nn.Module) -> None:
+        """A picture is decoded: the next call is another one's."""
+        self._bound.expect_another()
+
+    def stop(self) -> bool:
+        """Nothing goes on that could be ended."""
+        return False
 
     def moved(self, module: torch.nn.Module) -> None:
         """Nothing: they may lie anywhere."""

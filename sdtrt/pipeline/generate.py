@@ -89,7 +89,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
 
     Every image has a generator of its own on the CPU: a seed gives the same image whatever else is asked for, on a CPU
     and on a GPU alike up to rounding. Alone in its pipeline call (`batch_size` 1) it is the same to the last bit, but
-    with engines of TensorRT 8.6 that add up by atomics (`tensorrt86.norm_plugin`); in a larger batch sums may be
+    with engines of TensorRT 8.6 that add up by atomics (in its plugin for norms); in a larger batch sums may be
     rounded in another order.
 
     Where the memory is too small for a batch, it goes on with batches of half as many.

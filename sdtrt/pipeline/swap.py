@@ -36,7 +36,7 @@ from sdtrt.pipeline.forwards import EncodedText, UNetForward
 from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
-from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_training
+from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Profile, Sizes
 
 OnMiss = Literal["build", "torch", "error"]
@@ -123,8 +123,11 @@ class Swapped:
         self.is_open = True
         precision = precision_of(settings.model, component, settings.precision)
         self.bound = None if registry.get(settings.backend).weights_inside else Bound(component)
-        inside = self.bound is None
-        self.watch = WeightsWatch(module, component, precision, digest) if inside else Followed(module, component)
+        self.watch = (
+            WeightsWatch(module, component, precision, digest)
+            if self.bound is None
+            else Followed(module, component, self.bound)
+        )
         self._module = ref(module)
         self._said: set[str] = set()
         self._last: ref[torch.Tensor] | None = None
@@ -142,6 +145,7 @@ class Swapped:
             raise EngineError(f"the {self.component} that was accelerated is gone", hint=WAY_OUT)
         return module
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the module is compiled: an engine is already
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the engine that has the call's size; the module's own method, where the engines are closed.
 
@@ -152,18 +156,57 @@ class Swapped:
             if not self.is_open:
                 return self.original(*args, **kwargs)
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
-            states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-            refuse_training(self.component, self.module)
-            is_first = self._look(states if self.component == "unet" else None)
-            opened = self._for(_sizes_of_call(self.component, first, states))
-            if opened is None:
-                return self.in_pytorch(*args, **kwargs)
-            result = opened.call(*args, **kwargs)
-            if is_first:
-                self.watch.read(self.module)  # while a GPU computes
+            is_unet = self.component == "unet"
+            states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None) if is_unet else None
+            result = self._run(_sizes_of_call(self.component, first, states), states, args, kwargs)
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
         return result
+
+    def _run(self, sizes: Sizes, states: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let an engine compute, and look at the weights meanwhile; what it gives leaves this only if they are its own.
+
+        A GPU computes on when its work is launched: what may take time comes after that.
+        """
+        self._check_place()
+        refuse_training(self.component, self.module)
+        is_first = states is None or self._last is None or self._last() is not states
+        looks = is_first or time.monotonic() - self._looked >= LOOK_AGAIN_S
+        if is_first and states is not None:
+            self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
+        if looks:
+            refuse_changes(self.module, self.component)
+        opened = self.fitting(sizes)
+        if opened is None:
+            self.watch.look(self.module)
+            opened = self._on_miss(sizes)
+        result = self.in_pytorch(*args, **kwargs) if opened is None else opened.call(*args, **kwargs)
+        if looks:
+            self._look(states)
+        self._read(begins=is_first and opened is not None)
+        return result
+
+    def _look(self, states: torch.Tensor | None) -> None:
+        """Look at the weights, and remember by which conditioning the picture's next steps are known."""
+        self.watch.look(self.module)
+        self._last = None if states is None else ref(states)
+        self._looked = time.monotonic()
+
+    def _read(self, *, begins: bool) -> None:
+        """Have the weights read while others work, once a picture; wait for all parts' where a picture is decoded."""
+        if begins:
+            self.watch.begin(self.module)
+        else:
+            self.watch.poll(self.module)
+        if self.component == "vae_decoder":
+            for one in self._siblings():
+                one.watch.settle(one.module)
+                one._looked = 0.0  # what comes next may be another picture of the same conditioning
+
+    def _siblings(self) -> list[Swapped]:
+        """All that engines run of the pipeline's modules."""
+        modules = (module for one in self.settings.modules.values() if (module := one()) is not None)
+        return [one for module in modules for one in _SWAPPED.get(module, {}).values()]
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own method."""
@@ -179,11 +222,8 @@ class Swapped:
             self._say(f"{self.component}: PyTorch computes the states of other layers (clip_skip)")
             return self.in_pytorch(*args, **kwargs)
 
-    def _look(self, states: torch.Tensor | None) -> bool:
-        """Look at the weights, but for steps that follow one another at once; whether it is a picture's first step.
-
-        Where nothing tells steps from calls, each is the first one.
-        """
+    def _check_place(self) -> None:
+        """Raise `EngineError` where the module is no longer where its engine is."""
         module = self.module
         if module.__dict__.get(self.method) is not self or moved_by(module) is not None:
             raise EngineError(
@@ -196,18 +236,9 @@ class Swapped:
                 f"the {self.component} is on {device.type} by now, its engine on {self.settings.device.type}",
                 hint=f"pipe.to({str(self.settings.device)!r}) takes it back; {WAY_OUT}",
             )
-        again = states is not None and self._last is not None and self._last() is states
-        if again and time.monotonic() - self._looked < LOOK_AGAIN_S:
-            return False
-        self.watch.look(module)
-        self._last = None if states is None else ref(states)
-        self._looked = time.monotonic()
-        return not again
 
-    def _for(self, sizes: Sizes) -> Opened | None:
-        """The engine for a call of this size, by `on_miss`; None for PyTorch."""
-        if (fitting := self.fitting(sizes)) is not None:
-            return fitting
+    def _on_miss(self, sizes: Sizes) -> Opened | None:
+        """The engine for a call of a size that no open one has, by `on_miss`; None for PyTorch."""
         words = f"no engine of the {self.component} is open for {self._describe(sizes)}"
         if self.settings.on_miss == "torch":
             self._say(f"{words}: PyTorch runs it")
@@ -278,6 +309,7 @@ class Swapped:
         """Let the weights leave the GPU, where an engine holds them; whether any did."""
         if self.bound is not None:
             return False
+        self.watch.stop()
         found = self.parked.park(self.module, component_tensors(self.module, self.component).items())
         if found:
             self.watch.moved(self.module)
@@ -287,8 +319,11 @@ class Swapped:
         """Bring the weights back to where the module is."""
         module = self._module()
         if self.parked and module is not None:
+            was_read = self.watch.stop()
             self.parked.bring_back(module)
             self.watch.moved(module)
+            if was_read:
+                self.watch.begin(module)
 
     def _wanted(self) -> None:
         """A layer is called by itself, while the module's weights are away."""
@@ -312,6 +347,7 @@ class Swapped:
                     del module.__dict__[self.method]
                 if (there := _SWAPPED.get(module, {})).get(self.component) is self:
                     del there[self.component]
+            self.watch.stop()
             self.bring_back()
             self.is_open = False
             if self.bound is not None:

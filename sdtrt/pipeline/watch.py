@@ -6,22 +6,20 @@ Knows modules and tensors. Knows no engine: it compares what is there with what 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
-from torch.nn.functional import pad
 
 from sdtrt.common.errors import EngineError
-from sdtrt.models.live import component_tensors, is_of_transformers, weights_digest
+from sdtrt.models.live import HALVES, is_of_transformers, weights_digest
 from sdtrt.pipeline.parked import ComesBack
+from sdtrt.pipeline.reading import Reading, block_sums, flat_memory, is_dense
 from sdtrt.specs import Component, Precision
 
-SAMPLES = 16  # numbers of each tensor that are compared at each look
-WORD_BYTES = 8  # of the whole numbers that are added: their sums are exact, and as fast as memory is read
-BLOCK_WORDS = 512  # 4 KiB, of which a whole reading keeps one sum
-SMALL_WORDS = 8 * BLOCK_WORDS
+SAMPLES = 4  # numbers of each tensor that are compared at each look: merges change most of them
 WAY_OUT = (
     "sdtrt.accelerate(pipe) again finds or builds engines of the weights as they are now;"
     " sdtrt.restore(pipe) goes back to PyTorch"
@@ -29,14 +27,21 @@ WAY_OUT = (
 # What attention processors of diffusers compute is the same; others change the result, or keep it for themselves.
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 _FREE_U = ("s1", "s2", "b1", "b2")
+_MARKS = frozenset({"_hf_hook", "_diffusers_hook", "processor", "fused_projections", *_FREE_U})
 
 Place = tuple[int, int, int, torch.dtype, torch.device]  # object, address, version, dtype, device
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What a look at a module found."""
+    """What a look at a module found.
 
+    Args:
+        tensors: those that the component computes with, which are not kept alive.
+        samples: numbers of those of them that lie in the host's memory.
+    """
+
+    tensors: tuple[ref[torch.Tensor], ...]
     places: tuple[Place, ...]
     layers: tuple[tuple[int, type], ...]
     samples: torch.Tensor
@@ -47,16 +52,20 @@ class _Look:
 
     def has_numbers_of(self, other: _Look) -> bool:
         """Whether the numbers that are compared are the same, in whatever dtype and place."""
-        return torch.equal(self.samples, other.samples)
+        same_places = self.samples.shape == other.samples.shape  # else tensors went to a GPU, or came from it
+        return not same_places or torch.equal(self.samples, other.samples)
 
 
 class WeightsWatch:
     """Tells whether a module still is what an engine was made of.
 
-    A look takes milliseconds: it compares each tensor's object, address, version and dtype, some of its numbers, each
-    layer's class, and what changes a result without a tensor. A whole reading compares all numbers, by a sum of each
-    4 KiB: `.data[5] = 0` moves neither address nor version. It takes as long as memory is read (25 GB/s a core), so it
-    is for once a picture. What lies elsewhere, as after `.to()`, is read whole at once.
+    A look takes three milliseconds: it compares each tensor's object, address, version and dtype, some of its numbers,
+    and each layer's class. Numbers on a GPU would be waited for, while it computes: it compares none of those.
+    A whole reading compares all numbers, by a sum of each 4 KiB: `.data[5] = 0` moves neither address nor version. It
+    goes on while others work (`Reading`), and is for once a picture. What lies elsewhere, as after `.to()`, is read
+    whole at once.
+
+    One thread at a time calls it. Who moves the tensors stops the reading first.
 
     Args:
         module: the part of the pipeline.
@@ -71,49 +80,79 @@ class WeightsWatch:
 
     def __init__(self, module: torch.nn.Module, component: Component, precision: Precision, digest: str) -> None:
         self.component, self.precision, self.digest = component, precision, digest
+        self._reading: Reading | None = None
+        self._again = False  # another reading comes after this one
         self._take(module)
 
     def look(self, module: torch.nn.Module) -> None:
-        """Raise `EngineError` where a look, which costs little, tells that the module computes something else."""
-        refuse_changes(module, self.component)
+        """Raise `EngineError` where a look, which costs little, tells that the tensors or layers are others."""
         now = _look(module, self.component)
         if now.layers != self._seen.layers:
             raise self._changed(now)
         if not now.is_like(self._seen):
             self._compare(module, now)
 
-    def read(self, module: torch.nn.Module) -> None:
-        """Raise `EngineError` where any number of the weights is another one.
+    def begin(self, module: torch.nn.Module) -> None:
+        """Begin to read the weights whole, as the last look found them; after the reading that goes on, if one does."""
+        self.poll(module)
+        self._again = self._reading is not None
+        if self._reading is None:
+            self._reading = Reading(self._tensors(), self._dtypes)
 
-        What lies on a GPU is waited for last: it may be busy.
-        """
-        if not torch.equal(self._sums_of(module), self._sums):
-            self._compare(module, _look(module, self.component))
+    def poll(self, module: torch.nn.Module) -> None:
+        """Raise `EngineError` where a reading is done by now that found another number."""
+        if self._reading is not None and self._reading.is_done:
+            self._judge(module)
+
+    def settle(self, module: torch.nn.Module) -> None:
+        """Wait for the reading. Raise `EngineError` where any number of the weights is another one."""
+        while self._reading is not None:
+            self._judge(module)
+
+    def stop(self) -> bool:
+        """End the reading that goes on; whether one did."""
+        reading, self._reading, self._again = self._reading, None, False
+        if reading is not None:
+            reading.stop()
+        return reading is not None
 
     def differs(self, module: torch.nn.Module) -> bool:
         """Whether the module's weights are others than the engine's, by their digest."""
         return weights_digest(module, self.component, self.precision) != self.digest
 
     def moved(self, module: torch.nn.Module) -> None:
-        """Take the places where the module's tensors lie now for those where they lay: the caller has moved them."""
-        self._seen = replace(self._seen, places=_look(module, self.component).places)
+        """Take what a look finds now for what it found before: the caller has moved the tensors."""
+        self._seen = _look(module, self.component)
+
+    def _judge(self, module: torch.nn.Module) -> None:
+        """Compare what a reading found. It began before this: where it tells of a change, the weights are read anew."""
+        reading, again = self._reading, self._again
+        self._reading, self._again = None, False
+        assert reading is not None
+        if not torch.equal(reading.wait(), self._sums):
+            self._compare(module, _look(module, self.component))
+        if again:
+            self._reading = Reading(self._tensors(), self._dtypes)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The tensors that the last look found, as far as they are there."""
+        return _there(self._seen)
 
     def _take(self, module: torch.nn.Module) -> None:
         self._seen = _look(module, self.component)
-        self._dtypes = [tensor.dtype for tensor in component_tensors(module, self.component).values()]
-        self._sums = self._sums_of(module)
+        self._dtypes = [place[3] for place in self._seen.places]
+        self._sums = block_sums(self._tensors(), self._dtypes)
 
     def _compare(self, module: torch.nn.Module, now: _Look) -> None:
         """Read the weights whole. Where that tells of a change, their digest decides: another layout is none."""
-        if now.has_numbers_of(self._seen) and torch.equal(self._sums_of(module), self._sums):
+        if now.layers != self._seen.layers or len(now.places) != len(self._seen.places):
+            raise self._changed(now)
+        if now.has_numbers_of(self._seen) and torch.equal(block_sums(_there(now), self._dtypes), self._sums):
             self._seen = now  # moved, or widened, as SDXL's pipelines do with their VAE for each picture
             return
         if self.differs(module):
             raise self._changed(now)
         self._take(module)
-
-    def _sums_of(self, module: torch.nn.Module) -> torch.Tensor:
-        return block_sums(component_tensors(module, self.component).values(), self._dtypes)
 
     def _changed(self, now: _Look) -> EngineError:
         return EngineError(
@@ -123,24 +162,40 @@ class WeightsWatch:
 
 def refuse_changes(module: torch.nn.Module, component: Component) -> None:
     """Raise `EngineError` for what changes a module's results without a tensor, and no engine does."""
-    for name, layer in module.named_modules():
-        if (mover := moved_by(layer)) is not None:
-            raise EngineError(
-                f"the {component} has hooks of {mover} (offloading, casting, caching): engines do without them",
-                hint="sdtrt.restore(pipe) goes back to PyTorch; or load the pipeline without them",
-            )
-        processor = layer.__dict__.get("processor") or layer._modules.get("processor")
-        if processor is not None and type(processor).__name__ not in PLAIN_PROCESSORS:
-            raise _refusal(component, f"the attention processor {type(processor).__name__}", "set_attn_processor")
-        if layer.__dict__.get("fused_projections"):
-            raise _refusal(component, "fused projections", "pipe.unfuse_qkv_projections()")
-        if "tuners" in type(layer).__module__ and type(layer).__module__.startswith("peft."):
-            raise _refusal(component, "LoRA layers", "pipe.fuse_lora(), then pipe.unload_lora_weights()")
-        if any(layer.__dict__.get(word) is not None for word in _FREE_U):
-            raise _refusal(component, "FreeU", "pipe.disable_freeu()")
-        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-        if name and not all(is_of_transformers(hook) or isinstance(hook, ComesBack) for hook in hooks):
-            raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
+    layers = _layers(module)
+    if any("tuners" in cls.__module__ and cls.__module__.startswith("peft.") for cls in set(map(type, layers))):
+        raise _refusal(component, "LoRA layers", "pipe.fuse_lora(), then pipe.unload_lora_weights()")
+    for layer in layers:
+        own = layer.__dict__
+        if not own.keys().isdisjoint(_MARKS) or "processor" in own["_modules"]:
+            _refuse_marks(layer, component)
+        if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and layer is not module:
+            _refuse_hooks(layer, module, component)
+
+
+def _refuse_marks(layer: torch.nn.Module, component: Component) -> None:
+    """Raise `EngineError` for what a layer's attributes say that it does besides."""
+    own = layer.__dict__
+    if (mover := moved_by(layer)) is not None:
+        raise EngineError(
+            f"the {component} has hooks of {mover} (offloading, casting, caching): engines do without them",
+            hint="sdtrt.restore(pipe) goes back to PyTorch; or load the pipeline without them",
+        )
+    processor = own.get("processor") or own["_modules"].get("processor")
+    if processor is not None and type(processor).__name__ not in PLAIN_PROCESSORS:
+        raise _refusal(component, f"the attention processor {type(processor).__name__}", "set_attn_processor")
+    if own.get("fused_projections"):
+        raise _refusal(component, "fused projections", "pipe.unfuse_qkv_projections()")
+    if any(own.get(word) is not None for word in _FREE_U):
+        raise _refusal(component, "FreeU", "pipe.disable_freeu()")
+
+
+def _refuse_hooks(layer: torch.nn.Module, module: torch.nn.Module, component: Component) -> None:
+    """Raise `EngineError` for a layer's hooks that an engine would have to call."""
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    if not all(isinstance(hook, ComesBack) or is_of_transformers(hook) for hook in hooks):
+        name = next(name for name, one in module.named_modules() if one is layer)
+        raise _refusal(component, f"hooks on {name}, which an engine doesn't call", "their handles' remove()")
 
 
 def refuse_training(component: Component, module: torch.nn.Module) -> None:
@@ -167,9 +222,30 @@ def _refusal(component: Component, what: str, mend: str) -> EngineError:
 
 
 def _look(module: torch.nn.Module, component: Component) -> _Look:
-    tensors = list(component_tensors(module, component).values())
-    layers = tuple((id(layer), type(layer)) for layer in module.modules())
-    return _Look(tuple(map(_place, tensors)), layers, _samples(tensors))
+    tensors = _tensors_of(module, component)
+    layers = tuple((id(layer), type(layer)) for layer in _layers(module))
+    return _Look(tuple(map(ref, tensors)), tuple(map(_place, tensors)), layers, _samples(tensors))
+
+
+def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """A module and its layers, as `modules()` gives them in five times the time; shared ones more than once."""
+    found = [module]
+    for layer in found:
+        found.extend(own for own in layer.__dict__["_modules"].values() if own is not None)
+    return found
+
+
+def _tensors_of(module: torch.nn.Module, component: Component) -> list[torch.Tensor]:
+    """The parameters and buffers that a component computes with: of a VAE those of one half."""
+    words = HALVES.get(component)
+    children = [module] if words is None else [own for name, own in module.named_children() if f"{name}." in words]
+    found: list[torch.Tensor] = []
+    for layer in (layer for child in children for layer in _layers(child)):
+        own = layer.__dict__
+        found.extend(
+            tensor for tensor in (*own["_parameters"].values(), *own["_buffers"].values()) if tensor is not None
+        )
+    return found
 
 
 def _place(tensor: torch.Tensor) -> Place:
@@ -177,80 +253,39 @@ def _place(tensor: torch.Tensor) -> Place:
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
+def _there(look: _Look) -> list[torch.Tensor]:
+    """The tensors that a look found, as far as they are there yet."""
+    return [tensor for one in look.tensors if (tensor := one()) is not None]
+
+
 def _samples(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Some numbers of each tensor, evenly spread over its memory, as float64 on the CPU."""
-    return torch.nan_to_num(_joined([_some(tensor.detach()) for tensor in tensors], torch.float64))
-
-
-def _joined(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Rows of numbers, one after the other, on the CPU in `dtype`; one copy from each device and dtype."""
-    found: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for number, part in enumerate(parts):
-        found[part.device, part.dtype].append(number)
-    placed: dict[int, torch.Tensor] = {}
-    for numbers in found.values():
-        own = [parts[number] for number in numbers]
-        rows = torch.cat(own).to("cpu", dtype).split([row.numel() for row in own])
-        placed |= dict(zip(numbers, rows, strict=True))
-    return torch.cat([torch.empty(0, dtype=dtype), *(placed[number] for number in sorted(placed))])
+    """Some numbers of each tensor in the host's memory, as float64."""
+    with torch.no_grad():
+        found: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.device.type == "cpu":
+                found[tensor.dtype].append(_some(tensor))
+        joined = [torch.cat(rows).to(torch.float64) for rows in found.values()]
+        return torch.nan_to_num(torch.cat([torch.empty(0, dtype=torch.float64), *joined]))
 
 
 def _some(tensor: torch.Tensor) -> torch.Tensor:
-    """Up to `SAMPLES` numbers of a tensor, evenly spread over its memory."""
+    """Up to `SAMPLES` numbers in the middle of a tensor's memory: side by side, they are one access to it."""
     count = tensor.numel()
     number = min(count, SAMPLES)
-    step = max(1, (count - 1) // max(1, number - 1))
-    return _flat(tensor)[::step][:number]
-
-
-def block_sums(tensors: Iterable[torch.Tensor], dtypes: Iterable[torch.dtype]) -> torch.Tensor:
-    """The sums (int64, on the CPU) of each 4 KiB of tensors' memory, each tensor as if it had its dtype.
-
-    One changed number changes one of them. Numbers that change places within 4 KiB do not. Small tensors are added
-    together: half of a UNet's have a few KiB, and each call of PyTorch takes longer than their sum.
-    """
-    sums, small = [], []
-    for tensor, dtype in zip(tensors, dtypes, strict=True):
-        words = _words(_flat(tensor.detach().to(dtype)))
-        small += [words] if words.numel() < SMALL_WORDS else []
-        sums += [_sums(words)] if words.numel() >= SMALL_WORDS else []
-    return _joined([*sums, _sums(_joined(small, torch.int64))], torch.int64)
-
-
-def _words(flat: torch.Tensor) -> torch.Tensor:
-    """Numbers as whole numbers of 8 bytes, with zeros after them where that takes some."""
-    if flat.storage_offset() * flat.itemsize % WORD_BYTES:
-        flat = flat.clone()
-    if flat.nbytes % WORD_BYTES:
-        return pad(flat.view(torch.uint8), (0, -flat.nbytes % WORD_BYTES)).view(torch.int64)
-    return flat.view(torch.int64)
-
-
-def _sums(words: torch.Tensor) -> torch.Tensor:
-    """A sum for each whole block, and one for the rest."""
-    whole = words.numel() // BLOCK_WORDS * BLOCK_WORDS
-    blocks = words[:whole].view(-1, BLOCK_WORDS).sum(1)
-    return blocks if whole == words.numel() else torch.cat([blocks, words[whole:].sum(0, keepdim=True)])
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's numbers lie in one block of memory."""
-    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's numbers as they lie in memory, and no copy of them, as far as they lie in one block."""
-    if not _is_dense(tensor):
-        return tensor.reshape(-1)
-    return torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
+    first = (count - number) // 2
+    if not is_dense(tensor):
+        return flat_memory(tensor)[first : first + number]
+    return tensor.as_strided((number,), (1,), tensor.storage_offset() + first)
 
 
 def _difference(now: _Look, before: _Look) -> str:
     """What has changed, in a few words."""
     if now.layers != before.layers:
         return "it has other layers"
-    if [place[3] for place in now.places] != [place[3] for place in before.places]:
-        return f"it was cast to {now.places[0][3]}".replace("torch.", "")
+    for place, former in zip(now.places, before.places, strict=False):
+        if place[3] != former[3]:
+            return f"it was cast to {place[3]}".replace("torch.", "")
     return "they were changed after sdtrt.accelerate"
 
 

@@ -98,12 +98,10 @@ class BuildSpec:
         workspace_bytes: cap on the builder's scratch memory; None for no cap.
         compute_capability: the GPU to build for ahead of time, as (8, 9); TensorRT for RTX only. None for this GPU.
         version_compatible: a plan that later TensorRT versions (lean runtimes) can load too.
-        norm_plugins: let TensorRT 8.6 normalise by its plugin (`tensorrt86.norm_plugin`); later versions don't need it.
-        split_attention: from how many tokens on the UNet's self-attentions are left to PyTorch's kernels
-            (`tensorrt86.cut`), 0 for none, nor a VAE's large norms; None for what gained on an H200
-            (`tensorrt86.policy.split_tokens`).
-        channels_last: what an engine's pieces give to each other lies channels last in memory
-            (`tensorrt86.cut.channels_last`).
+        norm_plugins: let TensorRT 8.6 normalise by its plugin; later versions don't need it.
+        split_attention: from how many tokens on the UNet's self-attentions are left to PyTorch's kernels, 0 for none,
+            nor a VAE's large norms; None for what gained on an H200.
+        channels_last: what an engine's pieces give to each other lies channels last in memory.
         force: build again even if the engine directory has it.
     """
 

@@ -23,7 +23,7 @@ from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import check, find_attentions
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Attention, text_encoder_contract, unet_contract, vae_contract
 
@@ -93,7 +93,7 @@ def test_attention_with_a_mask_is_left_alone(tmp_path):
 
 
 def test_cross_attention_is_found_where_it_is_asked_for_and_held_against_its_nodes(unet):
-    facts = Facts(*onnx_file.load_split(unet[0]))
+    facts = GraphIndex(*onnx_file.load_split(unet[0]))
     own, every = find_attentions(facts), find_attentions(facts, cross=True)
     assert ["attn1" in one.result for one in own] == [True] * 4
     others = [one for one in every if one not in own]
@@ -106,7 +106,7 @@ def test_cross_attention_is_found_where_it_is_asked_for_and_held_against_its_nod
 
 def misread(monkeypatch, source, count):
     """So many of the attentions that are found have another scale than their nodes."""
-    found = find_attentions(Facts(*onnx_file.load_split(source)), cross=True)
+    found = find_attentions(GraphIndex(*onnx_file.load_split(source)), cross=True)
     wrong = [replace(one, scale=math.e * one.scale) for one in found[:count]]
     monkeypatch.setattr(fused_attention, "find_attentions", lambda *_, **__: [*wrong, *found[count:]])
 
@@ -138,7 +138,7 @@ def test_a_model_that_differs_is_optimised_as_it_was_exported_and_that_is_said(u
 
 def test_a_model_that_the_operator_fails_in_is_optimised_as_it_was_exported(unet, tmp_path, monkeypatch, capsys):
     """Seven heads are not what any of its widths has."""
-    found = find_attentions(Facts(*onnx_file.load_split(unet[0])), cross=True)
+    found = find_attentions(GraphIndex(*onnx_file.load_split(unet[0])), cross=True)
     heads = [replace(one, heads=7) for one in found]
     monkeypatch.setattr(fused_attention, "find_attentions", lambda *_, **__: heads)
     monkeypatch.setattr(fused_attention, "check", lambda *_: 0.0)
@@ -154,7 +154,7 @@ def test_a_graph_whose_types_cannot_be_inferred_is_left_and_that_is_said(unet, t
     def fail(*_):
         raise onnx.shape_inference.InferenceError("[ShapeInferenceError] no such type")
 
-    monkeypatch.setattr(fused_attention, "Facts", fail)
+    monkeypatch.setattr(fused_attention, "GraphIndex", fail)
     assert fused_attention.fuse(unet[0], tmp_path, 2**30, Console(quiet=True)) == (unet[0], 0)
     assert "no such type" in capsys.readouterr().err
 

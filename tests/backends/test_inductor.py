@@ -108,7 +108,9 @@ def test_projections_are_fused_and_convolutions_lie_channels_last(models):
     assert all(weight.is_contiguous() for weight in plain.weights.values())
 
 
-@pytest.mark.parametrize("component", ["unet", "vae_decoder", "vae_encoder"])
+@pytest.mark.parametrize(
+    "component", ["vae_decoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("unet", "vae_encoder"))]
+)
 def test_a_program_may_take_ranges_of_sizes(models, component):
     """And computes there what the module computes."""
     profile = Profile(Range(1, 2, 4), Range(72, 128, 192), Range(72, 128, 192), Range.of(77))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import threading
 from weakref import ref
 
 import factories
@@ -23,6 +24,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.utils import is_accelerate_available
 from PIL import Image
 
 import sdtrt
@@ -31,8 +34,8 @@ from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import accelerate as accelerating
-from sdtrt.pipeline import parked, swap
-from sdtrt.pipeline.watch import block_sums
+from sdtrt.pipeline import parked, reading, swap
+from sdtrt.pipeline.reading import Reading, block_sums
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -272,11 +275,12 @@ def add_a_layer(unet):
 
 
 @pytest.mark.parametrize("change", [set_another, add_in_place, set_one_number, load_another, add_a_layer])
-def test_weights_that_change_are_never_run_by_the_old_engine(pipe, change):
-    latents(pipe)
+def test_weights_that_change_are_never_run_by_the_old_engine(make, accelerate, change):
+    pipe = accelerate(make(), components=("unet", "vae_decoder"))
+    pixels(pipe)
     change(pipe.unet)
     with pytest.raises(EngineError, match="the unet has other weights than its engine") as caught:
-        latents(pipe)
+        pixels(pipe)
     assert "sdtrt.restore(pipe)" in caught.value.hint
     assert "sdtrt.accelerate(pipe)" in caught.value.hint
     assert not sdtrt.status(sdtrt.restore(pipe))["unet"].is_in_engine
@@ -506,8 +510,9 @@ def test_hooks_that_move_modules_are_refused(make, accelerate, pipe):
         accelerate(other)
 
 
+@pytest.mark.skipif(not is_accelerate_available(), reason="diffusers can't run what it offloads without accelerate")
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
-def test_hooks_of_diffusers_are_refused(make, accelerate, pipe, level):
+def test_offloading_of_diffusers_is_refused(make, accelerate, pipe, level):
     options = {"onload_device": torch.device("cpu"), "offload_type": level}
     options |= {"num_blocks_per_group": 1} if level == "block_level" else {}
     pipe.unet.enable_group_offload(**options)
@@ -520,6 +525,17 @@ def test_hooks_of_diffusers_are_refused(make, accelerate, pipe, level):
         accelerate(other)
 
 
+@pytest.mark.parametrize("layer", ["", "conv_in"])
+def test_hooks_of_diffusers_are_refused(make, accelerate, pipe, layer):
+    for one in (pipe, other := make()):
+        HookRegistry.check_if_exists_or_initialize(one.unet.get_submodule(layer)).register_hook(ModelHook(), "own")
+    with pytest.raises(EngineError, match="hooks"):
+        latents(pipe)
+    latents(sdtrt.restore(pipe))
+    with pytest.raises(EngineError, match="hooks"):
+        accelerate(other)
+
+
 def test_training_is_refused_and_a_call_under_no_grad_is_not(pipe):
     pipe.unet.train().requires_grad_(True)
     latents(pipe)
@@ -528,6 +544,13 @@ def test_training_is_refused_and_a_call_under_no_grad_is_not(pipe):
     assert "sdtrt.restore(pipe)" in caught.value.hint
     pipe.unet.eval()
     pipe.unet(*CALL)
+
+
+def test_a_gradient_is_refused_with_both_ways_out(pipe):
+    with pytest.raises(EngineError, match="a gradient is wanted") as caught:
+        pipe.unet(CALL[0].clone().requires_grad_(True), *CALL[1:])
+    assert "torch.no_grad()" in caught.value.hint
+    assert "sdtrt.restore(pipe)" in caught.value.hint
 
 
 def test_a_pipeline_without_text_encoder_takes_embeddings(make, accelerate):
@@ -686,3 +709,177 @@ def test_weights_come_back_under_whatever_names_they_have_by_then(make, accelera
         latents(pipe)
     sdtrt.restore(pipe)
     assert dtypes(pipe.unet) == {torch.float32}
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Readings of weights go on when it is open, or when they are to stop."""
+    opened, read = threading.Event(), reading._read_host
+
+    def wait(pairs, sums, failures, stop):
+        while not (opened.wait(0.01) or stop.is_set()):
+            pass
+        read(pairs, sums, failures, stop)
+
+    monkeypatch.setattr(reading, "_read_host", wait)
+    monkeypatch.setattr(reading, "thread_count", lambda: 1)
+    yield opened
+    opened.set()
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == reading.THREAD]
+
+
+def test_no_step_waits_for_a_reading_and_no_picture_leaves_without(make, accelerate, gate):
+    gate.set()
+    pipe, steps = accelerate(make()), []
+    pixels(pipe)
+    assert not readers()
+    gate.clear()
+    set_one_number(pipe.unet)
+
+    def at_step(pipe, step, time, tensors):
+        steps.append(len(readers()))
+        if step == 3:
+            gate.set()
+        return {}
+
+    with pytest.raises(EngineError, match="the unet has other weights than its engine"):
+        pixels(pipe, num_inference_steps=4, callback_on_step_end=at_step)
+    assert steps == [2, 2, 2, 2]  # the text encoder's and the unet's: each part has one at a time
+    assert not readers()
+
+
+def test_what_a_reading_found_of_latents_is_raised_before_the_next_picture(make, accelerate, gate):
+    gate.set()
+    pipe, steps = accelerate(make(), components=UNET_ALONE), []
+    gate.clear()
+    set_one_number(pipe.unet)
+    latents(pipe)
+    gate.set()
+    with pytest.raises(EngineError, match="the unet has other weights than its engine"):
+        latents(pipe, callback_on_step_end=lambda pipe, step, time, tensors: steps.append(step) or {})
+    assert not steps
+
+
+def test_what_changes_during_a_reading_is_found_by_the_one_that_follows(make, accelerate, gate):
+    gate.set()
+    pipe = accelerate(make(), components=("text_encoder",))
+    watch = swap.swapped_of(pipe)["text_encoder"].watch
+    encoded = pipe.encode_prompt("a", "cpu", 1, False)
+    watch.settle(pipe.text_encoder)
+    gate.clear()
+    for _ in range(3):
+        assert torch.equal(pipe.encode_prompt("a", "cpu", 1, False)[0], encoded[0])
+    assert len(readers()) == 1
+    gate.set()
+    readers()[0].join()
+    layer = pipe.text_encoder.get_submodule(next(n for n, _ in pipe.text_encoder.named_modules() if n.endswith("fc1")))
+    layer.weight.data[3, 5] += 0.5
+    with pytest.raises(EngineError, match="the text_encoder has other weights"):
+        watch.settle(pipe.text_encoder)
+    assert not readers()
+
+
+@pytest.mark.parametrize("how", ["restore", "drop"])
+def test_a_reading_ends_with_the_engines_and_keeps_no_pipeline(make, accelerate, gate, how):
+    gate.set()
+    pipe = accelerate(make())
+    gate.clear()
+    latents(pipe)
+    module, threads = ref(pipe.unet), readers()
+    assert threads
+    if how == "restore":
+        sdtrt.restore(pipe)
+        assert not readers()
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        del pipe
+        assert module() is None
+    finally:
+        gc.enable()
+    for thread in threads:
+        thread.join(10)
+    assert not readers()
+
+
+@pytest.mark.usefixtures("parking")
+def test_a_reading_stops_while_weights_come_back_and_begins_anew(make, accelerate, gate, directory):
+    gate.set()
+    pipe = accelerate(make(), components=UNET_ALONE, engine_dir=directory.path)
+    gate.clear()
+    latents(pipe)
+    (first,) = readers()
+    pipe.unet.conv_out(torch.ones(1, 32, 8, 8))
+    (second,) = readers()
+    assert second is not first
+    gate.set()
+    watch = swap.swapped_of(pipe)["unet"].watch
+    watch.settle(pipe.unet)
+    set_one_number(pipe.unet)
+    pipe.unet(*CALL)
+    with pytest.raises(EngineError, match="the unet has other weights"):
+        watch.settle(pipe.unet)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_threads_share_a_reading(monkeypatch, count):
+    tensors = [torch.full((1000 * number,), number, dtype=torch.float16) for number in range(1, 60)]
+    expected = [block_sums([tensor], [torch.float16]) for tensor in tensors]
+    monkeypatch.setattr(reading, "thread_count", lambda: count)
+    assert torch.equal(block_sums(tensors, [torch.float16] * len(tensors)), torch.cat(expected))
+
+
+def test_a_reading_does_without_a_thread_and_hands_on_what_fails(monkeypatch):
+    tensors, dtypes = [torch.ones(5000), torch.ones(3)], [torch.float32] * 2
+    expected = block_sums(tensors, dtypes)
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        one = Reading(tensors, dtypes)
+        assert one.is_done
+        assert torch.equal(one.wait(), expected)
+        one.stop()
+    monkeypatch.setattr(reading, "_blocks", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError):
+        Reading(tensors, dtypes).wait()
+
+
+class Event:
+    """A GPU's, which is there once it is waited for."""
+
+    done = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+def test_a_reading_of_a_gpus_tensors_is_that_of_the_hosts(monkeypatch):
+    tensors = [torch.randn(5000), torch.randn(3, dtype=torch.float64), torch.randn(70, 70), torch.randn(2, 3, 5, 5)]
+    dtypes = [tensor.dtype for tensor in tensors]
+    expected, event = block_sums(tensors, dtypes), Event()
+    monkeypatch.setattr(reading, "is_on_gpu", lambda tensor: tensor.ndim < 3 and tensor.dtype == torch.float32)
+    monkeypatch.setattr(reading, "_copy_soon", lambda numbers: (numbers.clone(), event))
+    one = Reading(tensors, dtypes)
+    one._join()
+    assert not one.is_done
+    assert torch.equal(one.wait(), expected)
+    assert one.is_done
+
+
+def test_a_compiled_unet_runs_the_engine(pipe):
+    expected, unet = latents(pipe), pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    assert torch.equal(latents(pipe), expected)
+    assert sdtrt.status(pipe)["unet"].is_in_engine
+    sdtrt.restore(pipe)
+    assert "forward" not in unet.__dict__

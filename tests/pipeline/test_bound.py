@@ -124,6 +124,10 @@ def test_weights_are_copied_at_a_pictures_first_step_alone(unet, monkeypatch):
     for _ in range(2):
         step()
     assert len(copied) == 4, "nothing tells steps apart"
+    step(None, 1, states)
+    Followed(unet, "unet", bound).settle(unet)
+    step(None, 1, states)
+    assert len(copied) == 6, "the picture was decoded: another one may have the same conditioning"
 
 
 def test_another_precision_is_a_cast_and_a_copy(unet):
@@ -147,7 +151,7 @@ def test_sessions_of_several_sizes_have_one_copy(unet):
 
 
 def test_other_layers_are_refused(unet):
-    watch = Followed(unet, "unet")
+    watch = Followed(unet, "unet", Bound("unet"))
     watch.look(unet)
     unet.add_module("another", torch.nn.Linear(2, 2))
     with pytest.raises(EngineError, match="other layers"):

@@ -41,6 +41,11 @@ CUDA = torch.device("cuda")
 SPEC = GenerateSpec(("a red circle",), ModelSpec("tiny"), "tensorrt")
 
 
+def plans_in(loaded):
+    """What a backend's loader has loaded: one plan, or several."""
+    return loaded if isinstance(loaded, (list, tuple)) else [loaded]
+
+
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch):
     """A GPU made of the CPU, with TensorRT 8.6."""
@@ -185,7 +190,7 @@ def share(entry, directory, loaded, hashed, plans_of):
     in_background(SPEC, directory)
     files = [name for name in sorted(entry.files) if not name.endswith(".json")]
     assert loaded == [(entry.name, name, "sdtrt-tensorrt") for name in files]
-    engines = [plan.engine for plan in preloaded._KEPT[entry.path][0]]
+    engines = [plan.engine for plan in plans_in(preloaded._KEPT[entry.path][0])]
     with pytest.raises(EntryInUseError):
         directory.remove(entry)
     with preloaded.taken([entry]) as folders:
@@ -363,7 +368,7 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     """And what is used counts once: as weights that lie on the GPU, not as weights that will need room there."""
     unused, unet = publish(directory, "vae_decoder"), publish(directory, "unet")
     in_background(SPEC, directory)
-    engines = {path: weakref.ref(plans[0]) for path, (plans, _) in preloaded._KEPT.items()}
+    engines = {path: weakref.ref(plans_in(loaded)[0]) for path, (loaded, _) in preloaded._KEPT.items()}
     assert len(engines) == 2
     spec = request.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
     monkeypatch.setattr(pipeline_open, "ensure_engines", lambda *_, **__: {"unet": unet})
@@ -386,7 +391,7 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
         assert engines[unet.path]() is None, "sessions hold what they use"
     directory.remove(unused)
     in_background(SPEC, directory)
-    engines[unet.path] = weakref.ref(preloaded._KEPT[unet.path][0][0])
+    engines[unet.path] = weakref.ref(plans_in(preloaded._KEPT[unet.path][0])[0])
     free[0] -= 1
     with pytest.raises(MemoryShortage), pipeline_open._open_engines(spec, directory, None, True, None):
         pass

@@ -182,10 +182,6 @@ def test_what_no_backend_does_is_refused_before_anything_heavy_is_loaded(request
         {"backend": "onnxruntime", "optimization_level": 3},
         {"backend": "onnxruntime", "norm_plugins": False},
         {"backend": "onnxruntime", "split_attention": 2048},
-        {"backend": "tensorrt-rtx", "profiles": (STATIC,), "split_attention": 2048},
-        {"backend": "tensorrt", "profiles": (STATIC, STATIC), "split_attention": 2048},
-        {"backend": "tensorrt", "profiles": (DYNAMIC,), "split_attention": 2048},
-        {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": 2048, "version_compatible": True},
         {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": -1},
     ],
 )

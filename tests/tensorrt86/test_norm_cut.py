@@ -27,7 +27,7 @@ from sdtrt.common.metrics import relative_l2
 from sdtrt.exports import onnx_file
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import vae_contract
 
@@ -58,7 +58,7 @@ def exported(tmp_path_factory):
 def frozen(path, contract, sizes=SIZES):
     model, weights = onnx_file.load_split(path)
     freeze(model, weights, contract.input_shapes(sizes))
-    return model, weights, Facts(model, weights)
+    return model, weights, GraphIndex(model, weights)
 
 
 def spec_of(component="vae_decoder", **changes):
@@ -207,7 +207,7 @@ def test_where_one_of_them_is_of_another_form_none_is_cut(cut, monkeypatch):
     join = next(node for node in model.graph.node if node.output[0].startswith("/decoder/conv_norm_out/Reshape_1"))
     join.op_type = "Identity"
     del join.input[1]
-    assert choose_norms(Facts(model, weights)) == []
+    assert choose_norms(GraphIndex(model, weights)) == []
 
 
 def test_what_holds_few_megabytes_is_not_worth_a_cut(cut, tmp_path, monkeypatch):
@@ -266,7 +266,7 @@ def change_scale(model):
 def test_an_instance_normalisation_with_scales_of_its_own_is_not_cut_out(cut, tmp_path):
     model, weights, _ = frozen(cut.onnx, cut.contract)
     change_scale(model)
-    facts = Facts(model, weights)
+    facts = GraphIndex(model, weights)
     with pytest.raises(ValueError, match="is not what the graph computes"):
         split(model, weights, facts, choose_norms(facts))
     model, weights = onnx_file.load_split(cut.onnx)
@@ -290,6 +290,7 @@ def test_where_the_pieces_fail_the_decoder_is_built_whole(cut, no_pieces, monkey
     assert [path.name for path in cut.folder.glob("engine.plan*")] == ["engine.plan"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
 def test_the_build_makes_a_plan_of_each_piece(component, request_of, monkeypatch):
     """As 8.6 would be asked to, with the real builder of TensorRT for RTX, as that needs no GPU."""

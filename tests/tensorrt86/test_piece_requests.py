@@ -4,14 +4,18 @@ import json
 
 import piece_fakes
 import pytest
+from factories import checked_spec
 from trt_fakes import CONTRACT, fake_library
 
 from sdtrt.backends.tensorrt.build import Request
 from sdtrt.backends.tensorrt.versions import running
 from sdtrt.backends.tensorrt86 import precision
 from sdtrt.backends.tensorrt86.build import PieceRequest
-from sdtrt.common.errors import BuildError
-from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range
+from sdtrt.common.errors import BuildError, UsageError
+from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
+
+STATIC = Profile.of(Sizes(2, 512, 512))
+DYNAMIC = Profile(Range(1, 2, 4), Range(512, 512, 512), Range(512, 512, 512))
 
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
 
@@ -43,3 +47,17 @@ def test_the_piece_of_the_text_and_those_of_few_layers_may_be_in_any_precision_a
         precision.read_precision(library, request_of_it, [wide, few, few])
     with pytest.raises(BuildError, match="an engine in fp16 was asked for"):
         precision.read_precision(library, request_of_it, [half, wide, half])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"backend": "tensorrt-rtx", "profiles": (STATIC,), "split_attention": 2048},
+        {"backend": "tensorrt", "profiles": (STATIC, STATIC), "split_attention": 2048},
+        {"backend": "tensorrt", "profiles": (DYNAMIC,), "split_attention": 2048},
+        {"backend": "tensorrt", "profiles": (STATIC,), "split_attention": 2048, "version_compatible": True},
+    ],
+)
+def test_pieces_that_can_not_be_are_refused(wrong):
+    with pytest.raises(UsageError):
+        checked_spec(ExportSpec(), **wrong)

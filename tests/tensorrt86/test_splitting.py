@@ -32,7 +32,7 @@ from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import check, find_attentions
 from sdtrt.exports.component import write_onnx
 from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs import BuildSpec, ExportSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import unet_contract
 
@@ -85,7 +85,14 @@ def difference(source, pieces, contract, sizes):
     return relative_l2(tensors["out_sample"].float().numpy(), expected.float().numpy())
 
 
-@pytest.mark.parametrize(("name", "count"), [("sd1", 3 + 1 + 6), ("sd2-upcast", 10), ("sdxl", 1 + 2 + 2 + 4 + 2)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("sd1", 3 + 1 + 6),
+        pytest.param("sd2-upcast", 10, marks=pytest.mark.slow),
+        pytest.param("sdxl", 1 + 2 + 2 + 4 + 2, marks=pytest.mark.slow),
+    ],
+)
 def test_pieces_are_the_whole_model_in_fp16(exported, tmp_path, name, count):
     source, contract = exported(name, "fp16")
     pieces = cut_up(source, tmp_path, contract, 1)
@@ -117,7 +124,7 @@ def test_pieces_of_a_dynamic_model_serve_other_sizes(exported, tmp_path, monkeyp
 def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(exported, tmp_path):
     source, _ = exported("small", "fp16")
     model, weights = onnx_file.load_split(source)
-    facts = Facts(model, weights)
+    facts = GraphIndex(model, weights)
     pieces = split(model, weights, facts, find_attentions(facts))
     for before, after in pairwise(pieces):
         assert {one.result for one in before.cuts} <= {spec.name for spec in after.inputs}
@@ -133,6 +140,7 @@ def test_only_floating_point_crosses_and_weights_are_where_they_are_needed(expor
         onnx.checker.check_model(tmp_path / f"{number}.onnx", full_check=True)
 
 
+@pytest.mark.slow
 def test_norm_plugins_and_fp32_nodes_are_found_in_pieces_as_in_the_whole(exported, tmp_path):
     source, contract = exported("plugin", "fp16")
     files = [one.onnx for one in cut_up(source, tmp_path, contract, 1)]
@@ -147,7 +155,7 @@ def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
     model, weights = onnx_file.load_split(source)
     freeze(model, weights, contract.input_shapes(SIZES))
     assert not any(node.op_type == "Shape" for node in model.graph.node)
-    found = find_attentions(Facts(model, weights))
+    found = find_attentions(GraphIndex(model, weights))
     assert len(found) == 10
     assert all("attn1" in one.result for one in found)
     assert {(one.tokens, one.heads, one.width) for one in found} == {(96, 2, 16), (24, 2, 16), (6, 2, 32), (2, 2, 32)}
@@ -161,7 +169,7 @@ def test_the_largest_resolution_is_cut_and_cross_attention_is_not(exported):
 
 def test_what_was_read_is_held_against_what_the_graph_computes(exported):
     source, _ = exported("small", "fp16")
-    facts = Facts(*onnx_file.load_split(source))
+    facts = GraphIndex(*onnx_file.load_split(source))
     attention = find_attentions(facts)[0]
     assert check(facts, attention, 17) < 2e-3
     for wrong in (replace(attention, scale=1.1 * attention.scale), replace(attention, heads=4, width=8)):
@@ -174,7 +182,7 @@ def test_attention_over_windows_of_the_tokens_is_left_alone(exported):
     source, contract = exported("small", "fp16")
     model, weights = onnx_file.load_split(source)
     freeze(model, weights, contract.input_shapes(SIZES))
-    first, *others = find_attentions(Facts(model, weights))
+    first, *others = find_attentions(GraphIndex(model, weights))
     for node in model.graph.node:
         name = node.output[0]
         if node.op_type == "Reshape" and name.startswith(first.result.rpartition("/")[0]):
@@ -183,7 +191,7 @@ def test_attention_over_windows_of_the_tokens_is_left_alone(exported):
             node.input[1] = f"{name}.windows"
             model.graph.initializer.append(numpy_helper.from_array(np.asarray(shape), node.input[1]))
     del model.graph.value_info[:]
-    assert find_attentions(Facts(model, weights)) == others
+    assert find_attentions(GraphIndex(model, weights)) == others
 
 
 @pytest.fixture
@@ -205,7 +213,9 @@ def test_the_build_lists_its_pieces(cut, tmp_path):
     assert json.loads(list_file(cut.plan).read_text())[1]["attentions"][0]["tokens"] == 96
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2-upcast", "sdxl"])
+@pytest.mark.parametrize(
+    "name", ["sd1", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sd2-upcast", "sdxl"))]
+)
 def test_the_first_piece_projects_the_text_for_all_cross_attentions(exported, tmp_path, name):
     source, contract = exported(name, "fp16")
     first, *others = (one.piece for one in cut_up(source, tmp_path, contract, 1))

@@ -19,7 +19,7 @@ from sdtrt.common.errors import first_line
 from sdtrt.exports import onnx_file, onnx_simplify
 from sdtrt.exports.attention import check, find_attentions
 from sdtrt.exports.onnx_file import Weights
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs.contract import Attention
 
 OPERATOR, DOMAIN, VERSION = "MultiHeadAttention", "com.microsoft", 1
@@ -54,7 +54,7 @@ def fuse(source: Path, folder: Path, inline_bytes: int, console: Console) -> tup
 
 def _replace(model: onnx.ModelProto, weights: Weights, console: Console) -> int:
     """Put ONNX Runtime's operator in the place of each attention; returns how many."""
-    facts, count = Facts(model, weights), 0
+    facts, count = GraphIndex(model, weights), 0
     for one in find_attentions(facts, cross=True):
         try:
             _check_types(facts, one)
@@ -75,7 +75,7 @@ def _replace(model: onnx.ModelProto, weights: Weights, console: Console) -> int:
     return count
 
 
-def _check_types(facts: Facts, attention: Attention) -> None:
+def _check_types(facts: GraphIndex, attention: Attention) -> None:
     """Raise `ValueError` unless all that an attention takes and gives is of one type that the operator knows."""
     types = {facts.types.get(name) for name in (*attention.sources, attention.result)}
     if len(types) != 1 or not types <= set(TYPES):

@@ -25,7 +25,7 @@ from sdtrt.backends.tensorrt86.pieces import Cut, Normalization, Piece
 from sdtrt.exports import onnx_index, onnx_simplify
 from sdtrt.exports.attention import check as check_attention
 from sdtrt.exports.onnx_file import ELEM_TYPES, Weights
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs.contract import Attention, Contract, TensorSpec
 
 MARK = "Cut"  # what stands for one in a graph that is being cut
@@ -68,7 +68,7 @@ def freeze(model: onnx.ModelProto, weights: Weights, shapes: Mapping[str, Sequen
     onnx_simplify.simplify(model, weights)
 
 
-def _join_projections(model: onnx.ModelProto, weights: Weights, facts: Facts, attention: Attention) -> Attention:
+def _join_projections(model: onnx.ModelProto, weights: Weights, facts: GraphIndex, attention: Attention) -> Attention:
     """Make queries, keys and values by one product, as one tensor [B,S,3C]; as it was, where they have biases."""
     nodes = [facts.makers[source] for source in attention.sources]
     if any(node.op_type != "MatMul" or node.input[1] not in weights for node in nodes):
@@ -103,7 +103,7 @@ def choose(attentions: Sequence[Attention], min_tokens: int, most: int | None = 
     return [one for one in attentions if one in chosen]
 
 
-def choose_norms(facts: Facts) -> list[Normalization]:
+def choose_norms(facts: GraphIndex) -> list[Normalization]:
     """The largest group normalisations of a graph of fixed sizes: TensorRT 8.6 needs most of its memory for them.
 
     All or none of each size; none at all where one of them has a form that is not recognised.
@@ -120,7 +120,7 @@ def choose_norms(facts: Facts) -> list[Normalization]:
 def split(
     model: onnx.ModelProto,
     weights: Weights,
-    facts: Facts,
+    facts: GraphIndex,
     cuts: Sequence[Cut],
     conditioning: Collection[str] = (),
 ) -> tuple[Slice, ...]:
@@ -149,7 +149,7 @@ def split(
     return tuple(_assemble(model, weights, facts, partition, cuts, stage) for stage in range(partition.count))
 
 
-def _check(facts: Facts, cut: Cut, opset: int) -> None:
+def _check(facts: GraphIndex, cut: Cut, opset: int) -> None:
     """Raise `ValueError` where a cut is not what its nodes compute."""
     if isinstance(cut, Attention):
         check_attention(facts, cut, opset)
@@ -192,7 +192,7 @@ class Partition:
     or booleans from shapes, belong to no piece: each piece that needs them has its own copies.
     """
 
-    def __init__(self, model: onnx.ModelProto, facts: Facts, conditioning: Collection[str] = ()) -> None:
+    def __init__(self, model: onnx.ModelProto, facts: GraphIndex, conditioning: Collection[str] = ()) -> None:
         self._facts, self._nodes = facts, list(model.graph.node)
         self._projections = _projections_of(model.graph, facts, conditioning)
         self._ends = {value.name for value in model.graph.output}
@@ -275,7 +275,7 @@ class Partition:
         return any(is_mark(node) for node in self._takers[name])
 
 
-def _projections_of(graph: onnx.GraphProto, facts: Facts, conditioning: Collection[str]) -> frozenset[str]:
+def _projections_of(graph: onnx.GraphProto, facts: GraphIndex, conditioning: Collection[str]) -> frozenset[str]:
     """The outputs of projections of conditioning alone. The attentions that take them split them into heads."""
     stored = {tensor.name for tensor in graph.initializer}
     found: set[str] = set()
@@ -294,7 +294,7 @@ def is_mark(node: onnx.NodeProto) -> bool:
 def _assemble(
     model: onnx.ModelProto,
     weights: Weights,
-    facts: Facts,
+    facts: GraphIndex,
     partition: Partition,
     cuts: Sequence[Cut],
     stage: int,
@@ -339,11 +339,11 @@ def _leaves(partition: Partition, name: str, stage: int) -> bool:
     return partition.home(name) == stage and partition.is_output(name)
 
 
-def _value(facts: Facts, name: str) -> onnx.ValueInfoProto:
+def _value(facts: GraphIndex, name: str) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(name, facts.types[name], facts.dims.get(name))
 
 
-def _spec(facts: Facts, name: str) -> TensorSpec:
+def _spec(facts: GraphIndex, name: str) -> TensorSpec:
     """A tensor's part of a contract; a dimension that is not known has a name of its own."""
     if name not in facts.dims:
         raise ValueError(f"the shape of {name} is not known")

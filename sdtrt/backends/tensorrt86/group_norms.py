@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from sdtrt.backends.tensorrt86.pieces import Normalization
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 
 OPERATOR = "InstanceNormalization"
 CHECK_PIXELS, CHECK_TOLERANCE = (4, 6), 5e-3
@@ -25,7 +25,7 @@ DEFAULT_EPSILON = 1e-5  # the operator's own
 Array = npt.NDArray[Any]
 
 
-def sizes_of_norms(facts: Facts) -> list[int]:
+def sizes_of_norms(facts: GraphIndex) -> list[int]:
     """The size in bytes of each instance normalisation's output, whatever its form, where its type is known."""
     names = [node.output[0] for node in facts.makers.values() if node.op_type == OPERATOR]
     return [facts.bytes_of(name) for name in names if name in facts.types]
@@ -63,13 +63,13 @@ class SpelledNorm:
         return next((float(one.f) for one in self.norm.attribute if one.name == "epsilon"), DEFAULT_EPSILON)
 
 
-def find_spelled(facts: Facts) -> list[SpelledNorm]:
+def find_spelled(facts: GraphIndex) -> list[SpelledNorm]:
     """The group normalisations of a graph, in its order, whatever their types and sizes."""
     found = (_spelled(facts, node) for node in facts.makers.values() if node.op_type == OPERATOR)
     return [one for one in found if one is not None]
 
 
-def _spelled(facts: Facts, norm: onnx.NodeProto) -> SpelledNorm | None:
+def _spelled(facts: GraphIndex, norm: onnx.NodeProto) -> SpelledNorm | None:
     """The group normalisation around an instance normalisation."""
     split, join = facts.makers.get(norm.input[0]), facts.only_taker(norm.output[0], "Reshape")
     if split is None or split.op_type != "Reshape" or join is None:
@@ -78,7 +78,7 @@ def _spelled(facts: Facts, norm: onnx.NodeProto) -> SpelledNorm | None:
     return SpelledNorm(split, norm, join, int(shape[1])) if shape is not None and shape.shape == (3,) else None
 
 
-def find_normalizations(facts: Facts) -> list[Normalization]:
+def find_normalizations(facts: GraphIndex) -> list[Normalization]:
     """The group normalisations of images in fp16, in a graph's order."""
     return [
         Normalization(one.source, one.result, one.groups, one.epsilon)
@@ -87,7 +87,7 @@ def find_normalizations(facts: Facts) -> list[Normalization]:
     ]
 
 
-def _is_of_images(facts: Facts, norm: SpelledNorm) -> bool:
+def _is_of_images(facts: GraphIndex, norm: SpelledNorm) -> bool:
     """Whether what is normalised is an image in fp16 of a fixed size, in groups of its channels."""
     dims, by_groups = facts.dims.get(norm.source, []), facts.dims.get(norm.split.output[0], [])
     if len(dims) != 4 or None in dims or facts.types.get(norm.source) != onnx.TensorProto.FLOAT16:
@@ -97,7 +97,7 @@ def _is_of_images(facts: Facts, norm: SpelledNorm) -> bool:
     return len(by_groups) == 3 and facts.dims.get(norm.result) == dims
 
 
-def check(facts: Facts, normalization: Normalization, opset: int) -> float:
+def check(facts: GraphIndex, normalization: Normalization, opset: int) -> float:
     """The worst group's relative L2 error of what was read against what the nodes compute, on a few pixels.
 
     Raises:
@@ -123,7 +123,7 @@ def check(facts: Facts, normalization: Normalization, opset: int) -> float:
     return difference
 
 
-def _model(facts: Facts, normalization: Normalization, shape: tuple[int, ...], opset: int) -> onnx.ModelProto:
+def _model(facts: GraphIndex, normalization: Normalization, shape: tuple[int, ...], opset: int) -> onnx.ModelProto:
     """A normalisation's nodes by themselves, for an image of a few pixels."""
     join = facts.makers[normalization.result]
     norm = facts.makers[join.input[0]]

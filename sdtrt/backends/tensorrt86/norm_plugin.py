@@ -25,7 +25,7 @@ from onnx import numpy_helper
 from sdtrt.backends.tensorrt86.group_norms import SpelledNorm, find_spelled
 from sdtrt.exports import onnx_simplify
 from sdtrt.exports.onnx_file import Weights
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 
 OPERATOR = "GroupNorm"  # the plugin's name in TensorRT's registry; the parser looks operators up there
 GROUPS = 32  # the only number that it serves
@@ -64,7 +64,7 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
         model: an export's graph, changed in place; no ONNX operator set knows the new nodes.
         weights: the graph's; scales and shifts come in as fp32, which the plugin asks for.
     """
-    norms = _find(Facts(model, weights), weights)
+    norms = _find(GraphIndex(model, weights), weights)
     for number, norm in enumerate(norms):
         names = [f"group_norm.{number}.{kind}" for kind in ("scale", "shift")]
         for name, values in zip(names, (norm.scale, norm.shift), strict=True):
@@ -76,13 +76,13 @@ def use_plugin(model: onnx.ModelProto, weights: Weights) -> int:
     return len(norms)
 
 
-def _find(facts: Facts, weights: Weights) -> list[_Norm]:
+def _find(facts: GraphIndex, weights: Weights) -> list[_Norm]:
     """The group normalisations that the plugin serves."""
     found = (_match(facts, weights, one) for one in find_spelled(facts) if one.groups == GROUPS)
     return [norm for norm in found if norm is not None and serves(norm.scale.size)]
 
 
-def _match(facts: Facts, weights: Weights, spelled: SpelledNorm) -> _Norm | None:
+def _match(facts: GraphIndex, weights: Weights, spelled: SpelledNorm) -> _Norm | None:
     """A group normalisation with the scale and the shift that come after it, and SiLU where that does."""
     scaled = facts.only_taker(spelled.result, "Mul")
     shifted = None if scaled is None else facts.only_taker(scaled.output[0], "Add")
@@ -96,7 +96,7 @@ def _match(facts: Facts, weights: Weights, spelled: SpelledNorm) -> _Norm | None
     return _Norm(spelled.source, last, scale.reshape(-1), shift.reshape(-1), spelled.epsilon, swish)
 
 
-def _other(facts: Facts, weights: Weights, node: onnx.NodeProto, before: str) -> Array | None:
+def _other(facts: GraphIndex, weights: Weights, node: onnx.NodeProto, before: str) -> Array | None:
     """The constant that a node of two inputs takes beside another node's output; None where that is no vector."""
     names = [name for name in node.input if name != before]
     if len(names) != 1 or names[0] not in weights:
@@ -107,7 +107,7 @@ def _other(facts: Facts, weights: Weights, node: onnx.NodeProto, before: str) ->
     return weights[names[0]].view(onnx.helper.tensor_dtype_to_np_dtype(facts.types[names[0]]))
 
 
-def _silu(facts: Facts, node: onnx.NodeProto) -> tuple[onnx.NodeProto, bool]:
+def _silu(facts: GraphIndex, node: onnx.NodeProto) -> tuple[onnx.NodeProto, bool]:
     """The node that ends a SiLU of a node's output, and True; the node itself where there is none."""
     value = node.output[0]
     kinds = {taker.op_type: taker for taker in facts.takers[value]}

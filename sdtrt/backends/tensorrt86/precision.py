@@ -14,7 +14,7 @@ from sdtrt.backends.tensorrt.versions import running
 from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.backends.tensorrt86.pieces import read_pieces
 from sdtrt.exports.onnx_file import load_split
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 
 FEW_LAYERS = 8  # of a piece that may be in another precision than was asked for: none need stand out among so few
 # fmt: off
@@ -28,7 +28,7 @@ MOVING = frozenset((
 def float32_nodes(path: Path) -> frozenset[str]:
     """The names of a file's nodes that compute in fp32: arithmetic, not the moving about of its results."""
     model, weights = load_split(path)
-    types = Facts(model, weights).types
+    types = GraphIndex(model, weights).types
     computing = (node for node in model.graph.node if node.op_type not in MOVING)
     return frozenset(node.name for node in computing if types.get(node.output[0]) == onnx.TensorProto.FLOAT)
 

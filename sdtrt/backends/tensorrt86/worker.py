@@ -29,7 +29,7 @@ from sdtrt.backends.tensorrt86.pieces import Cut, Piece, piece_file, write_piece
 from sdtrt.common.errors import BuildError, EngineError
 from sdtrt.exports import onnx_file
 from sdtrt.exports.attention import find_attentions
-from sdtrt.exports.onnx_index import Facts
+from sdtrt.exports.onnx_index import GraphIndex
 from sdtrt.specs import BuildSpec
 from sdtrt.specs.contract import CONDITIONING, Contract
 
@@ -201,7 +201,7 @@ def _slices(request: Request, report: Report) -> list[Slice]:
         return []
     model, weights = onnx_file.load_split(request.onnx)
     cutting.freeze(model, weights, request.contract.input_shapes(spec.profiles[0].optimum))
-    facts = Facts(model, weights)
+    facts = GraphIndex(model, weights)
     cuts: Sequence[Cut]
     if tokens:
         cuts = cutting.choose(find_attentions(facts), tokens, None if asked else MOST_CUTS)
