@@ -17,6 +17,7 @@ from sdtrt.common.errors import SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
+from sdtrt.models.architecture import Blueprint
 from sdtrt.specs import BuildSpec, ExportSpec, Precision
 from sdtrt.specs.choices import MAX_DIGITS
 from sdtrt.specs.contract import Contract
@@ -42,6 +43,7 @@ class BuildJob:
         contract: the component's inputs and outputs.
         spec: what was asked for.
         directory: the engine directory, for what builders keep beside entries.
+        blueprint: of the model's part, where that lives in a pipeline and no process of a builder's can read it.
     """
 
     source: Path | None
@@ -50,6 +52,7 @@ class BuildJob:
     spec: BuildSpec
     directory: EngineDirectory
     console: Console
+    blueprint: Blueprint | None = None
 
     @property
     def onnx(self) -> Path:

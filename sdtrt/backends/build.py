@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +13,13 @@ from typing import Any
 from sdtrt.backends import registry
 from sdtrt.backends.backend import Backend, BuildJob
 from sdtrt.common.console import QUIET, Console
-from sdtrt.common.errors import UsageError
+from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
+from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import contract_of, part_of, profiles_of
+from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
@@ -83,8 +86,10 @@ def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirect
     def make(folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         contract = contract_of(model, export.component, export.precision)
+        blueprint = Blueprint.of(model, part_of(export.component)) if isinstance(model, LiveModel) else None
+        job = BuildJob(None, folder, contract, spec, directory, console, blueprint)
         with sight.steady():
-            measured = registry.get(spec.backend).build(BuildJob(None, folder, contract, spec, directory, console))
+            measured = registry.get(spec.backend).build(job)
         facts = {"contract": contract.to_json(), "model": model.spec.name}
         return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
 
@@ -107,6 +112,42 @@ def _make(
         "seconds": round(time.perf_counter() - start, 3),
         **measured,
     }
+
+
+def build_each(request: BuildRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:
+    """Find or build the engines of a request for each backend that runs here, and show how fast they are, on stderr.
+
+    Raises:
+        EngineError: where no backend with engines runs here.
+        UsageError, BuildError: as of `build_all`.
+    """
+    entries = []
+    for backend in registry.running_here():
+        if backend.source is None:
+            continue
+        try:
+            backend.check_precision(request.precision or backend.default_precision())
+        except UsageError as error:
+            console.note(f"not for {backend.name}: {error.message}")
+            continue
+        common = replace(request.common, backend=backend.name)
+        entries += build_all(replace(request, common=common), directory, console)
+    if not entries:
+        raise EngineError("no backend here builds such engines", hint="run: sdtrt doctor")
+    console.table(("component", "backend", "step, ms", "at", "built in, s"), map(_row, sorted(entries, key=_by_speed)))
+    return entries
+
+
+def _by_speed(entry: Entry) -> tuple[str, float]:
+    """Components one after the other, the fastest engine of each first."""
+    return entry.engine_key.component, float(entry.info.get("step_ms", math.inf))
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    """What a comparison says of an engine; one of an sdtrt before this has no time of a step."""
+    key, step, seconds = entry.engine_key, entry.info.get("step_ms"), entry.info.get("seconds")
+    measured = (f"{step:.2f}", entry.step_sizes) if step is not None else ("", "")
+    return key.component, key.backend, *measured, "" if seconds is None else f"{seconds:.0f}"
 
 
 def build_all(request: BuildRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:

@@ -5,6 +5,8 @@ It knows sessions and contracts. What the reference is, and how much is allowed,
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ from sdtrt.specs.contract import Contract
 
 if TYPE_CHECKING:
     import torch
+
+TIMED_RUNS, TIMED_SECONDS = 20, 5.0  # at most, of the runs that a step's time is the median of
+FIRST_RUNS = 3  # on a GPU they load kernels and capture a graph
 
 Compute = Callable[[Mapping[str, "torch.Tensor"]], Mapping[str, "torch.Tensor"]]
 
@@ -93,3 +98,29 @@ def check_parity(figures: Mapping[str, float], reference: Reference) -> None:
             f" {reference.allowed} is allowed",
             hint=reference.hint,
         )
+
+
+def measure_step(contract: Contract, session: Session[torch.Tensor], sizes: Sizes) -> dict[str, Any]:
+    """How long a run of an engine takes that has run before: the median of some, on seeded inputs.
+
+    Returns:
+        `step_ms`, and the size that it is of: `step_sizes`. Times of different sizes can't be compared.
+    """
+    import torch
+
+    from sdtrt.exports.feeds import seeded_feeds
+
+    begin, times = time.perf_counter(), list[float]()
+    device = next(iter(session.run(seeded_feeds(contract, sizes)).values())).device
+    feeds = {name: tensor.to(device) for name, tensor in seeded_feeds(contract, sizes).items()}
+    on_gpu = device.type == "cuda"
+    for number in range(TIMED_RUNS + FIRST_RUNS):
+        start = time.perf_counter()
+        session.run(feeds)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        if number >= FIRST_RUNS or not on_gpu:
+            times.append(time.perf_counter() - start)
+        if times and time.perf_counter() - begin > TIMED_SECONDS:
+            break
+    return {"step_ms": round(1000 * statistics.median(times), 4), "step_sizes": str(sizes)}

@@ -10,7 +10,7 @@ from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import Sight
 from sdtrt.models.components import load_component, part_of
-from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def open_session(
-    entry: Entry, device: torch.device, scratch: Scratch | None = None, model: Model | None = None
+    entry: Entry, device: torch.device, scratch: Scratch | None = None, model: ModelSource | None = None
 ) -> Session[torch.Tensor]:
     """Open an engine of the engine directory.
 
@@ -46,7 +46,9 @@ def open_session(
     return session
 
 
-def _open(entry: Entry, device: torch.device, scratch: Scratch | None, model: Model | None) -> Session[torch.Tensor]:
+def _open(
+    entry: Entry, device: torch.device, scratch: Scratch | None, model: ModelSource | None
+) -> Session[torch.Tensor]:
     """Open an engine whose entry is held."""
     name = entry.key.get("backend")
     try:
@@ -63,7 +65,7 @@ def _open(entry: Entry, device: torch.device, scratch: Scratch | None, model: Mo
     return session
 
 
-def _give_weights(session: Session[torch.Tensor], model: Model) -> None:
+def _give_weights(session: Session[torch.Tensor], model: ModelSource) -> None:
     """Have a session compute with a model's weights, which nobody replaces while they are read."""
     import torch
 

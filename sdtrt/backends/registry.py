@@ -81,14 +81,21 @@ def check_request(choice: BackendName, precision: str | None = None, components:
 def choose_backend(choice: BackendName, console: Console = QUIET) -> BackendName:
     """The name of the backend that serves a request; for `auto`, say on stderr which and why.
 
-    A GPU with TensorRT for that GPU comes first, then ONNX Runtime on the CPU. Where there is a GPU without TensorRT,
-    PyTorch on the GPU is faster than anything on the CPU.
+    Knows no engines: where some are there, `pipeline.fastest` may take another one. A GPU with TensorRT for that GPU
+    comes first, then ONNX Runtime on the CPU. Where there is a GPU without TensorRT, PyTorch on the GPU is faster than
+    anything on the CPU.
     """
     if choice != AUTO:
         return get(choice).name
     backend, reason = _automatic(console)
     console.note(f"backend: {backend.name} ({reason})")
     return backend.name
+
+
+def rivals(name: BackendName) -> tuple[Backend, ...]:
+    """The backends that run where one of them does, and have engines; in the order in which `auto` takes them."""
+    device = get(name).device()
+    return tuple(one for one in _BACKENDS if one.source and one.device() == device and one.why_not() is None)
 
 
 def _automatic(console: Console) -> tuple[Backend, str]:

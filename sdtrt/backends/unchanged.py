@@ -39,6 +39,11 @@ class TensorSnapshot:
         return same and _place(tensor) == self.place
 
 
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory: what is written to one is in the other."""
+    return one.dtype == other.dtype and _place(one) == _place(other)
+
+
 def _place(tensor: torch.Tensor) -> Place:
     """Where a tensor's elements lie: `tensor.data = other` is no change that PyTorch counts."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()

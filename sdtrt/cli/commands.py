@@ -27,6 +27,7 @@ from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
 from sdtrt.common.version import __version__
 from sdtrt.specs import (
+    ALL,
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
@@ -168,14 +169,18 @@ def build(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Build engines from the exported components, exporting first what is missing."""
-    backend.check()
+    """Build engines from the exported components, exporting first what is missing.
+
+    --backend all builds those of each backend that runs here, and shows how fast each is.
+    """
+    if backend.backend != ALL:
+        backend.check()
     exports = exporter.request(model.spec(), backend.precision or "fp16")
     request = options.request(exports, backend, sizes.request())
     engines, console = directory.directory(), output.console()
-    from sdtrt.backends.build import build_all
+    from sdtrt.backends.build import build_all, build_each
 
-    entries = build_all(request, engines, console)
+    entries = (build_each if backend.backend == ALL else build_all)(request, engines, console)
     render([str(entry.path) for entry in entries], document(entries), output)
 
 

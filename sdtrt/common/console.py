@@ -14,6 +14,7 @@ from sdtrt.common.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
+    from rich.table import Table
 
 Advance = Callable[[], None]
 PIPE_COLUMNS = 240
@@ -54,6 +55,11 @@ class Console:
     def warn(self, text: str) -> None:
         """Say one line of warning, also when quiet."""
         self.rich.print(f"warning: {printable(text)}", markup=False)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Show a table, unless quiet."""
+        if not self.quiet:
+            self.rich.print(_table(columns, rows), width=None if self.rich.is_terminal else PIPE_COLUMNS)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -124,6 +130,13 @@ QUIET = Console(quiet=True)
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """Print a table on stdout; a pipe gets whole cells, whatever their width."""
     from rich.console import Console as RichConsole
+
+    table = _table(columns, rows, title)
+    RichConsole(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A table of plain cells."""
     from rich.table import Table
     from rich.text import Text
 
@@ -132,7 +145,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    RichConsole(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+    return table
 
 
 @contextmanager

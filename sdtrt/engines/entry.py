@@ -91,6 +91,12 @@ class Entry:
         raise EngineError(f"{self.name} does not say what it was built for", hint=self.removal)
 
     @property
+    def step_sizes(self) -> str:
+        """The size that an engine's `info["step_ms"]` is of: the best one of its profile, unless the entry says."""
+        profiles = self.engine_key.profiles
+        return str(self.info.get("step_sizes") or (profiles[0].optimum if profiles else ""))
+
+    @property
     def removal(self) -> str:
         """The command that removes it."""
         return removal_of(self.path.parent, self.name)

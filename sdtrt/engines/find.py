@@ -54,9 +54,7 @@ def best_fit(
     ]
     if not fitting:
         return None
-    best = min(fitting, key=lambda fit: fit[:2])[2]
-    directory.touch(best)
-    return best
+    return min(fitting, key=lambda fit: fit[:2])[2]
 
 
 def _same_program_as(

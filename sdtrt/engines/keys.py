@@ -186,7 +186,6 @@ def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], 
 
 def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
     """What an engine free of weights is built from: like `export_key`, but of any weights of the architecture."""
-    assert isinstance(model, Model)
     contract = contract_of(model, spec.component, spec.precision)
     return ExportKey(
         component=spec.component,

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
-from sdtrt.models.loading import class_defaults
+from sdtrt.models.live import LiveModel, base_of
+from sdtrt.models.loading import build_module, class_defaults
 from sdtrt.models.resolve import Model
+from sdtrt.models.source import ModelSource
 from sdtrt.specs.contract import Contract
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 0  # of the weights that stand in for a live module's
 
 # What decides nothing of what a part computes: where it came from, how it was trained, what pipelines do around it.
 _WITHOUT_EFFECT = frozenset(
@@ -37,13 +46,39 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-def architecture_of(model: Model, part: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Blueprint:
+    """What a module of a live pipeline is built like: enough to make one in another process, with other weights.
+
+    Args:
+        class_name: of diffusers or transformers.
+        config: its whole configuration, plain data.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: LiveModel, part: str) -> Self:
+        """That of a live model's part."""
+        return cls(_class_name(model, part), json.loads(json.dumps(model.config(part), default=str)))
+
+    def with_seeded_weights(self, dtype: torch.dtype) -> torch.nn.Module:
+        """A module like it, on the CPU, with the weights that its library begins a training with: always the same."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return build_module(self.class_name, dict(self.config)).to(dtype).eval().requires_grad_(False)
+
+
+def architecture_of(model: ModelSource, part: str) -> dict[str, Any]:
     """The class of a model's part, and those values of its configuration that are not the class's defaults.
 
     Raises:
         ModelError: as of `Model.config`.
     """
-    name = model.class_name(part)
+    name = _class_name(model, part)
     defaults = class_defaults(name)
     values = {
         key: value
@@ -53,10 +88,18 @@ def architecture_of(model: Model, part: str) -> dict[str, Any]:
     return {"class": name, "values": values}
 
 
-def architecture_fingerprint(model: Model, part: str, contract: Contract) -> str:
+def architecture_fingerprint(model: ModelSource, part: str, contract: Contract) -> str:
     """Sha256 of what a part is built like, and of the inputs and outputs of the component that is made of it."""
     content = {"part": part, "architecture": architecture_of(model, part), "contract": contract.to_json()}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _class_name(model: ModelSource, part: str) -> str:
+    """The class of a part; of a live one that of diffusers or transformers which it is derived from."""
+    if isinstance(model, LiveModel):
+        return base_of(type(model.modules[part])).__name__
+    assert isinstance(model, Model)
+    return model.class_name(part)
 
 
 def _same(value: Any, default: Any) -> bool:

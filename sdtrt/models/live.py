@@ -234,10 +234,10 @@ def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:
     if hasattr(config, "to_dict"):
         whole = config.to_dict()
         return {name: whole.get(name) for name in _CLIP_NUMBERS}
-    known = inspect.signature(_base_of(type(module))).parameters
+    known = inspect.signature(base_of(type(module))).parameters
     return {name: config[name] for name in sorted(known) if name in config and name not in _UNUSED}
 
 
-def _base_of(cls: type) -> type:
-    """diffusers' own class of a module: subclasses may take other arguments."""
-    return next(base for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+def base_of(cls: type) -> type:
+    """diffusers' or transformers' own class of a module: subclasses may take other arguments."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith(("diffusers.", "transformers.")))

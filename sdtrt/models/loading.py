@@ -125,7 +125,7 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
         try:
             _check_layers(config, tensors)
             with _at_most(tensors):
-                return _build_module(model.class_name(part), config)
+                return build_module(model.class_name(part), config)
         except (
             Exception
         ) as error:  # the classes compute with what they are given, and check it with errors of their own
@@ -136,7 +136,7 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
             ) from error
 
 
-def _build_module(class_name: str, config: dict[str, Any]) -> torch.nn.Module:
+def build_module(class_name: str, config: dict[str, Any]) -> torch.nn.Module:
     """A module of one of the classes that sdtrt knows."""
     if class_name in TEXT_CLASSES:
         import transformers

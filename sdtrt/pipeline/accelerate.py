@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import ref
 
+import torch
+
 from sdtrt.backends import registry
 from sdtrt.backends.scratch import Scratch
 from sdtrt.common.console import Console, quiet_libraries
@@ -24,6 +26,7 @@ from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
 from sdtrt.pipeline.engines import ensure_engines
+from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
 from sdtrt.pipeline.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.pipeline.watch import refuse_changes
@@ -53,14 +56,14 @@ def accelerate(
     Its modules stay diffusers' and transformers' own; what their `forward` (a VAE's `decode` and `encode`) runs is an
     engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
     A second call adds engines for its size; with another backend or precision, or after weights were changed, it
-    replaces them. Changed weights raise an `EngineError` at the next picture. Threads need schedulers and
-    tokenizers of their own.
+    replaces them. Changed weights raise an `EngineError` at the next picture; `inductor`, whose engines hold none,
+    takes them. Threads need schedulers and tokenizers of their own.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting (4-channel UNet).
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
-        backend: `auto`, `tensorrt`, `tensorrt-rtx` or `onnxruntime`; it has to run where the pipeline is.
+        backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
         precision: `fp32`, `fp16` or `bf16`; None for the backend's default, fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet` or `vae_decoder`; None for all that the pipeline calls.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
@@ -136,6 +139,20 @@ class _Choices:
             raise UsageError("components= names none", hint='name some, as in components=["unet"], or leave it out')
         registry.check_request(self.backend, self.precision)
 
+    def request(
+        self,
+        model: LiveModel,
+        backend: BackendName,
+        precision: Precision,
+        components: tuple[Component, ...],
+        device: torch.device,
+    ) -> EngineRequest:
+        """The engines that a pipeline needs."""
+        height, width = model.default_size()
+        images = self.batch_size
+        sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=True)
+        return EngineRequest(model, backend, precision, sizes, components, images, device)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -156,7 +173,7 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     """Settle everything before anything changes."""
     model = check_pipeline(pipe)
     device = next(pipe.unet.parameters()).device
-    name = choose_backend(choices.backend, device)
+    name = _backend(pipe, model, choices, device, console)
     backend = registry.get(name)
     precision = choices.precision or backend.default_precision()
     backend.check_precision(precision)
@@ -168,11 +185,26 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     for component in wanted:
         contract_of(model, component, precision)
         refuse_changes(model.modules[part_of(component)], component)
-    height, width = model.default_size()
-    images = choices.batch_size
-    sizes = unet_sizes(model, images, choices.height or height, choices.width or width, guidance=True)
-    request = EngineRequest(model, name, precision, sizes, wanted, images, device)
+    request = choices.request(model, name, precision, wanted, device)
     return _Plan(model, request, settings, {part: one for part, one in there.items() if part in wanted})
+
+
+def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.device, console: Console) -> BackendName:
+    """The backend that is chosen; for `auto` the fastest of those that have engines, which it says."""
+    usual = choose_backend(choices.backend, device)
+    if choices.backend != AUTO:
+        return usual
+    wanted = _components(pipe, model, choices.components, swapped_of(pipe))
+
+    def request_of(name: BackendName) -> EngineRequest:
+        precision = choices.precision or registry.get(name).default_precision()
+        registry.get(name).check_precision(precision)
+        return choices.request(model, name, precision, wanted, device)
+
+    name, reason = faster(usual, request_of, choices.directory)
+    if reason:
+        console.note(f"backend: {name} ({reason})")
+    return name
 
 
 def _components(
@@ -227,6 +259,9 @@ def _open(parts: Parts, entries: Mapping[Component, Entry]) -> None:
 
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:
+    """Of the weights that an engine holds; empty where it holds none."""
+    if not registry.get(settings.backend).weights_inside:
+        return ""
     return model.digest(component, precision_of(model, component, settings.precision))
 
 

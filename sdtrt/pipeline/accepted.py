@@ -117,10 +117,8 @@ def choose_backend(choice: BackendName, device: torch.device) -> BackendName:
     for backend in registry.candidates(choice):
         if backend.source is None:
             continue
-        if device.type not in backend.devices:
-            reasons.append(f"{backend.name} runs on {' and '.join(backend.devices)}")
-        elif not backend.weights_inside:
-            reasons.append(f"{backend.name} takes no live pipeline yet: sdtrt.load opens one with it")
+        if device.type != backend.device():
+            reasons.append(f"{backend.name} runs on {backend.device()}")
         elif (problem := backend.why_not()) is not None:
             reasons.append(f"{backend.name}: {problem.message}")
         else:

@@ -53,7 +53,7 @@ def _ensure(
     request: EngineRequest, directory: EngineDirectory, console: Console, allow_build: bool
 ) -> dict[Component, Entry]:
     """One attempt of `ensure_engines`."""
-    found = _find(request, directory)
+    found = find_engines(request, directory)
     missing = [name for name, entry in found.items() if entry is None]
     if missing:
         directory.warn_of_unsafe(console)
@@ -63,13 +63,20 @@ def _ensure(
         preloaded.let_go()  # builders get the GPU's memory to themselves
     entries = {}
     for name, entry in found.items():
-        if entry is not None and (reason := entry.info.get("unchecked")):
-            console.warn(f"{entry.name} was built but never checked ({reason}): {entry.removal} drops it")
+        if entry is not None:
+            directory.touch(entry)
+            _warn_of_unchecked(entry, console)
         entries[name] = entry or _build_missing(request, name, directory, console)
     return entries
 
 
-def _find(request: EngineRequest, directory: EngineDirectory) -> dict[Component, Entry | None]:
+def _warn_of_unchecked(entry: Entry, console: Console) -> None:
+    """Say where an engine was built on a machine that could not run it."""
+    if reason := entry.info.get("unchecked"):
+        console.warn(f"{entry.name} was built but never checked ({reason}): {entry.removal} drops it")
+
+
+def find_engines(request: EngineRequest, directory: EngineDirectory) -> dict[Component, Entry | None]:
     """The engine of each component that fits; the directory is read once."""
     there, backend = directory.entries("engine"), registry.get(request.backend)
     find = partial(best_fit, request.model, backend.runs_here(), request.precision)

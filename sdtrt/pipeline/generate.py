@@ -21,11 +21,11 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.pipeline import images, memory, prompts, saving
 from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
-from sdtrt.pipeline.request import resolve_request
 from sdtrt.pipeline.settings import metadata_of, settings_of
 from sdtrt.specs import Component, GenerateSpec
 
@@ -112,7 +112,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
-        pipeline_spec = resolve_request(spec, model, console, init)
+        pipeline_spec = resolve_fastest(spec, model, directory, console, init)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
             prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later

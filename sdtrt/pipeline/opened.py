@@ -16,8 +16,9 @@ from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task, resolve_request
+from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task
 from sdtrt.specs import (
     AUTO,
     DEFAULT_MODEL,
@@ -96,7 +97,7 @@ def load(
     spec = _spec(named, height, width, batch_size, guidance, backend, precision, components, scheduler)
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
-        return _open(_request(spec, task, console), directory, console)
+        return _open(_request(spec, task, directory, console), directory, console)
 
 
 def _spec(
@@ -126,10 +127,10 @@ def _spec(
     )
 
 
-def _request(spec: GenerateSpec, task: Task, console: Console) -> PipelineSpec:
+def _request(spec: GenerateSpec, task: Task, directory: EngineDirectory, console: Console) -> PipelineSpec:
     found = resolve_model(spec.model, console)
     check_task(found, img2img=task == "img2img")
-    request = replace(resolve_request(spec, found, console), img2img=task == "img2img")
+    request = replace(resolve_fastest(spec, found, directory, console), img2img=task == "img2img")
     check_spec(request)
     return request
 

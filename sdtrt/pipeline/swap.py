@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 
+from sdtrt.backends import registry
 from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
@@ -28,6 +29,7 @@ from sdtrt.engines.find import slack
 from sdtrt.models.components import TEXT_ENCODERS, part_of, precision_of, sizes_of
 from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline.bound import Bound, Followed
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import EncodedText, UNetForward
@@ -120,7 +122,12 @@ class Swapped:
         self.parked = Parked(self._wanted)
         self.is_open = True
         precision = precision_of(settings.model, component, settings.precision)
-        self.watch = WeightsWatch(module, component, precision, digest)
+        self.bound = None if registry.get(settings.backend).weights_inside else Bound(component)
+        self.watch = (
+            WeightsWatch(module, component, precision, digest)
+            if self.bound is None
+            else Followed(module, component, self.bound)
+        )
         self._module = ref(module)
         self._said: set[str] = set()
         self._last: ref[torch.Tensor] | None = None
@@ -273,6 +280,14 @@ class Swapped:
             return
         session = open_session(entry, self.settings.device, scratch)
         self.engines.append(Opened(entry, session, self._call_of(session, entry.engine_key.profiles)))
+        if self.bound is not None:
+            self._follow(self.engines[-1])
+
+    def _follow(self, opened: Opened) -> None:
+        """Have an engine that holds no weights compute with the module's."""
+        assert self.bound is not None
+        session: Any = opened.session
+        self.engines[-1] = replace(opened, call=self.bound.following(session, self._module, opened.call))
 
     def _call_of(self, session: Session[torch.Tensor], profiles: Sequence[Profile]) -> Callable[..., Any]:
         """The module's method, by a session."""
@@ -291,7 +306,9 @@ class Swapped:
     # --- the weights' place ---------------------------------------------------------------------------------------
 
     def park(self) -> bool:
-        """Let the weights leave the GPU; whether any did."""
+        """Let the weights leave the GPU, where an engine holds them; whether any did."""
+        if self.bound is not None:
+            return False
         self.watch.stop()
         found = self.parked.park(self.module, component_tensors(self.module, self.component).items())
         if found:
@@ -333,6 +350,8 @@ class Swapped:
             self.watch.stop()
             self.bring_back()
             self.is_open = False
+            if self.bound is not None:
+                self.bound.release(module)
             _close(self.engines)
 
     def __copy__(self) -> Swapped:

@@ -24,6 +24,7 @@ from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
 from sdtrt.pipeline.engines import build_command, ensure_engines
+from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.images import InitImage
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, resolve_request
@@ -96,7 +97,7 @@ def _subject(
         pipeline_spec = resolve_request(_as_engine(spec.image, entry), model, console, start)
         _check_fits(entry, pipeline_spec)
     else:
-        entry, pipeline_spec = None, resolve_request(spec.image, model, console, start)
+        entry, pipeline_spec = None, resolve_fastest(spec.image, model, directory, console, start)
     # All that the image needs, before the long part begins.
     return pipeline_spec, ensure_engines(
         pipeline_spec.engines, directory, console, allow_build=spec.image.allow_build, unet_engine=entry

@@ -9,6 +9,7 @@ from sdtrt.specs.build import (
     ModelSpec,
 )
 from sdtrt.specs.choices import (
+    ALL,
     AUTO,
     BASELINES,
     BENCH_TASKS,
@@ -67,6 +68,7 @@ from sdtrt.specs.sizes import (
 )
 
 __all__ = [
+    "ALL",
     "AUTO",
     "BASELINES",
     "BENCH_TASKS",

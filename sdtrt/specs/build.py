@@ -157,7 +157,8 @@ class BuildRequest:
     """Engines of some or all of a model's components.
 
     Args:
-        common: what is asked of each; component, precision and profiles are each one's own. Its backend may be `auto`.
+        common: what is asked of each; component, precision and profiles are each one's own. Its backend may be `auto`,
+            or `all` for each that runs here (`build_each`).
         components: none for all that the model's pipeline needs.
         precision: None for the backend's default.
         sizes: what the engines are to accept.

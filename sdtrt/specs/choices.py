@@ -55,6 +55,7 @@ BENCH_TASKS: tuple[str, ...] = get_args(BenchTask)
 BASELINES: tuple[str, ...] = get_args(BaselineName)
 
 AUTO = "auto"  # the backend that is fastest on this machine
+ALL = "all"  # of `sdtrt build`: every backend that runs on this machine
 DEFAULT_MODEL = "tiny"
 
 DEFAULT_STEPS = 50

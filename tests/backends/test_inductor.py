@@ -33,8 +33,9 @@ from sdtrt.engines.find import best_fit
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Recipe, export_program
 from sdtrt.exports.tracing import reference
-from sdtrt.models.architecture import architecture_of
+from sdtrt.models.architecture import Blueprint, architecture_of
 from sdtrt.models.components import contract_of, load_component, profile_of
+from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.tensor_names import other_names, own_tensors
 from sdtrt.reports import doctor
@@ -340,7 +341,34 @@ def test_a_package_of_another_machine_is_never_opened(models, directory, change)
 # -------------------------------------------------------------------------------------------------------- requests
 
 
-def test_auto_never_takes_it():
+def live_model(**parts):
+    modules = {"unet": factories.small_unet("sd1"), "text_encoder": factories.small_text_encoder(), **parts}
+    return LiveModel(ModelSpec("APipeline"), modules | {"vae": factories.small_vae()})
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_live_module_is_built_by_its_blueprint(part):
+    """Which has its layers, and weights that are the same in each process."""
+    model = live_model()
+    blueprint = Blueprint(**json.loads(json.dumps(asdict(Blueprint.of(model, part)))))
+    state = torch.random.get_rng_state()
+    one, two = (blueprint.with_seeded_weights(torch.float16).state_dict() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    wanted = model.modules[part].state_dict()
+    assert {name: tensor.shape for name, tensor in one.items()} == {name: one.shape for name, one in wanted.items()}
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+def test_a_live_pipeline_has_the_key_of_its_files(models, directory, tmp_path):
+    unet = load_component(models[0], "unet", torch.float32)
+    encoder = load_component(models[0], "text_encoder", torch.float32)
+    live = LiveModel(ModelSpec("APipeline"), {"unet": unet, "text_encoder": encoder})
+    for component in ("unet", "text_encoder"):
+        spec = replace(spec_of(models[0]), export=replace(spec_of(models[0]).export, component=component))
+        assert engine_key(live, spec, directory) == engine_key(models[0], spec, directory)
+
+
+def test_auto_takes_it_only_where_its_engines_are_there():
     assert "inductor" in registry.names()
     assert "inductor" not in [backend.name for backend in registry.candidates("auto")]
     assert not registry.get("inductor").weights_inside
@@ -380,7 +408,8 @@ def test_what_it_does_not_build_is_refused(models, options, message):
 
 def test_a_request_comes_through_the_pipe_as_it_was(models, tmp_path):
     request = build.Request(spec_of(models[0]).export, PROFILE, contract_of(models[0], "unet", "fp32"), tmp_path, "cpu")
-    assert build.Request.from_json(json.loads(json.dumps(request.to_json()))) == request
+    for one in (request, replace(request, blueprint=Blueprint.of(live_model(), "unet"))):
+        assert build.Request.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
 def test_the_users_environment_changes_no_engine_and_no_folder_of_theirs_is_written_to(tmp_path, monkeypatch):

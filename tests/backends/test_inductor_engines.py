@@ -27,6 +27,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import CacheError, EngineError, SdtrtError
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.upkeep import sweep
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import reference
 from sdtrt.models.components import components_of, load_component, profile_of
@@ -42,7 +43,7 @@ CPU = torch.device("cpu")
 SIZES = Sizes(2, 128, 128)
 PROFILE = Profile.of(SIZES)
 REQUEST = ["--height", "128", "--width", "128", "--steps", "4", "--seed", "1", "--quiet"]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = {**factories.SMALLEST["sd1"], "norm_num_groups": 8}
 LEVELS = 2  # of 255, by which pictures of another engine in fp32 may differ
 MAX_ERROR = 1e-4
@@ -185,6 +186,21 @@ def test_one_engine_for_a_range_of_sizes(models, shared):
             session.run(seeded_feeds(session.contract, Sizes(5, 128, 128)))
 
 
+def test_eight_builders_make_one_engine(models, directory, monkeypatch):
+    """Whichever checkpoint each has: one builds, and the others wait for it."""
+    from sdtrt.backends.inductor import build
+
+    built, real = [], build.build_package
+    monkeypatch.setattr(build, "build_package", lambda *given: built.append(given) or real(*given))
+    made = []
+    factories.in_threads(
+        lambda model: made.append(engine(model, directory, "text_encoder").path), [(models[n % 2],) for n in range(8)]
+    )
+    assert len(built) == 1
+    assert len(made) == 8
+    assert len(set(made)) == 1
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -231,7 +247,6 @@ def test_a_flipped_bit_is_refused(models, unet, directory, name):
 
 
 def test_another_architecture_or_version_gets_no_such_engine(models, unet, shared, tmp_path, monkeypatch):
-    backend = registry.get("inductor")
 
     def found(model):
         return factories.find_engine(model, "inductor", "fp32", SIZES, shared)
@@ -239,7 +254,7 @@ def test_another_architecture_or_version_gets_no_such_engine(models, unet, share
     other = factories.sd1_folder(tmp_path / "other", **ARCHITECTURE | {"layers_per_block": 2})
     assert found(models[1]) is not None
     assert found(resolve_model(ModelSpec(str(other)))) is None
-    monkeypatch.setattr(type(backend), "version", lambda self: "1.0")
+    monkeypatch.setattr(type(registry.get("inductor")), "version", lambda self: "1.0")
     assert found(models[1]) is None
 
 
@@ -403,7 +418,7 @@ def test_a_killed_build_takes_its_processes_along(building, tmp_path):
     assert not list((tmp_path / "tmp").iterdir())
     directory = EngineDirectory(tmp_path / "engines")
     assert directory.entries("engine") == []
-    assert directory.sweep() == 1
+    assert sweep(directory) == 1
     assert not list((tmp_path / "engines" / ".building").iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdtrt.backends.backend import Backend, BuildJob, Device, Source
@@ -38,7 +39,7 @@ class Inductor(Backend):
             require_compiler()
         except SdtrtError as error:
             return error
-        if self.device() == "cuda" and host.library_version("triton") is None:
+        if self.device() == "cuda" and find_spec("triton") is None:
             return BuildError(
                 "Triton is not installed, which PyTorch compiles for GPUs with", hint="pip install triton"
             )
@@ -78,7 +79,7 @@ class Inductor(Backend):
 
         gpu = host.gpus()[0]
         facts = {"gpu": gpu.name, "compute_capability": list(gpu.compute_capability), **processor}
-        return {**facts, "cuda": torch.version.cuda, "triton": host.library_version("triton")}
+        return {**facts, "cuda": torch.version.cuda, "triton": _triton_version()}
 
     def options_key(self, spec: BuildSpec) -> dict[str, Any]:
         from sdtrt.backends.inductor.build import OPTIONS, RECIPE
@@ -89,7 +90,7 @@ class Inductor(Backend):
         from sdtrt.backends.inductor.build import Request, build_package
 
         (profile,) = job.spec.profiles
-        request = Request(job.spec.export, profile, job.contract, job.folder.resolve(), self.device())
+        request = Request(job.spec.export, profile, job.contract, job.folder.resolve(), self.device(), job.blueprint)
         return build_package(request, job.console)
 
     def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
@@ -107,3 +108,8 @@ class Inductor(Backend):
         fixed = read_fixed(package.with_name(FIXED_FILE), constants)
         (profile,) = entry.engine_key.profiles
         return InductorSession(package, constants, fixed, contract, profile, device=device, scratch=scratch)
+
+
+def _triton_version() -> str | None:
+    """The version of Triton, which comes under one of two names."""
+    return host.library_version("triton") or host.library_version("pytorch-triton")

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,7 @@ from sdtrt.backends.child import crash, run_worker
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, SdtrtError
 from sdtrt.common.files import private_folder
+from sdtrt.models.architecture import Blueprint
 from sdtrt.specs import ExportSpec, ModelSpec, Profile
 from sdtrt.specs.contract import Contract
 
@@ -43,19 +44,37 @@ _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "TORCHDYNAMO_", 
 
 @dataclass(frozen=True)
 class Request:
-    """What the building process needs to know."""
+    """What the building process needs to know.
+
+    Args:
+        device: what is compiled for, `cuda` or `cpu`.
+        blueprint: of the module, where it lives in a pipeline: it is compiled and checked with seeded random weights,
+            as no weights are in an engine, and a live model's would have to be written to the disk for this alone.
+        options: of the compiler.
+        recipe: the fields of an `exports.program.Recipe`.
+    """
 
     export: ExportSpec
     profile: Profile
     contract: Contract
     folder: Path
     device: str
+    blueprint: Blueprint | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: dict(OPTIONS))
+    recipe: Mapping[str, bool] = field(default_factory=lambda: dict(RECIPE))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
         export, contract = asdict(replace(self.export, output=None)), self.contract.to_json()
-        rest = {"profile": asdict(self.profile), "folder": str(self.folder), "device": self.device}
-        return {"export": export, "contract": contract, **rest}
+        how = {"device": self.device, "options": dict(self.options), "recipe": dict(self.recipe)}
+        return {
+            "export": export,
+            "contract": contract,
+            "profile": asdict(self.profile),
+            "folder": str(self.folder),
+            "blueprint": self.blueprint and asdict(self.blueprint),
+            **how,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -66,6 +85,9 @@ class Request:
             contract=Contract.from_json(data["contract"]),
             folder=Path(data["folder"]),
             device=data["device"],
+            blueprint=data["blueprint"] and Blueprint(**data["blueprint"]),
+            options=data["options"],
+            recipe=data["recipe"],
         )
 
     @property
@@ -94,7 +116,7 @@ def build_package(request: Request, console: Console) -> dict[str, Any]:
     Returns:
         What is known of the engine: `parity` with the component in fp32, `step_ms` at the profile's optimum,
         `export_seconds`, `compile_seconds`, `package_bytes`, and what a session takes of the GPU's memory:
-        `plan_bytes` (of weights) and `scratch_bytes`.
+        `plan_bytes` (of weights) and `scratch_bytes`; with which weights it was checked, `checked_with`.
 
     Raises:
         BuildError, EngineError, ExportError: where it can't be built or is not right. `folder` is to be thrown away.

@@ -77,7 +77,7 @@ class InductorSession(Session[torch.Tensor]):
         scratch: Scratch | None = None,
     ) -> None:
         self.contract, self._profile, self._file = contract, profile, package
-        self._device = device
+        self._device = device = _with_index(device)
         self._has_weights = False
         self._gpu = _Gpu(contract, profile, device, graphs, scratch or Scratch()) if device.type == "cuda" else None
         loaded = Package(package, device)
@@ -123,7 +123,34 @@ class InductorSession(Session[torch.Tensor]):
             torch.cuda.current_stream(self._device).synchronize()  # the caller's memory may change from here on
         self._has_weights = True
 
-    def weight_views(self) -> dict[str, torch.Tensor]:
+    def follow(self, tensors: Mapping[str, torch.Tensor], *, known: bool = False) -> None:
+        """Take a live module's tensors as they are now. What is one of `weight_views` itself is not copied.
+
+        Nothing waits for a GPU: changes that the caller's stream makes later are not in the next run.
+
+        Args:
+            tensors: all that the engine computes with, by their own names, of any floating dtype, on any device.
+            known: these are only some of those that were given before, of the same shapes.
+
+        Raises:
+            EngineError: as of `set_weights`.
+        """
+        self._opened()
+        if self._gpu is None:
+            self._weights.follow(tensors, known=known)
+        else:
+            with self._gpu.turn():
+                self._weights.follow(tensors, known=known)
+        self._has_weights = True
+
+    def share_weights(self, other: InductorSession) -> None:
+        """Compute with the weights of another session of the same model, before the first run."""
+        package = self._opened()
+        self._weights.share(other._weights)
+        self._weights.check()
+        package.bind(self._weights.tensors)
+
+    def weight_views(self) -> Mapping[str, torch.Tensor]:
         """By its own name, where each tensor of the model lies; the next run computes with what is written there."""
         self._opened()
         return self._weights.views()
@@ -183,8 +210,7 @@ class _Gpu:
         largest = contract.input_shapes(profile.maximum)
         elements = {name: torch.Size(shape).numel() for name, shape in largest.items()}
         with torch.cuda.device(device), memory_errors("its inputs"), torch.inference_mode(False):
-            index = torch.device("cuda", torch.cuda.current_device())
-            self._block = scratch.block(0, index)  # of no size: for the turns alone
+            self._block = scratch.block(0, device)  # of no size: for the turns alone
             self.buffers = InputBuffers(contract.inputs, elements, device)
             self.graphs = CudaGraphs(graphs, device)
 
@@ -199,6 +225,15 @@ class _Gpu:
         self._scratch.finish()
         self.graphs.clear()
         self.buffers.clear()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """A device that says which GPU it is. Raises `EngineError` where PyTorch can't use one."""
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise EngineError("this PyTorch can't use the GPU", hint="install a CUDA build of PyTorch: https://pytorch.org")
+    return torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
 
 
 def _check_names(file: Path, package: Package, constants: Sequence[Constant]) -> None:

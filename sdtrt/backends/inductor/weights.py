@@ -15,6 +15,7 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 
+from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import MALFORMED, EngineError, SdtrtError
 from sdtrt.common.files import read_small_file
 from sdtrt.models.weights import read_tensors
@@ -130,12 +131,17 @@ def check_constants(constants: Sequence[Constant], given: Mapping[str, torch.Ten
 
 
 def check_sources(
-    constants: Sequence[Constant], given: Mapping[str, torch.Tensor], ignored: tuple[str, ...] = ()
+    constants: Sequence[Constant],
+    given: Mapping[str, torch.Tensor],
+    ignored: tuple[str, ...] = (),
+    *,
+    casts: bool = False,
 ) -> None:
     """Compare a model's tensors with what a package's weights are made of, before any is copied.
 
     Args:
         ignored: what the names begin with that may be there beside them.
+        casts: they may be of another dtype.
 
     Raises:
         EngineError: for tensors that are missing or unknown, or of another shape or dtype, naming some.
@@ -149,7 +155,7 @@ def check_sources(
         [
             f"{name}: {found[name].dtype} {list(found[name].shape)} instead of {dtype} {list(shape)}"
             for name, (shape, dtype) in wanted.items()
-            if (found[name].shape, found[name].dtype) != (shape, dtype)
+            if found[name].shape != shape or (found[name].dtype != dtype and not casts)
         ],
     )
 
@@ -188,6 +194,7 @@ class Weights:
             for one in constants:
                 if not one.sources:
                     self._copy_fixed(one, fixed)
+            self._views = self._all_views()
 
     def _copy_fixed(self, one: Constant, fixed: Mapping[str, torch.Tensor]) -> None:
         """Fill what is no weight of a model."""
@@ -200,8 +207,11 @@ class Weights:
         """Bytes of all of them."""
         return sum(one.size_bytes for one in self._constants)
 
-    def views(self) -> dict[str, torch.Tensor]:
+    def views(self) -> Mapping[str, torch.Tensor]:
         """By its own name, where each tensor of the model lies: what is written there, the engine computes with."""
+        return self._views
+
+    def _all_views(self) -> dict[str, torch.Tensor]:
         return {
             name: part
             for one in self._constants
@@ -222,6 +232,29 @@ class Weights:
         check_sources(self._constants, given, ignored)
         for name, place in self.views().items():
             place.copy_(given[name], non_blocking=True)
+
+    @torch.no_grad()
+    def follow(self, given: Mapping[str, torch.Tensor], *, known: bool = False) -> None:
+        """Copy those of a model's tensors that are not themselves where the package reads them; they may be cast.
+
+        Args:
+            known: the whole model was given before, of which these are some.
+
+        Raises:
+            EngineError: as of `check_sources`, where not known.
+        """
+        if not known:
+            check_sources(self._constants, given, casts=True)
+        views = self.views()
+        for name, tensor in given.items():
+            if not same_memory(views[name], tensor):
+                views[name].copy_(tensor, non_blocking=True)
+
+    def share(self, other: Weights) -> None:
+        """Take another's tensors in the place of those that lie in the same way: there is one copy then."""
+        theirs = {one: other.tensors[one.name] for one in other._constants if one.sources}
+        self.tensors |= {one.name: theirs[one] for one in self._constants if one in theirs}
+        self._views = self._all_views()
 
     def check(self) -> None:
         """Hold the tensors against what the package takes. Raises `EngineError`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from sdtrt.backends import checking
 from sdtrt.backends.checking import Reference
 from sdtrt.backends.child import Report, answer
-from sdtrt.backends.inductor.build import OPTIONS, RECIPE, Request
+from sdtrt.backends.inductor.build import Request
 from sdtrt.backends.inductor.package import Package
 from sdtrt.backends.inductor.session import InductorSession
 from sdtrt.backends.inductor.weights import PACKAGE_FILE, Constant, write_constants, write_fixed
@@ -21,6 +20,7 @@ from sdtrt.common.errors import BuildError, BuildMemoryShortage, first_line
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Program, Recipe, export_program
 from sdtrt.exports.tracing import reference
+from sdtrt.models.architecture import SEED
 from sdtrt.models.components import load_component
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import Profile, Sizes
@@ -28,7 +28,6 @@ from sdtrt.specs import Profile, Sizes
 # What an engine may differ from the component in fp32 by, as relative L2 error: a wrong engine is far beyond, rounding
 # far below. fp16: 0.001 was measured for Stable Diffusion 1.5's UNet.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-TIMED_RUNS, TIMED_SECONDS = 20, 5.0  # at most, of the runs that a step's time is the median of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -59,7 +58,8 @@ def build_here(request: Request, report: Report) -> dict[str, Any]:
     found = _check(request, constants, fixed)
     times["check_seconds"] = round(time.perf_counter() - start, 3)
     size = (request.folder / PACKAGE_FILE).stat().st_size
-    return times | {"package_bytes": size, "versions": _versions()} | found
+    checked_with = "the model's weights" if request.blueprint is None else f"random weights of the seed {SEED}"
+    return times | {"package_bytes": size, "versions": _versions(), "checked_with": checked_with} | found
 
 
 def _versions() -> dict[str, str]:
@@ -69,8 +69,10 @@ def _versions() -> dict[str, str]:
 
 
 def _load(request: Request) -> torch.nn.Module:
-    """The part of the model that the component is of, in its precision."""
+    """The part of the model that the component is of, in its precision; one like it for a live pipeline's."""
     dtype = getattr(torch, request.contract.outputs[0].dtype)
+    if request.blueprint is not None:
+        return request.blueprint.with_seeded_weights(dtype)
     return load_component(resolve_model(request.export.model), request.export.component, dtype)
 
 
@@ -79,7 +81,7 @@ def _export(request: Request, report: Report) -> Program:
     module = _load(request)
     report({"show": f"exporting the {request.contract.component}"})
     device = torch.device(request.device)
-    return export_program(module, request.contract, request.profile, device=device, recipe=Recipe(**RECIPE))
+    return export_program(module, request.contract, request.profile, device=device, recipe=Recipe(**request.recipe))
 
 
 def compile_program(program: Program, request: Request, report: Report) -> tuple[Constant, ...]:
@@ -88,12 +90,12 @@ def compile_program(program: Program, request: Request, report: Report) -> tuple
     Raises:
         BuildError: where the compiler fails, or has compiled a weight in.
     """
+    from torch._inductor import aoti_compile_and_package
+
     report({"show": "compiling"})
     path = request.folder / PACKAGE_FILE
     try:
-        torch._inductor.aoti_compile_and_package(
-            program.exported, package_path=str(path), inductor_configs=dict(OPTIONS)
-        )
+        aoti_compile_and_package(program.exported, package_path=str(path), inductor_configs=dict(request.options))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise BuildMemoryShortage(
             f"too little memory to compile the {request.contract.component}: {first_line(error)}",
@@ -143,11 +145,11 @@ def _check(request: Request, constants: tuple[Constant, ...], fixed: Tensors) ->
             hint="use --precision fp32, and report the model and the version of PyTorch",
         )
         memory = _measure_memory(session, request)
-        step_ms = _measure(session, request)
+        step = checking.measure_step(request.contract, session, request.profile.optimum)
         parity = [
             checking.run_once(request.contract, session, sizes, wanted) for sizes in _sizes_to_check(request.profile)
         ]
-        return {"parity": parity, "step_ms": step_ms, "plan_bytes": session.weights_bytes, **memory}
+        return {"parity": parity, "plan_bytes": session.weights_bytes, **step, **memory}
 
 
 def _sizes_to_check(profile: Profile) -> list[Sizes]:
@@ -181,23 +183,3 @@ def _measure_memory(session: InductorSession, request: Request) -> dict[str, int
     session.run(feeds)
     torch.cuda.synchronize()
     return {"scratch_bytes": torch.cuda.max_memory_allocated() - before}
-
-
-def _measure(session: InductorSession, request: Request) -> float:
-    """The time of a run at the profile's optimum, in milliseconds: the median of some."""
-    feeds = {
-        name: tensor.to(request.device)
-        for name, tensor in seeded_feeds(request.contract, request.profile.optimum).items()
-    }
-    times: list[float] = []
-    begin = time.perf_counter()
-    for number in range(TIMED_RUNS + 3):
-        start = time.perf_counter()
-        session.run(feeds)
-        if request.device == "cuda":
-            torch.cuda.synchronize()
-        if number >= 3 or request.device == "cpu":  # the first runs on a GPU load kernels and capture a graph
-            times.append(time.perf_counter() - start)
-        if time.perf_counter() - begin > TIMED_SECONDS and times:
-            break
-    return round(1000 * statistics.median(times), 4)

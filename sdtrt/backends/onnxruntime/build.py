@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sdtrt.backends.checking import compare, worst
+from sdtrt.backends.checking import compare, measure_step, worst
 from sdtrt.backends.onnxruntime.fused_attention import KEPT, fuse
 from sdtrt.backends.onnxruntime.session import ONNXRUNTIME_FILE, OnnxRuntimeSession
 from sdtrt.common.console import Console
@@ -37,8 +37,8 @@ def optimize(source: Path, folder: Path, contract: Contract, console: Console) -
         contract: of the model.
 
     Returns:
-        What was measured: `parity` with the relative L2 difference to the model as it was exported, and how many of its
-        attentions are one operator, `fused_attentions`.
+        What was measured: `parity` with the relative L2 difference to the model as it was exported, how many of its
+        attentions are one operator, `fused_attentions`, and `step_ms` at the size of the check, `step_sizes`.
 
     Raises:
         BuildError: where ONNX Runtime can't optimise or run it, or the result differs from the original.
@@ -61,23 +61,27 @@ def _optimize(source: Path, folder: Path, contract: Contract, console: Console) 
     with tempfile.TemporaryDirectory(prefix=".fused-", dir=folder) as place:
         model, count = fuse(source, Path(place), EXTERNAL_BYTES, console)
         try:
-            difference = _write(model, source, folder, contract)
+            difference, step = _write(model, source, folder, contract)
             said = f"the model differs, relative L2 {difference:.2e}"
         except (BuildError, EngineError) as error:  # too little memory or disk is another error, and may pass
             if count == 0:
                 raise
-            difference, said = math.inf, f"it fails: {error.message}"
+            difference, step, said = math.inf, {}, f"it fails: {error.message}"
     if count and not difference <= allowed:
         console.warn(f"attention {KEPT}: with ONNX Runtime's own operator {said}")
-        count, difference = 0, _write(source, source, folder, contract)
+        count, (difference, step) = 0, _write(source, source, folder, contract)
     if not difference <= allowed:
         raise BuildError(f"the optimised model differs from its ONNX: relative L2 {difference:.2e}", hint=REPORT)
     fused = {"fused_attentions": count} if count else {}
-    return {"parity": {"relative_l2": difference}, **fused}
+    return {"parity": {"relative_l2": difference}, **fused, **step}
 
 
-def _write(model: Path, source: Path, folder: Path, contract: Contract) -> float:
-    """Write a model, optimised, into a folder; how much the result differs from `source`. `OSError` on a full disk."""
+def _write(model: Path, source: Path, folder: Path, contract: Contract) -> tuple[float, dict[str, Any]]:
+    """Write a model, optimised, into a folder; how much the result differs from `source`, and how fast it is.
+
+    Raises:
+        OSError: on a full disk.
+    """
     target = folder / ONNXRUNTIME_FILE
     for file in _files(target):
         file.unlink()  # of an attempt before this one
@@ -132,11 +136,14 @@ def _save_optimized(model: Path, target: Path, source: Path) -> None:
         raise BuildError(f"ONNX Runtime can't optimise {source}: {error}", hint=mend_of(error, source)) from error
 
 
-def _difference(source: Path, target: Path, contract: Contract) -> float:
-    """The largest relative L2 difference between the original's and the optimised model's outputs, seeded inputs."""
+def _difference(source: Path, target: Path, contract: Contract) -> tuple[float, dict[str, Any]]:
+    """The largest relative L2 difference between the original's and the optimised model's outputs, seeded inputs; and
+    how long a run of the optimised one takes (`measure_step`).
+    """
     given = [seeded_feeds(contract, sizes) for sizes in CHECK_SIZES]
-    results = []
-    for path, optimized in ((source, False), (target, True)):
-        with OnnxRuntimeSession(path, contract, optimized=optimized) as session:
-            results.append([session.run(feeds) for feeds in given])
-    return worst(compare(found, expected)["relative_l2"] for expected, found in zip(*results, strict=True))
+    with OnnxRuntimeSession(source, contract, optimized=False) as session:
+        wanted = [session.run(feeds) for feeds in given]
+    with OnnxRuntimeSession(target, contract, optimized=True) as session:
+        results = [session.run(feeds) for feeds in given]
+        step = measure_step(contract, session, CHECK_SIZES[0])
+    return worst(compare(found, expected)["relative_l2"] for expected, found in zip(wanted, results, strict=True)), step

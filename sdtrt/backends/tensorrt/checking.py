@@ -80,7 +80,7 @@ def check(
     open_engine: Callable[[Request], InspectedSession] = open_built,
     read: Callable[[Library, Request, Sequence[Mapping[str, Any]]], dict[str, int]] = read_precision,
 ) -> dict[str, Any]:
-    """Load the engine, read its precision back, run it once at each profile's optimum against the ONNX.
+    """Load the engine, read its precision back, run it once at each profile's optimum against the ONNX, and time it.
 
     Args:
         precision: what is known of it from the network.
@@ -99,12 +99,13 @@ def check(
     reference = reference_of(request)
     with open_engine(request) as session:
         parity = [checking.run_once(request.contract, session, one.optimum, reference) for one in spec.profiles]
+        step = checking.measure_step(request.contract, session, spec.profiles[0].optimum)
         layers = read(library, request, session.information())
         scratch = session.scratch_bytes
     if spec.export.precision == "bf16":
         report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
     found = {"layers": layers, "read_from": "inspector"}
-    return {"unchecked": None, "parity": parity, "precision": found, "scratch_bytes": scratch}
+    return {"unchecked": None, "parity": parity, "precision": found, "scratch_bytes": scratch, **step}
 
 
 def check_precision(library: Library, spec: BuildSpec, layers: Layers) -> None:

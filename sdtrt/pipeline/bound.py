@@ -1,0 +1,199 @@
+"""The weights of a live module in sessions whose engines hold none. They are followed, whatever is done to the module.
+
+A tensor of the module becomes a view of what an engine reads, where it has its dtype, device and layout: there is one
+copy then, and changes in place arrive by themselves. Others (convolutions, which engines lay channels last; all, in
+another precision) are copied at each picture's first step, changed or not: no change has to be noticed so, and on a GPU
+a copy takes as long as reading them. Knows tensors and sessions. Knows no pipeline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+
+from sdtrt.backends.unchanged import same_memory
+from sdtrt.common.errors import EngineError
+from sdtrt.models.live import component_tensors
+from sdtrt.pipeline.watch import WAY_OUT
+from sdtrt.specs import Component
+
+COPY_AGAIN_S = 1.0  # a call that passes the same conditioning as the one before is another picture's by then
+
+
+class Following(Protocol):
+    """A session whose engine holds no weights."""
+
+    def follow(self, tensors: Mapping[str, torch.Tensor], *, known: bool = False) -> None:
+        """Take a model's tensors as they are now; of known ones some."""
+
+    def share_weights(self, other: Any) -> None:
+        """Compute with another session's weights."""
+
+    def weight_views(self) -> Mapping[str, torch.Tensor]:
+        """Where each tensor of the model lies."""
+
+
+class _Held:
+    """One tensor of a module, as it was found: to look at all of them takes less than a millisecond.
+
+    Args:
+        name: of the tensor, as the engine knows it.
+        owner: the layer's own dictionary that has it.
+        key: its name there.
+        view: where the engine reads it.
+    """
+
+    def __init__(self, name: str, owner: Mapping[str, Any], key: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
+        self.name, self._owner, self._key, self.tensor, self._view = name, owner, key, tensor, view
+        self.is_apart = not same_memory(tensor, view)
+
+    def is_there(self) -> bool:
+        """Whether the module has this very tensor still, of the same shape; and in the engine's memory, if it was."""
+        same = self._owner.get(self._key) is self.tensor and self.tensor.shape == self._view.shape
+        return same and (self.is_apart or same_memory(self.tensor, self._view))
+
+
+class Bound:
+    """A live module's weights in the sessions of one component; of several sessions there is one copy."""
+
+    def __init__(self, component: Component) -> None:
+        self._component = component
+        self._sessions: list[Following] = []
+        self._held: list[_Held] = []
+        self._absent: list[tuple[Mapping[str, Any], str]] = []  # biases that layers are without
+        self._last: ref[torch.Tensor] | None = None
+        self._copied = 0.0
+
+    def following(
+        self, session: Following, module: Callable[[], torch.nn.Module | None], call: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """A call of a session that computes with the module's weights as they are at a picture's first step.
+
+        Raises:
+            EngineError: where the module has other tensors than the engine.
+        """
+        found = module()
+        assert found is not None
+        if self._sessions:
+            session.share_weights(self._sessions[0])
+        self._sessions.append(session)
+        self._held.clear()
+        self.copy(found)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+            if (owner := module()) is not None and self._begins(states):
+                self.copy(owner)
+            return call(*args, **kwargs)
+
+        return run
+
+    def expect_another(self) -> None:
+        """Take the next call for another picture's, whatever its conditioning is."""
+        self._last = None
+
+    def _begins(self, states: object) -> bool:
+        """Whether a call is a picture's first, as far as its conditioning tells; where nothing does, each is."""
+        again = states is not None and self._last is not None and self._last() is states
+        self._last = ref(states) if isinstance(states, torch.Tensor) else None
+        return not again or time.monotonic() - self._copied >= COPY_AGAIN_S
+
+    def copy(self, module: torch.nn.Module) -> None:
+        """Let the engines have the module's tensors as they are now, and the module the engines' memory."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._held and self._is_as_it_was():
+                self._copy_some()
+            else:
+                self._copy_all(module)
+        self._copied = time.monotonic()
+
+    def _is_as_it_was(self) -> bool:
+        """Whether the module has the tensors that were found, and no more."""
+        return all(one.is_there() for one in self._held) and all(own.get(key) is None for own, key in self._absent)
+
+    def _copy_some(self) -> None:
+        """Copy what has memory of its own; that of a later session's, too, where it shares no memory with the first."""
+        for number, session in enumerate(self._sessions):
+            session.follow({one.name: one.tensor for one in self._held if number or one.is_apart}, known=True)
+
+    def _copy_all(self, module: torch.nn.Module) -> None:
+        """Look at the whole module, and copy it; then hold it to what was found."""
+        tensors = component_tensors(module, self._component)
+        for session in self._sessions:
+            session.follow(tensors)
+        views = self._sessions[0].weight_views()
+        for name, tensor in tensors.items():
+            if not same_memory(tensor, views[name]) and _may_be(tensor, views[name]):
+                tensor.data = views[name]
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        owned = [(own, key, one) for own in _owners(module) for key, one in own.items()]
+        self._absent = [(own, key) for own, key, one in owned if one is None]
+        self._held = [
+            _Held(names[id(one)], own, key, one, views[names[id(one)]])
+            for own, key, one in owned
+            if one is not None and id(one) in names
+        ]
+
+    def release(self, module: torch.nn.Module | None) -> None:
+        """Give the module's tensors memory of their own again, with the numbers that they have by now."""
+        if self._sessions and module is not None:
+            views = self._sessions[0].weight_views()
+            with torch.inference_mode(False), torch.no_grad():
+                for name, tensor in component_tensors(module, self._component).items():
+                    if name in views and same_memory(tensor, views[name]):
+                        tensor.data = tensor.data.clone()
+        self._sessions.clear()
+        self._held.clear()
+
+
+class Followed:
+    """What stands in the place of a watch over weights that are followed: it tells of other layers alone."""
+
+    digest = ""  # of no weights in particular
+
+    def __init__(self, module: torch.nn.Module, component: Component, bound: Bound) -> None:
+        self._component, self._bound = component, bound
+        self._layers = _layers(module)
+
+    def look(self, module: torch.nn.Module) -> None:
+        """Raise `EngineError` where the module has other layers."""
+        if _layers(module) != self._layers:
+            raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
+
+    def begin(self, module: torch.nn.Module) -> None:
+        """Nothing: there is nothing to read, as weights may be any."""
+
+    def poll(self, module: torch.nn.Module) -> None:
+        """Nothing."""
+
+    def settle(self, module: torch.nn.Module) -> None:
+        """A picture is decoded: the next call is another one's."""
+        self._bound.expect_another()
+
+    def stop(self) -> bool:
+        """Nothing goes on that could be ended."""
+        return False
+
+    def moved(self, module: torch.nn.Module) -> None:
+        """Nothing: they may lie anywhere."""
+
+
+def _owners(module: torch.nn.Module) -> Iterator[Mapping[str, torch.Tensor | None]]:
+    """The dictionaries of all layers that have tensors."""
+    for layer in module.modules():
+        yield layer._parameters
+        yield layer._buffers
+
+
+def _layers(module: torch.nn.Module) -> list[tuple[int, type]]:
+    return [(id(layer), type(layer)) for layer in module.modules()]
+
+
+def _may_be(tensor: torch.Tensor, view: torch.Tensor) -> bool:
+    """Whether a module's tensor may lie where an engine reads it: nothing that uses the module sees a difference."""
+    alike = (tensor.dtype, tensor.device, tensor.stride()) == (view.dtype, view.device, view.stride())
+    return alike and not tensor.is_inference()

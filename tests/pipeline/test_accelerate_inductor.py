@@ -1,0 +1,173 @@
+"""Live pipelines in engines that PyTorch's Inductor compiled here, which compute with the pipelines' own weights."""
+
+from __future__ import annotations
+
+import factories
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+import sdtrt
+from sdtrt.backends import registry
+from sdtrt.common.errors import EngineError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.swap import swapped_of
+from sdtrt.specs import ModelSpec, Sizes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("on_the_cpu"),
+    pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler"),
+]
+PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+TOLERANCE = 1e-4  # of latents in fp32 on the CPU
+ARCHITECTURE = {**factories.SMALLEST["sd1"], "norm_num_groups": 8}  # of a group of one channel, a norm hides biases
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The engine directory of all these tests: each engine is built once."""
+    return EngineDirectory(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def make(tokenizer):
+    """Make a pipeline in memory, the same one each time."""
+
+    def made(seed=0):
+        unet = factories.small_unet("sd1", seed=seed, **ARCHITECTURE)
+        parts = {"unet": unet, "vae": factories.small_tiny_vae(), "tokenizer": tokenizer}
+        encoder = factories.small_text_encoder(seed=seed)
+        pipe = StableDiffusionPipeline(**parts, text_encoder=encoder, scheduler=DDIMScheduler(), **PARTS)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return made
+
+
+@pytest.fixture
+def accelerate(directory):
+    def call(pipe, **options):
+        given = {"height": 64, "width": 64, "engine_dir": directory.path, "progress": False, "backend": "inductor"}
+        return sdtrt.accelerate(pipe, **{**given, **options})
+
+    return call
+
+
+@pytest.fixture
+def pipe(make, accelerate):
+    """A pipeline with its UNet in an engine."""
+    return accelerate(make(), components=("unet",))
+
+
+def latents(pipe, **options):
+    given = {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "latent", "height": 64, "width": 64}
+    return pipe(**{**given, **options, "generator": torch.Generator().manual_seed(3)}).images
+
+
+def differ(found, expected):
+    return float((found - expected).abs().max())
+
+
+def names(directory):
+    return {entry.name for entry in directory.entries("engine")}
+
+
+def test_a_pipeline_gives_its_pictures_and_restored_to_the_last_bit(make, accelerate, directory, tmp_path):
+    pipe = make()
+    plain, state = latents(pipe), {name: one.clone() for name, one in pipe.unet.state_dict().items()}
+    accelerate(pipe)
+    parts = {part.part: part.is_in_engine for part in sdtrt.status(pipe).parts}
+    assert parts == {"unet": True, "text_encoder": True, "vae_decoder": True, "vae_encoder": False}
+    assert differ(latents(pipe), plain) <= TOLERANCE
+    assert torch.equal(latents(pipe), latents(pipe))
+    assert all(entry.info["checked_with"] == "random weights of the seed 0" for entry in directory.entries("engine"))
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    sdtrt.restore(pipe)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.unet.state_dict().items())
+    assert torch.equal(latents(pipe), plain)
+    pipe.save_pretrained(tmp_path / "pipe")
+    found = factories.find_engine(
+        resolve_model(ModelSpec(str(tmp_path / "pipe"))), "inductor", "fp32", Sizes(2, 64, 64), directory
+    )
+    assert found is not None, "an engine of a live pipeline serves files of its architecture"
+
+
+def test_a_lora_merged_by_hand_is_in_the_next_picture_without_a_build(make, pipe, directory):
+    """In tensors that engine and module share, and in those that are copied."""
+    built, before, plain = names(directory), latents(pipe), make()
+    for one in (pipe, plain):
+        for name, parameter in one.unet.named_parameters():
+            if name.endswith(("to_q.weight", "to_k.weight", "to_out.0.weight", "conv1.weight")):
+                rows, columns = parameter.shape[0], parameter[0].numel()
+                generator = torch.Generator().manual_seed(1)
+                up, down = torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator)
+                parameter.data.add_(0.05 * (up @ down).view_as(parameter))
+    merged = latents(pipe)
+    assert differ(merged, before) > 100 * TOLERANCE
+    assert differ(merged, latents(plain)) <= TOLERANCE
+    assert names(directory) == built
+    sdtrt.restore(pipe)
+    assert torch.equal(latents(pipe), latents(plain)), "what was merged stays merged"
+
+
+def test_another_checkpoint_is_in_the_next_picture_and_back_to_the_last_bit(make, pipe, directory):
+    built, first = names(directory), latents(pipe)
+    states = [make(seed).unet.state_dict() for seed in (0, 1)]
+    other = make(1)
+    other.text_encoder = pipe.text_encoder
+    for _ in range(2):
+        pipe.unet.load_state_dict(states[1])
+        assert differ(latents(pipe), latents(other)) <= TOLERANCE
+        pipe.unet.load_state_dict({name: tensor.clone() for name, tensor in states[0].items()}, assign=True)
+        assert torch.equal(latents(pipe), first)
+    assert names(directory) == built
+
+
+def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, pipe, capsys):
+    accelerate(pipe, components=("unet",), on_miss="error")
+    with pytest.raises(EngineError, match="no engine of the unet is open"):
+        latents(pipe, width=128)
+    accelerate(pipe, components=("unet",), on_miss="torch", progress=True)
+    expected = latents(make(), width=128)
+    assert differ(latents(pipe, width=128), expected) <= TOLERANCE
+    assert "PyTorch runs it" in capsys.readouterr().err
+
+
+def test_engines_of_several_sizes_share_the_weights(make, accelerate):
+    pipe = accelerate(make(), components=("text_encoder",))
+    accelerate(pipe, components=("text_encoder",), batch_size=2)
+    one, two = (opened.session for opened in swapped_of(pipe)["text_encoder"].engines)
+    views = one.weight_views()
+    assert all(view.data_ptr() == views[name].data_ptr() for name, view in two.weight_views().items())
+    plain = make()
+    for encoder in (pipe.text_encoder, plain.text_encoder):
+        for parameter in encoder.parameters():
+            parameter.data.mul_(1.1)
+    for options in ({}, {"prompt": ["a", "b"]}):
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+
+
+def test_other_layers_are_refused(pipe):
+    pipe.unet.add_module("another", torch.nn.Linear(2, 2))
+    with pytest.raises(EngineError, match="other layers"):
+        latents(pipe)
+    del pipe.unet.another
+    sdtrt.restore(pipe)
+
+
+def test_auto_takes_it_where_its_engines_are_there(make, pipe, accelerate, capsys):
+    """And no others: ONNX Runtime's would have to be built."""
+    other = accelerate(make(1), components=("unet",), backend="auto", progress=True)
+    (engine,) = sdtrt.status(other)["unet"].engines
+    assert engine.backend == "inductor"
+    assert "backend: inductor (its engines are there)" in capsys.readouterr().err
