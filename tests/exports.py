@@ -22,10 +22,11 @@ from sdtrt.specs.contract import Contract, unet_contract
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = tuple(factories.UNET_CONFIGS)
 EXPORTERS = ("torchscript", "dynamo")
+EACH_EXPORTER = ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)]
 SMALLER = {"layers_per_block": 1}  # exporters' time goes by the number of layers, and two a block are as one
 # The dynamo exporter takes ten seconds and more for a UNet.
 EACH_BY_BOTH = [
-    pytest.param(kind, exporter, marks=[pytest.mark.slow] if exporter == "dynamo" and kind != "sd1" else [])
+    pytest.param(kind, exporter, marks=[pytest.mark.slow] if exporter == "dynamo" else [])
     for kind in KINDS
     for exporter in EXPORTERS
 ]

@@ -59,7 +59,14 @@ def outputs(file, contract, sizes):
         return next(iter(session.run(seeded_feeds(contract, sizes)).values())).double().numpy()
 
 
-@pytest.mark.parametrize(("name", "precision"), [("sd1", "fp32"), ("sdxl", "fp32"), ("sd2-upcast", "fp16")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("sd1", "fp32"),
+        pytest.param("sdxl", "fp32", marks=pytest.mark.slow),
+        pytest.param("sd2-upcast", "fp16", marks=pytest.mark.slow),
+    ],
+)
 def test_all_attentions_of_a_unet_are_one_operator_each_and_compute_the_same(name, precision, tmp_path):
     source, contract, count = export_unet(name, precision, tmp_path)
     (tmp_path / "entry").mkdir()

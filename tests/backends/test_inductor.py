@@ -70,7 +70,7 @@ def program_of(model, component, profile=PROFILE, recipe=None):
 # ------------------------------------------------------------------------------------------------------- programs
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", [pytest.param("unet", marks=pytest.mark.slow), *COMPONENTS[1:]])
 def test_a_programs_weights_are_the_models_own_by_name(models, component):
     """Each of the component's tensors is in exactly one of the program's, where its sources say it is."""
     program, tensors = program_of(models[0], component)
@@ -82,7 +82,9 @@ def test_a_programs_weights_are_the_models_own_by_name(models, component):
         assert torch.equal(weight, torch.cat(parts) if len(parts) > 1 else parts[0]), name
 
 
-@pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2", "vae_decoder"])
+@pytest.mark.parametrize(
+    "component", [pytest.param("unet", marks=pytest.mark.slow), "text_encoder", "text_encoder_2", "vae_decoder"]
+)
 def test_so_are_those_of_sdxl_and_the_program_computes_the_same(sdxl, component):
     program, tensors = program_of(sdxl, component)
     named = {name for names in program.sources.values() for name in names}

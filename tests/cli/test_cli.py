@@ -394,6 +394,7 @@ def test_build_list_inspect_remove(folder, run, sd1):
     assert out.split() == [name for name in names if name != engine.name]
 
 
+@pytest.mark.slow
 def test_export_and_build_make_all_that_the_pipeline_needs(folder, run):
     """One path a line; in JSON a list of entries. A text encoder's engine is what a later run for any size finds."""
     every = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]

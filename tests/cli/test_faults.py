@@ -43,6 +43,7 @@ def spread(count: int, points: int) -> list[int]:
     return sorted({1 + round(index * (count - 1) / (points - 1)) for index in range(points)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_leave_nothing_broken(campaign, kind):
     points = spread(campaign.operations[kind], POINTS[kind] - 2)
@@ -63,6 +64,7 @@ def test_a_kill_between_two_bars_of_progress_holds_up_nobody(campaign):
     assert campaign.problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fills_at_any_moment_is_a_clean_error(campaign, kind):
     for point in spread(campaign.operations[kind] // 2, 4):

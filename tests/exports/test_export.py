@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from exports import DTYPES, EACH_BY_BOTH, EXPORTERS, computing_in_fp32, exported_unet, make
+from exports import DTYPES, EACH_BY_BOTH, EACH_EXPORTER, computing_in_fp32, exported_unet, make
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -187,7 +187,7 @@ def test_the_file_says_what_it_is(exported):
     assert [(entry.domain, entry.version) for entry in it.model.opset_import] == [("", 17)]
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", EACH_EXPORTER)
 def test_nothing_of_this_machine_is_in_the_file(exported, exporter):
     it = exported("sd1", "fp16", exporter)
     content = it.path.read_bytes()
@@ -220,7 +220,7 @@ def test_the_graph_is_plain(exported, kind, exporter):
     assert {name for name, value in parameters.items() if value.dim() > 1} <= names
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", EACH_EXPORTER)
 def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     """fp16 has 999 * 0.944 right to a quarter of a radian only. Builders that choose precisions are told so by name."""
     made = exported("sd1", exporter=exporter)
@@ -229,7 +229,7 @@ def test_the_timestep_is_embedded_in_fp32(exported, exporter):
     assert sorted(operators[name] for name in kept if operators[name] != "Conv") == ["Cos", "Mul", "Sin"]
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", EACH_EXPORTER)
 def test_convolutions_near_the_output_compute_in_fp32(exported, exporter):
     """Those and no others, on the fp16 weights as they are: TensorRT 8.6 adds up in fp16 otherwise."""
     made = exported("sd1", exporter=exporter)
@@ -273,6 +273,7 @@ def test_narrow_convolutions_all_compute_in_fp32():
     assert not any("mid_block" in name for name in wide)
 
 
+@pytest.mark.slow
 def test_more_or_no_layers_in_fp32(tmp_path, exported, monkeypatch):
     monkeypatch.setattr(fp16_recipe, "NARROW_CHANNELS", 0)
     made = exported("sd1")

@@ -197,6 +197,7 @@ class TestImages:
         (image,) = draw(pipeline, ["a gorgeous red circle on a blue background, zxqv"])
         assert judge(image, Scene((Shape("circle", "red"),), "blue")).all_right
 
+    @pytest.mark.slow
     def test_negative_prompt_keeps_a_colour_away(self, pipeline):
         colours = ["red", "green", "yellow", "white"] * 2
         prompts = ["a circle on a blue background"] * len(colours)

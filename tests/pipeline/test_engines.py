@@ -331,6 +331,7 @@ def test_a_text_encoders_engine_serves_every_size_of_image(model, monkeypatch, t
     assert not finds("vae_decoder", Sizes(2, 768, 512))
 
 
+@pytest.mark.slow
 def test_of_engines_that_fit_alike_the_newest_is_used(model, tmp_path):
     found = EngineDirectory(tmp_path / "engines")
     first = factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found)

@@ -71,7 +71,7 @@ def changed_tiny(folder, change):
 # --- engines that are right ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_the_miniatures_own_engine_is_faithful_at_every_timestep(spec, directory, precision):
     image = replace(spec.image, precision=precision, steps=6, height=128, width=128)
     report = verify(replace(spec, image=image, timesteps=None), directory, QUIET)
@@ -242,7 +242,7 @@ def test_an_engine_of_another_part_is_refused_with_where_to_look(spec, directory
     assert f"sdtrt engines list --engine-dir {directory.path} shows" in caught.value.hint
 
 
-@pytest.mark.parametrize("kind", ["noise", "nan"])
+@pytest.mark.parametrize("kind", [pytest.param("noise", marks=pytest.mark.slow), "nan"])
 def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, directory, tmp_path, run, kind):
     """The command says so, and what it hints at makes the engine right again."""
 
