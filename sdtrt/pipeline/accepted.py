@@ -13,7 +13,7 @@ from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline.facades import Facade
-from sdtrt.pipeline.watch import describe, moved_by
+from sdtrt.pipeline.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
 
 TAKEN = "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting with a 4-channel UNet"
@@ -64,10 +64,12 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
     if base is None:
         compiled = "; pass it before torch.compile" * hasattr(module, "_orig_mod")
         wanted = " or ".join(one.__name__ for one in classes)
-        raise EngineError(f"the {part} of {name} is a {describe(module)}, not a {wanted}", hint=f"{HINT}{compiled}")
+        raise EngineError(
+            f"the {part} of {name} is a {type(module).__name__}, not a {wanted}", hint=f"{HINT}{compiled}"
+        )
     for method in ("forward", *METHODS.get(part, ())):
         if getattr(type(module), method, None) is not getattr(base, method, None):
-            raise EngineError(f"the {part} of {name}, a {describe(module)}, has a {method} of its own", hint=HINT)
+            raise EngineError(f"the {part} of {name}, a {type(module).__name__}, has a {method} of its own", hint=HINT)
     if moved_by(module) is not None:
         raise EngineError(
             f"the {part} of {name} is moved by hooks (offloading, caching or a device map)",

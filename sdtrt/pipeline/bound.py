@@ -8,20 +8,17 @@ a copy takes as long as reading them. Knows tensors and sessions. Knows no pipel
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
-from weakref import ref
 
 import torch
 
 from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import component_tensors
-from sdtrt.pipeline.watch import WAY_OUT
+from sdtrt.pipeline.steps import Steps
+from sdtrt.pipeline.watch import WAY_OUT, structure_of
 from sdtrt.specs import Component
-
-COPY_AGAIN_S = 1.0  # a call that passes the same conditioning as the one before is another picture's by then
 
 
 class Following(Protocol):
@@ -65,8 +62,7 @@ class Bound:
         self._sessions: list[Following] = []
         self._held: list[_Held] = []
         self._absent: list[tuple[Mapping[str, Any], str]] = []  # biases that layers are without
-        self._last: ref[torch.Tensor] | None = None
-        self._copied = 0.0
+        self._steps = Steps()
 
     def following(
         self, session: Following, module: Callable[[], torch.nn.Module | None], call: Callable[..., Any]
@@ -86,21 +82,16 @@ class Bound:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-            if (owner := module()) is not None and self._begins(states):
+            if (owner := module()) is not None and self._steps.is_due(states):
                 self.copy(owner)
+                self._steps.seen(states)
             return call(*args, **kwargs)
 
         return run
 
     def expect_another(self) -> None:
         """Take the next call for another picture's, whatever its conditioning is."""
-        self._last = None
-
-    def _begins(self, states: object) -> bool:
-        """Whether a call is a picture's first, as far as its conditioning tells; where nothing does, each is."""
-        again = states is not None and self._last is not None and self._last() is states
-        self._last = ref(states) if isinstance(states, torch.Tensor) else None
-        return not again or time.monotonic() - self._copied >= COPY_AGAIN_S
+        self._steps.expect_another()
 
     def copy(self, module: torch.nn.Module) -> None:
         """Let the engines have the module's tensors as they are now, and the module the engines' memory."""
@@ -109,7 +100,6 @@ class Bound:
                 self._copy_some()
             else:
                 self._copy_all(module)
-        self._copied = time.monotonic()
 
     def _is_as_it_was(self) -> bool:
         """Whether the module has the tensors that were found, and no more."""
@@ -157,11 +147,11 @@ class Followed:
 
     def __init__(self, module: torch.nn.Module, component: Component, bound: Bound) -> None:
         self._component, self._bound = component, bound
-        self._layers = _layers(module)
+        self._structure = structure_of(module)
 
     def look(self, module: torch.nn.Module) -> None:
         """Raise `EngineError` where the module has other layers."""
-        if _layers(module) != self._layers:
+        if structure_of(module) != self._structure:
             raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
 
     def begin(self, module: torch.nn.Module) -> None:
@@ -187,10 +177,6 @@ def _owners(module: torch.nn.Module) -> Iterator[Mapping[str, torch.Tensor | Non
     for layer in module.modules():
         yield layer._parameters
         yield layer._buffers
-
-
-def _layers(module: torch.nn.Module) -> list[tuple[int, type]]:
-    return [(id(layer), type(layer)) for layer in module.modules()]
 
 
 def _may_be(tensor: torch.Tensor, view: torch.Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from sdtrt.pipeline.forwards import EncodedText, UNetForward
 from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
+from sdtrt.pipeline.steps import Steps
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Profile, Sizes
 
@@ -49,7 +49,6 @@ METHODS: dict[Component, str] = {
     "vae_encoder": "encode",
 }
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
-LOOK_AGAIN_S = 1.0  # a call that passes the same conditioning as the one before is looked at by then
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
 _SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
@@ -130,8 +129,7 @@ class Swapped:
         )
         self._module = ref(module)
         self._said: set[str] = set()
-        self._last: ref[torch.Tensor] | None = None
-        self._looked = 0.0
+        self._steps = Steps()
         own = getattr(type(module), self.method)
         functools.update_wrapper(self, own)
         parameters = list(inspect.signature(own).parameters.values())[1:]
@@ -170,8 +168,7 @@ class Swapped:
         """
         self._check_place()
         refuse_training(self.component, self.module)
-        is_first = states is None or self._last is None or self._last() is not states
-        looks = is_first or time.monotonic() - self._looked >= LOOK_AGAIN_S
+        is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
         if is_first and states is not None:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         if looks:
@@ -182,15 +179,10 @@ class Swapped:
             opened = self._on_miss(sizes)
         result = self.in_pytorch(*args, **kwargs) if opened is None else opened.call(*args, **kwargs)
         if looks:
-            self._look(states)
+            self.watch.look(self.module)
+            self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
-
-    def _look(self, states: torch.Tensor | None) -> None:
-        """Look at the weights, and remember by which conditioning the picture's next steps are known."""
-        self.watch.look(self.module)
-        self._last = None if states is None else ref(states)
-        self._looked = time.monotonic()
 
     def _read(self, *, begins: bool) -> None:
         """Have the weights read while others work, once a picture; wait for all parts' where a picture is decoded."""
@@ -201,7 +193,7 @@ class Swapped:
         if self.component == "vae_decoder":
             for one in self._siblings():
                 one.watch.settle(one.module)
-                one._looked = 0.0  # what comes next may be another picture of the same conditioning
+                one._steps.expect_another()  # what comes next may be one of the same conditioning
 
     def _siblings(self) -> list[Swapped]:
         """All that engines run of the pipeline's modules."""

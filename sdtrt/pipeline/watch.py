@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 from weakref import ref
 
 import torch
@@ -223,8 +222,12 @@ def _refusal(component: Component, what: str, mend: str) -> EngineError:
 
 def _look(module: torch.nn.Module, component: Component) -> _Look:
     tensors = _tensors_of(module, component)
-    layers = tuple((id(layer), type(layer)) for layer in _layers(module))
-    return _Look(tuple(map(ref, tensors)), tuple(map(_place, tensors)), layers, _samples(tensors))
+    return _Look(tuple(map(ref, tensors)), tuple(map(_place, tensors)), structure_of(module), _samples(tensors))
+
+
+def structure_of(module: torch.nn.Module) -> tuple[tuple[int, type], ...]:
+    """What tells a module's layers from others: the object and the class of each."""
+    return tuple((id(layer), type(layer)) for layer in _layers(module))
 
 
 def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -287,8 +290,3 @@ def _difference(now: _Look, before: _Look) -> str:
         if place[3] != former[3]:
             return f"it was cast to {place[3]}".replace("torch.", "")
     return "they were changed after sdtrt.accelerate"
-
-
-def describe(module: Any) -> str:
-    """`UNet2DConditionModel`."""
-    return type(module).__name__

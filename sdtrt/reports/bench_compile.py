@@ -38,7 +38,7 @@ def compile_pipeline(
     if name == "torch-compile-unet":
         unet.forward = compiled_forward(unet.forward, device)
         return
-    fuse_projections(unet)
+    unet.fuse_qkv_projections()
     if name == "torch-compile-regional":
         unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
         forward = unet.forward
@@ -50,15 +50,10 @@ def compile_pipeline(
     _compile_others(pipe)
 
 
-def fuse_projections(module: Any) -> None:
-    """Fuse the products for query, key and value of a UNet's or a VAE's attentions, as diffusers does it."""
-    module.fuse_qkv_projections()
-
-
 def _compile_others(pipe: Any) -> None:
     """Compile the VAE and the text encoders, whose calls are few: no graph of theirs would pay."""
     vae = pipe.vae.to(memory_format=torch.channels_last)
-    fuse_projections(vae)
+    vae.fuse_qkv_projections()
     for half in (vae.encoder, vae.decoder):
         half.forward = torch.compile(half.forward, dynamic=False)
     for name in ("text_encoder", "text_encoder_2"):

@@ -30,7 +30,8 @@ class Inductor(Backend):
     by_name_only: ClassVar[bool] = True
 
     def device(self) -> Device:
-        return "cuda" if host.torch_sees_gpu() else "cpu"
+        # The driver is asked first: without a GPU nothing that lists engines imports PyTorch for this.
+        return "cuda" if host.gpus() and host.torch_sees_gpu() else "cpu"
 
     def why_not(self) -> SdtrtError | None:
         from sdtrt.backends.inductor.build import require_compiler
