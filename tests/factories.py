@@ -539,8 +539,9 @@ def find_engine(
     component: Component = "unet",
 ) -> Entry | None:
     """The engine of a component that a request would take; None if there is none."""
-    runs, inside = registry.get(backend).runs_here(), registry.get(backend).weights_inside
-    return best_fit(model, runs, precision, sizes, directory, component, directory.entries("engine"), inside)
+    chosen = registry.get(backend)
+    own, there = chosen.precision_of(model, component, precision), directory.entries("engine")
+    return best_fit(model, chosen.runs_here(), own, sizes, directory, component, there, chosen.weights_inside)
 
 
 def engines_wanted(

@@ -18,7 +18,9 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
 from sdtrt.models.architecture import Blueprint
-from sdtrt.specs import BuildSpec, ExportSpec, Precision
+from sdtrt.models.components import precision_of
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision
 from sdtrt.specs.choices import MAX_DIGITS
 from sdtrt.specs.contract import Contract
 
@@ -111,6 +113,10 @@ class Backend(ABC):
 
     def check_precision(self, precision: str) -> None:  # noqa: B027  # most compute in every precision
         """Raise `UsageError` for a precision that it never computes in."""
+
+    def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
+        """The precision of a component's engine where `precision` is asked for: a VAE may not fit into fp16."""
+        return precision_of(model, component, precision)
 
     def check(self, spec: BuildSpec) -> None:
         """Raise `UsageError` for what it can't build."""

@@ -166,7 +166,8 @@ def build_all(request: BuildRequest, directory: EngineDirectory, console: Consol
     profiles = () if backend.takes_any_size else request.sizes.profiles(Sizes(2, *model.default_size()))
     precision = request.precision or backend.default_precision()
     exports = ExportRequest(replace(request.common.export, precision=precision), request.components)
-    specs = engine_specs(request.common, list(export_specs(model, exports, console)), backend, profiles)
+    fitting = list(export_specs(model, exports, console, backend.precision_of))
+    specs = engine_specs(request.common, fitting, backend, profiles)
     return [build_engine(model, spec, directory, console) for spec in specs]
 
 

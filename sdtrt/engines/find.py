@@ -13,7 +13,7 @@ from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey, Sight, export_key, program_key
-from sdtrt.models.components import load_component, part_of, precision_of
+from sdtrt.models.components import load_component, part_of
 from sdtrt.models.live import LiveModel, dtype_of, weights_digest
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
@@ -33,11 +33,10 @@ def best_fit(
 
     Args:
         runs: says of an engine's key whether this machine runs it, in the backend that is wanted.
-        precision: that is asked for; the component may need another one (`precision_of`).
+        precision: of the component's engine, which may be another one than is asked for.
         sizes: of the component's own call (`sizes_of`).
         weights: whether the backend's engines hold them; others serve any weights of the architecture.
     """
-    precision = precision_of(model, component, precision)
     has_weights = (
         _same_weights_as(model, component, precision, directory)
         if weights

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor
 from torch.export.graph_signature import InputKind
 
 from sdtrt.common.errors import ExportError
 from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.scaled_vae import scaled_stream
 from sdtrt.exports.tracing import component_call, traceable
 from sdtrt.specs import Component, Profile, Sizes
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract, dimension_values
@@ -29,16 +31,18 @@ _SIDES = {IMAGE_HEIGHT: LATENT_HEIGHT, IMAGE_WIDTH: LATENT_WIDTH}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a component's weights are laid out before it is exported.
+    """How a component is exported: how its weights are laid out before that, and what it computes with.
 
     Args:
         fused_projections: one product gives an attention's queries, keys and values (keys and values alone, where they
             are of another tensor than the queries).
         channels_last: the weights of convolutions lie channels last in memory, and so do their results.
+        stream_scale: what the residual stream of half an `AutoencoderKL` is divided by (`scaled_vae`); 1 for nothing.
     """
 
     fused_projections: bool = True
     channels_last: bool = True
+    stream_scale: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def export_program(
         profile: the sizes that the program takes. A dimension whose bounds are equal is a constant of the program.
 
     Raises:
-        ExportError: where PyTorch can't export it, or not for these ranges.
+        ExportError: where PyTorch can't export it, or not for these ranges, or the recipe is not for it.
     """
     recipe = recipe or Recipe()
     torch.nn.Module.to(module, device)  # diffusers' own `to` warns
@@ -88,7 +92,11 @@ def export_program(
         _lay_channels_last(module)
     call = component_call(module, contract).eval().requires_grad_(False)
     _move_loose_tensors(call, device)
-    exported = _export(call, module, contract, profile, device)
+    with ExitStack() as stack:
+        if recipe.stream_scale != 1 and isinstance(module, AutoencoderKL):
+            half = getattr(module, contract.component.removeprefix("vae_"))
+            stack.enter_context(scaled_stream(half, recipe.stream_scale))
+        exported = _export(call, module, contract, profile, device)
     _keep_names(exported)
     sources = {name: _sources(contract.component, name) for name in exported.state_dict}
     return Program(exported, sources, _fixed(exported))

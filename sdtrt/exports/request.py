@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,19 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import choose_components, precision_of
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.specs import ExportRequest, ExportSpec
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import Component, ExportRequest, ExportSpec, Precision
+
+Fitting = Callable[[ModelSource, Component, Precision], Precision]
 
 
-def export_specs(model: Model, request: ExportRequest, console: Console = QUIET) -> Iterator[ExportSpec]:
+def export_specs(
+    model: Model, request: ExportRequest, console: Console = QUIET, fitting: Fitting = precision_of
+) -> Iterator[ExportSpec]:
     """The exports that a request means, of a model that has been found. Says what differs from what was asked for.
+
+    Args:
+        fitting: what gives a component's precision, of the one that is asked for.
 
     Raises:
         UsageError: for a component that the model has not.
@@ -24,10 +32,10 @@ def export_specs(model: Model, request: ExportRequest, console: Console = QUIET)
         console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
     asked = request.common.precision
     for name in choose_components(model, request.components):
-        fitting = precision_of(model, name, asked)
-        if fitting != asked:
-            console.note(f"{name}: in {fitting}, as this model's VAE overflows in {asked} (force_upcast)")
-        yield replace(request.common, component=name, precision=fitting)
+        own = fitting(model, name, asked)
+        if own != asked:
+            console.note(f"{name}: in {own}, as this model's VAE overflows in {asked} (force_upcast)")
+        yield replace(request.common, component=name, precision=own)
 
 
 def export_all(request: ExportRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:

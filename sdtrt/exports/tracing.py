@@ -206,19 +206,19 @@ def traceable(
         upcast: spell out in fp32 the attentions that need it (`_overflows`); PyTorch's fused kernels don't.
     """
     with ExitStack() as stack:
-        stack.enter_context(_attribute(module, "num_upsamplers", ALWAYS_FORWARD_SIZES))
+        stack.enter_context(attribute(module, "num_upsamplers", ALWAYS_FORWARD_SIZES))
         for part in module.modules():
             if upcast and _overflows(part):
-                stack.enter_context(_attribute(part, "processor", _attend_in_fp32))
+                stack.enter_context(attribute(part, "processor", _attend_in_fp32))
             if _is_plain(part):
-                stack.enter_context(_attribute(part, "forward", partial(_upsample, part)))
+                stack.enter_context(attribute(part, "forward", partial(_upsample, part)))
         for convolution in wide_convolutions(module, wide_layers).values():
-            stack.enter_context(_attribute(convolution, "forward", partial(convolve_in_fp32, convolution)))
+            stack.enter_context(attribute(convolution, "forward", partial(convolve_in_fp32, convolution)))
         yield module
 
 
 @contextmanager
-def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
     """Give an object another attribute for the time of a `with`."""
     missing = object()
     before = target.__dict__.get(name, missing)

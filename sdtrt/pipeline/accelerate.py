@@ -21,7 +21,7 @@ from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
-from sdtrt.models.components import choose_components, contract_of, part_of, precision_of
+from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
@@ -265,9 +265,10 @@ def _open(parts: Parts, entries: Mapping[Component, Entry]) -> None:
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:
     """Of the weights that an engine holds; empty where it holds none."""
-    if not registry.get(settings.backend).weights_inside:
+    backend = registry.get(settings.backend)
+    if not backend.weights_inside:
         return ""
-    return model.digest(component, precision_of(model, component, settings.precision))
+    return model.digest(component, backend.precision_of(model, component, settings.precision))
 
 
 def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:

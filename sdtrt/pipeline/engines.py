@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine
@@ -13,7 +12,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import Sight, steadily
-from sdtrt.models.components import contract_of, part_of, precision_of
+from sdtrt.models.components import contract_of, part_of
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
@@ -79,11 +78,13 @@ def _warn_of_unchecked(entry: Entry, console: Console) -> None:
 def find_engines(request: EngineRequest, directory: EngineDirectory) -> dict[Component, Entry | None]:
     """The engine of each component that fits; the directory is read once."""
     there, backend = directory.entries("engine"), registry.get(request.backend)
-    find = partial(best_fit, request.model, backend.runs_here(), request.precision)
-    return {
-        name: find(request.sizes_of(name), directory, name, there, backend.weights_inside)
-        for name in request.components
-    }
+    runs = backend.runs_here()
+
+    def find(name: Component) -> Entry | None:
+        precision, sizes = request.precision_of(name), request.sizes_of(name)
+        return best_fit(request.model, runs, precision, sizes, directory, name, there, backend.weights_inside)
+
+    return {name: find(name) for name in request.components}
 
 
 def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineError:
@@ -99,7 +100,7 @@ def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineErro
 
 def _precision_of_all(request: EngineRequest) -> Precision:
     """The precision that a pipeline's engines are built in; the one that is asked for where they differ."""
-    fitting = {precision_of(request.model, name, request.precision) for name in request.components}
+    fitting = {request.precision_of(name) for name in request.components}
     return fitting.pop() if len(fitting) == 1 else request.precision
 
 
@@ -107,7 +108,7 @@ def _describe(request: EngineRequest) -> str:
     """What engines must fit: of one ` batch 1, height 512, width 512`, of several `: unet at …; vae_decoder at …`."""
     words, several = [], len(request.components) > 1
     for name in request.components:
-        own = precision_of(request.model, name, request.precision)
+        own = request.precision_of(name)
         text = contract_of(request.model, name, own).describe(request.sizes_of(name))
         words.append(f"{name}{f' in {own}' * (own != request.precision)} at {text}" if several else text)
     return (": " if several else " ") + "; ".join(words)
@@ -116,7 +117,7 @@ def _describe(request: EngineRequest) -> str:
 def _build_missing(request: EngineRequest, component: Component, directory: EngineDirectory, console: Console) -> Entry:
     """Export and build one engine, for exactly one size."""
     model, sizes = request.model, request.sizes_of(component)
-    precision = precision_of(model, component, request.precision)
+    precision = request.precision_of(component)
     words = contract_of(model, component, precision).describe(sizes)
     console.note(f"no {request.backend} {precision} engine of the {component} for {words} yet: building it (once)")
     profiles = () if registry.get(request.backend).takes_any_size else (Profile.of(sizes),)

@@ -59,6 +59,10 @@ class EngineRequest:
         """The sizes of one call of a component."""
         return sizes_of(component, self.sizes, self.images)
 
+    def precision_of(self, component: Component) -> Precision:
+        """The precision of a component's engine."""
+        return registry.get(self.backend).precision_of(self.model, component, self.precision)
+
 
 @dataclass(frozen=True)
 class PipelineSpec:

@@ -25,7 +25,7 @@ from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
-from sdtrt.models.components import TEXT_ENCODERS, part_of, precision_of, sizes_of
+from sdtrt.models.components import TEXT_ENCODERS, part_of, sizes_of
 from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.bound import Bound, Followed
@@ -62,7 +62,7 @@ class Settings:
         spec: of the model: its name.
         stored: the model in files that the pipeline was loaded from, where it lies on this machine.
         modules: the pipeline's, which are not kept alive.
-        precision: that is asked for; a component may have another (`precision_of`).
+        precision: that is asked for; a component may have another (`Backend.precision_of`).
         on_miss: what happens at a call that no engine has the size of.
         lock: the parts' engines share memory, and run one at a time.
     """
@@ -120,8 +120,9 @@ class Swapped:
         finalize(self, _close, self.engines).atexit = False
         self.parked = Parked(self._wanted)
         self.is_open = True
-        precision = precision_of(settings.model, component, settings.precision)
-        self.bound = None if registry.get(settings.backend).weights_inside else Bound(component)
+        backend = registry.get(settings.backend)
+        precision = backend.precision_of(settings.model, component, settings.precision)
+        self.bound = None if backend.weights_inside else Bound(component)
         self.watch = (
             WeightsWatch(module, component, precision, digest)
             if self.bound is None

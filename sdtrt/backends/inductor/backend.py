@@ -10,7 +10,8 @@ from sdtrt.backends.backend import Backend, BuildJob, Device, Source
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.specs import BuildSpec, Precision
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import BuildSpec, Component, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,9 @@ class Inductor(Backend):
     def default_precision(self) -> Precision:
         return "fp16" if self.device() == "cuda" else "fp32"
 
+    def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
+        return precision  # a VAE's engines in fp16 keep within it (`exports.scaled_vae`)
+
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
         limited = spec.optimization_level is not None or spec.workspace_bytes is not None
@@ -83,15 +87,17 @@ class Inductor(Backend):
         return {**facts, "cuda": torch.version.cuda, "triton": _triton_version()}
 
     def options_key(self, spec: BuildSpec) -> dict[str, Any]:
-        from sdtrt.backends.inductor.build import OPTIONS, RECIPE
+        from sdtrt.backends.inductor.build import OPTIONS, recipe_of
 
-        return {**super().options_key(spec), "compiler": dict(OPTIONS), "recipe": dict(RECIPE)}
+        return {**super().options_key(spec), "compiler": dict(OPTIONS), "recipe": recipe_of(spec.export)}
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
-        from sdtrt.backends.inductor.build import Request, build_package
+        from sdtrt.backends.inductor.build import Request, build_package, recipe_of
 
         (profile,) = job.spec.profiles
-        request = Request(job.spec.export, profile, job.contract, job.folder.resolve(), self.device(), job.blueprint)
+        export, folder = job.spec.export, job.folder.resolve()
+        recipe = recipe_of(export)
+        request = Request(export, profile, job.contract, folder, self.device(), job.blueprint, recipe=recipe)
         return build_package(request, job.console)
 
     def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:

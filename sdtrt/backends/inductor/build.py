@@ -21,6 +21,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, SdtrtError
 from sdtrt.common.files import private_folder
 from sdtrt.models.architecture import Blueprint
+from sdtrt.models.components import VAE_HALVES
 from sdtrt.specs import ExportSpec, ModelSpec, Profile
 from sdtrt.specs.contract import Contract
 
@@ -37,9 +38,18 @@ OPTIONS: dict[str, Any] = {
     "conv_1x1_as_mm": True,
 }
 # How weights are laid out before that (`exports.program.Recipe`); a part of it too.
-RECIPE = {"fused_projections": True, "channels_last": True}
+RECIPE: dict[str, Any] = {"fused_projections": True, "channels_last": True}
+# Of a VAE's halves in fp16, which SDXL's leaves, what their residual stream is divided by (`exports.scaled_vae`). All
+# have it: one engine serves the VAEs of Stable Diffusion 1.x and of XL, which differ in their weights alone.
+STREAM_SCALE = 64
 # What a user's environment would change of it, unseen by the key.
 _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITON_")
+
+
+def recipe_of(export: ExportSpec) -> dict[str, Any]:
+    """The recipe of a component's engines in a precision."""
+    scaled = export.component in VAE_HALVES and export.precision == "fp16"
+    return {**RECIPE, "stream_scale": STREAM_SCALE} if scaled else dict(RECIPE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Request:
     device: str
     blueprint: Blueprint | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: dict(OPTIONS))
-    recipe: Mapping[str, bool] = field(default_factory=lambda: dict(RECIPE))
+    recipe: Mapping[str, Any] = field(default_factory=lambda: dict(RECIPE))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the pipe."""
