@@ -185,6 +185,20 @@ def small_vae(*, seed: int = 0, **overrides: Any) -> AutoencoderKL:
         return AutoencoderKL(**{**config, **overrides}).eval().requires_grad_(False)
 
 
+def overflowing_vae(*, gain: float = 1e5, **overrides: Any) -> AutoencoderKL:
+    """A float32 VAE of SDXL's configuration whose halves leave fp16 on the way, as SDXL's decoder does.
+
+    Args:
+        gain: of all that is added to the residual stream; the norms take it out again.
+    """
+    small = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
+    vae = small_vae(**{**small, "scaling_factor": 0.13025, "force_upcast": True, **overrides})
+    for name, parameter in vae.named_parameters():
+        if name.rpartition(".")[0].endswith(("conv_in", "conv2", "to_out.0")):
+            parameter.mul_(gain)
+    return vae
+
+
 def small_tiny_vae(*, seed: int = 0, **overrides: Any) -> AutoencoderTiny:
     """A float32 tiny VAE of factor 8, in TAESD's form, with random weights."""
     config: dict[str, Any] = {

@@ -292,8 +292,8 @@ class VaeFacade(_OfDiffusers):
         self._internal_dict = FrozenDict(_tiny_config(config) if tiny else _full_config(config))
         self.device = device
         self.decoder_session, self.encoder_session, self.rest = decoder, encoder, rest
-        if any(torch_dtype(one.inputs[0].dtype) == torch.float16 for one in self._engines()):
-            self.register_to_config(force_upcast=False)  # what an engine computes in fp16 is right in fp16
+        if any(torch_dtype(one.inputs[0].dtype) != torch.float32 for one in self._engines()):
+            self.register_to_config(force_upcast=False)  # such an engine keeps within its precision, and has no other
         self.halves = torch.nn.ModuleDict(
             {name: VaeHalf(session, device) for name, session in sessions.items() if session is not None}
         )

@@ -11,6 +11,7 @@ import factories
 import pytest
 import torch
 
+from sdtrt.backends import build as building
 from sdtrt.backends import registry
 from sdtrt.backends.build import engine_key
 from sdtrt.backends.inductor import build
@@ -34,12 +35,13 @@ from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Recipe, export_program
 from sdtrt.exports.tracing import reference
 from sdtrt.models.architecture import Blueprint, architecture_of
-from sdtrt.models.components import contract_of, load_component, profile_of
+from sdtrt.models.components import VAE_HALVES, contract_of, load_component, profile_of
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.tensor_names import other_names, own_tensors
+from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.reports import doctor
-from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.specs import BuildRequest, BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 
 CPU = torch.device("cpu")
 SIZES = Sizes(2, 128, 128)
@@ -338,6 +340,30 @@ def test_a_package_of_another_machine_is_never_opened(models, directory, change)
     entry = directory.obtain("engine", {**key, **change}, lambda folder: {})
     with pytest.raises(EngineError, match="another machine or version"):
         open_session(entry, CPU, None, models[0])
+
+
+def test_vaes_of_either_family_have_one_engine_in_fp16_and_it_is_found(models, sdxl, directory):
+    """SDXL's asks for fp32 (`force_upcast`), which this backend does without; others build it as it asks."""
+    spec = spec_of(sdxl, "vae_decoder", "fp16")
+    key = key_of(sdxl, spec, directory)
+    assert key["options"]["recipe"]["stream_scale"] == 64
+    assert key_of(models[0], spec_of(models[0], "vae_decoder", "fp16"), directory) == key
+    entry = directory.obtain("engine", key, lambda folder: {})
+    assert factories.find_engine(sdxl, "inductor", "fp16", spec.profiles[0].optimum, directory, "vae_decoder") == entry
+    wanted = factories.engines_wanted(sdxl, "inductor", "fp16", SIZES, ("vae_decoder",), images=1)
+    assert ensure_engines(wanted, directory, allow_build=False) == {"vae_decoder": entry}
+    for name, precision in (("inductor", "fp16"), ("tensorrt", "fp32"), ("onnxruntime", "fp32"), ("torch", "fp32")):
+        assert registry.get(name).precision_of(sdxl, "vae_encoder", "fp16") == precision
+    assert registry.get("inductor").precision_of(sdxl, "vae_encoder", "fp32") == "fp32"
+
+
+def test_a_build_of_sdxls_vae_is_in_what_was_asked_for(sdxl, directory, monkeypatch):
+    common = BuildSpec(ExportSpec(sdxl.spec, "vae_decoder", "fp16"), "inductor", ())
+    asked = BuildRequest(common, VAE_HALVES, "fp16")
+    built = []
+    monkeypatch.setattr(building, "build_engine", lambda model, spec, *_: built.append(spec))
+    building.build_all(asked, directory)
+    assert [(spec.export.component, spec.export.precision) for spec in built] == [(one, "fp16") for one in VAE_HALVES]
 
 
 # -------------------------------------------------------------------------------------------------------- requests

@@ -377,6 +377,7 @@ def test_a_decoder_in_fp32_is_not_narrowed_by_fp16_latents(halves):
     vae, sessions = halves
     facade = VaeFacade({**vae.config, "force_upcast": True}, CPU, decoder=sessions["decoder"])
     assert facade.dtype == torch.float32
+    assert facade.config.force_upcast
     image = facade.decode(torch.randn(1, 4, 8, 8).half()).sample
     assert image.dtype == torch.float32
     assert (image != image.half().float()).any()
@@ -387,6 +388,8 @@ def test_a_vae_in_fp16_gives_what_the_pipeline_computes_in(halves, tmp_path):
     facade = VaeFacade(halves[0].config, CPU, encoder=session)
     assert facade.dtype == torch.float16
     assert facade.encode(torch.rand(1, 3, 64, 64)).latent_dist.parameters.dtype == torch.float32
+    assert halves[0].config.force_upcast
+    assert not facade.config.force_upcast, "SDXL's pipelines would want to widen it, which no engine can be"
 
 
 def test_a_half_that_is_not_there_is_named(halves):
