@@ -31,7 +31,7 @@ import torch
 from fidelity import errors, kernels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdtrt.backends.inductor.build import OPTIONS, RECIPE, Request
+from sdtrt.backends.inductor.build import OPTIONS, Request, recipe_of
 from sdtrt.backends.inductor.session import InductorSession
 from sdtrt.backends.inductor.weights import CONSTANTS_FILE, FIXED_FILE, PACKAGE_FILE, read_constants, read_fixed
 from sdtrt.backends.inductor.worker import build_here
@@ -80,6 +80,7 @@ VARIANTS: dict[str, Variant] = {
     "attention-efficient": Variant(attention=("efficient",)),
     "separate-projections": Variant(recipe={"fused_projections": False}),
     "channels-first": Variant(recipe={"channels_last": False}),
+    "stream-as-it-is": Variant(recipe={"stream_scale": 1}),  # of a VAE's half: what its scaling costs
     "convolutions-1x1": Variant(options={"conv_1x1_as_mm": False}),
     "no-epilogues": Variant(options={"epilogue_fusion": False}),
     "tuned-products": Variant(options={**_PRODUCTS, "max_autotune_conv_backends": "ATEN"}),
@@ -119,7 +120,7 @@ class Case:
         contract = contract_of(self.model, self.component, self.precision)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         request = Request(spec, profile, contract, folder, device)
-        recipe = dict(RECIPE) | dict(variant.recipe)
+        recipe = recipe_of(spec) | dict(variant.recipe)
         return replace(request, options=dict(OPTIONS) | dict(variant.options), recipe=recipe)
 
     def module(self) -> torch.nn.Module:

@@ -3,12 +3,12 @@ no checkpoint can be had. Speed does not depend on the values of weights; pictur
 
     python scripts/make_random_model.py FOLDER
     python scripts/make_random_model.py FOLDER --residual-gain 16
-    python scripts/make_random_model.py FOLDER --architecture sdxl
+    python scripts/make_random_model.py FOLDER --architecture sdxl --vae-gain 1e5
 
 The UNet's activations then are of the order of 1, and a trained model's are larger: what each layer adds to the last
 one's result grows in training. `--residual-gain` multiplies that. With 16, the layers' results have a standard
 deviation of 5 to 50 and go up to 260 (at 128x128; with 1: 0.5 and 4), which is where variances in fp16 would begin to
-overflow.
+overflow. `--vae-gain` is the VAE's: with 1e5 it leaves fp16, as SDXL's does.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 RESIDUAL_ENDS = ("conv2", "to_out.0", "net.2", "proj_out")  # what the UNet's residual branches end with
+VAE_ENDS = ("conv_in", "conv2", "to_out.0")  # and what adds to the stream of the VAE, whose every reader is a norm
 TOKENIZER = (
     Path(__file__).resolve().parents[1] / "sdtrt" / "models" / "tiny" / "tokenizer"
 )  # CLIP's own 49 408 words need a hub
@@ -70,12 +71,12 @@ def make_xl_unet() -> UNet2DConditionModel:
     )
 
 
-def amplify(unet: UNet2DConditionModel, gain: float) -> None:
-    """Multiply what the UNet's residual branches add."""
+def amplify(module: torch.nn.Module, gain: float, ends: tuple[str, ...] = RESIDUAL_ENDS) -> None:
+    """Multiply what a module's residual branches add."""
     with torch.no_grad():
-        for name, module in unet.named_modules():
-            if name.endswith(RESIDUAL_ENDS):
-                for parameter in module.parameters():
+        for name, layer in module.named_modules():
+            if name.endswith(ends):
+                for parameter in layer.parameters():
                     parameter *= gain
 
 
@@ -167,12 +168,14 @@ def main() -> None:
     parser.add_argument("--architecture", choices=PIPELINES, default="sd15")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--residual-gain", type=float, default=1.0)
+    parser.add_argument("--vae-gain", type=float, default=1.0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_default_dtype(torch.float16 if torch.cuda.is_available() else torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # random numbers for a billion weights
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    pipeline = PIPELINES[args.architecture](tokenizer, args.residual_gain, device)
+    pipeline: Any = PIPELINES[args.architecture](tokenizer, args.residual_gain, device)
+    amplify(pipeline.vae, args.vae_gain, VAE_ENDS)
     draft = args.folder.with_name(args.folder.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
     pipeline.save_pretrained(draft)
