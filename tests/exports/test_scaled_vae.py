@@ -80,6 +80,25 @@ def test_it_is_the_same_function(component, gain):
     torch.testing.assert_close(computed(module, component, "fp32", 48), plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("component", VAE_HALVES)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False},
+        {
+            "down_block_types": (*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+            "up_block_types": ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+        },
+    ],
+    ids=["no attention", "more attentions"],
+)
+def test_so_it_is_with_other_layers(component, layers):
+    module = vae(GAIN, **layers)
+    plain = computed(module, component, "fp32")
+    torch.testing.assert_close(computed(module, component, "fp32", SCALE), plain, atol=1e-6, rtol=1e-6)
+    assert computed(module, component, "fp16", SCALE).isfinite().all()
+
+
 @pytest.mark.parametrize("component", [pytest.param("vae_decoder", marks=pytest.mark.slow), "vae_encoder"])
 def test_a_program_has_the_same_weights_by_the_same_names(component):
     """They are the model's own: whatever an engine is given, it computes with that."""

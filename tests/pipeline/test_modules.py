@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtrt.backends import unchanged
 from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
-from sdtrt.backends.session import check_feeds
+from sdtrt.backends.session import Session, check_feeds
 from sdtrt.common.errors import EngineError
 from sdtrt.exports.component import write_onnx
 from sdtrt.pipeline import forwards
@@ -390,6 +390,21 @@ def test_a_vae_in_fp16_gives_what_the_pipeline_computes_in(halves, tmp_path):
     assert facade.encode(torch.rand(1, 3, 64, 64)).latent_dist.parameters.dtype == torch.float32
     assert halves[0].config.force_upcast
     assert not facade.config.force_upcast, "SDXL's pipelines would want to widen it, which no engine can be"
+
+
+@pytest.mark.parametrize(("precision", "widened"), [("fp32", True), ("fp16", False), ("bf16", False)])
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+def test_sdxls_pipelines_do_not_widen_what_no_engine_can_be_widened_to(halves, half, precision, widened):
+    """Where a configuration asks for it, their img2img does so whatever the dtype is."""
+
+    class InPrecision(Session):
+        contract = vae_contract(halves[0].config, precision, f"vae_{half}")
+
+    facade = VaeFacade({**halves[0].config, "force_upcast": True}, CPU, **{half: InPrecision()})
+    assert facade.config.force_upcast == widened
+    assert facade.dtype == getattr(torch, InPrecision.contract.outputs[0].dtype)
+    if widened:
+        facade.to(torch.float32)
 
 
 def test_a_half_that_is_not_there_is_named(halves):
