@@ -65,7 +65,7 @@ class Variant:
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, bool] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     attention: tuple[str, ...] = ()
     cudnn_benchmark: bool = False
     fp16_accumulation: bool = False
