@@ -36,6 +36,7 @@ from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.reports.bench_parts import parts_of, time_component
 from sdtrt.reports.bench_report import BenchReport, Measured, Row, Runner
+from sdtrt.reports.energy import EnergyMeter
 from sdtrt.reports.meters import MemoryMeter, tf32, time_calls
 from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, BenchTask, Precision
 
@@ -72,6 +73,8 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
         ]
     versions = _versions(runners[0])
     report = BenchReport(tuple(rows), facts, versions, command, spec.model.name)
+    if None in report.energy_sources:
+        console.note("no joules an image: nobody counts a CPU's energy, nor this GPU's")
     if spec.output is not None:
         for path in saving.write_files(spec.output, _files(report), overwrite=spec.overwrite):
             console.note(f"wrote {path}")
@@ -222,16 +225,17 @@ class _Bench:
             with meter.watching():
                 for _ in range(self.spec.warmups - 1):
                     call()
-            energy = meters.energy_joules(device)
-            latency = time_calls(call, self.spec.repeats, device)
-            used = meters.energy_joules(device)
+            energy = EnergyMeter(device)
+            with energy.watching():
+                latency = time_calls(call, self.spec.repeats, device)
             meter.read()
             memory, peak = meter.to_json(), meter.peak_bytes
             components = {name: time_component(part, device) for name, part in parts_of(opened).items()}
             unet_calls = pipeline_call.count_unet_calls(opened)
-        joules = None if energy is None or used is None else (used - energy) / self.spec.repeats
+        joules = None if energy.joules is None else energy.joules / self.spec.repeats
         engine = None if opened.entry is None else engine_facts(opened.entry)
-        return Measured(device_name(device), latency, components, unet_calls, memory, peak, joules, engine)
+        name = device_name(device)
+        return Measured(name, latency, components, unet_calls, memory, peak, joules, engine, energy.source)
 
     @contextmanager
     def _open(self, runner: Runner, pipeline_spec: PipelineSpec) -> Iterator[OpenPipeline]:

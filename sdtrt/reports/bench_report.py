@@ -12,12 +12,16 @@ from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
 from sdtrt.reports import charts
 from sdtrt.reports.bench_baselines import Baseline
+from sdtrt.reports.energy import POWER
 from sdtrt.reports.meters import Timing
 from sdtrt.specs import BenchTask, Precision
 
 MIB = 2**20
 
-COLUMNS = ("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "speed-up")
+COLUMNS = (
+    *("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "J/image"),
+    "speed-up",
+)
 
 SHARED = 3  # columns that all rows of a task have in common
 
@@ -49,6 +53,7 @@ class Measured:
         memory: peaks in bytes while generating; `peak_bytes` is that of the device that computes.
         energy_joules: of one pipeline call, all of the GPU; None where nobody counts.
         engine: name and key of the engine's entry.
+        energy_source: who counted: the GPU's `counter`, or its `power` over time; None where nobody did.
     """
 
     device: str
@@ -59,6 +64,7 @@ class Measured:
     peak_bytes: int
     energy_joules: float | None
     engine: Mapping[str, str] | None
+    energy_source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,13 @@ class Row:
     def images_per_second(self) -> float | None:
         """By the median call."""
         return None if self.measured is None else self.batch / self.measured.latency.median
+
+    @property
+    def energy_per_image(self) -> float | None:
+        """In joules; None where nobody counted."""
+        if self.measured is None or self.measured.energy_joules is None:
+            return None
+        return self.measured.energy_joules / self.batch
 
     @property
     def component_share(self) -> float | None:
@@ -114,6 +127,8 @@ class Row:
             "peak_bytes": found and found.peak_bytes,
             "memory": found and dict(found.memory),
             "energy_j": found and found.energy_joules,
+            "energy_per_image_j": self.energy_per_image,
+            "energy_source": found and found.energy_source,
             "speedup": self.speedup,
             "engine": found and found.engine,
             "error": self.error,
@@ -133,6 +148,7 @@ class Row:
             f"{self.batch / found.latency.median:.2f}",
             f"{found.components['unet'].median * 1000:.2f}",
             f"{found.peak_bytes / MIB:.0f}",
+            "–" if self.energy_per_image is None else f"{self.energy_per_image:.1f}",
             "" if self.speedup is None else f"{self.speedup:.2f}×",
         )
 
@@ -151,6 +167,11 @@ class BenchReport:
     def failures(self) -> tuple[Row, ...]:
         """Rows without figures."""
         return tuple(row for row in self.rows if row.measured is None)
+
+    @property
+    def energy_sources(self) -> set[str | None]:
+        """Who counted the energy of the rows; None among them where nobody did."""
+        return {row.measured.energy_source for row in self.rows if row.measured is not None}
 
     def best_batches(self) -> dict[str, int]:
         """The batch size with the most images a second of the backend that was asked for, by task."""
@@ -174,12 +195,12 @@ class BenchReport:
         }
 
     def remarks(self) -> list[str]:
-        """What the table does not show: the best batch, and why rows failed."""
+        """What the table does not show: the best batch, why rows failed, and who counted the energy."""
         best = self.best_batches() if len({row.batch for row in self.rows}) > 1 else {}
         lines = [f"most images a second in {task}: batch {batch}" for task, batch in best.items()]
-        return lines + [
-            f"failed: {row.task}, batch {row.batch}, {row.runner.title}: {row.error}" for row in self.failures
-        ]
+        lines += [f"failed: {row.task}, batch {row.batch}, {row.runner.title}: {row.error}" for row in self.failures]
+        by_power = POWER in self.energy_sources
+        return lines + (["J/image: the GPU's power over time, as it has no energy counter"] if by_power else [])
 
     def markdown(self) -> str:
         """A table for a README or an issue."""

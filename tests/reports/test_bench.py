@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -36,7 +37,8 @@ from sdtrt.pipeline.facades import UNetFacade
 from sdtrt.reports import bench_baselines, bench_parts, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
-from sdtrt.reports.bench_report import BenchReport, Row, Runner
+from sdtrt.reports.bench_report import COLUMNS, BenchReport, Measured, Row, Runner
+from sdtrt.reports.energy import EnergyMeter, PowerLog
 from sdtrt.reports.meters import MemoryMeter, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, NoiseSpec, Sizes
@@ -109,6 +111,7 @@ def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
         assert 0 < row["unet_step_ms"] / 1000 < row["latency_s"]["median"]
         assert row["peak_bytes"] > 2**27  # PyTorch alone is more
         assert (row["error"], row["energy_j"], row["device"]) == (None, None, "cpu")
+        assert (row["energy_per_image_j"], row["energy_source"]) == (None, None)
     fast, plain = data["rows"][:2]
     assert (plain["variant"], plain["speedup"]) == ("TF32 off", 1.0)
     assert fast["speedup"] == pytest.approx(plain["latency_s"]["median"] / fast["latency_s"]["median"])
@@ -252,6 +255,7 @@ def test_what_a_cpu_has_no_use_for_is_left_out_and_named(spec, directory, monkey
     run_bench(replace(spec, tasks=("txt2img",), repeats=1), directory, console, "")
     text = next(note for note in console.said if note.startswith("baselines left out"))
     assert all(name in text for name in BASELINE_NAMES if name != "torch-fp32")
+    assert "no joules an image: nobody counts a CPU's energy, nor this GPU's" in console.said
 
 
 def test_the_best_batch_is_that_of_the_asked_backend():
@@ -268,6 +272,8 @@ def test_the_best_batch_is_that_of_the_asked_backend():
 
 class FakeMeasured:
     """As much of a measurement as a rate needs."""
+
+    energy_source = None
 
     def __init__(self, latency):
         self.latency = latency
@@ -539,6 +545,63 @@ def test_without_a_driver_there_is_no_energy_and_no_version(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert meters.driver_version() is None
     assert meters.energy_of("GPU-1b2c") is None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device that NVML knows."""
+    monkeypatch.setattr(meters, "gpu_uuid", lambda device: "GPU-1b2c")
+    return torch.device("cuda")
+
+
+@pytest.mark.usefixtures("management")
+def test_a_gpus_counter_says_what_was_used_meanwhile(gpu, monkeypatch):
+    counts = iter([12_500, 15_000])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: next(counts))
+    meter = EnergyMeter(gpu)
+    with meter.watching():
+        pass
+    assert (meter.joules, meter.source) == (2.5, "counter")
+
+
+def no_counter(_):
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+@pytest.mark.usefixtures("management")
+def test_without_a_counter_the_power_is_integrated(gpu, monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", no_counter)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 300_000)
+    meter, start = EnergyMeter(gpu), time.perf_counter()
+    with meter.watching():
+        time.sleep(0.1)
+    assert 30 <= meter.joules <= 300 * (time.perf_counter() - start)
+    assert meter.source == "power"
+
+
+def test_power_that_changes_is_integrated_between_its_moments():
+    log = PowerLog("GPU-1b2c", [(1.0, 100.0), (3.0, 300.0), (3.5, 300.0)])
+    assert log.joules == 2 * 200 + 0.5 * 300
+
+
+@pytest.mark.usefixtures("management")
+def test_a_gpu_that_counts_nothing_has_no_energy(gpu, monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", no_counter)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", no_counter)
+    meter = EnergyMeter(gpu)
+    with meter.watching():
+        pass
+    assert (meter.joules, meter.source) == (None, None)
+
+
+@pytest.mark.parametrize(("source", "remark"), [("counter", []), ("power", ["J/image: the GPU's power over time"])])
+def test_the_energy_of_a_picture_is_in_the_table(source, remark):
+    timings = {"unet": Timing((0.01,))}
+    measured = Measured("GPU", Timing((2.0,)), timings, 1, {}, 2**20, 100.0, None, source)
+    row = Row("txt2img", Runner("tensorrt", "fp16", None, None, True), 50, 512, 512, 8, measured)
+    assert dict(zip(COLUMNS, row.cells(), strict=True))["J/image"] == "12.5"
+    assert row.to_json()["energy_per_image_j"] == 12.5
+    assert [line.split(",")[0] for line in BenchReport((row,), {}, {}, "", "tiny").remarks()] == remark
 
 
 # The command
