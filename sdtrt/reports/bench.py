@@ -101,6 +101,11 @@ def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
 
 
+def baselines_code(spec: BenchSpec, console: Console) -> dict[str, str]:
+    """The Python of each baseline of a request, by its title. Nothing is measured, and no model is looked for."""
+    return {runner.title: runner.code or "" for runner in map(_baseline_runner, _baselines(spec, console))}
+
+
 def _baseline_runner(baseline: Baseline) -> Runner:
     """A CPU computes in fp32, whatever a baseline's precision is on a GPU."""
     precision: Precision = baseline.precision if torch_sees_gpu() else "fp32"

@@ -8,10 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from sdtrt.backends import registry
+from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
 from sdtrt.reports import charts
-from sdtrt.reports.bench_baselines import Baseline
+from sdtrt.reports.bench_baselines import Baseline, code_of
 from sdtrt.reports.energy import POWER
 from sdtrt.reports.meters import Timing
 from sdtrt.specs import BenchTask, Precision
@@ -35,6 +37,13 @@ class Runner:
     variant: str | None
     baseline: Baseline | None
     asked: bool
+
+    @property
+    def code(self) -> str | None:
+        """The Python that makes the baseline; None for what is no baseline."""
+        if self.baseline is None:
+            return None
+        return code_of(self.baseline, self.precision, registry.get(NATIVE).device())
 
     @property
     def title(self) -> str:
@@ -191,8 +200,13 @@ class BenchReport:
             "command": self.command,
             "model": self.model,
             "best_batch": self.best_batches(),
+            "code": self.code(),
             "rows": [row.to_json() for row in self.rows],
         }
+
+    def code(self) -> dict[str, str]:
+        """The Python of each baseline, by its title."""
+        return {row.runner.title: code for row in self.rows if (code := row.runner.code) is not None}
 
     def remarks(self) -> list[str]:
         """What the table does not show: the best batch, why rows failed, and who counted the energy."""
@@ -209,7 +223,8 @@ class BenchReport:
         machine = ", ".join(gpu["name"] for gpu in self.host["gpus"]) or self.host["processor"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         notes = "".join(f"- {line}\n" for line in self.remarks())
-        return f"# sdtrt bench\n\n`{self.command}`\n\n{machine}; {versions}\n\n{table}\n{notes}"
+        code = "".join(f"\n## {title}\n\n```python\n{text}```\n" for title, text in self.code().items())
+        return f"# sdtrt bench\n\n`{self.command}`\n\n{machine}; {versions}\n\n{table}\n{notes}{code}"
 
     def chart(self) -> Image.Image:
         """Seconds of each row as bars, one group for each request."""

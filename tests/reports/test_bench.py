@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib.util
+import inspect
 import json
 import os
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -34,9 +38,10 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import engines, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.pipeline.facades import UNetFacade
-from sdtrt.reports import bench_baselines, bench_parts, meters
+from sdtrt.reports import bench_baselines, bench_compile, bench_parts, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
+from sdtrt.reports.bench_compile import FORMS
 from sdtrt.reports.bench_report import COLUMNS, BenchReport, Measured, Row, Runner
 from sdtrt.reports.energy import EnergyMeter, PowerLog
 from sdtrt.reports.meters import MemoryMeter, Timing, time_calls
@@ -290,6 +295,7 @@ def test_json_markdown_and_a_chart_are_written(spec, directory, tmp_path):
     text = (spec.output / "bench.md").read_text()
     assert "`sdtrt bench --repeats 1`" in text
     assert text.count("\n| txt2img |") == 2
+    assert "\n## torch fp32 (TF32 off)\n\n```python\npipe = DiffusionPipeline." in text
     pixels = np.asarray(Image.open(spec.output / "bench.png").convert("RGB")).astype(int)
     green = (np.abs(pixels - [0x2F, 0x7D, 0x4F]).sum(-1) == 0).sum(0)
     grey = (np.abs(pixels - [0xA9, 0xB4, 0xC0]).sum(-1) == 0).sum(0)
@@ -336,6 +342,41 @@ def test_a_backend_that_there_is_not_is_a_usage_error(spec, directory):
 
 def test_every_baseline_has_its_description():
     assert set(BASELINES) == set(BASELINE_NAMES)
+
+
+@pytest.mark.parametrize("name", BASELINE_NAMES)
+def test_the_code_of_a_baseline_is_python_and_its_own(name):
+    """What the report shows is what runs: the form's own source, with all that it calls."""
+    text = bench_baselines.code_of(BASELINES[name], "fp16", "cuda")
+    tree = ast.parse(text)
+    assert text.startswith("pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float16).to")
+    assert f"allow_tf32 = {name == 'torch-tf32'}" in text
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    form = FORMS.get(name)
+    assert form is None or inspect.getsource(form) in text
+    assert ("compile_others" in functions) == (name in {"torch-compile", "torch-compile-max", "torch-compile-regional"})
+    assert ("capture_graph" in functions) == (form is not None and name != "torch-compile-unet")
+
+
+def test_a_form_changes_what_its_code_says(monkeypatch):
+    """Each form on a real pipeline's parts, PyTorch's compiler noted in the place of run."""
+    compiled, graphs = [], []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
+    for name in ("torch-graph", "torch-compile", "torch-compile-max", "torch-compile-unet"):
+        unet, vae, text = small_unet("sd1"), AutoencoderKL(), torch.nn.Linear(2, 2)
+        pipe = SimpleNamespace(unet=unet, vae=vae, text_encoder=text)
+        graphed = partial(lambda name, forward: graphs.append(name) or forward, name)
+        bench_compile.compile_pipeline(pipe, name, torch.device("cuda"), graphed)
+        assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert hasattr(unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv") == (
+            name in ("torch-compile", "torch-compile-max")
+        )
+    assert graphs == ["torch-graph", "torch-compile", "torch-compile-max"]
+    strong, tuned, alone = compiled[0], compiled[4], compiled[8]
+    assert len(compiled) == 9
+    assert strong == {"fullgraph": True, "dynamic": False}
+    assert tuned == {**strong, "mode": "max-autotune-no-cudagraphs"}
+    assert alone == {"mode": "default", "dynamic": False}
 
 
 # The CUDA graph around PyTorch's UNet (its capture runs on GPUs only; what is around it runs here)
@@ -633,6 +674,16 @@ def test_the_command_prints_a_table_or_json(run):
         ("img2img", 2),
     ]
     assert report["command"].startswith("sdtrt bench --steps 2")
+
+
+def test_the_code_of_the_baselines_is_printed_without_a_measurement(run):
+    code, out, err = run("--show-baselines", "--baselines", "torch-compile,torch-fp32", "--quiet", "--model", "nowhere")
+    assert (code, err) == (0, "")
+    assert out.startswith("# torch fp32 (torch.compile of all parts, fused QKV, channels last, one graph)\npipe = ")
+    assert "torch.compile(pipe.unet.forward, fullgraph=True, dynamic=False)" in out
+    code, out, err = run("--show-baselines", "--baselines", "torch-fp32", "--json")
+    loaded = 'pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32).to("cpu")\n'
+    assert json.loads(out) == {"torch fp32 (TF32 off)": loaded}
 
 
 def test_a_backend_that_can_not_run_is_exit_1_with_the_table(run):
