@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -121,8 +122,9 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
     if on_gpu:
         missing = {"torch-compile-max", "torch-compile-regional", "torch-compile-unet"}
         missing |= set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"}
+        missing |= set() if find_spec("torch_tensorrt") else {"torch-tensorrt"}
         chosen = [found for found in BASELINES.values() if found.name not in missing]
-        why = "the other forms of torch.compile are slower or tune for minutes; ONNX Runtime's needs onnxruntime-gpu"
+        why = "other forms of torch.compile are slower or tune for minutes; others need onnxruntime-gpu, torch-tensorrt"
     left_out = [found.name for found in BASELINES.values() if found not in chosen]
     console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines all, or their names, asks for them")
     return chosen

@@ -71,6 +71,7 @@ BASELINES: dict[BaselineName, Baseline] = {
         Baseline("torch-compile-max", "torch", "fp16", "the same, max-autotune", "its kernels are the GPU's"),
         Baseline("torch-compile-regional", "torch", "fp16", "the same, of repeated blocks"),
         Baseline("torch-compile-unet", "torch", "fp16", "torch.compile of the UNet, reduce-overhead"),
+        Baseline("torch-tensorrt", "torch", "fp16", "Torch-TensorRT of the UNet", "TensorRT needs a GPU"),
         Baseline("onnxruntime-cuda", "onnxruntime", "fp16", "CUDA, attentions fused", "its CUDA provider needs a GPU"),
     )
 }

@@ -74,12 +74,21 @@ def compiled_unet(pipe: Any, graphed: Graphed) -> None:
     pipe.unet.forward = call
 
 
+def compiled_by_tensorrt(pipe: Any, graphed: Graphed) -> None:
+    """The UNet alone, as Torch-TensorRT's own example has it; the precision is the weights' own."""
+    import torch_tensorrt  # noqa: F401  # it gives PyTorch's compiler the backend
+
+    options: dict[str, Any] = {"truncate_double": True, "use_explicit_typing": True}
+    pipe.unet.forward = torch.compile(pipe.unet.forward, backend="torch_tensorrt", dynamic=False, options=options)
+
+
 FORMS: Mapping[BaselineName, Form] = {
     "torch-graph": in_a_graph,
     "torch-compile": compiled,
     "torch-compile-max": compiled_and_tuned,
     "torch-compile-regional": compiled_by_blocks,
     "torch-compile-unet": compiled_unet,
+    "torch-tensorrt": compiled_by_tensorrt,
 }
 
 

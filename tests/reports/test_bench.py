@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -344,6 +344,9 @@ def test_every_baseline_has_its_description():
     assert set(BASELINES) == set(BASELINE_NAMES)
 
 
+GRAPHED = ("torch-compile", "torch-compile-max", "torch-compile-regional")
+
+
 @pytest.mark.parametrize("name", BASELINE_NAMES)
 def test_the_code_of_a_baseline_is_python_and_its_own(name):
     """What the report shows is what runs: the form's own source, with all that it calls."""
@@ -354,8 +357,9 @@ def test_the_code_of_a_baseline_is_python_and_its_own(name):
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     form = FORMS.get(name)
     assert form is None or inspect.getsource(form) in text
-    assert ("compile_others" in functions) == (name in {"torch-compile", "torch-compile-max", "torch-compile-regional"})
-    assert ("capture_graph" in functions) == (form is not None and name != "torch-compile-unet")
+    assert ("compile_others" in functions) == (name in GRAPHED)
+    assert ("capture_graph" in functions) == (form is not None and "graphed(" in text)
+    assert ("capture_graph" in functions) == (name in {"torch-graph", *GRAPHED})
 
 
 def test_a_form_changes_what_its_code_says(monkeypatch):
@@ -377,6 +381,19 @@ def test_a_form_changes_what_its_code_says(monkeypatch):
     assert strong == {"fullgraph": True, "dynamic": False}
     assert tuned == {**strong, "mode": "max-autotune-no-cudagraphs"}
     assert alone == {"mode": "default", "dynamic": False}
+
+
+def test_torch_tensorrt_compiles_the_unet_in_its_own_precision(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append((forward, options)) or forward)
+    unet = small_unet("sd1")
+    before = unet.forward
+    bench_compile.compile_pipeline(SimpleNamespace(unet=unet), "torch-tensorrt", torch.device("cuda"), None)
+    ((forward, options),) = asked
+    assert forward == before
+    assert options["backend"] == "torch_tensorrt"
+    assert "enabled_precisions" not in options["options"]  # beside explicit types, fp16 among them is refused
 
 
 # The CUDA graph around PyTorch's UNet (its capture runs on GPUs only; what is around it runs here)
@@ -738,6 +755,9 @@ def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
 
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs Triton")
+NEEDS_TORCH_TENSORRT = pytest.mark.skipif(
+    importlib.util.find_spec("torch_tensorrt") is None, reason="needs torch-tensorrt"
+)
 NEEDS_PROVIDER = pytest.mark.skipif(
     not bench_baselines.has_provider(bench_baselines.CUDA_PROVIDER), reason="needs onnxruntime-gpu"
 )
@@ -746,6 +766,7 @@ ON_A_GPU = (
     pytest.param("torch-compile", marks=NEEDS_TRITON),
     pytest.param("torch-compile-regional", marks=NEEDS_TRITON),
     pytest.param("torch-compile-unet", marks=NEEDS_TRITON),
+    pytest.param("torch-tensorrt", marks=NEEDS_TORCH_TENSORRT),
     pytest.param("onnxruntime-cuda", marks=NEEDS_PROVIDER),
 )
 
