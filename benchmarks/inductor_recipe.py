@@ -282,7 +282,11 @@ def main() -> None:
 def time_all(case: Case, args: argparse.Namespace) -> None:
     """Time variants, and write the report after each."""
     exact = exact_outputs(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    report = {"command": shlex.join(["python", *sys.argv]), "host": host.facts(), "versions": host.library_versions()}
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "host": host.facts(),
+        "versions": host.library_versions(),
+    }
     report |= {"component": args.component, "precision": args.precision, "sizes": str(case.sizes)}
     report |= {"pytorch_relative_l2": exact.pytorch, "rows": []}
     for name in args.variants:

@@ -28,6 +28,7 @@ from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
+from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.pipeline.watch import refuse_changes
 from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Precision, check_choice, check_size
@@ -57,7 +58,8 @@ def accelerate(
     engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
     A second call adds engines for its size; with another backend or precision, or after weights were changed, it
     replaces them. Changed weights raise an `EngineError` at the next picture; `inductor`, whose engines hold none,
-    takes them. Threads need schedulers and tokenizers of their own.
+    takes them. Threads need schedulers and tokenizers of their own. On a GPU the scheduler keeps its timesteps on the
+    CPU, where its tables are: no step waits for the GPU then. One that is set later does so after a second call.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting (4-channel UNet).
@@ -109,6 +111,7 @@ def restore(pipe: PipeT) -> PipeT:
     with _CHANGING:
         for swapped in swapped_of(pipe).values():
             swapped.close()
+        let_go(getattr(pipe, "scheduler", None))
     return pipe
 
 
@@ -243,6 +246,8 @@ def _swap(pipe: Any, plan: _Plan) -> None:
         one.settings = settings
     for one in new.values():
         one.attach()
+    if settings.device.type == "cuda":
+        keep_on_host(pipe.scheduler)
 
 
 def _park(parts: Iterable[Swapped]) -> None:

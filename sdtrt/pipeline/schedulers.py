@@ -98,6 +98,13 @@ def keep_on_host(scheduler: Any) -> None:
         scheduler.__class__ = _on_host(own)
 
 
+def let_go(scheduler: Any) -> None:
+    """Undo `keep_on_host`: the scheduler is of its own class again."""
+    own = type(scheduler)
+    if issubclass(own, _OnHost):
+        scheduler.__class__ = own.__mro__[1]
+
+
 class _OnHost:
     """What marks the classes that `_on_host` makes."""
 

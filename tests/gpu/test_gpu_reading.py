@@ -17,6 +17,7 @@ def test_a_gpu_adds_as_the_host_does_and_its_stream_goes_on():
     dtypes = [torch.float16] * len(tensors)
     expected = block_sums(tensors, dtypes)
     there = [tensor if number == 1 else tensor.cuda() for number, tensor in enumerate(tensors)]
+    Reading(there, dtypes).wait()  # the first memory of its kind is waited for, as long as the GPU computes
     busy = torch.randn(8192, 8192, device="cuda")
     for _ in range(20):
         busy = busy @ busy

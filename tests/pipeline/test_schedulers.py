@@ -14,7 +14,7 @@ from factories import small_unet
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
 from sdtrt.pipeline.scheduler_checks import check_steps
-from sdtrt.pipeline.schedulers import Settings, keep_on_host, make_scheduler, with_noise
+from sdtrt.pipeline.schedulers import Settings, keep_on_host, let_go, make_scheduler, with_noise
 from sdtrt.specs import SCHEDULERS, NoiseSpec
 
 STORED = {
@@ -444,6 +444,16 @@ def test_a_wrong_call_is_the_schedulers_own_error():
     for wrong in ({}, {"num_inference_steps": 3, "sigma": [1.0]}):
         with pytest.raises(TypeError, match=r"num_inference_steps|sigma"):
             scheduler.set_timesteps(**wrong)
+
+
+def test_a_scheduler_that_is_let_go_is_of_its_own_class_again():
+    scheduler = make_scheduler("euler", SD1)
+    keep_on_host(scheduler)
+    assert type(scheduler) is not diffusers.EulerDiscreteScheduler
+    let_go(scheduler)
+    assert type(scheduler) is diffusers.EulerDiscreteScheduler
+    let_go(scheduler)
+    assert type(scheduler) is diffusers.EulerDiscreteScheduler
 
 
 def test_a_scheduler_that_knows_no_devices_stays_as_it_is():
