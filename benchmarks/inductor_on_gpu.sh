@@ -59,15 +59,20 @@ fixed() { # NAME MODEL SIDE BATCHES OPTION...: the engines of a picture, or of s
     done
 }
 
+anonymous() { # a report without the machine's own paths
+    sed -e "s#$out#FOLDER#g"
+}
+
 bench() { # NAME MODEL STEPS BASELINES OPTION...
     run "$1" "$python" -m sdtrt bench --model "$2" --backend inductor --steps "${STEPS:-$3}" --baselines "$4" --no-build \
         --overwrite --output "$out/reports/$1" "${@:5}"
-    [ ! -e "$out/reports/$1/bench.json" ] || cp "$out/reports/$1/bench.json" "$out/reports/$1-h200.json"
+    [ ! -e "$out/reports/$1/bench.json" ] || anonymous <"$out/reports/$1/bench.json" >"$out/reports/$1-h200.json"
 }
 
 packages() { # NAME MODEL SIDE BATCHES OPTION...
     run "$1" "$python" benchmarks/packages.py --model "$2" --height "$3" --width "$3" --batches "$4" \
-        --engine-dir "$out/engines" --changes "$changes" --output "$out/reports/$1-h200.json" "${@:5}"
+        --engine-dir "$out/engines" --changes "$changes" --output "$out/reports/$1.json" "${@:5}"
+    [ ! -e "$out/reports/$1.json" ] || anonymous <"$out/reports/$1.json" >"$out/reports/$1-h200.json"
 }
 
 stage() {
