@@ -3,13 +3,14 @@
     python scripts/doc_tables.py            # rewrite the marked blocks
     python scripts/doc_tables.py --check    # exit 1 where a block and its source disagree
 
-A block is what lies between `<!-- table: NAME -->` and `<!-- /table -->`. Two names are special:
+A block is what lies between `<!-- KIND: NAME -->` and `<!-- /table -->`. Its sources are reports
+`benchmarks/NAME.json`; a block without any says that nothing was measured. The kinds are:
 
-- `front` is the README's short comparison. `FRONT` says from which reports its rows are.
-- `failures` is the table of errors. Its source is SECURITY.md's table, which a test makes true.
-
-The source of every other block is the report `benchmarks/NAME.json`, as `benchmarks/founding.py` and
-`sdtrt bench --output` write it. A block without a report says that nothing was measured.
+- `table`: whole calls, one line a request, as `benchmarks/founding.py` and `sdtrt bench --output` write them. Two names
+  are special. `front` is the README's short comparison; `FRONT` says from which reports its rows are. `failures` is the
+  table of errors; its source is SECURITY.md's table, which a test makes true.
+- `rows`: such reports, several where several names are given; one line for all that is known of a row.
+- `engine`: what `benchmarks/packages.py` writes: figures of an engine, and the steps of several.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<kind>table|rows|engine): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
 UNMEASURED = "Not measured yet.\n"
 # The rows of the README's comparison: title, report, and the baseline there; None is what sdtrt itself ran.
@@ -100,14 +101,101 @@ def table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, of which the first line is the head."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+
+def number(value: float | None, form: str, factor: float = 1) -> str:
+    """A figure in another unit, or that there is none."""
+    return "–" if value is None else format(value * factor, form)
+
+
+def all_rows(rows: Sequence[Row]) -> str:
+    """One line a row: with what a call costs, and of what was asked for, how long it takes beside the best baseline."""
+    head = ["task", "size", "steps", "batch", "what", "call, s", "images/s", "UNet step, ms", "J/image", "peak, GB"]
+    lines = [[*head, "beside the fastest baseline"]]
+    for row in rows:
+        task, width, height, steps, batch = request_of(row)
+        asked = row.get("baseline", ...) is None
+        name = f"**{title(runner_of(row))}**" if asked else title(runner_of(row))
+        times = [seconds(row), number(row.get("images_per_s"), ".2f"), milliseconds(row.get("unet_step_ms"))]
+        costs = [number(joules(row), ".1f"), number(row.get("peak_bytes"), ".1f", 1e-9)]
+        beside = number(beside_baselines(row, rows), ".2f") if asked else ""
+        lines.append([task, f"{width}×{height}", str(steps), str(batch), name, *times, *costs, beside])
+    return markdown(lines)
+
+
+def joules(row: Row) -> float | None:
+    """Of one image; older reports have those of a call alone."""
+    of_call = row.get("energy_j")
+    image: float | None = row.get("energy_per_image_j") or (of_call and of_call / row["batch"])
+    return image
+
+
+def beside_baselines(row: Row, rows: Sequence[Row]) -> float | None:
+    """How long a call takes, as a multiple of the fastest baseline's at the same request; None without such."""
+    same = [one for one in rows if request_of(one) == request_of(row) and one.get("latency_s") and one.get("baseline")]
+    if not same or not row.get("latency_s"):
+        return None
+    return float(row["latency_s"]["median"] / min(one["latency_s"]["median"] for one in same))
+
+
+def engine_figures(report: Mapping[str, Any]) -> list[list[str]]:
+    """What one engine costs and keeps, of the parts that were measured."""
+    lines = []
+    if build := report.get("build"):
+        lines += [["built in, s", number(build["build_s"], ".0f")]]
+        lines += [["package, MB", number(build["package_bytes"], ".1f", 1e-6)]]
+    if opened := report.get("open"):
+        lines += [["opened with its weights, s", number(opened["open_s"]["median"], ".2f")]]
+        lines += [["opened without, s", number(opened["without_weights_s"]["median"], ".2f")]]
+        lines += [["first run, s", number(opened["first_run_s"]["median"], ".2f")]]
+    for row in (report.get("checkpoints") or {}).get("checkpoints", ()):
+        engine, own = row["engine"]["relative_l2"], row["eager"]["relative_l2"]
+        name = f"error with {row['checkpoint']}; PyTorch's own"
+        lines += [[name, f"{engine:.1e}; {own:.1e} (cosine {row['engine']['cosine']:.6f})"]]
+    if changes := report.get("changes"):
+        lines += change_figures(changes)
+    if "parameters" in (each := report.get("parameters") or {}):
+        followed = each["parameters"] - len(each["not_followed"])
+        lines += [["parameters followed, each changed alone", f"{followed} of {each['parameters']}"]]
+    return lines
+
+
+def change_figures(changes: Mapping[str, Any]) -> list[list[str]]:
+    """What a change of weights costs, and what many of them leave behind."""
+    file, memory = changes["from_file_s"], changes["from_memory_s"]
+    grown = [f"{name} {one['growth']:.2%}" for name, one in changes["memory"].items() if one["growth"] is not None]
+    back = "equal to the last bit" if changes["a_is_back_to_the_last_bit"] else "**another one**"
+    return [
+        ["weights changed from a file, s: median, most", f"{file['median']:.2f}, {max(file['samples']):.2f}"],
+        ["weights changed from the device's memory, s", f"{memory['median']:.4f}"],
+        [f"first output after {changes['changes']} changes", back],
+        ["growth of memory after the first tenth of them", ", ".join(grown)],
+    ]
+
+
+def engine_steps(rows: Sequence[Row]) -> str:
+    """Milliseconds of a step: a line an engine, a column a size."""
+    sizes = list(dict.fromkeys((row["batch"], row["width"], row["height"]) for row in rows if "batch" in row))
+    lines = [["engine for", *(f"{batch} rows, {width}×{height}, ms" for batch, width, height in sizes)]]
+    for profile in dict.fromkeys(row["profile"] for row in rows):
+        own = [row for row in rows if row["profile"] == profile and not row.get("error")]
+        found = {(row["batch"], row["width"], row["height"]): row["step_ms"] for row in own}
+        lines.append([profile, *(milliseconds(found.get(size)) for size in sizes)])
+    return markdown(lines)
+
+
 def origin(report: Mapping[str, Any], path: str) -> str:
     """Where the figures are from: machine, versions, command, file."""
     host, versions = report["host"], report["versions"]
     machine = ", ".join(gpu["name"] for gpu in host.get("gpus", ())) or host["processor"]
     driver = [f"driver {versions['driver']}"] if versions.get("driver") else []
-    used = [*dict.fromkeys([*(row["backend"] for row in report["rows"]), "torch"]), "diffusers"]
+    used = [*dict.fromkeys([*(row.get("backend", "torch") for row in report.get("rows", ())), "torch"]), "diffusers"]
     shown = [f"{name} {versions[name]}" for name in used if versions.get(name)]
-    return f"Medians. {', '.join([machine, *driver, *shown])}; `{report['command']}`; [raw figures]({path}).\n"
+    how = f"`{report['command']}`" if report["command"] else report["note"]
+    return f"Medians. {', '.join([machine, *driver, *shown])}; {how}; [raw figures]({path}).\n"
 
 
 def front_comparison(root: Path) -> str:
@@ -146,8 +234,35 @@ def table_of(name: str, page: Path, root: Path) -> str:
     return f"\n{table(report['rows'])}\n{origin(report, link)}\n"
 
 
-def block(name: str, page: Path, root: Path) -> str:
+def rows_of(names: Sequence[str], page: Path, root: Path) -> str:
+    """The rows of several reports in one table, and where each is from; those that there are."""
+    paths = [path for name in names if (path := root / "benchmarks" / f"{name}.json").exists()]
+    if not paths:
+        return UNMEASURED
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    pairs = zip(reports, paths, strict=True)
+    sources = "\n".join(origin(report, os.path.relpath(path, page.parent)) for report, path in pairs)
+    return f"\n{all_rows([row for report in reports for row in report['rows']])}\n{sources}\n"
+
+
+def engine_of(name: str, page: Path, root: Path) -> str:
+    """The tables of a report of `benchmarks/packages.py`."""
+    path = root / "benchmarks" / f"{name}.json"
+    if not path.exists():
+        return UNMEASURED
+    report = json.loads(path.read_text(encoding="utf-8"))
+    head = [f"{report['model']}: {report['component']}, {report['precision']}", ""]
+    steps = f"{engine_steps(report['rows'])}\n" if report.get("rows") else ""
+    link = os.path.relpath(path, page.parent)
+    return f"\n{markdown([head, *engine_figures(report)])}\n{steps}{origin(report, link)}\n"
+
+
+def block(kind: str, name: str, page: Path, root: Path) -> str:
     """What a block of a page must hold."""
+    if kind == "rows":
+        return rows_of(name.split(), page, root)
+    if kind == "engine":
+        return engine_of(name, page, root)
     if name == "front":
         return front_comparison(root)
     if name == "failures":
@@ -157,7 +272,7 @@ def block(name: str, page: Path, root: Path) -> str:
 
 def rewritten(text: str, page: Path, root: Path) -> str:
     """A page with every block made anew."""
-    return BLOCK.sub(lambda match: f"{match[1]}{block(match['name'], page, root)}{match[4]}", text)
+    return BLOCK.sub(lambda match: f"{match[1]}{block(match['kind'], match['name'], page, root)}{match[4]}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_python(*arguments, **variables):
+def run_python(*arguments, timeout_s=240, **variables):
     """Run Python; it must end well."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": paths, **variables}
     command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

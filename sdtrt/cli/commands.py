@@ -217,8 +217,12 @@ def bench(
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
     spec = options.spec(model.spec(), backend, noise.spec())
     with quick_imports():
-        from sdtrt.reports.bench import run_bench
+        from sdtrt.reports.bench import baselines_code, run_bench
 
+    if options.show_baselines:
+        code = baselines_code(spec, output.console())
+        render([f"# {title}\n{text}" for title, text in code.items()], code, output)
+        return
     report = run_bench(spec, directory.directory(), output.console(), command_line("sdtrt", *sys.argv[1:]))
     show(report, output)
     report.check()

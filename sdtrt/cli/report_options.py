@@ -104,6 +104,9 @@ class BenchOptions:
             help=f"what to compare with: {', '.join(BASELINES)}; auto: what suits this machine without long tuning",
         ),
     ] = "auto"
+    show_baselines: Annotated[
+        bool, Option("--show-baselines", help="print the Python that makes each of them, and measure nothing")
+    ] = False
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     strength: Annotated[float, Option(help="of img2img: the share of the steps that run")] = DEFAULT_STRENGTH

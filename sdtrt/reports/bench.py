@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.reports.bench_parts import parts_of, time_component
 from sdtrt.reports.bench_report import BenchReport, Measured, Row, Runner
+from sdtrt.reports.energy import EnergyMeter
 from sdtrt.reports.meters import MemoryMeter, tf32, time_calls
 from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, BenchTask, Precision
 
@@ -72,6 +74,8 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
         ]
     versions = _versions(runners[0])
     report = BenchReport(tuple(rows), facts, versions, command, spec.model.name)
+    if None in report.energy_sources:
+        console.note("no joules an image: nobody counts a CPU's energy, nor this GPU's")
     if spec.output is not None:
         for path in saving.write_files(spec.output, _files(report), overwrite=spec.overwrite):
             console.note(f"wrote {path}")
@@ -98,6 +102,11 @@ def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
 
 
+def baselines_code(spec: BenchSpec, console: Console) -> dict[str, str]:
+    """The Python of each baseline of a request, by its title. Nothing is measured, and no model is looked for."""
+    return {runner.title: runner.code or "" for runner in map(_baseline_runner, _baselines(spec, console))}
+
+
 def _baseline_runner(baseline: Baseline) -> Runner:
     """A CPU computes in fp32, whatever a baseline's precision is on a GPU."""
     precision: Precision = baseline.precision if torch_sees_gpu() else "fp32"
@@ -113,8 +122,9 @@ def _baselines(spec: BenchSpec, console: Console) -> list[Baseline]:
     if on_gpu:
         missing = {"torch-compile-max", "torch-compile-regional", "torch-compile-unet"}
         missing |= set() if has_provider(CUDA_PROVIDER) else {"onnxruntime-cuda"}
+        missing |= set() if find_spec("torch_tensorrt") else {"torch-tensorrt"}
         chosen = [found for found in BASELINES.values() if found.name not in missing]
-        why = "the other forms of torch.compile are slower or tune for minutes; ONNX Runtime's needs onnxruntime-gpu"
+        why = "other forms of torch.compile are slower or tune for minutes; others need onnxruntime-gpu, torch-tensorrt"
     left_out = [found.name for found in BASELINES.values() if found not in chosen]
     console.note(f"baselines left out: {', '.join(left_out)} ({why}); --baselines all, or their names, asks for them")
     return chosen
@@ -222,16 +232,17 @@ class _Bench:
             with meter.watching():
                 for _ in range(self.spec.warmups - 1):
                     call()
-            energy = meters.energy_joules(device)
-            latency = time_calls(call, self.spec.repeats, device)
-            used = meters.energy_joules(device)
+            energy = EnergyMeter(device)
+            with energy.watching():
+                latency = time_calls(call, self.spec.repeats, device)
             meter.read()
             memory, peak = meter.to_json(), meter.peak_bytes
             components = {name: time_component(part, device) for name, part in parts_of(opened).items()}
             unet_calls = pipeline_call.count_unet_calls(opened)
-        joules = None if energy is None or used is None else (used - energy) / self.spec.repeats
+        joules = None if energy.joules is None else energy.joules / self.spec.repeats
         engine = None if opened.entry is None else engine_facts(opened.entry)
-        return Measured(device_name(device), latency, components, unet_calls, memory, peak, joules, engine)
+        name = device_name(device)
+        return Measured(name, latency, components, unet_calls, memory, peak, joules, engine, energy.source)
 
     @contextmanager
     def _open(self, runner: Runner, pipeline_spec: PipelineSpec) -> Iterator[OpenPipeline]:

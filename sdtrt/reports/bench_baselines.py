@@ -5,6 +5,7 @@ What they do to a UNet is done on its one instance; diffusers itself stays as it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +29,11 @@ from sdtrt.models.components import contract_of
 from sdtrt.pipeline.facades import UNetFacade
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.reports.bench_compile import COMPILED, compile_pipeline
+from sdtrt.reports import bench_compile
+from sdtrt.reports.bench_compile import FORMS, compile_pipeline
 from sdtrt.reports.meters import tf32
 from sdtrt.specs import BaselineName, ExportSpec, Precision
-from sdtrt.specs.contract import Contract
+from sdtrt.specs.contract import DTYPES, Contract
 
 WARMUPS_BEFORE_CAPTURE = 3  # PyTorch's own recipe: libraries choose algorithms and allocate workspaces at first
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -69,6 +71,7 @@ BASELINES: dict[BaselineName, Baseline] = {
         Baseline("torch-compile-max", "torch", "fp16", "the same, max-autotune", "its kernels are the GPU's"),
         Baseline("torch-compile-regional", "torch", "fp16", "the same, of repeated blocks"),
         Baseline("torch-compile-unet", "torch", "fp16", "torch.compile of the UNet, reduce-overhead"),
+        Baseline("torch-tensorrt", "torch", "fp16", "Torch-TensorRT of the UNet", "TensorRT needs a GPU"),
         Baseline("onnxruntime-cuda", "onnxruntime", "fp16", "CUDA, attentions fused", "its CUDA provider needs a GPU"),
     )
 }
@@ -89,12 +92,28 @@ def open_baseline(
             yield opened
         return
     with tf32(baseline.tf32), open_pipeline(spec, directory, console) as opened:
-        if baseline.name == "torch-graph":
-            unet = opened.pipe.unet.to(memory_format=torch.channels_last)
-            unet.forward = GraphedForward(unet.forward)
-        elif baseline.name in COMPILED:
+        if baseline.name in FORMS:
             compile_pipeline(opened.pipe, baseline.name, spec.device, GraphedForward)
         yield opened
+
+
+def code_of(baseline: Baseline, precision: Precision, device: str) -> str:
+    """The Python that makes a baseline of a diffusers pipeline: its own functions, as they run here.
+
+    Args:
+        precision: that it computes in here: on a CPU all do in fp32.
+        device: its type.
+    """
+    dtype = DTYPES[precision]
+    lines = [f'pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.{dtype}).to("{device}")']
+    if device == "cuda":
+        lines.append(f"torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = {baseline.tf32}")
+    parts = [bench_compile.code_of(baseline.name)]
+    if baseline.name == "onnxruntime-cuda":
+        parts = [inspect.getsource(_open_onnxruntime)]
+    if "graphed" in parts[0].partition("\n")[2]:  # beyond its arguments
+        parts.append(inspect.getsource(capture_graph))
+    return "\n\n\n".join(["\n".join(lines), *(part.rstrip() for part in parts if part)]) + "\n"
 
 
 class GraphedForward:

@@ -8,16 +8,22 @@ from typing import Any
 
 from PIL import Image
 
+from sdtrt.backends import registry
+from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
 from sdtrt.reports import charts
-from sdtrt.reports.bench_baselines import Baseline
+from sdtrt.reports.bench_baselines import Baseline, code_of
+from sdtrt.reports.energy import POWER
 from sdtrt.reports.meters import Timing
 from sdtrt.specs import BenchTask, Precision
 
 MIB = 2**20
 
-COLUMNS = ("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "speed-up")
+COLUMNS = (
+    *("task", "size", "steps", "batch", "what", "median s", "p90 s", "images/s", "UNet ms", "peak MiB", "J/image"),
+    "speed-up",
+)
 
 SHARED = 3  # columns that all rows of a task have in common
 
@@ -31,6 +37,13 @@ class Runner:
     variant: str | None
     baseline: Baseline | None
     asked: bool
+
+    @property
+    def code(self) -> str | None:
+        """The Python that makes the baseline; None for what is no baseline."""
+        if self.baseline is None:
+            return None
+        return code_of(self.baseline, self.precision, registry.get(NATIVE).device())
 
     @property
     def title(self) -> str:
@@ -49,6 +62,7 @@ class Measured:
         memory: peaks in bytes while generating; `peak_bytes` is that of the device that computes.
         energy_joules: of one pipeline call, all of the GPU; None where nobody counts.
         engine: name and key of the engine's entry.
+        energy_source: who counted: the GPU's `counter`, or its `power` over time; None where nobody did.
     """
 
     device: str
@@ -59,6 +73,7 @@ class Measured:
     peak_bytes: int
     energy_joules: float | None
     engine: Mapping[str, str] | None
+    energy_source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,13 @@ class Row:
     def images_per_second(self) -> float | None:
         """By the median call."""
         return None if self.measured is None else self.batch / self.measured.latency.median
+
+    @property
+    def energy_per_image(self) -> float | None:
+        """In joules; None where nobody counted."""
+        if self.measured is None or self.measured.energy_joules is None:
+            return None
+        return self.measured.energy_joules / self.batch
 
     @property
     def component_share(self) -> float | None:
@@ -114,6 +136,8 @@ class Row:
             "peak_bytes": found and found.peak_bytes,
             "memory": found and dict(found.memory),
             "energy_j": found and found.energy_joules,
+            "energy_per_image_j": self.energy_per_image,
+            "energy_source": found and found.energy_source,
             "speedup": self.speedup,
             "engine": found and found.engine,
             "error": self.error,
@@ -133,6 +157,7 @@ class Row:
             f"{self.batch / found.latency.median:.2f}",
             f"{found.components['unet'].median * 1000:.2f}",
             f"{found.peak_bytes / MIB:.0f}",
+            "–" if self.energy_per_image is None else f"{self.energy_per_image:.1f}",
             "" if self.speedup is None else f"{self.speedup:.2f}×",
         )
 
@@ -152,6 +177,11 @@ class BenchReport:
         """Rows without figures."""
         return tuple(row for row in self.rows if row.measured is None)
 
+    @property
+    def energy_sources(self) -> set[str | None]:
+        """Who counted the energy of the rows; None among them where nobody did."""
+        return {row.measured.energy_source for row in self.rows if row.measured is not None}
+
     def best_batches(self) -> dict[str, int]:
         """The batch size with the most images a second of the backend that was asked for, by task."""
         best: dict[str, Row] = {}
@@ -170,16 +200,21 @@ class BenchReport:
             "command": self.command,
             "model": self.model,
             "best_batch": self.best_batches(),
+            "code": self.code(),
             "rows": [row.to_json() for row in self.rows],
         }
 
+    def code(self) -> dict[str, str]:
+        """The Python of each baseline, by its title."""
+        return {row.runner.title: code for row in self.rows if (code := row.runner.code) is not None}
+
     def remarks(self) -> list[str]:
-        """What the table does not show: the best batch, and why rows failed."""
+        """What the table does not show: the best batch, why rows failed, and who counted the energy."""
         best = self.best_batches() if len({row.batch for row in self.rows}) > 1 else {}
         lines = [f"most images a second in {task}: batch {batch}" for task, batch in best.items()]
-        return lines + [
-            f"failed: {row.task}, batch {row.batch}, {row.runner.title}: {row.error}" for row in self.failures
-        ]
+        lines += [f"failed: {row.task}, batch {row.batch}, {row.runner.title}: {row.error}" for row in self.failures]
+        by_power = POWER in self.energy_sources
+        return lines + (["J/image: the GPU's power over time, as it has no energy counter"] if by_power else [])
 
     def markdown(self) -> str:
         """A table for a README or an issue."""
@@ -188,7 +223,8 @@ class BenchReport:
         machine = ", ".join(gpu["name"] for gpu in self.host["gpus"]) or self.host["processor"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         notes = "".join(f"- {line}\n" for line in self.remarks())
-        return f"# sdtrt bench\n\n`{self.command}`\n\n{machine}; {versions}\n\n{table}\n{notes}"
+        code = "".join(f"\n## {title}\n\n```python\n{text}```\n" for title, text in self.code().items())
+        return f"# sdtrt bench\n\n`{self.command}`\n\n{machine}; {versions}\n\n{table}\n{notes}{code}"
 
     def chart(self) -> Image.Image:
         """Seconds of each row as bars, one group for each request."""

@@ -213,21 +213,37 @@ def driver_version() -> str | None:
 
 def energy_joules(device: torch.device) -> float | None:
     """The energy counter of the device that computes; None where nobody counts, as on CPUs."""
+    uuid = gpu_uuid(device)
+    return None if uuid is None else energy_of(uuid)
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """What NVML knows a GPU by, as CUDA numbers them otherwise: `GPU-1b2c…`; None for a CPU."""
     if device.type != "cuda":
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return energy_of(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
 def energy_of(uuid: str) -> float | None:
     """All that the GPU with this identifier, as in `GPU-1b2c…`, has used since the driver was loaded, in joules.
 
-    CUDA numbers GPUs otherwise than NVML. None where a GPU does not count (before Volta).
+    None where a GPU does not count (before Volta).
     """
+    return _thousandth("nvmlDeviceGetTotalEnergyConsumption", uuid)
+
+
+def power_of(uuid: str) -> float | None:
+    """What the GPU with this identifier uses now, in watts; None where it does not say."""
+    return _thousandth("nvmlDeviceGetPowerUsage", uuid)
+
+
+def _thousandth(function: str, uuid: str) -> float | None:
+    """A figure of NVML for one GPU, which is in thousandths of the unit; None where there is none."""
     if (library := nvml()) is None:
         return None
     try:
-        millijoules: int = library.nvmlDeviceGetTotalEnergyConsumption(library.nvmlDeviceGetHandleByUUID(uuid))
+        found: int = getattr(library, function)(library.nvmlDeviceGetHandleByUUID(uuid))
     except library.NVMLError:
         return None
-    return millijoules / 1000
+    return found / 1000

@@ -28,6 +28,7 @@ BaselineName = Literal[
     "torch-compile-max",
     "torch-compile-regional",
     "torch-compile-unet",
+    "torch-tensorrt",
     "onnxruntime-cuda",
 ]
 

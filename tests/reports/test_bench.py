@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib.util
+import inspect
 import json
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -33,10 +38,12 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import engines, request
 from sdtrt.pipeline import open as pipeline_open
 from sdtrt.pipeline.facades import UNetFacade
-from sdtrt.reports import bench_baselines, bench_parts, meters
+from sdtrt.reports import bench_baselines, bench_compile, bench_parts, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward
-from sdtrt.reports.bench_report import BenchReport, Row, Runner
+from sdtrt.reports.bench_compile import FORMS
+from sdtrt.reports.bench_report import COLUMNS, BenchReport, Measured, Row, Runner
+from sdtrt.reports.energy import EnergyMeter, PowerLog
 from sdtrt.reports.meters import MemoryMeter, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, NoiseSpec, Sizes
@@ -109,6 +116,7 @@ def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
         assert 0 < row["unet_step_ms"] / 1000 < row["latency_s"]["median"]
         assert row["peak_bytes"] > 2**27  # PyTorch alone is more
         assert (row["error"], row["energy_j"], row["device"]) == (None, None, "cpu")
+        assert (row["energy_per_image_j"], row["energy_source"]) == (None, None)
     fast, plain = data["rows"][:2]
     assert (plain["variant"], plain["speedup"]) == ("TF32 off", 1.0)
     assert fast["speedup"] == pytest.approx(plain["latency_s"]["median"] / fast["latency_s"]["median"])
@@ -252,6 +260,7 @@ def test_what_a_cpu_has_no_use_for_is_left_out_and_named(spec, directory, monkey
     run_bench(replace(spec, tasks=("txt2img",), repeats=1), directory, console, "")
     text = next(note for note in console.said if note.startswith("baselines left out"))
     assert all(name in text for name in BASELINE_NAMES if name != "torch-fp32")
+    assert "no joules an image: nobody counts a CPU's energy, nor this GPU's" in console.said
 
 
 def test_the_best_batch_is_that_of_the_asked_backend():
@@ -269,6 +278,8 @@ def test_the_best_batch_is_that_of_the_asked_backend():
 class FakeMeasured:
     """As much of a measurement as a rate needs."""
 
+    energy_source = None
+
     def __init__(self, latency):
         self.latency = latency
 
@@ -284,6 +295,7 @@ def test_json_markdown_and_a_chart_are_written(spec, directory, tmp_path):
     text = (spec.output / "bench.md").read_text()
     assert "`sdtrt bench --repeats 1`" in text
     assert text.count("\n| txt2img |") == 2
+    assert "\n## torch fp32 (TF32 off)\n\n```python\npipe = DiffusionPipeline." in text
     pixels = np.asarray(Image.open(spec.output / "bench.png").convert("RGB")).astype(int)
     green = (np.abs(pixels - [0x2F, 0x7D, 0x4F]).sum(-1) == 0).sum(0)
     grey = (np.abs(pixels - [0xA9, 0xB4, 0xC0]).sum(-1) == 0).sum(0)
@@ -330,6 +342,58 @@ def test_a_backend_that_there_is_not_is_a_usage_error(spec, directory):
 
 def test_every_baseline_has_its_description():
     assert set(BASELINES) == set(BASELINE_NAMES)
+
+
+GRAPHED = ("torch-compile", "torch-compile-max", "torch-compile-regional")
+
+
+@pytest.mark.parametrize("name", BASELINE_NAMES)
+def test_the_code_of_a_baseline_is_python_and_its_own(name):
+    """What the report shows is what runs: the form's own source, with all that it calls."""
+    text = bench_baselines.code_of(BASELINES[name], "fp16", "cuda")
+    tree = ast.parse(text)
+    assert text.startswith("pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float16).to")
+    assert f"allow_tf32 = {name == 'torch-tf32'}" in text
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    form = FORMS.get(name)
+    assert form is None or inspect.getsource(form) in text
+    assert ("compile_others" in functions) == (name in GRAPHED)
+    assert ("capture_graph" in functions) == (form is not None and "graphed(" in text)
+    assert ("capture_graph" in functions) == (name in {"torch-graph", *GRAPHED})
+
+
+def test_a_form_changes_what_its_code_says(monkeypatch):
+    """Each form on a real pipeline's parts, PyTorch's compiler noted in the place of run."""
+    compiled, graphs = [], []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
+    for name in ("torch-graph", "torch-compile", "torch-compile-max", "torch-compile-unet"):
+        unet, vae, text = small_unet("sd1"), AutoencoderKL(), torch.nn.Linear(2, 2)
+        pipe = SimpleNamespace(unet=unet, vae=vae, text_encoder=text)
+        graphed = partial(lambda name, forward: graphs.append(name) or forward, name)
+        bench_compile.compile_pipeline(pipe, name, torch.device("cuda"), graphed)
+        assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert hasattr(unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv") == (
+            name in ("torch-compile", "torch-compile-max")
+        )
+    assert graphs == ["torch-graph", "torch-compile", "torch-compile-max"]
+    strong, tuned, alone = compiled[0], compiled[4], compiled[8]
+    assert len(compiled) == 9
+    assert strong == {"fullgraph": True, "dynamic": False}
+    assert tuned == {**strong, "mode": "max-autotune-no-cudagraphs"}
+    assert alone == {"mode": "default", "dynamic": False}
+
+
+def test_torch_tensorrt_compiles_the_unet_in_its_own_precision(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append((forward, options)) or forward)
+    unet = small_unet("sd1")
+    before = unet.forward
+    bench_compile.compile_pipeline(SimpleNamespace(unet=unet), "torch-tensorrt", torch.device("cuda"), None)
+    ((forward, options),) = asked
+    assert forward == before
+    assert options["backend"] == "torch_tensorrt"
+    assert "enabled_precisions" not in options["options"]  # beside explicit types, fp16 among them is refused
 
 
 # The CUDA graph around PyTorch's UNet (its capture runs on GPUs only; what is around it runs here)
@@ -541,6 +605,63 @@ def test_without_a_driver_there_is_no_energy_and_no_version(monkeypatch):
     assert meters.energy_of("GPU-1b2c") is None
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device that NVML knows."""
+    monkeypatch.setattr(meters, "gpu_uuid", lambda device: "GPU-1b2c")
+    return torch.device("cuda")
+
+
+@pytest.mark.usefixtures("management")
+def test_a_gpus_counter_says_what_was_used_meanwhile(gpu, monkeypatch):
+    counts = iter([12_500, 15_000])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: next(counts))
+    meter = EnergyMeter(gpu)
+    with meter.watching():
+        pass
+    assert (meter.joules, meter.source) == (2.5, "counter")
+
+
+def no_counter(_):
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+@pytest.mark.usefixtures("management")
+def test_without_a_counter_the_power_is_integrated(gpu, monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", no_counter)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda handle: 300_000)
+    meter, start = EnergyMeter(gpu), time.perf_counter()
+    with meter.watching():
+        time.sleep(0.1)
+    assert 30 <= meter.joules <= 300 * (time.perf_counter() - start)
+    assert meter.source == "power"
+
+
+def test_power_that_changes_is_integrated_between_its_moments():
+    log = PowerLog("GPU-1b2c", [(1.0, 100.0), (3.0, 300.0), (3.5, 300.0)])
+    assert log.joules == 2 * 200 + 0.5 * 300
+
+
+@pytest.mark.usefixtures("management")
+def test_a_gpu_that_counts_nothing_has_no_energy(gpu, monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", no_counter)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", no_counter)
+    meter = EnergyMeter(gpu)
+    with meter.watching():
+        pass
+    assert (meter.joules, meter.source) == (None, None)
+
+
+@pytest.mark.parametrize(("source", "remark"), [("counter", []), ("power", ["J/image: the GPU's power over time"])])
+def test_the_energy_of_a_picture_is_in_the_table(source, remark):
+    timings = {"unet": Timing((0.01,))}
+    measured = Measured("GPU", Timing((2.0,)), timings, 1, {}, 2**20, 100.0, None, source)
+    row = Row("txt2img", Runner("tensorrt", "fp16", None, None, True), 50, 512, 512, 8, measured)
+    assert dict(zip(COLUMNS, row.cells(), strict=True))["J/image"] == "12.5"
+    assert row.to_json()["energy_per_image_j"] == 12.5
+    assert [line.split(",")[0] for line in BenchReport((row,), {}, {}, "", "tiny").remarks()] == remark
+
+
 # The command
 
 
@@ -570,6 +691,16 @@ def test_the_command_prints_a_table_or_json(run):
         ("img2img", 2),
     ]
     assert report["command"].startswith("sdtrt bench --steps 2")
+
+
+def test_the_code_of_the_baselines_is_printed_without_a_measurement(run):
+    code, out, err = run("--show-baselines", "--baselines", "torch-compile,torch-fp32", "--quiet", "--model", "nowhere")
+    assert (code, err) == (0, "")
+    assert out.startswith("# torch fp32 (torch.compile of all parts, fused QKV, channels last, one graph)\npipe = ")
+    assert "torch.compile(pipe.unet.forward, fullgraph=True, dynamic=False)" in out
+    code, out, err = run("--show-baselines", "--baselines", "torch-fp32", "--json")
+    loaded = 'pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32).to("cpu")\n'
+    assert json.loads(out) == {"torch fp32 (TF32 off)": loaded}
 
 
 def test_a_backend_that_can_not_run_is_exit_1_with_the_table(run):
@@ -624,6 +755,9 @@ def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
 
 
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs Triton")
+NEEDS_TORCH_TENSORRT = pytest.mark.skipif(
+    importlib.util.find_spec("torch_tensorrt") is None, reason="needs torch-tensorrt"
+)
 NEEDS_PROVIDER = pytest.mark.skipif(
     not bench_baselines.has_provider(bench_baselines.CUDA_PROVIDER), reason="needs onnxruntime-gpu"
 )
@@ -632,6 +766,7 @@ ON_A_GPU = (
     pytest.param("torch-compile", marks=NEEDS_TRITON),
     pytest.param("torch-compile-regional", marks=NEEDS_TRITON),
     pytest.param("torch-compile-unet", marks=NEEDS_TRITON),
+    pytest.param("torch-tensorrt", marks=NEEDS_TORCH_TENSORRT),
     pytest.param("onnxruntime-cuda", marks=NEEDS_PROVIDER),
 )
 

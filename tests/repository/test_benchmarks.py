@@ -3,18 +3,25 @@
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from benchmark_scripts import module, run, run_python
+from factories import SMALLEST, sd1_folder
 from onnx import TensorProto, helper
+
+from sdtrt.backends import registry
+from sdtrt.models.resolve import resolve_model
+from sdtrt.specs import ModelSpec
 
 SIZE = ("--model", "tiny", "--height", "64", "--width", "64")
 
 
-lowering, startup, startup_marks = map(module, ("lowering", "startup", "startup_marks"))
+lowering, packages, startup, startup_marks = map(module, ("lowering", "packages", "startup", "startup_marks"))
 
 
 def graph_of_opset_18(path, *more, **resize):
@@ -109,6 +116,57 @@ def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path):
     assert found["floors"]["torch"]["end"]["median"] < found["floors"]["diffusers"]["end"]["median"]
     assert len(found["imports"]["slowest"]) == 25
     assert str(tmp_path) not in json.dumps({**found, "command": ""})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
+def test_an_inductor_engine_is_measured_with_all_its_promises(tmp_path):
+    """Two engines are compiled: this takes minutes."""
+    model = sd1_folder(tmp_path / "model", **{**SMALLEST["sd1"], "norm_num_groups": 8})
+    report = tmp_path / "report.json"
+    sizes = ("--height", "64", "--width", "64", "--profile", "batch=2:2:4")
+    run("packages.py", "--model", model, *sizes, "--changes", "20", "--output", report, timeout_s=1700)
+    found = json.loads(report.read_text())
+    assert found["errors"] == {}
+    assert [one["what"] for one in found["promises"] if not one["held"] and not one["what"].endswith(", s")] == []
+    assert found["build"]["package_bytes"] == found["build"]["info"]["package_bytes"]
+    assert len(found["open"]["open_s"]["samples"]) == 3
+    checkpoints = {row["checkpoint"]: row for row in found["checkpoints"]["checkpoints"]}
+    assert checkpoints.keys() == {"A", "B", "A+LoRA"}
+    assert all(row["engine"]["cosine"] > 0.999999 for row in checkpoints.values())
+    assert checkpoints["B"]["differs_from_a"] > checkpoints["A+LoRA"]["differs_from_a"] > 1e-3
+    assert found["changes"]["b_differs"]
+    assert len(found["changes"]["from_file_s"]["samples"]) == 3
+    assert found["parameters"]["parameters"] > 100
+    assert [(row["fixed"], row["batch"]) for row in found["rows"]] == [(True, 2), (False, 2), (False, 4)]
+
+
+def test_memory_that_grows_after_the_first_tenth_is_found(packages):
+    assert packages.growth([50, *[100] * 19]) == 0
+    assert packages.growth([10, 90, *[100] * 18]) == 0
+    assert packages.growth([100] * 19 + [102]) == pytest.approx(0.02)
+    assert packages.growth([0] * 20) is None
+
+
+def test_a_lora_changes_the_projections_of_attentions_alone(packages):
+    generator = torch.Generator().manual_seed(0)
+    names = ("a.to_q.weight", "a.to_out.0.weight", "text.q_proj.weight", "a.to_q.bias", "conv.weight")
+    state = {name: torch.randn(32 if name.endswith("bias") else (32, 16), generator=generator) for name in names}
+    merged = packages._with_lora(state, torch.device("cpu"))
+    for name in names[:3]:
+        update = merged[name] - state[name]
+        assert torch.linalg.matrix_rank(update, rtol=1e-4) == packages.LORA_RANK
+        assert update.norm() / state[name].norm() == pytest.approx(0.1, rel=1e-3)
+    assert all(merged[name] is state[name] for name in names[3:])
+
+
+def test_each_batch_has_an_engine_and_each_profile_one_more(packages):
+    asked = SimpleNamespace(height=None, width=96, batches="1,4", profile=["batch=2:2:8", "batch=8"], component="unet")
+    model = resolve_model(ModelSpec("tiny"))
+    found = [str(profile) for profile in packages.profiles_of(asked, model)]
+    rest = "height 128, width 96, tokens 77"
+    assert found == [f"batch 2, {rest}", f"batch 8, {rest}", f"batch 2:2:8, {rest}"]
 
 
 def test_all_that_is_timed_lies_where_its_name_says(startup_marks, tmp_path):

@@ -116,6 +116,89 @@ def test_without_a_report_nothing_is_claimed(project):
     assert run(project, "--check").returncode == 1
 
 
+def bench_row(median, batch=1, backend="inductor", **more):
+    figures = {
+        "images_per_s": batch / median,
+        "energy_per_image_j": 75.25,
+        "peak_bytes": 2_500_000_000,
+        "speedup": None,
+    }
+    return row(backend, "fp16", median, **{"baseline": None, "batch": batch, **figures, **more})
+
+
+ROWS = "# Title\n\n<!-- rows: one two -->\n<!-- /table -->\n"
+
+
+def test_all_rows_of_several_reports_stand_in_one_table(project):
+    (project / "README.md").write_text(ROWS)
+    strong = {"backend": "torch", "variant": "compiled", "baseline": "torch-compile", "energy_per_image_j": None}
+    write(
+        project,
+        report(bench_row(0.32), bench_row(0.4, **strong), bench_row(0.8, **{**strong, "variant": "graph"})),
+        "one",
+    )
+    old = {"energy_per_image_j": None, "energy_j": 602.0}  # of a call, as in reports before there were pictures'
+    write(project, report(bench_row(2.0, 8, steps=20, **old), bench_row(1, **{**strong, "latency_s": None})), "two")
+    assert run(project).returncode == 0
+    text = readme(project)
+    assert "| txt2img | 512×512 | 50 | 1 | **inductor fp16** | 0.320 | 3.12 | 6.40 | 75.2 | 2.5 | 0.80 |\n" in text
+    assert "| txt2img | 512×512 | 50 | 1 | PyTorch fp16 compiled | 0.400 | 2.50 | 8.00 | – | 2.5 |  |\n" in text
+    assert "| txt2img | 512×512 | 20 | 8 | **inductor fp16** | 2.000 | 4.00 | 40.00 | 75.2 | 2.5 | – |\n" in text
+    assert text.count("PyTorch fp16 compiled | failed |") == 1
+    assert text.count("[raw figures](benchmarks/one.json)") == text.count("[raw figures](benchmarks/two.json)") == 1
+    assert run(project, "--check").returncode == 0
+
+
+def test_of_several_reports_those_that_there_are_are_shown(project):
+    (project / "README.md").write_text(ROWS)
+    run(project)
+    assert "Not measured yet." in readme(project)
+    write(project, {**report(bench_row(0.5)), "command": None, "note": "figures as they were written down"}, "two")
+    assert run(project).returncode == 0
+    assert "| **inductor fp16** | 0.500 |" in readme(project)
+    assert "figures as they were written down; [raw figures](benchmarks/two.json)" in readme(project)
+
+
+def timing(*samples):
+    return {"median": samples[len(samples) // 2], "p90": max(samples), "samples": list(samples)}
+
+
+def test_a_report_of_an_engine_becomes_its_figures_and_its_steps(project):
+    (project / "README.md").write_text("<!-- engine: packages -->\n<!-- /table -->\n")
+    checkpoint = {"engine": {"relative_l2": 7e-4, "cosine": 0.9999991}, "eager": {"relative_l2": 1e-3}}
+    changes = {"from_file_s": timing(0.4, 0.5, 0.75), "from_memory_s": timing(0.01), "a_is_back_to_the_last_bit": True}
+    memory = {"process": {"growth": 0.0012}, "gpu": {"growth": None}}
+    steps = [("batch 2", 2, 6.0), ("batch 8", 8, 20.5), ("batch 2:2:8", 2, 6.25), ("batch 2:2:8", 8, 21.0)]
+    made = report(
+        *({"profile": name, "batch": batch, "width": 512, "height": 512, "step_ms": ms} for name, batch, ms in steps),
+        {"profile": "batch 16", "error": "out of memory"},
+    )
+    parts = {
+        "build": {"build_s": 122.4, "package_bytes": 6_600_000},
+        "open": {name: timing(1.5) for name in ("open_s", "without_weights_s", "first_run_s")},
+        "checkpoints": {"checkpoints": [{"checkpoint": "B", **checkpoint}]},
+        "changes": {"changes": 200, "memory": memory, **changes},
+        "parameters": {"parameters": 3, "not_followed": ["conv_out.bias"]},
+    }
+    write(project, {**made, **parts, "model": "sd15", "component": "unet", "precision": "fp16"}, "packages")
+    assert run(project).returncode == 0
+    text = readme(project)
+    assert text.startswith(
+        "<!-- engine: packages -->\n\n| sd15: unet, fp16 |  |\n| --- | --- |\n| built in, s | 122 |\n"
+    )
+    assert "| package, MB | 6.6 |\n" in text
+    assert "| error with B; PyTorch's own | 7.0e-04; 1.0e-03 (cosine 0.999999) |\n" in text
+    assert "| weights changed from a file, s: median, most | 0.50, 0.75 |\n" in text
+    assert "| first output after 200 changes | equal to the last bit |\n" in text
+    assert "| growth of memory after the first tenth of them | process 0.12% |\n" in text
+    assert "| parameters followed, each changed alone | 2 of 3 |\n" in text
+    assert "| engine for | 2 rows, 512×512, ms | 8 rows, 512×512, ms |\n" in text
+    assert "| batch 8 | – | 20.50 |\n" in text
+    assert "| batch 2:2:8 | 6.25 | 21.00 |\n" in text
+    assert "| batch 16 | – | – |\n" in text
+    assert run(project, "--check").returncode == 0
+
+
 def test_a_readme_without_a_block_is_an_error(project):
     (project / "README.md").write_text("# Title\n")
     result = run(project, "--check")
