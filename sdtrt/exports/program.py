@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind
 from sdtrt.common.errors import ExportError
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.scaled_vae import scaled_stream
+from sdtrt.exports.split_norms import split_norms
 from sdtrt.exports.tracing import component_call, traceable
 from sdtrt.specs import Component, Profile, Sizes
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract, dimension_values
@@ -37,11 +38,13 @@ class Recipe:
         fused_projections: one product gives an attention's queries, keys and values (keys and values alone, where they
             are of another tensor than the queries).
         channels_last: the weights of convolutions lie channels last in memory, and so do their results.
+        split_norms: statistics of group norms are taken in two stages (`split_norms`).
         stream_scale: what the residual stream of half an `AutoencoderKL` is divided by (`scaled_vae`); 1 for nothing.
     """
 
     fused_projections: bool = True
     channels_last: bool = True
+    split_norms: bool = False
     stream_scale: int = 1
 
 
@@ -96,6 +99,8 @@ def export_program(
         if recipe.stream_scale != 1 and isinstance(module, AutoencoderKL):
             half = getattr(module, contract.component.removeprefix("vae_"))
             stack.enter_context(scaled_stream(half, recipe.stream_scale))
+        if recipe.split_norms:
+            stack.enter_context(split_norms(module))
         exported = _export(call, module, contract, profile, device)
     _keep_names(exported)
     sources = {name: _sources(contract.component, name) for name in exported.state_dict}
