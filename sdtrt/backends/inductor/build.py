@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
     "conv_1x1_as_mm": True,
 }
 # How weights are laid out before that (`exports.program.Recipe`); a part of it too.
-RECIPE: dict[str, Any] = {"fused_projections": True, "channels_last": True}
+RECIPE: dict[str, Any] = {"fused_projections": True, "channels_last": True, "split_norms": True}
 # Of a VAE's halves in fp16, which SDXL's leaves, what their residual stream is divided by (`exports.scaled_vae`). All
 # have it: one engine serves the VAEs of Stable Diffusion 1.x and of XL, which differ in their weights alone.
 STREAM_SCALE = 64
