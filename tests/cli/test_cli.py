@@ -379,8 +379,8 @@ def test_export_to_a_file(folder, run):
     assert (code, "vae_encoder.onnx/vae_encoder.onnx" in err) == (2, True)
 
 
-def test_build_list_inspect_remove(folder, run, sd1):
-    arguments = ("--model", str(sd1), "--engine-dir", "own")
+def test_build_list_inspect_remove(folder, run, smallest):
+    arguments = ("--model", str(smallest), "--engine-dir", "own")
     code, out, err = run("build", *arguments, "-b", "onnxruntime", "--component", "unet", "--json", "--height", "512")
     assert code == 0
     assert "--height: without effect, as ONNX Runtime engines take any size" in err

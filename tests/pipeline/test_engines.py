@@ -51,8 +51,8 @@ def tensorrt_is_not_asked(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model(sd1):
-    return resolve_model(ModelSpec(str(sd1)))
+def model(smallest):
+    return resolve_model(ModelSpec(str(smallest)))
 
 
 @pytest.fixture(scope="module")
