@@ -402,7 +402,9 @@ def test_one_prompt_of_several_images_runs_in_an_encoder_for_as_many_prompts(mak
         latents(pipe, prompt=["a", "b", "c"])
 
 
-def test_an_engine_of_files_serves_the_pipeline_that_they_were_loaded_into(smallest, directory, accelerate, monkeypatch):
+def test_an_engine_of_files_serves_the_pipeline_that_they_were_loaded_into(
+    smallest, directory, accelerate, monkeypatch
+):
     model = resolve_model(ModelSpec(str(smallest)))
     spec = BuildSpec(ExportSpec(model.spec, "text_encoder", "fp32"), "onnxruntime")
     entry = sdtrt.build(spec, engine_dir=directory.path, progress=False)
