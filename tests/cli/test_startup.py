@@ -50,7 +50,7 @@ EXPORTING = {"sdtrt.exports.component", "sdtrt.exports.onnx_file"}
 
 def imported(name, found):
     """Add a module of sdtrt to `found`, and all those that come with it when it is imported."""
-    parent, _, leaf = name.rpartition(".")
+    parent = name.rpartition(".")[0]
     folder = ROOT / name.replace(".", "/")
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     if name in found or not path.is_file():
