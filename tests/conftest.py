@@ -1,4 +1,7 @@
-"""What several test modules share: one small random model, and one engine directory, so that engines are built once."""
+"""What several test modules share: one small random model, and one engine directory, so that engines are built once.
+
+Fixtures import what is large: the process of pytest-xdist that hands out the tests runs none, and starts without it.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,27 @@ import signal
 import sys
 from pathlib import Path
 
-import factories
 import pytest
-import torch
-
-from sdtrt.cli.main import main
-from sdtrt.common.console import QUIET
-from sdtrt.engines.directory import EngineDirectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Jobs in the background ignore it, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # small models; more threads only wait for each other where the cores are shared
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Models are small; more threads only wait for each other where the cores are shared."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _stderr_of_each_test():
     """The console that tests share writes to the stderr of its first warning, which a capturing test closes."""
+    from sdtrt.common.console import QUIET
+
     yield
     QUIET._rich = None
 
@@ -42,7 +48,17 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
     """A diffusers folder in Stable Diffusion 1.x format with small random weights; tests must not change it."""
-    return factories.sd1_folder(tmp_path_factory.mktemp("models") / "sd1")
+    import factories
+
+    return factories.sd1_folder(tmp_path_factory.mktemp("models") / "sd1", layers_per_block=1)
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory):
+    """The same with a UNet of two resolutions: what engines are built of, as that takes a third of the time."""
+    import factories
+
+    return factories.sd1_folder(tmp_path_factory.mktemp("models") / "smallest", **factories.SMALLEST["sd1"])
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +70,8 @@ def engine_dir(tmp_path_factory):
 @pytest.fixture
 def directory(tmp_path):
     """An engine directory of the test's own, which is not there yet."""
+    from sdtrt.engines.directory import EngineDirectory
+
     return EngineDirectory(tmp_path / "engines")
 
 
@@ -69,6 +87,7 @@ def folder(tmp_path, engine_dir, monkeypatch):
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Run a command in this process (torch is loaded already); returns exit code, stdout and stderr."""
+    from sdtrt.cli.main import main
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sdtrt", *arguments])
@@ -83,5 +102,7 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def on_the_cpu(request, monkeypatch):
     """The same tests everywhere: a GPU is used by those that ask for one."""
+    import torch
+
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -24,9 +24,9 @@ KINDS = tuple(factories.UNET_CONFIGS)
 EXPORTERS = ("torchscript", "dynamo")
 EACH_EXPORTER = ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)]
 SMALLER = {"layers_per_block": 1}  # exporters' time goes by the number of layers, and two a block are as one
-# The dynamo exporter takes ten seconds and more for a UNet.
+# The dynamo exporter takes ten seconds and more for a UNet; what SD 2's has, SDXL's has too.
 EACH_BY_BOTH = [
-    pytest.param(kind, exporter, marks=[pytest.mark.slow] if exporter == "dynamo" else [])
+    pytest.param(kind, exporter, marks=[pytest.mark.slow] if exporter == "dynamo" or kind == "sd2" else [])
     for kind in KINDS
     for exporter in EXPORTERS
 ]

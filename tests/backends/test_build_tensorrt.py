@@ -40,6 +40,7 @@ from sdtrt.specs.contract import text_encoder_contract, vae_contract
 SM89 = (8, 9)
 PROFILE = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
 KINDS = {
+    "smallest": factories.SMALLEST["sd1"],
     "sd1": {},
     "sd2": {"upcast_attention": True},
     "sdxl": {"transformer_layers_per_block": [1, 1, 2]},
@@ -58,7 +59,7 @@ def rtx_spec(precision="fp16", profiles=(PROFILE,), **values):
 
 def export_to(folder, kind="sd1", precision="fp16", **overrides):
     """Export a small UNet; returns the file and its contract."""
-    it = make(folder, kind, precision, **{**KINDS[kind], **overrides})
+    it = make(folder, "sd1" if kind == "smallest" else kind, precision, **{**KINDS[kind], **overrides})
     return it.path, it.contract
 
 
@@ -84,10 +85,7 @@ def request_for(tiny_onnx, folder, spec=None, **values):
 @needs_rtx
 @pytest.mark.parametrize(
     ("kind", "exporter"),
-    [
-        pytest.param(*one.values, marks=[pytest.mark.slow] * (one.values != ("sd1", "torchscript")))
-        for one in EACH_BY_BOTH
-    ],
+    [("smallest", "torchscript"), *(pytest.param(*one.values, marks=pytest.mark.slow) for one in EACH_BY_BOTH)],
 )
 def test_every_kind_of_unet_builds(kind, exporter, tmp_path, shared):
     """Parsed and built by a real TensorRT from the real export: convolutional and linear projections, SDXL's inputs."""

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork")
 
 POINTS = {"export": 6, "file": 6, "build": 10, "images": 10, "image": 10}  # of which two at random moments
 LIMIT = 6000  # bytes: less than the smallest result
+# An entry of the engine directory, and a file of the user's.
+TWO_FAST = [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("export", "image"))) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,13 @@ def test_a_disk_that_fills_at_any_moment_is_a_clean_error(campaign, kind):
     assert campaign.problems == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_FAST)
 def test_files_that_may_not_grow_are_a_clean_error(campaign, kind):
     assert campaign.strike(kind, limit=LIMIT) == "error"
     assert campaign.problems == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_FAST)
 def test_without_permission_to_write_nothing_is_lost(campaign, kind):
     shut = [path for path in (campaign.folder / "engines", campaign.folder / "out") if path.exists()]
     for path in shut:
@@ -120,6 +122,7 @@ def test_a_full_file_system_is_a_clean_error_and_no_loss(campaign, tmp_path):
         subprocess.run(["umount", "-l", small], check=True)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_moment_leaves_nothing(campaign):
     dice = random.Random(6)
     for kind in KINDS:

@@ -308,7 +308,9 @@ def test_engines_of_a_pipeline_are_of_one_state_of_the_weights(changing, directo
     assert facts["model"][PART] == changing.fingerprint()
 
 
-@pytest.mark.parametrize("step", ["open_session", "_load_parts", "_facades"])
+@pytest.mark.parametrize(
+    "step", ["_load_parts", *(pytest.param(step, marks=pytest.mark.slow) for step in ("open_session", "_facades"))]
+)
 def test_weights_that_are_replaced_while_a_pipeline_opens_are_an_error(
     changing, directory, monkeypatch, request_of_one, tmp_path, step
 ):

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from exports import DTYPES, EACH_BY_BOTH, EACH_EXPORTER, computing_in_fp32, exported_unet, make
+from exports import DTYPES, EACH_BY_BOTH, EACH_EXPORTER, computing_in_fp32, exported_unet, make, module_of
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -79,7 +79,7 @@ def test_fp32_graph_is_right_at_every_remainder(exported):
 def test_a_graph_for_even_sizes_only_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "ALWAYS_FORWARD_SIZES", 0)  # the branch that upsamples by two, whatever the size
     monkeypatch.setattr(tracing, "TRACE_SIZES", {"batch": 2, "latent_height": 16, "latent_width": 24, "tokens": 7})
-    it = make(tmp_path, precision="fp32")
+    it = make(tmp_path, precision="fp32", **SMALLEST)
     check_onnx(it.path, it.unet, it.contract, [Sizes(1, 128, 192)])
     with pytest.raises(ExportError):
         check_onnx(it.path, it.unet, it.contract, [Sizes(1, 136, 192)])
@@ -316,7 +316,7 @@ def test_exporting_twice_gives_the_same_bytes_and_says_nothing(tmp_path, exporte
 
 def test_large_weights_go_into_one_file_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT_BYTES", 2**20)
-    it = make(tmp_path)
+    it = make(tmp_path, **SMALLEST)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert it.path.stat().st_size < 2**20
     graph = onnx.load(it.path, load_external_data=False).graph
@@ -342,16 +342,14 @@ def test_export_leaves_attention_as_it_was(tmp_path):
     assert processors == {"AttnProcessor2_0"}
 
 
-def test_attention_is_upcast_only_where_the_model_asks_for_it_in_half_precision(tmp_path, exported):
-    def operators_of(it):
-        write_onnx(it.unet, it.contract, tmp_path / "narrow.onnx", wide_layers=0)
+def test_attention_is_upcast_only_where_the_model_asks_for_it_in_half_precision(tmp_path):
+    def operators_of(precision, **asked):
+        write_onnx(*module_of("sd2", precision, **asked, **SMALLEST), tmp_path / "narrow.onnx", wide_layers=0)
         return [node.op_type for node in onnx.load(tmp_path / "narrow.onnx").graph.node]
 
-    operators = {"plain": operators_of(exported("sd2"))}
+    operators = {"plain": operators_of("fp16")}
     for precision in ("fp16", "fp32"):
-        operators[precision] = operators_of(
-            make(tmp_path, "sd2", upcast_attention=True, precision=precision, **SMALLEST)
-        )
+        operators[precision] = operators_of(precision, upcast_attention=True)
     casts = {name: found.count("Cast") for name, found in operators.items()}
     assert casts == {"plain": 1, "fp32": 0, "fp16": 1 + 3 * operators["fp16"].count("Softmax")}
 
@@ -369,7 +367,10 @@ def test_infinite_weights_are_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("exporter", "other"), [("torchscript", "dynamo"), ("dynamo", "torchscript")])
+@pytest.mark.parametrize(
+    ("exporter", "other"),
+    [("torchscript", "dynamo"), pytest.param("dynamo", "torchscript", marks=pytest.mark.slow)],
+)
 def test_a_failing_exporter_names_cause_and_other_exporter(tmp_path, exporter, other):
     unet = factories.small_unet("sd1", **SMALLEST)
 

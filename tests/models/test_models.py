@@ -210,7 +210,16 @@ def test_old_names_of_vae_attention_and_text_encoder_load(made, folder):
     assert all(same_weights(mine[name], reference[name]) for name in names)
 
 
-def test_loads_without_accelerate_and_without_a_word(made):
+def test_loads_without_accelerate_and_without_a_word(made, monkeypatch, capfd):
+    monkeypatch.setattr("diffusers.utils.import_utils._accelerate_available", False)
+    for name, config in ((made / "sd1", None), (made / "sdxl.safetensors", str(made / "sdxl"))):
+        model = resolve_model(ModelSpec(str(name), config=config))
+        load_parts(model, model.parts, torch.float16)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_process_without_accelerate_loads_without_a_word(made):
     script = f"""
 import importlib.util
 find = importlib.util.find_spec

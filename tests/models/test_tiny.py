@@ -174,8 +174,9 @@ class TestTokenizer:
 
 
 class TestImages:
-    def test_held_out_prompts_come_out_right(self, pipeline):
-        prompts = held_out_prompts(12, [(128, 128), (96, 160), (136, 104)], seed=1)
+    @pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+    def test_held_out_prompts_come_out_right(self, pipeline, count):
+        prompts = held_out_prompts(count, [(128, 128), (96, 160), (136, 104)], seed=1)
         scores = rates(score_prompts(pipeline, prompts).verdicts, prompts)
         assert min(scores["background"], scores["colour"], scores["kind"]) >= 0.9
         assert scores["relation"] >= 0.8
@@ -207,6 +208,7 @@ class TestImages:
         without = draw(pipeline, prompts)
         assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(images, without, strict=True))
 
+    @pytest.mark.slow
     def test_guidance_scale_matters(self, pipeline):
         prompts = ["a large yellow star on a purple background"] * 2
         weak, strong = (draw(pipeline, prompts, guidance_scale=scale) for scale in (1.0, 7.5))
@@ -214,6 +216,7 @@ class TestImages:
         assert difference.mean() > 1
         assert all(judge(image, Scene((Shape("star", "yellow", "large"),), "purple")).all_right for image in strong)
 
+    @pytest.mark.slow
     def test_img2img_keeps_the_layout_and_takes_the_colours(self, pipeline):
         img2img = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
         img2img.set_progress_bar_config(disable=True)
@@ -227,12 +230,12 @@ class TestImages:
     @pytest.mark.parametrize(
         "scheduler",
         [
-            "DDIMScheduler",
-            "EulerDiscreteScheduler",
+            pytest.param("DDIMScheduler", marks=pytest.mark.slow),
+            pytest.param("EulerDiscreteScheduler", marks=pytest.mark.slow),
             "EulerAncestralDiscreteScheduler",
             "DPMSolverMultistepScheduler",
-            "UniPCMultistepScheduler",
-            "HeunDiscreteScheduler",
+            pytest.param("UniPCMultistepScheduler", marks=pytest.mark.slow),
+            pytest.param("HeunDiscreteScheduler", marks=pytest.mark.slow),
         ],
     )
     def test_other_schedulers_work(self, pipeline, scheduler):

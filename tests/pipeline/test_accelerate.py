@@ -407,11 +407,13 @@ def test_one_prompt_of_several_images_runs_in_an_encoder_for_as_many_prompts(mak
         latents(pipe, prompt=["a", "b", "c"])
 
 
-def test_an_engine_of_files_serves_the_pipeline_that_they_were_loaded_into(sd1, directory, accelerate, monkeypatch):
-    model = resolve_model(ModelSpec(str(sd1)))
+def test_an_engine_of_files_serves_the_pipeline_that_they_were_loaded_into(
+    smallest, directory, accelerate, monkeypatch
+):
+    model = resolve_model(ModelSpec(str(smallest)))
     spec = BuildSpec(ExportSpec(model.spec, "text_encoder", "fp32"), "onnxruntime")
     entry = sdtrt.build(spec, engine_dir=directory.path, progress=False)
-    pipe = StableDiffusionPipeline.from_pretrained(sd1, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(smallest, torch_dtype=torch.float32)
     accelerate(pipe, engine_dir=directory.path, components=("text_encoder",))
     assert sdtrt.status(pipe)["text_encoder"].engines[0].name == entry.name
     sdtrt.restore(pipe)
@@ -602,10 +604,10 @@ def test_lora_of_peft_is_refused_and_served_once_it_is_fused(make, accelerate, p
 
 
 @pytest.fixture
-def load(sd1, engine_dir):
+def load(smallest, engine_dir):
     def call(**options):
         given = {"backend": "onnxruntime", "components": ["text_encoder", "unet"], "engine_dir": engine_dir}
-        return sdtrt.load(str(sd1), height=64, width=64, progress=False, **{**given, **options})
+        return sdtrt.load(str(smallest), height=64, width=64, progress=False, **{**given, **options})
 
     return call
 

@@ -51,8 +51,8 @@ def tensorrt_is_not_asked(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model(sd1):
-    return resolve_model(ModelSpec(str(sd1)))
+def model(smallest):
+    return resolve_model(ModelSpec(str(smallest)))
 
 
 @pytest.fixture(scope="module")
@@ -354,9 +354,9 @@ def _empty(folder):
     return {}
 
 
-def test_an_unchecked_engine_is_used_with_a_warning(model, tmp_path, capsys):
+def test_an_unchecked_engine_is_used_with_a_warning(model, entry, tmp_path, capsys):
     found = EngineDirectory(tmp_path / "engines")
-    first = factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found)
+    first = factories.tampered_engine(found, entry, lambda _: None)
     found.obtain("engine", first.key, lambda folder: {"unchecked": "no GPU there"}, force=True)
     factories.unet_engine(model, "onnxruntime", "fp32", SMALL, found, console=Console())
     said = capsys.readouterr().err

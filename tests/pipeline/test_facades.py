@@ -480,9 +480,9 @@ def test_a_pipeline_of_another_class_takes_the_parts(swapped):
 
 
 @pytest.fixture
-def spec(sd1):
+def spec(smallest):
     return PipelineSpec(
-        resolve_model(ModelSpec(str(sd1))), "onnxruntime", "fp32", Sizes(2, 64, 64), steps=2, scheduler="euler"
+        resolve_model(ModelSpec(str(smallest))), "onnxruntime", "fp32", Sizes(2, 64, 64), steps=2, scheduler="euler"
     )
 
 
@@ -518,7 +518,7 @@ def test_a_unet_in_pytorch_does_what_its_engine_refuses(spec, engine_dir):
         before = pipe("red", **SMALL_CALL, generator=torch.Generator().manual_seed(1)).images
         pipe.enable_freeu(s1=0.5, s2=0.5, b1=1.5, b2=1.5)
         pipe.unet.set_default_attn_processor()
-        assert pipe.unet.num_parameters() > 1e6
+        assert pipe.unet.num_parameters() > 5e5
         after = pipe("red", **SMALL_CALL, generator=torch.Generator().manual_seed(1)).images
         assert np.abs(after - before).max() > 0.001
         with pytest.raises(EngineError, match="text_encoder"):

@@ -70,7 +70,7 @@ def sd1(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    return sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+    return sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl", layers_per_block=1)
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +154,15 @@ def test_an_engine_gives_the_picture_of_the_native_pipeline(img2img, spec, direc
     assert np.abs(native - swapped).max() <= 1
 
 
+SLOW_IMG2IMG = pytest.param(True, marks=pytest.mark.slow)
+
 # What a pipeline asks of PyTorch, by the components that engines run.
 LEFT_TO_PYTORCH = [
-    ((), False, []),
+    pytest.param((), False, [], marks=pytest.mark.slow),
     ((), True, []),
     (("unet",), False, ["text_encoder", "vae"]),
     (("text_encoder", "vae_decoder"), False, ["unet"]),
-    (("unet", "text_encoder", "vae_decoder"), True, ["vae"]),
+    pytest.param(("unet", "text_encoder", "vae_decoder"), True, ["vae"], marks=pytest.mark.slow),
     (("unet", "text_encoder", "vae_encoder"), True, ["vae"]),
 ]
 
@@ -188,7 +190,7 @@ def test_what_engines_replace_is_not_loaded(components, img2img, rest, spec, dir
     assert len({engine["digest"] for engine in report.engines.values()}) == len(report.engines)
 
 
-@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+@pytest.mark.parametrize("img2img", [False, SLOW_IMG2IMG], ids=["txt2img", "img2img"])
 def test_both_of_sdxls_text_encoders_run_in_engines(img2img, spec, sdxl, directory, init_image):
     init = init_image if img2img else None
     spec = replace(spec, model=ModelSpec(str(sdxl)), negative_prompt="green", init_image=init, height=64, width=88)
@@ -263,7 +265,13 @@ def test_jobs_go_through_each_prompts_seeds():
     assert jobs.batch(5, 4) == [Job("b", 9)]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+# Those that draw noise of their own, and those that remember steps or take two; the others are as one of them.
+DISTINCT = ("pndm", "euler-a", "lcm", "heun")
+
+
+@pytest.mark.parametrize(
+    "scheduler", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DISTINCT)) for name in SCHEDULERS]
+)
 def test_a_seed_gives_the_same_image_whatever_the_batch(scheduler, spec, directory):
     spec = replace(spec, scheduler=scheduler)
     batch = made(replace(spec, prompts=("blue", "red on blue"), num_images=2), directory)
@@ -271,8 +279,15 @@ def test_a_seed_gives_the_same_image_whatever_the_batch(scheduler, spec, directo
     assert batch[3].read_bytes() == alone[0].read_bytes()
 
 
-@pytest.mark.parametrize("scheduler", ["pndm", "euler-a", "lcm", "heun"])
-@pytest.mark.parametrize("img2img", [False, True], ids=["txt2img", "img2img"])
+@pytest.mark.parametrize(
+    ("img2img", "scheduler"),
+    [
+        pytest.param(img2img, name, marks=[pytest.mark.slow] * (img2img != (name in ("euler-a", "heun"))))
+        for img2img in (False, True)
+        for name in DISTINCT
+    ],
+    ids=lambda value: value if isinstance(value, str) else ("txt2img", "img2img")[value],
+)
 def test_images_made_at_once_are_those_made_alone(img2img, scheduler, spec, directory, init_image):
     spec = replace(spec, prompts=("blue", "red on blue"), num_images=2, negative_prompt="green", scheduler=scheduler)
     spec = replace(spec, init_image=init_image if img2img else None)
@@ -735,7 +750,7 @@ def _with_a_nan(output):
 @pytest.fixture(scope="module", params=[True, False], ids=["upcast", "not upcast"])
 def overflowing_vae(request, tmp_path_factory):
     """An SDXL folder whose VAE leaves fp16 on the way in and out, as SDXL's does; its output is as before."""
-    folder = sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl")
+    folder = sdxl_folder(tmp_path_factory.mktemp("models") / "sdxl", layers_per_block=1)
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": request.param}))
     weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")

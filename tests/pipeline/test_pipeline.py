@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture
-def spec(sd1):
+def spec(smallest):
     return PipelineSpec(
-        resolve_model(ModelSpec(str(sd1))), "torch", "fp32", Sizes(2, 64, 64), steps=2, scheduler="euler"
+        resolve_model(ModelSpec(str(smallest))), "torch", "fp32", Sizes(2, 64, 64), steps=2, scheduler="euler"
     )
 
 

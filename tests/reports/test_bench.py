@@ -167,8 +167,10 @@ def test_parts_are_warm_when_they_are_timed(monkeypatch):
     assert timed == [3]
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [(1, "sd1"), (3, "sdxl"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((3, "sd1"), (1, "sdxl")))],
+)
 def test_parts_are_timed_with_what_the_pipeline_gives_them(kind, batch, small, tmp_path, monkeypatch):
     """Images one by one to the encoder; SDXL's VAE in fp32, as it would overflow in fp16."""
     folder = small if kind == "sd1" else sdxl_folder(tmp_path / "sdxl")

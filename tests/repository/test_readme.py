@@ -19,13 +19,18 @@ from sdtrt.cli.commands import app
 BLOCKS = list(pages.blocks())
 OPENED = "open_pipeline("  # the program that has a test of its own
 RUN = [block for block in BLOCKS if block.excuse is None and OPENED not in block.text]
+SLOW = ("speed-1-sh", "verify-2-sh")  # other tests of `bench` and `verify` are fast
 PARSED = [block for block in BLOCKS if block.excuse is not None]
 SEPARATORS = ("&&", "||", ";", "|")
 
 
 def of_language(blocks, language):
     """Test parameters: the blocks of one language."""
-    return [pytest.param(block, id=block.name) for block in blocks if block.language == language]
+    return [
+        pytest.param(block, id=block.name, marks=[pytest.mark.slow] * (block.name in SLOW))
+        for block in blocks
+        if block.language == language
+    ]
 
 
 def commands_of(text):

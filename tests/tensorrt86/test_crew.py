@@ -124,6 +124,7 @@ def test_each_piece_is_built_in_a_process_of_its_own(whole, folder, everywhere):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_all_that_builders_say_is_in_one_log_piece_by_piece(whole, folder, monkeypatch):
     monkeypatch.setattr(policy, "split_tokens", lambda spec: 90)
     worker._build(libraries.open_library("tensorrt-rtx"), Request(whole[0], folder, whole[1], SPEC, None, False), print)
@@ -136,6 +137,7 @@ def test_all_that_builders_say_is_in_one_log_piece_by_piece(whole, folder, monke
 
 @needs_rtx
 @needs_proc
+@pytest.mark.slow
 def test_where_one_piece_fails_the_others_end_and_the_engine_is_built_whole(whole, folder, monkeypatch):
     sources = worker._sources
 
@@ -194,7 +196,10 @@ def hung_build(whole, folder, everywhere, tmp_path):
 
 @needs_rtx
 @needs_proc
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_no_process_outlives_the_parent(hung_build, how):
     parent, coordinator, builders = hung_build
     assert all(map(is_running, [coordinator, *builders]))

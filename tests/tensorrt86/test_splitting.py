@@ -88,7 +88,8 @@ def difference(source, pieces, contract, sizes):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("sd1", 3 + 1 + 6),
+        ("small", 1 + 1 + 2),
+        pytest.param("sd1", 3 + 1 + 6, marks=pytest.mark.slow),
         pytest.param("sd2-upcast", 10, marks=pytest.mark.slow),
         pytest.param("sdxl", 1 + 2 + 2 + 4 + 2, marks=pytest.mark.slow),
     ],
