@@ -372,7 +372,9 @@ def test_a_live_pipeline_has_the_key_of_its_files(models, directory, tmp_path):
 
 def test_auto_takes_it_only_where_its_engines_are_there():
     assert "inductor" in registry.names()
-    assert "inductor" not in [backend.name for backend in registry.candidates("auto")]
+    assert "inductor" in [backend.name for backend in registry.candidates("auto")], "its engines may be there"
+    assert not registry.get("inductor").is_automatic("cpu"), "where they are not, a CPU gets none built unasked"
+    assert registry.get("inductor").is_automatic("cuda")
     assert not registry.get("inductor").weights_inside
     assert registry.get("onnxruntime").weights_inside
 
