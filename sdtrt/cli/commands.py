@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOption
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import GenerateOptions, NoiseOptions
+from sdtrt.cli.lean_imports import lean_imports
 from sdtrt.cli.options import BackendOptions, DirectoryOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
@@ -120,14 +122,16 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
     candidates = registry.candidates(spec.backend)
     if any(backend.source for backend in candidates):
         hash_ahead(lambda: likely(engines, spec.model.name, spec.backend))
-    with quick_imports():
-        if any("cuda" in backend.devices for backend in candidates):
-            from sdtrt.cli.prewarm import start_gpu
+    with ExitStack() as stack:
+        with quick_imports():
+            if any("cuda" in backend.devices for backend in candidates):
+                from sdtrt.cli.prewarm import start_gpu
 
-            start_gpu(spec, engines)
-        from sdtrt.pipeline.generate import generate
+                start_gpu(spec, engines)
+            stack.enter_context(lean_imports())
+            from sdtrt.pipeline.generate import generate
 
-    report = generate(spec, engines, output.console())
+        report = generate(spec, engines, output.console())
     render([str(image.path) for image in report.images], report.to_json(), output)
 
 
