@@ -1,10 +1,10 @@
 """Import diffusers without what makes no picture, which takes half of the time; what is used after all comes then.
 
 That is PyTorch's compiler, of which libraries take decorators; every model that diffusers has, as its packages import
-all their modules; SciPy, of which losses and rare schedulers call a function; what computes on several machines. Each
-is left out where one module imports it, by that module's name: where a version of a library has no such module, or does
-otherwise, it is imported as usual. It is for commands that compile nothing in their own process, whose decorators count
-for nothing.
+all their modules; SciPy, of which losses and rare schedulers call a function; peft, whose classes LoRAs have; what
+computes on several machines. Each is left out where one module imports it, by that module's name: where a version of a
+library has no such module, or does otherwise, it is imported as usual. It is for commands that compile nothing in their
+own process, whose decorators count for nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ REEXPORTING = (
 SCHEDULERS = "diffusers.schedulers."
 LATE = {  # who takes what is called in functions only, and from which modules
     SCHEDULERS: ("scipy.integrate", "scipy.stats"),
+    "diffusers.loaders.lora_base": ("peft.tuners.tuners_utils",),
     "transformers.loss.loss_utils": ("scipy.optimize",),
     "transformers.masking_utils": (f"{COMPILER}._trace_wrapped_higher_order_op",),
 }
@@ -180,10 +181,22 @@ class _Functions(ModuleType):
     Who imports `scipy.stats` by its whole name asks SciPy itself for it, which imports it then.
     """
 
-    def __getattr__(self, function: str) -> Callable[..., Any]:
-        if function.startswith("__"):
-            raise AttributeError(function)
-        return lambda *args, **kwargs: getattr(import_module(self.__name__), function)(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Late(name, (), {"of": self.__name__})
+
+
+class _Late(type):
+    """Stands for a function, or for a class: nothing is one of its objects before its module is imported."""
+
+    of: str  # the module
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(cls.of), cls.__name__)(*args, **kwargs)
+
+    def __instancecheck__(cls, one: object) -> bool:
+        return cls.of in sys.modules and isinstance(one, getattr(sys.modules[cls.of], cls.__name__))
 
 
 def _on_one_machine(run: Run, module: ModuleType) -> None:

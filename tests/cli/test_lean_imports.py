@@ -52,8 +52,8 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "package_of_test_lean"
     folder.mkdir()
     (folder / "__init__.py").write_text("from .late import double\n")
-    (folder / "late.py").write_text("def double(number):\n    return 2 * number\n")
-    (folder / "taker.py").write_text("from package_of_test_lean.late import double\n")
+    (folder / "late.py").write_text("def double(number):\n    return 2 * number\n\nclass Thing:\n    pass\n")
+    (folder / "taker.py").write_text("from package_of_test_lean.late import Thing, double\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield folder.name
     for name in [name for name in sys.modules if name.startswith(folder.name)]:
@@ -82,9 +82,13 @@ def test_a_function_is_imported_when_it_is_called(package, monkeypatch):
     monkeypatch.setitem(lean.LATE, f"{package}.taker", (f"{package}.late",))
     with lean_imports():
         taker = importlib.import_module(f"{package}.taker")
+        assert not isinstance(4, taker.Thing)
         assert f"{package}.late" not in sys.modules
     assert taker.double(4) == 8
     assert imported(f"{package}.late")
+    assert isinstance(sys.modules[f"{package}.late"].Thing(), taker.Thing)
+    assert isinstance(taker.Thing(), taker.Thing)
+    assert not isinstance(4, taker.Thing)
 
 
 def test_afterwards_imports_and_decorators_are_as_before():
