@@ -62,7 +62,7 @@ def faster(usual: BackendName, request_of: RequestOf, directory: EngineDirectory
     ready = _ready(usual, request_of, directory)
     if not ready or (len(ready) == 1 and usual in ready):
         return usual, ""
-    return _fastest(usual, ready)
+    return fastest_of(usual, ready)
 
 
 def _ready(usual: BackendName, request_of: RequestOf, directory: EngineDirectory) -> dict[BackendName, Found]:
@@ -81,7 +81,7 @@ def _ready(usual: BackendName, request_of: RequestOf, directory: EngineDirectory
     return ready
 
 
-def _fastest(usual: BackendName, ready: Mapping[BackendName, Found]) -> tuple[BackendName, str]:
+def fastest_of(usual: BackendName, ready: Mapping[BackendName, Found]) -> tuple[BackendName, str]:
     """Of backends that have all engines the one whose step is the fastest, and why it is taken.
 
     Where steps can't be compared, as they were measured at several sizes or not at all, the usual one stays.
