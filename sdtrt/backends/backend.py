@@ -73,6 +73,8 @@ class Backend(ABC):
             model of an architecture, and take other weights while they run.
         expectation: why `auto` expects its engines to be the fastest, as far as that was measured.
         takes_any_size: whether an engine serves every size, so that builds need no profile.
+        graphs_hold_scratch: whether each CUDA graph of its sessions keeps the memory of a run's intermediate results;
+            else all sessions of a pipeline share a block.
         loads_ahead: whether `loader` has something to load before a session is opened.
     """
 
@@ -83,6 +85,7 @@ class Backend(ABC):
     weights_inside: ClassVar[bool] = True
     expectation: ClassVar[str] = ""
     takes_any_size: ClassVar[bool] = False
+    graphs_hold_scratch: ClassVar[bool] = False
     loads_ahead: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:

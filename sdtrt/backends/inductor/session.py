@@ -36,7 +36,10 @@ class _Run:
         return {name: tensor.contiguous() for name, tensor in zip(self.names, outputs, strict=True)}
 
     def reserve(self, example: Outputs) -> Outputs:
-        return example  # a capture has memory of its own for what is made within
+        # A capture has memory of its own for what is made within, for as long as the graph is there. What the launch
+        # has left in PyTorch's cache would lie there beside it: a capture can't take that.
+        torch.cuda.empty_cache()
+        return example
 
     def record(self, outputs: Outputs) -> Outputs:
         return self.launch()
