@@ -1,11 +1,11 @@
 """Where the time goes from the shell to the first denoising step: whole processes, engines built, files in memory.
 
     python benchmarks/startup.py --model sd15 --backend tensorrt --height 512 --width 512 --output startup.json
+    python benchmarks/startup.py --model sd15 --backend inductor --height 512 --width 512 --steps 3 --output FILE
 
-    python benchmarks/startup.py --model sd15 --backend inductor --height 512 --width 512 --steps 3 --output startup.json
-
-`seconds` is a whole command of one step (or of `--steps`: a CUDA graph is captured in the second one): it holds the VAE's decoding, the PNG and the process's end as well. `timeline`
-is another process of the same command with marks from outside (`startup_marks.py`), in seconds since the process began;
+`seconds` is a whole command of one step (or of `--steps`: a CUDA graph is captured in the second one): it holds the
+VAE's decoding, the PNG and the process's end as well. `timeline` is another process of the same command with marks from
+outside (`startup_marks.py`), in seconds since the process began;
 `nothing_ahead` the same without what sdtrt does in the background. Where there is a GPU, `gpu_held` is the same while
 another process keeps the GPU initialised: the driver's own start then falls away, as with persistence mode.
 `no_bytecode` is the whole command where Python finds no `.pyc` and may write none: a host with
@@ -306,7 +306,16 @@ def main() -> None:
         parser.error(f"there is no folder {args.output.parent}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["txt2img", "--model", args.model, "--backend", args.backend]
-        arguments += ["--height", str(args.height), "--width", str(args.width), "--seed", "1", "--steps", str(args.steps)]
+        arguments += [
+            "--height",
+            str(args.height),
+            "--width",
+            str(args.width),
+            "--seed",
+            "1",
+            "--steps",
+            str(args.steps),
+        ]
         arguments += ["--prompt", "a red circle", "--quiet", "--no-build", "--overwrite", "--output", f"{folder}/a.png"]
         figures = measure(Runs(tuple(arguments), Path(folder), args.repeats), args.backend)
     asked = shlex.join(["python", *sys.argv])

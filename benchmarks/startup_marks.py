@@ -256,6 +256,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         "sdtrt.models.resolve": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
         "sdtrt.models.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
+            "stored_tensors": every_call(marks, lambda _model, part: f"the stored {part} is looked up"),
         },
         "sdtrt.backends.tensorrt.versions.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
         "sdtrt.backends.tensorrt.versions.running": {
@@ -268,9 +269,10 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "Package.__init__": every_call(marks, lambda _self, path, *_: f"open package {file(path)}"),
         },
         "sdtrt.backends.inductor.session": {
-            "InductorSession.set_weights": every_call(
+            f"InductorSession.{name}": every_call(
                 marks, lambda session, *_: f"weights of the {session.contract.component} to the device", synchronize
-            ),
+            )
+            for name in ("take_stored", "set_weights")
         },
         "sdtrt.backends.cuda_graphs": {
             "CudaGraphs._capture": every_call(marks, lambda *_: "a CUDA graph is captured", synchronize)

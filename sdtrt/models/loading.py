@@ -250,13 +250,7 @@ def _load_module(model: Model, part: str, dtype: torch.dtype, empty: torch.nn.Mo
     """
     import torch
 
-    origin, stored = model.origin(part), _read_part(model, part)
-    check_plain(
-        part, origin.spec.name, {name: str(value.dtype).removeprefix("torch.") for name, value in stored.items()}
-    )
-    module = empty if empty is not None else empty_part(model, part)
-    tensors = convert(part, origin.layout, stored, module)
-    _check_fit(model, part, module, tensors)
+    module, tensors = _stored_part(model, part, empty)
     wanted = module.state_dict().keys()
     cast = {name: _cast(model, part, name, tensors[name], dtype) for name in wanted}
     module.load_state_dict(cast, strict=True, assign=True)
@@ -267,6 +261,32 @@ def _load_module(model: Model, part: str, dtype: torch.dtype, empty: torch.nn.Mo
     unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unset, f"{part} has tensors without values: {unset}"
     return module.eval().requires_grad_(False)
+
+
+def stored_tensors(model: Model, part: str) -> dict[str, torch.Tensor]:
+    """A part's tensors under the names of its `state_dict()`, as they are stored: in any dtype, mapped into memory.
+
+    Nobody has looked at their numbers: whoever takes them has to see whether they are finite.
+
+    Raises:
+        ModelError: as of `load_parts`, but for what is said of numbers.
+    """
+    module, tensors = _stored_part(model, part, check_part(model, part))
+    return {name: tensors[name] for name in module.state_dict()}
+
+
+def _stored_part(
+    model: Model, part: str, empty: torch.nn.Module | None
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A part without memory for weights, and the stored tensors that fit it."""
+    origin, stored = model.origin(part), _read_part(model, part)
+    check_plain(
+        part, origin.spec.name, {name: str(value.dtype).removeprefix("torch.") for name, value in stored.items()}
+    )
+    module = empty if empty is not None else empty_part(model, part)
+    tensors = convert(part, origin.layout, stored, module)
+    _check_fit(model, part, module, tensors)
+    return module, tensors
 
 
 def _read_part(model: Model, part: str) -> dict[str, torch.Tensor]:
