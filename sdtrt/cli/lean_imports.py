@@ -178,7 +178,7 @@ def _with_late_functions(run: Run, module: ModuleType) -> None:
 class _Functions(ModuleType):
     """Stands for a module of functions while others take them from it.
 
-    Who imports `scipy.stats` by its whole name asks SciPy itself for it, which imports it then.
+    Who imports a module of SciPy by its whole name asks SciPy itself for it, which imports it then.
     """
 
     def __getattr__(self, name: str) -> Any:
