@@ -19,6 +19,7 @@ from functools import partial
 
 from sdtrt.backends import registry
 from sdtrt.common import host
+from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.digests import in_background
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.specs import AUTO, BackendName, GenerateSpec
@@ -37,9 +38,15 @@ def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
 
     preloaded.expect()
     atexit.register(preloaded.let_go)  # engines are freed before Python takes its modules apart
-    there = {str(entry.key.get("backend")) for entry in directory.entries("engine")}
-    wanted = there if spec.backend == AUTO else {spec.backend}
+    wanted = _with_engines(directory) if spec.backend == AUTO else {spec.backend}
     import_tensorrt(spec.backend, gpu, partial(likely_engines.load_ahead, spec, directory), wanted)
+
+
+def _with_engines(directory: EngineDirectory) -> set[BackendName]:
+    """The backends whose engines are there; none where the directory can't be read."""
+    with suppress(SdtrtError):
+        return {str(entry.key.get("backend")) for entry in directory.entries("engine")}
+    return set()
 
 
 def wake_gpu() -> Future[bool]:
