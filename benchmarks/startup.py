@@ -1,9 +1,11 @@
 """Where the time goes from the shell to the first denoising step: whole processes, engines built, files in memory.
 
     python benchmarks/startup.py --model sd15 --backend tensorrt --height 512 --width 512 --output startup.json
+    python benchmarks/startup.py --model sd15 --backend inductor --height 512 --width 512 --steps 3 --output FILE
 
-`seconds` is a whole command of one step: it holds the VAE's decoding, the PNG and the process's end as well. `timeline`
-is another process of the same command with marks from outside (`startup_marks.py`), in seconds since the process began;
+`seconds` is a whole command of one step (or of `--steps`: a CUDA graph is captured in the second one): it holds the
+VAE's decoding, the PNG and the process's end as well. `timeline` is another process of the same command with marks from
+outside (`startup_marks.py`), in seconds since the process began;
 `nothing_ahead` the same without what sdtrt does in the background. Where there is a GPU, `gpu_held` is the same while
 another process keeps the GPU initialised: the driver's own start then falls away, as with persistence mode.
 `no_bytecode` is the whole command where Python finds no `.pyc` and may write none: a host with
@@ -294,6 +296,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--height", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -303,7 +306,16 @@ def main() -> None:
         parser.error(f"there is no folder {args.output.parent}")
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["txt2img", "--model", args.model, "--backend", args.backend]
-        arguments += ["--height", str(args.height), "--width", str(args.width), "--steps", "1", "--seed", "1"]
+        arguments += [
+            "--height",
+            str(args.height),
+            "--width",
+            str(args.width),
+            "--seed",
+            "1",
+            "--steps",
+            str(args.steps),
+        ]
         arguments += ["--prompt", "a red circle", "--quiet", "--no-build", "--overwrite", "--output", f"{folder}/a.png"]
         figures = measure(Runs(tuple(arguments), Path(folder), args.repeats), args.backend)
     asked = shlex.join(["python", *sys.argv])

@@ -34,6 +34,8 @@ IMPORTS = (
     "onnx",
     "diffusers",
     "transformers",
+    "torch._dynamo",
+    "sympy",
     "diffusers.loaders.lora_base",
     "scipy.stats",
     "diffusers.models.unets.unet_2d_condition",
@@ -161,13 +163,15 @@ def _replace(module: ModuleType, attribute: str, wrap: Callable[..., Any]) -> No
         setattr(owner, last, wrap(getattr(owner, last)))
 
 
-def every_call(marks: Marks, name: Callable[..., str]) -> Callable[..., Any]:
-    """A wrap that times each call, with a name made of its arguments."""
+def every_call(marks: Marks, name: Callable[..., str], after: Callable[[], None] = lambda: None) -> Callable[..., Any]:
+    """A wrap that times each call, with a name made of its arguments, and what has to come after it to be counted."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             with marks.span(name(*args)):
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                after()
+                return result
 
         return timed
 
@@ -252,10 +256,26 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         "sdtrt.models.resolve": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
         "sdtrt.models.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
+            "stored_tensors": every_call(marks, lambda _model, part: f"the stored {part} is looked up"),
         },
         "sdtrt.backends.tensorrt.versions.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
         "sdtrt.backends.tensorrt.versions.running": {
             "load_engine": every_call(marks, lambda _library, plan, *_: f"deserialise {file(plan)}"),
+        },
+        "sdtrt.cli.weights_ahead": {"read_file": every_call(marks, lambda path: f"read {file(path)}")},
+        "sdtrt.pipeline.settings": {"settings_of": every_call(marks, lambda *_: "the weights are fingerprinted")},
+        "sdtrt.pipeline.memory": {"check_memory": every_call(marks, lambda *_: "the memory is checked")},
+        "sdtrt.backends.inductor.package": {
+            "Package.__init__": every_call(marks, lambda _self, path, *_: f"open package {file(path)}"),
+        },
+        "sdtrt.backends.inductor.session": {
+            f"InductorSession.{name}": every_call(
+                marks, lambda session, *_: f"weights of the {session.contract.component} to the device", synchronize
+            )
+            for name in ("take_stored", "set_weights")
+        },
+        "sdtrt.backends.cuda_graphs": {
+            "CudaGraphs._capture": every_call(marks, lambda *_: "a CUDA graph is captured", synchronize)
         },
         "sdtrt.cli.likely_engines": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},
         "sdtrt.pipeline.preloaded": {"_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")},
@@ -273,6 +293,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
     }
     if nothing_ahead:
         found["sdtrt.engines.digests"]["hash_ahead"] = nothing
+        found["sdtrt.cli.weights_ahead"] = {"read_ahead": nothing}
         found["sdtrt.cli.prewarm"] = {"wake_gpu": nothing, "import_tensorrt": nothing}
     return found
 

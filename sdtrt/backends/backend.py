@@ -73,8 +73,10 @@ class Backend(ABC):
         devices: what it may run on.
         weights_inside: whether its engines hold a model's weights; others get them when they are opened, serve every
             model of an architecture, and take other weights while they run.
-        by_name_only: whether `auto` never takes it.
+        expectation: why `auto` expects its engines to be the fastest, as far as that was measured.
         takes_any_size: whether an engine serves every size, so that builds need no profile.
+        graphs_hold_scratch: whether each CUDA graph of its sessions keeps the memory of a run's intermediate results;
+            else all sessions of a pipeline share a block.
         loads_ahead: whether `loader` has something to load before a session is opened.
     """
 
@@ -83,8 +85,9 @@ class Backend(ABC):
     source: ClassVar[Source | None] = None
     devices: ClassVar[tuple[Device, ...]]
     weights_inside: ClassVar[bool] = True
-    by_name_only: ClassVar[bool] = False
+    expectation: ClassVar[str] = ""
     takes_any_size: ClassVar[bool] = False
+    graphs_hold_scratch: ClassVar[bool] = False
     loads_ahead: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
@@ -98,6 +101,10 @@ class Backend(ABC):
     def device(self) -> Device:
         """Where a pipeline with this backend's engines runs on this machine."""
         return self.devices[0]
+
+    def is_automatic(self, device: str) -> bool:
+        """Whether `auto` has its engines built on a device where no engines are there yet."""
+        return device in self.devices
 
     @abstractmethod
     def why_not(self) -> SdtrtError | None:
@@ -122,7 +129,7 @@ class Backend(ABC):
         """Raise `UsageError` for what it can't build."""
         if self.source is None:
             raise UsageError(
-                f"the {self.name} backend has no engines to build", hint="use --backend onnxruntime or tensorrt"
+                f"the {self.name} backend has no engines to build", hint="leave --backend out, or use tensorrt"
             )
         if spec.compute_capability is not None and not self.serves("compute-capability", spec.export):
             raise UsageError(

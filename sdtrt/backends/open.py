@@ -10,6 +10,8 @@ from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import Sight
 from sdtrt.models.components import load_component, part_of
+from sdtrt.models.loading import stored_tensors
+from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -66,10 +68,17 @@ def _open(
 
 
 def _give_weights(session: Session[torch.Tensor], model: ModelSource) -> None:
-    """Have a session compute with a model's weights, which nobody replaces while they are read."""
+    """Have a session compute with a model's weights, which nobody replaces while they are read.
+
+    What is stored goes to where the engine has it, and is cast and looked at there: on a GPU that takes no time. Where
+    a number is not finite then, all of it is done once more by what says which.
+    """
     import torch
 
-    contract = session.contract
-    with Sight(model, (part_of(contract.component),)).steady():
-        dtype = getattr(torch, contract.outputs[0].dtype)
-        session.set_weights(load_component(model, contract.component, dtype))
+    component = session.contract.component
+    part = part_of(component)
+    with Sight(model, (part,)).steady():
+        if isinstance(model, Model) and session.take_stored(stored_tensors(model, part)):
+            return
+        dtype = getattr(torch, session.contract.outputs[0].dtype)
+        session.set_weights(load_component(model, component, dtype))

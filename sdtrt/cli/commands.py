@@ -113,6 +113,7 @@ def img2img(
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Make the images of a request; stdout gets their paths, one a line, or one JSON document."""
+    from sdtrt.cli.weights_ahead import read_ahead
     from sdtrt.engines.digests import hash_ahead
     from sdtrt.engines.find import likely
 
@@ -120,6 +121,7 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
     candidates = registry.candidates(spec.backend)
     if any(backend.source for backend in candidates):
         hash_ahead(lambda: likely(engines, spec.model.name, spec.backend))
+    read_ahead(spec, engines)
     with quick_imports():
         if any("cuda" in backend.devices for backend in candidates):
             from sdtrt.cli.prewarm import start_gpu

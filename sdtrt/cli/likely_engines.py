@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from sdtrt.backends import registry
+from sdtrt.backends.backend import Backend
 from sdtrt.common import host
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
@@ -15,7 +16,8 @@ from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
 from sdtrt.models.components import VAE_HALVES, sizes_of, unet_batch
 from sdtrt.pipeline import preloaded
-from sdtrt.specs import Component, GenerateSpec, Precision, Profile, Sizes
+from sdtrt.pipeline.fastest import fastest_of
+from sdtrt.specs import AUTO, Component, GenerateSpec, Precision, Profile, Sizes
 
 
 def load_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
@@ -41,20 +43,36 @@ def load_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
 def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry]:
     """The engines that a request will run in all likelihood, the largest first.
 
-    They are those used last, one for each component, among those that run here and fit what the request says; none
-    where the backend loads nothing ahead. Which weights a request needs is known only once the model is read.
+    They are those used last, one for each component, among those that run here and fit what the request says; for
+    `auto` those of the backend whose step is the fastest. None where that one loads nothing ahead. Which weights a
+    request needs is known only once the model is read.
     """
-    backend = registry.get(registry.choose_backend(spec.backend))
-    if not backend.loads_ahead:
+    there = {str(entry.key.get("backend")) for entry in directory.entries("engine")}
+    if spec.backend == AUTO:
+        usual = registry.expected()[0]
+        backends = registry.rivals(usual, there)
+    else:
+        usual, backends = spec.backend, (registry.get(spec.backend),)
+    found = {one.name: latest for one in backends if (latest := _latest(one, spec, directory))}
+    if not found:
         return []
+    most = max(map(len, found.values()))  # components: a backend that has fewer of them would have to build
+    chosen, _ = fastest_of(usual, {name: one for name, one in found.items() if len(one) == most})
+    if not registry.get(chosen).loads_ahead:
+        return []
+    return sorted(found[chosen].values(), key=lambda entry: entry.size_bytes, reverse=True)
+
+
+def _latest(backend: Backend, spec: GenerateSpec, directory: EngineDirectory) -> dict[Component, Entry]:
+    """For each component the engine of a backend that was used last, of those that may serve a request."""
     runs, precision = backend.runs_here(), spec.precision or backend.default_precision()
 
     def fits(entry: Entry) -> bool:
         key = entry.parsed_key
         return isinstance(key, EngineKey) and runs(key) and _may_serve(key, spec, precision)
 
-    latest = find.latest(directory, spec.model.name, fits)
-    return sorted(latest.values(), key=lambda entry: entry.size_bytes, reverse=True)
+    latest = find.latest(directory, spec.model.name if backend.weights_inside else None, fits)
+    return {entry.engine_key.component: entry for entry in latest.values()}
 
 
 def _may_serve(key: EngineKey, spec: GenerateSpec, precision: Precision) -> bool:

@@ -12,20 +12,24 @@ import gc
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 
 from sdtrt.backends import registry
 from sdtrt.common import host
+from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.digests import in_background
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.specs import BackendName, GenerateSpec
+from sdtrt.specs import AUTO, BackendName, GenerateSpec
 
 
 def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
-    """Start the driver, TensorRT and a request's likely engines; import PyTorch, which must come before TensorRT."""
+    """Start the driver, TensorRT and a request's likely engines; import PyTorch, which must come before TensorRT.
+
+    For `auto` that is TensorRT only where engines of it are there: else it builds for another one on most machines.
+    """
     gpu = wake_gpu()
     import torch  # noqa: F401
 
@@ -34,7 +38,15 @@ def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
 
     preloaded.expect()
     atexit.register(preloaded.let_go)  # engines are freed before Python takes its modules apart
-    import_tensorrt(spec.backend, gpu, partial(likely_engines.load_ahead, spec, directory))
+    wanted = _with_engines(directory) if spec.backend == AUTO else {spec.backend}
+    import_tensorrt(spec.backend, gpu, partial(likely_engines.load_ahead, spec, directory), wanted)
+
+
+def _with_engines(directory: EngineDirectory) -> set[BackendName]:
+    """The backends whose engines are there; none where the directory can't be read."""
+    with suppress(SdtrtError):
+        return {str(entry.key.get("backend")) for entry in directory.entries("engine")}
+    return set()
 
 
 def wake_gpu() -> Future[bool]:
@@ -54,7 +66,12 @@ def wake_gpu() -> Future[bool]:
     return found
 
 
-def import_tensorrt(backend: BackendName, gpu: Future[bool], then: Callable[[], None] = lambda: None) -> None:
+def import_tensorrt(
+    backend: BackendName,
+    gpu: Future[bool],
+    then: Callable[[], None] = lambda: None,
+    wanted: Collection[BackendName] | None = None,
+) -> None:
     """Start to import the TensorRT of a backend in the background; nothing happens without a GPU.
 
     PyTorch must be imported before: both may link a cuBLAS and a cuDNN of one name, and the first loaded serves both.
@@ -63,10 +80,12 @@ def import_tensorrt(backend: BackendName, gpu: Future[bool], then: Callable[[], 
         backend: that is asked for.
         gpu: of `wake_gpu`.
         then: what to do in the same thread once TensorRT is there.
+        wanted: those that it may be of; None for any.
     """
     families = [
         module
         for candidate in registry.candidates(backend)
+        if wanted is None or candidate.name in wanted
         for module in candidate.modules
         if importlib.util.find_spec(module) is not None
     ]

@@ -53,6 +53,11 @@ def digest_of(path: Path) -> str:
     return future.result()
 
 
+def hash_for_later(path: Path) -> None:
+    """Hash a file in this thread; `digest_of` has its digest then, once."""
+    _hash_into(_expected(path), path)
+
+
 def digests_ahead(paths: Iterable[Path], wanted: Callable[[], bool]) -> Callable[[Path], str]:
     """How to have the digest of each of some files; it stays good for one `digest_of` after that.
 
@@ -121,17 +126,29 @@ class DigestMemo:
 
     def digest(self, path: Path) -> str:
         """sha256 (hex) of a file; that of a large one is remembered for as long as its size and times stay the same."""
-        name, *stamp = identity(path.resolve())
-        size_bytes = int(stamp[0])
-        if size_bytes < MEMO_BYTES:
+        path = path.resolve()
+        name, *stamp = identity(path)
+        if int(stamp[0]) < MEMO_BYTES:
             return sha256_file(path)
+        known = self._known(name, stamp)
+        if known is not None:
+            return known
+        digest = digest_of(path)
+        if identity(path) == (name, *stamp):  # else nobody knows which of two contents that is of
+            self._remember(name, {"stamp": stamp, "sha256": digest})
+        return digest
+
+    def knows(self, path: Path) -> bool:
+        """Whether `digest` has next to nothing to read of a file. Raises `OSError`."""
+        name, *stamp = identity(path.resolve())
+        return int(stamp[0]) < MEMO_BYTES or self._known(name, stamp) is not None
+
+    def _known(self, name: str, stamp: list[Any]) -> str | None:
+        """The digest that is remembered of a file, if it is as it was then."""
         known = (self.read() | self._own).get(name)
         if isinstance(known, dict) and known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
             return str(known["sha256"])
-        digest = sha256_file(path)
-        if identity(path.resolve()) == (name, *stamp):  # else nobody knows which of two contents that is of
-            self._remember(name, {"stamp": stamp, "sha256": digest})
-        return digest
+        return None
 
     def _remember(self, name: str, known: Mapping[str, Any]) -> None:
         """Write a file's digest into the memo; one that can't be written is this process's own."""

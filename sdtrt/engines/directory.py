@@ -251,6 +251,10 @@ class EngineDirectory:
         """sha256 (hex) of a file; that of a large one is remembered here (`DigestMemo`)."""
         return self._digests.digest(path)
 
+    def knows_digest(self, path: Path) -> bool:
+        """Whether `file_digest` has next to nothing to read of a file. Raises `OSError`."""
+        return self._digests.knows(path)
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Make the directory where it is missing, and turn what it refuses into an error that says what to do."""

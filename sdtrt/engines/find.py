@@ -126,10 +126,10 @@ def likely(directory: EngineDirectory, model: str, backend: str) -> list[Path]:
     return [path for size, path in sorted(files, reverse=True) if size >= digests.MEMO_BYTES]
 
 
-def latest(directory: EngineDirectory, model: str, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
-    """For each component the engine of a model that was used last, of those that fit."""
+def latest(directory: EngineDirectory, model: str | None, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
+    """For each component the engine of a model (None: of any) that was used last, of those that fit."""
     found: dict[str, Entry] = {}
     for entry in sorted(directory.entries("engine"), key=lambda entry: entry.last_used):
-        if entry.info.get("model") == model and fits(entry):
+        if model in (None, entry.info.get("model")) and fits(entry):
             found[str(entry.key.get("component"))] = entry
     return found

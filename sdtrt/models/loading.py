@@ -73,33 +73,36 @@ def load_parts(model: Model, names: Sequence[str], dtype: torch.dtype) -> dict[s
     Raises:
         ModelError: if anything is missing or does not fit. All parts are checked before the first is loaded.
     """
-    for name in names:
-        if name in WEIGHT_NAMES:
-            check_part(model, name)
-    return {name: _load_part(model, name, dtype) for name in names}
+    empty = {name: check_part(model, name) for name in names if name in WEIGHT_NAMES}
+    return {name: _load_part(model, name, dtype, empty.get(name)) for name in names}
 
 
-def _load_part(model: Model, name: str, dtype: torch.dtype) -> Any:
+def _load_part(model: Model, name: str, dtype: torch.dtype, empty: torch.nn.Module | None) -> Any:
     if name in UNUSED_PARTS:
         return None
     if name in WEIGHT_NAMES:
-        return _load_module(model, name, dtype)
+        return _load_module(model, name, dtype, empty)
     return _load_scheduler(model) if name == "scheduler" else _load_tokenizer(model, name)
 
 
-def check_part(model: Model, part: str) -> None:
+def check_part(model: Model, part: str) -> torch.nn.Module | None:
     """Check by the weight files' headers that a part's tensors are all there, by name and shape; reads no tensor.
+
+    Returns:
+        `empty_part`, which that takes; None for weights in a pickle, which has no header.
 
     Raises:
         ModelError: naming some of what is missing, unexpected or of another shape.
     """
     files = model.weight_files(part)
     origin = model.origin(part)
-    if not any(is_pickle(file) for file in files):  # a pickle has no header; it is checked when it is loaded
-        infos = part_infos(model, part)
-        check_plain(part, origin.spec.name, {name: info.dtype for name, info in infos.items()})
-        module = empty_part(model, part)
-        _check_fit(model, part, module, convert(part, origin.layout, meta_tensors(infos), module))
+    if any(is_pickle(file) for file in files):  # it is checked when it is loaded
+        return None
+    infos = part_infos(model, part)
+    check_plain(part, origin.spec.name, {name: info.dtype for name, info in infos.items()})
+    module = empty_part(model, part)
+    _check_fit(model, part, module, convert(part, origin.layout, meta_tensors(infos), module))
+    return module
 
 
 def part_infos(model: Model, part: str) -> dict[str, TensorInfo]:
@@ -124,7 +127,7 @@ def empty_part(model: Model, part: str) -> torch.nn.Module:
     with quiet_libraries(), torch.device("meta"):
         try:
             _check_layers(config, tensors)
-            with _at_most(tensors):
+            with _at_most(tensors), _nothing_drawn():
                 return build_module(model.class_name(part), config)
         except (
             Exception
@@ -185,6 +188,31 @@ def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
 
 
 @contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Within, modules leave their weights as they are: on the meta device they have no values to be drawn.
+
+    For what has none, PyTorch computes shapes in Python: that imports its compiler for a normal distribution, and SymPy
+    for a range, which is made on the CPU here. Both take longer than the whole module.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    drawing = {torch.Tensor.normal_, torch.Tensor.uniform_}
+
+    class Leave(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = dict(kwargs or {})
+            if getattr(function, "__module__", None) == "torch.nn.init" or function in drawing:
+                return args[0] if args else given["tensor"]
+            if function is torch.arange:
+                given.setdefault("device", "cpu")
+            return function(*args, **given)
+
+    with Leave():
+        yield
+
+
+@contextmanager
 def _at_most(tensors: int) -> Iterator[None]:
     """Raise `ValueError` as soon as a module that is built in a `with` grows far beyond the weights it is built for.
 
@@ -212,20 +240,17 @@ def _at_most(tensors: int) -> Iterator[None]:
             hook.remove()
 
 
-def _load_module(model: Model, part: str, dtype: torch.dtype) -> torch.nn.Module:
+def _load_module(model: Model, part: str, dtype: torch.dtype, empty: torch.nn.Module | None) -> torch.nn.Module:
     """Build a part without memory for weights, then give it the stored tensors themselves, cast to `dtype`.
 
     That is what low_cpu_mem_usage does with accelerate installed, without asking for accelerate.
+
+    Args:
+        empty: what `check_part` has built.
     """
     import torch
 
-    origin, stored = model.origin(part), _read_part(model, part)
-    check_plain(
-        part, origin.spec.name, {name: str(value.dtype).removeprefix("torch.") for name, value in stored.items()}
-    )
-    module = empty_part(model, part)
-    tensors = convert(part, origin.layout, stored, module)
-    _check_fit(model, part, module, tensors)
+    module, tensors = _stored_part(model, part, empty)
     wanted = module.state_dict().keys()
     cast = {name: _cast(model, part, name, tensors[name], dtype) for name in wanted}
     module.load_state_dict(cast, strict=True, assign=True)
@@ -236,6 +261,32 @@ def _load_module(model: Model, part: str, dtype: torch.dtype) -> torch.nn.Module
     unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unset, f"{part} has tensors without values: {unset}"
     return module.eval().requires_grad_(False)
+
+
+def stored_tensors(model: Model, part: str) -> dict[str, torch.Tensor]:
+    """A part's tensors under the names of its `state_dict()`, as they are stored: in any dtype, mapped into memory.
+
+    Nobody has looked at their numbers: whoever takes them has to see whether they are finite.
+
+    Raises:
+        ModelError: as of `load_parts`, but for what is said of numbers.
+    """
+    module, tensors = _stored_part(model, part, check_part(model, part))
+    return {name: tensors[name] for name in module.state_dict()}
+
+
+def _stored_part(
+    model: Model, part: str, empty: torch.nn.Module | None
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A part without memory for weights, and the stored tensors that fit it."""
+    origin, stored = model.origin(part), _read_part(model, part)
+    check_plain(
+        part, origin.spec.name, {name: str(value.dtype).removeprefix("torch.") for name, value in stored.items()}
+    )
+    module = empty if empty is not None else empty_part(model, part)
+    tensors = convert(part, origin.layout, stored, module)
+    _check_fit(model, part, module, tensors)
+    return module, tensors
 
 
 def _read_part(model: Model, part: str) -> dict[str, torch.Tensor]:

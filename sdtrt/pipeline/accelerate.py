@@ -193,8 +193,11 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
 
 
 def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.device, console: Console) -> BackendName:
-    """The backend that is chosen; for `auto` the fastest of those that have engines, which it says."""
-    usual = choose_backend(choices.backend, device)
+    """The backend that is chosen; for `auto` the fastest of those that have engines, which it says.
+
+    Where none has, it is the one that is expected to be the fastest where the pipeline is.
+    """
+    usual, why = choose_backend(choices.backend, device)
     if choices.backend != AUTO:
         return usual
     wanted = _components(pipe, model, choices.components, swapped_of(pipe))
@@ -205,8 +208,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
         return choices.request(model, name, precision, wanted, device)
 
     name, reason = faster(usual, request_of, choices.directory)
-    if reason:
-        console.note(f"backend: {name} ({reason})")
+    console.note(f"backend: {name} ({reason or why})")
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
@@ -109,24 +110,31 @@ def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
         )
 
 
-def choose_backend(choice: BackendName, device: torch.device) -> BackendName:
-    """The backend that runs where a pipeline's modules are.
+def choose_backend(choice: BackendName, device: torch.device) -> tuple[BackendName, str]:
+    """The backend that runs where a pipeline's modules are, and for `auto` why it is expected to be the fastest.
 
     Raises:
         EngineError: where none of those chosen runs there, with each one's reason.
     """
-    reasons = []
-    for backend in registry.candidates(choice):
-        if backend.source is None:
-            continue
-        if device.type != backend.device():
-            reasons.append(f"{backend.name} runs on {backend.device()}")
-        elif (problem := backend.why_not()) is not None:
-            reasons.append(f"{backend.name}: {problem.message}")
-        else:
-            return backend.name
-    wanted = "no backend" if choice == AUTO else f"{choice} can't run: no engine"
-    raise EngineError(
-        f"{wanted} serves a pipeline on {device.type} ({'; '.join(reasons) or 'it has no engines'})",
+    if choice == AUTO:
+        found, problems = registry.automatic(device.type)
+        if found is not None:
+            return found.name, registry.why(found, problems)
+        raise _nothing_serves("no backend", device, problems)
+    backend = registry.get(choice)
+    if backend.source is None:
+        problem = "it has no engines"
+    elif backend.device() != device.type:
+        problem = f"it runs on {backend.device()}"
+    elif (error := backend.why_not()) is not None:
+        problem = error.message
+    else:
+        return backend.name, ""
+    raise _nothing_serves(f"{choice} can't run: no engine", device, [problem])
+
+
+def _nothing_serves(wanted: str, device: torch.device, reasons: Iterable[str]) -> EngineError:
+    return EngineError(
+        f"{wanted} serves a pipeline on {device.type} ({'; '.join(reasons) or 'engines run on cuda and on cpu'})",
         hint="move the pipeline first, as in pipe.to('cuda'); sdtrt doctor says what this machine has",
     )

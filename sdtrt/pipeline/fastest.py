@@ -1,4 +1,4 @@
-"""Which backend `auto` means: the fastest of those that have all engines of a request, else the machine's best.
+"""Which backend `auto` means: the fastest of those that have all engines of a request, else what should be fastest.
 
 Knows entries and how long a run of each took when it was built. Opens and builds none.
 """
@@ -29,14 +29,16 @@ RequestOf = Callable[[BackendName], EngineRequest]  # the engines that a backend
 def resolve_fastest(
     spec: GenerateSpec, model: Model, directory: EngineDirectory, console: Console, init: InitImage | None = None
 ) -> PipelineSpec:
-    """How a request runs (`resolve_request`); where `auto` finds engines, in the fastest of them, which it says.
+    """How a request runs (`resolve_request`). For `auto`: in the fastest engines that are there, which it says; where
+    none are, in those of the backend that is expected to be the fastest, and why.
 
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
     """
-    settled = resolve_request(spec, model, console, init)
     if spec.backend != AUTO:
-        return settled
+        return resolve_request(spec, model, console, init)
+    usual, why = registry.expected(console)
+    settled = resolve_request(spec, model, console, init, backend=usual)
 
     def on(name: BackendName) -> PipelineSpec:
         precision = spec.precision or registry.get(name).default_precision()
@@ -45,9 +47,8 @@ def resolve_fastest(
         check_spec(found)
         return found
 
-    name, reason = faster(settled.backend, lambda name: on(name).engines, directory)
-    if reason:
-        console.note(f"backend: {name} ({reason})")
+    name, reason = faster(usual, lambda name: on(name).engines, directory)
+    console.note(f"backend: {name} ({reason or why})")
     return settled if name == settled.backend else on(name)
 
 
@@ -61,7 +62,7 @@ def faster(usual: BackendName, request_of: RequestOf, directory: EngineDirectory
     ready = _ready(usual, request_of, directory)
     if not ready or (len(ready) == 1 and usual in ready):
         return usual, ""
-    return _fastest(usual, ready)
+    return fastest_of(usual, ready)
 
 
 def _ready(usual: BackendName, request_of: RequestOf, directory: EngineDirectory) -> dict[BackendName, Found]:
@@ -70,7 +71,7 @@ def _ready(usual: BackendName, request_of: RequestOf, directory: EngineDirectory
     Weights are looked at only where there is one: their fingerprint may take seconds.
     """
     there = {str(entry.key.get("backend")) for entry in directory.entries("engine")}
-    named = [one.name for one in registry.rivals(usual) if one.name in there]
+    named = [one.name for one in registry.rivals(usual, there)] if there - {usual} else []
     ready: dict[BackendName, Found] = {}
     for name in named if set(named) - {usual} else ():
         with suppress(SdtrtError):  # it is told where the engine is needed
@@ -80,7 +81,7 @@ def _ready(usual: BackendName, request_of: RequestOf, directory: EngineDirectory
     return ready
 
 
-def _fastest(usual: BackendName, ready: Mapping[BackendName, Found]) -> tuple[BackendName, str]:
+def fastest_of(usual: BackendName, ready: Mapping[BackendName, Found]) -> tuple[BackendName, str]:
     """Of backends that have all engines the one whose step is the fastest, and why it is taken.
 
     Where steps can't be compared, as they were measured at several sizes or not at all, the usual one stays.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from sdtrt.backends import registry
 from sdtrt.common.errors import MemoryShortage
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
@@ -60,7 +61,8 @@ class Demand:
 
     Args:
         fixed: weights, and an allowance for what else there is.
-        scratch: shared by the engines, and enough for the largest size that they serve, whatever is asked for.
+        scratch: for intermediate results. Shared by the engines, and enough for the largest size that they serve,
+            whatever is asked for; where CUDA graphs hold it, the sum over the engines, of the request's size.
         wanted: of that, what engines for exactly the request's size would take.
     """
 
@@ -77,6 +79,9 @@ class Demand:
 def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> Demand:
     """What the sessions of a pipeline's engines take. Engines that don't say it (older ones) are left out.
 
+    Where a CUDA graph holds its run's intermediate results, one for each engine is counted: a pipeline calls each in
+    one size. The run before a capture takes as much, and gives it back first.
+
     Args:
         sizes: of the UNet's call.
         images: made at once.
@@ -87,8 +92,13 @@ def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> 
         weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
         if weights is not None and work is not None:
             fixed += weights
-            scratch = max(scratch, work)
-            wanted = max(wanted, work * _share(entry, sizes_of(name, sizes, images)))
+            own = work * _share(entry, sizes_of(name, sizes, images))
+            if registry.get(entry.engine_key.backend).graphs_hold_scratch:
+                wanted += own
+                scratch = math.ceil(wanted)
+            else:
+                wanted = max(wanted, own)
+                scratch = max(scratch, work)
     return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
 
 

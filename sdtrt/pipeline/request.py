@@ -130,16 +130,24 @@ class PipelineSpec:
 
 
 def resolve_request(
-    spec: GenerateSpec, model: Model, console: Console, init: images.InitImage | None = None
+    spec: GenerateSpec,
+    model: Model,
+    console: Console,
+    init: images.InitImage | None = None,
+    *,
+    backend: BackendName | None = None,
 ) -> PipelineSpec:
     """How a request runs: backend, precision and size; no batch is larger than there are images to make.
+
+    Args:
+        backend: what `auto` has come to mean; None where that is for the machine alone to say.
 
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
     check_task(model, img2img=init is not None)
-    backend = registry.choose_backend(spec.backend, console)
+    backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
     count = spec.images_at_once

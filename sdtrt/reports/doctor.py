@@ -51,7 +51,8 @@ class Diagnosis:
 
 def diagnose(directory: EngineDirectory) -> Diagnosis:
     """Look at this machine and at the engine directory; changes nothing."""
-    findings = (*_libraries(), _bytecode(), _gpu(), *_gpu_backends(), _pycuda(), _directory(directory), _tiny())
+    backends = (*_gpu_backends(), _automatic(), _pycuda())
+    findings = (*_libraries(), _bytecode(), _gpu(), *backends, _directory(directory), _tiny())
     return Diagnosis(findings, tuple(backend.name for backend in registry.running_here()))
 
 
@@ -119,6 +120,12 @@ def _gpu_backends() -> Iterable[Finding]:
             yield Finding(backend.name, "ok", version)
         else:
             yield Finding(backend.name, "optional", f"{version}: {problem.message}", problem.hint)
+
+
+def _automatic() -> Finding:
+    """What `--backend auto` has built here, and why."""
+    name, reason = registry.expected()
+    return Finding("auto", "ok", f"{name} where no engines are there: {reason}")
 
 
 def _pycuda() -> Finding:

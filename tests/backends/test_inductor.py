@@ -9,9 +9,11 @@ from pathlib import Path
 
 import factories
 import pytest
+import safetensors.torch
 import torch
 
 from sdtrt.backends import build as building
+from sdtrt.backends import open as opening
 from sdtrt.backends import registry
 from sdtrt.backends.build import engine_key
 from sdtrt.backends.inductor import build
@@ -29,7 +31,7 @@ from sdtrt.backends.inductor.weights import (
 from sdtrt.backends.open import open_session
 from sdtrt.backends.session import Session
 from sdtrt.common.console import QUIET
-from sdtrt.common.errors import BuildError, EngineError, UsageError
+from sdtrt.common.errors import BuildError, EngineError, ModelError, UsageError
 from sdtrt.engines.find import best_fit
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Recipe, export_program
@@ -235,6 +237,59 @@ def test_weights_stay_where_they_are_and_their_parts_are_views():
     assert weights.size_bytes == sum(tensor.nbytes for tensor in tensors().values())
 
 
+def test_weights_in_another_precision_are_cast_and_looked_at_where_the_engine_has_them():
+    """A mask, which is the engine's own, may well be infinite."""
+    half = tuple(replace(one, dtype="float16") for one in constants())
+    weights = Weights(half, tensors() | {"mask": torch.full((3, 3), -torch.inf)}, CPU)
+    given = of_model()
+    with pytest.raises(EngineError, match="float32"):
+        weights.fill(given)
+    weights.fill(given, casts=True)
+    assert all(torch.equal(view, given[name].half()) for name, view in weights.views().items())
+    assert weights.are_finite()
+    for value in (1e6, torch.nan):
+        weights.fill(given | {"attn.to_k.weight": torch.full((4, 4), value)}, casts=True)
+        assert not weights.are_finite()
+
+
+class Taking(Session):
+    """A session that takes stored weights, and says of them what it is told to say."""
+
+    def __init__(self, contract, finite):
+        self.contract, self.finite, self.module = contract, finite, None
+
+    def take_stored(self, tensors):
+        self.taken = tensors
+        return self.finite
+
+    def set_weights(self, weights):
+        self.module = weights
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_session_gets_what_is_stored(models, component):
+    session = Taking(contract_of(models[0], component, "fp16"), finite=True)
+    opening._give_weights(session, models[0])
+    wanted = load_component(models[0], component, torch.float32).state_dict()
+    assert session.taken.keys() == wanted.keys()
+    assert all(torch.equal(tensor.float(), wanted[name]) for name, tensor in session.taken.items())
+    assert session.module is None
+
+
+def test_a_number_that_is_not_finite_there_is_named_by_who_reads_the_file(models, tmp_path):
+    folder = Path(shutil.copytree(models[0].source, tmp_path / "model"))
+    (file,) = folder.glob("unet/*.safetensors")
+    stored = safetensors.torch.load_file(file)
+    large = torch.full(stored["conv_in.bias"].shape, 1e6)
+    safetensors.torch.save_file(stored | {"conv_in.bias": large}, file)
+    model = resolve_model(ModelSpec(str(folder)))
+    session = Taking(contract_of(model, "unet", "fp16"), finite=False)
+    with pytest.raises(ModelError, match=r"conv_in\.bias of the unet .* does not fit into float16"):
+        opening._give_weights(session, model)
+    opening._give_weights(session, models[0])
+    assert isinstance(session.module, torch.nn.Module), "it is not the numbers that are stored"
+
+
 def test_what_was_made_in_inference_mode_can_be_written_to_outside():
     with torch.inference_mode():
         weights = Weights(constants(), tensors(), CPU)
@@ -398,7 +453,9 @@ def test_a_live_pipeline_has_the_key_of_its_files(models, directory, tmp_path):
 
 def test_auto_takes_it_only_where_its_engines_are_there():
     assert "inductor" in registry.names()
-    assert "inductor" not in [backend.name for backend in registry.candidates("auto")]
+    assert "inductor" in [backend.name for backend in registry.candidates("auto")], "its engines may be there"
+    assert not registry.get("inductor").is_automatic("cpu"), "where they are not, a CPU gets none built unasked"
+    assert registry.get("inductor").is_automatic("cuda")
     assert not registry.get("inductor").weights_inside
     assert registry.get("onnxruntime").weights_inside
 

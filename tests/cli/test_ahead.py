@@ -90,6 +90,13 @@ def test_without_a_gpu_or_for_another_backend_nothing_is_imported(library, backe
     assert library not in sys.modules
 
 
+@pytest.mark.parametrize(("wanted", "comes"), [({"tensorrt"}, True), ({"inductor"}, False), (set(), False)])
+def test_for_auto_it_comes_where_its_engines_are_there(library, wanted, comes):
+    prewarm.import_tensorrt("auto", known(True), wanted=wanted)
+    wait()
+    assert (library in sys.modules) == comes
+
+
 def test_a_library_that_fails_is_left_for_the_command_to_meet(library, tmp_path, recwarn):
     (tmp_path / f"{library}.py").write_text("raise OSError('libnvinfer.so.8: cannot open shared object file')\n")
     prewarm.import_tensorrt("tensorrt", known(True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import gpu_engines
 import numpy as np
@@ -11,13 +11,15 @@ import torch
 from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
 from PIL import Image
 
+import sdtrt
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import MemoryShortage
 from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline import opened
 from sdtrt.pipeline.generate import generate
 from sdtrt.pipeline.images import read_metadata
-from sdtrt.pipeline.memory import ALLOWANCE_BYTES, free_bytes
-from sdtrt.specs import GenerateSpec
+from sdtrt.pipeline.memory import ALLOWANCE_BYTES, demand_of, free_bytes
+from sdtrt.specs import GenerateSpec, Sizes
 
 pytestmark = [*NEEDS_GPU, pytest.mark.timeout(1200)]
 CUDA = torch.device("cuda")
@@ -78,3 +80,18 @@ def test_a_batch_that_runs_out_of_memory_goes_on_in_smaller_ones(directory, tmp_
     again = generate(GenerateSpec(("a red circle",), output=tmp_path / "again", **options), directory, QUIET)
     first, last = (np.asarray(Image.open(report.images[0].path)).astype(int) for report in (one, again))
     assert np.abs(first - last).max() <= 2
+
+
+def test_the_check_counts_what_graphs_hold(directory):
+    """Engines of Inductor: each part's graph keeps what a run takes, and no more than that is there beside it."""
+    torch.zeros(1, device=CUDA)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    pipe = sdtrt.load("tiny", height=512, width=512, backend="inductor", engine_dir=directory.path)
+    with closing(pipe):
+        for seed in (1, 2):
+            pipe("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(seed))
+        demand = demand_of(opened.entries(pipe), Sizes(2, 512, 512), 1)
+        assert demand.scratch > 0
+        assert torch.cuda.max_memory_reserved() - before <= demand.total

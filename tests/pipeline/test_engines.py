@@ -17,6 +17,7 @@ import torch
 from sdtrt.backends import build as engine_build
 from sdtrt.backends import registry
 from sdtrt.backends.backend import Backend
+from sdtrt.backends.inductor.backend import Inductor
 from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.backends.open import open_session
 from sdtrt.backends.tensorrt.backend import TensorRT
@@ -31,7 +32,7 @@ from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models import components
 from sdtrt.models.loading import load_unet
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import engines
+from sdtrt.pipeline import accepted, engines
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import Contract
 
@@ -76,13 +77,54 @@ def test_auto_goes_by_what_pytorch_and_tensorrt_can_do_here(capsys, monkeypatch)
     assert registry.choose_backend("auto", Console()) == "onnxruntime"
     assert "this PyTorch can't use it" in capsys.readouterr().err
     monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(Inductor, "why_not", lambda self: BuildError("there is no C++ compiler", hint="get one"))
     monkeypatch.setattr(TensorRT, "why_not", lambda self: EngineError("it is broken", hint="mend it"))
     assert registry.choose_backend("auto", Console(verbose=True)) == "torch"
-    assert "not tensorrt: it is broken" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not tensorrt: it is broken" in said
+    assert "backend: torch (Some RTX, but no engines run on it: see sdtrt doctor)" in said
     monkeypatch.setattr(TensorRT, "why_not", lambda self: None)
     monkeypatch.setattr(TensorRT, "version", lambda self: "10.13.3")
     assert registry.choose_backend("auto", Console()) == "tensorrt"
-    assert "Some RTX, TensorRT 10.13.3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Some RTX, TensorRT 10.13.3; not inductor: there is no C++ compiler" in said, "what should be faster"
+
+
+def test_auto_on_a_gpu_is_what_was_measured_to_be_the_fastest(capsys, monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(Inductor, "why_not", lambda self: None)
+    monkeypatch.setattr(TensorRT, "why_not", lambda self: pytest.fail("TensorRT is asked in vain"))
+    assert registry.choose_backend("auto", Console()) == "inductor"
+    said = capsys.readouterr().err
+    assert said.count("backend: ") == 1
+    assert f"Some RTX, PyTorch Inductor {torch.__version__.partition('+')[0]}" in said
+    assert "measured on an H200: faster than TensorRT 8.6" in said
+
+
+def test_auto_on_a_cpu_never_compiles_unasked(monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    monkeypatch.setattr(Inductor, "why_not", lambda self: None)
+    monkeypatch.setattr(OnnxRuntime, "why_not", lambda self: BuildError("not installed", hint="pip install"))
+    assert registry.choose_backend("auto") == "torch"
+
+
+def test_a_live_pipeline_goes_to_the_backend_of_its_device(monkeypatch):
+    monkeypatch.setattr(TensorRT, "why_not", lambda self: BuildError("TensorRT is not installed", hint="pip install"))
+    monkeypatch.setattr(Inductor, "why_not", lambda self: None)
+    assert accepted.choose_backend("auto", CPU)[0] == "onnxruntime"
+    with pytest.raises(EngineError, match=r"serves a pipeline on cuda \(inductor: it runs on cpu; tensorrt: "):
+        accepted.choose_backend("auto", torch.device("cuda"))
+    with pytest.raises(EngineError, match="no backend serves a pipeline on mps"):
+        accepted.choose_backend("auto", torch.device("mps"))
+    with pytest.raises(EngineError, match=r"inductor can't run: no engine serves .* on cuda \(it runs on cpu\)"):
+        accepted.choose_backend("inductor", torch.device("cuda"))
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    name, why = accepted.choose_backend("auto", torch.device("cuda"))
+    assert name == "inductor"
+    assert "faster than TensorRT 8.6" in why
+    assert accepted.choose_backend("auto", CPU)[0] == "onnxruntime", "of a pipeline that was left on the CPU"
 
 
 def test_a_named_backend_is_taken_as_it_is(capsys):

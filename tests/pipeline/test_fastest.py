@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sdtrt.backends import build, registry
 from sdtrt.backends.build import engine_key
+from sdtrt.common import host
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
@@ -29,11 +31,11 @@ def both_run_here(monkeypatch):
     monkeypatch.setattr(type(registry.get("inductor")), "why_not", lambda self: None)
 
 
-def publish(directory, model, backend, component="unet", **info):
+def publish(directory, model, backend, component="unet", precision="fp32", **info):
     """An engine that fits, and says how fast it is."""
     whole = registry.get(backend).takes_any_size
     profiles = () if whole else (profile_of(component, Profile.of(SIZES)),)
-    spec = BuildSpec(ExportSpec(model.spec, component, "fp32"), backend, profiles)
+    spec = BuildSpec(ExportSpec(model.spec, component, precision), backend, profiles)
     return directory.obtain("engine", engine_key(model, spec, directory).to_json(), lambda folder: info)
 
 
@@ -43,6 +45,7 @@ def chosen(model, directory, capsys, **options):
     spec = GenerateSpec(prompts=("red",), model=model.spec, backend="auto", **given)
     found = resolve_fastest(spec, model, directory, Console())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("backend: ")]
+    assert len(said) == 1
     return found.backend, said[-1]
 
 
@@ -78,6 +81,22 @@ def test_engines_that_are_there_are_taken_where_the_usual_backend_has_none(model
     assert (name, said) == ("inductor", "backend: inductor (its engines are there)")
     assert chosen(model, directory, capsys, width=64)[0] == "onnxruntime", "of another size"
     assert chosen(model, directory, capsys, components=("unet", "text_encoder"))[0] == "onnxruntime", "of a part"
+
+
+def test_on_a_gpu_engines_that_are_there_go_before_those_that_should_be_faster(model, directory, capsys, monkeypatch):
+    """And where none are, the backend that should be is taken, with one word on why."""
+    monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Some RTX", (8, 9), 2**34),))
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tensorrt = type(registry.get("tensorrt"))
+    for name, value in {"version": "8.6.1", "why_not": None, "options_key": {}}.items():
+        monkeypatch.setattr(tensorrt, name, lambda self, *_, value=value: value)
+    name, said = chosen(model, directory, capsys)
+    assert name == "inductor"
+    assert said.startswith("backend: inductor (Some RTX, PyTorch Inductor ")
+    assert "faster than TensorRT 8.6" in said
+    publish(directory, model, "tensorrt", precision="fp16")
+    assert chosen(model, directory, capsys) == ("tensorrt", "backend: tensorrt (its engines are there)")
 
 
 def test_all_components_have_to_be_there_and_the_unet_decides(model, directory, capsys):

@@ -32,10 +32,10 @@ def model(tmp_path_factory):
     )
 
 
-def engine(weights, scratch, *profiles):
+def engine(weights, scratch, *profiles, backend="tensorrt"):
     """An engine's entry, as far as memory goes; figures in GiB."""
     info = {"plan_bytes": int(weights * GIB), "scratch_bytes": int(scratch * GIB)}
-    key = engine_key_of(profiles=[asdict(one) for one in profiles])
+    key = engine_key_of(profiles=[asdict(one) for one in profiles], backend=backend)
     return Entry(Path("none"), "engine", key, info, {}, {}, 0.0)
 
 
@@ -167,6 +167,41 @@ def test_a_pipelines_sessions_share_one_scratch_and_the_largest_comes_first(mode
     assert [entry for entry, *_ in opened] == [found[name] for name in ("vae_decoder", "unet", "text_encoder")]
     assert len({id(scratch) for *_, scratch in opened}) == 1
     assert isinstance(opened[0][2], Scratch)
+
+
+def packages(sizes=SQUARE, images=1, largest=None):
+    """Engines of Inductor of a UNet, a text encoder and a VAE decoder; of a range, where `largest` is given."""
+    high = largest or sizes
+    pairs = zip((sizes.batch, sizes.height, sizes.width), (high.batch, high.height, high.width), strict=True)
+    unet = Profile(*(Range(low, low, most) for low, most in pairs))
+    decoder = Profile(Range(images, images, high.batch // 2), unet.height, unet.width)
+    text = Profile.of(Sizes(images, 8, 8))
+    figures = {"unet": (1.0, 4.0, unet), "text_encoder": (0.5, 0.25, text), "vae_decoder": (0.5, 2.0, decoder)}
+    return {name: engine(*figure, backend="inductor") for name, figure in figures.items()}
+
+
+def test_graphs_that_hold_their_scratch_add_up():
+    """No session shares it with another one, however they take turns."""
+    demand = demand_of(packages(), SQUARE, 1)
+    assert demand.fixed == 2 * GIB + ALLOWANCE_BYTES
+    assert (demand.scratch, demand.wanted) == (6.25 * GIB, 6.25 * GIB)
+
+
+def test_a_graph_holds_what_its_own_size_takes(model, monkeypatch):
+    """An engine for a range is measured at its largest size, and a graph is of the request's."""
+    small, large = Sizes(2, 512, 512), Sizes(8, 1024, 1024)
+    found = packages(small, largest=large)
+    assert demand_of(found, small, 1).scratch == (4.0 / 16 + 0.25 + 2.0 / 16) * GIB
+    assert refused(model, monkeypatch, 2.88, found, small) is None
+    assert refused(model, monkeypatch, 2.87, found, small) is not None
+    assert demand_of(found, large, 4).scratch == 6.25 * GIB
+
+
+def test_what_is_suggested_fits_graphs_that_hold_their_scratch(model, monkeypatch):
+    error = refused(model, monkeypatch, 5.0, packages())
+    assert error.message == "the engines for 1024x1024 pixels need 8.50 GiB of GPU memory, and 5.00 GiB are free"
+    assert error.hint == "use --height 640 --width 640, or end other programs on the GPU"
+    assert demand_of(packages(), Sizes(2, 640, 640), 1).total <= 5 * GIB
 
 
 def test_no_engines_need_nothing():

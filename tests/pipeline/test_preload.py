@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -87,12 +87,15 @@ def write_whole(plan):
     write_plan(plan, [SHAPES])
 
 
-def publish(directory, component="unet", profile=PROFILE, *, used=1, model="tiny", write=write_whole, **key):
+def publish(
+    directory, component="unet", profile=PROFILE, *, used=1, model="tiny", write=write_whole, step_ms=None, **key
+):
     """An engine that runs here, unless `key` says otherwise; used last at the time `used`; `write` writes its plans."""
 
     def make(folder: Path):
         write(folder / "engine.plan")
-        return {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
+        info = {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
+        return info | ({} if step_ms is None else {"step_ms": step_ms})
 
     known = {
         "format": registry.get("tensorrt").format,
@@ -127,6 +130,24 @@ def test_likely_are_engines_that_fit_the_largest_first(directory):
     found = [entry.name for entry in likely_engines(SPEC, directory)]
     assert found[0] == unet.name
     assert sorted(found) == sorted(entry.name for entry in (unet, decoder, text))
+
+
+def test_auto_loads_the_plans_that_it_will_take(directory, monkeypatch):
+    """Those that are there, though it would build for another backend; not where that one's are there and faster."""
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    inductor = registry.get("inductor")
+    monkeypatch.setattr(type(inductor), "why_not", lambda self: None)
+    monkeypatch.setattr(type(registry.get("tensorrt")), "why_not", lambda self: None)
+    request, sizes = replace(SPEC, backend="auto"), {"profiles": [asdict(Profile.of(Sizes(2, 128, 128)))]}
+    unet = publish(directory, step_ms=7.7, **sizes)
+    assert registry.choose_backend("auto") == "inductor"
+    assert [entry.name for entry in likely_engines(request, directory)] == [unet.name]
+    own = {"backend": "inductor", "format": inductor.format, "backend_version": inductor.version()}
+    own |= {"host": inductor.host_key(), "model": "of the same architecture"}
+    publish(directory, step_ms=9.9, **own, **sizes)
+    assert [entry.name for entry in likely_engines(request, directory)] == [unet.name], "the faster one"
+    publish(directory, step_ms=5.9, used=2, number=2, **own, **sizes)
+    assert likely_engines(request, directory) == [], "packages are not loaded ahead"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from sdtrt.backends import registry
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import EngineError
@@ -93,6 +94,15 @@ def test_an_engine_directory_that_cannot_be_written_is_not_healthy(monkeypatch):
     assert finding(diagnosis, "engine directory").state == "missing"
     assert "--engine-dir" in finding(diagnosis, "engine directory").mend
     assert not diagnosis.healthy
+
+
+def test_it_says_what_auto_builds_here_and_why(directory, monkeypatch):
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    assert finding(doctor.diagnose(directory), "auto").detail.startswith("onnxruntime where no engines are there: no")
+    monkeypatch.setattr(host, "gpus", lambda: (RTX,))
+    monkeypatch.setattr(host, "torch_sees_gpu", lambda: True)
+    monkeypatch.setattr(type(registry.get("inductor")), "why_not", lambda self: None)
+    assert finding(doctor.diagnose(directory), "auto").detail.startswith("inductor where no engines are there: Some")
 
 
 def test_json_has_the_host(directory):

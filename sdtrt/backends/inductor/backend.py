@@ -28,11 +28,15 @@ class Inductor(Backend):
     source: ClassVar[Source | None] = "program"
     devices: ClassVar[tuple[Device, ...]] = ("cuda", "cpu")
     weights_inside: ClassVar[bool] = False
-    by_name_only: ClassVar[bool] = True
+    graphs_hold_scratch: ClassVar[bool] = True
+    expectation: ClassVar[str] = "measured on an H200: faster than TensorRT 8.6, and sooner built"
 
     def device(self) -> Device:
         # The driver is asked first: without a GPU nothing that lists engines imports PyTorch for this.
         return "cuda" if host.gpus() and host.torch_sees_gpu() else "cpu"
+
+    def is_automatic(self, device: str) -> bool:
+        return device == "cuda"  # on a CPU it compiles for minutes, to no gain that is known
 
     def why_not(self) -> SdtrtError | None:
         from sdtrt.backends.inductor.build import require_compiler

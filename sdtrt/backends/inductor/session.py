@@ -36,7 +36,10 @@ class _Run:
         return {name: tensor.contiguous() for name, tensor in zip(self.names, outputs, strict=True)}
 
     def reserve(self, example: Outputs) -> Outputs:
-        return example  # a capture has memory of its own for what is made within
+        # A capture has memory of its own for what is made within, for as long as the graph is there. What the launch
+        # has left in PyTorch's cache would lie there beside it: a capture can't take that.
+        torch.cuda.empty_cache()
+        return example
 
     def record(self, outputs: Outputs) -> Outputs:
         return self.launch()
@@ -112,14 +115,21 @@ class InductorSession(Session[torch.Tensor]):
         Raises:
             EngineError: for tensors that are missing, unknown, or of another shape or dtype: none is changed then.
         """
+        self._fill(weights.state_dict() if isinstance(weights, torch.nn.Module) else weights)
+
+    def take_stored(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """As `set_weights`, of tensors in any floating dtype; says whether all numbers are finite in the engine's."""
+        self._fill(tensors, casts=True)
+        return self._weights.are_finite()
+
+    def _fill(self, tensors: Mapping[str, torch.Tensor], *, casts: bool = False) -> None:
         self._opened()
-        tensors = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
         own, ignored = own_tensors(tensors), other_names(self.contract.component)
         if self._gpu is None:
-            self._weights.fill(own, ignored)
+            self._weights.fill(own, ignored, casts=casts)
         else:
             with self._gpu.turn():
-                self._weights.fill(own, ignored)
+                self._weights.fill(own, ignored, casts=casts)
             torch.cuda.current_stream(self._device).synchronize()  # the caller's memory may change from here on
         self._has_weights = True
 

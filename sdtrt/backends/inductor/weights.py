@@ -219,19 +219,29 @@ class Weights:
         }
 
     @torch.no_grad()
-    def fill(self, given: Mapping[str, torch.Tensor], ignored: tuple[str, ...] = ()) -> None:
+    def fill(self, given: Mapping[str, torch.Tensor], ignored: tuple[str, ...] = (), *, casts: bool = False) -> None:
         """Copy a model's tensors to where they belong; none, where any does not fit.
 
         Args:
             given: by their own names, on any device.
-            ignored: as of `check_sources`.
+            ignored, casts: as of `check_sources`. What is cast goes to the device as it is, and is cast there.
 
         Raises:
             EngineError: as of `check_sources`.
         """
-        check_sources(self._constants, given, ignored)
+        check_sources(self._constants, given, ignored, casts=casts)
         for name, place in self.views().items():
-            place.copy_(given[name], non_blocking=True)
+            tensor = given[name]
+            if tensor.dtype != place.dtype:  # else PyTorch casts it on the CPU
+                tensor = tensor.to(place.device, non_blocking=True)
+            place.copy_(tensor, non_blocking=True)
+
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether no number that a model gave is NaN or infinite; waits for the device."""
+        given = (self.tensors[one.name] for one in self._constants if one.sources)
+        ends = [torch.stack(torch.aminmax(one)).float() for one in given if one.is_floating_point() and one.numel()]
+        return not ends or bool(torch.isfinite(torch.cat(ends)).all())
 
     @torch.no_grad()
     def follow(self, given: Mapping[str, torch.Tensor], *, known: bool = False) -> None:
