@@ -11,6 +11,7 @@ A block is what lies between `<!-- KIND: NAME -->` and `<!-- /table -->`. Its so
   table of errors; its source is SECURITY.md's table, which a test makes true.
 - `rows`: such reports, several where several names are given; one line for all that is known of a row.
 - `engine`: what `benchmarks/packages.py` writes: figures of an engine, and the steps of several.
+- `recipe`: what `benchmarks/inductor_recipe.py` writes: variants of one engine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- (?P<kind>table|rows|engine): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<kind>table|rows|engine|recipe): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
 UNMEASURED = "Not measured yet.\n"
 # The rows of the README's comparison: title, report, and the baseline there; None is what sdtrt itself ran.
@@ -35,6 +36,7 @@ FRONT = (
     ("**sdtrt**, backend `inductor`, fp16", "bench-inductor-h200", None),
     ("**sdtrt**, TensorRT 8.6, fp16 (another run)", "bench-h200", None),
 )
+RECIPE_COLUMNS = {"step_ms": ".2f", "of_pytorch": ".2f", "build_s": ".0f"}
 FAILURE = re.compile(r"\| ([^|]+) \| \d+ \| (`.+?`) \| (`.+?`) \|")
 
 Row = Mapping[str, Any]
@@ -257,12 +259,31 @@ def engine_of(name: str, page: Path, root: Path) -> str:
     return f"\n{markdown([head, *engine_figures(report)])}\n{steps}{origin(report, link)}\n"
 
 
+def recipe_of(name: str, page: Path, root: Path) -> str:
+    """The variants of a report of `benchmarks/inductor_recipe.py`, the fastest first; those that failed last."""
+    path = root / "benchmarks" / f"{name}.json"
+    if not path.exists():
+        return UNMEASURED
+    report = json.loads(path.read_text(encoding="utf-8"))
+    head = [f"{report['component']}, {report['precision']}, {report['sizes']}", "step, ms", "error / PyTorch's", "built, s"]
+    rows = sorted(report["rows"], key=lambda row: row.get("step_ms", float("inf")))
+    lines = [
+        [row["variant"], row["error"], "", ""]
+        if "error" in row
+        else [row["variant"], *(number(row[key], form) for key, form in RECIPE_COLUMNS.items())]
+        for row in rows
+    ]
+    return f"\n{markdown([head, *lines])}\n{origin(report, os.path.relpath(path, page.parent))}\n"
+
+
 def block(kind: str, name: str, page: Path, root: Path) -> str:
     """What a block of a page must hold."""
     if kind == "rows":
         return rows_of(name.split(), page, root)
     if kind == "engine":
         return engine_of(name, page, root)
+    if kind == "recipe":
+        return recipe_of(name, page, root)
     if name == "front":
         return front_comparison(root)
     if name == "failures":

@@ -199,6 +199,21 @@ def test_a_report_of_an_engine_becomes_its_figures_and_its_steps(project):
     assert run(project, "--check").returncode == 0
 
 
+def test_the_variants_of_a_recipe_are_listed_the_fastest_first(project):
+    (project / "README.md").write_text("<!-- recipe: recipe -->\n<!-- /table -->\n")
+    made = report(
+        {"variant": "failed", "error": "out of memory"},
+        {"variant": "slow", "step_ms": 6.625, "of_pytorch": 0.5, "build_s": 12.4},
+        {"variant": "fast", "step_ms": 5.9, "of_pytorch": None, "build_s": 30.0},
+    )
+    write(project, {**made, "component": "unet", "precision": "fp16", "sizes": "batch 2"}, "recipe")
+    assert run(project).returncode == 0
+    lines = [line for line in readme(project).splitlines() if line.startswith("| ")]
+    assert lines[0] == "| unet, fp16, batch 2 | step, ms | error / PyTorch's | built, s |"
+    assert lines[2:] == ["| fast | 5.90 | – | 30 |", "| slow | 6.62 | 0.50 | 12 |", "| failed | out of memory |  |  |"]
+    assert run(project, "--check").returncode == 0
+
+
 def test_a_readme_without_a_block_is_an_error(project):
     (project / "README.md").write_text("# Title\n")
     result = run(project, "--check")
