@@ -82,6 +82,7 @@ VARIANTS: dict[str, Variant] = {
     "channels-first": Variant(recipe={"channels_last": False}),
     "stream-as-it-is": Variant(recipe={"stream_scale": 1}),  # of a VAE's half: what its scaling costs
     "convolutions-1x1": Variant(options={"conv_1x1_as_mm": False}),
+    "split-norms": Variant(recipe={"split_norms": True}),
     "whole-norms": Variant(recipe={"split_norms": False}),
     "no-epilogues": Variant(options={"epilogue_fusion": False}),
     "tuned-products": Variant(options={**_PRODUCTS, "max_autotune_conv_backends": "ATEN"}),

@@ -12,6 +12,9 @@ exit code is 1 where an fp16 engine is not finite, or is below four nines. `--sm
 
 from __future__ import annotations
 
+import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its maker
+
+# isort: split
 import argparse
 import copy
 import json

@@ -44,7 +44,7 @@ class Recipe:
 
     fused_projections: bool = True
     channels_last: bool = True
-    split_norms: bool = True
+    split_norms: bool = False
     stream_scale: int = 1
 
 
