@@ -262,6 +262,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         "sdtrt.backends.tensorrt.versions.running": {
             "load_engine": every_call(marks, lambda _library, plan, *_: f"deserialise {file(plan)}"),
         },
+        "sdtrt.cli.prewarm": {"_compute_on": every_call(marks, lambda *_: "cuBLAS and cuDNN are loaded")},
         "sdtrt.cli.weights_ahead": {"read_file": every_call(marks, lambda path: f"read {file(path)}")},
         "sdtrt.pipeline.settings": {"settings_of": every_call(marks, lambda *_: "the weights are fingerprinted")},
         "sdtrt.pipeline.memory": {"check_memory": every_call(marks, lambda *_: "the memory is checked")},
@@ -294,7 +295,7 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
     if nothing_ahead:
         found["sdtrt.engines.digests"]["hash_ahead"] = nothing
         found["sdtrt.cli.weights_ahead"] = {"read_ahead": nothing}
-        found["sdtrt.cli.prewarm"] = {"wake_gpu": nothing, "import_tensorrt": nothing}
+        found["sdtrt.cli.prewarm"] = dict.fromkeys(("wake_gpu", "start_libraries", "import_tensorrt"), nothing)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Begin while Python imports what a GPU needs before a first step: CUDA's context, TensorRT's libraries, engines.
+"""Begin while Python imports what a GPU needs before a first step: CUDA's context, libraries, engines.
 
 All of these wait without Python's lock. Nothing here can fail a command: what goes wrong is met again, and told, where
 it is needed. The threads are no daemons: a process that ends early first waits for the driver, which must not be torn
@@ -12,16 +12,19 @@ import gc
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 
 from sdtrt.backends import registry
+from sdtrt.cli.weights_ahead import reads_weights
 from sdtrt.common import host
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.digests import in_background
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.entry import Entry
 from sdtrt.specs import AUTO, BackendName, GenerateSpec
 
 
@@ -33,20 +36,23 @@ def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
     gpu = wake_gpu()
     import torch  # noqa: F401
 
+    engines = _engines(directory)
+    if reads_weights(spec, engines):
+        start_libraries(gpu)
     from sdtrt.cli import likely_engines
     from sdtrt.pipeline import preloaded
 
     preloaded.expect()
     atexit.register(preloaded.let_go)  # engines are freed before Python takes its modules apart
-    wanted = _with_engines(directory) if spec.backend == AUTO else {spec.backend}
+    wanted = {str(one.key.get("backend")) for one in engines} if spec.backend == AUTO else {spec.backend}
     import_tensorrt(spec.backend, gpu, partial(likely_engines.load_ahead, spec, directory), wanted)
 
 
-def _with_engines(directory: EngineDirectory) -> set[BackendName]:
-    """The backends whose engines are there; none where the directory can't be read."""
+def _engines(directory: EngineDirectory) -> list[Entry]:
+    """The engines that are there; none where the directory can't be read."""
     with suppress(SdtrtError):
-        return {str(entry.key.get("backend")) for entry in directory.entries("engine")}
-    return set()
+        return directory.entries("engine")
+    return []
 
 
 def wake_gpu() -> Future[bool]:
@@ -64,6 +70,18 @@ def wake_gpu() -> Future[bool]:
     if not in_background(_open_context, found, name="sdtrt-cuda", daemon=False):
         found.set_result(False)  # nothing is looked up ahead: PyTorch finds the GPU itself
     return found
+
+
+def start_libraries(gpu: Future[bool], device: str = "cuda") -> None:
+    """Start to load what PyTorch, and packages of its compiler, multiply and convolve with; nothing without a GPU.
+
+    cuBLAS and cuDNN are loaded and set up by the first call that needs them. What a thread has of them is another's
+    after it.
+
+    Args:
+        gpu: of `wake_gpu`.
+    """
+    in_background(_compute_on, device, gpu, name="sdtrt-libraries", daemon=False)
 
 
 def import_tensorrt(
@@ -98,6 +116,22 @@ def _open_context(found: Future[bool]) -> None:
         found.set_result(host.open_primary_context())
     except BaseException as error:  # whoever waits for it must not wait forever
         found.set_exception(error)
+
+
+def _compute_on(device: str, gpu: Future[bool]) -> None:
+    """A small product and a small convolution, in the precision and layout of engines."""
+    with suppress(Exception):
+        if not gpu.result() or not threading.main_thread().is_alive():
+            return
+        import torch
+
+        if device == "cuda" and not host.has_primary_context(torch.cuda.current_device()):
+            return
+        with torch.inference_mode():
+            ones = torch.ones(16, 16, dtype=torch.float16, device=device)
+            image = torch.ones(1, 16, 8, 8, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
+            torch.nn.functional.linear(ones, ones, ones[0])
+            torch.nn.functional.conv2d(image, image[:, :, :3, :3].expand(16, -1, -1, -1).contiguous(), padding=1)
 
 
 def _import_on(name: str, gpu: Future[bool], then: Callable[[], None]) -> None:

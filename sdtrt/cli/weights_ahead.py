@@ -37,7 +37,7 @@ def read_ahead(spec: GenerateSpec, directory: EngineDirectory) -> None:
 def _find_and_read(spec: GenerateSpec, directory: EngineDirectory) -> None:
     with suppress(Exception):
         engines = directory.entries("engine")
-        if not _reads_weights(spec, engines):
+        if not reads_weights(spec, engines):
             return
         for path in _packages(engines):
             read_file(path)
@@ -46,7 +46,7 @@ def _find_and_read(spec: GenerateSpec, directory: EngineDirectory) -> None:
             in_background(_read_each, files, directory, name=THREAD, daemon=True)
 
 
-def _reads_weights(spec: GenerateSpec, engines: Iterable[Entry]) -> bool:
+def reads_weights(spec: GenerateSpec, engines: Iterable[Entry]) -> bool:
     """Whether a request reads weights when it runs: not those that are in its engines, nor before it builds some."""
     if spec.backend != AUTO:
         backend = registry.get(spec.backend)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.cli import prewarm
@@ -95,6 +96,30 @@ def test_for_auto_it_comes_where_its_engines_are_there(library, wanted, comes):
     prewarm.import_tensorrt("auto", known(True), wanted=wanted)
     wait()
     assert (library in sys.modules) == comes
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_computes_is_loaded_in_the_background(monkeypatch, there):
+    threads, convolve = [], torch.nn.functional.conv2d
+
+    def noting(*arguments, **options):
+        result = convolve(*arguments, **options)
+        threads.append(threading.current_thread().name)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noting)
+    prewarm.start_libraries(known(there), device="cpu")
+    wait()
+    assert threads == ["sdtrt-libraries"] * there
+
+
+def test_without_a_context_of_the_gpu_nothing_is_computed_on_it(monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(host, "has_primary_context", lambda index: False)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: pytest.fail("a context is made"))
+    prewarm.start_libraries(known(True))
+    wait()
+    assert not recwarn.list
 
 
 def test_a_library_that_fails_is_left_for_the_command_to_meet(library, tmp_path, recwarn):
