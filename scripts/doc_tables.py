@@ -265,7 +265,8 @@ def recipe_of(name: str, page: Path, root: Path) -> str:
     if not path.exists():
         return UNMEASURED
     report = json.loads(path.read_text(encoding="utf-8"))
-    head = [f"{report['component']}, {report['precision']}, {report['sizes']}", "step, ms", "error / PyTorch's", "built, s"]
+    what = f"{report['component']}, {report['precision']}, {report['sizes']}"
+    head = [what, "step, ms", "error / PyTorch's", "built, s"]
     rows = sorted(report["rows"], key=lambda row: row.get("step_ms", float("inf")))
     lines = [
         [row["variant"], row["error"], "", ""]

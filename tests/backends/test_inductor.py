@@ -510,7 +510,7 @@ def test_the_users_environment_changes_no_engine_and_no_folder_of_theirs_is_writ
 
 
 def test_the_recipe_of_the_key_is_the_recipe(models):
-    """With what is otherwise for a VAE, as the scale of its stream in fp16; other components' keys say nothing of it."""
+    """With what is otherwise for a VAE, as its stream's scale in fp16; other components' keys say nothing of it."""
     for component, precision, scale in (("unet", "fp16", 1), ("vae_decoder", "fp32", 1), ("vae_encoder", "fp16", 64)):
         spec = spec_of(models[0], component, precision)
         recipe = registry.get("inductor").options_key(spec)["recipe"]

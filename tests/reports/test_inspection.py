@@ -34,7 +34,8 @@ def parameters(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-EXPECTED = {"unet": parameters(small_unet("sd1", layers_per_block=1)), "vae": parameters(small_vae())}
+UNET = small_unet("sd1", layers_per_block=1)  # as of the fixture sd1
+EXPECTED = {"unet": parameters(UNET), "vae": parameters(small_vae())}
 EXPECTED["text_encoder"] = parameters(small_text_encoder())
 
 
@@ -61,7 +62,7 @@ def test_reports_every_part_with_its_size(model, sd1):
 
 
 def test_reports_a_single_file_part_by_part(sd1, tmp_path):
-    file = sd1_single_file(tmp_path / "model.safetensors")
+    file = sd1_single_file(tmp_path / "model.safetensors", layers_per_block=1)
     report = inspect_model(resolve_model(ModelSpec(str(file), config=str(sd1))))
     parts = {part.name: part for part in report.parts}
     assert {name: parts[name].parameters for name in EXPECTED} == EXPECTED
@@ -92,7 +93,7 @@ def test_reports_a_part_whose_weights_are_not_here(sd1, tmp_path):
     ("part", "reference", "line"),
     [
         ("text_encoder", small_text_encoder(), f"{10 * ' '}k_proj: Linear, 1.1 k parameters (weight 32x32, bias 32)"),
-        ("unet", small_unet("sd1", layers_per_block=1), "  conv_in: Conv2d, 1.2 k parameters (weight 32x4x3x3, bias 32)"),
+        ("unet", UNET, "  conv_in: Conv2d, 1.2 k parameters (weight 32x4x3x3, bias 32)"),
     ],
     ids=["text_encoder", "unet"],
 )
