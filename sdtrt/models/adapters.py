@@ -68,6 +68,11 @@ def layers_of(module: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torc
     return todo, adapters
 
 
+def adapters_of(module: torch.nn.Module) -> list[Any]:
+    """The adapters around a module's layers."""
+    return list(layers_of(module)[1])
+
+
 def has_adapters(module: torch.nn.Module) -> bool:
     """Whether any layer of a module is wrapped."""
     return bool(layers_of(module)[1])
