@@ -171,6 +171,10 @@ def test_a_lora_is_in_the_next_picture_and_gone_in_another(both, lora, no_build)
     assert torch.equal(same(plain, pipe), bare)
     calls.enable_lora()
     calls.fuse_lora()
+    calls.disable_lora()
+    assert differ(same(plain, pipe), bare) <= TOLERANCE, "peft takes out what was fused and is switched off"
+    calls.enable_lora()
+    calls.fuse_lora()
     calls.unload_lora_weights()
     assert differ(same(plain, pipe), shown) <= TOLERANCE
 

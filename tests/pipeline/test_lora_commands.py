@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
 import factories
 import numpy as np
@@ -17,13 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import ATTENTION, TEXT, kohya, random_adapter
 
+from sdtrt.backends.inductor.build import Request
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.keys import export_key
 from sdtrt.exports.request import export_specs
 from sdtrt.models import loading, loras
+from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import resolve_model
-from sdtrt.specs import ExportRequest, ExportSpec, LoraSpec, ModelSpec
+from sdtrt.specs import ExportRequest, ExportSpec, LoraSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 FILE = "pytorch_lora_weights.safetensors"
@@ -80,6 +83,9 @@ def test_a_name_may_have_a_weight(text, name, weight):
     assert LoraSpec.parse(str(LoraSpec(name, weight))) == LoraSpec(name, weight)
     spec = ModelSpec("tiny", loras=(LoraSpec(name, weight),))
     assert ModelSpec.from_json(json.loads(json.dumps(asdict(spec)))) == spec
+    contract = contract_of(resolve_model(ModelSpec("tiny")), "unet", "fp32")
+    request = Request(ExportSpec(spec), Profile.of(Sizes(2, 64, 64)), contract, Path("folder"), "cpu")
+    assert Request.from_json(json.loads(json.dumps(request.to_json()))).export.model == spec
 
 
 @pytest.mark.parametrize("text", ["a:nan", "a:inf", " "])
