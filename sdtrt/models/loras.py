@@ -39,7 +39,7 @@ _KINDS = {
     2048: "Stable Diffusion XL",
     1280: "SDXL's refiner",
 }
-_TEXT_WIDTH = re.compile(r"attn2[._]to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down)\.")
+_TEXT_WIDTH = re.compile(r"attn2[._](processor[._])?to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down)\.")
 _OTHER_KINDS = {"LoHa": r"\.hada_", "LoKr": r"\.lokr_", "diff": r"\.diff$"}
 
 
@@ -95,7 +95,7 @@ def _found(spec: ModelSpec, own: LoraSpec, parts: Collection[str], text_width: o
     infos = read_header(path)
     _check_names(path, infos)
     width = next((one.shape[1] for name, one in infos.items() if _TEXT_WIDTH.search(name) and len(one.shape) > 1), None)
-    if width is not None and width != text_width:
+    if width is not None and width not in (text_width if isinstance(text_width, list) else (text_width,)):
         raise _other_kind(f"{path} is for {_kind(width)}, and {spec.name} is {_kind(text_width)}")
     touched = tuple(part for part, starts in PREFIXES.items() if any(name.startswith(starts) for name in infos))
     if missing := [part for part in touched if part not in parts]:

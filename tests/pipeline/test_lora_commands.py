@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import factories
@@ -133,6 +133,25 @@ def test_kohyas_files_are_merged_with_their_alphas(models, lora, tmp_path):
     for name, state in expected.items():
         own_state = found[name].state_dict()
         assert all(torch.allclose(own_state[key], one, atol=1e-6) for key, one in state.items())
+
+
+def test_original_names_of_sdxls_blocks_are_merged_as_diffusers_fuses_them(models, lora, tmp_path):
+    config, tensors = json.loads((models["sdxl"] / "unet" / "config.json").read_text()), {}
+    for name, one in load_file(lora("sdxl") / FILE).items():
+        if name.startswith("unet.") and "attentions" in name:
+            layer, _, kind = name.removeprefix("unet.").partition(".lora_")
+            original = factories.ldm_unet_key(f"{layer}.weight", config).removesuffix(".weight").replace(".", "_")
+            tensors[f"lora_unet_{original}.{'lora_down' if kind[0] == 'A' else 'lora_up'}.weight"] = one
+            tensors[f"lora_unet_{original}.alpha"] = torch.tensor(2.0)
+    assert any("input_blocks" in name for name in tensors)
+    save_file(tensors, path := tmp_path / "original.safetensors")
+    model = resolve_model(spec_of(models["sdxl"], f"{path}:0.5"))
+    loading.check_loras(model)
+    assert model.loras[0].parts == ("unet",)
+    expected = merged_by_diffusers("sdxl", models["sdxl"], ((path, 0.5),))["unet"]
+    plain, found = (loading.load_unet(one, torch.float32).state_dict() for one in (replace(model, loras=()), model))
+    assert all(torch.allclose(found[key], one, atol=1e-6) for key, one in expected.items())
+    assert sum(not torch.equal(found[key], one) for key, one in plain.items()) == len(tensors) / 3
 
 
 def test_a_fingerprint_has_what_is_merged_and_no_other_key_changes(models, lora):
