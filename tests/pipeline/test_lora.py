@@ -314,13 +314,16 @@ def test_a_change_in_the_middle_of_a_picture_counts_from_the_next_step(both, lor
     assert differ(found, same(plain, pipe, num_inference_steps=3)) > VISIBLE
 
 
-def test_hotswapping_is_followed_though_neither_address_nor_version_tells(both, lora):
+@pytest.mark.parametrize("rank", [None, 8], ids=["as it is", "padded"])
+def test_hotswapping_is_followed_though_neither_address_nor_version_tells(both, lora, rank):
     plain, pipe = both
     calls = each(plain, pipe)
+    if rank is not None:
+        calls.enable_lora_hotswap(target_rank=rank)  # scales are tensors then
     calls.load_lora_weights(lora(1, targets=ATTENTION, encoders=False), adapter_name="one")
-    before = same(plain, pipe)
+    before = same(plain, pipe, cross_attention_kwargs={"scale": 0.7})
     calls.load_lora_weights(lora(2, targets=ATTENTION, encoders=False), adapter_name="one", hotswap=True)
-    assert differ(same(plain, pipe), before) > VISIBLE
+    assert differ(same(plain, pipe, cross_attention_kwargs={"scale": 0.7}), before) > VISIBLE
 
 
 def test_base_weights_may_change_under_an_adapter(both, make, lora):
