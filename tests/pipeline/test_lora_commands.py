@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import ATTENTION, TEXT, kohya, random_adapter
 
+import sdtrt
 from sdtrt.backends.inductor.build import Request
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
@@ -202,6 +204,20 @@ def test_pictures_of_loras_in_pytorch_and_in_engines_without_weights(models, lor
     text = Image.open(tmp_path / "both-inductor.png").text["parameters"]
     assert f'Lora hashes: "sd1-1: {facts[0]["web_ui_hash"]}, sd1-2: {facts[1]["web_ui_hash"]}"' in text
     assert 'Lora weights: "sd1-1: 0.5, sd1-2: 1.0"' in text
+
+
+def test_load_takes_loras_by_the_models_spec(models, lora, tmp_path, monkeypatch):
+    torch_engines.instead_of_inductor(monkeypatch)
+    plain = StableDiffusionPipeline.from_pretrained(models["sd1"])
+    plain.load_lora_weights(str(lora()), adapter_name="own")
+    plain.set_adapters("own", 0.5)
+    given = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+    options = {"height": 64, "width": 64, "backend": "inductor", "engine_dir": tmp_path, "progress": False}
+    with contextlib.closing(sdtrt.load(spec_of(models["sd1"], f"{lora()}:0.5"), **options)) as pipe:
+        found, expected = (
+            one("a red circle", **given, generator=torch.Generator().manual_seed(1)).images for one in (pipe, plain)
+        )
+    assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.slow

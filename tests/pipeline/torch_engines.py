@@ -6,7 +6,7 @@ Their weights lie where compiled ones have them (`Weights`): convolutions channe
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -16,10 +16,11 @@ from sdtrt.backends.session import Session, check_tensors
 from sdtrt.engines.entry import stored_contract
 from sdtrt.exports.tracing import component_call
 from sdtrt.models.architecture import Blueprint
-from sdtrt.models.components import load_component, part_of
+from sdtrt.models.components import load_component
 from sdtrt.models.live import component_tensors
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.tensor_names import other_names, own_tensors
+from sdtrt.specs import ModelSpec
 
 
 class TorchSession(Session[torch.Tensor]):
@@ -79,10 +80,7 @@ def _open(backend, entry, device, scratch):
     data, contract = json.loads(entry.verified(PACKAGE_FILE).read_text()), stored_contract(entry)
     if data["blueprint"]:
         return TorchSession(contract, Blueprint(**data["blueprint"]).with_seeded_weights(torch.float32))
-    from sdtrt.specs import ModelSpec
-
-    model = resolve_model(ModelSpec(**data["model"]))
-    assert part_of(contract.component)
+    model = resolve_model(replace(ModelSpec.from_json(data["model"]), loras=()))  # whose weights come later
     return TorchSession(contract, load_component(model, contract.component, torch.float32))
 
 
