@@ -61,6 +61,7 @@ class Merging:
         adapters, before = layers_of(module)[1], self.names
         if adapters != self._adapters:  # of objects: most looks find what the last one did
             self._adapters, self._layers = adapters, wrapped_layers(module)
+            self._looks = _Looks()  # which keeps the memory of what is gone
         for one in self._layers:
             settle(one)
         return self.names != before

@@ -6,7 +6,9 @@ PyTorch runs the engines here (`torch_engines`); `test_accelerate_inductor` has 
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 
 import factories
 import pytest
@@ -257,6 +259,27 @@ def test_base_weights_are_kept_beside_the_engines_and_come_back_into_their_memor
     latents(pipe)
     assert weight.data_ptr() == views[f"{name}.weight"].data_ptr()
     assert all(torch.equal(one, state[key]) for key, one in pipe.unet.state_dict().items())
+
+
+def test_many_changes_leave_nothing_behind(both, lora):
+    """Neither adapters that are gone, nor other numbers in the base weights or in the first picture."""
+    _, pipe = both
+    bound = swap.swapped_of(pipe)["unet"].bound
+    pipe.load_lora_weights(lora(1, encoders=False), adapter_name="one")
+    pipe.load_lora_weights(lora(2, encoders=False), adapter_name="two")
+    first, words = latents(pipe), ("two", "one")
+    for number in range(40):
+        pipe.unet.set_adapters([words[number % 2]], [0.1 * (number % 7)])
+        bound.copy(pipe.unet)
+    pipe.set_adapters("two", 1.0)
+    assert torch.equal(latents(pipe), first)
+    place = weakref.ref(pipe.unet.conv_in), weakref.ref(next(iter(adapters.adapters_of(pipe.unet))))
+    pipe.unload_lora_weights()
+    latents(pipe)
+    gc.collect()
+    assert place[0]() is not None
+    assert place[1]() is None
+    assert bound._merging._looks._views == []
 
 
 def test_only_what_has_changed_is_merged(both, lora, merges):
