@@ -18,7 +18,7 @@ from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOption
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import GenerateOptions, NoiseOptions
-from sdtrt.cli.options import BackendOptions, DirectoryOptions, ModelOptions, OutputOptions
+from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
@@ -84,12 +84,13 @@ def txt2img(
     generate: GenerateOptions,
     noise: NoiseOptions,
     model: ModelOptions,
+    lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make images from text."""
-    _generate(generate.spec(model.spec(), backend, noise=noise.spec()), directory, output)
+    _generate(generate.spec(lora.into(model.spec()), backend, noise=noise.spec()), directory, output)
 
 
 @app.command()
@@ -102,13 +103,14 @@ def img2img(
     generate: GenerateOptions,
     noise: NoiseOptions,
     model: ModelOptions,
+    lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make images from an image and text."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
-    _generate(generate.spec(model.spec(), backend, **image), directory, output)
+    _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
 
 def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOptions) -> None:
@@ -168,6 +170,7 @@ def build(
     exporter: ExporterOptions,
     backend: BackendOptions,
     model: ModelOptions,
+    lora: LoraOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -177,7 +180,7 @@ def build(
     """
     if backend.backend != ALL:
         backend.check()
-    exports = exporter.request(model.spec(), backend.precision or "fp16")
+    exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
     request = options.request(exports, backend, sizes.request())
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each

@@ -6,7 +6,7 @@ Options of single commands lie beside: `build_options`, `image_options`, `report
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from typer import Option
 from sdtrt.backends import registry
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory, default_directory, in_home
-from sdtrt.specs import AUTO, DEFAULT_MODEL, PRECISIONS, ModelSpec
+from sdtrt.specs import AUTO, DEFAULT_MODEL, PRECISIONS, LoraSpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,20 @@ class ModelOptions:
         """The model that is asked for."""
         named = (self.model, self.revision, self.variant, self.config, self.allow_pickle)
         return ModelSpec(*named, self.offline, self.vae)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """These options name what is merged into the model."""
+
+    lora: Annotated[
+        list[str] | None,
+        Option("--lora", metavar="FILE|FOLDER|ID[:WEIGHT]", help="a LoRA, and how much it counts; again for more"),
+    ] = None
+
+    def into(self, model: ModelSpec) -> ModelSpec:
+        """The model with them."""
+        return replace(model, loras=tuple(map(LoraSpec.parse, self.lora or ())))
 
 
 @dataclass(frozen=True)

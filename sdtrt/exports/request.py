@@ -10,6 +10,7 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import choose_components, precision_of
+from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportRequest, ExportSpec, Precision
@@ -30,6 +31,7 @@ def export_specs(
     """
     if model.missing and not request.components:
         console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
+    check_loras(model)
     asked = request.common.precision
     for name in choose_components(model, request.components):
         own = fitting(model, name, asked)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.errors import ModelError, SdtrtError
+from sdtrt.models.adapters import own_state
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import Component, ModelSpec, Precision
 from sdtrt.specs.contract import DTYPES, pooled_width, vae_scale_factor
@@ -192,12 +193,13 @@ def is_of_transformers(hook: Any) -> bool:
 def component_tensors(module: torch.nn.Module, component: Component) -> dict[str, torch.Tensor]:
     """The tensors that a component computes with, by diffusers' names: of a VAE those of one half.
 
-    Versions of transformers differ in a prefix and in whether they store the positions, so both are left out.
+    Versions of transformers differ in a prefix and in whether they store the positions, so both are left out. So are
+    the tensors of adapters, which peft puts around layers.
     """
     halves = HALVES.get(component)
     return {
         name.removeprefix("text_model."): tensor
-        for name, tensor in module.state_dict(keep_vars=True).items()
+        for name, tensor in own_state(module).items()
         if (halves is None or name.startswith(halves)) and not name.endswith("position_ids")
     }
 

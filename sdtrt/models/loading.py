@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrt.common.console import quiet_libraries
 from sdtrt.common.errors import ModelError, SdtrtError, first_line
 from sdtrt.common.files import limit_hint, temporary_folder
+from sdtrt.models import lora_loading
 from sdtrt.models.checkpoints import check_plain, convert, meta_tensors
 from sdtrt.models.configuration import check_kinds, whole_numbers
 from sdtrt.models.resolve import UNUSED_PARTS, Model
@@ -103,6 +104,17 @@ def check_part(model: Model, part: str) -> torch.nn.Module | None:
     module = empty_part(model, part)
     _check_fit(model, part, module, convert(part, origin.layout, meta_tensors(infos), module))
     return module
+
+
+def check_loras(model: Model) -> None:
+    """Check that a model's LoRAs fit its parts, by names and shapes, before anything heavy is done.
+
+    Raises:
+        ModelError: naming some of what does not fit.
+    """
+    for part in WEIGHT_NAMES:
+        if loras := model.loras_of(part):
+            lora_loading.check(empty_part(model, part), part, loras, model.config("unet"))
 
 
 def part_infos(model: Model, part: str) -> dict[str, TensorInfo]:
@@ -260,7 +272,10 @@ def _load_module(model: Model, part: str, dtype: torch.dtype, empty: torch.nn.Mo
             module.get_submodule(name.rpartition(".")[0]).register_buffer("position_ids", positions, persistent=False)
     unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unset, f"{part} has tensors without values: {unset}"
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    if loras := model.loras_of(part):
+        lora_loading.merge_loras(module, part, loras, model.config("unet"), dtype)
+    return module
 
 
 def stored_tensors(model: Model, part: str) -> dict[str, torch.Tensor]:

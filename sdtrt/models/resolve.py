@@ -19,6 +19,7 @@ from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
 from sdtrt.models.configuration import check_values
 from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.models.loras import Lora, find_loras
 from sdtrt.models.origins import (
     Origin,
     choose_variants,
@@ -77,6 +78,7 @@ class Model:
         origins: where each part lies; that of a missing one has its configuration alone.
         missing: names of the parts that its kind has, and it lacks: a single file need not be whole.
         stated: what a single file says of its noise, which goes before its scheduler's configuration.
+        loras: that are merged into its weights.
     """
 
     spec: ModelSpec
@@ -89,6 +91,7 @@ class Model:
     origins: Mapping[str, Origin] = field(repr=False)
     missing: tuple[str, ...] = ()
     stated: NoiseSpec = field(default_factory=NoiseSpec)
+    loras: tuple[Lora, ...] = ()
     _configs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
@@ -174,7 +177,11 @@ class Model:
 
     def files(self, part: str) -> tuple[Path, ...]:
         """All the files that a part is read from. Raises `ModelError` as of `weight_files`."""
-        return (self.config_file(part), *self.weight_files(part))
+        return (self.config_file(part), *self.weight_files(part), *(one.path for one in self.loras_of(part)))
+
+    def loras_of(self, part: str) -> tuple[Lora, ...]:
+        """The LoRAs that change a part."""
+        return tuple(one for one in self.loras if part in one.parts)
 
     def stored_weight_files(self, part: str) -> tuple[Path, ...]:
         """The weight files of a part that are on this machine already; empty if there are none."""
@@ -197,12 +204,14 @@ class Model:
             digest: sha256 of a file (the engine directory's memoises it).
         """
         config = {name: value for name, value in self.config(part).items() if name not in _PROVENANCE}
-        content = {
+        content: dict[str, Any] = {
             "part": part,
             "layout": self.origin(part).layout,
             "config": config,
             "weights": sorted(digest(path) for path in self.weight_files(part)),
         }
+        if loras := self.loras_of(part):  # only then: the keys of all other engines stay as they are
+            content["loras"] = [[digest(one.path), one.spec.weight] for one in loras]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -218,6 +227,15 @@ def resolve_model(spec: ModelSpec, console: Console = QUIET) -> Model:
         UsageError: for a name that can't be a model's, or options that don't fit its kind.
         ModelError: for a model that is missing, damaged, unsupported or not allowed.
     """
+    model = _resolve(spec, console)
+    if not spec.loras:
+        return model
+    width = model.config("unet").get("cross_attention_dim")
+    return replace(model, loras=find_loras(spec, model.parts, width, console))
+
+
+def _resolve(spec: ModelSpec, console: Console) -> Model:
+    """`resolve_model`, but for its LoRAs."""
     if spec.name == DEFAULT_MODEL:
         return _from_folder(spec, TINY, console)
     path = local_path(spec.name)

@@ -120,9 +120,24 @@ def _build_missing(request: EngineRequest, component: Component, directory: Engi
     precision = request.precision_of(component)
     words = contract_of(model, component, precision).describe(sizes)
     console.note(f"no {request.backend} {precision} engine of the {component} for {words} yet: building it (once)")
+    _note_loras(request, component, directory, console)
     profiles = () if registry.get(request.backend).takes_any_size else (Profile.of(sizes),)
     build = BuildSpec(ExportSpec(model.spec, component, precision), request.backend, profiles)
     return build_engine(model, build, directory, console)
+
+
+def _note_loras(request: EngineRequest, component: Component, directory: EngineDirectory, console: Console) -> None:
+    """Say what an engine of its own costs that is built for LoRAs, and what costs nothing."""
+    if not request.model.spec.loras or not registry.get(request.backend).weights_inside:
+        return
+    there = (entry for entry in directory.entries("engine") if entry.key.get("component") == component)
+    own = [entry.info.get("seconds") for entry in there if entry.key.get("backend") == request.backend]
+    seconds = max((one for one in own if isinstance(one, int | float)), default=None)
+    time = "minutes" if seconds is None else f"about {seconds:.0f} s, as another one of the {component} took"
+    console.note(
+        f"with LoRAs merged in it, it takes {time}, and so does each other choice of LoRAs and weights;"
+        " --backend inductor takes any without a build"
+    )
 
 
 def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
@@ -135,6 +150,7 @@ def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
     options = (model.revision, model.variant, model.config, model.allow_pickle, model.vae)
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
+    words += [word for one in model.loras for word in ("--lora", str(one))]
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 

@@ -108,7 +108,9 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
         )
     if found := prompts.web_ui_syntax((*spec.prompts, spec.negative_prompt)):
-        console.warn(f"web UIs' prompt syntax is taken literally: {found!r} (no weights, no BREAK, no <lora:…> yet)")
+        console.warn(
+            f"web UIs' prompt syntax is taken literally: {found!r} (no weights, no BREAK yet; --lora takes a LoRA)"
+        )
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)

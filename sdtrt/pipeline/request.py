@@ -17,6 +17,7 @@ from sdtrt.models.components import (
     text_encoders_of,
     unet_batch,
 )
+from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
@@ -147,6 +148,7 @@ def resolve_request(
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
     check_task(model, img2img=init is not None)
+    check_loras(model)
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)

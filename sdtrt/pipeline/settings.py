@@ -15,6 +15,7 @@ from sdtrt.common import host
 from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import text_encoders_of
+from sdtrt.models.loras import Lora, web_ui_hash
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images
 from sdtrt.pipeline.jobs import Job
@@ -54,9 +55,17 @@ def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
         facts[part] = model.fingerprint(part, directory.file_digest)
     if spec.vae is not None:
         facts["vae_name"] = spec.vae
+    if model.loras:
+        facts["loras"] = [_lora_facts(one, directory) for one in model.loras]
     if model.layout == "single-file":
         facts["sha256"] = directory.file_digest(model.source)
     return facts
+
+
+def _lora_facts(lora: Lora, directory: EngineDirectory) -> dict[str, Any]:
+    """Which LoRA it was, how much it counted, and the number by which web UIs know its file."""
+    digest, hashed = directory.file_digest(lora.path), web_ui_hash(lora.path)
+    return {"name": lora.name, "weight": lora.spec.weight, "sha256": digest, "web_ui_hash": hashed}
 
 
 def device_name(device: torch.device) -> str:
@@ -88,6 +97,12 @@ def metadata_of(
     return images.Metadata(parameters, {**own, **settings, "batch_size": batch_size})
 
 
+def _listed(settings: Mapping[str, Any], what: str) -> str | None:
+    """Something of each LoRA beside its name, as web UIs list them; None without any."""
+    loras = settings["model"].get("loras", ())
+    return ", ".join(f"{one['name']}: {one[what]}" for one in loras) or None
+
+
 def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """An image's settings by the names that web UIs have for them; None where they name none."""
     sizes, scheduler = opened.spec.sizes, opened.pipe.scheduler
@@ -100,6 +115,8 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Size": f"{sizes.width}x{sizes.height}",
         "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,
         "Model": _model_title(opened.spec.model),
+        "Lora hashes": _listed(settings, "web_ui_hash"),
+        "Lora weights": _listed(settings, "weight"),
         "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),

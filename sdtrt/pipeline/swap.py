@@ -173,7 +173,7 @@ class Swapped:
         if is_first and states is not None:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         if looks:
-            refuse_changes(self.module, self.component)
+            refuse_changes(self.module, self.component, merges=self.bound is not None)
         opened = self.fitting(sizes)
         if opened is None:
             self.watch.look(self.module)

@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 
 from sdtrt.common.errors import EngineError
+from sdtrt.models.adapters import foreign_layer, layers_of
 from sdtrt.models.live import HALVES, is_of_transformers, weights_digest
 from sdtrt.pipeline.parked import ComesBack
 from sdtrt.pipeline.reading import Reading, block_sums, flat_memory, is_dense
@@ -159,17 +160,35 @@ class WeightsWatch:
         )
 
 
-def refuse_changes(module: torch.nn.Module, component: Component) -> None:
-    """Raise `EngineError` for what changes a module's results without a tensor, and no engine does."""
-    layers = _layers(module)
-    if any("tuners" in cls.__module__ and cls.__module__.startswith("peft.") for cls in set(map(type, layers))):
-        raise _refusal(component, "LoRA layers", "pipe.fuse_lora(), then pipe.unload_lora_weights()")
-    for layer in layers:
+def refuse_changes(module: torch.nn.Module, component: Component, *, merges: bool = False) -> None:
+    """Raise `EngineError` for what changes a module's results without a tensor, and no engine does.
+
+    Args:
+        merges: the engine gets the module's weights with the adapters of peft merged.
+    """
+    layers, adapters = layers_of(module)
+    if adapters and not merges:
+        raise _refusal_of_adapters(component)
+    if (kind := foreign_layer(layers)) is not None:
+        raise _refusal(component, f"a layer of peft that is not merged, {kind}", "pipe.unload_lora_weights()")
+    for layer in (*layers, *adapters):
         own = layer.__dict__
         if not own.keys().isdisjoint(_MARKS) or "processor" in own["_modules"]:
             _refuse_marks(layer, component)
         if (own["_forward_hooks"] or own["_forward_pre_hooks"]) and layer is not module:
             _refuse_hooks(layer, module, component)
+
+
+def _refusal_of_adapters(component: Component) -> EngineError:
+    """For layers of peft around those of an engine with weights of its own."""
+    return EngineError(
+        f"the {component} has LoRA layers, and its engine holds weights of its own",
+        hint=(
+            "pipe.fuse_lora(), then pipe.unload_lora_weights() and sdtrt.accelerate(pipe) again for an engine of that;"
+            ' or sdtrt.accelerate(pipe, backend="inductor"), whose engines take LoRAs without a build;'
+            " or sdtrt.restore(pipe) goes back to PyTorch"
+        ),
+    )
 
 
 def _refuse_marks(layer: torch.nn.Module, component: Component) -> None:
@@ -222,20 +241,12 @@ def _refusal(component: Component, what: str, mend: str) -> EngineError:
 
 def _look(module: torch.nn.Module, component: Component) -> _Look:
     tensors = _tensors_of(module, component)
-    return _Look(tuple(map(ref, tensors)), tuple(map(_place, tensors)), structure_of(module), _samples(tensors))
+    return _Look(tuple(map(ref, tensors)), tuple(map(place_of, tensors)), structure_of(module), _samples(tensors))
 
 
 def structure_of(module: torch.nn.Module) -> tuple[tuple[int, type], ...]:
-    """What tells a module's layers from others: the object and the class of each."""
-    return tuple((id(layer), type(layer)) for layer in _layers(module))
-
-
-def _layers(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """A module and its layers, as `modules()` gives them in five times the time; shared ones more than once."""
-    found = [module]
-    for layer in found:
-        found.extend(own for own in layer.__dict__["_modules"].values() if own is not None)
-    return found
+    """What tells a module's own layers from others, whatever adapters are around them: the object and class of each."""
+    return tuple((id(layer), type(layer)) for layer in layers_of(module)[0])
 
 
 def _tensors_of(module: torch.nn.Module, component: Component) -> list[torch.Tensor]:
@@ -243,7 +254,7 @@ def _tensors_of(module: torch.nn.Module, component: Component) -> list[torch.Ten
     words = HALVES.get(component)
     children = [module] if words is None else [own for name, own in module.named_children() if f"{name}." in words]
     found: list[torch.Tensor] = []
-    for layer in (layer for child in children for layer in _layers(child)):
+    for layer in (layer for child in children for layer in layers_of(child)[0]):
         own = layer.__dict__
         found.extend(
             tensor for tensor in (*own["_parameters"].values(), *own["_buffers"].values()) if tensor is not None
@@ -251,7 +262,8 @@ def _tensors_of(module: torch.nn.Module, component: Component) -> list[torch.Ten
     return found
 
 
-def _place(tensor: torch.Tensor) -> Place:
+def place_of(tensor: torch.Tensor) -> Place:
+    """What tells a tensor, and where it lies, from others; most changes in place move its version."""
     version = 0 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
 
@@ -267,12 +279,12 @@ def _samples(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         found: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
         for tensor in tensors:
             if tensor.device.type == "cpu":
-                found[tensor.dtype].append(_some(tensor))
+                found[tensor.dtype].append(some_of(tensor))
         joined = [torch.cat(rows).to(torch.float64) for rows in found.values()]
         return torch.nan_to_num(torch.cat([torch.empty(0, dtype=torch.float64), *joined]))
 
 
-def _some(tensor: torch.Tensor) -> torch.Tensor:
+def some_of(tensor: torch.Tensor) -> torch.Tensor:
     """Up to `SAMPLES` numbers in the middle of a tensor's memory: side by side, they are one access to it."""
     count = tensor.numel()
     number = min(count, SAMPLES)

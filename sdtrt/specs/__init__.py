@@ -6,6 +6,7 @@ from sdtrt.specs.build import (
     BuildSpec,
     ExportRequest,
     ExportSpec,
+    LoraSpec,
     ModelSpec,
 )
 from sdtrt.specs.choices import (
@@ -107,6 +108,7 @@ __all__ = [
     "ExportSpec",
     "Exporter",
     "GenerateSpec",
+    "LoraSpec",
     "ModelSpec",
     "NoiseSpec",
     "Precision",

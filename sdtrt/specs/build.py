@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.choices import (
@@ -27,6 +30,37 @@ DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA, and how much it counts.
+
+    Args:
+        name: a file, its folder, or a hub id.
+        weight: 1 for what it was trained to; below 0 for the opposite.
+    """
+
+    name: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UsageError("a LoRA without a name was given", hint="as in --lora style.safetensors:0.8")
+        if not math.isfinite(self.weight):
+            raise UsageError(f"the weight of {self.name} must be a number, got {self.weight}", hint="use 1, or 0.8")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `NAME` or `NAME:WEIGHT`."""
+        name, colon, weight = text.rpartition(":")
+        try:
+            return cls(name, float(weight)) if colon and name else cls(text)
+        except ValueError:
+            return cls(text)
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model, and what may be done to get it.
 
@@ -38,6 +72,7 @@ class ModelSpec:
         allow_pickle: name of the pickle file that the user trusts (pickle runs code when it is read).
         offline: never ask the hub.
         vae: a VAE in the place of the model's own: its folder (or a model's), a hub id, or a file that holds one.
+        loras: that are merged into the model's weights.
     """
 
     name: str = DEFAULT_MODEL
@@ -47,6 +82,12 @@ class ModelSpec:
     allow_pickle: str | None = None
     offline: bool = False
     vae: str | None = None
+    loras: tuple[LoraSpec, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "loras": tuple(LoraSpec(**one) for one in data["loras"])})
 
 
 @dataclass(frozen=True)

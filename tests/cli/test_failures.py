@@ -20,6 +20,7 @@ import torch
 from factories import sd1_folder, unet_engine
 from fault_server import UNET
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdtrt.cli.main import main
 from sdtrt.engines.directory import EngineDirectory
@@ -45,6 +46,10 @@ def made(tmp_path_factory):
     unet_engine(model, "onnxruntime", "fp32", Sizes(2, 64, 64), EngineDirectory(place / "engines"))
     (place / "text.png").write_text("no picture")
     (place / "folder").mkdir()
+    for name, layer in {"xl": "unet.a.attn2.to_k", "flux": "transformer.x", "layers": "unet.mid_block.x"}.items():
+        tensors = {f"{layer}.lora_A.weight": torch.zeros(4, 2048)}
+        tensors |= {f"{layer}.lora_B.weight": torch.zeros(32, 4)} if name == "layers" else {}
+        save_file(tensors, place / f"{name}.safetensors")
     for name in ("file", "weights.ckpt", "exists.onnx"):
         (place / name).touch()
     Image.new("RGB", (64, 64)).save(place / "init.png")
@@ -125,8 +130,6 @@ def other_shapes():
 
 
 def not_finite():
-    from safetensors.torch import load_file, save_file
-
     path = next(Path("model/unet").glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
     return PAINT
@@ -196,6 +199,11 @@ MAKERS = {
     "folder that is no model": ("txt2img", "-p", "x", "--model", "folder"),
     "file that is no model": ("txt2img", "-p", "x", "--model", "weights.ckpt"),
     "model that is not here": ("txt2img", "-p", "x", "--model", "owner/name", "--offline"),
+    "missing LoRA": (*PAINT, "--lora", "missing.safetensors"),
+    "LoRA's weight": (*PAINT, "--lora", "xl.safetensors:nan"),
+    "LoRA for another kind of model": (*PAINT, "--lora", "xl.safetensors"),
+    "LoRA that matches nothing": (*PAINT, "--lora", "flux.safetensors:0.5"),
+    "LoRA of other layers": (*PAINT, "--lora", "layers.safetensors"),
     "truncated weights": truncated,
     "weights of another shape": other_shapes,
     "weights that are not finite": not_finite,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from factories import sd1_folder, sd1_single_file
 from hub_server import COMMIT, Hub, serve
 from safetensors.torch import load_file, save_file
@@ -23,12 +24,14 @@ import json, sys
 from sdtrt.common.console import Console
 from sdtrt.common.errors import SdtrtError
 from sdtrt.models.resolve import resolve_model
-from sdtrt.specs import ModelSpec
+from sdtrt.specs import LoraSpec, ModelSpec
 spec, parts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 try:
+    spec["loras"] = tuple(map(LoraSpec.parse, spec.get("loras", ())))
     model = resolve_model(ModelSpec(**spec), Console(quiet=not sys.argv[3]))
     files = [str(path) for part in parts for path in model.weight_files(part)]
-    print(json.dumps({"source": str(model.source), "parts": model.parts, "files": files}))
+    print(json.dumps({"source": str(model.source), "parts": model.parts, "files": files,
+                      "loras": [str(one.path) for one in model.loras]}))
 except SdtrtError as error:
     print(json.dumps({"message": error.message, "hint": error.hint, "exit_code": error.exit_code}))
 """
@@ -135,6 +138,29 @@ def test_a_vae_is_fetched_from_where_it_lies(hub: Hub, folder, tmp_path, vae):
     (file,) = answer["files"]
     assert file.endswith(f"/{place}diffusion_pytorch_model.safetensors")
     assert f"models--{vae.replace('/', '--')}" in file
+
+
+def test_a_lora_is_fetched_and_nothing_else_of_its_repository(folder, tmp_path):
+    """Of a repository with several files, the one that is named."""
+    tensors = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, 32)}
+    for name in ("one/style.safetensors", "two/a.safetensors", "two/b.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file(tensors, tmp_path / name)
+    (tmp_path / "one" / "sub").mkdir()
+    (tmp_path / "one" / "picture.png").write_bytes(b"no")
+    repos = {"owner/lora": tmp_path / "one", "owner/loras": tmp_path / "two"}
+    with serve(repos) as served:
+        answers = [
+            ask(tmp_path / "home", {"name": str(folder), "loras": [text]}, url=served.url)
+            for text in ("owner/lora:0.5", "owner/loras/b.safetensors", "owner/loras")
+        ]
+        downloads = {name.rpartition("/")[2] for name in served.downloads}
+    assert [Path(answer["loras"][0]).name for answer in answers[:2]] == ["style.safetensors", "b.safetensors"]
+    assert downloads == {"style.safetensors", "b.safetensors"}
+    assert "has 2 .safetensors files" in answers[2]["message"]
+    assert "--lora owner/loras/a.safetensors" in answers[2]["hint"]
+    cached = ask(tmp_path / "home", {"name": str(folder), "loras": ["owner/lora"], "offline": True})
+    assert cached["loras"] == answers[0]["loras"]
 
 
 def test_a_single_file_gets_what_it_lacks_from_the_hub(hub: Hub, folder, tmp_path):

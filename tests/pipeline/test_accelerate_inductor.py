@@ -120,6 +120,39 @@ def test_a_lora_merged_by_hand_is_in_the_next_picture_without_a_build(make, pipe
     assert torch.equal(latents(pipe), latents(plain)), "what was merged stays merged"
 
 
+def test_diffusers_lora_calls_are_in_the_next_picture_without_a_build(make, accelerate, pipe, directory):
+    """In a compiled package: `test_lora` has all calls, with engines that PyTorch runs."""
+    built, plain, seen = names(directory), make(), {}
+    for seed, letter in enumerate("aba"):
+        for one in (pipe, plain):
+            one.load_lora_weights(unet_lora(one.unet, ord(letter)), adapter_name=letter)
+        found = latents(pipe)
+        assert differ(found, latents(plain)) <= TOLERANCE
+        assert torch.equal(seen.setdefault(letter, found), found)
+        for one in (pipe, plain):
+            one.set_adapters(letter, 0.5)
+        scale = {"cross_attention_kwargs": {"scale": 0.5}} if seed else {}
+        assert differ(half := latents(pipe, **scale), latents(plain, **scale)) <= TOLERANCE
+        assert differ(half, found) > 100 * TOLERANCE
+        for one in (pipe, plain):
+            one.unload_lora_weights()
+    assert differ(seen["a"], seen["b"]) > 100 * TOLERANCE
+    assert names(directory) == built
+    assert torch.equal(latents(accelerate(make(), components=("unet",))), latents(pipe))
+
+
+def unet_lora(unet, seed):
+    """A LoRA by chance of a UNet's attention and convolutions, in peft's format."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, one in unet.named_parameters():
+        if name.endswith(("to_q.weight", "to_k.weight", "to_out.0.weight", "conv1.weight")):
+            layer, kernel = f"unet.{name.removesuffix('.weight')}", one.shape[2:]
+            tensors[f"{layer}.lora_A.weight"] = 0.3 * torch.randn(2, one.shape[1], *kernel, generator=generator)
+            last = (1,) * len(kernel)
+            tensors[f"{layer}.lora_B.weight"] = 0.3 * torch.randn(one.shape[0], 2, *last, generator=generator)
+    return tensors
+
+
 def test_another_checkpoint_is_in_the_next_picture_and_back_to_the_last_bit(make, pipe, directory):
     built, first = names(directory), latents(pipe)
     states = [make(seed).unet.state_dict() for seed in (0, 1)]

@@ -94,7 +94,7 @@ class Request:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         return cls(
-            export=ExportSpec(**data["export"] | {"model": ModelSpec(**data["export"]["model"])}),
+            export=ExportSpec(**data["export"] | {"model": ModelSpec.from_json(data["export"]["model"])}),
             profile=Profile.from_json(data["profile"]),
             contract=Contract.from_json(data["contract"]),
             folder=Path(data["folder"]),

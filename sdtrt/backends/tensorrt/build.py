@@ -50,7 +50,7 @@ class Request:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         spec, capability = data["spec"], data["spec"]["compute_capability"]
-        export = ExportSpec(**spec["export"] | {"model": ModelSpec(**spec["export"]["model"])})
+        export = ExportSpec(**spec["export"] | {"model": ModelSpec.from_json(spec["export"]["model"])})
         profiles = tuple(Profile.from_json(profile) for profile in spec["profiles"])
         tuples = {"profiles": profiles, "compute_capability": capability and tuple(capability)}
         return cls(
