@@ -108,7 +108,7 @@ def merged_by_diffusers(kind, model, adapters):
     return {name: getattr(pipe, name).state_dict() for name in parts}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_parts_are_loaded_with_loras_merged_as_diffusers_fuses_them(models, lora, kind):
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     texts = (f"{lora(kind)}:0.7", f"{lora(kind, 2) / FILE}:-0.4")
