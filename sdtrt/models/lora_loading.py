@@ -122,19 +122,39 @@ def _loader(unet: Mapping[str, Any]) -> Any:
 
 
 def _check_fit(module: torch.nn.Module, part: str, lora: Lora, state: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for layers that a module has not, or of another shape: diffusers may leave them out."""
+    """Raise `ModelError` for layers that a module has not, or of another shape: diffusers may leave them out.
+
+    So for those of which one matrix is missing.
+    """
     layers, missing, wrong = dict(module.named_modules()), set(), []
-    for key, tensor in _peft_tensors(module, part, state).items():
+    tensors = _peft_tensors(module, part, state)
+    for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".lora_") if ".lora_" in key else (key, "", "")
         weight = getattr(layers.get(name), "weight", None)
         if weight is None:
             missing.add(name)
         elif kind in ("A.weight", "B.weight") and weight.shape[kind[0] == "A"] != tensor.shape[kind[0] == "A"]:
             wrong.append(f"{name}: {list(tensor.shape)} to {list(weight.shape)}")
-    for what, names in (("layers that the {} has not", sorted(missing)), ("layers of another shape", wrong)):
+    kinds = (
+        (f"is for {{}} layers that the {part} has not", sorted(missing)),
+        ("is for {} layers of another shape", wrong),
+        (f"has no pair of matrices of one rank for {{}} layers of the {part}", _unpaired(tensors)),
+    )
+    for what, names in kinds:
         if names:
             some = ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
-            raise ModelError(f"{lora.path} is for {len(names)} {what.format(part)} ({some})", hint=_HINT)
+            raise ModelError(f"{lora.path} {what.format(len(names))} ({some})", hint=_HINT)
+
+
+def _unpaired(tensors: Mapping[str, Any]) -> list[str]:
+    """The layers that have one matrix of a LoRA alone: peft would multiply it with memory that nobody has written."""
+    ranks: dict[str, dict[str, int]] = {"A": {}, "B": {}}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".lora_")
+        if kind in ("A.weight", "B.weight"):
+            ranks[kind[0]][name] = tensor.shape[kind[0] == "B"]
+    names = ranks["A"].keys() | ranks["B"].keys()
+    return sorted(name for name in names if ranks["A"].get(name) != ranks["B"].get(name))
 
 
 def _peft_tensors(module: torch.nn.Module, part: str, state: Mapping[str, Any]) -> dict[str, Any]:

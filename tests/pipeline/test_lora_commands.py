@@ -270,8 +270,21 @@ def rewritten(lora, path, change):
             lambda tensors: {f"{name.rpartition('.')[0]}.hada_w1_a": one for name, one in tensors.items()},
             "is a LoHa, which diffusers doesn't read",
         ),
+        (
+            lambda tensors: {
+                name: one for name, one in tensors.items() if not name.endswith("attn1.to_q.lora_B.weight")
+            },
+            r"has no pair of matrices of one rank for \d+ layers of the unet \(.*attn1\.to_q",
+        ),
+        (
+            lambda tensors: {
+                name: torch.cat([one, one]) if name.endswith("to_k.lora_A.weight") else one
+                for name, one in tensors.items()
+            },
+            r"no pair of matrices of one rank .*to_k",
+        ),
     ],
-    ids=["layers", "names", "shapes", "kinds"],
+    ids=["layers", "names", "shapes", "kinds", "one matrix alone", "ranks"],
 )
 def test_keys_that_match_nothing_are_named_before_anything_heavy(models, lora, tmp_path, monkeypatch, change, words):
     monkeypatch.setattr(loading, "_load_module", pytest.fail)
