@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.console import quiet_libraries
-from sdtrt.common.errors import ModelError, first_line
-from sdtrt.models.adapters import adapters_of, merged, own_state, wrapped_layers
+from sdtrt.common.errors import EngineError, ModelError
+from sdtrt.models.adapters import OwnLayer, adapters_of, merged, own_state, wrapped_layers
 from sdtrt.models.loras import Lora
 
 if TYPE_CHECKING:
@@ -42,12 +42,24 @@ def merge_loras(
     state = own_state(module)
     with torch.no_grad():
         for layer in wrapped_layers(module):
-            for name, tensor in merged(layer).items():
+            for name, tensor in _merged(layer, loras).items():
                 state[name].data = _cast(tensor, name, part, loras, dtype)
     recurse_remove_peft_layers(module)
     if hasattr(module, "peft_config"):
         del module.peft_config
     module.requires_grad_(False)
+
+
+def _merged(layer: OwnLayer, loras: Sequence[Lora]) -> dict[str, torch.Tensor]:
+    """`merged`, whose error names the files; its way out is for live pipelines."""
+    try:
+        return merged(layer)
+    except EngineError as error:
+        raise ModelError(f"{_files(loras)}: {error.message}", hint=_HINT) from error
+
+
+def _files(loras: Sequence[Lora]) -> str:
+    return ", ".join(str(one.path) for one in loras)
 
 
 def check(module: torch.nn.Module, part: str, loras: Sequence[Lora], unet: Mapping[str, Any]) -> None:
@@ -97,7 +109,7 @@ def _mapped(lora: Lora, part: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:
-        reason = first_line(error)[:MOST_LETTERS]
+        reason = " ".join(str(error).split())[:MOST_LETTERS]  # a first line may say that there were errors, and no more
         raise ModelError(f"{lora.path} does not fit the {part}: {reason}", hint=_HINT) from error
 
 
@@ -179,10 +191,9 @@ def _cast(tensor: torch.Tensor, name: str, part: str, loras: Sequence[Lora], dty
 
     cast = tensor.to(dtype)
     if not tensor.is_meta and not bool(torch.isfinite(cast).all()):
-        names = ", ".join(str(one.path) for one in loras)
         raise ModelError(
             f"{name} of the {part} holds numbers that are not finite in {str(dtype).removeprefix('torch.')} with"
-            f" {names} in it",
+            f" {_files(loras)} in it",
             hint="use smaller weights, as in --lora FILE:0.5, or --precision fp32; or download the LoRA again",
         )
     return cast
