@@ -67,6 +67,7 @@ from sdtrt.specs.sizes import (
     Sizes,
     check_size,
 )
+from sdtrt.specs.texts import EMBEDDING_SUFFIXES, PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 __all__ = [
     "ALL",
@@ -81,6 +82,7 @@ __all__ = [
     "DEFAULT_STRENGTH",
     "DEFAULT_TOKENS",
     "DEFAULT_VERIFY_SEED",
+    "EMBEDDING_SUFFIXES",
     "EXPORTERS",
     "GIB",
     "MAX_BATCH",
@@ -92,6 +94,7 @@ __all__ = [
     "MOST_STEPS",
     "PRECISIONS",
     "PREDICTION_TYPES",
+    "PROMPT_SYNTAXES",
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
     "SCHEDULERS",
@@ -104,6 +107,7 @@ __all__ = [
     "BuildRequest",
     "BuildSpec",
     "Component",
+    "EmbeddingSpec",
     "ExportRequest",
     "ExportSpec",
     "Exporter",
@@ -115,6 +119,7 @@ __all__ = [
     "PredictionType",
     "Profile",
     "ProfileRequest",
+    "PromptSyntax",
     "PruneSpec",
     "Range",
     "SchedulerName",
