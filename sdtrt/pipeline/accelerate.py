@@ -58,9 +58,9 @@ def accelerate(
     engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
     A second call adds engines for its size; with another backend or precision, or after weights were changed, it
     replaces them. Changed weights raise an `EngineError` at the next picture; `inductor`, whose engines hold none,
-    takes them, and adapters (`load_lora_weights`, …). Threads need schedulers and tokenizers of their own. On a GPU the
-    scheduler keeps its timesteps on the CPU, where its tables are: no step waits for the GPU. One that is set later does
-    so after a second call.
+    takes them, and adapters (`load_lora_weights`, …). Threads need schedulers and tokenizers of their own.
+    On a GPU the scheduler keeps its timesteps on the CPU, where its tables are: no step waits for the GPU then.
+    One that is set later does so after a second call.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting (4-channel UNet).
