@@ -352,8 +352,9 @@ def test_files_that_are_no_loras_are_refused(models, lora, tmp_path, monkeypatch
         str(models["sd1"] / "unet"): (ModelError, "match nothing of Stable Diffusion"),
     }
     for text, (error, words) in cases.items():
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=words) as caught:
             resolve_model(spec_of(models["sd1"], text))
+        assert "checkpoint" not in caught.value.hint, "a LoRA is none"
     monkeypatch.setattr(loras, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="need peft") as caught:
         resolve_model(spec_of(models["sd1"], str(lora())))
