@@ -55,6 +55,7 @@ def made(tmp_path_factory):
     for name in ("file", "weights.ckpt", "exists.onnx"):
         (place / name).touch()
     Image.new("RGB", (64, 64)).save(place / "init.png")
+    Image.new("L", (32, 64), 255).save(place / "mask.png")
     Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(place / "float.tif")
     Image.new("1", (9000, 9000)).save(place / "large.png")
     Image.new("1", (2000, 8)).save(place / "long.png")
@@ -131,6 +132,12 @@ def other_shapes():
     return (*PAINT, "-b", "torch")
 
 
+def inpainting_model():
+    config = Path("model/unet/config.json")
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    return PAINT
+
+
 def not_finite():
     path = next(Path("model/unet").glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
@@ -189,6 +196,11 @@ MAKERS = {
     "init image too large": ("img2img", "-p", "x", *MODEL, "-i", "large.png"),
     "init image too long": ("img2img", "-p", "x", *MODEL, "-i", "long.png"),
     "init image of floats": ("img2img", "-p", "x", *MODEL, "-i", "float.tif"),
+    "missing mask": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "missing.png"),
+    "mask of another size": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "mask.png"),
+    "mask that covers nothing": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "init.png"),
+    "mask's blur": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "init.png", "--mask-blur", "-1"),
+    "model for inpainting": inpainting_model,
     "image format": (*PAINT, "-o", "x.gif"),
     "images for one file": (*PAINT, "-o", "x.png", "--num-images", "2"),
     "output exists": (*PAINT, "-o", "init.png"),
