@@ -287,7 +287,8 @@ def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:
         settings.directory.path,
         settings.device,
     )
-    return same and one.watch.digest == _digest(model, one.component, settings)
+    fits = one.table is None or one.table.fits(one.module)
+    return same and fits and one.watch.digest == _digest(model, one.component, settings)
 
 
 @contextmanager

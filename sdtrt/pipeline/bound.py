@@ -105,6 +105,11 @@ class Bound:
         """Take the next call for another picture's, whatever its conditioning is."""
         self._steps.expect_another()
 
+    def look_anew(self) -> None:
+        """Look at the whole module at the next call: it has another layer in the place of one."""
+        self._held.clear()
+        self._steps.expect_another()
+
     def copy(self, module: torch.nn.Module) -> None:
         """Let the engines have the module's tensors as they are now, and the module the engines' memory."""
         with torch.inference_mode(False), torch.no_grad():
@@ -185,6 +190,13 @@ class Followed:
         """Raise `EngineError` where the module has other layers, adapters aside."""
         if structure_of(module) != self._structure:
             raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
+
+    def retake(self, module: torch.nn.Module) -> None:
+        """Take layers that others have replaced. Raise `EngineError` where they are of other classes."""
+        now = structure_of(module)
+        if [kind for _, kind in now] != [kind for _, kind in self._structure]:
+            raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
+        self._structure = now
 
     def begin(self, module: torch.nn.Module) -> None:
         """Nothing: there is nothing to read, as weights may be any."""

@@ -36,6 +36,7 @@ from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.steps import Steps
+from sdtrt.pipeline.token_table import TokenTable
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import (
     DEFAULT_TOKENS,
@@ -144,6 +145,7 @@ class Swapped:
             if self.bound is None
             else Followed(module, component, self.bound)
         )
+        self.table = TokenTable(module) if component in TEXT_ENCODERS else None
         self._module = ref(module)
         self._said: set[str] = set()
         self._steps = Steps()
@@ -185,6 +187,10 @@ class Swapped:
         """
         self._check_place()
         refuse_training(self.component, self.module)
+        if not self.has_its_tokens():
+            self.watch.stop()
+            self._say(f"{self.component}: PyTorch runs it, as its token table is another one (textual inversion)")
+            return self.in_pytorch(*args, **kwargs)
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
         if is_first and states is not None:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
@@ -201,6 +207,19 @@ class Swapped:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
+
+    def has_its_tokens(self) -> bool:
+        """Whether the module's token table is the engines'; where another layer has the same one, that is taken."""
+        if self.table is None:
+            return True
+        if not self.table.fits(self.module):
+            return False
+        if self.table.is_replaced(self.module):
+            self.watch.retake(self.module)
+            if self.bound is not None:
+                self.bound.look_anew()
+            self.table.take(self.module)
+        return True
 
     def _read(self, *, begins: bool) -> None:
         """Have the weights read while others work, once a picture; wait for all parts' where a picture is decoded."""

@@ -69,6 +69,7 @@ from sdtrt.specs.sizes import (
     Sizes,
     check_size,
 )
+from sdtrt.specs.texts import EMBEDDING_SUFFIXES, PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 __all__ = [
     "ALL",
@@ -83,6 +84,7 @@ __all__ = [
     "DEFAULT_STRENGTH",
     "DEFAULT_TOKENS",
     "DEFAULT_VERIFY_SEED",
+    "EMBEDDING_SUFFIXES",
     "EXPORTERS",
     "GIB",
     "GROUPS",
@@ -95,6 +97,7 @@ __all__ = [
     "MOST_STEPS",
     "PRECISIONS",
     "PREDICTION_TYPES",
+    "PROMPT_SYNTAXES",
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
     "SCHEDULERS",
@@ -107,6 +110,7 @@ __all__ = [
     "BuildRequest",
     "BuildSpec",
     "Component",
+    "EmbeddingSpec",
     "ExportRequest",
     "ExportSpec",
     "Exporter",
@@ -119,6 +123,7 @@ __all__ = [
     "PredictionType",
     "Profile",
     "ProfileRequest",
+    "PromptSyntax",
     "PruneSpec",
     "Range",
     "SchedulerName",

@@ -48,6 +48,7 @@ class LoraSpec:
             raise UsageError("a LoRA without a name was given", hint="as in --lora style.safetensors:0.8")
         if not math.isfinite(self.weight):
             raise UsageError(f"the weight of {self.name} must be a number, got {self.weight}", hint="use 1, or 0.8")
+        object.__setattr__(self, "weight", float(self.weight))  # 1 and 1.0 are one weight, and one fingerprint
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -59,7 +60,9 @@ class LoraSpec:
             return cls(text)
 
     def __str__(self) -> str:
-        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+        short = f"{self.weight:g}"
+        weight = short if float(short) == self.weight else repr(self.weight)
+        return self.name if self.weight == 1 and ":" not in self.name else f"{self.name}:{weight}"
 
 
 @dataclass(frozen=True)
