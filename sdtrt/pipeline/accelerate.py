@@ -25,13 +25,14 @@ from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
+from sdtrt.pipeline.controlnets import groups_of
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.pipeline.watch import refuse_changes
-from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Precision, check_choice, check_size
+from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
 
 PipeT = TypeVar("PipeT")
 Parts = Mapping[Component, Swapped]
@@ -63,7 +64,8 @@ def accelerate(
     One that is set later does so after a second call.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting; with or without
+            ControlNet, which runs in PyTorch.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
@@ -150,12 +152,13 @@ class _Choices:
         precision: Precision,
         components: tuple[Component, ...],
         device: torch.device,
+        groups: tuple[Group, ...],
     ) -> EngineRequest:
         """The engines that a pipeline needs."""
         height, width = model.default_size()
         images = self.batch_size
         sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=True)
-        return EngineRequest(model, backend, precision, sizes, components, images, device)
+        return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
 
 
 @dataclass(frozen=True)
@@ -186,10 +189,11 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     settings = Settings(model.spec, model.stored, modules, *fixed)
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
     wanted = _components(pipe, model, choices.components, there)
+    request = choices.request(model, name, precision, wanted, device, groups_of(pipe))
     for component in wanted:
-        contract_of(model, component, precision)
+        contract_of(model, component, precision, request.groups_of(component))
+        backend.check_groups(request.groups_of(component))
         refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
-    request = choices.request(model, name, precision, wanted, device)
     return _Plan(model, request, settings, {part: one for part, one in there.items() if part in wanted})
 
 
@@ -206,7 +210,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device)
+        return choices.request(model, name, precision, wanted, device, groups_of(pipe))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")

@@ -29,6 +29,7 @@ from sdtrt.specs import (
     BackendName,
     Component,
     GenerateSpec,
+    Group,
     NoiseSpec,
     Precision,
     SchedulerName,
@@ -48,6 +49,7 @@ class EngineRequest:
         components: that engines run; none for a backend without engines.
         images: made by one pipeline call.
         device: where it runs.
+        groups: optional ones of inputs that the UNet's is to have.
     """
 
     model: ModelSource
@@ -57,6 +59,7 @@ class EngineRequest:
     components: tuple[Component, ...]
     images: int
     device: torch.device
+    groups: tuple[Group, ...] = ()
 
     def sizes_of(self, component: Component) -> Sizes:
         """The sizes of one call of a component."""
@@ -65,6 +68,10 @@ class EngineRequest:
     def precision_of(self, component: Component) -> Precision:
         """The precision of a component's engine."""
         return registry.get(self.backend).precision_of(self.model, component, self.precision)
+
+    def groups_of(self, component: Component) -> tuple[Group, ...]:
+        """The optional groups of a component's inputs."""
+        return self.groups if component == "unet" else ()
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from sdtrt.specs.choices import (
     COMPONENTS,
     DEFAULT_MODEL,
     EXPORTERS,
+    GROUPS,
     PRECISIONS,
     BackendName,
     Component,
     Exporter,
+    Group,
     Precision,
     check_choice,
     check_output,
@@ -99,6 +101,7 @@ class ExportSpec:
 
     Args:
         opset: None for the exporter's default (`DEFAULT_OPSETS`).
+        groups: optional groups of inputs that a UNet is to have (`controlnet`).
         output: a `.onnx` file to write instead of an entry in the engine directory.
         force: export again even if the engine directory has it.
     """
@@ -111,9 +114,11 @@ class ExportSpec:
     output: Path | None = None
     overwrite: bool = False
     force: bool = False
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("component", self.component, COMPONENTS)
+        self._check_groups()
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("exporter", self.exporter, EXPORTERS)
         check_output(self.output)
@@ -123,6 +128,24 @@ class ExportSpec:
                 f"the {self.exporter} exporter writes opsets {lowest} to {highest}, got {self.opset}",
                 hint=f"use --opset {DEFAULT_OPSETS[self.exporter]}",
             )
+
+    def _check_groups(self) -> None:
+        """Raise `UsageError` for groups that there are not, or that can't be exported."""
+        for name in self.groups:
+            check_choice("group", name, GROUPS)
+        if self.groups and self.component != "unet":
+            raise UsageError(
+                f"the {self.component} has no group {self.groups[0]}", hint="ask for it with the component unet"
+            )
+        if self.groups and self.exporter == "dynamo":  # it does not know that a side is half another, rounded up
+            raise UsageError(
+                f"the dynamo exporter writes no group {self.groups[0]}", hint="use the torchscript exporter"
+            )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, of a spec without output."""
+        return cls(**{**data, "model": ModelSpec.from_json(data["model"]), "groups": tuple(data["groups"])})
 
     @property
     def resolved_opset(self) -> int:
