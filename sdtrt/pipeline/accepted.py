@@ -19,7 +19,10 @@ from sdtrt.pipeline.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
 from sdtrt.specs.contract import inpainting_channels
 
-TAKEN = "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting, with and without ControlNet"
+TAKEN = (
+    "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting,"
+    " with and without ControlNet"
+)
 HINT = f"sdtrt.accelerate takes {TAKEN}; run this one in PyTorch"
 CHANNELS = 4
 # Parts that give a UNet inputs which its engine has not, or that make another kind of pipeline.
