@@ -21,7 +21,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,14 +226,9 @@ def failures_listed(root: Path) -> str:
     return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
 
 
-def table_of(name: str, page: Path, root: Path) -> str:
-    """The table of a report in `benchmarks/`, and where its figures are from."""
-    path = root / "benchmarks" / f"{name}.json"
-    if not path.exists():
-        return UNMEASURED
-    report = json.loads(path.read_text(encoding="utf-8"))
-    link = os.path.relpath(path, page.parent)
-    return f"\n{table(report['rows'])}\n{origin(report, link)}\n"
+def table_of(report: Mapping[str, Any]) -> str:
+    """The table of whole calls."""
+    return table(report["rows"])
 
 
 def rows_of(names: Sequence[str], page: Path, root: Path) -> str:
@@ -247,26 +242,16 @@ def rows_of(names: Sequence[str], page: Path, root: Path) -> str:
     return f"\n{all_rows([row for report in reports for row in report['rows']])}\n{sources}\n"
 
 
-def engine_of(name: str, page: Path, root: Path) -> str:
+def engine_of(report: Mapping[str, Any]) -> str:
     """The tables of a report of `benchmarks/packages.py`."""
-    path = root / "benchmarks" / f"{name}.json"
-    if not path.exists():
-        return UNMEASURED
-    report = json.loads(path.read_text(encoding="utf-8"))
     head = [f"{report['model']}: {report['component']}, {report['precision']}", ""]
-    steps = f"{engine_steps(report['rows'])}\n" if report.get("rows") else ""
-    link = os.path.relpath(path, page.parent)
-    return f"\n{markdown([head, *engine_figures(report)])}\n{steps}{origin(report, link)}\n"
+    steps = f"\n{engine_steps(report['rows'])}" if report.get("rows") else ""
+    return f"{markdown([head, *engine_figures(report)])}{steps}"
 
 
-def recipe_of(name: str, page: Path, root: Path) -> str:
+def recipe_of(report: Mapping[str, Any]) -> str:
     """The variants of a report of `benchmarks/inductor_recipe.py`, the fastest first; those that failed last."""
-    path = root / "benchmarks" / f"{name}.json"
-    if not path.exists():
-        return UNMEASURED
-    report = json.loads(path.read_text(encoding="utf-8"))
     what = f"{report['component']}, {report['precision']}, {report['sizes']}"
-    head = [what, "step, ms", "error / PyTorch's", "built, s"]
     rows = sorted(report["rows"], key=lambda row: row.get("step_ms", float("inf")))
     lines = [
         [row["variant"], row["error"], "", ""]
@@ -274,22 +259,30 @@ def recipe_of(name: str, page: Path, root: Path) -> str:
         else [row["variant"], *(number(row[key], form) for key, form in RECIPE_COLUMNS.items())]
         for row in rows
     ]
-    return f"\n{markdown([head, *lines])}\n{origin(report, os.path.relpath(path, page.parent))}\n"
+    return markdown([[what, "step, ms", "error / PyTorch's", "built, s"], *lines])
+
+
+def single(name: str, page: Path, root: Path, tables: Callable[[Mapping[str, Any]], str]) -> str:
+    """What a report in `benchmarks/` says, and where its figures are from."""
+    path = root / "benchmarks" / f"{name}.json"
+    if not path.exists():
+        return UNMEASURED
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return f"\n{tables(report)}\n{origin(report, os.path.relpath(path, page.parent))}\n"
+
+
+SINGLE = {"table": table_of, "engine": engine_of, "recipe": recipe_of}
 
 
 def block(kind: str, name: str, page: Path, root: Path) -> str:
     """What a block of a page must hold."""
     if kind == "rows":
         return rows_of(name.split(), page, root)
-    if kind == "engine":
-        return engine_of(name, page, root)
-    if kind == "recipe":
-        return recipe_of(name, page, root)
     if name == "front":
         return front_comparison(root)
     if name == "failures":
         return failures_listed(root)
-    return table_of(name, page, root)
+    return single(name, page, root, SINGLE[kind])
 
 
 def rewritten(text: str, page: Path, root: Path) -> str:

@@ -7,7 +7,7 @@ libraries inside functions only, so that asking costs no import.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,7 +20,7 @@ from sdtrt.engines.keys import EngineKey
 from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import precision_of
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision
+from sdtrt.specs import BuildSpec, Component, ExportSpec, Group, Precision
 from sdtrt.specs.choices import MAX_DIGITS
 from sdtrt.specs.contract import Contract
 
@@ -121,6 +121,9 @@ class Backend(ABC):
     def check_precision(self, precision: str) -> None:  # noqa: B027  # most compute in every precision
         """Raise `UsageError` for a precision that it never computes in."""
 
+    def check_groups(self, groups: Sequence[Group]) -> None:  # noqa: B027  # most take any
+        """Raise `UsageError` for optional groups of a UNet's inputs that its engines can't have."""
+
     def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
         """The precision of a component's engine where `precision` is asked for: a VAE may not fit into fp16."""
         return precision_of(model, component, precision)
@@ -137,6 +140,7 @@ class Backend(ABC):
                 hint="use --backend tensorrt-rtx, or leave --compute-capability out",
             )
         self.check_precision(spec.export.precision)
+        self.check_groups(spec.export.groups)
 
     def serves(self, option: str, export: ExportSpec) -> bool:
         """Whether an option of `sdtrt build` means anything for engines of an export."""

@@ -85,7 +85,7 @@ def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirect
 
     def make(folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
-        contract = contract_of(model, export.component, export.precision)
+        contract = contract_of(model, export.component, export.precision, export.groups)
         blueprint = Blueprint.of(model, part_of(export.component)) if isinstance(model, LiveModel) else None
         job = BuildJob(None, folder, contract, spec, directory, console, blueprint)
         with sight.steady():

@@ -14,14 +14,17 @@ from sdtrt.specs import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     PREDICTION_TYPES,
+    PROMPT_SYNTAXES,
     SCHEDULERS,
     TIMESTEP_SPACINGS,
     Component,
+    EmbeddingSpec,
     GenerateSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
     PredictionType,
+    PromptSyntax,
     SchedulerName,
     TimestepSpacing,
 )
@@ -78,6 +81,15 @@ class GenerateOptions:
         list[str] | None, Option("--prompt", "-p", help="what the image shows; give it again for more images")
     ] = None
     negative_prompt: NegativePrompt = ""
+    prompt_syntax: Annotated[
+        str,
+        Option(help=f"{' or '.join(PROMPT_SYNTAXES)}: webui reads (word:1.3) and BREAK, and takes long prompts whole"),
+    ] = "plain"
+    embedding: Annotated[
+        list[str] | None,
+        Option("--embedding", metavar="FILE[:TOKEN]", help="a textual inversion, and its word; again for more"),
+    ] = None
+    clip_skip: Annotated[int, Option(help="last layers of the text encoder that are left out, as in diffusers")] = 0
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     height: Height = None
@@ -119,6 +131,9 @@ class GenerateOptions:
             overwrite=self.overwrite,
             allow_build=not self.no_build,
             components=cast("tuple[Component, ...]", tuple(self.component or ())),
+            embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
+            clip_skip=self.clip_skip,
+            prompt_syntax=cast("PromptSyntax", self.prompt_syntax),
             **image,
         )
 

@@ -14,7 +14,7 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
-from sdtrt.models.components import VAE_HALVES, sizes_of, unet_batch
+from sdtrt.models.components import TEXT_ENCODERS, VAE_HALVES, sizes_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.fastest import fastest_of
 from sdtrt.specs import AUTO, Component, GenerateSpec, Precision, Profile, Sizes
@@ -80,6 +80,7 @@ def _may_serve(key: EngineKey, spec: GenerateSpec, precision: Precision) -> bool
     name: Component = key.component
     fitting = key.precision in ((precision, "fp32") if name in VAE_HALVES else (precision,))
     called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
+    called = called and not (name in TEXT_ENCODERS and (spec.clip_skip or spec.embeddings))  # PyTorch's then
     return fitting and called and any(_known_sizes(name, spec, one) in one for one in key.profiles)
 
 

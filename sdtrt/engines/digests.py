@@ -50,7 +50,10 @@ def digest_of(path: Path) -> str:
     future = _AHEAD.pop(identity(path), None)
     if future is None or future.cancel():  # not begun with: no use in waiting for what comes before it
         return sha256_file(path)
-    return future.result()
+    try:
+        return future.result()
+    except (OSError, MemoryError):  # which may be of that moment, or of that thread: what lasts is met here
+        return sha256_file(path)
 
 
 def hash_for_later(path: Path) -> None:

@@ -5,9 +5,11 @@ What this machine runs is for the caller to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from sdtrt.engines import digests
 from sdtrt.engines.directory import EngineDirectory
@@ -16,7 +18,7 @@ from sdtrt.engines.keys import EngineKey, Sight, export_key, program_key
 from sdtrt.models.components import load_component, part_of
 from sdtrt.models.live import LiveModel, dtype_of, weights_digest
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import Component, ExportSpec, Precision, Profile, Sizes
+from sdtrt.specs import Component, ExportSpec, Group, Precision, Profile, Sizes
 
 
 def best_fit(
@@ -28,6 +30,7 @@ def best_fit(
     component: Component,
     entries: Sequence[Entry],
     weights: bool = True,
+    groups: tuple[Group, ...] = (),
 ) -> Entry | None:
     """Of some engines the one that fits a request on this machine: of the tightest profiles the newest; None for none.
 
@@ -36,12 +39,10 @@ def best_fit(
         precision: of the component's engine, which may be another one than is asked for.
         sizes: of the component's own call (`sizes_of`).
         weights: whether the backend's engines hold them; others serve any weights of the architecture.
+        groups: optional ones of inputs, which the engine has, and no others.
     """
-    has_weights = (
-        _same_weights_as(model, component, precision, directory)
-        if weights
-        else _same_program_as(model, component, precision)
-    )
+    spec = ExportSpec(model.spec, component, precision, groups=groups)
+    has_weights = _same_weights_as(model, spec, directory) if weights else _same_program_as(model, spec)
     fitting = [
         (looseness, -entry.created, entry)
         for entry in entries
@@ -56,30 +57,29 @@ def best_fit(
     return min(fitting, key=lambda fit: fit[:2])[2]
 
 
-def _same_program_as(
-    model: ModelSource, component: Component, precision: Precision
-) -> Callable[[Entry, EngineKey], bool]:
+def _same_program_as(model: ModelSource, spec: ExportSpec) -> Callable[[Entry, EngineKey], bool]:
     """What says of an engine without weights whether it serves a model: by the architecture."""
-    program = program_key(model, ExportSpec(model.spec, component, precision))
+    program = program_key(model, spec)
     return lambda _entry, key: key.export == program
 
 
 def _same_weights_as(
-    model: ModelSource, component: Component, precision: Precision, directory: EngineDirectory
+    model: ModelSource, spec: ExportSpec, directory: EngineDirectory
 ) -> Callable[[Entry, EngineKey], bool]:
     """What says of an engine whether it is of a model's weights: by its key, or for a live model by their digest."""
-    export = export_key(model, ExportSpec(model.spec, component, precision), directory.file_digest)
+    export, component, precision = export_key(model, spec, directory.file_digest), spec.component, spec.precision
     if not isinstance(model, LiveModel):
         return lambda _entry, key: key.export.has_weights_of(export)
     digest, older = model.digest(component, precision), cache(partial(_files_are, model, component, precision))
 
     def has_weights(entry: Entry, key: EngineKey) -> bool:
         if "weights_digest" in entry.info:
-            return key.export.format == export.format and bool(entry.info["weights_digest"] == digest)
+            same = (key.export.format, key.export.groups) == (export.format, export.groups)
+            return same and bool(entry.info["weights_digest"] == digest)
         stored = model.stored
         if stored is None:
             return False
-        of_files = export_key(stored, ExportSpec(stored.spec, component, precision), directory.file_digest)
+        of_files = export_key(stored, replace(spec, model=stored.spec), directory.file_digest)
         return key.export.has_weights_of(of_files) and older()
 
     return has_weights
@@ -130,6 +130,13 @@ def latest(directory: EngineDirectory, model: str | None, fits: Callable[[Entry]
     """For each component the engine of a model (None: of any) that was used last, of those that fit."""
     found: dict[str, Entry] = {}
     for entry in sorted(directory.entries("engine"), key=lambda entry: entry.last_used):
-        if model in (None, entry.info.get("model")) and fits(entry):
+        is_plain = not _export_of(entry).get("groups")  # no command runs others
+        if is_plain and model in (None, entry.info.get("model")) and fits(entry):
             found[str(entry.key.get("component"))] = entry
     return found
+
+
+def _export_of(entry: Entry) -> Mapping[str, Any]:
+    """What an engine's key says of its export, as far as it is in order."""
+    export = entry.key.get("export")
+    return export if isinstance(export, Mapping) else {}

@@ -22,7 +22,7 @@ from sdtrt.models.components import contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import COMPONENTS, PRECISIONS, Component, ExportSpec, Precision, Profile
+from sdtrt.specs import COMPONENTS, PRECISIONS, Component, ExportSpec, Group, Precision, Profile
 
 FORMAT = 5  # of exports: raise it when `export` writes something else for the same request
 MOST = 2**62  # of a number in a key: more is nobody's size
@@ -38,6 +38,7 @@ class ExportKey:
     Args:
         format: of exports; another number is another sdtrt's.
         fingerprint: of the configuration and weights (`Model.fingerprint`).
+        groups: optional ones of a UNet's inputs; a key without any does not mention them.
     """
 
     component: Component
@@ -46,19 +47,22 @@ class ExportKey:
     opset: int
     format: int
     fingerprint: str
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         _check_what(self.component, self.precision)
-        _check_types((self.exporter, self.fingerprint), (self.opset, self.format))
+        _check_types((self.exporter, self.fingerprint, *self.groups), (self.opset, self.format))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExportKey:
         """Read a key's plain data. Raises one of `MALFORMED` for what no export of this format has."""
-        return cls(**data)
+        return cls(**{**data, "groups": tuple(data.get("groups", ()))})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as they are written on the disk."""
-        return asdict(self)
+        data = asdict(self)
+        groups = data.pop("groups")
+        return data | ({"groups": list(groups)} if groups else {})
 
     def has_weights_of(self, other: ExportKey) -> bool:
         """Whether both are of the same weights: exporter and opset may differ, a user's choice at build time."""
@@ -173,6 +177,7 @@ def export_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], st
         opset=spec.resolved_opset,
         format=FORMAT,
         fingerprint=_fingerprint(model, spec, digest),
+        groups=spec.groups,
     )
 
 
@@ -186,7 +191,7 @@ def _fingerprint(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], 
 
 def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
     """What an engine free of weights is built from: like `export_key`, but of any weights of the architecture."""
-    contract = contract_of(model, spec.component, spec.precision)
+    contract = contract_of(model, spec.component, spec.precision, spec.groups)
     return ExportKey(
         component=spec.component,
         precision=spec.precision,
@@ -194,6 +199,7 @@ def program_key(model: ModelSource, spec: ExportSpec) -> ExportKey:
         opset=0,
         format=FORMAT,
         fingerprint=architecture_fingerprint(model, part_of(spec.component), contract),
+        groups=spec.groups,
     )
 
 

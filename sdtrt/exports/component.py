@@ -72,7 +72,7 @@ def _make(
 ) -> Mapping[str, Any]:
     """Write and check `folder/name`; returns what is known of it."""
     start = time.perf_counter()
-    contract = contract_of(model, spec.component, spec.precision)
+    contract = contract_of(model, spec.component, spec.precision, spec.groups)
     path = folder / name
     with console.stage(f"loading {spec.component}"):
         module = load_component(model, spec.component, getattr(torch, contract.outputs[0].dtype))

@@ -37,7 +37,8 @@ def export_specs(
         own = fitting(model, name, asked)
         if own != asked:
             console.note(f"{name}: in {own}, as this model's VAE overflows in {asked} (force_upcast)")
-        yield replace(request.common, component=name, precision=own)
+        groups = request.common.groups if name == "unet" else ()
+        yield replace(request.common, component=name, precision=own, groups=groups)
 
 
 def export_all(request: ExportRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:

@@ -18,12 +18,22 @@ from torch.nn import functional
 
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
 from sdtrt.models.components import VAE_HALVES
-from sdtrt.specs.contract import BATCH, IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS, Contract
+from sdtrt.specs.contract import (
+    BATCH,
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
+    LATENT_HEIGHT,
+    LATENT_WIDTH,
+    TOKENS,
+    Contract,
+    latent_sides,
+)
+from sdtrt.specs.groups import residual_names
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
 # constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
 # a VAE, which works on pixels, is traced at fewer latents than a UNet, whose lowest level is to have more than one.
-TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 10, LATENT_WIDTH: 14, TOKENS: 7}
+TRACE_SIZES = {BATCH: 2, TOKENS: 7, **latent_sides(10, 14)}
 VAE_TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 3, LATENT_WIDTH: 5, IMAGE_HEIGHT: 24, IMAGE_WIDTH: 40}
 
 # `UNet2DConditionModel.forward` passes the sizes of its skip connections to the upsamplers only where a latent side is
@@ -60,6 +70,39 @@ class UNetCall(torch.nn.Module):
             0
         ]
         return output
+
+
+class ControlledUNetCall(torch.nn.Module):
+    """A `UNet2DConditionModel` whose contract has the residuals of ControlNets, as its last inputs.
+
+    Args:
+        contract: names the inputs, which come in its order.
+    """
+
+    def __init__(self, unet: torch.nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.unet = unet
+        self.residuals = len(residual_names(contract))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What `UNetCall` takes, and then the residuals, the middle's last → out_sample [B,C,H,W]."""
+        usual, (*down, middle) = inputs[: -self.residuals], inputs[-self.residuals :]
+        sample, timestep, states, *added = usual
+        names = {"text_embeds": added[0].float(), "time_ids": added[1]} if added else None
+        output: Tensor = self.unet(
+            sample,
+            timestep,
+            states,
+            added_cond_kwargs=names,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+        return output
+
+
+def _unet_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
+    return ControlledUNetCall(unet, contract) if residual_names(contract) else UNetCall(unet)
 
 
 class TextEncoderCall(torch.nn.Module):
@@ -150,7 +193,7 @@ class VaeEncoderCall(torch.nn.Module):
 def component_call(module: torch.nn.Module, contract: Contract) -> torch.nn.Module:
     """The part of a module that is a component, with the contract's inputs and outputs as its signature."""
     if contract.component == "unet":
-        return UNetCall(module)
+        return _unet_call(module, contract)
     if contract.component == "vae_decoder":
         return VaeDecoderCall(module)
     if contract.component == "vae_encoder":
@@ -162,7 +205,7 @@ def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outp
     """The contract's function of a module as diffusers and transformers themselves compute it, in their own way."""
     own: Any = module
     if contract.component == "unet":
-        return UNetCall(module)
+        return _unet_call(module, contract)
     if contract.component == "vae_decoder":
         return lambda latents: own.decode(latents).sample
     if contract.component == "vae_encoder":

@@ -16,6 +16,7 @@ from sdtrt.specs import (
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
     Component,
+    Group,
     Precision,
     Profile,
     Range,
@@ -23,6 +24,7 @@ from sdtrt.specs import (
     check_choice,
 )
 from sdtrt.specs.contract import Contract, overflows_in_fp16, text_encoder_contract, unet_contract, vae_contract
+from sdtrt.specs.groups import with_groups
 
 if TYPE_CHECKING:
     import torch
@@ -62,15 +64,17 @@ def choose_components(model: ModelSource, names: Iterable[str]) -> tuple[Compone
     return tuple(name for name in known if not wanted or name in wanted)
 
 
-def contract_of(model: ModelSource, component: Component, precision: Precision) -> Contract:
-    """The contract of a model's component.
+def contract_of(
+    model: ModelSource, component: Component, precision: Precision, groups: tuple[Group, ...] = ()
+) -> Contract:
+    """The contract of a model's component; a UNet's with optional groups of inputs.
 
     Raises:
         ModelError: where the model has no such part, or one that no engine can be made of.
     """
     config = model.config(part_of(component))
     if component == "unet":
-        return unet_contract(config, precision, model.pooled_width)
+        return with_groups(unet_contract(config, precision, model.pooled_width), config, groups)
     if component in TEXT_ENCODERS:
         return text_encoder_contract(config, precision, component)
     return vae_contract(config, precision, component)

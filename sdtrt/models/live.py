@@ -106,7 +106,7 @@ class LiveModel:
         """The configuration of a part, with its class's defaults. Raises `ModelError` where there is no such part."""
         self.check_has(part)
         config: Any = self.modules[part].config
-        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        return _text_config(self.modules[part]) if hasattr(config, "to_dict") else dict(config)
 
     def check_has(self, *parts: str) -> None:
         """Raise `ModelError` where the pipeline lacks one of these parts."""
@@ -234,10 +234,15 @@ def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:
     """What a module's configuration says of what it computes."""
     config: Any = module.config
     if hasattr(config, "to_dict"):
-        whole = config.to_dict()
+        whole = _text_config(module)
         return {name: whole.get(name) for name in _CLIP_NUMBERS}
     known = inspect.signature(base_of(type(module))).parameters
     return {name: config[name] for name in sorted(known) if name in config and name not in _UNUSED}
+
+
+def _text_config(encoder: Any) -> dict[str, Any]:
+    """A text encoder's configuration, with the tokens that it has rows for: diffusers forgets those that it unloads."""
+    return {**encoder.config.to_dict(), "vocab_size": encoder.get_input_embeddings().weight.shape[0]}
 
 
 def base_of(cls: type) -> type:

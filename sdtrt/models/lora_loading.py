@@ -5,14 +5,15 @@ Knows modules. Which LoRAs there are, `loras` has found.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.console import quiet_libraries
-from sdtrt.common.errors import ModelError, first_line
-from sdtrt.models.adapters import adapters_of, merged, own_state, wrapped_layers
+from sdtrt.common.errors import EngineError, ModelError
+from sdtrt.models.adapters import OwnLayer, adapters_of, merged, own_state, wrapped_layers
 from sdtrt.models.loras import Lora
 
 if TYPE_CHECKING:
@@ -42,12 +43,24 @@ def merge_loras(
     state = own_state(module)
     with torch.no_grad():
         for layer in wrapped_layers(module):
-            for name, tensor in merged(layer).items():
+            for name, tensor in _merged(layer, loras).items():
                 state[name].data = _cast(tensor, name, part, loras, dtype)
     recurse_remove_peft_layers(module)
     if hasattr(module, "peft_config"):
         del module.peft_config
     module.requires_grad_(False)
+
+
+def _merged(layer: OwnLayer, loras: Sequence[Lora]) -> dict[str, torch.Tensor]:
+    """`merged`, whose error names the files; its way out is for live pipelines."""
+    try:
+        return merged(layer)
+    except EngineError as error:
+        raise ModelError(f"{_files(loras)}: {error.message}", hint=_HINT) from error
+
+
+def _files(loras: Sequence[Lora]) -> str:
+    return ", ".join(str(one.path) for one in loras)
 
 
 def check(module: torch.nn.Module, part: str, loras: Sequence[Lora], unet: Mapping[str, Any]) -> None:
@@ -70,7 +83,8 @@ def put_around(module: torch.nn.Module, part: str, loras: Sequence[Lora], unet: 
         ModelError: for LoRAs that don't fit.
     """
     names = [f"lora_{number}" for number in range(len(loras))]
-    with quiet_libraries():
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice, as of a second adapter
         for name, lora in zip(names, loras, strict=True):
             _load(module, part, lora, unet, name)
     for layer in adapters_of(module):
@@ -97,7 +111,7 @@ def _mapped(lora: Lora, part: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:
-        reason = first_line(error)[:MOST_LETTERS]
+        reason = " ".join(str(error).split())[:MOST_LETTERS]  # a first line may say that there were errors, and no more
         raise ModelError(f"{lora.path} does not fit the {part}: {reason}", hint=_HINT) from error
 
 
@@ -122,19 +136,39 @@ def _loader(unet: Mapping[str, Any]) -> Any:
 
 
 def _check_fit(module: torch.nn.Module, part: str, lora: Lora, state: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for layers that a module has not, or of another shape: diffusers may leave them out."""
+    """Raise `ModelError` for layers that a module has not, or of another shape: diffusers may leave them out.
+
+    So for those of which one matrix is missing.
+    """
     layers, missing, wrong = dict(module.named_modules()), set(), []
-    for key, tensor in _peft_tensors(module, part, state).items():
+    tensors = _peft_tensors(module, part, state)
+    for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".lora_") if ".lora_" in key else (key, "", "")
         weight = getattr(layers.get(name), "weight", None)
         if weight is None:
             missing.add(name)
         elif kind in ("A.weight", "B.weight") and weight.shape[kind[0] == "A"] != tensor.shape[kind[0] == "A"]:
             wrong.append(f"{name}: {list(tensor.shape)} to {list(weight.shape)}")
-    for what, names in (("layers that the {} has not", sorted(missing)), ("layers of another shape", wrong)):
+    kinds = (
+        (f"is for {{}} layers that the {part} has not", sorted(missing)),
+        ("is for {} layers of another shape", wrong),
+        (f"has no pair of matrices of one rank for {{}} layers of the {part}", _unpaired(tensors)),
+    )
+    for what, names in kinds:
         if names:
             some = ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
-            raise ModelError(f"{lora.path} is for {len(names)} {what.format(part)} ({some})", hint=_HINT)
+            raise ModelError(f"{lora.path} {what.format(len(names))} ({some})", hint=_HINT)
+
+
+def _unpaired(tensors: Mapping[str, Any]) -> list[str]:
+    """The layers that have one matrix of a LoRA alone: peft would multiply it with memory that nobody has written."""
+    ranks: dict[str, dict[str, int]] = {"A": {}, "B": {}}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".lora_")
+        if kind in ("A.weight", "B.weight"):
+            ranks[kind[0]][name] = tensor.shape[kind[0] == "B"]
+    names = ranks["A"].keys() | ranks["B"].keys()
+    return sorted(name for name in names if ranks["A"].get(name) != ranks["B"].get(name))
 
 
 def _peft_tensors(module: torch.nn.Module, part: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,10 +193,9 @@ def _cast(tensor: torch.Tensor, name: str, part: str, loras: Sequence[Lora], dty
 
     cast = tensor.to(dtype)
     if not tensor.is_meta and not bool(torch.isfinite(cast).all()):
-        names = ", ".join(str(one.path) for one in loras)
         raise ModelError(
             f"{name} of the {part} holds numbers that are not finite in {str(dtype).removeprefix('torch.')} with"
-            f" {names} in it",
+            f" {_files(loras)} in it",
             hint="use smaller weights, as in --lora FILE:0.5, or --precision fp32; or download the LoRA again",
         )
     return cast

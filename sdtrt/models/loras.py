@@ -40,7 +40,8 @@ _KINDS = {
     1280: "SDXL's refiner",
 }
 _TEXT_WIDTH = re.compile(r"attn2[._](processor[._])?to_[kv](_lora)?\.(lora_down|lora_A|lora\.down|down)\.")
-_OTHER_KINDS = {"LoHa": r"\.hada_", "LoKr": r"\.lokr_", "diff": r"\.diff$"}
+# diffusers drops the scales of a DoRA, and what is left is another LoRA.
+_OTHER_KINDS = {"LoHa": r"\.hada_", "LoKr": r"\.lokr_", "diff": r"\.diff$", "DoRA with dora_scale": r"\bdora_scale"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def _kind(width: object) -> str:
 
 def _check_names(path: Path, infos: Mapping[str, TensorInfo]) -> None:
     """Raise `ModelError` for a file that is no LoRA of such models as far as its tensors' names tell."""
+    if not infos:
+        raise ModelError(f"{path} has no tensors", hint="download or copy the file again")
     starts = tuple(start for own in PREFIXES.values() for start in own)
     for kind, pattern in _OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in infos):
@@ -146,6 +149,9 @@ def _file_of(spec: ModelSpec, own: LoraSpec, console: Console) -> Path:
     is_id = is_repo_id(f"{owner}/{name}") and not has_weight_suffix(name) and (not file or has_weight_suffix(file))
     if is_id and local_path(owner) is None:
         return _on_hub(own, Repo(f"{owner}/{name}", None, spec.offline, console), file)
+    before, colon, weight = own.name.rpartition(":")
+    if colon and local_path(before) is not None:
+        raise UsageError(f"the weight of {before} must be a number, got {weight!r}", hint=f"use {quote(before)}:0.8")
     raise ModelError(f"there is no LoRA at {own.name}", hint=HINT)
 
 

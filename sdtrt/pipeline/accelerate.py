@@ -25,13 +25,14 @@ from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
+from sdtrt.pipeline.controlnets import groups_of
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.pipeline.watch import refuse_changes
-from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Precision, check_choice, check_size
+from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
 
 PipeT = TypeVar("PipeT")
 Parts = Mapping[Component, Swapped]
@@ -58,12 +59,12 @@ def accelerate(
     engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
     A second call adds engines for its size; with another backend or precision, or after weights were changed, it
     replaces them. Changed weights raise an `EngineError` at the next picture; `inductor`, whose engines hold none,
-    takes them, and adapters (`load_lora_weights`, …). Threads need schedulers and tokenizers of their own. On a GPU the
-    scheduler keeps its timesteps on the CPU, where its tables are: no step waits for the GPU. One that is set later does
-    so after a second call.
+    takes them, and adapters (`load_lora_weights`, …). Threads need schedulers and tokenizers of their own.
+    On a GPU the scheduler keeps its timesteps on the CPU, where its tables are: no step waits for the GPU then.
+    One that is set later does so after a second call.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting, or with ControlNet.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
@@ -150,12 +151,13 @@ class _Choices:
         precision: Precision,
         components: tuple[Component, ...],
         device: torch.device,
+        groups: tuple[Group, ...],
     ) -> EngineRequest:
         """The engines that a pipeline needs."""
         height, width = model.default_size()
         images = self.batch_size
         sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=True)
-        return EngineRequest(model, backend, precision, sizes, components, images, device)
+        return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,11 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     settings = Settings(model.spec, model.stored, modules, *fixed)
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
     wanted = _components(pipe, model, choices.components, there)
+    request = choices.request(model, name, precision, wanted, device, groups_of(pipe))
     for component in wanted:
-        contract_of(model, component, precision)
+        contract_of(model, component, precision, request.groups_of(component))
+        backend.check_groups(request.groups_of(component))
         refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
-    request = choices.request(model, name, precision, wanted, device)
     return _Plan(model, request, settings, {part: one for part, one in there.items() if part in wanted})
 
 
@@ -206,7 +209,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device)
+        return choices.request(model, name, precision, wanted, device, groups_of(pipe))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")
@@ -283,7 +286,8 @@ def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:
         settings.directory.path,
         settings.device,
     )
-    return same and one.watch.digest == _digest(model, one.component, settings)
+    fits = one.table is None or one.table.fits(one.module)
+    return same and fits and one.watch.digest == _digest(model, one.component, settings)
 
 
 @contextmanager

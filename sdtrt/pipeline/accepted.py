@@ -13,16 +13,20 @@ import transformers
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
 from sdtrt.models.live import LiveModel
+from sdtrt.pipeline.controlnets import check_controlnets, groups_of
 from sdtrt.pipeline.facades import Facade
 from sdtrt.pipeline.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
 from sdtrt.specs.contract import inpainting_channels
 
-TAKEN = "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting"
+TAKEN = (
+    "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting,"
+    " with and without ControlNet"
+)
 HINT = f"sdtrt.accelerate takes {TAKEN}; run this one in PyTorch"
 CHANNELS = 4
 # Parts that give a UNet inputs which its engine has not, or that make another kind of pipeline.
-FOREIGN_PARTS = ("controlnet", "adapter", "prior", "movq", "transformer", "motion_adapter", "image_noising_scheduler")
+FOREIGN_PARTS = ("adapter", "prior", "movq", "transformer", "motion_adapter", "image_noising_scheduler")
 CLASSES: dict[str, tuple[type, ...]] = {
     "unet": (diffusers.UNet2DConditionModel,),
     "vae": (diffusers.AutoencoderKL, diffusers.AutoencoderTiny),
@@ -48,6 +52,7 @@ def check_pipeline(pipe: Any) -> LiveModel:
         _check_part(name, part, getattr(pipe, part, None), classes)
     model = LiveModel.of(pipe)
     _check_shapes(name, pipe, model)
+    check_controlnets(name, pipe, HINT)
     return model
 
 
@@ -84,8 +89,9 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
 
 
 def takes_images(pipe: Any) -> bool:
-    """Whether a pipeline's call encodes images."""
-    return "image" in inspect.signature(type(pipe).__call__).parameters
+    """Whether a pipeline's call encodes images; what ControlNets take is not encoded."""
+    names = inspect.signature(type(pipe).__call__).parameters
+    return "image" in names and ("control_image" in names or not groups_of(pipe))
 
 
 def takes_masks(pipe: Any) -> bool:

@@ -74,8 +74,8 @@ class Bound:
     ) -> Callable[..., Any]:
         """A call of a session that computes with the module's weights as they are at a picture's first step.
 
-        What is done to adapters (other ones active, other scales, switched off) counts at any step, and so does
-        `cross_attention_kwargs={"scale": …}`.
+        What is done to adapters (loaded, other ones active, other scales, switched off, gone) counts at any step, and
+        so does `cross_attention_kwargs={"scale": …}`.
 
         Raises:
             EngineError: where the module has other tensors than the engine, or an adapter that can't be merged.
@@ -93,7 +93,7 @@ class Bound:
             self._merging.scale, kwargs = _without_scale(kwargs)
             if (owner := module()) is not None:
                 is_due = self._steps.is_due(states)
-                if is_due or self._merging.is_changed():
+                if is_due or self._merging.is_changed(owner):
                     self.copy(owner)
                 if is_due:
                     self._steps.seen(states)
@@ -103,6 +103,11 @@ class Bound:
 
     def expect_another(self) -> None:
         """Take the next call for another picture's, whatever its conditioning is."""
+        self._steps.expect_another()
+
+    def look_anew(self) -> None:
+        """Look at the whole module at the next call: it has another layer in the place of one."""
+        self._held.clear()
         self._steps.expect_another()
 
     def copy(self, module: torch.nn.Module) -> None:
@@ -185,6 +190,13 @@ class Followed:
         """Raise `EngineError` where the module has other layers, adapters aside."""
         if structure_of(module) != self._structure:
             raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
+
+    def retake(self, module: torch.nn.Module) -> None:
+        """Take layers that others have replaced. Raise `EngineError` where they are of other classes."""
+        now = structure_of(module)
+        if [kind for _, kind in now] != [kind for _, kind in self._structure]:
+            raise EngineError(f"the {self._component} has other layers than its engine", hint=WAY_OUT)
+        self._structure = now
 
     def begin(self, module: torch.nn.Module) -> None:
         """Nothing: there is nothing to read, as weights may be any."""

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.text_states import states_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class PipelineCall:
         """What diffusers' pipelines call all this."""
         spec = opened.spec
         common = {
-            "prompt": list(self.prompts),
-            "negative_prompt": [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None,
+            **self._texts(opened),
             "num_inference_steps": spec.steps,
             "guidance_scale": self.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for seed in self.seeds],
@@ -81,6 +81,14 @@ class PipelineCall:
         each = len(self.prompts)  # of one image for all, inpainting pipelines draw the latents by the first generator
         images = {"image": [self.start] * each, "mask_image": [self.mask] * each}
         return {**common, **size, **images, "strength": self.strength}
+
+    def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
+        """The prompts, or the states that are made of them here."""
+        plan = opened.spec.text
+        if plan.is_own:
+            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, self.guidance_scale > 1)
+        negative = [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None
+        return {"prompt": list(self.prompts), "negative_prompt": negative}
 
 
 def _calling(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:

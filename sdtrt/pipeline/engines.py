@@ -82,7 +82,8 @@ def find_engines(request: EngineRequest, directory: EngineDirectory) -> dict[Com
 
     def find(name: Component) -> Entry | None:
         precision, sizes = request.precision_of(name), request.sizes_of(name)
-        return best_fit(request.model, runs, precision, sizes, directory, name, there, backend.weights_inside)
+        weights, groups = backend.weights_inside, request.groups_of(name)
+        return best_fit(request.model, runs, precision, sizes, directory, name, there, weights, groups)
 
     return {name: find(name) for name in request.components}
 
@@ -117,12 +118,13 @@ def _describe(request: EngineRequest) -> str:
 def _build_missing(request: EngineRequest, component: Component, directory: EngineDirectory, console: Console) -> Entry:
     """Export and build one engine, for exactly one size."""
     model, sizes = request.model, request.sizes_of(component)
-    precision = request.precision_of(component)
-    words = contract_of(model, component, precision).describe(sizes)
-    console.note(f"no {request.backend} {precision} engine of the {component} for {words} yet: building it (once)")
+    precision, groups = request.precision_of(component), request.groups_of(component)
+    words = contract_of(model, component, precision, groups).describe(sizes)
+    name = " with inputs for ".join((component, *groups))
+    console.note(f"no {request.backend} {precision} engine of the {name} for {words} yet: building it (once)")
     _note_loras(request, component, directory, console)
     profiles = () if registry.get(request.backend).takes_any_size else (Profile.of(sizes),)
-    build = BuildSpec(ExportSpec(model.spec, component, precision), request.backend, profiles)
+    build = BuildSpec(ExportSpec(model.spec, component, precision, groups=groups), request.backend, profiles)
     return build_engine(model, build, directory, console)
 
 

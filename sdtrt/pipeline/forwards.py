@@ -16,7 +16,9 @@ from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.session import Session
 from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError
+from sdtrt.pipeline.residuals import residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
+from sdtrt.specs.groups import residual_names
 
 
 class UNetForward:
@@ -46,6 +48,11 @@ class UNetForward:
         self._casts: dict[str, _Cast] = {}
 
     @property
+    def has_residuals(self) -> bool:
+        """Whether the engine has inputs for what ControlNets give."""
+        return bool(residual_names(self.contract))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the engine's latents."""
         return self._dtypes["sample"]
@@ -73,6 +80,8 @@ class UNetForward:
             timestep: a number, a tensor without dimensions, or `[1]` or `[B]`, of any dtype.
             encoder_hidden_states: the prompt's embedding `[B,S,D]`.
             added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.
+            down_block_additional_residuals, mid_block_additional_residual: what ControlNets add, both or neither, for
+                an engine that has inputs for it.
 
         Returns:
             `[B,C,H,W]` in the dtype of `sample`.
@@ -80,17 +89,24 @@ class UNetForward:
         Raises:
             EngineError: where an argument is used that the engine has no input for, or the session refuses one.
         """
+        has_residuals = self.has_residuals and (down_block_additional_residuals is None) == (
+            mid_block_additional_residual is None
+        )
         self._refuse(
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
-            down_block_additional_residuals=down_block_additional_residuals,
-            mid_block_additional_residual=mid_block_additional_residual,
+            down_block_additional_residuals=None if has_residuals else down_block_additional_residuals,
+            mid_block_additional_residual=None if has_residuals else mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
             encoder_attention_mask=encoder_attention_mask,
         )
-        output = self.session.run(self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}))
+        residuals = residual_feeds(
+            self.contract, sample, down_block_additional_residuals, mid_block_additional_residual
+        )
+        feeds = self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}, residuals)
+        output = self.session.run(feeds)
         noise = output[self.contract.outputs[0].name].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
@@ -100,9 +116,10 @@ class UNetForward:
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
         added: Mapping[str, torch.Tensor],
+        residuals: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """The engine's inputs, of the arguments that diffusers' pipelines call a UNet with."""
-        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, **self._added(added)}
+        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, **self._added(added), **residuals}
         refuse_gradients(self.contract.component, {**given, "timestep": timestep})
         given["timestep"] = _per_row(timestep, sample)
         return {name: self._as_engine_takes_it(name, tensor) for name, tensor in given.items()}

@@ -16,11 +16,13 @@ from sdtrt.specs import (
     BackendName,
     BuildSpec,
     Component,
+    EmbeddingSpec,
     ExportSpec,
     GenerateSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
+    PromptSyntax,
     SchedulerName,
 )
 
@@ -57,6 +59,9 @@ class GenerateOptions(TypedDict, total=False):
     allow_build: bool
     components: tuple[Component, ...]
     noise: NoiseSpec
+    embeddings: tuple[EmbeddingSpec, ...]
+    clip_skip: int
+    prompt_syntax: PromptSyntax
 
 
 def generate(

@@ -111,17 +111,16 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
         )
-    if found := prompts.web_ui_syntax((*spec.prompts, spec.negative_prompt)):
-        console.warn(
-            f"web UIs' prompt syntax is taken literally: {found!r} (no weights, no BREAK yet; --lora takes a LoRA)"
-        )
+    if spec.prompt_syntax == "plain":
+        prompts.warn_literal(spec, console)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
         start = _started(spec, pipeline_spec, init, mask)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
-            prompts.warn_truncated(opened.pipe, spec, console)
+            if spec.prompt_syntax == "plain":
+                prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(spec, opened, init, mask, directory)
                 opened.files.check()  # so that they are of the weights that were loaded

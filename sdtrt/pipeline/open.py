@@ -27,6 +27,7 @@ from sdtrt.models.components import (
     part_of,
     text_encoders_of,
 )
+from sdtrt.models.embeddings import put_into
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, preloaded, schedulers
 from sdtrt.pipeline.engines import ensure_engines
@@ -216,6 +217,7 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = _pipeline_class(spec)(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
+    put_into(pipe, spec.text.embeddings)
     if running.sessions:
         refuse_as_a_whole(pipe, running.sessions)
     return pipe

@@ -33,6 +33,15 @@ def web_ui_syntax(texts: Iterable[str]) -> str | None:
     return found if found is None or len(found) <= SHOWN else f"{found[: SHOWN - 1]}…"
 
 
+def warn_literal(spec: GenerateSpec, console: Console) -> None:
+    """Say that web UIs' syntax is text here, and how it is read."""
+    if found := web_ui_syntax((*spec.prompts, spec.negative_prompt)):
+        console.warn(
+            f"web UIs' prompt syntax is taken literally: {found!r} (--prompt-syntax webui reads weights and BREAK;"
+            " --lora takes a LoRA)"
+        )
+
+
 def warn_truncated(pipe: Any, spec: GenerateSpec, console: Console) -> None:
     """Say which ends of a request's prompts the text encoder won't see."""
     for text, name in _named(spec).items():
@@ -54,9 +63,12 @@ def _named(spec: GenerateSpec) -> dict[str, str]:
 def _warn_truncated(pipe: Any, text: str, name: str, console: Console) -> None:
     """Say which end of a prompt the text encoder won't see."""
     tokenizer = pipe.tokenizer or pipe.tokenizer_2
-    ids = tokenizer(text, truncation=False).input_ids
+    ids = tokenizer(pipe.maybe_convert_prompt(text, tokenizer), truncation=False).input_ids
     limit = tokenizer.model_max_length
     if len(ids) > limit:
         dropped = tokenizer.decode(ids[limit - 1 : limit - 1 + SHOWN_TOKENS][: len(ids) - limit]).strip()
         more = " …" if len(ids) - limit > SHOWN_TOKENS else ""
-        console.warn(f"{name} is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}")
+        console.warn(
+            f"{name} is longer than {limit} tokens (--prompt-syntax webui takes it all, in chunks);"
+            f" this part of it is ignored: {dropped!r}{more}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from sdtrt.backends import registry
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.models.components import (
+    TEXT_ENCODERS,
     choose_components,
     components_of,
     contract_of,
@@ -21,12 +22,14 @@ from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
+from sdtrt.pipeline.text_states import TextPlan, plan_texts
 from sdtrt.specs import (
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
     BackendName,
     Component,
     GenerateSpec,
+    Group,
     NoiseSpec,
     Precision,
     SchedulerName,
@@ -46,6 +49,7 @@ class EngineRequest:
         components: that engines run; none for a backend without engines.
         images: made by one pipeline call.
         device: where it runs.
+        groups: optional ones of inputs that the UNet's is to have.
     """
 
     model: ModelSource
@@ -55,6 +59,7 @@ class EngineRequest:
     components: tuple[Component, ...]
     images: int
     device: torch.device
+    groups: tuple[Group, ...] = ()
 
     def sizes_of(self, component: Component) -> Sizes:
         """The sizes of one call of a component."""
@@ -63,6 +68,10 @@ class EngineRequest:
     def precision_of(self, component: Component) -> Precision:
         """The precision of a component's engine."""
         return registry.get(self.backend).precision_of(self.model, component, self.precision)
+
+    def groups_of(self, component: Component) -> tuple[Group, ...]:
+        """The optional groups of a component's inputs."""
+        return self.groups if component == "unet" else ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class PipelineSpec:
         images: made by one pipeline call.
         noise: what was asked for; the rest is as the model's checkpoint says, then as its scheduler's configuration.
         texts: that are to be encoded, prompts and negative ones, as far as they are known already.
+        text: how they become states.
     """
 
     model: Model
@@ -93,6 +103,7 @@ class PipelineSpec:
     images: int = 1
     noise: NoiseSpec = field(default_factory=NoiseSpec)
     texts: tuple[str, ...] = ()
+    text: TextPlan = field(default_factory=TextPlan)
 
     @property
     def has_engines(self) -> bool:
@@ -105,7 +116,8 @@ class PipelineSpec:
         if not self.has_engines:
             return ()
         wanted = components_of(self.model) if self.components is None else self.components
-        return tuple(name for name in wanted if self.img2img or name != "vae_encoder")
+        called = (name for name in wanted if self.img2img or name != "vae_encoder")
+        return tuple(name for name in called if not (self.text.in_pytorch and name in TEXT_ENCODERS))
 
     @property
     def engines(self) -> EngineRequest:
@@ -156,11 +168,13 @@ def resolve_request(
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
     count = spec.images_at_once
+    text = plan_texts(spec, model)
+    sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
     pipeline_spec = PipelineSpec(
         model,
         backend,
         precision,
-        unet_sizes(model, count, height, width, guidance=spec.uses_guidance),
+        replace(sizes, tokens=sizes.tokens * text.chunks),
         spec.steps,
         img2img=img2img,
         inpaint=inpaint,
@@ -169,9 +183,12 @@ def resolve_request(
         images=count,
         noise=spec.noise,
         texts=tuple(dict.fromkeys((*spec.prompts, spec.negative_prompt))),
+        text=text,
     )
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
+    if text.in_pytorch and pipeline_spec.has_engines:
+        console.note(f"{', '.join(text_encoders_of(model))}: in PyTorch, in fp32, for {text.reasons}")
     _note_parts(pipeline_spec, console)
     return pipeline_spec
 
@@ -206,10 +223,11 @@ def _note_parts(spec: PipelineSpec, console: Console) -> None:
     """Say what a choice of components means: which of them are not called at all, and what PyTorch runs, in fp32."""
     if not spec.components or not spec.has_engines:
         return
-    idle = [name for name in spec.components if name not in spec.in_engines]
+    idle = [name for name in spec.components if name not in (*spec.in_engines, *TEXT_ENCODERS)]
     if not spec.in_engines:
         raise UsageError(
-            f"--component {' --component '.join(idle)} leaves no engine to run", hint="name what txt2img uses, as unet"
+            f"--component {' --component '.join(spec.components)} leaves no engine to run",
+            hint="name what txt2img uses, as unet",
         )
     if idle:
         console.note(f"{', '.join(idle)}: not called without an init image")

@@ -46,6 +46,7 @@ def settings_of(
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
         "batch_size": pipeline_spec.images,
+        **_text_facts(opened, directory),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
 
@@ -78,6 +79,23 @@ def _lora_facts(lora: Lora, directory: EngineDirectory) -> dict[str, Any]:
     """Which LoRA it was, how much it counted, and the number by which web UIs know its file."""
     digest, hashed = directory.file_digest(lora.path), web_ui_hash(lora.path)
     return {"name": lora.name, "weight": lora.spec.weight, "sha256": digest, "web_ui_hash": hashed}
+
+
+def _text_facts(opened: OpenPipeline, directory: EngineDirectory) -> dict[str, Any]:
+    """How texts were read, where a request says something of that."""
+    plan = opened.spec.text
+    facts: dict[str, Any] = {"prompt_syntax": plan.syntax, "tokens": opened.spec.sizes.tokens} if plan.is_own else {}
+    facts |= {"clip_skip": plan.clip_skip} if plan.clip_skip else {}
+    made = [
+        {"name": one.name, "token": one.token, "sha256": directory.file_digest(one.path)} for one in plan.embeddings
+    ]
+    return facts | ({"embeddings": made} if made else {})
+
+
+def _clip_skip(opened: OpenPipeline) -> int | None:
+    """The layer that web UIs count from the end: Stable Diffusion takes the last one, SDXL the last but one."""
+    skipped = opened.spec.text.clip_skip
+    return skipped + 1 + opened.spec.model.is_sdxl if skipped else None
 
 
 def device_name(device: torch.device) -> str:
@@ -115,6 +133,11 @@ def _listed(settings: Mapping[str, Any], what: str) -> str | None:
     return ", ".join(f"{one['name']}: {one[what]}" for one in loras) or None
 
 
+def _is_literal(spec: GenerateSpec, job: Job) -> bool:
+    """Whether brackets are text."""
+    return spec.prompt_syntax == "plain" and bool(set(job.prompt + spec.negative_prompt) & set("()[]"))
+
+
 def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """An image's settings by the names that web UIs have for them; None where they name none."""
     sizes, scheduler = opened.spec.sizes, opened.pipe.scheduler
@@ -129,12 +152,15 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Model": _model_title(opened.spec.model),
         "Lora hashes": _listed(settings, "web_ui_hash"),
         "Lora weights": _listed(settings, "weight"),
+        "Clip skip": _clip_skip(opened),
+        "TI hashes": ", ".join(f"{one['name']}: {one['sha256'][:12]}" for one in settings.get("embeddings", ()))
+        or None,
         "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
         "Mask blur": spec.mask_blur or None,
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
-        "Emphasis": "None" if set(job.prompt + spec.negative_prompt) & set("()[]") else None,  # taken literally
+        "Emphasis": "None" if _is_literal(spec, job) else None,
         "Version": f"sdtrt {__version__}",
     }

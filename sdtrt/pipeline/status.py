@@ -15,6 +15,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.components import part_of
 from sdtrt.pipeline import opened
 from sdtrt.pipeline.accepted import check_pipeline, takes_images
+from sdtrt.pipeline.controlnets import IN_PYTORCH, PART
 from sdtrt.pipeline.swap import METHODS, swapped_of
 from sdtrt.specs import Component
 
@@ -91,7 +92,7 @@ def status(pipe: Any) -> Status:
     ]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
     found += [
-        PartStatus(name, (), "no engine runs such a part")
+        PartStatus(name, (), IN_PYTORCH if name == PART and "unet" in swapped else "no engine runs such a part")
         for name in others
         if isinstance(getattr(pipe, name, None), torch.nn.Module)
     ]

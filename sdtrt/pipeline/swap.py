@@ -36,8 +36,19 @@ from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.steps import Steps
+from sdtrt.pipeline.token_table import TokenTable
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
-from sdtrt.specs import DEFAULT_TOKENS, SIZE_MULTIPLE, BackendName, Component, ModelSpec, Precision, Profile, Sizes
+from sdtrt.specs import (
+    DEFAULT_TOKENS,
+    SIZE_MULTIPLE,
+    BackendName,
+    Component,
+    Group,
+    ModelSpec,
+    Precision,
+    Profile,
+    Sizes,
+)
 
 OnMiss = Literal["build", "torch", "error"]
 ON_MISS: tuple[str, ...] = ("build", "torch", "error")
@@ -49,6 +60,8 @@ METHODS: dict[Component, str] = {
     "vae_encoder": "encode",
 }
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
+AFTER_USUAL, AFTER_RESIDUALS = 8, 10  # their places among a UNet's arguments
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
 _SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
@@ -84,11 +97,10 @@ class Settings:
         modules = {name: module for name, one in self.modules.items() if (module := one()) is not None}
         return LiveModel(self.spec, modules, self.stored)
 
-    def request(self, sizes: Sizes, component: Component) -> EngineRequest:
+    def request(self, sizes: Sizes, component: Component, groups: tuple[Group, ...]) -> EngineRequest:
         """The engine for a call of one component; `sizes` are that call's."""
-        return EngineRequest(
-            self.model, self.backend, self.precision, sizes, (component,), images=sizes.batch, device=self.device
-        )
+        images = sizes.batch
+        return EngineRequest(self.model, self.backend, self.precision, sizes, (component,), images, self.device, groups)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,11 @@ class Opened:
     entry: Entry
     session: Session[torch.Tensor]
     call: Callable[..., Any]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The optional groups of inputs that it has."""
+        return self.entry.engine_key.export.groups
 
 
 class Swapped:
@@ -128,6 +145,7 @@ class Swapped:
             if self.bound is None
             else Followed(module, component, self.bound)
         )
+        self.table = TokenTable(module) if component in TEXT_ENCODERS else None
         self._module = ref(module)
         self._said: set[str] = set()
         self._steps = Steps()
@@ -169,21 +187,39 @@ class Swapped:
         """
         self._check_place()
         refuse_training(self.component, self.module)
+        if not self.has_its_tokens():
+            self.watch.stop()
+            self._say(f"{self.component}: PyTorch runs it, as its token table is another one (textual inversion)")
+            return self.in_pytorch(*args, **kwargs)
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
         if is_first and states is not None:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         if looks:
             refuse_changes(self.module, self.component, merges=self.bound is not None)
-        opened = self.fitting(sizes)
+        groups = _groups_of_call(self.component, args, kwargs)
+        opened = self.fitting(sizes, groups)
         if opened is None:
             self.watch.look(self.module)
-            opened = self._on_miss(sizes)
+            opened = self._on_miss(sizes, groups)
         result = self.in_pytorch(*args, **kwargs) if opened is None else opened.call(*args, **kwargs)
         if looks:
             self.watch.look(self.module)
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
+
+    def has_its_tokens(self) -> bool:
+        """Whether the module's token table is the engines'; where another layer has the same one, that is taken."""
+        if self.table is None:
+            return True
+        if not self.table.fits(self.module):
+            return False
+        if self.table.is_replaced(self.module):
+            self.watch.retake(self.module)
+            if self.bound is not None:
+                self.bound.look_anew()
+            self.table.take(self.module)
+        return True
 
     def _read(self, *, begins: bool) -> None:
         """Have the weights read while others work, once a picture; wait for all parts' where a picture is decoded."""
@@ -230,9 +266,10 @@ class Swapped:
                 hint=f"pipe.to({str(self.settings.device)!r}) takes it back; {WAY_OUT}",
             )
 
-    def _on_miss(self, sizes: Sizes) -> Opened | None:
-        """The engine for a call of a size that no open one has, by `on_miss`; None for PyTorch."""
-        words = f"no engine of the {self.component} is open for {self._describe(sizes)}"
+    def _on_miss(self, sizes: Sizes, groups: tuple[Group, ...]) -> Opened | None:
+        """The engine for a call of a size, or with inputs, that no open one has, by `on_miss`; None for PyTorch."""
+        name = " with inputs for ".join((self.component, *groups))
+        words = f"no engine of the {name} is open for {self._describe(sizes)}"
         if self.settings.on_miss == "torch":
             self._say(f"{words}: PyTorch runs it")
             return None
@@ -244,20 +281,24 @@ class Swapped:
             )
         settings = self.settings
         with torch.inference_mode(False), torch.no_grad():
-            entries = ensure_engines(settings.request(sizes, self.component), settings.directory, settings.console)
+            request = settings.request(sizes, self.component, groups)
+            registry.get(settings.backend).check_groups(groups)
+            entries = ensure_engines(request, settings.directory, settings.console)
         self.open(entries[self.component])
         return self.engines[-1]
 
-    def fitting(self, sizes: Sizes) -> Opened | None:
-        """The open engine that fits a size of the component's own call best."""
+    def fitting(self, sizes: Sizes, groups: tuple[Group, ...] = ()) -> Opened | None:
+        """The open engine that fits a size of the component's own call best, with inputs for all that it gives."""
         own = sizes_of(self.component, sizes, sizes.batch)
         fits = []
         for one in self.engines:
+            if not set(groups) <= set(one.groups):
+                continue
             profiles = one.entry.engine_key.profiles
             rows = least_rows(profiles, own.batch) if self.component in TEXT_ENCODERS else own.batch
             if (loose := slack(profiles, replace(own, batch=rows))) is not None:
-                fits.append((rows, loose, one))
-        return min(fits, key=lambda fit: fit[:2])[2] if fits else None
+                fits.append((rows, len(one.groups), loose, one))
+        return min(fits, key=lambda fit: fit[:3])[3] if fits else None
 
     def _describe(self, sizes: Sizes) -> str:
         return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
@@ -392,6 +433,14 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
         tokens = DEFAULT_TOKENS if states is None else states.shape[1]
         return Sizes(first.shape[0], height, width, tokens)
     return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
+
+
+def _groups_of_call(component: Component, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The optional groups of inputs that a call gives: diffusers passes a ControlNet's by these names."""
+    if component != "unet":
+        return ()
+    given = [kwargs.get(name) for name in RESIDUALS] + list(args[AFTER_USUAL:AFTER_RESIDUALS])
+    return ("controlnet",) if sum(one is not None for one in given) == len(RESIDUALS) else ()
 
 
 def _close(engines: list[Opened]) -> None:

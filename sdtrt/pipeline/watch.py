@@ -124,6 +124,15 @@ class WeightsWatch:
         """Take what a look finds now for what it found before: the caller has moved the tensors."""
         self._seen = _look(module, self.component)
 
+    def retake(self, module: torch.nn.Module) -> None:
+        """Take layers that others have replaced, with the same numbers. Raise `EngineError` where they have others."""
+        self.stop()
+        now = _look(module, self.component)
+        kinds = [[kind for _, kind in look.layers] for look in (now, self._seen)]
+        if kinds[0] != kinds[1] or not torch.equal(block_sums(_there(now), self._dtypes), self._sums):
+            raise self._changed(now)
+        self._take(module)
+
     def _judge(self, module: torch.nn.Module) -> None:
         """Compare what a reading found. It began before this: where it tells of a change, the weights are read anew."""
         reading, again = self._reading, self._again

@@ -13,10 +13,12 @@ from sdtrt.specs.choices import (
     COMPONENTS,
     DEFAULT_MODEL,
     EXPORTERS,
+    GROUPS,
     PRECISIONS,
     BackendName,
     Component,
     Exporter,
+    Group,
     Precision,
     check_choice,
     check_output,
@@ -46,6 +48,7 @@ class LoraSpec:
             raise UsageError("a LoRA without a name was given", hint="as in --lora style.safetensors:0.8")
         if not math.isfinite(self.weight):
             raise UsageError(f"the weight of {self.name} must be a number, got {self.weight}", hint="use 1, or 0.8")
+        object.__setattr__(self, "weight", float(self.weight))  # 1 and 1.0 are one weight, and one fingerprint
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -57,7 +60,9 @@ class LoraSpec:
             return cls(text)
 
     def __str__(self) -> str:
-        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+        short = f"{self.weight:g}"
+        weight = short if float(short) == self.weight else repr(self.weight)
+        return self.name if self.weight == 1 and ":" not in self.name else f"{self.name}:{weight}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class ExportSpec:
 
     Args:
         opset: None for the exporter's default (`DEFAULT_OPSETS`).
+        groups: optional groups of inputs that a UNet is to have (`controlnet`).
         output: a `.onnx` file to write instead of an entry in the engine directory.
         force: export again even if the engine directory has it.
     """
@@ -108,9 +114,11 @@ class ExportSpec:
     output: Path | None = None
     overwrite: bool = False
     force: bool = False
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("component", self.component, COMPONENTS)
+        self._check_groups()
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("exporter", self.exporter, EXPORTERS)
         check_output(self.output)
@@ -120,6 +128,24 @@ class ExportSpec:
                 f"the {self.exporter} exporter writes opsets {lowest} to {highest}, got {self.opset}",
                 hint=f"use --opset {DEFAULT_OPSETS[self.exporter]}",
             )
+
+    def _check_groups(self) -> None:
+        """Raise `UsageError` for groups that there are not, or that can't be exported."""
+        for name in self.groups:
+            check_choice("group", name, GROUPS)
+        if self.groups and self.component != "unet":
+            raise UsageError(
+                f"the {self.component} has no group {self.groups[0]}", hint="ask for it with the component unet"
+            )
+        if self.groups and self.exporter == "dynamo":  # it does not know that a side is half another, rounded up
+            raise UsageError(
+                f"the dynamo exporter writes no group {self.groups[0]}", hint="use the torchscript exporter"
+            )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, of a spec without output."""
+        return cls(**{**data, "model": ModelSpec.from_json(data["model"]), "groups": tuple(data["groups"])})
 
     @property
     def resolved_opset(self) -> int:

@@ -12,6 +12,8 @@ Component = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "va
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
+Group = Literal["controlnet"]  # of a UNet's inputs, beside those that each has
+
 BackendName = str  # one of `backends.registry.names()`
 
 
@@ -41,6 +43,8 @@ TimestepSpacing = Literal["leading", "linspace", "trailing"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+GROUPS: tuple[str, ...] = get_args(Group)
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)

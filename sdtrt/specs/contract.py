@@ -19,6 +19,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # Dimension names: ONNX's dim_param, the keys of TensorRT profiles and of error messages.
 BATCH, LATENT_HEIGHT, LATENT_WIDTH, TOKENS = "batch", "latent_height", "latent_width", "tokens"
 IMAGE_HEIGHT, IMAGE_WIDTH = "image_height", "image_width"
+HALVINGS = (1, 2, 4, 8, 16, 32)  # of latents on their way down through a UNet, at most
 SDXL_TIME_IDS = 6  # original size, crop, target size: two numbers each
 REFINER_TIME_IDS = 5  # of SDXL's refiner: original size, crop, aesthetic score
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -108,12 +109,22 @@ class Contract:
         return cls(data["component"], data["precision"], tensors(data["inputs"]), tensors(data["outputs"]))
 
 
+def scaled(side: str, factor: int) -> str:
+    """The name of a latent side inside a UNet, so many times smaller, rounded up: `latent_height_2`."""
+    return side if factor == 1 else f"{side}_{factor}"
+
+
+def latent_sides(height: int, width: int) -> dict[str, int]:
+    """The value of each dimension that is a side of latents, or one inside a UNet."""
+    sides = ((LATENT_HEIGHT, height), (LATENT_WIDTH, width))
+    return {scaled(name, factor): -(-side // factor) for factor in HALVINGS for name, side in sides}
+
+
 def dimension_values(sizes: Sizes) -> dict[str, int]:
     """The value of each symbolic dimension at one size."""
     return {
         BATCH: sizes.batch,
-        LATENT_HEIGHT: sizes.height // SIZE_MULTIPLE,
-        LATENT_WIDTH: sizes.width // SIZE_MULTIPLE,
+        **latent_sides(sizes.height // SIZE_MULTIPLE, sizes.width // SIZE_MULTIPLE),
         IMAGE_HEIGHT: sizes.height,
         IMAGE_WIDTH: sizes.width,
         TOKENS: sizes.tokens,

@@ -36,6 +36,7 @@ from sdtrt.specs.choices import (
     check_output,
 )
 from sdtrt.specs.sizes import check_size
+from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class GenerateSpec:
         output: a file, or a folder where every image gets a new name; None for the current folder.
         overwrite: replace the file `output`; in a folder nothing is ever replaced.
         allow_build: export and build a missing engine on the spot.
+        embeddings: textual inversions, whose words the prompts may have.
+        clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
+        prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
     """
 
     prompts: tuple[str, ...]
@@ -132,6 +136,9 @@ class GenerateSpec:
     allow_build: bool = True
     components: tuple[Component, ...] = ()
     noise: NoiseSpec = NoiseSpec()
+    embeddings: tuple[EmbeddingSpec, ...] = ()
+    clip_skip: int = 0
+    prompt_syntax: PromptSyntax = "plain"
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
@@ -142,6 +149,11 @@ class GenerateSpec:
             check_choice("precision", self.precision, PRECISIONS)
         if self.scheduler is not None:
             check_choice("scheduler", self.scheduler, SCHEDULERS)
+        check_choice("prompt-syntax", self.prompt_syntax, PROMPT_SYNTAXES)
+        if self.clip_skip < 0:
+            raise UsageError(
+                f"clip-skip must be at least 0, got {self.clip_skip}", hint="use --clip-skip 1, or leave it out"
+            )
         check_output(self.output)
         self._check_prompts()
         self._check_numbers()

@@ -50,6 +50,8 @@ def made(tmp_path_factory):
         tensors = {f"{layer}.lora_A.weight": torch.zeros(4, 2048)}
         tensors |= {f"{layer}.lora_B.weight": torch.zeros(32, 4)} if name == "layers" else {}
         save_file(tensors, place / f"{name}.safetensors")
+    save_file({"emb_params": torch.ones(2, 768)}, place / "wide.safetensors")
+    save_file({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 32)}, place / "clip.safetensors")
     for name in ("file", "weights.ckpt", "exists.onnx"):
         (place / name).touch()
     Image.new("RGB", (64, 64)).save(place / "init.png")
@@ -216,6 +218,13 @@ MAKERS = {
     "LoRA for another kind of model": (*PAINT, "--lora", "xl.safetensors"),
     "LoRA that matches nothing": (*PAINT, "--lora", "flux.safetensors:0.5"),
     "LoRA of other layers": (*PAINT, "--lora", "layers.safetensors"),
+    "missing embedding": (*PAINT, "--embedding", "missing.pt"),
+    "embedding of another width": (*PAINT, "--embedding", "wide.safetensors:<cat>"),
+    "embedding for another kind of model": (*PAINT, "--embedding", "clip.safetensors"),
+    "embedding's word": (*PAINT, "--embedding", "wide.safetensors:a cat"),
+    "layers to skip": (*PAINT, "--clip-skip", "9"),
+    "prompt syntax": (*PAINT, "--prompt-syntax", "webiu"),
+    "syntax that is not read": ("txt2img", "-p", "a <lora:b:1>", *PAINT[3:], "--prompt-syntax", "webui"),
     "truncated weights": truncated,
     "weights of another shape": other_shapes,
     "weights that are not finite": not_finite,

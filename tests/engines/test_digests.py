@@ -134,6 +134,19 @@ def test_a_read_error_reaches_who_asks(file, monkeypatch):
         digest_of(file)
 
 
+def test_a_read_error_of_the_background_alone_fails_nothing(file, monkeypatch):
+    real = digests.sha256_file
+
+    def fail_there(path):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(24, "Too many open files")
+        return real(path)
+
+    monkeypatch.setattr(digests, "sha256_file", fail_there)
+    hash_all_ahead(file)
+    assert digest_of(file) == right(file)
+
+
 # ----------------------------------------------------------------------------------------------- in an engine directory
 
 

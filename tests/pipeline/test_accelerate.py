@@ -462,6 +462,10 @@ def test_pipelines_that_engines_do_not_serve_are_refused_by_name(make, accelerat
     with pytest.raises(EngineError, match="takes 8 channels"):
         accelerate(pipe)
     assert "controlnet" in StableDiffusionControlNetPipeline.__init__.__annotations__  # that pipelines have one
+    pipe = make()
+    pipe.adapter = torch.nn.Identity()
+    with pytest.raises(EngineError, match="StableDiffusionPipeline has a adapter, whose part in the result no engine"):
+        accelerate(pipe)
 
 
 def test_a_unet_with_a_forward_of_its_own_is_refused(make, accelerate):

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import factories
 import pytest
+import test_controlnet
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 import sdtrt
 from sdtrt.backends import registry
@@ -163,6 +169,25 @@ def test_another_checkpoint_is_in_the_next_picture_and_back_to_the_last_bit(make
         assert differ(latents(pipe), latents(other)) <= TOLERANCE
         pipe.unet.load_state_dict({name: tensor.clone() for name, tensor in states[0].items()}, assign=True)
         assert torch.equal(latents(pipe), first)
+    assert names(directory) == built
+
+
+def test_a_controlnet_and_its_scale_need_one_build_whatever_the_weights(make, accelerate, directory):
+    """Its residuals are inputs of a second engine of the UNet, which shares the weights with the first."""
+    pipe, plain = accelerate(make(), components=("unet",)), make()
+    net = test_controlnet.small_controlnet(plain.unet)
+    both = [StableDiffusionControlNetPipeline.from_pipe(one, vae=one.vae, controlnet=net) for one in (pipe, plain)]
+    options = {"image": test_controlnet.MAP}
+    assert differ(latents(both[0], **options), latents(both[1], **options)) <= TOLERANCE
+    built, engines = names(directory), swapped_of(pipe)["unet"].engines
+    views = engines[0].session.weight_views()
+    assert len(engines) == 2
+    assert all(view.data_ptr() == views[name].data_ptr() for name, view in engines[1].session.weight_views().items())
+    for one in both:
+        one.unet.load_state_dict(make(1).unet.state_dict())
+    options |= {"controlnet_conditioning_scale": 0.4, "image": test_controlnet.OTHER_MAP}
+    assert differ(latents(both[0], **options), latents(both[1], **options)) <= TOLERANCE
+    assert differ(latents(pipe), latents(plain)) <= TOLERANCE
     assert names(directory) == built
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def spec_of(model, *texts):
         ("owner/name:-1", "owner/name", -1),
         ("C:/style.safetensors", "C:/style.safetensors", 1),
         ("a:b:2", "a:b", 2),
+        ("a:b:1", "a:b", 1),
+        ("a:2:1", "a:2", 1),
+        ("style.safetensors:0.12345678", "style.safetensors", 0.12345678),
     ],
 )
 def test_a_name_may_have_a_weight(text, name, weight):
@@ -108,7 +112,7 @@ def merged_by_diffusers(kind, model, adapters):
     return {name: getattr(pipe, name).state_dict() for name in parts}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_parts_are_loaded_with_loras_merged_as_diffusers_fuses_them(models, lora, kind):
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     texts = (f"{lora(kind)}:0.7", f"{lora(kind, 2) / FILE}:-0.4")
@@ -116,7 +120,10 @@ def test_parts_are_loaded_with_loras_merged_as_diffusers_fuses_them(models, lora
     loading.check_loras(model)
     expected = merged_by_diffusers(kind, models[kind], ((lora(kind), 0.7), (lora(kind, 2), -0.4)))
     plain = loading.load_parts(resolve_model(spec_of(models[kind])), [*expected, "vae"], torch.float32)
-    found = loading.load_parts(model, [*expected, "vae"], torch.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = loading.load_parts(model, [*expected, "vae"], torch.float32)
+    assert not [one for one in said if "peft" in one.filename], "that is advice for who writes Python"
     for name, state in expected.items():
         own = found[name].state_dict()
         assert own.keys() == state.keys()
@@ -169,6 +176,8 @@ def test_a_fingerprint_has_what_is_merged_and_no_other_key_changes(models, lora)
         "vae": 1,
     }
     assert export_key(plain, ExportSpec(), digest) != export_key(one, ExportSpec(), digest)
+    whole = resolve_model(ModelSpec(str(models["sd1"]), loras=(LoraSpec(str(lora()), 1),)))  # not 1.0, as of a command
+    assert whole.fingerprint("unet", digest) == one.fingerprint("unet", digest)
     assert lora() / FILE in one.files("unet")
     assert lora() / FILE not in one.files("vae")
 
@@ -270,8 +279,26 @@ def rewritten(lora, path, change):
             lambda tensors: {f"{name.rpartition('.')[0]}.hada_w1_a": one for name, one in tensors.items()},
             "is a LoHa, which diffusers doesn't read",
         ),
+        (
+            lambda tensors: tensors | {"unet.mid_block.resnets.0.conv1.dora_scale": torch.ones(32)},
+            "is a DoRA with dora_scale, which diffusers doesn't read",
+        ),
+        (lambda tensors: {}, "has no tensors"),
+        (
+            lambda tensors: {
+                name: one for name, one in tensors.items() if not name.endswith("attn1.to_q.lora_B.weight")
+            },
+            r"has no pair of matrices of one rank for \d+ layers of the unet \(.*attn1\.to_q",
+        ),
+        (
+            lambda tensors: {
+                name: torch.cat([one, one]) if name.endswith("to_k.lora_A.weight") else one
+                for name, one in tensors.items()
+            },
+            r"no pair of matrices of one rank .*to_k",
+        ),
     ],
-    ids=["layers", "names", "shapes", "kinds"],
+    ids=["layers", "names", "shapes", "kinds", "scales that are dropped", "nothing", "one matrix alone", "ranks"],
 )
 def test_keys_that_match_nothing_are_named_before_anything_heavy(models, lora, tmp_path, monkeypatch, change, words):
     monkeypatch.setattr(loading, "_load_module", pytest.fail)
@@ -309,9 +336,12 @@ def test_files_that_are_no_loras_are_refused(models, lora, tmp_path, monkeypatch
     for name in ("a", "b"):
         save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / "several" / f"{name}.safetensors")
     torch.save({}, tmp_path / "lora.bin")
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / "here.safetensors")
     (tmp_path / "text.safetensors").write_text("no")
     cases = {
         "nowhere.safetensors": (ModelError, "there is no LoRA at nowhere.safetensors"),
+        "here.safetensors:abc": (UsageError, "the weight of here.safetensors must be a number, got 'abc'"),
+        "here.safetensors:": (UsageError, "the weight of here.safetensors must be a number, got ''"),
         "tests/at/all.safetensors": (ModelError, "there is no LoRA at"),
         "owner/name/all.txt": (ModelError, "there is no LoRA at"),
         "https://huggingface.co/a/b": (UsageError, "takes no web address"),
@@ -322,8 +352,9 @@ def test_files_that_are_no_loras_are_refused(models, lora, tmp_path, monkeypatch
         str(models["sd1"] / "unet"): (ModelError, "match nothing of Stable Diffusion"),
     }
     for text, (error, words) in cases.items():
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=words) as caught:
             resolve_model(spec_of(models["sd1"], text))
+        assert "checkpoint" not in caught.value.hint, "a LoRA is none"
     monkeypatch.setattr(loras, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="need peft") as caught:
         resolve_model(spec_of(models["sd1"], str(lora())))
@@ -335,6 +366,15 @@ def test_numbers_that_overflow_are_refused(models, lora):
     with pytest.raises(ModelError, match="not finite in float16") as caught:
         loading.load_parts(model, ["text_encoder"], torch.float16)
     assert "smaller weights" in caught.value.hint
+
+
+def test_what_peft_can_not_merge_is_refused_by_its_file(models, lora, tmp_path):
+    key = next(name for name in load_file(lora() / FILE) if name.endswith("to_q.lora_B.weight"))
+    bias = {key.replace("weight", "bias"): torch.zeros(32)}  # the layer has none
+    path = rewritten(lora(), tmp_path / "biased.safetensors", lambda tensors: tensors | bias)
+    with pytest.raises(ModelError, match=r"biased.safetensors: peft can't merge .*to_q") as caught:
+        loading.load_unet(resolve_model(spec_of(models["sd1"], path)), torch.float32)
+    assert "pipe" not in caught.value.hint
 
 
 def test_a_web_uis_hash_is_of_the_tensors_alone_or_of_the_training(lora, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from sdtrt.common.errors import ModelError
 from sdtrt.specs import Profile, Range, Sizes
 from sdtrt.specs.contract import Contract, unet_contract
+from sdtrt.specs.groups import with_groups
 
 SIZES = Sizes(batch=3, height=72, width=104, tokens=154)
 
@@ -34,6 +35,26 @@ def test_sdxl_takes_pooled_text_and_time_ids(configs):
     assert list(shapes)[3:] == ["text_embeds", "time_ids"]
     assert shapes["text_embeds"] == (3, factories.TEXT_WIDTH)
     assert shapes["time_ids"] == (3, 6)
+
+
+def test_residuals_have_the_shapes_that_the_unet_adds_them_to(configs):
+    """Rounded up where a side is odd: 9 and 13 latents, then 5 and 7, 3 and 4, 2 and 2."""
+    sides = {1: (9, 13), 2: (5, 7), 4: (3, 4), 8: (2, 2)}
+    for kind, factors in (("sd1", [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8]), ("sdxl", [1, 1, 1, 2, 2, 2, 4, 4, 4])):
+        plain = unet_contract(configs[kind], "fp16")
+        shapes = with_groups(plain, configs[kind], ("controlnet",)).input_shapes(SIZES)
+        names = list(shapes)[len(plain.inputs) :]
+        assert names == [*(f"down_residual_{index:02}" for index in range(len(factors))), "mid_residual"]
+        assert [shapes[name][2:] for name in names] == [sides[factor] for factor in [*factors, factors[-1]]]
+        assert shapes["down_residual_00"][:2] == (3, 32)
+        assert shapes["mid_residual"][:2] == (3, 64)
+        assert with_groups(plain, configs[kind], ()) == plain
+
+
+def test_residuals_of_blocks_of_another_kind_are_refused(configs):
+    config = {**configs["sd1"], "down_block_types": ("KDownBlock2D",)}
+    with pytest.raises(ModelError, match="KDownBlock2D"):
+        with_groups(unet_contract(config, "fp16"), config, ("controlnet",))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])

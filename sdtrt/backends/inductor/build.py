@@ -22,7 +22,7 @@ from sdtrt.common.errors import BuildError, SdtrtError
 from sdtrt.common.files import private_folder
 from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import VAE_HALVES
-from sdtrt.specs import ExportSpec, ModelSpec, Profile
+from sdtrt.specs import ExportSpec, Profile
 from sdtrt.specs.contract import Contract
 
 LOG_FILE = "build.log"
@@ -94,7 +94,7 @@ class Request:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         return cls(
-            export=ExportSpec(**data["export"] | {"model": ModelSpec.from_json(data["export"]["model"])}),
+            export=ExportSpec.from_json(data["export"]),
             profile=Profile.from_json(data["profile"]),
             contract=Contract.from_json(data["contract"]),
             folder=Path(data["folder"]),

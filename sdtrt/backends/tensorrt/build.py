@@ -20,7 +20,7 @@ from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.messages import OUT_OF_MEMORY
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, SdtrtError
-from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile
+from sdtrt.specs import BuildSpec, ExportSpec, Profile
 from sdtrt.specs.contract import Contract
 
 LOG_FILE = "build.log"
@@ -50,7 +50,7 @@ class Request:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         spec, capability = data["spec"], data["spec"]["compute_capability"]
-        export = ExportSpec(**spec["export"] | {"model": ModelSpec.from_json(spec["export"]["model"])})
+        export = ExportSpec.from_json(spec["export"])
         profiles = tuple(Profile.from_json(profile) for profile in spec["profiles"])
         tuples = {"profiles": profiles, "compute_capability": capability and tuple(capability)}
         return cls(

@@ -5,7 +5,7 @@ The day that 8.6 is dropped this class becomes `tensorrt.backend.TensorRT` in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from sdtrt.backends.tensorrt.backend import TensorRT
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt86 import policy
 from sdtrt.engines.entry import Entry, stored_contract
-from sdtrt.specs import BuildSpec, ExportSpec
+from sdtrt.specs import BuildSpec, ExportSpec, Group
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,9 @@ class TensorRT86(TensorRT):
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
         policy.check_pieces(spec)
+
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        policy.check_groups(self.name, groups)
 
     def serves(self, option: str, export: ExportSpec) -> bool:
         if option == "channels-last":

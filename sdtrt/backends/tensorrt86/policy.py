@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common.errors import BuildError, UsageError
-from sdtrt.specs import SIZE_MULTIPLE, BackendName, BuildSpec, Component, ExportSpec, Profile, Sizes
+from sdtrt.specs import SIZE_MULTIPLE, BackendName, BuildSpec, Component, ExportSpec, Group, Profile, Sizes
 
 IN_PIECES: tuple[Component, ...] = ("unet", "vae_decoder", "vae_encoder")  # what 8.6 leaves some of to PyTorch
 
@@ -57,6 +58,15 @@ def check_pieces(spec: BuildSpec) -> None:
             "only engines in pieces can be channels-last: TensorRT's of UNets and VAEs, in fp16 and of one size,"
             " that need not be version-compatible",
             hint="leave --channels-last out",
+        )
+
+
+def check_groups(backend: BackendName, groups: Sequence[Group]) -> None:
+    """Raise `UsageError` for optional groups of inputs of 8.6's engines, `EngineError` where there is no TensorRT."""
+    if groups and (library := libraries.open_library(backend)).has("weak typing"):
+        raise UsageError(
+            f"{library.name} builds no engine whose unet has inputs for {' and '.join(groups)}",
+            hint="use the backend inductor, TensorRT 10 or later, or components= without the unet",
         )
 
 

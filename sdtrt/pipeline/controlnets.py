@@ -1,0 +1,69 @@
+"""The ControlNets of a pipeline: which they are, and whether they fit its UNet. They run in PyTorch.
+
+Knows diffusers' classes and their configurations. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel
+from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
+
+from sdtrt.common.errors import EngineError
+from sdtrt.specs import Group
+from sdtrt.specs.groups import residual_shapes
+
+PART = "controlnet"
+IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine"
+
+
+def groups_of(pipe: Any) -> tuple[Group, ...]:
+    """The optional groups of inputs that a pipeline gives its UNet."""
+    return ("controlnet",) if getattr(pipe, PART, None) is not None else ()
+
+
+def controlnets_of(pipe: Any) -> list[torch.nn.Module]:
+    """The ControlNets of a pipeline, of one that has several each."""
+    found = getattr(pipe, PART, None)
+    if isinstance(found, (MultiControlNetModel, MultiControlNetUnionModel)):
+        return list(found.nets)
+    return [] if found is None else [found]
+
+
+def check_controlnets(name: str, pipe: Any, hint: str) -> None:
+    """Refuse ControlNets of other classes, and those for another UNet.
+
+    Args:
+        name: of the pipeline.
+        hint: what to do with a pipeline that engines don't serve.
+
+    Raises:
+        EngineError: naming what does not fit.
+    """
+    for one in controlnets_of(pipe):
+        if not isinstance(one, (ControlNetModel, ControlNetUnionModel)):
+            raise EngineError(
+                f"{name} has a controlnet that is a {type(one).__name__}, not a ControlNetModel", hint=hint
+            )
+        config: Any = one.config
+        own, wanted = _facts(config), _facts(pipe.unet.config)
+        if differing := [fact for fact in own if own[fact] != wanted[fact]]:
+            fact = differing[0]
+            raise EngineError(
+                f"the controlnet of {name} is for another model: its {fact} is {own[fact]}, the unet's {wanted[fact]}",
+                hint="use a ControlNet for this model (SD 1.x, 2.x and XL have ones of their own)",
+            )
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ControlNet and its UNet have to have in common."""
+    shapes = residual_shapes(config)
+    width = config["cross_attention_dim"]
+    return {
+        "number of residuals": len(shapes) - 1,
+        "cross_attention_dim": width[0] if isinstance(width, (list, tuple)) else width,
+        "list of residuals' channels": [channels for channels, _ in shapes],
+    }

@@ -1,0 +1,72 @@
+"""Optional groups of a UNet's inputs, beside those that every UNet has. A part of an engine's key where asked for.
+
+Knows configurations and contracts. Knows no module, and not who gives these inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sdtrt.common.errors import ModelError
+from sdtrt.specs.choices import Group
+from sdtrt.specs.contract import BATCH, LATENT_HEIGHT, LATENT_WIDTH, Contract, TensorSpec, scaled
+
+MID_RESIDUAL = "mid_residual"
+# Blocks that give a skip connection a layer, and one more where they halve the size: those of Stable Diffusion.
+BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+
+
+def down_residual(index: int) -> str:
+    """The name of the residual of a skip connection, counted from 0."""
+    return f"down_residual_{index:02}"
+
+
+def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[Group]) -> Contract:
+    """A UNet's contract with the inputs of some optional groups.
+
+    Args:
+        config: the UNet's diffusers configuration.
+        groups: `controlnet` adds `down_residual_00 [B,C,H,W]`, …, one a skip connection (12 for Stable Diffusion 1.x
+            and 2.x, 9 for XL), and `mid_residual`: what ControlNets add, scaled already. Their sides are those of the
+            latents, halved as often as there (`latent_height_2`), and rounded up.
+
+    Raises:
+        ModelError: for a UNet of other blocks.
+    """
+    if "controlnet" not in groups:
+        return contract
+    dtype, shapes = contract.inputs[0].dtype, residual_shapes(config)
+    names = [*map(down_residual, range(len(shapes) - 1)), MID_RESIDUAL]
+    tensors = (
+        TensorSpec(name, dtype, (BATCH, channels, scaled(LATENT_HEIGHT, factor), scaled(LATENT_WIDTH, factor)))
+        for name, (channels, factor) in zip(names, shapes, strict=True)
+    )
+    return replace(contract, inputs=(*contract.inputs, *tensors))
+
+
+def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Channels, and by how much its sides are smaller than the latents', of each residual; the middle's is the last.
+
+    Args:
+        config: of a UNet, or of a ControlNet, which has the same blocks.
+    """
+    channels, blocks = list(config["block_out_channels"]), config["down_block_types"]
+    if odd := [name for name in blocks if name not in BLOCKS]:
+        raise ModelError(
+            f"the model's unet has a {odd[0]}, whose skip connections sdtrt does not know",
+            hint="use a Stable Diffusion 1.x, 2.x or XL model for ControlNet, or run it in PyTorch",
+        )
+    layers = config["layers_per_block"]
+    layers = [layers] * len(blocks) if isinstance(layers, int) else layers
+    last, found = len(blocks) - 1, [(channels[0], 1)]  # of the first convolution
+    for index, count in enumerate(layers):
+        found += [(channels[index], 2**index)] * count
+        found += [(channels[index], 2 ** (index + 1))] * (index < last)
+    return [*found, (channels[-1], 2**last)]
+
+
+def residual_names(contract: Contract) -> tuple[str, ...]:
+    """The inputs of a contract that ControlNets give, the middle's last; none where it has no such group."""
+    return tuple(spec.name for spec in contract.inputs if spec.name.startswith(("down_residual_", MID_RESIDUAL)))

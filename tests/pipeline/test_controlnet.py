@@ -1,0 +1,309 @@
+"""ControlNet in pipelines whose UNet runs in an engine, beside plain diffusers: residuals are inputs of that engine."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext as nothing
+
+import factories
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    DDIMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+)
+from PIL import Image
+from trt_fakes import fake_library
+
+import sdtrt
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common.errors import EngineError, UsageError
+from sdtrt.engines.directory import EngineDirectory
+from sdtrt.engines.keys import ExportKey, export_key
+from sdtrt.models.resolve import resolve_model
+from sdtrt.specs import ExportSpec, ModelSpec, Profile, Sizes
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+TOLERANCE = 1e-4  # of latents in fp32 on the CPU
+UNET_ALONE = ("unet",)
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+MAP, OTHER_MAP, PICTURE = noise(0), noise(1), noise(2)
+MASK = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16))
+
+
+def union_of(unet):
+    """A union of ControlNets for a UNet; `from_unet` makes only those of SDXL's own width."""
+    known = inspect.signature(ControlNetUnionModel).parameters
+    config = {name: value for name, value in unet.config.items() if name in known}
+    return ControlNetUnionModel(**config, num_trans_channel=32, num_proj_channel=32)
+
+
+def small_controlnet(unet, seed=7, make=ControlNetModel.from_unet):
+    """A ControlNet for a UNet whose residuals are no zeros, as those of an untrained one are."""
+    with factories.seeded(seed):
+        net = make(unet)
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+            torch.nn.init.normal_(layer.weight, std=0.2)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The engine directory of all these tests: each engine is built once."""
+    return EngineDirectory(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def make(tokenizer):
+    """Make a pipeline in memory, the same one each time."""
+
+    def made(cls=StableDiffusionControlNetPipeline, kind="sd1", *, control=small_controlnet, **parts):
+        unet = factories.small_unet(kind, **factories.SMALLEST[kind])
+        given = {"unet": unet, "vae": factories.small_tiny_vae(), "tokenizer": tokenizer}
+        given |= {"text_encoder": factories.small_text_encoder(), "scheduler": DDIMScheduler()}
+        if kind == "sdxl":
+            second = factories.small_text_encoder(seed=1, projection=True, hidden_act="gelu")
+            given |= {"text_encoder_2": second, "tokenizer_2": tokenizer, "add_watermarker": False}
+        else:
+            given |= PARTS
+        given |= {"controlnet": control(unet)} if control else {}
+        pipe = cls(**{**given, **parts})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return made
+
+
+@pytest.fixture
+def accelerate(directory):
+    def call(pipe, **options):
+        given = {"height": 64, "width": 64, "engine_dir": directory.path, "progress": False, "components": UNET_ALONE}
+        return sdtrt.accelerate(pipe, **{**given, **options})
+
+    return call
+
+
+def latents(pipe, **options):
+    given = {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "latent"}
+    if not {"image", "control_image"} & set(options):
+        given["image"] = MAP
+    return pipe(**{**given, **options, "generator": torch.Generator().manual_seed(3)}).images
+
+
+def differ(found, expected):
+    """How much latents differ at most."""
+    return float((found - expected).abs().max())
+
+
+def names(directory):
+    return {entry.name for entry in directory.entries("engine")}
+
+
+def test_a_controlnet_has_its_effect_and_nothing_that_is_turned_builds_an_engine(make, accelerate, directory):
+    plain, pipe = make(), accelerate(make())
+    assert differ(latents(plain), latents(plain, controlnet_conditioning_scale=0.0)) > 100 * TOLERANCE
+    built = names(directory)
+    for options in (
+        {},
+        {"controlnet_conditioning_scale": 0.3},
+        {"image": OTHER_MAP, "prompt": "a blue star"},
+        {"control_guidance_start": 0.5},
+        {"control_guidance_end": 0.5, "num_inference_steps": 3},
+        {"guess_mode": True},
+        {"guess_mode": True, "guidance_scale": 1.0, "prompt": ["a", "b"], "image": [MAP, OTHER_MAP]},
+    ):
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE, options
+    assert names(directory) == built
+    one = sdtrt.status(pipe)
+    assert one["unet"].is_in_engine
+    assert "PyTorch runs it" in one["controlnet"].reason
+    sdtrt.restore(pipe)
+    assert torch.equal(latents(pipe), latents(plain))
+
+
+def test_several_controlnets_are_summed_before_the_engine(make, accelerate, directory):
+    accelerate(make())
+    built = names(directory)
+
+    def two(unet):
+        return [small_controlnet(unet), small_controlnet(unet, seed=8)]
+
+    plain, pipe = make(control=two), accelerate(make(control=two))
+    for scales in ([1.0, 0.5], [0.2, 0.9]):
+        options = {"image": [MAP, OTHER_MAP], "controlnet_conditioning_scale": scales}
+        options |= {"control_guidance_end": [1.0, 0.5]}
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+    pipe.controlnet = plain.controlnet = small_controlnet(plain.unet, seed=9)
+    assert differ(latents(pipe), latents(plain)) <= TOLERANCE
+    assert names(directory) == built
+
+
+def test_pooled_residuals_are_widened(make, accelerate):
+    plain, pipe = make(), accelerate(make())
+    for one in (plain, pipe):
+        one.controlnet.register_to_config(global_pool_conditions=True)
+    assert differ(latents(pipe), latents(plain)) <= TOLERANCE
+
+
+IMAGES = {"image": PICTURE, "control_image": MAP, "strength": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind", "options"),
+    [
+        (StableDiffusionControlNetImg2ImgPipeline, "sd1", IMAGES),
+        (StableDiffusionControlNetInpaintPipeline, "sd1", {**IMAGES, "mask_image": MASK}),
+        (StableDiffusionControlNetPipeline, "sd2", {}),
+        (StableDiffusionXLControlNetPipeline, "sdxl", {}),
+        (StableDiffusionXLControlNetImg2ImgPipeline, "sdxl", IMAGES),
+        (StableDiffusionXLControlNetInpaintPipeline, "sdxl", {**IMAGES, "mask_image": MASK}),
+    ],
+)
+def test_each_of_diffusers_pipelines_gives_its_pictures(make, accelerate, cls, kind, options):
+    plain, pipe = make(cls, kind), accelerate(make(cls, kind))
+    assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+
+
+def test_a_union_of_controlnets_is_one_more_controlnet(make, accelerate):
+    def union(unet):
+        return small_controlnet(unet, make=union_of)
+
+    options = {"control_image": [MAP], "control_mode": [1]}
+    plain, pipe = (make(StableDiffusionXLControlNetUnionPipeline, "sdxl", control=union) for _ in range(2))
+    accelerate(pipe)
+    assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_all_parts_in_engines_give_the_picture(make, accelerate):
+    cls = StableDiffusionControlNetImg2ImgPipeline
+    plain, pipe = (make(cls, vae=factories.small_vae()) for _ in range(2))
+    accelerate(pipe, components=None)
+    parts = {part.part: part.is_in_engine for part in sdtrt.status(pipe).parts}
+    assert parts == {"unet": True, "text_encoder": True, "vae_decoder": True, "vae_encoder": True, "controlnet": False}
+    pictures = [np.asarray(latents(one, **IMAGES, output_type="np")) * 255 for one in (plain, pipe)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    assert not sdtrt.status(accelerate(make(), components=None))["vae_encoder"].is_in_engine
+
+
+def test_one_unet_serves_calls_with_and_without_controlnet(make, accelerate, directory, capsys):
+    pipe = accelerate(make(StableDiffusionPipeline, control=None))
+    plain, size = make(), {"height": 64, "width": 64, "image": None}
+    without = StableDiffusionPipeline.from_pipe(plain, vae=plain.vae)
+    (alone,) = sdtrt.status(pipe)["unet"].engines
+    controlled = StableDiffusionControlNetPipeline.from_pipe(pipe, vae=pipe.vae, controlnet=plain.controlnet)
+    assert differ(latents(controlled), latents(plain)) <= TOLERANCE, "by on_miss"
+    both = sdtrt.status(pipe)["unet"].engines
+    assert len(both) == 2
+    assert alone in both
+    again = accelerate(make())
+    assert {one.name for one in sdtrt.status(again)["unet"].engines} == {one.name for one in both} - {alone.name}
+    size.pop("image")
+    assert differ(unconditioned(again, **size), unconditioned(without, **size)) <= TOLERANCE, "it gets zeros"
+    capsys.readouterr()
+    strict = accelerate(make(StableDiffusionPipeline, control=None), on_miss="error")
+    with pytest.raises(EngineError, match="no engine of the unet with inputs for controlnet is open"):
+        latents(StableDiffusionControlNetPipeline.from_pipe(strict, vae=pipe.vae, controlnet=plain.controlnet))
+
+
+def unconditioned(pipe, **options):
+    """Latents of the pipeline's UNet without a ControlNet."""
+    own = StableDiffusionPipeline.from_pipe(pipe, vae=pipe.vae)
+    own.set_progress_bar_config(disable=True)
+    given = {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "latent", **options}
+    return own(**given, generator=torch.Generator().manual_seed(3)).images
+
+
+def test_a_controlnet_for_another_model_is_refused_in_two_lines_before_anything_is_built(make, accelerate, directory):
+    built = names(directory)
+    large = factories.small_unet("sdxl", **factories.SMALLEST["sdxl"])
+    wide = factories.small_unet("sd1", **{**factories.SMALLEST["sd1"], "cross_attention_dim": 48})
+    deep = factories.small_unet("sd1")
+    cases = (
+        (large, "cross_attention_dim is 64"),
+        (wide, "_dim is 48"),
+        (deep, "number of residuals is 12, the unet's 4"),
+    )
+    for other, word in cases:
+        pipe = make(control=lambda unet, other=other: small_controlnet(other))
+        with pytest.raises(
+            EngineError, match="the controlnet of StableDiffusionControlNetPipeline is for an"
+        ) as caught:
+            accelerate(pipe)
+        assert word in caught.value.message
+        assert "use a ControlNet for this model" in caught.value.hint
+        assert "\n" not in caught.value.message + caught.value.hint
+    assert names(directory) == built
+
+
+def test_tensorrt_86_refuses_such_engines_with_the_way_out(monkeypatch):
+    export, profile = ExportSpec(groups=("controlnet",)), (Profile.of(Sizes(2, 512, 512)),)
+    for label, refuses in (("tensorrt 8.6.1", True), ("tensorrt 10.13.3.9", False)):
+        monkeypatch.setattr(libraries, "open_library", lambda _, label=label: fake_library(label))
+        with (
+            pytest.raises(UsageError, match="no engine whose unet has inputs for controlnet") if refuses else nothing()
+        ):
+            factories.checked_spec(export, "tensorrt", profile)
+        factories.checked_spec(ExportSpec(), "tensorrt", profile)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"component": "vae_decoder"}, "the vae_decoder has no group controlnet"),
+        ({"exporter": "dynamo"}, "the dynamo exporter writes no group"),
+        ({"groups": ("control",)}, "unknown group: 'control'"),
+    ],
+)
+def test_groups_that_can_not_be_exported_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        ExportSpec(**{"groups": ("controlnet",), **options})
+
+
+def test_a_group_is_in_the_keys_of_those_that_have_it_alone(directory):
+    tiny_model = resolve_model(ModelSpec())
+    plain = export_key(tiny_model, ExportSpec(tiny_model.spec), directory.file_digest)
+    controlled = export_key(tiny_model, ExportSpec(tiny_model.spec, groups=("controlnet",)), directory.file_digest)
+    assert "groups" not in plain.to_json()
+    assert controlled.to_json() == plain.to_json() | {"groups": ["controlnet"]}
+    assert ExportKey.from_json(controlled.to_json()) == controlled != plain
+    assert not controlled.has_weights_of(plain)
+
+
+def test_residuals_that_do_not_fit_are_refused_by_name(make, accelerate):
+    pipe = accelerate(make())
+    call = (torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))
+    middle = torch.zeros(2, 64, 4, 4)
+    down = [torch.zeros(2, 32, 8, 8), torch.zeros(2, 32, 8, 8), torch.zeros(2, 32, 4, 4), torch.zeros(2, 64, 4, 4)]
+    pipe.unet(*call, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+    for wrong, message in (
+        (down[:-1], "the unet takes 4 residuals"),
+        ([down[0][:, :1], *down[1:]], r"the skip connection 0 must have the shape \[2, 32, 8, 8\], got \[2, 1, 8, 8\]"),
+        ([*down[:-1], down[0]], "the skip connection 3 must have the shape"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            pipe.unet(*call, down_block_additional_residuals=wrong, mid_block_additional_residual=middle)
+    for part in ({"down_block_additional_residuals": down}, {"mid_block_additional_residual": middle}):
+        with pytest.raises(EngineError, match=f"no input for {next(iter(part))}"):
+            pipe.unet(*call, **part)
