@@ -25,7 +25,7 @@ from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
-from sdtrt.pipeline.controlnets import groups_of
+from sdtrt.pipeline.controlnets import groups_of, refuse_wanted
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
@@ -65,7 +65,7 @@ def accelerate(
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting (4-channel UNet); with
-            or without ControlNet, which runs in PyTorch.
+            or without ControlNet.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
@@ -222,6 +222,7 @@ def _components(
 ) -> tuple[Component, ...]:
     """The components that engines are to run: those named, else all that the pipeline calls, and what runs in one."""
     if names is not None:
+        refuse_wanted(pipe, model.parts, names)
         return choose_components(model, list(names))
     own = (
         name for name in choose_components(model, ()) if name != "vae_encoder" or takes_images(pipe) or name in there
