@@ -234,17 +234,22 @@ def nothing(_function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: None
 
 
-def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[..., Any]]]:
-    """The functions to be timed, by their modules; they must be there before other modules import them by name."""
+Wraps = dict[str, dict[str, Callable[..., Any]]]
 
-    def file(path: Path) -> str:
-        return f"{path.parent.name.split('-')[0]}: {path.name}"
+
+def file(path: Path) -> str:
+    """A file of an engine or a model, by its folder's first word."""
+    return f"{path.parent.name.split('-')[0]}: {path.name}"
+
+
+def wraps_of_files(marks: Marks) -> Wraps:
+    """What looks for the GPU, and finds and reads models and engines."""
 
     def digested(path: Path) -> str:
         marks.engine_files.append(str(path))
         return f"digest of {file(path)}"
 
-    found: dict[str, dict[str, Callable[..., Any]]] = {
+    return {
         "torch.cuda": {"_lazy_init": first_call(marks, "PyTorch initialises CUDA, with one allocation", allocate)},
         "sdtrt.common.host": {
             "gpus": first_call(marks, "the driver is asked for GPUs"),
@@ -258,6 +263,12 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
             "stored_tensors": every_call(marks, lambda _model, part: f"the stored {part} is looked up"),
         },
+    }
+
+
+def wraps_of_engines(marks: Marks) -> Wraps:
+    """What opens engines, and what is begun before they are asked for."""
+    return {
         "sdtrt.backends.tensorrt.versions.libraries": {"open_library": first_call(marks, "TensorRT is opened")},
         "sdtrt.backends.tensorrt.versions.running": {
             "load_engine": every_call(marks, lambda _library, plan, *_: f"deserialise {file(plan)}"),
@@ -284,6 +295,12 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         "sdtrt.backends.open": {
             "open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")
         },
+    }
+
+
+def wraps_of_the_picture(marks: Marks) -> Wraps:
+    """What runs in an open pipeline."""
+    return {
         "sdtrt.pipeline.open": {"open_pipeline": opened(marks)},
         "sdtrt.pipeline.forwards": {
             "TextForward.__call__": first_call(marks, "the first call of the text encoder", synchronize),
@@ -292,6 +309,11 @@ def wraps_of(marks: Marks, nothing_ahead: bool) -> dict[str, dict[str, Callable[
         "sdtrt.pipeline.facades": {"VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize)},
         "sdtrt.pipeline.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
     }
+
+
+def wraps_of(marks: Marks, nothing_ahead: bool) -> Wraps:
+    """The functions to be timed, by their modules; they must be there before other modules import them by name."""
+    found = wraps_of_files(marks) | wraps_of_engines(marks) | wraps_of_the_picture(marks)
     if nothing_ahead:
         found["sdtrt.engines.digests"]["hash_ahead"] = nothing
         found["sdtrt.cli.weights_ahead"] = {"read_ahead": nothing}

@@ -346,6 +346,16 @@ def refiner_folder(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.floa
     return _save(pipeline, path, dtype, tokenizers=("tokenizer_2",))
 
 
+def inpainting_folder(path: Path, kind: Kind, **unet_overrides: Any) -> Path:
+    """Write a diffusers folder of an inpainting model, whose smallest UNet takes 9 channels; returns `path`."""
+    write = sdxl_folder if kind == "sdxl" else sd1_folder
+    write(path, **{**UNET_CONFIGS[kind], **SMALLEST[kind], "in_channels": 9, **unet_overrides})
+    index = json.loads((path / "model_index.json").read_text())
+    index["_class_name"] = index["_class_name"].replace("Pipeline", "InpaintPipeline")
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,

@@ -17,7 +17,7 @@ from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
-from sdtrt.cli.image_options import GenerateOptions, NoiseOptions
+from sdtrt.cli.image_options import GenerateOptions, InitImage, NoiseOptions
 from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
@@ -46,7 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(engines_app, name="engines")
 
-run_app = typer.Typer(help="Make images: txt2img and img2img under one name.", no_args_is_help=True)
+run_app = typer.Typer(help="Make images: txt2img, img2img and inpaint under one name.", no_args_is_help=True)
 app.add_typer(run_app, name="run")
 
 
@@ -97,7 +97,7 @@ def txt2img(
 @run_app.command()
 @grouped
 def img2img(
-    init_image: Annotated[Path, Option("--init-image", "-i", help="the image to start from")],
+    init_image: InitImage,
     strength: Annotated[float, Option(help="how much of it is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
     *,
     generate: GenerateOptions,
@@ -110,6 +110,32 @@ def img2img(
 ) -> None:
     """Make images from an image and text."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
+    _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
+
+
+@app.command()
+@run_app.command()
+@grouped
+def inpaint(
+    init_image: InitImage,
+    mask: Annotated[Path, Option("--mask", help="an image of its size: what is white in it is made anew")],
+    strength: Annotated[float, Option(help="how much of that is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
+    mask_blur: Annotated[int, Option(help="pixels by which the mask's edges are softened")] = 0,
+    padding_crop: Annotated[
+        int | None, Option(help="make the masked part alone, with so many pixels around it; the rest stays as it is")
+    ] = None,
+    *,
+    generate: GenerateOptions,
+    noise: NoiseOptions,
+    model: ModelOptions,
+    lora: LoraOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+    output: OutputOptions,
+) -> None:
+    """Make anew what a mask covers of an image."""
+    image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
+    image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
 

@@ -1,4 +1,4 @@
-"""The options that describe an image, and those of `txt2img` and `img2img`."""
+"""The options that describe an image, and those of `txt2img`, `img2img` and `inpaint`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ GuidanceScale = Annotated[
 ]
 Height = Annotated[int | None, Option("--height", "-H", help="pixels, a multiple of 8")]
 Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple of 8")]
+InitImage = Annotated[Path, Option("--init-image", "-i", help="the image to start from")]
 Scheduler = Annotated[
     str | None,
     Option("--scheduler", "--sampler", help=f"one of {', '.join(SCHEDULERS)}; by default the model's own"),
@@ -110,7 +111,7 @@ class GenerateOptions:
     ] = None
 
     def spec(self, model: ModelSpec, backend: BackendOptions, **image: Any) -> GenerateSpec:
-        """The images that are asked for; `image` holds the noise, and what only img2img has."""
+        """The images that are asked for; `image` holds the noise, and what only img2img and inpaint have."""
         backend.check(self.component or ())
         return GenerateSpec(
             prompts=self._prompts(),

@@ -73,6 +73,11 @@ def adapters_of(module: torch.nn.Module) -> list[Any]:
     return list(layers_of(module)[1])
 
 
+def loaded_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that a module says to have, whose layers are not looked for."""
+    return tuple(getattr(module, "peft_config", None) or ())
+
+
 def has_adapters(module: torch.nn.Module) -> bool:
     """Whether any layer of a module is wrapped."""
     return bool(layers_of(module)[1])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdtrt.common.console import quiet_libraries
 from sdtrt.common.errors import ModelError
 from sdtrt.models.weights import TensorInfo
+from sdtrt.specs.contract import inpainting_channels
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ _OPEN_CLIP_NAMES = {
 
 
 def check_checkpoint(path: Path, infos: Mapping[str, TensorInfo]) -> None:
-    """Raise `ModelError` unless the keys are those of a text-to-image Stable Diffusion."""
+    """Raise `ModelError` unless the keys are those of a Stable Diffusion from text to images, or for inpainting."""
     if _UNET_INPUT not in infos:
         what = describe(infos)
         raise ModelError(
@@ -73,11 +74,11 @@ def check_checkpoint(path: Path, infos: Mapping[str, TensorInfo]) -> None:
             ),
         )
     channels = infos[_UNET_INPUT].shape[1:2]
-    if channels != (_LATENT_CHANNELS,):
+    if channels not in ((_LATENT_CHANNELS,), (inpainting_channels(_LATENT_CHANNELS),)):
         raise ModelError(
             f"the unet of {path} takes {', '.join(map(str, channels))} channels instead of {_LATENT_CHANNELS}: "
-            "a model for inpainting or editing, which sdtrt does not support",
-            hint="use the text-to-image checkpoint that it was made from",
+            "a model for editing or upscaling, which sdtrt does not support",
+            hint="use the text-to-image checkpoint that it was made from, or one for inpainting",
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrt.common.console import quiet_libraries
 from sdtrt.common.errors import ModelError, UsageError, first_line
 from sdtrt.models.components import text_encoders_of
+from sdtrt.models.origins import local_path
 from sdtrt.models.resolve import Model
 from sdtrt.specs import EMBEDDING_SUFFIXES, EmbeddingSpec
 
@@ -85,7 +86,8 @@ def put_into(pipe: Any, embeddings: Sequence[Embedding]) -> None:
 
 def _read(spec: EmbeddingSpec, model: Model) -> Embedding:
     """Read one file by diffusers' loader, and check it."""
-    path, state = Path(spec.name), _state_of(Path(spec.name))
+    path = local_path(spec.name) or Path(spec.name)
+    state = _state_of(path)
     parts = text_encoders_of(model)
     if isinstance(state, dict) and not state.keys().isdisjoint(SDXL_KEYS.values()):
         token, tensors = path.stem, {part: state[key] for part, key in SDXL_KEYS.items() if key in state}

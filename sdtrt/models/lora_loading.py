@@ -5,6 +5,7 @@ Knows modules. Which LoRAs there are, `loras` has found.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -82,7 +83,8 @@ def put_around(module: torch.nn.Module, part: str, loras: Sequence[Lora], unet: 
         ModelError: for LoRAs that don't fit.
     """
     names = [f"lora_{number}" for number in range(len(loras))]
-    with quiet_libraries():
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice, as of a second adapter
         for name, lora in zip(names, loras, strict=True):
             _load(module, part, lora, unet, name)
     for layer in adapters_of(module):

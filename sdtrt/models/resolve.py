@@ -37,6 +37,7 @@ from sdtrt.specs.contract import (
     REFINER_TIME_IDS,
     SDXL_TIME_IDS,
     VAE_CLASSES,
+    inpainting_channels,
     latent_channels_of,
     pooled_width,
     text_width,
@@ -46,8 +47,8 @@ from sdtrt.specs.contract import (
 
 TINY = Path(__file__).parent / "tiny"
 
-SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-SDXL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+SDXL_PIPELINES = tuple(name.replace("Diffusion", "DiffusionXL") for name in SD_PIPELINES)
 SD_PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 SDXL_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
 # What the pipelines' constructors take beyond those, and sdtrt never loads.
@@ -108,6 +109,11 @@ class Model:
     def is_refiner(self) -> bool:
         """Whether it only changes images: SDXL's refiner, whose time ids have an aesthetic score for a target size."""
         return self.is_sdxl and time_ids_of(self.config("unet"), self.pooled_width) == REFINER_TIME_IDS
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether its UNet takes the latents with a mask and the latents of what that leaves of an image."""
+        return bool(self.config("unet")["in_channels"] == inpainting_channels(latent_channels_of(self.config("vae"))))
 
     @property
     def pooled_width(self) -> int | None:
@@ -381,17 +387,18 @@ def _check_configs(model: Model) -> None:
         )
     unet = model.config("unet")
     channels, latent_channels = unet["in_channels"], latent_channels_of(model.config("vae"))
-    if channels != latent_channels and model.spec.vae is not None:
+    fitting = (latent_channels, inpainting_channels(latent_channels))
+    if channels not in fitting and model.spec.vae is not None:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae {model.spec.vae} makes"
             f" {latent_channels}",
             hint="use a VAE of the model's kind as --vae",
         )
-    if channels != latent_channels:
+    if channels not in fitting:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae makes {latent_channels}: "
-            "a model for inpainting or editing, which sdtrt does not support",
-            hint="use the text-to-image model that it was made from",
+            "a model for editing or upscaling, which sdtrt does not support",
+            hint="use the text-to-image model that it was made from, or one for inpainting",
         )
     for what, found, wanted in _joints(model, unet):
         if found not in wanted:
@@ -406,7 +413,7 @@ def _check_configs(model: Model) -> None:
 
 def _joints(model: Model, unet: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Where a UNet meets other parts: what it is, what the UNet's configuration has there, and what fits."""
-    yield "the unet's out_channels", unet["out_channels"], (unet["in_channels"],)
+    yield "the unet's out_channels", unet["out_channels"], (latent_channels_of(model.config("vae")),)
     conditioning = ("text_time",) if model.is_sdxl else (None, "text")
     yield "the unet's addition_embed_type", unet.get("addition_embed_type"), conditioning
     if model.is_sdxl or unet.get("encoder_hid_dim_type"):

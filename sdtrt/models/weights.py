@@ -153,7 +153,7 @@ def _truncated(path: Path, wanted: int, size: int) -> ModelError:
 def _too_large(path: Path, what: str, most: str) -> ModelError:
     return ModelError(
         f"the header of {path} names {what}, more than {most}",
-        hint="pass a Stable Diffusion checkpoint in safetensors format",
+        hint="pass a file in safetensors format, or download it again",
     )
 
 
@@ -165,7 +165,7 @@ def _not_safetensors(path: Path, start: bytes) -> ModelError:
         if start.startswith(magic):
             return ModelError(f"{path} is {what}", hint=hint)
     return ModelError(
-        f"{path} is not a safetensors file", hint="pass a Stable Diffusion checkpoint in safetensors format"
+        f"{path} is not a safetensors file", hint="pass a file in safetensors format, or download it again"
     )
 
 

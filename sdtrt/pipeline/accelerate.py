@@ -64,8 +64,7 @@ def accelerate(
     One that is set later does so after a second call.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline from text or an image, or for inpainting (4-channel UNet); with
-            or without ControlNet.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting, or with ControlNet.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.

@@ -17,9 +17,10 @@ from sdtrt.pipeline.controlnets import check_controlnets, groups_of
 from sdtrt.pipeline.facades import Facade
 from sdtrt.pipeline.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
+from sdtrt.specs.contract import inpainting_channels
 
 TAKEN = (
-    "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting with a 4-channel UNet,"
+    "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting,"
     " with and without ControlNet"
 )
 HINT = f"sdtrt.accelerate takes {TAKEN}; run this one in PyTorch"
@@ -93,10 +94,16 @@ def takes_images(pipe: Any) -> bool:
     return "image" in names and ("control_image" in names or not groups_of(pipe))
 
 
+def takes_masks(pipe: Any) -> bool:
+    """Whether a pipeline's call makes what a mask covers of an image."""
+    return "mask_image" in inspect.signature(type(pipe).__call__).parameters
+
+
 def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
     """Refuse UNets of other inputs, and VAEs of another factor."""
     config = model.config("unet")
-    if (config["in_channels"], config["out_channels"]) != (CHANNELS, CHANNELS):
+    taken = (CHANNELS, inpainting_channels(CHANNELS)) if takes_masks(pipe) else (CHANNELS,)
+    if config["in_channels"] not in taken or config["out_channels"] != CHANNELS:
         raise EngineError(
             f"the unet of {name} takes {config['in_channels']} channels and gives {config['out_channels']}", hint=HINT
         )

@@ -74,8 +74,8 @@ class Bound:
     ) -> Callable[..., Any]:
         """A call of a session that computes with the module's weights as they are at a picture's first step.
 
-        What is done to adapters (other ones active, other scales, switched off) counts at any step, and so does
-        `cross_attention_kwargs={"scale": …}`.
+        What is done to adapters (loaded, other ones active, other scales, switched off, gone) counts at any step, and
+        so does `cross_attention_kwargs={"scale": …}`.
 
         Raises:
             EngineError: where the module has other tensors than the engine, or an adapter that can't be merged.
@@ -93,7 +93,7 @@ class Bound:
             self._merging.scale, kwargs = _without_scale(kwargs)
             if (owner := module()) is not None:
                 is_due = self._steps.is_due(states)
-                if is_due or self._merging.is_changed():
+                if is_due or self._merging.is_changed(owner):
                     self.copy(owner)
                 if is_due:
                     self._steps.seen(states)

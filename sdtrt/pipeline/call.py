@@ -27,6 +27,7 @@ class PipelineCall:
         seeds: one for each image, whose noise a generator of its own draws on the CPU.
         start: what img2img starts from, in the images' size; None for images from text alone.
         strength: how much of `start` is replaced.
+        mask: what of `start` is made anew, in white, in the same size; None for all of it.
     """
 
     prompts: tuple[str, ...]
@@ -35,6 +36,7 @@ class PipelineCall:
     negative_prompt: str = ""
     start: Image.Image | None = None
     strength: float = 1.0
+    mask: Image.Image | None = None
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
@@ -71,9 +73,14 @@ class PipelineCall:
             "guidance_scale": self.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for seed in self.seeds],
         }
+        size = {"height": spec.sizes.height, "width": spec.sizes.width}
         if self.start is None:
-            return {**common, "height": spec.sizes.height, "width": spec.sizes.width}
-        return {**common, "image": self.start, "strength": self.strength}
+            return {**common, **size}
+        if self.mask is None:
+            return {**common, "image": self.start, "strength": self.strength}
+        each = len(self.prompts)  # of one image for all, inpainting pipelines draw the latents by the first generator
+        images = {"image": [self.start] * each, "mask_image": [self.mask] * each}
+        return {**common, **size, **images, "strength": self.strength}
 
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""

@@ -76,7 +76,7 @@ class UNetForward:
         """Predict the noise (or velocity) in `sample`, as `UNet2DConditionModel.forward` does.
 
         Args:
-            sample: latents `[B,C,H,W]`.
+            sample: latents `[B,C,H,W]`; of inpainting models with the mask and the masked image's latents.
             timestep: a number, a tensor without dimensions, or `[1]` or `[B]`, of any dtype.
             encoder_hidden_states: the prompt's embedding `[B,S,D]`.
             added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.

@@ -51,6 +51,9 @@ class GenerateOptions(TypedDict, total=False):
     scheduler: SchedulerName | None
     init_image: Path | None
     strength: float
+    mask: Path | None
+    mask_blur: int
+    padding_crop: int | None
     output: Path | None
     overwrite: bool
     allow_build: bool
@@ -68,7 +71,7 @@ def generate(
     progress: bool = True,
     **options: Unpack[GenerateOptions],
 ) -> GenerateReport:
-    """Make images and save them, as `sdtrt txt2img` and `sdtrt img2img` do.
+    """Make images and save them, as `sdtrt txt2img`, `sdtrt img2img` and `sdtrt inpaint` do.
 
     Args:
         prompt: a text, or a whole `GenerateSpec`.

@@ -1,4 +1,4 @@
-"""Makes images of a request and saves them: one path from text, or from an image and text, to files.
+"""Makes images of a request and saves them: one path from text, an image or a masked image to files.
 
 It knows neither how engines are found nor how diffusers is called.
 """
@@ -19,13 +19,14 @@ from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
-from sdtrt.pipeline import images, memory, prompts, saving
+from sdtrt.pipeline import images, masks, memory, prompts, saving
 from sdtrt.pipeline.call import PipelineCall
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.settings import metadata_of, settings_of
 from sdtrt.specs import Component, GenerateSpec
 
@@ -98,11 +99,14 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         UsageError, OutputError: for a wrong request, before any heavy work.
         ModelError, EngineError, ExportError, BuildError: where the model or its engine can't be had.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
     init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
+    mask = None
+    if spec.mask is not None and init is not None:
+        mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
@@ -113,17 +117,31 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
+        start = _started(spec, pipeline_spec, init, mask)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(spec, opened, init, directory)
+                settings = settings_of(spec, opened, init, mask, directory)
                 opened.files.check()  # so that they are of the weights that were loaded
-            run = _Run(spec, opened, output, init, console, settings)
-            load_seconds = time.perf_counter() - start
+            run = _Run(spec, opened, output, start, console, settings)
+            load_seconds = time.perf_counter() - began
             made = run.make_all(jobs)
     facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
     return GenerateReport(tuple(made), run.settings, facts, load_seconds)
+
+
+def _started(
+    spec: GenerateSpec, pipeline_spec: PipelineSpec, init: images.InitImage | None, mask: masks.Mask | None
+) -> Image.Image | masks.Inpainting | None:
+    """What the images start from, in the size that the pipeline works at; None for text alone."""
+    sizes = pipeline_spec.sizes
+    if init is None:
+        return None
+    if mask is None:
+        return init.fitted(sizes.height, sizes.width)
+    latent = pipeline_spec.model.vae_scale_factor
+    return masks.fit(init, mask, (sizes.height, sizes.width), spec.padding_crop, latent)
 
 
 @dataclass(frozen=True)
@@ -133,7 +151,7 @@ class _Run:
     spec: GenerateSpec
     opened: OpenPipeline
     output: saving.OutputPlan
-    init: images.InitImage | None
+    start: Image.Image | masks.Inpainting | None
     console: Console
     settings: Mapping[str, Any]
 
@@ -192,7 +210,7 @@ class _Run:
                 pixels = call.run(self.opened, advance=advance)[: len(batch)]
         self._check_finite(finite.first_bad(), steps)
         made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
-        return made
+        return [self.start.finished(one) for one in made] if isinstance(self.start, masks.Inpainting) else made
 
     def _filled(self, batch: Sequence[Job], size: int) -> Sequence[Job]:
         """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
@@ -209,14 +227,16 @@ class _Run:
 
     def _call(self, batch: Sequence[Job]) -> PipelineCall:
         """The call of the pipeline that makes a batch."""
-        spec, sizes = self.spec, self.opened.spec.sizes
+        spec, start = self.spec, self.start
+        image, mask = (start.image, start.covered) if isinstance(start, masks.Inpainting) else (start, None)
         return PipelineCall(
             prompts=tuple(job.prompt for job in batch),
             seeds=tuple(job.seed for job in batch),
             guidance_scale=spec.guidance_scale,
             negative_prompt=spec.negative_prompt,
-            start=None if self.init is None else self.init.fitted(sizes.height, sizes.width),
+            start=image,
             strength=spec.strength,
+            mask=mask,
         )
 
     def _check_finite(self, bad: str | None, steps: int) -> None:

@@ -231,43 +231,46 @@ def read_parameters(path: Path) -> Parameters | None:
     return None if metadata is None else parse_parameters(metadata.parameters)
 
 
-def read_init_image(path: Path, console: Console = QUIET) -> InitImage:
+def read_init_image(path: Path, console: Console = QUIET, what: str = "init image") -> InitImage:
     """Read an init image as sRGB: upright as its EXIF says, transparency flattened on white, first frame.
 
     Colours are converted from the profile that the file carries, which is said; a profile that can't be used is
     warned of, and the colours are taken for sRGB.
 
+    Args:
+        what: it is called in messages, as the option is; a mask is read in the same way.
+
     Raises:
         UsageError: for a file that is missing, no image, damaged, larger than `MAX_INIT_PIXELS`, of sides more unlike
             than `MAX_PROPORTION`, or of pixels whose range is unknown (floating-point, 32-bit or signed integers).
     """
-    hint = "give --init-image a PNG, JPEG or WebP file"
+    hint = f"give --{what.replace(' ', '-')} a PNG, JPEG or WebP file"
     try:
         if not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            raise UsageError(f"init image {path} {what}", hint=hint)
+            problem = "is not a file" if path.exists() else "does not exist"
+            raise UsageError(f"{what} {path} {problem}", hint=hint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
-                _check_header(path, image)
-                pixels = _to_rgb(ImageOps.exif_transpose(image), console)
+                _check_header(path, image, what)
+                pixels = _to_rgb(ImageOps.exif_transpose(image), console, what)
                 file.seek(0)  # the digest is of the file whose pixels these are, whatever has its name by now
                 return InitImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
     except UsageError:
         raise
     except PermissionError as error:
         raise UsageError(
-            f"init image {path} can't be read: {error.strerror}", hint=f"run: chmod +r {quote(str(path))}"
+            f"{what} {path} can't be read: {error.strerror}", hint=f"run: chmod +r {quote(str(path))}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise UsageError(f"init image {path} is too large: {error}", hint="scale it down first") from error
+        raise UsageError(f"{what} {path} is too large: {error}", hint="scale it down first") from error
     except UnidentifiedImageError as error:
-        raise UsageError(f"init image {path} is in no image format that sdtrt reads", hint=hint) from error
+        raise UsageError(f"{what} {path} is in no image format that sdtrt reads", hint=hint) from error
     except Exception as error:  # Pillow's decoders raise anything on damaged data
-        raise UsageError(f"init image {path} can't be read: {error}", hint=hint) from error
+        raise UsageError(f"{what} {path} can't be read: {error}", hint=hint) from error
 
 
-def _check_header(path: Path, image: Image.Image) -> None:
+def _check_header(path: Path, image: Image.Image, what: str) -> None:
     """Refuse an image by its header, before its pixels are decoded."""
     kind = None
     if image.mode == "F":  # white may be 1, 255 or anything: Pillow clips to 0 to 255, black where it is 1
@@ -276,12 +279,12 @@ def _check_header(path: Path, image: Image.Image) -> None:
         kind = "pixels of 32-bit or signed integers"
     if kind is not None:
         raise UsageError(
-            f"init image {path} has {kind}, whose range is unknown",
+            f"{what} {path} has {kind}, whose range is unknown",
             hint="save it with 8 or 16 bits a channel first, as PNG for instance",
         )
     if problem := _problem_of(*image.size):
         raise UsageError(
-            f"init image {path} is {problem}",
+            f"{what} {path} is {problem}",
             hint="scale it down first" if problem.startswith("too large") else "cut it to the part that matters first",
         )
 
@@ -295,7 +298,7 @@ def _problem_of(width: int, height: int) -> str | None:
     return None
 
 
-def _to_rgb(image: Image.Image, console: Console) -> Image.Image:
+def _to_rgb(image: Image.Image, console: Console, what: str) -> Image.Image:
     """Any mode as sRGB: 16-bit grey scaled rather than clipped, transparency flattened on white."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
@@ -303,10 +306,8 @@ def _to_rgb(image: Image.Image, console: Console) -> Image.Image:
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if not profile and _is_adobe_rgb(image):
-        console.warn(
-            "the init image is in Adobe RGB without a profile: its colours are taken for sRGB, and come out dull"
-        )
-    rgb = _to_srgb(image, profile, console) if profile else image.convert("RGB")
+        console.warn(f"the {what} is in Adobe RGB without a profile: its colours are taken for sRGB, and come out dull")
+    rgb = _to_srgb(image, profile, console, what) if profile else image.convert("RGB")
     if alpha is None:
         return rgb
     rgb.putalpha(alpha)
@@ -318,7 +319,7 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
     return image.getexif().get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03"
 
 
-def _to_srgb(image: Image.Image, profile: bytes, console: Console) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes, console: Console, what: str) -> Image.Image:
     """The pixels in sRGB, by the colour profile that came with them (alpha is dropped)."""
     from PIL import ImageCms  # most images have no profile
 
@@ -331,10 +332,10 @@ def _to_srgb(image: Image.Image, profile: bytes, console: Console) -> Image.Imag
         converted = pixels if mode == "RGB" and _keeps_colours(transform) else transform.apply(pixels)
         name = ImageCms.getProfileDescription(source).strip()
     except (OSError, ValueError, ImageCms.PyCMSError, ImportError) as error:  # the last: Pillow may be built without
-        console.warn(f"the init image's colour profile can't be used: its colours are taken for sRGB ({error})")
+        console.warn(f"the {what}'s colour profile can't be used: its colours are taken for sRGB ({error})")
         return image.convert("RGB")
     if converted is not pixels:
-        console.note(f"init image: colours converted to sRGB from its profile, {name or 'which has no name'}")
+        console.note(f"{what}: colours converted to sRGB from its profile, {name or 'which has no name'}")
     return converted
 
 

@@ -18,6 +18,7 @@ from sdtrt.models.adapters import (
     active_tensors,
     counts,
     layers_of,
+    loaded_names,
     merged,
     scaled,
     settle,
@@ -42,6 +43,7 @@ class Merging:
         self.scale = 1.0
         self._adapters: list[torch.nn.Module] = []
         self._layers: list[OwnLayer] = []
+        self._loaded: Key = ()
         self._keys: dict[str, Key] = {}  # of the layers that are merged, by name
         self._seen: Key = ()
         self._looks = _Looks()
@@ -59,6 +61,7 @@ class Merging:
     def find(self, module: torch.nn.Module) -> bool:
         """Look for layers with adapters; whether these are others than before."""
         adapters, before = layers_of(module)[1], self.names
+        self._loaded = loaded_names(module)
         if adapters != self._adapters:  # of objects: most looks find what the last one did
             self._adapters, self._layers = adapters, wrapped_layers(module)
             self._looks = _Looks()  # which keeps the memory of what is gone
@@ -66,9 +69,12 @@ class Merging:
             settle(one)
         return self.names != before
 
-    def is_changed(self) -> bool:
-        """Whether adapters are in another state than when they were merged; their tensors are not looked at."""
-        return bool(self._layers) and self._seen != self._state()
+    def is_changed(self, module: torch.nn.Module) -> bool:
+        """Whether there are other adapters, or in another state, than when they were merged.
+
+        Neither the module's layers nor tensors are looked at: this is asked at each step.
+        """
+        return self._loaded != loaded_names(module) or (bool(self._layers) and self._seen != self._state())
 
     def forget(self) -> None:
         """Take engines to have none of the adapters in them: the module's own weights were copied."""

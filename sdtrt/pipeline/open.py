@@ -209,20 +209,24 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
     if spec.model.is_sdxl:
-        cls = diffusers.StableDiffusionXLImg2ImgPipeline if spec.img2img else diffusers.StableDiffusionXLPipeline
         zeros = spec.model.pipeline_options.get("force_zeros_for_empty_prompt", True)
         options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
         options |= {name: None for name in ("tokenizer", "text_encoder") if name not in parts}
         options |= {"requires_aesthetics_score": True} if spec.model.is_refiner else {}
     else:
-        cls = diffusers.StableDiffusionImg2ImgPipeline if spec.img2img else diffusers.StableDiffusionPipeline
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = cls(**parts, **options)
+    pipe = _pipeline_class(spec)(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
         refuse_as_a_whole(pipe, running.sessions)
     return pipe
+
+
+def _pipeline_class(spec: PipelineSpec) -> Any:
+    """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
+    task = "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
+    return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{task}Pipeline")
 
 
 def engine_facts(entry: Entry) -> dict[str, str]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError
@@ -18,7 +17,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
     AUTO,
     DEFAULT_MODEL,
@@ -28,10 +27,11 @@ from sdtrt.specs import (
     ModelSpec,
     Precision,
     SchedulerName,
+    check_choice,
 )
 
 ATTRIBUTE = "_sdtrt_open"
-Task = Literal["txt2img", "img2img"]
+Task = Literal["txt2img", "img2img", "inpaint"]
 
 
 class _KeptOpen:
@@ -76,7 +76,7 @@ def load(
         model: `tiny`, a diffusers folder, a hub id or a `.safetensors` file; a `ModelSpec` for a variant or a revision.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes.
-        task: `img2img` opens an image pipeline, with an engine for the VAE's encoder.
+        task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder.
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
         backend, precision, components, engine_dir, progress: as of `accelerate`; here the backend decides the device.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
@@ -94,14 +94,15 @@ def load(
     """
     console = Console(quiet=not progress)
     named = model if isinstance(model, ModelSpec) else ModelSpec(model)
-    spec = _spec(named, height, width, batch_size, guidance, backend, precision, components, scheduler)
+    spec = _spec(named, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
-        return _open(_request(spec, task, directory, console), directory, console)
+        return _open(_request(spec, directory, console), directory, console)
 
 
 def _spec(
     model: ModelSpec,
+    task: Task,
     height: int | None,
     width: int | None,
     batch_size: int,
@@ -111,7 +112,8 @@ def _spec(
     components: Iterable[Component] | None,
     scheduler: SchedulerName | None,
 ) -> GenerateSpec:
-    """The request of a call that makes as many images as the pipeline is for."""
+    """The request of a call that makes as many images as the pipeline is for; the calls bring the task's."""
+    check_choice("task", task, get_args(Task))
     return GenerateSpec(
         prompts=("",),
         model=model,
@@ -123,16 +125,15 @@ def _spec(
         num_images=batch_size,
         guidance_scale=2.0 if guidance else 1.0,
         scheduler=scheduler,
+        init_image=None if task == "txt2img" else Path("image"),
+        mask=Path("mask") if task == "inpaint" else None,
         components=tuple(components or ()),
     )
 
 
-def _request(spec: GenerateSpec, task: Task, directory: EngineDirectory, console: Console) -> PipelineSpec:
+def _request(spec: GenerateSpec, directory: EngineDirectory, console: Console) -> PipelineSpec:
     found = resolve_model(spec.model, console)
-    check_task(found, img2img=task == "img2img")
-    request = replace(resolve_fastest(spec, found, directory, console), img2img=task == "img2img")
-    check_spec(request)
-    return request
+    return resolve_fastest(spec, found, directory, console)
 
 
 def _open(request: PipelineSpec, directory: EngineDirectory, console: Console) -> Any:

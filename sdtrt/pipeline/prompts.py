@@ -69,6 +69,6 @@ def _warn_truncated(pipe: Any, text: str, name: str, console: Console) -> None:
         dropped = tokenizer.decode(ids[limit - 1 : limit - 1 + SHOWN_TOKENS][: len(ids) - limit]).strip()
         more = " …" if len(ids) - limit > SHOWN_TOKENS else ""
         console.warn(
-            f"{name} is longer than {limit} tokens; this part of it is ignored: {dropped!r}{more}"
-            " (--prompt-syntax webui takes it all, in chunks)"
+            f"{name} is longer than {limit} tokens (--prompt-syntax webui takes it all, in chunks);"
+            f" this part of it is ignored: {dropped!r}{more}"
         )

@@ -82,6 +82,7 @@ class PipelineSpec:
         sizes: of a UNet call; `height` and `width` are the images'.
         steps: denoising steps, all of them (img2img runs a part).
         img2img: start from an image.
+        inpaint: make what a mask covers of that image; `img2img` is set, too.
         scheduler: None for the model's own.
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
@@ -96,6 +97,7 @@ class PipelineSpec:
     sizes: Sizes
     steps: int
     img2img: bool = False
+    inpaint: bool = False
     scheduler: SchedulerName | None = None
     components: tuple[Component, ...] | None = None
     images: int = 1
@@ -159,7 +161,8 @@ def resolve_request(
         EngineError, ModelError, UsageError: for what can't run.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
-    check_task(model, img2img=init is not None)
+    img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
+    check_task(model, img2img=img2img, inpaint=inpaint)
     check_loras(model)
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
@@ -173,7 +176,8 @@ def resolve_request(
         precision,
         replace(sizes, tokens=sizes.tokens * text.chunks),
         spec.steps,
-        img2img=init is not None,
+        img2img=img2img,
+        inpaint=inpaint,
         scheduler=spec.scheduler,
         components=choose_components(model, spec.components) if spec.components else None,
         images=count,
@@ -189,18 +193,23 @@ def resolve_request(
     return pipeline_spec
 
 
-def check_task(model: Model, *, img2img: bool) -> None:
-    """Refuse a model that lacks a part, or that makes no images from text alone.
+def check_task(model: Model, *, img2img: bool, inpaint: bool = False) -> None:
+    """Refuse a model that lacks a part, or that makes no images from text alone, or from nothing but a mask's image.
 
     Raises:
         ModelError: where a single file lacks a part, naming it.
-        UsageError: for SDXL's refiner without an image.
+        UsageError: for SDXL's refiner without an image, and a model for inpainting without a mask.
     """
     model.check_has()
     if model.is_refiner and not img2img:
         raise UsageError(
             f"{model.name} is a refiner: it changes images, and makes none from text alone",
             hint="use sdtrt img2img --init-image FILE, or another model (bench: --task img2img)",
+        )
+    if model.is_inpainting and not inpaint:
+        raise UsageError(
+            f"{model.name} is a model for inpainting: it makes what a mask covers of an image",
+            hint="use sdtrt inpaint --init-image FILE --mask FILE, or the model that it was made from",
         )
 
 
@@ -237,7 +246,7 @@ def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guid
 def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
     """The (height, width) of a request's images in pixels."""
     own_height, own_width = model.default_size()
-    if init is None:
+    if init is None or spec.padding_crop is not None:
         height, width = spec.height or own_height, spec.width or own_width
     else:
         height, width = init.result_size(spec.height, spec.width)

@@ -19,13 +19,18 @@ from sdtrt.models.loras import Lora, web_ui_hash
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images
 from sdtrt.pipeline.jobs import Job
+from sdtrt.pipeline.masks import Mask
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
 from sdtrt.specs import GenerateSpec
 
 
 def settings_of(
-    spec: GenerateSpec, opened: OpenPipeline, init: images.InitImage | None, directory: EngineDirectory
+    spec: GenerateSpec,
+    opened: OpenPipeline,
+    init: images.InitImage | None,
+    mask: Mask | None,
+    directory: EngineDirectory,
 ) -> dict[str, Any]:
     """What all images of a request have in common, as plain data."""
     pipeline_spec, scheduler = opened.spec, opened.pipe.scheduler
@@ -39,10 +44,17 @@ def settings_of(
         "guidance_scale": spec.guidance_scale,
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
+        **({} if mask is None else _mask_facts(spec, mask)),
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
+
+
+def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
+    """Which mask it was, and how it was used. Other images say nothing of masks."""
+    facts = {"name": mask.path.name, "sha256": mask.sha256}
+    return {"mask": facts, "mask_blur": spec.mask_blur, "padding_crop": spec.padding_crop}
 
 
 def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
@@ -144,6 +156,9 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "TI hashes": ", ".join(f"{one['name']}: {one['sha256'][:12]}" for one in settings.get("embeddings", ()))
         or None,
         "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
+        "Mask blur": spec.mask_blur or None,
+        "Inpaint area": None if spec.padding_crop is None else "Only masked",
+        "Masked area padding": spec.padding_crop,
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
         "Emphasis": "None" if _is_literal(spec, job) else None,

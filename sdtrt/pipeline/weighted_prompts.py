@@ -15,11 +15,12 @@ from sdtrt.common.errors import UsageError
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies by
 COMMA, BACK = ",</w>", 20  # a full chunk ends at a comma, where one is among so many tokens before its end
 MOST_BRACKETS = 100  # that are open at once
-_PARTS = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[^\\()\[\]:]+|[\\:]")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+MOST_WEIGHT = 1000
+_PARTS = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)|[^\\()\[\]:]+|[\\:]")
+_BREAK = re.compile(r"\bBREAK\b")
 # What web UIs take for more than text, and nothing here does.
 _OTHERS = re.compile(
-    r"<(?:lora|lyco|hypernet):[^<>]+>|\[[^\[\]:|]*:(?:[^\[\]:|]*:)?\s*\d*\.?\d+\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b"
+    r"<(?:lora|lyco|hypernet):[^<>]+>|\[[^\[\]:|]*:(?:[^\[\]:|]*:)?\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\]|\[[^\[\]|]*\|[^\[\]]*\]|\bAND\b"
 )
 
 Token = tuple[int, float]  # and its weight
@@ -56,7 +57,7 @@ def sections(text: str) -> list[list[tuple[str, float]]]:
             if max(len(rounds), len(squares)) > MOST_BRACKETS:
                 raise UsageError(f"a prompt opens more than {MOST_BRACKETS} brackets", hint="close some, or write \\(")
         elif part[0] == ":" and part[-1] == ")" and rounds:
-            _multiply(pieces[rounds.pop() :], float(part[1:-1]))
+            _multiply(pieces[rounds.pop() :], _weight(part[1:-1]))
         elif part == ")" and rounds:
             _multiply(pieces[rounds.pop() :], ROUND)
         elif part == "]" and squares:
@@ -69,24 +70,38 @@ def sections(text: str) -> list[list[tuple[str, float]]]:
     return _parted(pieces)
 
 
+def _weight(text: str) -> float:
+    weight = float(text)
+    if abs(weight) > MOST_WEIGHT:
+        raise UsageError(
+            f"the weight {text.strip()[:40]} is beyond {MOST_WEIGHT}", hint="weights are from 0.5 to 1.5, usually"
+        )
+    return weight
+
+
 def _multiply(pieces: Sequence[_Piece], weight: float) -> None:
     for piece in pieces:
         piece.weight *= weight
 
 
 def _parted(pieces: Sequence[_Piece]) -> list[list[tuple[str, float]]]:
-    """The pieces between BREAKs; neighbours of one weight are one text."""
-    found: list[list[tuple[str, float]]] = [[]]
+    """The pieces between BREAKs, without the spaces beside these; neighbours of one weight are one text."""
+    found: list[list[tuple[list[str], float]]] = [[]]
     for piece in pieces:
-        for number, text in enumerate(_BREAK.split(piece.text)):
+        first, *rest = _BREAK.split(piece.text)
+        texts = [
+            first.rstrip() if rest else first,
+            *(text.strip() for text in rest[:-1]),
+            *(one.lstrip() for one in rest[-1:]),
+        ]
+        for number, text in enumerate(texts):
             if number:
                 found.append([])
-            own = found[-1]
-            if own and own[-1][1] == piece.weight:
-                own[-1] = (own[-1][0] + text, piece.weight)
+            if found[-1] and found[-1][-1][1] == piece.weight:
+                found[-1][-1][0].append(text)
             elif text:
-                own.append((text, piece.weight))
-    return found
+                found[-1].append(([text], piece.weight))
+    return [[("".join(texts), weight) for texts, weight in own] for own in found]
 
 
 def chunks_of(tokenizer: Any, text: str) -> list[list[Token]]:

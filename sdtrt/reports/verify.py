@@ -91,21 +91,30 @@ def _subject(
     spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
 ) -> tuple[PipelineSpec, Mapping[Component, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
-    start = _start(spec.image, model) if model.is_refiner else None
+    image = _asked(spec.image, model)
+    start = _start(image, model) if image.init_image is not None else None
     if spec.engine is not None:
         entry = directory.named(spec.engine)
-        pipeline_spec = resolve_request(_as_engine(spec.image, entry), model, console, start)
+        pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start)
         _check_fits(entry, pipeline_spec)
     else:
-        entry, pipeline_spec = None, resolve_fastest(spec.image, model, directory, console, start)
+        entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start)
     # All that the image needs, before the long part begins.
     return pipeline_spec, ensure_engines(
         pipeline_spec.engines, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
     )
 
 
+def _asked(image: GenerateSpec, model: Model) -> GenerateSpec:
+    """The image that a model makes: SDXL's refiner, and models for inpainting, start from a picture."""
+    if not model.is_refiner and not model.is_inpainting:
+        return image
+    mask = Path("half") if model.is_inpainting else None
+    return replace(image, init_image=Path("gradient"), mask=mask, strength=strength_of(image))
+
+
 def _start(image: GenerateSpec, model: Model) -> InitImage:
-    """What SDXL's refiner starts from, which makes no image from text alone: always the same picture."""
+    """What a model starts from that makes no image from text alone: always the same picture."""
     own_height, own_width = model.default_size()
     return InitImage(Path("gradient"), "", gradient(image.height or own_height, image.width or own_width))
 

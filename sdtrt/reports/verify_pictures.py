@@ -26,6 +26,13 @@ def gradient(height: int, width: int) -> Image.Image:
     return Image.fromarray((255 * np.stack([across, down, 1 - across * down], axis=-1)).astype(np.uint8))
 
 
+def half(height: int, width: int) -> Image.Image:
+    """A mask that is always the same: the left half, in white."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, (width + 1) // 2, height))
+    return mask
+
+
 def comparison(actual: Array, expected: Array, label: str) -> bytes:
     """A PNG: the reference, the engine's image, and their difference, made large enough to be seen, side by side."""
     difference = np.nan_to_num(np.abs(np.nan_to_num(actual) - expected), posinf=1)

@@ -28,7 +28,7 @@ from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import release_memory, tf32
-from sdtrt.reports.verify_pictures import gradient
+from sdtrt.reports.verify_pictures import gradient, half
 from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, VerifySpec
 
 Array = npt.NDArray[Any]
@@ -162,6 +162,7 @@ def _call(image: GenerateSpec, spec: PipelineSpec) -> PipelineCall:
         negative_prompt=image.negative_prompt,
         start=gradient(spec.sizes.height, spec.sizes.width) if spec.img2img else None,
         strength=strength_of(image),
+        mask=half(spec.sizes.height, spec.sizes.width) if spec.inpaint else None,
     )
 
 

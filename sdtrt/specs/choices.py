@@ -85,6 +85,8 @@ RANDOM_SEED = -1  # what web UIs call a random one
 
 MAX_IMAGES = 100_000  # of one prompt in one run: days of work; more is a typo
 
+MAX_MASK_BLUR = 512  # pixels: a radius beyond it smooths any mask away
+
 MAX_BATCH = 10_000  # images made at once: prompts and random generators of more fill the memory before a GPU is full
 
 MIN_SSIM_PIXELS = 16  # a side: structural similarity looks at 11x11 pixels at a time

@@ -141,9 +141,10 @@ def unet_contract(config: Mapping[str, Any], precision: Precision, pooled: int |
             which is taken for one of SDXL's base.
 
     Returns:
-        `sample [B,C,H,W]`, `timestep [B]` (float32: fractional timesteps exist, and TensorRT 8.6 narrows int64),
-        `encoder_hidden_states [B,S,D]`, with SDXL `text_embeds [B,P]` and `time_ids [B,6]` (the refiner's: `[B,5]`)
-        → `out_sample [B,C,H,W]`.
+        `sample [B,C,H,W]` (C is 9 of models for inpainting), `timestep [B]` (float32: fractional timesteps exist, and
+        TensorRT 8.6 narrows int64), `encoder_hidden_states [B,S,D]`, with SDXL `text_embeds [B,P]` and `time_ids [B,6]`
+        (the refiner's: `[B,5]`)
+        → `out_sample [B,4,H,W]`.
 
     Raises:
         ModelError: for a UNet that takes inputs beyond these.
@@ -303,6 +304,11 @@ def is_tiny_vae(config: Mapping[str, Any]) -> bool:
 def latent_channels_of(config: Mapping[str, Any]) -> Any:
     """The channels of a VAE's latents (4 in either class's default)."""
     return config.get("latent_channels", 4)
+
+
+def inpainting_channels(latents: int) -> int:
+    """The channels that an inpainting model's UNet takes: noisy latents, a mask, and what it leaves of the image's."""
+    return 2 * latents + 1
 
 
 def vae_scale_factor(config: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The request that `txt2img` and `img2img` take."""
+"""The request that `txt2img`, `img2img` and `inpaint` take."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from sdtrt.specs.choices import (
     DEFAULT_STRENGTH,
     MAX_BATCH,
     MAX_IMAGES,
+    MAX_MASK_BLUR,
+    MAX_PIXELS,
     MAX_SEED,
     MOST_STEPS,
     PRECISIONS,
@@ -85,12 +87,13 @@ class NoiseSpec:
 
 @dataclass(frozen=True)
 class GenerateSpec:
-    """Images to be made from text, or from an image and text.
+    """Images to be made from text, from an image and text, or in the part of an image that a mask covers.
 
     Args:
         prompts: one or more prompts; each gives `num_images` images.
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
-        height, width: pixels; None for the init image's size, else the model's own.
+        height, width: pixels; None for the init image's size, else the model's own. With `padding_crop` the part is
+            made at that size, by default the model's own, and scaled into the init image.
         seed: of each prompt's first image (the next ones count up from it); None, or `RANDOM_SEED`, for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
@@ -98,6 +101,10 @@ class GenerateSpec:
         components: the parts that engines run, the others stay PyTorch's; none for the backend's default.
         init_image: start from this image instead of from noise (img2img).
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
+        mask: an image of the init image's size: what it has in white is made anew (inpainting).
+        mask_blur: radius in pixels of the Gaussian that softens the mask, 0 for none.
+        padding_crop: make the part that the mask covers alone, with so many pixels around it, and lay it over the init
+            image, which stays as it is elsewhere; None to make the whole image.
         output: a file, or a folder where every image gets a new name; None for the current folder.
         overwrite: replace the file `output`; in a folder nothing is ever replaced.
         allow_build: export and build a missing engine on the spot.
@@ -121,6 +128,9 @@ class GenerateSpec:
     scheduler: SchedulerName | None = None
     init_image: Path | None = None
     strength: float = DEFAULT_STRENGTH
+    mask: Path | None = None
+    mask_blur: int = 0
+    padding_crop: int | None = None
     output: Path | None = None
     overwrite: bool = False
     allow_build: bool = True
@@ -147,6 +157,7 @@ class GenerateSpec:
         check_output(self.output)
         self._check_prompts()
         self._check_numbers()
+        self._check_mask()
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None:
@@ -195,6 +206,21 @@ class GenerateSpec:
             raise UsageError(
                 f"strength {self.strength} of {self.steps} steps leaves no step to run", hint=self._more_to_run()
             )
+
+    def _check_mask(self) -> None:
+        if self.mask is None:
+            for name, value in (("mask-blur", self.mask_blur or None), ("padding-crop", self.padding_crop)):
+                if value is not None:
+                    raise UsageError(f"{name} {value} is about a mask, and there is none", hint="use --mask FILE")
+            return
+        if self.init_image is None:
+            raise UsageError(f"mask {self.mask} covers no init image", hint="use --init-image FILE")
+        for name, pixels, most, usual in (
+            ("mask-blur", self.mask_blur, MAX_MASK_BLUR, 4),
+            ("padding-crop", self.padding_crop or 0, MAX_PIXELS, 32),
+        ):
+            if not 0 <= pixels <= most:
+                raise UsageError(f"{name} must be from 0 to {most} pixels, got {pixels}", hint=f"use --{name} {usual}")
 
     def _more_to_run(self) -> str:
         """What makes img2img run a step: more of them where schedulers have so many, else more strength."""

@@ -108,6 +108,35 @@ def test_img2img_keeps_the_size_and_starts_from_the_image(folder, run):
     assert Image.open("out.png").size == (136, 104)
 
 
+def test_inpaint_makes_what_the_mask_covers(folder, run):
+    Image.new("RGB", (136, 104), (40, 70, 230)).save("init.png")
+    mask = Image.new("L", (136, 104))
+    mask.paste(255, (32, 32, 72, 72))
+    mask.save("mask.png")
+    arguments = (
+        "-i",
+        "init.png",
+        "--mask",
+        "mask.png",
+        PROMPT,
+        "--strength",
+        "0.5",
+        "--steps",
+        "4",
+        "--mask-blur",
+        "1",
+    )
+    assert run("inpaint", *arguments, "-o", "whole.png")[:2] == (0, "whole.png\n")
+    assert Image.open("whole.png").size == (136, 104)
+    size = ("--padding-crop", "8", "--height", "64", "--width", "64")
+    assert run("run", "inpaint", *arguments, *size, "-o", "part.png")[:2] == (0, "part.png\n")
+    part, start = (np.asarray(Image.open(f"{name}.png")) for name in ("part", "init"))
+    changed = (part != start).any(axis=2)
+    assert changed[40:64, 40:64].any()
+    changed[26:78, 26:78] = False
+    assert not changed.any()
+
+
 def test_torch_and_engine_draw_the_same(folder, run):
     for backend in ("torch", "onnxruntime"):
         arguments = ("--steps", "10", "--seed", "3", "-b", backend, "-o", f"{backend}.png")
@@ -192,6 +221,8 @@ BAD_INPUT = {
     "strength 1.5": (2, ("img2img", "-p", "x", "-i", "init.png", "--strength", "1.5")),
     "no init image": (2, ("img2img", "-p", "x")),
     "missing init image": (None, ("img2img", "-p", "x", "-i", "missing.png")),
+    "no mask": (2, ("inpaint", "-p", "x", "-i", "init.png")),
+    "missing mask": (None, ("inpaint", "-p", "x", "-i", "init.png", "--mask", "missing.png")),
     "unreadable init image": (None, ("img2img", "-p", "x", "-i", "text.png")),
     "unknown model": (None, ("txt2img", "-p", "x", "--model", "tinny")),
     "missing model folder": (None, ("txt2img", "-p", "x", "--model", "./nowhere")),
@@ -491,7 +522,7 @@ def test_verbose_before_a_command_is_refused_as_it_would_not_reach_it(folder, ru
 
 
 def test_run_has_the_same_commands(folder, run):
-    for command in ("txt2img", "img2img"):
+    for command in ("txt2img", "img2img", "inpaint"):
         (code, out, _), (run_code, run_out, _) = run(command, "--help"), run("run", command, "--help")
         assert (code, run_code) == (0, 0)
         assert run_out.replace(f"run {command}", command).split() == out.split()

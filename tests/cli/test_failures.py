@@ -50,9 +50,12 @@ def made(tmp_path_factory):
         tensors = {f"{layer}.lora_A.weight": torch.zeros(4, 2048)}
         tensors |= {f"{layer}.lora_B.weight": torch.zeros(32, 4)} if name == "layers" else {}
         save_file(tensors, place / f"{name}.safetensors")
+    save_file({"emb_params": torch.ones(2, 768)}, place / "wide.safetensors")
+    save_file({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 32)}, place / "clip.safetensors")
     for name in ("file", "weights.ckpt", "exists.onnx"):
         (place / name).touch()
     Image.new("RGB", (64, 64)).save(place / "init.png")
+    Image.new("L", (32, 64), 255).save(place / "mask.png")
     Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(place / "float.tif")
     Image.new("1", (9000, 9000)).save(place / "large.png")
     Image.new("1", (2000, 8)).save(place / "long.png")
@@ -129,6 +132,12 @@ def other_shapes():
     return (*PAINT, "-b", "torch")
 
 
+def inpainting_model():
+    config = Path("model/unet/config.json")
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    return PAINT
+
+
 def not_finite():
     path = next(Path("model/unet").glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
@@ -187,6 +196,11 @@ MAKERS = {
     "init image too large": ("img2img", "-p", "x", *MODEL, "-i", "large.png"),
     "init image too long": ("img2img", "-p", "x", *MODEL, "-i", "long.png"),
     "init image of floats": ("img2img", "-p", "x", *MODEL, "-i", "float.tif"),
+    "missing mask": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "missing.png"),
+    "mask of another size": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "mask.png"),
+    "mask that covers nothing": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "init.png"),
+    "mask's blur": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "init.png", "--mask-blur", "-1"),
+    "model for inpainting": inpainting_model,
     "image format": (*PAINT, "-o", "x.gif"),
     "images for one file": (*PAINT, "-o", "x.png", "--num-images", "2"),
     "output exists": (*PAINT, "-o", "init.png"),
@@ -204,6 +218,13 @@ MAKERS = {
     "LoRA for another kind of model": (*PAINT, "--lora", "xl.safetensors"),
     "LoRA that matches nothing": (*PAINT, "--lora", "flux.safetensors:0.5"),
     "LoRA of other layers": (*PAINT, "--lora", "layers.safetensors"),
+    "missing embedding": (*PAINT, "--embedding", "missing.pt"),
+    "embedding of another width": (*PAINT, "--embedding", "wide.safetensors:<cat>"),
+    "embedding for another kind of model": (*PAINT, "--embedding", "clip.safetensors"),
+    "embedding's word": (*PAINT, "--embedding", "wide.safetensors:a cat"),
+    "layers to skip": (*PAINT, "--clip-skip", "9"),
+    "prompt syntax": (*PAINT, "--prompt-syntax", "webiu"),
+    "syntax that is not read": ("txt2img", "-p", "a <lora:b:1>", *PAINT[3:], "--prompt-syntax", "webui"),
     "truncated weights": truncated,
     "weights of another shape": other_shapes,
     "weights that are not finite": not_finite,

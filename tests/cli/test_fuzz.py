@@ -298,6 +298,7 @@ VALUES = WORDS | st.integers().map(str) | st.floats().map(str) | TEXTS.filter(la
 OPTIONS = {
     "txt2img": ("-p", "-n", "--steps", "--cfg-scale", "-H", "-W", "--seed", "--num-images", "--scheduler", "-o"),
     "img2img": ("-p", "-i", "--strength", "--steps", "-H", "-W", "-o"),
+    "inpaint": ("-p", "-i", "--mask", "--mask-blur", "--padding-crop", "--strength", "-o"),
     "export": ("--precision", "-o", "--component", "--exporter", "--opset"),
     "build": ("--batch", "-H", "-W", "--tokens", "--profile", "--optimization-level", "--workspace-gib", "--precision"),
     "inspect": ("--engine", "--part"),

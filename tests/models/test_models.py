@@ -319,7 +319,7 @@ def test_a_folder_that_is_no_model_says_what_to_pass(made, tmp_path):
         assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusionInpaintPipeline", None])
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline", "StableDiffusion3InpaintPipeline", None])
 def test_unsupported_pipelines_are_named(folder, name):
     change_json(folder / "model_index.json", _class_name=name)
     with pytest.raises(ModelError, match=f"is a {name}, which sdtrt does not support") as caught:
@@ -391,9 +391,19 @@ def test_damaged_tokenizer_is_named(folder):
         load_parts(resolve_model(ModelSpec(str(folder))), ("tokenizer",), torch.float32)
 
 
-def test_inpainting_models_are_refused(folder):
+@pytest.mark.parametrize("channels", [5, 8])
+def test_editing_and_upscaling_models_are_refused(folder, channels):
+    change_json(folder / "unet/config.json", in_channels=channels)
+    with pytest.raises(ModelError, match=f"takes {channels} channels where the vae makes 4: a model for editing"):
+        resolve_model(ModelSpec(str(folder)))
+
+
+def test_inpainting_models_are_told_by_their_channels(folder):
+    assert not resolve_model(ModelSpec(str(folder))).is_inpainting
     change_json(folder / "unet/config.json", in_channels=9)
-    with pytest.raises(ModelError, match="takes 9 channels where the vae makes 4: a model for inpainting"):
+    assert resolve_model(ModelSpec(str(folder))).is_inpainting
+    change_json(folder / "unet/config.json", out_channels=9)
+    with pytest.raises(ModelError, match="the unet's out_channels is 9, where 4 fits"):
         resolve_model(ModelSpec(str(folder)))
 
 
@@ -582,10 +592,10 @@ def test_a_safetensors_file_that_is_no_stable_diffusion(tmp_path, name, what):
         resolve_model(ModelSpec(str(tmp_path / "other.safetensors")))
 
 
-def test_an_inpainting_checkpoint(checkpoint):
+def test_an_editing_checkpoint(checkpoint):
     key = "model.diffusion_model.input_blocks.0.0.weight"
-    change_tensors(checkpoint, lambda tensors: tensors.update({key: torch.zeros(32, 9, 3, 3)}))
-    with pytest.raises(ModelError, match="takes 9 channels instead of 4"):
+    change_tensors(checkpoint, lambda tensors: tensors.update({key: torch.zeros(32, 8, 3, 3)}))
+    with pytest.raises(ModelError, match="takes 8 channels instead of 4"):
         resolve_model(ModelSpec(str(checkpoint)))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sdtrt
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.exports.feeds import AESTHETIC_SCORE, seeded_feeds
 from sdtrt.models.components import components_of, contract_of
@@ -143,6 +144,12 @@ def test_images_are_diffusers_own_with_engines_and_without(refiner, run, folder)
         code, _, err = run(*common, *options, "--output", f"{backend}.png")
         assert code == 0, err
         assert np.abs(pixels_of(folder / f"{backend}.png") - expected).max() <= 2
+
+
+def test_it_is_opened_for_images(refiner):
+    pipe = sdtrt.load(str(refiner), task="img2img", backend="torch", progress=False)
+    assert type(pipe) is diffusers.StableDiffusionXLImg2ImgPipeline
+    pipe.close()
 
 
 def test_it_is_verified_from_a_picture_and_shown(refiner, run, folder):

@@ -337,6 +337,25 @@ def test_a_change_in_the_middle_of_a_picture_counts_from_the_next_step(both, lor
     assert differ(found, same(plain, pipe, num_inference_steps=3)) > VISIBLE
 
 
+def test_loras_that_come_and_go_in_the_middle_of_a_picture_count_from_the_next_step(both, lora):
+    plain, pipe = both
+    bare = latents(pipe, num_inference_steps=3)
+
+    def load(one, step, time, tensors):
+        if step == 0:
+            one.load_lora_weights(lora(1, encoders=False), adapter_name="late")
+        return tensors
+
+    def unload(one, step, time, tensors):
+        one.unload_lora_weights()
+        return tensors
+
+    for change in (load, unload):
+        found = same(plain, pipe, callback_on_step_end=change, num_inference_steps=3)
+        assert differ(found, bare) > VISIBLE
+    assert torch.equal(same(plain, pipe, num_inference_steps=3), bare)
+
+
 @pytest.mark.parametrize("rank", [None, 8], ids=["as it is", "padded"])
 def test_hotswapping_is_followed_though_neither_address_nor_version_tells(both, lora, rank):
     plain, pipe = both

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -119,7 +120,10 @@ def test_parts_are_loaded_with_loras_merged_as_diffusers_fuses_them(models, lora
     loading.check_loras(model)
     expected = merged_by_diffusers(kind, models[kind], ((lora(kind), 0.7), (lora(kind, 2), -0.4)))
     plain = loading.load_parts(resolve_model(spec_of(models[kind])), [*expected, "vae"], torch.float32)
-    found = loading.load_parts(model, [*expected, "vae"], torch.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = loading.load_parts(model, [*expected, "vae"], torch.float32)
+    assert not [one for one in said if "peft" in one.filename], "that is advice for who writes Python"
     for name, state in expected.items():
         own = found[name].state_dict()
         assert own.keys() == state.keys()
@@ -348,8 +352,9 @@ def test_files_that_are_no_loras_are_refused(models, lora, tmp_path, monkeypatch
         str(models["sd1"] / "unet"): (ModelError, "match nothing of Stable Diffusion"),
     }
     for text, (error, words) in cases.items():
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=words) as caught:
             resolve_model(spec_of(models["sd1"], text))
+        assert "checkpoint" not in caught.value.hint, "a LoRA is none"
     monkeypatch.setattr(loras, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="need peft") as caught:
         resolve_model(spec_of(models["sd1"], str(lora())))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 
 import factories
 import numpy as np
@@ -19,7 +21,7 @@ from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.images import read_metadata, read_parameters
 from sdtrt.pipeline.text_states import plan_texts
-from sdtrt.pipeline.weighted_prompts import chunks_of, sections
+from sdtrt.pipeline.weighted_prompts import check_syntax, chunks_of, sections
 from sdtrt.specs import EmbeddingSpec, GenerateSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -239,6 +241,20 @@ def test_chunks_end_at_commas_and_keep_an_embedding_whole(models):
     assert chunks_of(tokenizer, "") == [[]]
 
 
+def test_a_hostile_prompt_takes_no_time():
+    many, start = 100_000, time.process_time()
+    for text in ("a", "()", "a:", "[]", "\\", "a:1", "(a", ":", "[:1", "[a|"):
+        with contextlib.suppress(UsageError):
+            check_syntax(text * many)
+            sections(text * many)
+    for text in ("(a:" + "1" * many, "[a:" + "1" * many, "(a:" + " " * many, "[a:" + " " * many):
+        check_syntax(text)
+        sections(text)
+    assert time.process_time() - start < 5
+    with pytest.raises(UsageError, match="the weight 9999 is beyond 1000"):
+        sections("(a:9999)")
+
+
 def states(pipe, rows, part="text_encoder"):
     """A web UI's states of chunks of tokens and weights, by its own formula."""
     encoder, tokenizer, found = getattr(pipe, part), getattr(pipe, part.replace("text_encoder", "tokenizer")), []
@@ -288,6 +304,22 @@ def test_text_without_syntax_is_the_same_in_both(make, kind):
     assert np.array_equal(
         make("a red circle", kind=kind)[0], make("a red circle", "--prompt-syntax", "webui", kind=kind)[0]
     )
+
+
+def test_prompts_of_a_batch_are_filled_up_to_the_longest(models, tmp_path):
+    """And each is the picture that it is alone beside the same ones; from an image, too."""
+    Image.new("RGB", (64, 64), "red").save(start := tmp_path / "start.png")
+    prompts = ("a (red:1.3) circle", "a BREAK star", "a circle")
+    common = {"backend": "torch", "steps": 4, "height": 64, "width": 64, "seed": 1, "prompt_syntax": "webui"}
+    for number, more in enumerate(({}, {"init_image": start, "strength": 0.5})):
+        made = []
+        for size in (1, 3):
+            output = tmp_path / f"{number}-{size}"
+            spec = GenerateSpec(
+                prompts, ModelSpec(str(models["sd1"])), batch_size=size, output=output, **common, **more
+            )
+            made.append([np.asarray(Image.open(one.path)).astype(int) for one in sdtrt.generate(spec).images])
+        assert all(differ(one, other) <= 1 for one, other in zip(*made, strict=True))
 
 
 def test_what_plain_text_leaves_out_is_said_with_the_way(make):

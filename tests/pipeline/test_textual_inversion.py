@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import factories
 import pytest
 import torch
 import torch_engines
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from test_lora import random_adapter
 
 import sdtrt
 from sdtrt.common.errors import EngineError
+from sdtrt.pipeline import parked
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -64,6 +69,7 @@ def test_tokens_come_to_a_live_pipeline_and_go_without_a_build(make, backend, en
     pipe = make()
     plain = latents(pipe)
     options = {"backend": backend, "engine_dir": engine_dir, "height": 64, "width": 64, "on_miss": "error"}
+    options |= {"components": ("text_encoder",)} if backend == "onnxruntime" else {}  # whose UNet's takes seconds
     sdtrt.accelerate(pipe, **options)
     before = latents(pipe)
     assert differ(before, plain) <= TOLERANCE
@@ -119,6 +125,41 @@ def test_another_table_of_the_same_size_is_told(make, engine_dir):
 def test_an_engine_of_a_longer_table_can_be_had(make, engine_dir):
     pipe = with_tokens(make())
     expected = latents(pipe)
-    sdtrt.accelerate(pipe, backend="onnxruntime", engine_dir=engine_dir, height=64, width=64, progress=False)
+    components = ("text_encoder",)
+    sdtrt.accelerate(pipe, backend="onnxruntime", engine_dir=engine_dir, components=components, progress=False)
     assert sdtrt.status(pipe)["text_encoder"].is_in_engine
     assert differ(latents(pipe), expected) <= TOLERANCE
+
+
+def test_weights_that_left_the_gpu_come_back_for_more_tokens(make, engine_dir, monkeypatch):
+    """Here another dtype stands for the host's memory."""
+    pipe, components = make(), ("text_encoder",)
+    monkeypatch.setattr(parked, "is_on_gpu", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(parked, "to_host", lambda data: data.double())
+    monkeypatch.setattr(parked, "to_device", lambda data, device: data.float())
+    before = latents(pipe)
+    sdtrt.accelerate(pipe, backend="onnxruntime", engine_dir=engine_dir, components=components, progress=False)
+    assert any(one.dtype == torch.float64 for one in pipe.text_encoder.parameters())
+    expected = latents(with_tokens(make()))
+    assert differ(latents(with_tokens(pipe)), expected) <= TOLERANCE
+    assert all(one.dtype == torch.float32 for one in pipe.text_encoder.parameters())
+    pipe.unload_textual_inversion()
+    assert differ(latents(pipe), before) <= TOLERANCE
+
+
+def test_an_adapter_of_a_text_encoder_stays_beside_more_tokens(make, engine_dir, monkeypatch):
+    torch_engines.instead_of_inductor(monkeypatch)
+    found = {}
+    for name in ("plain", "engines"):
+        pipe = make()
+        if name == "engines":
+            sdtrt.accelerate(pipe, backend="inductor", engine_dir=engine_dir, height=64, width=64, progress=False)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        bare, state = latents(pipe), random_adapter(pipe.text_encoder, config, 1)
+        inject_adapter_in_model(config, pipe.text_encoder, adapter_name="one")
+        set_peft_model_state_dict(pipe.text_encoder, state, adapter_name="one")
+        found[name] = [bare, latents(pipe), latents(with_tokens(pipe))]
+        pipe.unload_textual_inversion()
+        found[name].append(latents(pipe))
+    assert all(differ(one, other) <= TOLERANCE for one, other in zip(*found.values(), strict=True))
+    assert all(differ(one, other) > 100 * TOLERANCE for one, other in pairwise(found["plain"]))
