@@ -22,6 +22,7 @@ from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.scaled_vae import scaled_stream
 from sdtrt.exports.split_norms import split_norms
 from sdtrt.exports.tracing import component_call, traceable
+from sdtrt.models.components import STEPPING
 from sdtrt.specs import Component, Profile, Sizes
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract, dimension_values
 
@@ -210,8 +211,8 @@ def _sources(component: Component, name: str) -> tuple[str, ...]:
 
 def _own_names(component: Component, name: str) -> str:
     """A name in the program → the name in the model's part, less what its library puts before it."""
-    if component == "unet":
-        return name.removeprefix("unet.")
+    if component in STEPPING:
+        return name.removeprefix(f"{component}.")
     if component.startswith("text_encoder"):
         return f"text_{name}" if name.startswith("projection.") else name.removeprefix("text.")
     return name  # the call takes the halves of a VAE by their own names

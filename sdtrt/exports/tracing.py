@@ -33,7 +33,7 @@ from sdtrt.specs.groups import residual_names
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
 # constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
 # a VAE, which works on pixels, is traced at fewer latents than a UNet, whose lowest level is to have more than one.
-TRACE_SIZES = {BATCH: 2, TOKENS: 7, **latent_sides(10, 14)}
+TRACE_SIZES = {BATCH: 2, TOKENS: 7, **latent_sides(10, 14), IMAGE_HEIGHT: 80, IMAGE_WIDTH: 112}
 VAE_TRACE_SIZES = {BATCH: 2, LATENT_HEIGHT: 3, LATENT_WIDTH: 5, IMAGE_HEIGHT: 24, IMAGE_WIDTH: 40}
 
 # `UNet2DConditionModel.forward` passes the sizes of its skip connections to the upsamplers only where a latent side is
@@ -99,6 +99,24 @@ class ControlledUNetCall(torch.nn.Module):
             return_dict=False,
         )[0]
         return output
+
+
+class ControlNetCall(torch.nn.Module):
+    """A `ControlNetModel` with the contract's inputs and outputs as its signature."""
+
+    def __init__(self, controlnet: torch.nn.Module) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What `UNetCall` takes, control_image [B,3,8H,8W] and residual_scales → the residuals, the middle's last."""
+        *usual, image, scales = inputs
+        sample, timestep, states, *added = usual
+        names = {"text_embeds": added[0].float(), "time_ids": added[1]} if added else None
+        down, middle = self.controlnet(
+            sample, timestep, states, controlnet_cond=image, added_cond_kwargs=names, return_dict=False
+        )
+        return tuple(one * scales[index].to(one.dtype) for index, one in enumerate((*down, middle)))
 
 
 def _unet_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
@@ -194,6 +212,8 @@ def component_call(module: torch.nn.Module, contract: Contract) -> torch.nn.Modu
     """The part of a module that is a component, with the contract's inputs and outputs as its signature."""
     if contract.component == "unet":
         return _unet_call(module, contract)
+    if contract.component == "controlnet":
+        return ControlNetCall(module)
     if contract.component == "vae_decoder":
         return VaeDecoderCall(module)
     if contract.component == "vae_encoder":
@@ -206,6 +226,8 @@ def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outp
     own: Any = module
     if contract.component == "unet":
         return _unet_call(module, contract)
+    if contract.component == "controlnet":
+        return ControlNetCall(module)
     if contract.component == "vae_decoder":
         return lambda latents: own.decode(latents).sample
     if contract.component == "vae_encoder":

@@ -20,6 +20,7 @@ from sdtrt.specs.contract import Contract
 if TYPE_CHECKING:
     import torch
 
+FILLED = 0.02  # the deviation of weights that begin as zeros
 SEED = 0  # of the weights that stand in for a live module's
 
 # What decides nothing of what a part computes: where it came from, how it was trained, what pipelines do around it.
@@ -69,7 +70,17 @@ class Blueprint:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            return build_module(self.class_name, dict(self.config)).to(dtype).eval().requires_grad_(False)
+            module = build_module(self.class_name, dict(self.config)).to(dtype).eval().requires_grad_(False)
+            if self.class_name == "ControlNetModel":  # its residuals begin as zeros, which would prove nothing
+                _fill_zeros(module)
+            return module
+
+
+def _fill_zeros(module: torch.nn.Module) -> None:
+    """Draw the weights of those layers that begin as zeros."""
+    for tensor in module.parameters():
+        if tensor.ndim > 1 and not tensor.any():
+            tensor.normal_(std=FILLED)
 
 
 def architecture_of(model: ModelSource, part: str) -> dict[str, Any]:

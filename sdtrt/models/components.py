@@ -24,11 +24,12 @@ from sdtrt.specs import (
     check_choice,
 )
 from sdtrt.specs.contract import Contract, overflows_in_fp16, text_encoder_contract, unet_contract, vae_contract
-from sdtrt.specs.groups import with_groups
+from sdtrt.specs.groups import controlnet_contract, with_groups
 
 if TYPE_CHECKING:
     import torch
 
+STEPPING: tuple[Component, ...] = ("unet", "controlnet")  # what runs at each step, on rows of latents
 TEXT_ENCODERS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
 VAE_HALVES: tuple[Component, ...] = ("vae_decoder", "vae_encoder")
 
@@ -75,6 +76,8 @@ def contract_of(
     config = model.config(part_of(component))
     if component == "unet":
         return with_groups(unet_contract(config, precision, model.pooled_width), config, groups)
+    if component == "controlnet":
+        return controlnet_contract(config, precision, model.pooled_width)
     if component in TEXT_ENCODERS:
         return text_encoder_contract(config, precision, component)
     return vae_contract(config, precision, component)
@@ -103,7 +106,7 @@ def sizes_of(component: Component, sizes: Sizes, images: int = 1) -> Sizes:
     Args:
         images: made at once. Prompts and negative prompts are encoded one after the other, and so are images.
     """
-    if component == "unet":
+    if component in STEPPING:
         return sizes
     if component in TEXT_ENCODERS:
         return Sizes(images, SIZE_MULTIPLE, SIZE_MULTIPLE)
@@ -115,7 +118,7 @@ def profile_of(component: Component, profile: Profile) -> Profile:
 
     The batch is that of images: half the UNet's, as guidance doubles that. Images are encoded one by one.
     """
-    if component == "unet":
+    if component in STEPPING:
         return profile
     batch = Range(*((rows + 1) // 2 for rows in (profile.batch.min, profile.batch.opt, profile.batch.max)))
     tokens, side = Range.of(DEFAULT_TOKENS), Range.of(SIZE_MULTIPLE)

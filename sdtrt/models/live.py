@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 MODULES = ("text_encoder", "text_encoder_2", "unet", "vae")  # the parts with weights
+CONTROLNET = "controlnet"
 LAYOUT = "live"
 HASHING_THREADS = 4
 # What `CLIPTextModel` computes with. Versions of transformers differ in what else a configuration has.
@@ -68,6 +69,8 @@ class LiveModel:
     def of(cls, pipe: Any) -> LiveModel:
         """The model of a pipeline, as its modules are at this moment."""
         modules = {name: module for name in MODULES if (module := getattr(pipe, name, None)) is not None}
+        if _is_controlnet(control := getattr(pipe, CONTROLNET, None)):
+            modules[CONTROLNET] = control
         name = str(getattr(pipe, "name_or_path", None) or "")
         return cls(ModelSpec(name or type(pipe).__name__), modules, _stored(name) if name else None)
 
@@ -142,6 +145,17 @@ class LiveModel:
         part = "vae" if component in HALVES else component
         self.check_has(part)
         return self.modules[part]
+
+
+def _is_controlnet(module: Any) -> bool:
+    """Whether a module is one ControlNet of diffusers' own that an engine may run: others are left to PyTorch.
+
+    That is one whose residuals are of full size, which is not compiled and has no quantised weights.
+    """
+    own = type(module).__module__.startswith("diffusers.") and type(module).__name__ == "ControlNetModel"
+    if not own or module.config.global_pool_conditions or module._compiled_call_impl is not None:
+        return False
+    return all(tensor.is_floating_point() for tensor in module.parameters())
 
 
 def _stored(name: str) -> Model | None:

@@ -25,7 +25,7 @@ from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
-from sdtrt.pipeline.controlnets import groups_of
+from sdtrt.pipeline.controlnets import groups_of, refuse_wanted
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
@@ -221,6 +221,7 @@ def _components(
 ) -> tuple[Component, ...]:
     """The components that engines are to run: those named, else all that the pipeline calls, and what runs in one."""
     if names is not None:
+        refuse_wanted(pipe, model.parts, names)
         return choose_components(model, list(names))
     own = (
         name for name in choose_components(model, ()) if name != "vae_encoder" or takes_images(pipe) or name in there

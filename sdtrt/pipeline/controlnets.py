@@ -1,11 +1,11 @@
-"""The ControlNets of a pipeline: which they are, and whether they fit its UNet. They run in PyTorch.
+"""The ControlNets of a pipeline: which they are, and whether they fit its UNet. One alone may run in an engine.
 
 Knows diffusers' classes and their configurations. Knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sdtrt.specs import Group
 from sdtrt.specs.groups import residual_shapes
 
 PART = "controlnet"
-IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine"
+IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine (one ControlNet alone has an engine)"
 
 
 def groups_of(pipe: Any) -> tuple[Group, ...]:
@@ -26,11 +26,10 @@ def groups_of(pipe: Any) -> tuple[Group, ...]:
 
 
 def controlnets_of(pipe: Any) -> list[torch.nn.Module]:
-    """The ControlNets of a pipeline, of one that has several each."""
+    """The ControlNets of a pipeline, of one that has several each; those that `torch.compile` wraps are unwrapped."""
     found = getattr(pipe, PART, None)
-    if isinstance(found, (MultiControlNetModel, MultiControlNetUnionModel)):
-        return list(found.nets)
-    return [] if found is None else [found]
+    nets = list(found.nets) if isinstance(found, (MultiControlNetModel, MultiControlNetUnionModel)) else [found]
+    return [getattr(one, "_orig_mod", one) for one in nets if one is not None]
 
 
 def check_controlnets(name: str, pipe: Any, hint: str) -> None:
@@ -56,6 +55,24 @@ def check_controlnets(name: str, pipe: Any, hint: str) -> None:
                 f"the controlnet of {name} is for another model: its {fact} is {own[fact]}, the unet's {wanted[fact]}",
                 hint="use a ControlNet for this model (SD 1.x, 2.x and XL have ones of their own)",
             )
+
+
+def refuse_wanted(pipe: Any, there: Container[str], names: Container[str]) -> None:
+    """Refuse an engine of ControlNets that have none.
+
+    Args:
+        there: the parts of the pipeline that engines may run.
+        names: of the components that are asked for.
+
+    Raises:
+        EngineError: where PyTorch alone runs what the pipeline has.
+    """
+    if PART in names and PART not in there and controlnets_of(pipe):
+        raise EngineError(
+            f"no engine runs the controlnet of {type(pipe).__name__}: it is several, a union, compiled or quantised,"
+            " or pools its residuals",
+            hint="leave controlnet out of components=: PyTorch runs it, beside engines of the other parts",
+        )
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class UNetForward:
         has_residuals = self.has_residuals and (down_block_additional_residuals is None) == (
             mid_block_additional_residual is None
         )
-        self._refuse(
+        self.refuse(
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
@@ -137,19 +137,19 @@ class UNetForward:
         self._casts[name] = kept
         return kept.result
 
-    def _refuse(self, **arguments: object) -> None:
+    def refuse(self, **arguments: object) -> None:
         """Raise `EngineError` naming the arguments that are in use."""
-        _refuse_unsupported("unet", self._way_out, **arguments)
+        _refuse_unsupported(self.contract.component, self._way_out, **arguments)
 
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
         wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
         unknown = {name: value for name, value in given.items() if name not in wanted}
-        self._refuse(**unknown)
+        self.refuse(**unknown)
         missing = [name for name in wanted if given.get(name) is None]
         if missing:
             raise EngineError(
-                f"the unet needs {' and '.join(missing)} in added_cond_kwargs",
+                f"the {self.contract.component} needs {' and '.join(missing)} in added_cond_kwargs",
                 hint="use a Stable Diffusion XL pipeline with this engine",
             )
         return {name: given[name] for name in wanted}

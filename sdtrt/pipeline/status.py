@@ -92,7 +92,7 @@ def status(pipe: Any) -> Status:
     ]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
     found += [
-        PartStatus(name, (), IN_PYTORCH if name == PART and "unet" in swapped else "no engine runs such a part")
+        PartStatus(name, (), "no engine runs such a part")
         for name in others
         if isinstance(getattr(pipe, name, None), torch.nn.Module)
     ]
@@ -115,6 +115,8 @@ def _reason(pipe: Any, component: Component, refusal: str) -> str:
         return refusal
     if component == "vae_encoder" and not takes_images(pipe):
         return "this pipeline encodes no images"
+    if component == PART and "unet" in swapped_of(pipe):
+        return IN_PYTORCH
     return "not among the components of sdtrt.accelerate" if swapped_of(pipe) else "sdtrt.accelerate was not called"
 
 

@@ -25,10 +25,11 @@ from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
-from sdtrt.models.components import TEXT_ENCODERS, part_of, sizes_of
+from sdtrt.models.components import STEPPING, TEXT_ENCODERS, part_of, sizes_of
 from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.bound import Bound, Followed
+from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import EncodedText, UNetForward
@@ -54,6 +55,7 @@ OnMiss = Literal["build", "torch", "error"]
 ON_MISS: tuple[str, ...] = ("build", "torch", "error")
 METHODS: dict[Component, str] = {
     "unet": "forward",
+    "controlnet": "forward",
     "text_encoder": "forward",
     "text_encoder_2": "forward",
     "vae_decoder": "decode",
@@ -173,8 +175,8 @@ class Swapped:
             if not self.is_open:
                 return self.original(*args, **kwargs)
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
-            is_unet = self.component == "unet"
-            states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None) if is_unet else None
+            steps = self.component in STEPPING
+            states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None) if steps else None
             result = self._run(_sizes_of_call(self.component, first, states), states, args, kwargs)
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
@@ -328,6 +330,8 @@ class Swapped:
         device = self.settings.device
         if self.component == "unet":
             return UNetForward(session, session.contract, device, IN_PYTORCH)
+        if self.component == "controlnet":
+            return ControlNetForward(session, device, IN_PYTORCH)
         if self.component in TEXT_ENCODERS:
             return encodes(session, device, self._module, profiles, IN_PYTORCH)
         config: Any = self.module.config
@@ -429,7 +433,7 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
         return Sizes(first.shape[0], SIZE_MULTIPLE, SIZE_MULTIPLE)
     factor = 1 if component == "vae_encoder" else SIZE_MULTIPLE
     height, width = (side * factor for side in first.shape[-2:])
-    if component == "unet":
+    if component in STEPPING:
         tokens = DEFAULT_TOKENS if states is None else states.shape[1]
         return Sizes(first.shape[0], height, width, tokens)
     return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)

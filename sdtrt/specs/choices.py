@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from sdtrt.common.errors import UsageError
 
-Component = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
+Component = Literal["text_encoder", "text_encoder_2", "controlnet", "unet", "vae_decoder", "vae_encoder"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 

@@ -10,10 +10,22 @@ from dataclasses import replace
 from typing import Any
 
 from sdtrt.common.errors import ModelError
-from sdtrt.specs.choices import Group
-from sdtrt.specs.contract import BATCH, LATENT_HEIGHT, LATENT_WIDTH, Contract, TensorSpec, scaled
+from sdtrt.specs.choices import Group, Precision
+from sdtrt.specs.contract import (
+    BATCH,
+    DTYPES,
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
+    LATENT_HEIGHT,
+    LATENT_WIDTH,
+    Contract,
+    TensorSpec,
+    scaled,
+    unet_contract,
+)
 
 MID_RESIDUAL = "mid_residual"
+CONTROL_IMAGE, RESIDUAL_SCALES = "control_image", "residual_scales"  # of a ControlNet's inputs
 # Blocks that give a skip connection a layer, and one more where they halve the size: those of Stable Diffusion.
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 
@@ -37,13 +49,36 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
     """
     if "controlnet" not in groups:
         return contract
-    dtype, shapes = contract.inputs[0].dtype, residual_shapes(config)
+    return replace(contract, inputs=(*contract.inputs, *_residuals(config, contract.inputs[0].dtype)))
+
+
+def controlnet_contract(config: Mapping[str, Any], precision: Precision, pooled: int | None = None) -> Contract:
+    """The contract of a `ControlNetModel`.
+
+    Args:
+        config: its diffusers configuration.
+        pooled: as of `unet_contract`.
+
+    Returns:
+        What a UNet takes, `control_image [B,3,8H,8W]` and `residual_scales` (float32, one number a residual: the
+        strength is an input) → the residuals, as the group `controlnet` of its UNet's contract has them.
+    """
+    like_unet = unet_contract({**config, "out_channels": config["in_channels"]}, precision, pooled)
+    dtype, channels = DTYPES[precision], config.get("conditioning_channels", 3)
+    residuals = _residuals(config, dtype)
+    image = TensorSpec(CONTROL_IMAGE, dtype, (BATCH, channels, IMAGE_HEIGHT, IMAGE_WIDTH))
+    scales = TensorSpec(RESIDUAL_SCALES, "float32", (len(residuals),))
+    return Contract("controlnet", precision, (*like_unet.inputs, image, scales), residuals)
+
+
+def _residuals(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
+    """What ControlNets give and UNets take, the middle block's last."""
+    shapes = residual_shapes(config)
     names = [*map(down_residual, range(len(shapes) - 1)), MID_RESIDUAL]
-    tensors = (
+    return tuple(
         TensorSpec(name, dtype, (BATCH, channels, scaled(LATENT_HEIGHT, factor), scaled(LATENT_WIDTH, factor)))
         for name, (channels, factor) in zip(names, shapes, strict=True)
     )
-    return replace(contract, inputs=(*contract.inputs, *tensors))
 
 
 def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:

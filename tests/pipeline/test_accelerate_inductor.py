@@ -191,6 +191,26 @@ def test_a_controlnet_and_its_scale_need_one_build_whatever_the_weights(make, ac
     assert names(directory) == built
 
 
+def test_a_controlnet_in_an_engine_follows_its_weights_and_its_scale(make, accelerate, directory):
+    pipe, plain = make(), make()
+    both = [
+        StableDiffusionControlNetPipeline.from_pipe(
+            one, vae=one.vae, controlnet=test_controlnet.small_controlnet(one.unet)
+        )
+        for one in (pipe, plain)
+    ]
+    accelerate(both[0], components=("controlnet",))
+    built = names(directory)
+    for strength, gain in ((1.0, 1.0), (0.4, 1.0), (0.4, 1.5)):
+        options = {"image": test_controlnet.MAP, "controlnet_conditioning_scale": strength}
+        for one in both:
+            one.controlnet.controlnet_mid_block.weight.data.mul_(gain)
+            one.controlnet.controlnet_down_blocks[0].bias.data.add_(gain - 1)
+        assert differ(latents(both[0], **options), latents(both[1], **options)) <= TOLERANCE
+    assert sdtrt.status(both[0])["controlnet"].is_in_engine
+    assert names(directory) == built
+
+
 def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, pipe, capsys):
     accelerate(pipe, components=("unet",), on_miss="error")
     with pytest.raises(EngineError, match="no engine of the unet is open"):

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 UNET_ALONE = ("unet",)
+PIPELINES = {"sd1": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
 
 
 def noise(seed):
@@ -142,6 +143,19 @@ def test_a_controlnet_has_its_effect_and_nothing_that_is_turned_builds_an_engine
     assert torch.equal(latents(pipe), latents(plain))
 
 
+def test_a_controlnet_that_is_compiled_or_pools_is_left_to_pytorch(make, accelerate):
+    plain, compiled, pooling = make(), make(), make()
+    compiled.controlnet.compile(backend="eager")
+    pooling.controlnet.register_to_config(global_pool_conditions=True)
+    for pipe in (compiled, pooling):
+        with pytest.raises(EngineError, match="no engine runs the controlnet of StableDiff") as caught:
+            accelerate(pipe, components=("unet", "controlnet"))
+        assert "leave controlnet out of components=" in caught.value.hint
+    accelerate(compiled)
+    assert not sdtrt.status(compiled)["controlnet"].is_in_engine
+    assert differ(latents(compiled), latents(plain)) <= TOLERANCE
+
+
 def test_several_controlnets_are_summed_before_the_engine(make, accelerate, directory):
     accelerate(make())
     built = names(directory)
@@ -201,7 +215,7 @@ def test_all_parts_in_engines_give_the_picture(make, accelerate):
     plain, pipe = (make(cls, vae=factories.small_vae()) for _ in range(2))
     accelerate(pipe, components=None)
     parts = {part.part: part.is_in_engine for part in sdtrt.status(pipe).parts}
-    assert parts == {"unet": True, "text_encoder": True, "vae_decoder": True, "vae_encoder": True, "controlnet": False}
+    assert parts == {"unet": True, "text_encoder": True, "vae_decoder": True, "vae_encoder": True, "controlnet": True}
     pictures = [np.asarray(latents(one, **IMAGES, output_type="np")) * 255 for one in (plain, pipe)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
     assert not sdtrt.status(accelerate(make(), components=None))["vae_encoder"].is_in_engine
@@ -307,3 +321,24 @@ def test_residuals_that_do_not_fit_are_refused_by_name(make, accelerate):
     for part in ({"down_block_additional_residuals": down}, {"mid_block_additional_residual": middle}):
         with pytest.raises(EngineError, match=f"no input for {next(iter(part))}"):
             pipe.unet(*call, **part)
+
+
+@pytest.mark.parametrize(("kind", "cls"), PIPELINES.items())
+def test_a_controlnet_runs_in_an_engine_of_its_own(make, accelerate, directory, kind, cls):
+    plain, pipe = make(cls, kind), accelerate(make(cls, kind), components=("unet", "controlnet"))
+    built = names(directory)
+    assert sdtrt.status(pipe)["controlnet"].is_in_engine
+    for options in (
+        {},
+        {"controlnet_conditioning_scale": 0.3, "image": OTHER_MAP},
+        {"control_guidance_end": 0.5, "num_inference_steps": 3},
+        {"guess_mode": True},
+    ):
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE, options
+    assert names(directory) == built
+    pipe.controlnet.controlnet_mid_block.weight.data.mul_(1.5)
+    with pytest.raises(EngineError, match="the controlnet has other weights than its engine"):
+        latents(pipe)
+    sdtrt.restore(pipe)
+    plain.controlnet.controlnet_mid_block.weight.data.mul_(1.5)
+    assert torch.equal(latents(pipe), latents(plain))

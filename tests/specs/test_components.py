@@ -10,7 +10,7 @@ import pytest
 from sdtrt.common.errors import ModelError
 from sdtrt.specs import Profile, Range, Sizes
 from sdtrt.specs.contract import Contract, unet_contract
-from sdtrt.specs.groups import with_groups
+from sdtrt.specs.groups import controlnet_contract, with_groups
 
 SIZES = Sizes(batch=3, height=72, width=104, tokens=154)
 
@@ -49,6 +49,17 @@ def test_residuals_have_the_shapes_that_the_unet_adds_them_to(configs):
         assert shapes["down_residual_00"][:2] == (3, 32)
         assert shapes["mid_residual"][:2] == (3, 64)
         assert with_groups(plain, configs[kind], ()) == plain
+
+
+def test_a_controlnet_gives_what_its_unet_takes(configs):
+    for kind in ("sd1", "sdxl"):
+        contract = controlnet_contract(configs[kind], "fp16")
+        unet = unet_contract(configs[kind], "fp16")
+        assert contract.inputs[: len(unet.inputs)] == unet.inputs
+        assert (*unet.inputs, *contract.outputs) == with_groups(unet, configs[kind], ("controlnet",)).inputs
+        shapes = contract.input_shapes(SIZES)
+        assert shapes["control_image"] == (3, 3, 72, 104)
+        assert shapes["residual_scales"] == (len(contract.outputs),)
 
 
 def test_residuals_of_blocks_of_another_kind_are_refused(configs):
