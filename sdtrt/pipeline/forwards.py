@@ -89,18 +89,14 @@ class UNetForward:
         Raises:
             EngineError: where an argument is used that the engine has no input for, or the session refuses one.
         """
-        has_residuals = self.has_residuals and (down_block_additional_residuals is None) == (
-            mid_block_additional_residual is None
-        )
         self.refuse(
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
-            down_block_additional_residuals=None if has_residuals else down_block_additional_residuals,
-            mid_block_additional_residual=None if has_residuals else mid_block_additional_residual,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
             encoder_attention_mask=encoder_attention_mask,
+            **self._unusable(down_block_additional_residuals, mid_block_additional_residual),
         )
         residuals = residual_feeds(
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual
@@ -109,6 +105,12 @@ class UNetForward:
         output = self.session.run(feeds)
         noise = output[self.contract.outputs[0].name].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def _unusable(self, down: tuple[torch.Tensor, ...] | None, middle: torch.Tensor | None) -> dict[str, object]:
+        """The residuals of a call, by diffusers' names, where the engine has no inputs for them or half is missing."""
+        if self.has_residuals and (down is None) == (middle is None):
+            return {}
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
     def feeds(
         self,
