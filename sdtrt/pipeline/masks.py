@@ -100,7 +100,7 @@ def fit(init: InitImage, mask: Mask, size: tuple[int, int], padding: int | None,
         latent: pixels per latent: of so many in a row one decides whether they are made anew.
 
     Raises:
-        UsageError: where the mask is so small that it covers no latent.
+        UsageError: where the mask is so small that it covers no latent, or the part that it covers is too long.
     """
     height, width = size
     if padding is None:
@@ -109,6 +109,7 @@ def fit(init: InitImage, mask: Mask, size: tuple[int, int], padding: int | None,
     else:
         processor = _processor()
         box = processor.get_crop_region(mask.pixels, width, height, pad=padding)
+        _check_proportions(box, height, width)
         image, covered = (
             processor.resize(one.crop(box), height, width, resize_mode="fill") for one in (init.pixels, mask.pixels)
         )
@@ -119,6 +120,16 @@ def fit(init: InitImage, mask: Mask, size: tuple[int, int], padding: int | None,
             hint="make the mask larger" if padding is not None else "use --padding-crop 32, or a larger mask",
         )
     return Inpainting(init, mask, image, covered, box)
+
+
+def _check_proportions(box: Box, height: int, width: int) -> None:
+    """Refuse a part of an image that would be scaled to less than a pixel of height or width."""
+    across, down = box[2] - box[0], box[3] - box[1]
+    if min(down * width // across, across * height // down) < 1:
+        raise UsageError(
+            f"the part of {across}x{down} pixels that the mask covers is too long to be made at {width}x{height}",
+            hint="give --height and --width of its proportions, or leave --padding-crop out",
+        )
 
 
 def _processor() -> Any:

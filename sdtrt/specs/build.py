@@ -89,6 +89,13 @@ class ModelSpec:
     vae: str | None = None
     loras: tuple[LoraSpec, ...] = ()
 
+    def __post_init__(self) -> None:
+        if wrong := [one for one in self.loras if not isinstance(one, LoraSpec)]:
+            raise UsageError(
+                f"each of a model's loras must be a LoraSpec, got {wrong[0]!r}",
+                hint='as in loras=(LoraSpec("style.safetensors", 0.8),)',
+            )
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`."""

@@ -43,7 +43,7 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.models.tensor_names import other_names, own_tensors
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.reports import doctor
-from sdtrt.specs import BuildRequest, BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.specs import BuildRequest, BuildSpec, ExportSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
 
 CPU = torch.device("cpu")
 SIZES = Sizes(2, 128, 128)
@@ -274,6 +274,21 @@ def test_a_session_gets_what_is_stored(models, component):
     assert session.taken.keys() == wanted.keys()
     assert all(torch.equal(tensor.float(), wanted[name]) for name, tensor in session.taken.items())
     assert session.module is None
+
+
+def test_a_session_gets_a_part_that_loras_change_with_them_merged(models, tmp_path):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    plain = load_component(models[0], "unet", torch.float32).get_submodule(layer).weight
+    ones = {"A": torch.ones(1, plain.shape[1]), "B": torch.ones(plain.shape[0], 1)}
+    file = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file({f"unet.{layer}.lora_{name}.weight": one for name, one in ones.items()}, file)
+    model = resolve_model(replace(models[0].spec, loras=(LoraSpec(str(file)),)))
+    session = Taking(contract_of(model, "unet", "fp32"), finite=True)
+    opening._give_weights(session, model)
+    torch.testing.assert_close(session.module.get_submodule(layer).weight, plain + 1)
+    session = Taking(contract_of(model, "vae_decoder", "fp32"), finite=True)
+    opening._give_weights(session, model)
+    assert session.module is None, "no LoRA changes that part"
 
 
 def test_a_number_that_is_not_finite_there_is_named_by_who_reads_the_file(models, tmp_path):

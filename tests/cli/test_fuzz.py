@@ -297,7 +297,7 @@ WORDS = st.sampled_from(["", "0", "-1", "nan", "1e400", "8:8", "1:2:3", "9" * 30
 VALUES = WORDS | st.integers().map(str) | st.floats().map(str) | TEXTS.filter(lambda text: "\0" not in text)
 OPTIONS = {
     "txt2img": ("-p", "-n", "--steps", "--cfg-scale", "-H", "-W", "--seed", "--num-images", "--scheduler", "-o"),
-    "img2img": ("-p", "-i", "--strength", "--steps", "-H", "-W", "-o"),
+    "img2img": ("-p", "-i", "--strength", "--steps", "-H", "-W", "-o", "--embedding", "--clip-skip", "--prompt-syntax"),
     "inpaint": ("-p", "-i", "--mask", "--mask-blur", "--padding-crop", "--strength", "-o"),
     "export": ("--precision", "-o", "--component", "--exporter", "--opset"),
     "build": ("--batch", "-H", "-W", "--tokens", "--profile", "--optimization-level", "--workspace-gib", "--precision"),

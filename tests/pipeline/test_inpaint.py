@@ -290,6 +290,18 @@ def test_a_mask_that_covers_too_little_is_refused(spec, files, model_of, directo
     generate(replace(spec, padding_crop=2, steps=2), directory, QUIET)
 
 
+def test_a_part_that_is_too_long_for_its_size_is_refused(tmp_path):
+    Image.new("RGB", (80, 1)).save(tmp_path / "init.png")
+    Image.new("L", (80, 1), 255).save(tmp_path / "mask.png")
+    init = read_init_image(tmp_path / "init.png")
+    mask = masks.read_mask(tmp_path / "mask.png", init)
+    with pytest.raises(
+        UsageError, match="the part of 80x1 pixels that the mask covers is too long to be made at 64x64"
+    ):
+        masks.fit(init, mask, (64, 64), 0, 8)
+    assert masks.fit(init, mask, (64, 80), 0, 8).image.size == (80, 64)
+
+
 def test_a_mask_is_upright_and_white_where_it_is_transparent(files, tmp_path):
     init = read_init_image(files[0])
     turned = Image.open(files[1]).transpose(Image.Transpose.ROTATE_90)

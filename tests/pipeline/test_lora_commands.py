@@ -100,6 +100,13 @@ def test_weights_that_are_no_numbers_are_refused(text):
         LoraSpec.parse(text)
 
 
+@pytest.mark.parametrize("loras", ["style.safetensors", ("style.safetensors",), (("style.safetensors", 0.8),)])
+def test_loras_that_are_no_specs_are_refused(loras):
+    with pytest.raises(UsageError, match="must be a LoraSpec, got") as caught:
+        ModelSpec("tiny", loras=loras)
+    assert "LoraSpec(" in caught.value.hint
+
+
 def merged_by_diffusers(kind, model, adapters):
     """The parts of a pipeline with LoRAs fused by diffusers, by name."""
     pipe = CLASSES[kind].from_pretrained(model)
