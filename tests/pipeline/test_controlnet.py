@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from contextlib import nullcontext as nothing
 
@@ -197,6 +198,15 @@ IMAGES = {"image": PICTURE, "control_image": MAP, "strength": 0.9}
 def test_each_of_diffusers_pipelines_gives_its_pictures(make, accelerate, cls, kind, options):
     plain, pipe = make(cls, kind), accelerate(make(cls, kind))
     assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+
+
+def test_a_unet_for_inpainting_has_its_nine_channels_and_the_residuals(make, accelerate):
+    nine = factories.small_unet("sd1", **{**factories.SMALLEST["sd1"], "in_channels": 9})
+    control = small_controlnet(factories.small_unet("sd1", **factories.SMALLEST["sd1"]))
+    cls = StableDiffusionControlNetInpaintPipeline
+    plain, pipe = (make(cls, control=None, unet=copy.deepcopy(nine), controlnet=control) for _ in range(2))
+    options = {**IMAGES, "mask_image": MASK}
+    assert differ(latents(accelerate(pipe), **options), latents(plain, **options)) <= TOLERANCE
 
 
 def test_a_union_of_controlnets_is_one_more_controlnet(make, accelerate):
