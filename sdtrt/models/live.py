@@ -20,7 +20,7 @@ from sdtrt.common.errors import ModelError, SdtrtError
 from sdtrt.models.adapters import own_state
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import Component, ModelSpec, Precision
-from sdtrt.specs.contract import DTYPES, pooled_width, vae_scale_factor
+from sdtrt.specs.contract import DTYPES, pooled_width, trained_size, vae_scale_factor
 
 if TYPE_CHECKING:
     import torch
@@ -101,9 +101,7 @@ class LiveModel:
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the UNet was trained for."""
-        size = self.config("unet").get("sample_size") or 64
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
+        return trained_size(self.config("unet"), self.vae_scale_factor)
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a part, with its class's defaults. Raises `ModelError` where there is no such part."""

@@ -42,6 +42,7 @@ from sdtrt.specs.contract import (
     pooled_width,
     text_width,
     time_ids_of,
+    trained_size,
     vae_scale_factor,
 )
 
@@ -136,9 +137,7 @@ class Model:
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the UNet was trained for."""
-        size = self.config("unet").get("sample_size") or 64
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
+        return trained_size(self.config("unet"), self.vae_scale_factor)
 
     def origin(self, part: str) -> Origin:
         """Where a part lies. Raises `ModelError` where models of its kind have no such part."""

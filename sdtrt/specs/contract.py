@@ -311,6 +311,18 @@ def inpainting_channels(latents: int) -> int:
     return 2 * latents + 1
 
 
+def trained_size(unet: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """Height and width in pixels that a UNet was trained for.
+
+    Args:
+        unet: its configuration.
+        factor: pixels per latent.
+    """
+    size = unet.get("sample_size") or 64
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return factor * int(height), factor * int(width)
+
+
 def vae_scale_factor(config: Mapping[str, Any]) -> int:
     """Pixels per latent, in each direction."""
     if not is_tiny_vae(config):
