@@ -111,8 +111,11 @@ def code_of(baseline: Baseline, precision: Precision, device: str) -> str:
     parts = [bench_compile.code_of(baseline.name)]
     if baseline.name == "onnxruntime-cuda":
         parts = [inspect.getsource(_open_onnxruntime)]
-    if "graphed" in parts[0].partition("\n")[2]:  # beyond its arguments
-        parts.append(inspect.getsource(capture_graph))
+    if device == "cuda" and "graphed(" in parts[0]:
+        parts += [inspect.getsource(GraphedForward), inspect.getsource(capture_graph)]
+    if baseline.name in FORMS:
+        graphed = "GraphedForward" if device == "cuda" else "lambda forward: forward"
+        parts.append(f"{FORMS[baseline.name].__name__}(pipe, {graphed})")
     return "\n\n\n".join(["\n".join(lines), *(part.rstrip() for part in parts if part)]) + "\n"
 
 

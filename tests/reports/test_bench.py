@@ -362,6 +362,15 @@ def test_the_code_of_a_baseline_is_python_and_its_own(name):
     assert ("compile_others" in functions) == (name in GRAPHED)
     assert ("capture_graph" in functions) == (form is not None and "graphed(" in text)
     assert ("capture_graph" in functions) == (name in {"torch-graph", *GRAPHED})
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert classes == ({"GraphedForward"} if "capture_graph" in functions else set())
+    assert form is None or text.splitlines()[-1] == f"{form.__name__}(pipe, GraphedForward)"
+
+
+def test_the_code_of_a_baseline_on_a_cpu_has_no_graph():
+    text = bench_baselines.code_of(BASELINES["torch-compile"], "fp32", "cpu")
+    assert "capture_graph" not in text
+    assert text.endswith("\ncompiled(pipe, lambda forward: forward)\n")
 
 
 def test_a_form_changes_what_its_code_says(monkeypatch):
