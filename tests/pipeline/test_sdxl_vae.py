@@ -53,6 +53,22 @@ def directory(tmp_path_factory):
     return EngineDirectory(tmp_path_factory.mktemp("engines"))
 
 
+def request(folder, output, **init):
+    """Of a command: the VAE's halves in engines of fp16."""
+    choices = {"backend": "inductor", "precision": "fp16", "components": VAE_HALVES, "output": output}
+    size = {"height": 64, "width": 64, "steps": 2, "seed": 5}
+    return GenerateSpec(("red",), ModelSpec(str(folder)), **choices, **size, **init)
+
+
+@pytest.fixture(scope="module")
+def made(folder, directory, tmp_path_factory):
+    """The engines that a command makes."""
+    place = tmp_path_factory.mktemp("pictures")
+    NOISE.save(place / "init.png")
+    generate(request(folder, place / "a", init_image=place / "init.png"), directory, QUIET)
+    return engines(directory)
+
+
 def engines(directory):
     """Component and precision of each engine that there is."""
     keys = [entry.engine_key for entry in directory.entries("engine")]
@@ -90,17 +106,7 @@ def test_plain_fp16_is_black_here(folder):
 def test_commands_compute_it_in_fp16(folder, directory, tmp_path, task):
     NOISE.save(tmp_path / "init.png")
     init = {"init_image": tmp_path / "init.png"} if task == "img2img" else {}
-    model, size = ModelSpec(str(folder)), {"height": 64, "width": 64, "steps": 2, "seed": 5}
-    half = GenerateSpec(
-        ("red",),
-        model,
-        backend="inductor",
-        precision="fp16",
-        components=VAE_HALVES,
-        output=tmp_path / "a",
-        **size,
-        **init,
-    )
+    half = request(folder, tmp_path / "a", **init)
     plain = replace(half, backend="torch", precision="fp32", components=(), output=tmp_path / "b")
     found, wanted = (
         np.asarray(Image.open(generate(spec, directory, QUIET).images[0].path)).astype(float) / 255
@@ -137,13 +143,13 @@ def test_a_loaded_pipeline_does_not_widen_it(folder, directory, task):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("task", ["txt2img", "img2img"])
-def test_a_live_pipeline_may_widen_its_own_and_gets_its_pictures(folder, directory, task, dtype):
+def test_a_live_pipeline_may_widen_its_own_and_gets_its_pictures(folder, directory, made, task, dtype):
     """diffusers casts the weights to fp32 for each call, and back: the engine takes them as they come."""
     given = {"image": NOISE, "strength": 0.9} if task == "img2img" else {}
     pipe = from_folder(folder, dtype, StableDiffusionXLImg2ImgPipeline if given else StableDiffusionXLPipeline)
     wanted = picture(pipe, **given)
     state = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
-    names, built = VAE_HALVES if given else VAE_HALVES[:1], engines(directory)
+    names = VAE_HALVES if given else VAE_HALVES[:1]
     sdtrt.accelerate(
         pipe,
         height=64,
@@ -158,7 +164,7 @@ def test_a_live_pipeline_may_widen_its_own_and_gets_its_pictures(folder, directo
     first = picture(pipe, **given)
     assert_alike(first, wanted)
     assert pipe.vae.dtype == dtype
-    assert engines(directory) == built, "those of the commands serve it"
+    assert engines(directory) == made, "those of the commands serve it"
     assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.vae.state_dict().items())
     assert np.array_equal(picture(pipe, **given), first), "the same engine, and the same weights"
     with torch.no_grad():
