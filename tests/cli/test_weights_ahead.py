@@ -13,7 +13,7 @@ from sdtrt.cli import weights_ahead
 from sdtrt.cli.weights_ahead import read_ahead
 from sdtrt.engines import digests
 from sdtrt.models.resolve import TINY
-from sdtrt.specs import GenerateSpec, ModelSpec
+from sdtrt.specs import GenerateSpec, LoraSpec, ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {path.resolve() for path in TINY.glob("*/*.safetensors")}
@@ -51,9 +51,9 @@ def publish(directory, backend, component="unet", number=1):
     return directory.obtain("engine", key, make)
 
 
-def ahead(directory, backend="inductor", model="tiny"):
+def ahead(directory, backend="inductor", model="tiny", loras=()):
     """All that the background does for a request."""
-    read_ahead(GenerateSpec(("a red circle",), ModelSpec(str(model)), backend), directory)
+    read_ahead(GenerateSpec(("a red circle",), ModelSpec(str(model), loras=loras), backend), directory)
     while threads := [one for one in threading.enumerate() if one.name == weights_ahead.THREAD]:
         threads[0].join(10)
         assert not threads[0].is_alive()
@@ -114,6 +114,11 @@ def test_what_is_not_there_is_left_for_the_command_to_meet(directory, read, recw
     ahead(directory, model=directory.path / "none.safetensors")
     assert not read
     assert not recwarn.list
+
+
+def test_a_lora_that_is_not_there_yet_holds_nothing_up(directory, read):
+    ahead(directory, loras=(LoraSpec("owner/no-such-lora"),))
+    assert set(read) == set(WEIGHTS)
 
 
 @pytest.mark.slow
