@@ -19,7 +19,7 @@ from sdtrt.specs import AUTO, BackendName, check_choice
 
 # In the order in which `auto` takes them where no engines are there: what was measured comes first. On one H200 a step
 # of Stable Diffusion 1.5 takes Inductor's engines 5.96 ms and those of TensorRT 8.6 7.68; they are built in 125 s and
-# 587 s. SDXL's UNet takes 30.9 ms from the same compiler (`torch.compile`), and 36.96 from TensorRT 8.6. Of TensorRT 10
+# 587 s. SDXL's UNet takes 29.9 ms in a package of Inductor, and 36.96 in an engine of TensorRT 8.6. Of TensorRT 10
 # and later nothing is measured yet. Where engines are there, their own times decide (`pipeline.fastest`).
 _BACKENDS: tuple[Backend, ...] = (
     Inductor("inductor"),
