@@ -399,6 +399,26 @@ def _quietly() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def live_pipeline(cls: Any, kind: Kind, tokenizer: CLIPTokenizer, **parts: Any) -> Any:
+    """A pipeline of small parts made in memory, the same one each time; SDXL's has the tokenizer twice.
+
+    Args:
+        parts: those that are others, or more than these.
+    """
+    given = {"vae": small_tiny_vae(), "tokenizer": tokenizer, "text_encoder": small_text_encoder()}
+    given |= {"scheduler": diffusers.DDIMScheduler()}
+    if kind == "sdxl":
+        second = small_text_encoder(seed=1, projection=True, hidden_act="gelu")
+        given |= {"text_encoder_2": second, "tokenizer_2": tokenizer, "add_watermarker": False}
+    else:
+        given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if "unet" not in parts:
+        given["unet"] = small_unet(kind, **SMALLEST[kind])
+    pipe = cls(**{**given, **parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def sd1_single_file(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, **unet_overrides: Any) -> Path:
     """Write the model of `sd1_folder` as one checkpoint with the original (LDM) key names; returns `path`."""
     tensors = _ldm_tensors(small_unet("sd1", seed=seed, **unet_overrides), small_vae(seed=seed))

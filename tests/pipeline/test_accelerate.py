@@ -15,7 +15,6 @@ import pytest
 import torch
 from diffusers import (
     AutoPipelineForImage2Image,
-    DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -40,7 +39,6 @@ from sdtrt.pipeline.schedulers import keep_on_host
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
-PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 UNET_ALONE = ("unet",)
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 CALL = (torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))  # of a UNet
@@ -57,17 +55,7 @@ def make(tokenizer):
     """Make a pipeline in memory, the same one each time."""
 
     def made(cls=StableDiffusionPipeline, kind="sd1", **parts):
-        unet = factories.small_unet(kind, **factories.SMALLEST[kind])
-        given = {"unet": unet, "vae": factories.small_tiny_vae(), "tokenizer": tokenizer}
-        given |= {"text_encoder": factories.small_text_encoder(), "scheduler": DDIMScheduler()}
-        if kind == "sdxl":
-            second = factories.small_text_encoder(seed=1, projection=True, hidden_act="gelu")
-            given |= {"text_encoder_2": second, "tokenizer_2": tokenizer, "add_watermarker": False}
-        else:
-            given |= PARTS
-        pipe = cls(**{**given, **parts})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return factories.live_pipeline(cls, kind, **{"tokenizer": tokenizer, **parts})
 
     return made
 

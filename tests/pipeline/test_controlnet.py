@@ -13,7 +13,6 @@ import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
-    DDIMScheduler,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -35,7 +34,6 @@ from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import ExportSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
-PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 UNET_ALONE = ("unet",)
 PIPELINES = {"sd1": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
@@ -82,17 +80,8 @@ def make(tokenizer):
 
     def made(cls=StableDiffusionControlNetPipeline, kind="sd1", *, control=small_controlnet, **parts):
         unet = factories.small_unet(kind, **factories.SMALLEST[kind])
-        given = {"unet": unet, "vae": factories.small_tiny_vae(), "tokenizer": tokenizer}
-        given |= {"text_encoder": factories.small_text_encoder(), "scheduler": DDIMScheduler()}
-        if kind == "sdxl":
-            second = factories.small_text_encoder(seed=1, projection=True, hidden_act="gelu")
-            given |= {"text_encoder_2": second, "tokenizer_2": tokenizer, "add_watermarker": False}
-        else:
-            given |= PARTS
-        given |= {"controlnet": control(unet)} if control else {}
-        pipe = cls(**{**given, **parts})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        more = {"controlnet": control(unet)} if control else {}
+        return factories.live_pipeline(cls, kind, **{"tokenizer": tokenizer, "unet": unet, **more, **parts})
 
     return made
 

@@ -14,7 +14,7 @@ import factories
 import pytest
 import torch
 import torch_engines
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -31,7 +31,6 @@ VISIBLE = 100 * TOLERANCE
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 ALL = [*ATTENTION, "proj_in", "ff.net.2", "conv1", "time_emb_proj"]
 TEXT = ["q_proj", "v_proj", "out_proj", "fc1"]
-PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 @pytest.fixture(autouse=True)
@@ -54,16 +53,8 @@ def make(tokenizer):
             **factories.SMALLEST[kind],
             "norm_num_groups": 8,
         }  # of a group of one channel, a norm hides biases
-        parts = {"unet": factories.small_unet(kind, **architecture), "vae": factories.small_tiny_vae()}
-        parts |= {"tokenizer": tokenizer, "text_encoder": factories.small_text_encoder(), "scheduler": DDIMScheduler()}
-        if kind == "sdxl":
-            second = factories.small_text_encoder(seed=1, projection=True, hidden_act="gelu")
-            more = {"text_encoder_2": second, "tokenizer_2": tokenizer, "add_watermarker": False}
-            pipe = StableDiffusionXLPipeline(**parts, **more)
-        else:
-            pipe = StableDiffusionPipeline(**parts, **PARTS)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        cls = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
+        return factories.live_pipeline(cls, kind, tokenizer, unet=factories.small_unet(kind, **architecture))
 
     return made
 

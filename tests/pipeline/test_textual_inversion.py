@@ -8,7 +8,7 @@ import factories
 import pytest
 import torch
 import torch_engines
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from test_lora import random_adapter
 
@@ -17,7 +17,6 @@ from sdtrt.common.errors import EngineError
 from sdtrt.pipeline import parked
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
-PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 TEXT = "a <cat> circle"
 
@@ -27,17 +26,11 @@ def make(tmp_path):
     """Make a pipeline in memory, the same one each time, with tokenizers of its own."""
 
     def made(kind="sd1"):
-        given = {"unet": factories.small_unet(kind, **factories.SMALLEST[kind]), "vae": factories.small_tiny_vae()}
-        given |= {"text_encoder": factories.small_text_encoder(), "scheduler": DDIMScheduler()}
-        given |= {"tokenizer": factories.write_tokenizer(tmp_path / "tokenizer")}
+        tokenizer = factories.write_tokenizer(tmp_path / "tokenizer")
         if kind == "sd1":
-            pipe = StableDiffusionPipeline(**given, **PARTS)
-        else:
-            second = factories.small_text_encoder(seed=1, projection=True, hidden_act="gelu")
-            given |= {"text_encoder_2": second, "tokenizer_2": factories.write_tokenizer(tmp_path / "tokenizer_2")}
-            pipe = StableDiffusionXLPipeline(**given, add_watermarker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+            return factories.live_pipeline(StableDiffusionPipeline, kind, tokenizer)
+        second = factories.write_tokenizer(tmp_path / "tokenizer_2")
+        return factories.live_pipeline(StableDiffusionXLPipeline, kind, tokenizer, tokenizer_2=second)
 
     return made
 
