@@ -158,7 +158,7 @@ def _open_engines(
         yield _Running()
         return
     entries = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
-    scratch = Scratch()  # the parts of a pipeline run one after the other
+    scratch = Scratch(memory.pool_bytes(spec, entries))  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
             check_memory(spec, entries, loaded)
