@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import factories
 import pytest
 import safetensors.torch
 import torch
+from diffusers import ControlNetModel
 
 from sdtrt.backends import build as building
 from sdtrt.backends import open as opening
 from sdtrt.backends import registry
 from sdtrt.backends.build import engine_key
-from sdtrt.backends.inductor import build
+from sdtrt.backends.inductor import build, worker
 from sdtrt.backends.inductor.weights import (
     CONSTANTS_FILE,
     Constant,
@@ -44,6 +46,7 @@ from sdtrt.models.tensor_names import other_names, own_tensors
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.reports import doctor
 from sdtrt.specs import BuildRequest, BuildSpec, ExportSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.specs.groups import controlnet_contract
 
 CPU = torch.device("cpu")
 SIZES = Sizes(2, 128, 128)
@@ -488,6 +491,40 @@ def test_without_a_compiler_it_says_so(models, directory, monkeypatch):
     request = build.Request(spec_of(models[0]).export, PROFILE, contract, directory.path, "cpu")
     with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
         build.build_package(request, QUIET)
+
+
+def test_without_setuptools_it_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
+    monkeypatch.setitem(sys.modules, "setuptools", None)
+    problem = registry.get("inductor").why_not()
+    assert "setuptools is not installed" in problem.message
+    assert problem.hint == "pip install setuptools"
+
+
+@pytest.mark.parametrize("component", ["unet", "controlnet"])
+def test_the_reference_of_a_check_is_computed_a_few_rows_at_a_time(models, component, monkeypatch):
+    """PyTorch's own fp32 is wrong at many rows of a large picture at once, on an H200."""
+    model = models[0]
+    contract = contract_of(model, "unet", "fp32")
+    module = load_component(model, "unet", torch.float32)
+    if component == "controlnet":
+        module = ControlNetModel.from_unet(module)
+        contract = controlnet_contract(module.config, "fp32")
+    feeds, seen = seeded_feeds(contract, Sizes(5, 64, 64)), []
+    whole = worker.reference(module, contract)
+    expected = whole(*feeds.values())
+
+    def spied(*args):
+        call = reference(*args)
+        return lambda *inputs: seen.append([len(one) for one in inputs]) or call(*inputs)
+
+    monkeypatch.setattr(worker, "reference", spied)
+    request = build.Request(spec_of(model).export, PROFILE, contract, Path("nowhere"), "cpu")
+    found = worker._reference(module, request)(feeds)
+    assert [max(one[:-1]) for one in seen] == [2, 2, 1]
+    wanted = (expected,) if isinstance(expected, torch.Tensor) else expected
+    for spec, one in zip(contract.outputs, wanted, strict=True):
+        torch.testing.assert_close(found[spec.name], one.detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

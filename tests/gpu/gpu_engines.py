@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdtrt.backends import registry
 from sdtrt.backends.build import build_engine
 from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
@@ -27,6 +28,9 @@ from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Precision, Profile, Ra
 NEEDS_GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use"),
+)
+NEEDS_INDUCTOR = pytest.mark.skipif(
+    registry.get("inductor").why_not() is not None, reason=str(registry.get("inductor").why_not())
 )
 NEEDS_TENSORRT = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="TensorRT is not installed")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gpu_engines import NEEDS_GPU
+from gpu_engines import NEEDS_GPU, NEEDS_INDUCTOR
 
 import sdtrt
 from sdtrt.backends.cuda_graphs import CudaGraphs, InputBuffers, key_of
@@ -150,8 +150,9 @@ def test_what_is_taken_at_once_serves_those_that_come_later():
 
 
 def test_the_last_to_close_gives_the_memory_back():
-    with workers(SIDE, shared=True) as (worker,):  # cuBLAS's workspace stays for good, and is used again
+    with workers(SIDE, shared=True) as (worker,):  # cuBLAS's workspaces stay for good, and are used again
         worker.run(samples(1)[0])
+        worker.plain(samples(1)[0])
     before = reserved()
     for _ in range(3):
         with workers(SIDE, 2 * SIDE, shared=True, expected_bytes=512 * MIB) as (first, second):
@@ -227,6 +228,8 @@ def pictures(directory, monkeypatch, *, shared):
         made = [
             pipe(
                 "a red circle",
+                height=512,
+                width=512,
                 num_inference_steps=4,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="np",
@@ -238,6 +241,7 @@ def pictures(directory, monkeypatch, *, shared):
     return made, taken, reserved() - before
 
 
+@NEEDS_INDUCTOR
 def test_pictures_are_the_same_in_one_pool_and_in_several(directory, monkeypatch):
     """The first one is launched kernel by kernel, the second one captured, later ones are replayed."""
     pictures(directory, monkeypatch, shared=True)  # builds what is missing

@@ -8,7 +8,7 @@ import gpu_engines
 import numpy as np
 import pytest
 import torch
-from gpu_engines import NEEDS_GPU, NEEDS_TENSORRT
+from gpu_engines import NEEDS_GPU, NEEDS_INDUCTOR, NEEDS_TENSORRT
 from PIL import Image
 
 import sdtrt
@@ -82,6 +82,7 @@ def test_a_batch_that_runs_out_of_memory_goes_on_in_smaller_ones(directory, tmp_
     assert np.abs(first - last).max() <= 2
 
 
+@NEEDS_INDUCTOR
 def test_the_check_counts_what_graphs_hold(directory):
     """Engines of Inductor: each part's graph keeps what a run takes, and no more than that is there beside it."""
     torch.zeros(1, device=CUDA)
@@ -91,7 +92,8 @@ def test_the_check_counts_what_graphs_hold(directory):
     pipe = sdtrt.load("tiny", height=512, width=512, backend="inductor", engine_dir=directory.path)
     with closing(pipe):
         for seed in (1, 2):
-            pipe("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(seed))
+            size = {"height": 512, "width": 512}
+            pipe("a red circle", **size, num_inference_steps=3, generator=torch.Generator().manual_seed(seed))
         demand = demand_of(opened.entries(pipe), Sizes(2, 512, 512), 1)
         assert demand.scratch > 0
         assert torch.cuda.max_memory_reserved() - before <= demand.total

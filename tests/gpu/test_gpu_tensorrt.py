@@ -500,9 +500,9 @@ SCENES = {
 def no_torch_unet(monkeypatch):
     """When the engine is there, the PyTorch UNet is neither read nor put on the GPU."""
 
-    def refuse(model, name, dtype, _load=loading._load_part):
+    def refuse(model, name, dtype, *rest, _load=loading._load_part):
         assert name != "unet", "the UNet's weights were read"
-        return _load(model, name, dtype)
+        return _load(model, name, dtype, *rest)
 
     monkeypatch.setattr(loading, "_load_part", refuse)
 

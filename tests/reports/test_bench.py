@@ -761,6 +761,7 @@ def test_on_a_gpu_all_baselines_are_measured_beside_tensorrt(small, directory):
     rows = {row.runner.baseline.name: row for row in report.rows if row.runner.baseline is not None}
     for name in ("torch-fp32", "torch-tf32", "torch-fp16", "torch-graph"):
         assert rows[name].measured is not None, rows[name].error
+    assert report.rows[0].measured is not None, report.rows[0].error
     assert report.rows[0].measured.memory["gpu_peak_bytes"] > 0
     report.check()
 

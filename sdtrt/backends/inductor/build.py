@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,11 +117,15 @@ def compiler() -> str:
 
 
 def require_compiler() -> None:
-    """Raise `BuildError` where there is no C++ compiler."""
+    """Raise `BuildError` where there is no C++ compiler, or where PyTorch can't call one."""
     if shutil.which(compiler()) is None:
         raise BuildError(
             f"there is no C++ compiler {compiler()}, which PyTorch compiles engines with",
             hint="install g++ (apt install g++), or name another one: CXX=/path/to/compiler",
+        )
+    if find_spec("setuptools") is None:
+        raise BuildError(
+            "setuptools is not installed, with which PyTorch calls the C++ compiler", hint="pip install setuptools"
         )
 
 
