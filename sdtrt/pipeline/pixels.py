@@ -6,8 +6,11 @@ Knows no pipeline.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 LEVELS = 256
@@ -32,3 +35,27 @@ def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
     # PyTorch and NumPy both round halves to the even neighbour.
     levels = pixels.detach().permute(0, 2, 3, 1).float().mul(LEVELS - 1).round()
     return [Image.fromarray(one) for one in levels.to(torch.uint8).contiguous().cpu().numpy()]
+
+
+class _OnDevice(VaeImageProcessor):  # type: ignore[misc]  # diffusers is not typed
+    """diffusers' own, but that pictures are rounded on the device. It is a module's, so that pickles find it."""
+
+    def postprocess(
+        self, image: torch.Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None
+    ) -> Any:
+        """Turn what a VAE gives into `output_type`, as diffusers does."""
+        if output_type != "pil" or not isinstance(image, torch.Tensor) or image.shape[1] != len("RGB"):
+            return super().postprocess(image, output_type, do_denormalize)
+        return to_pictures(super().postprocess(image, "pt", do_denormalize))
+
+
+def round_on_device(processor: Any) -> None:
+    """Let a pipeline's image processor round pictures on the device; one that is not diffusers' own stays as it is."""
+    if type(processor) is VaeImageProcessor:
+        processor.__class__ = _OnDevice
+
+
+def let_go(processor: Any) -> None:
+    """Undo `round_on_device`."""
+    if type(processor) is _OnDevice:
+        processor.__class__ = VaeImageProcessor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import IPAdapterMaskProcessor, VaeImageProcessor
 from PIL import Image
 
 from sdtrt.common.console import QUIET
@@ -96,3 +98,37 @@ def test_a_call_gives_the_pictures_of_diffusers_own_call(smallest, engine_dir, s
     for one, other, numbers in zip(found, own, again, strict=True):
         assert (np.asarray(one) == np.asarray(other)).all()
         assert (np.asarray(one) == (numbers * 255).round().astype("uint8")).all()
+
+
+COPIES = {"itself": lambda one: one, "deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("denormalized", [None, [True, True], [False, True]])
+def test_a_processor_that_rounds_on_the_device_gives_what_it_gave(output_type, denormalized, how):
+    given = torch.randn(2, 3, 16, 24).half().clamp(0, 1) if denormalized == [False, True] else torch.randn(2, 3, 16, 24)
+    plain, kept = VaeImageProcessor(vae_scale_factor=8), VaeImageProcessor(vae_scale_factor=8)
+    pixels.round_on_device(kept)
+    kept = COPIES[how](kept)
+    assert isinstance(kept, VaeImageProcessor)
+    assert kept.config == plain.config
+    found, wanted = (one.postprocess(given, output_type, do_denormalize=denormalized) for one in (kept, plain))
+    assert type(found) is type(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert type(one) is type(other)
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    pixels.let_go(kept)
+    assert type(kept) is VaeImageProcessor
+
+
+def test_grey_pictures_and_other_processors_stay_as_they_are():
+    kept = VaeImageProcessor(vae_scale_factor=8)
+    pixels.round_on_device(kept)
+    (grey,) = kept.postprocess(torch.rand(1, 1, 16, 24))
+    assert (grey.mode, grey.size) == ("L", (24, 16))
+    for other in (IPAdapterMaskProcessor(), None):
+        before = type(other)
+        pixels.round_on_device(other)
+        pixels.let_go(other)
+        assert type(other) is before
