@@ -23,7 +23,7 @@ from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline import memory, opened
+from sdtrt.pipeline import memory, opened, pixels
 from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
 from sdtrt.pipeline.controlnets import groups_of, refuse_wanted
 from sdtrt.pipeline.engines import ensure_engines
@@ -114,6 +114,7 @@ def restore(pipe: PipeT) -> PipeT:
         for swapped in swapped_of(pipe).values():
             swapped.close()
         let_go(getattr(pipe, "scheduler", None))
+        pixels.let_go(getattr(pipe, "image_processor", None))
     return pipe
 
 
@@ -131,9 +132,9 @@ class _Choices:
     on_miss: OnMiss
 
     def __post_init__(self) -> None:
-        for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels is not None:
-                check_size(name, pixels)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_size(name, side)
         if self.batch_size < 1:
             hint = "it counts images, not UNet rows"
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}", hint=hint)
@@ -255,6 +256,7 @@ def _swap(pipe: Any, plan: _Plan) -> None:
         one.attach()
     if settings.device.type == "cuda":
         keep_on_host(pipe.scheduler)
+        pixels.round_on_device(getattr(pipe, "image_processor", None))
 
 
 def _park(parts: Iterable[Swapped]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from sdtrt.pipeline import pixels
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.text_states import states_of
 
@@ -62,7 +63,9 @@ class PipelineCall:
             Pixels `[B,H,W,3]` in 0 to 1 for `np`, finite or not; a list of pictures for `pil`.
         """
         watched = {} if advance is None else {"callback_on_step_end": _calling(advance)}
-        return opened.pipe(**self._arguments(opened), **watched, output_type=output_type).images
+        given = {"pil": "pt"}.get(output_type, output_type)
+        made = opened.pipe(**self._arguments(opened), **watched, output_type=given).images
+        return pixels.to_pictures(made) if output_type == "pil" else made
 
     def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
         """What diffusers' pipelines call all this."""
@@ -77,10 +80,17 @@ class PipelineCall:
         if self.start is None:
             return {**common, **size}
         if self.mask is None:
-            return {**common, "image": self.start, "strength": self.strength}
+            return {**common, "image": self._started(opened), "strength": self.strength}
         each = len(self.prompts)  # of one image for all, inpainting pipelines draw the latents by the first generator
         images = {"image": [self.start] * each, "mask_image": [self.mask] * each}
         return {**common, **size, **images, "strength": self.strength}
+
+    def _started(self, opened: OpenPipeline) -> Image.Image | torch.Tensor:
+        """What img2img starts from, on the device already, where diffusers would not change its size."""
+        assert self.start is not None
+        if pixels.fits(self.start, opened.pipe.vae_scale_factor):
+            return pixels.to_device(self.start, opened.spec.device)
+        return self.start
 
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""

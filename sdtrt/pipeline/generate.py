@@ -207,9 +207,8 @@ class _Run:
             call = self._call(self._filled(batch, size))
             steps = call.count_unet_calls(self.opened)
             with self.console.bar(name, steps) as advance:
-                pixels = call.run(self.opened, advance=advance)[: len(batch)]
+                made: list[Image.Image] = call.run(self.opened, output_type="pil", advance=advance)[: len(batch)]
         self._check_finite(finite.first_bad(), steps)
-        made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
         return [self.start.finished(one) for one in made] if isinstance(self.start, masks.Inpainting) else made
 
     def _filled(self, batch: Sequence[Job], size: int) -> Sequence[Job]:

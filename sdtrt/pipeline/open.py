@@ -29,7 +29,7 @@ from sdtrt.models.components import (
 )
 from sdtrt.models.embeddings import put_into
 from sdtrt.models.weights import WEIGHT_NAMES
-from sdtrt.pipeline import memory, preloaded, schedulers
+from sdtrt.pipeline import memory, pixels, preloaded, schedulers
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
@@ -220,6 +220,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
         refuse_as_a_whole(pipe, running.sessions)
+        if spec.device.type == "cuda":
+            pixels.round_on_device(pipe.image_processor)
     return pipe
 
 

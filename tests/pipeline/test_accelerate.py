@@ -34,6 +34,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import accelerate as accelerating
 from sdtrt.pipeline import parked, reading, swap
+from sdtrt.pipeline.pixels import round_on_device
 from sdtrt.pipeline.reading import Reading, block_sums
 from sdtrt.pipeline.schedulers import keep_on_host
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
@@ -103,11 +104,14 @@ def test_a_pipeline_made_in_memory_gives_its_pictures_in_engines_and_restored_to
     assert sdtrt.status(pipe)["vae_decoder"].is_in_engine
     assert differ(latents(pipe), plain) <= TOLERANCE
     assert np.abs(pixels(pipe) - picture).max() <= 2
-    scheduler = type(pipe.scheduler)
+    scheduler, processor = type(pipe.scheduler), type(pipe.image_processor)
     keep_on_host(pipe.scheduler)  # as on a GPU
+    round_on_device(pipe.image_processor)
+    assert type(pipe.image_processor) is not processor
     assert differ(latents(pipe), plain) <= TOLERANCE
     sdtrt.restore(pipe)
     assert type(pipe.scheduler) is scheduler
+    assert type(pipe.image_processor) is processor
     assert torch.equal(latents(pipe), plain)
     assert {name: dict(module.__dict__) for name, module in modules_of(pipe).items()} == attributes
     assert not sdtrt.status(pipe)["unet"].is_in_engine
