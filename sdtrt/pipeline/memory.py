@@ -28,6 +28,7 @@ from sdtrt.specs import (
 )
 
 ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
+PADDING = 1.05  # of tensors that PyTorch has: with what it rounds up, SDXL's weights take 1.04 times their size
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
 
@@ -89,10 +90,10 @@ def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> 
     for name, entry in entries.items():
         weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
         if weights is not None and work is not None:
-            fixed += weights
+            asks = registry.get(entry.engine_key.backend).asks_for_scratch
+            fixed += math.ceil(weights * PADDING) if asks else weights
             own = work * _share(entry, sizes_of(name, sizes, images))
             wanted = max(wanted, own)
-            asks = registry.get(entry.engine_key.backend).asks_for_scratch
             scratch = max(scratch, math.ceil(own) if asks else work)
     return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
 

@@ -17,7 +17,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import memory, request
 from sdtrt.pipeline import open as pipeline_open
-from sdtrt.pipeline.memory import ALLOWANCE_BYTES, by_scratch, demand_of, fitting, free_bytes
+from sdtrt.pipeline.memory import ALLOWANCE_BYTES, PADDING, by_scratch, demand_of, fitting, free_bytes
 from sdtrt.specs import ModelSpec, Profile, Range, Sizes
 
 GIB = 2**30
@@ -183,7 +183,7 @@ def packages(sizes=SQUARE, images=1, largest=None):
 def test_engines_that_ask_for_their_scratch_share_it():
     """They take turns in one pool: it is as large as the one needs that needs the most."""
     demand = demand_of(packages(), SQUARE, 1)
-    assert demand.fixed == 2 * GIB + ALLOWANCE_BYTES
+    assert demand.fixed == pytest.approx(2 * PADDING * GIB + ALLOWANCE_BYTES, abs=8)
     assert (demand.scratch, demand.wanted) == (4 * GIB, 4 * GIB)
 
 
@@ -193,16 +193,27 @@ def test_a_run_asks_for_what_its_own_size_takes(model, monkeypatch):
     found = packages(small, largest=large)
     found["text_encoder"].info["scratch_bytes"] = 0
     assert demand_of(found, small, 1).scratch == 4.0 / 16 * GIB
-    assert refused(model, monkeypatch, 2.5, found, small) is None
-    assert refused(model, monkeypatch, 2.49, found, small) is not None
+    assert refused(model, monkeypatch, 2.61, found, small) is None
+    assert refused(model, monkeypatch, 2.59, found, small) is not None
     assert demand_of(found, large, 4).scratch == 4 * GIB
 
 
 def test_what_is_suggested_fits_engines_that_ask_for_their_scratch(model, monkeypatch):
     error = refused(model, monkeypatch, 5.0, packages())
-    assert error.message == "the engines for 1024x1024 pixels need 6.25 GiB of GPU memory, and 5.00 GiB are free"
+    assert error.message == "the engines for 1024x1024 pixels need 6.35 GiB of GPU memory, and 5.00 GiB are free"
     assert error.hint == "use --height 832 --width 832, or end other programs on the GPU"
     assert demand_of(packages(), Sizes(2, 832, 832), 1).total <= 5 * GIB
+
+
+def test_what_sdxl_takes_on_an_h200_is_counted():
+    """PyTorch had 8.75 GB there, after three pictures of 1024x1024 (benchmarks/graph-memory-sdxl-h200.json)."""
+    figures = {"text_encoder": (0.25, 0.04), "text_encoder_2": (1.39, 0.04), "unet": (5.13, 0.39)}
+    figures["vae_decoder"] = (0.10, 1.38)
+    found = {
+        name: engine(*(one * 1e9 / GIB for one in pair), Profile.of(profile), backend="inductor")
+        for (name, pair), profile in zip(figures.items(), (*[SQUARE] * 3, Sizes(1, 1024, 1024)), strict=True)
+    }
+    assert 8.75e9 <= demand_of(found, SQUARE, 1).total <= 9.1e9
 
 
 def test_the_pool_is_as_large_as_what_is_asked_of_pytorch(model):
