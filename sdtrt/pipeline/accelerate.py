@@ -249,7 +249,9 @@ def _swap(pipe: Any, plan: _Plan) -> None:
             one.close()
         _park(new.values())  # what came back with those that left
         memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if name in new})
-        _open({**plan.staying, **new}, entries, Scratch(memory.pool_bytes(plan.request, entries)))
+        shared = [one.scratch for one in plan.staying.values()]
+        scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
+        _open({**plan.staying, **new}, entries, scratch)
     for one in plan.staying.values():
         one.settings = settings
     for one in new.values():

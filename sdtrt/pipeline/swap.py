@@ -150,7 +150,7 @@ class Swapped:
         self.table = TokenTable(module) if component in TEXT_ENCODERS else None
         self._module = ref(module)
         self._said: set[str] = set()
-        self._scratch = Scratch()
+        self.scratch = Scratch()
         self._steps = Steps()
         own = getattr(type(module), self.method)
         functools.update_wrapper(self, own)
@@ -317,10 +317,10 @@ class Swapped:
         Args:
             scratch: what the pipeline's engines share from now on.
         """
-        self._scratch = scratch or self._scratch
+        self.scratch = scratch or self.scratch
         if any(one.entry.path == entry.path for one in self.engines):
             return
-        session = open_session(entry, self.settings.device, self._scratch)
+        session = open_session(entry, self.settings.device, self.scratch)
         self.engines.append(Opened(entry, session, self._call_of(session, entry.engine_key.profiles)))
         if self.bound is not None:
             self._follow(self.engines[-1])
