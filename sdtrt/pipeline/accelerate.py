@@ -46,6 +46,7 @@ def accelerate(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
+    guidance: bool = True,
     backend: BackendName = AUTO,
     precision: Precision | None = None,
     components: Iterable[Component] | None = None,
@@ -67,6 +68,7 @@ def accelerate(
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting, or with ControlNet.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
+        guidance: whether calls have a guidance scale above 1; Turbo's and other distilled models' have not.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
         precision: `fp32`, `fp16` or `bf16`; None for the backend's default, fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet` or `vae_decoder`; None for all that the pipeline calls.
@@ -86,7 +88,7 @@ def accelerate(
     """
     directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
     named = None if components is None else tuple(components)
-    choices = _Choices(height, width, batch_size, backend, precision, named, directory, on_miss)
+    choices = _Choices(height, width, batch_size, guidance, backend, precision, named, directory, on_miss)
     with _CHANGING, quiet_libraries():
         _swap(pipe, _plan(pipe, choices, Console(quiet=not progress)))
     return pipe
@@ -124,6 +126,7 @@ class _Choices:
     height: int | None
     width: int | None
     batch_size: int
+    guidance: bool
     backend: BackendName
     precision: Precision | None
     components: tuple[Component, ...] | None
@@ -156,7 +159,7 @@ class _Choices:
         """The engines that a pipeline needs."""
         height, width = model.default_size()
         images = self.batch_size
-        sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=True)
+        sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
 
 

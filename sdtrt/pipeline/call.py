@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.text_states import states_of
 
@@ -42,7 +43,7 @@ class PipelineCall:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
         pipe, spec = opened.pipe, opened.spec
         pipe.scheduler.set_timesteps(spec.steps, device=spec.device)
-        if self.start is None:
+        if self.start is None or _scales_timesteps(pipe):
             return len(pipe.scheduler.timesteps)
         return len(pipe.get_timesteps(spec.steps, self.strength, spec.device)[0])
 
@@ -86,9 +87,17 @@ class PipelineCall:
         """The prompts, or the states that are made of them here."""
         plan = opened.spec.text
         if plan.is_own:
-            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, self.guidance_scale > 1)
+            guided = self.guidance_scale > 1 and not opened.spec.model.embeds_guidance
+            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, guided)
+        if type(opened.pipe).__name__ in LCM_PIPELINES:  # it takes no negative prompt
+            return {"prompt": list(self.prompts)}
         negative = [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None
         return {"prompt": list(self.prompts), "negative_prompt": negative}
+
+
+def _scales_timesteps(pipe: Any) -> bool:
+    """Whether all steps of a pipeline from an image run, in the part of the timesteps that the strength says."""
+    return type(pipe).__name__ == LCM_PIPELINES[1]
 
 
 def _calling(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:

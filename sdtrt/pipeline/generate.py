@@ -116,6 +116,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
+        if model.embeds_guidance and spec.negative_prompt:
+            console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
         start = _started(spec, pipeline_spec, init, mask)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:

@@ -214,6 +214,7 @@ class _Bench:
             scheduler=spec.scheduler,
             images=batch,
             noise=spec.noise,
+            strength=spec.strength if task == "img2img" else 1.0,
         )
 
     def _measure(self, runner: Runner, pipeline_spec: PipelineSpec) -> Measured:
