@@ -12,6 +12,7 @@ from sdtrt.cli.options import BackendOptions
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
     PREDICTION_TYPES,
     PROMPT_SYNTAXES,
@@ -104,6 +105,11 @@ class GenerateOptions:
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
+    preview: Annotated[
+        str | None,
+        Option(metavar="FILE|FOLDER|ID", help="a tiny VAE (such as TAESD) that shows the picture while steps run"),
+    ] = None
+    preview_every: Annotated[int, Option(help="steps from one preview to the next")] = DEFAULT_PREVIEW_EVERY
     no_build: NoBuild = False
     component: Annotated[
         list[str] | None,
@@ -130,6 +136,8 @@ class GenerateOptions:
             output=self.output,
             overwrite=self.overwrite,
             allow_build=not self.no_build,
+            preview=self.preview,
+            preview_every=self.preview_every,
             components=cast("tuple[Component, ...]", tuple(self.component or ())),
             embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
             clip_skip=self.clip_skip,

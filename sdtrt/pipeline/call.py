@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.previews import Preview
 from sdtrt.pipeline.text_states import states_of
 
 
@@ -53,16 +54,18 @@ class PipelineCall:
         *,
         output_type: Literal["np", "pil"] = "np",
         advance: Callable[[], object] | None = None,
+        preview: Preview | None = None,
     ) -> Any:
         """Make the images.
 
         Args:
             advance: is called after each step of the scheduler.
+            preview: looks at the latents then.
 
         Returns:
             Pixels `[B,H,W,3]` in 0 to 1 for `np`, finite or not; a list of pictures for `pil`.
         """
-        watched = {} if advance is None else {"callback_on_step_end": _calling(advance)}
+        watched = {} if advance is None else {"callback_on_step_end": _calling(advance, preview)}
         return opened.pipe(**self._arguments(opened), **watched, output_type=output_type).images
 
     def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
@@ -100,11 +103,11 @@ def _scales_timesteps(pipe: Any) -> bool:
     return type(pipe).__name__ == LCM_PIPELINES[1]
 
 
-def _calling(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:
+def _calling(advance: Callable[[], object], preview: Preview | None) -> Callable[..., dict[str, Any]]:
     """What diffusers calls after a step, and which changes none of its tensors."""
 
-    def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         advance()
-        return {}
+        return {} if preview is None else preview(pipe, step, timestep, tensors)
 
     return on_step_end

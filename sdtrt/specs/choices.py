@@ -69,6 +69,8 @@ DEFAULT_GUIDANCE_SCALE = 7.5
 
 DEFAULT_STRENGTH = 0.8
 
+DEFAULT_PREVIEW_EVERY = 5  # steps
+
 DEFAULT_TOKENS = 77
 
 SAMPLE_PROMPT = "a red circle on a blue background"

@@ -13,6 +13,7 @@ from sdtrt.specs.choices import (
     AUTO,
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
     DEFAULT_STRENGTH,
     MAX_BATCH,
@@ -110,6 +111,8 @@ class GenerateSpec:
         allow_build: export and build a missing engine on the spot.
         embeddings: textual inversions, whose words the prompts may have.
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
+        preview: a tiny VAE, which decodes a small picture while the steps run; None for none.
+        preview_every: steps from one such picture to the next.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
     """
 
@@ -139,6 +142,8 @@ class GenerateSpec:
     embeddings: tuple[EmbeddingSpec, ...] = ()
     clip_skip: int = 0
     prompt_syntax: PromptSyntax = "plain"
+    preview: str | None = None
+    preview_every: int = DEFAULT_PREVIEW_EVERY
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
@@ -153,6 +158,10 @@ class GenerateSpec:
         if self.clip_skip < 0:
             raise UsageError(
                 f"clip-skip must be at least 0, got {self.clip_skip}", hint="use --clip-skip 1, or leave it out"
+            )
+        if self.preview_every < 1:
+            raise UsageError(
+                f"preview-every must be at least 1, got {self.preview_every}", hint="use --preview-every 5, or 1"
             )
         check_output(self.output)
         self._check_prompts()
