@@ -17,6 +17,7 @@ from sdtrt.specs import (
     PREDICTION_TYPES,
     PROMPT_SYNTAXES,
     SCHEDULERS,
+    SIGMAS,
     TIMESTEP_SPACINGS,
     Component,
     EmbeddingSpec,
@@ -28,6 +29,7 @@ from sdtrt.specs import (
     PromptSyntax,
     SchedulerName,
     TimestepSpacing,
+    find_sigmas,
 )
 
 # What several commands ask about an image.
@@ -41,7 +43,11 @@ Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple o
 InitImage = Annotated[Path, Option("--init-image", "-i", help="the image to start from")]
 Scheduler = Annotated[
     str | None,
-    Option("--scheduler", "--sampler", help=f"one of {', '.join(SCHEDULERS)}; by default the model's own"),
+    Option(
+        "--scheduler",
+        "--sampler",
+        help=f"one of {', '.join(SCHEDULERS)}, or what diffusers and web UIs call it; by default the model's own",
+    ),
 ]
 
 
@@ -59,12 +65,22 @@ class NoiseOptions:
         bool | None, Option(help="rescale the noise schedule to zero terminal SNR; by default as the model says")
     ] = None
 
+    sigmas: Annotated[
+        str | None,
+        Option(
+            "--sigmas",
+            "--schedule-type",
+            help=f"spacing of noise levels: {', '.join(SIGMAS)}; else as the model says",
+        ),
+    ] = None
+
     def spec(self) -> NoiseSpec:
         """The noise that is asked for."""
         return NoiseSpec(
             cast("PredictionType | None", self.prediction_type),
             cast("TimestepSpacing | None", self.timestep_spacing),
             self.zero_snr,
+            None if self.sigmas is None else find_sigmas(self.sigmas),
         )
 
 
@@ -101,6 +117,7 @@ class GenerateOptions:
     num_images: Annotated[int, Option(help="images for each prompt")] = 1
     batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
     scheduler: Scheduler = None
+    eta: Annotated[float | None, Option(help="noise that DDIM and TCD (its gamma) add in each step, 0 to 1")] = None
     output: Annotated[
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
     ] = None
@@ -136,6 +153,7 @@ class GenerateOptions:
             output=self.output,
             overwrite=self.overwrite,
             allow_build=not self.no_build,
+            eta=self.eta,
             preview=self.preview,
             preview_every=self.preview_every,
             components=cast("tuple[Component, ...]", tuple(self.component or ())),

@@ -71,7 +71,10 @@ class PipelineCall:
     def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
         """What diffusers' pipelines call all this."""
         spec = opened.spec
+        if hasattr(opened.pipe.scheduler, "noise_sampler_seed"):  # it draws no noise from the generators
+            opened.pipe.scheduler.noise_sampler_seed = self.seeds[0] if len(self.seeds) == 1 else list(self.seeds)
         common = {
+            **({} if spec.eta is None else {"eta": spec.eta}),
             **self._texts(opened),
             "num_inference_steps": spec.steps,
             "guidance_scale": self.guidance_scale,

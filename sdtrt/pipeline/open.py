@@ -35,7 +35,7 @@ from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.refusals import refuse_as_a_whole
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.scheduler_checks import check_steps
+from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
 from sdtrt.specs import Component
 
 
@@ -81,6 +81,8 @@ def open_pipeline(
     parts = {"scheduler": _load_scheduler(spec)} | _load_tokenizers(spec)
     strength = spec.strength if _is_lcm(spec, parts["scheduler"]) else 1.0
     check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img, strength=strength)
+    if spec.eta is not None:
+        check_eta(parts["scheduler"])
     if spec.has_engines:  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running:

@@ -84,6 +84,7 @@ class PipelineSpec:
         img2img: start from an image.
         inpaint: make what a mask covers of that image; `img2img` is set, too.
         strength: how much of that image is replaced.
+        eta: of the scheduler's steps; None for diffusers' default.
         scheduler: None for the model's own.
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
@@ -106,6 +107,7 @@ class PipelineSpec:
     texts: tuple[str, ...] = ()
     text: TextPlan = field(default_factory=TextPlan)
     strength: float = 1.0
+    eta: float | None = None
 
     @property
     def has_engines(self) -> bool:
@@ -187,6 +189,7 @@ def resolve_request(
         texts=tuple(dict.fromkeys((*spec.prompts, spec.negative_prompt))),
         text=text,
         strength=spec.strength if img2img else 1.0,
+        eta=spec.eta,
     )
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)

@@ -50,6 +50,14 @@ def check_steps(scheduler: Any, steps: int, *, img2img: bool = False, strength: 
         raise UsageError(f"{name} runs at most {most} steps, got {steps}", hint=f"use --steps {most}")
 
 
+def check_eta(scheduler: Any) -> None:
+    """Raise `UsageError` for a scheduler whose steps take no eta: diffusers' pipelines would pass over it."""
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        raise UsageError(
+            f"{type(scheduler).__name__} has no eta", hint="use --scheduler ddim or tcd with --eta, or leave --eta out"
+        )
+
+
 def _most_steps(scheduler: Any, steps: int, strength: float) -> int:
     """How many steps the scheduler has, `steps` at most.
 

@@ -36,7 +36,6 @@ from sdtrt.specs.choices import (
     PREDICTION_TYPES,
     RANDOM_SEED,
     SAMPLE_PROMPT,
-    SCHEDULERS,
     SIZE_MULTIPLE,
     TIMESTEP_SPACINGS,
     BackendName,
@@ -47,7 +46,6 @@ from sdtrt.specs.choices import (
     Group,
     Precision,
     PredictionType,
-    SchedulerName,
     TimestepSpacing,
     bytes_of,
     check_choice,
@@ -63,6 +61,7 @@ from sdtrt.specs.report import (
     Thresholds,
     VerifySpec,
 )
+from sdtrt.specs.schedulers import SCHEDULERS, SIGMAS, SchedulerName, Sigmas, find_scheduler, find_sigmas
 from sdtrt.specs.sizes import (
     Profile,
     ProfileRequest,
@@ -103,6 +102,7 @@ __all__ = [
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
     "SCHEDULERS",
+    "SIGMAS",
     "SIZE_MULTIPLE",
     "TIMESTEP_SPACINGS",
     "BackendName",
@@ -129,6 +129,7 @@ __all__ = [
     "PruneSpec",
     "Range",
     "SchedulerName",
+    "Sigmas",
     "Sizes",
     "Thresholds",
     "TimestepSpacing",
@@ -137,4 +138,6 @@ __all__ = [
     "check_choice",
     "check_output",
     "check_size",
+    "find_scheduler",
+    "find_sigmas",
 ]
