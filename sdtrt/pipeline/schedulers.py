@@ -101,7 +101,7 @@ def _lacks_package(class_name: str, error: ImportError) -> UsageError:
     package = next((name for name in _PACKAGES if name in str(error)), "scipy")
     return UsageError(
         f"{class_name} needs {package}, which is not installed",
-        hint=f"run: pip install {package}; or use another scheduler, as in --scheduler dpm++2m-sde",
+        hint=f'pip install "sdtrt[schedulers]", or pip install {package}; or use --scheduler dpm++2m-sde',
     )
 
 

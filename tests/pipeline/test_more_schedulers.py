@@ -195,7 +195,7 @@ def test_a_package_that_is_missing_is_named_with_the_mend(monkeypatch):
     if not HAS_TORCHSDE:
         with pytest.raises(UsageError, match="DPMSolverSDEScheduler needs torchsde, which is not installed") as caught:
             make_scheduler("dpm++sde", SD1)
-        assert "pip install torchsde; or use another scheduler" in caught.value.hint
+        assert "pip install torchsde; or use --scheduler" in caught.value.hint
     monkeypatch.setattr("diffusers.schedulers.scheduling_euler_discrete.is_scipy_available", lambda: False)
     with pytest.raises(UsageError, match="EulerDiscreteScheduler with beta sigmas needs scipy"):
         made("Euler Beta")
