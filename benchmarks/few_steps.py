@@ -3,8 +3,8 @@
     python benchmarks/few_steps.py --folder /tmp/few-steps --output benchmarks/few-steps-h200.json
 
 Models with random weights are made where they are missing (`scripts/make_random_model.py`), and Inductor engines built.
-Each case is timed twice: opened as the commands do it (`sdtrt bench`, with its parts), and as a diffusers pipeline that
-`sdtrt.accelerate` has taken, whose time is told apart as well. `--lcm` and `--sdxl` name other models, `--small` makes
+Each case is timed twice: opened as the commands do it (`sdtrt bench`, with its parts), and as a live pipeline
+in engines (`accelerate`), whose time is told apart as well. `--lcm` and `--sdxl` name other models, `--small` makes
 64x64 pixels in fewer repeats: to try this on a CPU with models of miniature size.
 """
 
