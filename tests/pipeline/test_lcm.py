@@ -12,11 +12,13 @@ from diffusers import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from test_controlnet import small_controlnet
 
 import sdtrt
 from sdtrt.common.console import QUIET, Console
@@ -28,6 +30,7 @@ from sdtrt.specs.contract import unet_contract
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
+SMALLEST = factories.SMALLEST["sd1"]
 WIDTH = 16  # of a guidance scale's embedding
 PICTURE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
@@ -208,3 +211,18 @@ def test_a_negative_prompt_has_no_effect_and_that_is_said(folder, tmp_path, dire
     )
     generate(spec, directory, Console())
     assert "takes no negative prompt" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_controlnet_has_its_effect_beside_the_guidance_scale(make, accelerate):
+    plain, pipe = (
+        make(StableDiffusionControlNetPipeline, controlnet=small_controlnet(factories.small_unet("sd1", **SMALLEST)))
+        for _ in range(2)
+    )
+    accelerate(pipe)
+    seen = []
+    for options in ({"guidance_scale": 1.0}, {"guidance_scale": 8.0}, {"controlnet_conditioning_scale": 0.2}):
+        seen.append(latents(pipe, image=PICTURE, **options))
+        assert differ(seen[-1], latents(plain, image=PICTURE, **options)) <= TOLERANCE
+    assert differ(seen[0], seen[1]) > 100 * TOLERANCE
+    assert len(swapped_of(pipe)["unet"].engines) == 1
