@@ -130,7 +130,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(spec, opened, init, mask, directory)
                 opened.files.check()  # so that they are of the weights that were loaded
-            with _previewing(spec, tiny, output, console) as preview:
+            with _previewing(spec, opened, tiny, output, console) as preview:
                 run = _Run(spec, opened, output, start, console, settings, preview)
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
@@ -140,14 +140,14 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
 
 @contextmanager
 def _previewing(
-    spec: GenerateSpec, tiny: Model | None, output: saving.OutputPlan, console: Console
+    spec: GenerateSpec, opened: OpenPipeline, tiny: Model | None, output: saving.OutputPlan, console: Console
 ) -> Iterator[Preview | None]:
     """Show each picture while it is made, in a file that is there as long as this lasts; None where nobody asked."""
     if tiny is None:
         yield None
         return
     with output.preview(spec.prompts[0], console) as file:
-        yield load_preview(tiny, lambda _step, pictures: file.show(pictures), spec.preview_every)
+        yield load_preview(tiny, opened, lambda _step, pictures: file.show(pictures), spec.preview_every)
 
 
 def _started(

@@ -18,6 +18,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, SdtrtError, UsageError
 from sdtrt.models import loading
 from sdtrt.models.resolve import Model, resolve_model
+from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.specs import DEFAULT_PREVIEW_EVERY
 from sdtrt.specs.contract import is_tiny_vae
 
@@ -30,31 +31,37 @@ class Preview:
     """What a diffusers pipeline takes as `callback_on_step_end`: every few steps it shows the latents, decoded.
 
     Args:
-        vae: a tiny VAE for such latents, which moves to where they are.
+        vae: a tiny VAE for such latents, which moves to where they are; a pipeline's own stays, and runs in its engine.
         show: gets the number of the step that is done, from 1, and a picture for each image.
         every: steps from one picture to the next.
     """
 
-    def __init__(self, vae: AutoencoderTiny, show: Show, every: int = DEFAULT_PREVIEW_EVERY) -> None:
+    def __init__(self, vae: Any, show: Show, every: int = DEFAULT_PREVIEW_EVERY) -> None:
         if every < 1:
             raise UsageError(f"a preview is made every {every} steps", hint="use 1, or more")
-        self.vae, self.show, self.every = vae.eval().requires_grad_(False), show, every
+        self.vae, self.show, self.every = vae, show, every
 
     def __call__(self, pipe: Any, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
         """Be called after a step, from 0; nothing of the pipeline's changes."""
         if (step + 1) % self.every == 0:
-            self.show(step + 1, self.decode(tensors["latents"], pipe.scheduler))
+            latents = tensors["latents"].float() * variance_factor(pipe.scheduler)
+            self.show(step + 1, self.decode(latents, moves=pipe.vae is not self.vae))
         return {}
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, scheduler: Any) -> list[Image.Image]:
-        """Pictures of latents `[B,C,H,W]` as a scheduler has them, at most `SIDE` latents wide and high."""
-        dtype = torch.float16 if latents.device.type == "cuda" else torch.float32
-        torch.nn.Module.to(self.vae, latents.device, dtype)
-        given = (latents.float() * variance_factor(scheduler)).to(dtype)
-        if (longer := max(latents.shape[-2:])) > SIDE:
-            given = functional.interpolate(given, scale_factor=SIDE / longer, mode="area")
-        pixels = self.vae.decode(given / self.vae.config.scaling_factor, return_dict=False)[0]
+    def decode(self, latents: torch.Tensor, *, moves: bool = True) -> list[Image.Image]:
+        """Pictures of latents `[B,C,H,W]` of unit variance.
+
+        Args:
+            moves: whether the VAE goes to where the latents are, and what is larger than `SIDE` is scaled down for it.
+        """
+        if moves:
+            dtype = torch.float16 if latents.device.type == "cuda" else torch.float32
+            torch.nn.Module.to(self.vae, latents.device, dtype)
+            if (longer := max(latents.shape[-2:])) > SIDE:
+                latents = functional.interpolate(latents, scale_factor=SIDE / longer, mode="area")
+        given = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        pixels = self.vae.decode(given, return_dict=False)[0]
         levels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
         return [Image.fromarray(one) for one in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -63,7 +70,8 @@ def preview(vae: str | AutoencoderTiny, show: Show, *, every: int = DEFAULT_PREV
     """Make small pictures while a diffusers pipeline's steps run: pass it what this returns as `callback_on_step_end`.
 
     Args:
-        vae: an `AutoencoderTiny`, its folder, or its hub id: `madebyollin/taesd`, or `taesdxl` for SDXL.
+        vae: an `AutoencoderTiny`, its folder, or its hub id: `madebyollin/taesd`, or `taesdxl` for SDXL. Where the
+            pipeline's own is one (`pipe.vae`), that may be it.
         show: gets the number of the step that is done, and a list of pictures, one for each image.
         every: steps from one picture to the next.
 
@@ -110,6 +118,8 @@ def find_preview_vae(name: str, model: Model, console: Console) -> Model:
     return found
 
 
-def load_preview(found: Model, show: Show, every: int) -> Preview:
-    """A preview by the VAE of a model that `find_preview_vae` found."""
-    return Preview(loading.load_parts(found, ("vae",), torch.float32)["vae"], show, every)
+def load_preview(found: Model, opened: OpenPipeline, show: Show, every: int) -> Preview:
+    """A preview by the VAE of a model that `find_preview_vae` found; an open pipeline's own, where it is that one."""
+    is_own = found.spec.vae == opened.spec.model.spec.vae
+    vae = opened.pipe.vae if is_own else loading.load_parts(found, ("vae",), torch.float32)["vae"]
+    return Preview(vae, show, every)

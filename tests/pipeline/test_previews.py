@@ -64,7 +64,7 @@ def test_latents_that_only_get_noise_are_brought_back_to_a_vaes_variance():
 
 def test_large_latents_make_a_small_picture():
     look = Preview(factories.small_tiny_vae(), print, 1)
-    pictures = look.decode(torch.randn(2, 4, 64, 128), DDIMScheduler())
+    pictures = look.decode(torch.randn(2, 4, 64, 128))
     assert [one.size for one in pictures] == [(512, 256)] * 2
     with pytest.raises(UsageError, match="every 0 steps"):
         sdtrt.preview(factories.small_tiny_vae(), print, every=0)
@@ -104,3 +104,24 @@ def test_what_is_no_tiny_vae_for_the_model_is_refused_before_anything_is_loaded(
         assert (code, message in err, "--vae" in err) == (1, True, False), err
     code, _, err = run("txt2img", "a star", "--preview", "x", "--preview-every", "0")
     assert (code, "preview-every must be at least 1, got 0" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_pipelines_own_tiny_vae_shows_it_in_its_engine(pipe, smallest, tiny, folder, run, monkeypatch, engine_dir):
+    sdtrt.accelerate(
+        pipe, height=64, width=64, components=("vae_decoder",), engine_dir=engine_dir, backend="onnxruntime"
+    )
+    built, shown = len(list(engine_dir.iterdir())), []
+    look = sdtrt.preview(pipe.vae, lambda step, pictures: shown.append(pictures[0].size), every=1)
+    call = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 1.0}
+    pipe("a star", callback_on_step_end=look, **call)
+    assert shown == [(64, 64)] * 2
+    assert sdtrt.status(pipe)["vae_decoder"].is_in_engine
+    assert len(list(engine_dir.iterdir())) == built
+    seen = []
+    monkeypatch.setattr(PreviewFile, "show", lambda file, pictures: seen.append(np.asarray(pictures[0]).astype(int)))
+    options = ["--backend", "onnxruntime", "--component", "vae_decoder", "--vae", str(tiny), "--preview", str(tiny)]
+    request = ["--model", str(smallest), "--steps", "2", "--height", "64", "--width", "64", "--preview-every", "1"]
+    code, _, err = run("txt2img", "a star", *options, *request, "--scheduler", "euler", "--output", "own.png")
+    assert code == 0, err
+    assert np.abs(seen[-1] - np.asarray(Image.open("own.png")).astype(int)).max() <= 1, "the last step's is the picture"
