@@ -93,6 +93,7 @@ def test_a_command_keeps_a_file_that_shows_it_until_the_picture_is_there(smalles
     assert (folder / "plain.png").read_bytes() == (folder / "star.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_no_tiny_vae_for_the_model_is_refused_before_anything_is_loaded(smallest, tmp_path, folder, run):
     other = factories.vae_folder(tmp_path / "other", factories.small_tiny_vae(latent_channels=16))
     for name, message in (
