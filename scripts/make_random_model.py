@@ -1,9 +1,11 @@
-"""Write a diffusers folder with the architecture of Stable Diffusion 1.5 or SDXL and random weights: for timing, where
-no checkpoint can be had. Speed does not depend on the values of weights; pictures and fidelity do.
+"""Write a diffusers folder with random weights and the architecture of Stable Diffusion 1.5, SDXL, or a latent
+consistency model with a tiny VAE: for timing, where no checkpoint can be had. Speed does not depend on the values of
+weights; pictures and fidelity do.
 
     python scripts/make_random_model.py FOLDER
     python scripts/make_random_model.py FOLDER --residual-gain 16
     python scripts/make_random_model.py FOLDER --architecture sdxl --vae-gain 1e5
+    python scripts/make_random_model.py FOLDER --architecture lcm
 
 The UNet's activations then are of the order of 1, and a trained model's are larger: what each layer adds to the last
 one's result grows in training. `--residual-gain` multiplies that. With 16, the layers' results have a standard
@@ -24,8 +26,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -40,7 +45,7 @@ TOKENIZER = (
 )  # CLIP's own 49 408 words need a hub
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(**config: Any) -> UNet2DConditionModel:
     """860 M parameters."""
     return UNet2DConditionModel(
         sample_size=64,
@@ -50,6 +55,7 @@ def make_unet() -> UNet2DConditionModel:
         layers_per_block=2,
         cross_attention_dim=768,
         attention_head_dim=8,
+        **config,
     )
 
 
@@ -158,7 +164,24 @@ def make_xl_pipeline(tokenizer: CLIPTokenizer, gain: float, device: str) -> Diff
     )
 
 
-PIPELINES = {"sd15": make_pipeline, "sdxl": make_xl_pipeline}
+def make_lcm_pipeline(tokenizer: CLIPTokenizer, gain: float, device: str) -> DiffusionPipeline:
+    """Stable Diffusion 1.5 distilled to few steps, as LCM Dreamshaper is, with TAESD's architecture, in float16."""
+    with torch.device(device):
+        unet, vae, text_encoder = make_unet(time_cond_proj_dim=256), AutoencoderTiny(), make_text_encoder(tokenizer)
+    amplify(unet, gain)
+    return LatentConsistencyModelPipeline(
+        unet=unet.half(),
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES = {"sd15": make_pipeline, "sdxl": make_xl_pipeline, "lcm": make_lcm_pipeline}
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sdtrt.pipeline.accelerate import accelerate, restore
     from sdtrt.pipeline.front import build, export, generate, open_session
     from sdtrt.pipeline.opened import load
+    from sdtrt.pipeline.previews import preview
     from sdtrt.pipeline.status import status
     from sdtrt.specs import Profile, Sizes
 
@@ -58,6 +59,7 @@ __all__ = [
     "generate",
     "load",
     "open_session",
+    "preview",
     "restore",
     "specs",
     "status",
@@ -73,6 +75,7 @@ _MODULES = {
     "generate": "sdtrt.pipeline.front",
     "load": "sdtrt.pipeline.opened",
     "open_session": "sdtrt.pipeline.front",
+    "preview": "sdtrt.pipeline.previews",
     "restore": "sdtrt.pipeline.accelerate",
     "status": "sdtrt.pipeline.status",
 }

@@ -27,6 +27,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -356,6 +357,21 @@ def inpainting_folder(path: Path, kind: Kind, **unet_overrides: Any) -> Path:
     return path
 
 
+def lcm_folder(path: Path, *, unet: dict[str, Any] | None = None, **index: Any) -> Path:
+    """Write a diffusers folder of a latent consistency model in SD 1.x format: its UNet takes a guidance scale.
+
+    Args:
+        unet: configuration values.
+        index: entries of `model_index.json` that are others.
+    """
+    sd1_folder(path, **{**SMALLEST["sd1"], "time_cond_proj_dim": 16, **(unet or {})})
+    stored = json.loads((path / "model_index.json").read_text())
+    stored |= {"_class_name": "LatentConsistencyModelPipeline", "scheduler": ["diffusers", "LCMScheduler"], **index}
+    (path / "model_index.json").write_text(json.dumps(stored))
+    LCMScheduler(**LCM_SCHEDULE).save_pretrained(path / "scheduler")
+    return path
+
+
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -364,6 +380,9 @@ _SCHEDULE: dict[str, Any] = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
+
+
+LCM_SCHEDULE = {**_SCHEDULE, "set_alpha_to_one": True, "clip_sample": False}
 
 
 def _save(pipeline: Any, path: Path, dtype: torch.dtype, tokenizers: tuple[str, ...]) -> Path:

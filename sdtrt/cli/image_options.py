@@ -12,10 +12,12 @@ from sdtrt.cli.options import BackendOptions
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
     PREDICTION_TYPES,
     PROMPT_SYNTAXES,
     SCHEDULERS,
+    SIGMAS,
     TIMESTEP_SPACINGS,
     Component,
     EmbeddingSpec,
@@ -27,6 +29,7 @@ from sdtrt.specs import (
     PromptSyntax,
     SchedulerName,
     TimestepSpacing,
+    find_sigmas,
 )
 
 # What several commands ask about an image.
@@ -40,7 +43,11 @@ Width = Annotated[int | None, Option("--width", "-W", help="pixels, a multiple o
 InitImage = Annotated[Path, Option("--init-image", "-i", help="the image to start from")]
 Scheduler = Annotated[
     str | None,
-    Option("--scheduler", "--sampler", help=f"one of {', '.join(SCHEDULERS)}; by default the model's own"),
+    Option(
+        "--scheduler",
+        "--sampler",
+        help=f"one of {', '.join(SCHEDULERS)}, or what diffusers and web UIs call it; by default the model's own",
+    ),
 ]
 
 
@@ -58,12 +65,22 @@ class NoiseOptions:
         bool | None, Option(help="rescale the noise schedule to zero terminal SNR; by default as the model says")
     ] = None
 
+    sigmas: Annotated[
+        str | None,
+        Option(
+            "--sigmas",
+            "--schedule-type",
+            help=f"spacing of noise levels: {', '.join(SIGMAS)}; else as the model says",
+        ),
+    ] = None
+
     def spec(self) -> NoiseSpec:
         """The noise that is asked for."""
         return NoiseSpec(
             cast("PredictionType | None", self.prediction_type),
             cast("TimestepSpacing | None", self.timestep_spacing),
             self.zero_snr,
+            None if self.sigmas is None else find_sigmas(self.sigmas),
         )
 
 
@@ -100,10 +117,16 @@ class GenerateOptions:
     num_images: Annotated[int, Option(help="images for each prompt")] = 1
     batch_size: Annotated[int, Option(help="images made at once; more are faster where memory allows")] = 1
     scheduler: Scheduler = None
+    eta: Annotated[float | None, Option(help="noise that DDIM and TCD (its gamma) add in each step, 0 to 1")] = None
     output: Annotated[
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
+    preview: Annotated[
+        str | None,
+        Option(metavar="FILE|FOLDER|ID", help="a tiny VAE (such as TAESD) that shows the picture while steps run"),
+    ] = None
+    preview_every: Annotated[int, Option(help="steps from one preview to the next")] = DEFAULT_PREVIEW_EVERY
     no_build: NoBuild = False
     component: Annotated[
         list[str] | None,
@@ -130,6 +153,9 @@ class GenerateOptions:
             output=self.output,
             overwrite=self.overwrite,
             allow_build=not self.no_build,
+            eta=self.eta,
+            preview=self.preview,
+            preview_every=self.preview_every,
             components=cast("tuple[Component, ...]", tuple(self.component or ())),
             embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
             clip_skip=self.clip_skip,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sdtrt.specs import Sizes
-from sdtrt.specs.contract import REFINER_TIME_IDS, Contract
+from sdtrt.specs.contract import GUIDANCE_EMBEDDING, REFINER_TIME_IDS, Contract
 
 AESTHETIC_SCORE = 6.0  # what diffusers tells SDXL's refiner unless asked
 
@@ -16,7 +16,8 @@ def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, t
     """Inputs of the kind that a pipeline gives, the same for the same seed, on the CPU.
 
     Noise; timesteps over the whole range, some fractional; SDXL's `time_ids` of an uncropped image of this size;
-    latents as far apart as Stable Diffusion's VAE has been trained with; pixels; token ids that end as prompts do.
+    latents as far apart as Stable Diffusion's VAE has been trained with; pixels; a guidance scale's embedding, from -1
+    to 1; token ids that end as prompts do.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -31,7 +32,7 @@ def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, t
             tensors[name] = torch.tensor(row, dtype=torch.float32).expand(shape).contiguous()
         elif (below := bounds[name]) is not None:
             tensors[name] = _token_ids(shape, below, generator)
-        elif name == "image":
+        elif name in ("image", GUIDANCE_EMBEDDING):
             tensors[name] = 2 * torch.rand(shape, generator=generator) - 1
         else:
             tensors[name] = torch.randn(shape, generator=generator) * (LATENT_DEVIATION if name == "latents" else 1)

@@ -19,7 +19,9 @@ from torch.nn import functional
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
 from sdtrt.models.components import VAE_HALVES
 from sdtrt.specs.contract import (
+    ADDED_CONDITIONING,
     BATCH,
+    GUIDANCE_EMBEDDING,
     IMAGE_HEIGHT,
     IMAGE_WIDTH,
     LATENT_HEIGHT,
@@ -43,6 +45,8 @@ ALWAYS_FORWARD_SIZES = 40
 # What the causal mask adds to the attention of tokens that lie ahead: as good as minus infinity to a softmax, and every
 # precision has it.
 MASKED = -1e4
+
+USUAL_INPUTS = ["sample", "timestep", "encoder_hidden_states"]  # of every UNet
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -72,8 +76,8 @@ class UNetCall(torch.nn.Module):
         return output
 
 
-class ControlledUNetCall(torch.nn.Module):
-    """A `UNet2DConditionModel` whose contract has the residuals of ControlNets, as its last inputs.
+class NamedUNetCall(torch.nn.Module):
+    """A `UNet2DConditionModel` whose contract has more inputs than `UNetCall`: a guidance embedding, residuals.
 
     Args:
         contract: names the inputs, which come in its order.
@@ -82,20 +86,26 @@ class ControlledUNetCall(torch.nn.Module):
     def __init__(self, unet: torch.nn.Module, contract: Contract) -> None:
         super().__init__()
         self.unet = unet
-        self.residuals = len(residual_names(contract))
+        self.names = [spec.name for spec in contract.inputs]
+        self.residuals = residual_names(contract)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What `UNetCall` takes, and then the residuals, the middle's last → out_sample [B,C,H,W]."""
-        usual, (*down, middle) = inputs[: -self.residuals], inputs[-self.residuals :]
-        sample, timestep, states, *added = usual
-        names = {"text_embeds": added[0].float(), "time_ids": added[1]} if added else None
+        """The contract's inputs, the residuals last → out_sample [B,C,H,W]."""
+        given = dict(zip(self.names, inputs, strict=True))
+        added = None
+        if "text_embeds" in given:
+            added = {"text_embeds": given["text_embeds"].float(), "time_ids": given["time_ids"]}
+        more: dict[str, Any] = {}
+        if self.residuals:
+            *down, middle = (given[name] for name in self.residuals)
+            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         output: Tensor = self.unet(
-            sample,
-            timestep,
-            states,
-            added_cond_kwargs=names,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
+            given["sample"],
+            given["timestep"],
+            given["encoder_hidden_states"],
+            timestep_cond=given.get(GUIDANCE_EMBEDDING),
+            added_cond_kwargs=added,
+            **more,
             return_dict=False,
         )[0]
         return output
@@ -119,8 +129,10 @@ class ControlNetCall(torch.nn.Module):
         return tuple(one * scales[index].to(one.dtype) for index, one in enumerate((*down, middle)))
 
 
-def _unet_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
-    return ControlledUNetCall(unet, contract) if residual_names(contract) else UNetCall(unet)
+def unet_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
+    """A UNet with a contract's inputs and output as its signature."""
+    is_usual = [spec.name for spec in contract.inputs] in (USUAL_INPUTS, [*USUAL_INPUTS, *ADDED_CONDITIONING])
+    return UNetCall(unet) if is_usual else NamedUNetCall(unet, contract)
 
 
 class TextEncoderCall(torch.nn.Module):
@@ -211,7 +223,7 @@ class VaeEncoderCall(torch.nn.Module):
 def component_call(module: torch.nn.Module, contract: Contract) -> torch.nn.Module:
     """The part of a module that is a component, with the contract's inputs and outputs as its signature."""
     if contract.component == "unet":
-        return _unet_call(module, contract)
+        return unet_call(module, contract)
     if contract.component == "controlnet":
         return ControlNetCall(module)
     if contract.component == "vae_decoder":
@@ -225,7 +237,7 @@ def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outp
     """The contract's function of a module as diffusers and transformers themselves compute it, in their own way."""
     own: Any = module
     if contract.component == "unet":
-        return _unet_call(module, contract)
+        return unet_call(module, contract)
     if contract.component == "controlnet":
         return ControlNetCall(module)
     if contract.component == "vae_decoder":

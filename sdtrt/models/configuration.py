@@ -84,6 +84,7 @@ _WHERE_GIVEN: dict[str, dict[str, _Rule]] = {
         "sample_size": _or_none((_is_size, f"a number of latents from 1 to {MAX_SIDE}, or two, height and width")),
         "addition_time_embed_dim": _or_none(_COUNT),
         "projection_class_embeddings_input_dim": _or_none(_COUNT),
+        "time_cond_proj_dim": _or_none(_COUNT),
         "_diffusers_version": (_is_version, "a version"),  # pipelines mend the configuration of old ones
         "class_embed_type": _NOTHING,  # these four would ask for input that no prompt gives
         "num_class_embeds": _NOTHING,

@@ -37,6 +37,7 @@ from sdtrt.specs.contract import (
     REFINER_TIME_IDS,
     SDXL_TIME_IDS,
     VAE_CLASSES,
+    embeds_guidance,
     inpainting_channels,
     latent_channels_of,
     pooled_width,
@@ -48,8 +49,10 @@ from sdtrt.specs.contract import (
 
 TINY = Path(__file__).parent / "tiny"
 
-SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-SDXL_PIPELINES = tuple(name.replace("Diffusion", "DiffusionXL") for name in SD_PIPELINES)
+_TASKS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+LCM_PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+SD_PIPELINES = (*_TASKS, *LCM_PIPELINES)
+SDXL_PIPELINES = tuple(name.replace("Diffusion", "DiffusionXL") for name in _TASKS)
 SD_PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 SDXL_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
 # What the pipelines' constructors take beyond those, and sdtrt never loads.
@@ -105,6 +108,16 @@ class Model:
     def is_sdxl(self) -> bool:
         """Whether it takes SDXL's added conditioning (its base has two text encoders, its refiner the second alone)."""
         return self.pipeline_class in SDXL_PIPELINES
+
+    @property
+    def is_lcm(self) -> bool:
+        """Whether it was made for diffusers' pipelines of latent consistency models."""
+        return self.pipeline_class in LCM_PIPELINES
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether its UNet takes the guidance scale as an input, so that no negative prompt counts."""
+        return embeds_guidance(self.config("unet"))
 
     @property
     def is_refiner(self) -> bool:

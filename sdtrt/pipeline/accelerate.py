@@ -46,6 +46,7 @@ def accelerate(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
+    guidance: bool = True,
     backend: BackendName = AUTO,
     precision: Precision | None = None,
     components: Iterable[Component] | None = None,
@@ -60,19 +61,18 @@ def accelerate(
     A second call adds engines for its size; with another backend or precision, or after weights were changed, it
     replaces them. Changed weights raise an `EngineError` at the next picture; `inductor`, whose engines hold none,
     takes them, and adapters (`load_lora_weights`, …). Threads need schedulers and tokenizers of their own.
-    On a GPU the scheduler keeps its timesteps on the CPU, where its tables are: no step waits for the GPU then.
-    One that is set later does so after a second call.
+    On a GPU the scheduler keeps its timesteps on the CPU: no step waits. One set later does so after a second call.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting, or with ControlNet.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
-        batch_size: images that one call makes. With guidance the UNet runs twice as many rows.
+        batch_size: images that one call makes.
+        guidance: whether their guidance scale is above 1, for which the UNet runs two rows an image.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
-        precision: `fp32`, `fp16` or `bf16`; None for the backend's default, fp16 on a GPU and fp32 on a CPU.
+        precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet` or `vae_decoder`; None for all that the pipeline calls.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
-        on_miss: at a call whose size no engine has, `build` builds one and says so, `torch` runs the module itself and
-            says so once, `error` raises an `EngineError`.
+        on_miss: at a call whose size no engine has, `build` one, have `torch` run the module, or raise an `error`.
         progress: say on stderr what is built.
 
     Raises:
@@ -86,7 +86,7 @@ def accelerate(
     """
     directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
     named = None if components is None else tuple(components)
-    choices = _Choices(height, width, batch_size, backend, precision, named, directory, on_miss)
+    choices = _Choices(height, width, batch_size, guidance, backend, precision, named, directory, on_miss)
     with _CHANGING, quiet_libraries():
         _swap(pipe, _plan(pipe, choices, Console(quiet=not progress)))
     return pipe
@@ -125,6 +125,7 @@ class _Choices:
     height: int | None
     width: int | None
     batch_size: int
+    guidance: bool
     backend: BackendName
     precision: Precision | None
     components: tuple[Component, ...] | None
@@ -157,7 +158,7 @@ class _Choices:
         """The engines that a pipeline needs."""
         height, width = model.default_size()
         images = self.batch_size
-        sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=True)
+        sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
 
 

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline import pixels
 from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.previews import Preview
 from sdtrt.pipeline.text_states import states_of
 
 
@@ -43,7 +45,7 @@ class PipelineCall:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
         pipe, spec = opened.pipe, opened.spec
         pipe.scheduler.set_timesteps(spec.steps, device=spec.device)
-        if self.start is None:
+        if self.start is None or _scales_timesteps(pipe):
             return len(pipe.scheduler.timesteps)
         return len(pipe.get_timesteps(spec.steps, self.strength, spec.device)[0])
 
@@ -53,16 +55,18 @@ class PipelineCall:
         *,
         output_type: Literal["np", "pil"] = "np",
         advance: Callable[[], object] | None = None,
+        preview: Preview | None = None,
     ) -> Any:
         """Make the images.
 
         Args:
             advance: is called after each step of the scheduler.
+            preview: looks at the latents then.
 
         Returns:
             Pixels `[B,H,W,3]` in 0 to 1 for `np`, finite or not; a list of pictures for `pil`.
         """
-        watched = {} if advance is None else {"callback_on_step_end": _calling(advance)}
+        watched = {} if advance is None else {"callback_on_step_end": _calling(advance, preview)}
         given = {"pil": "pt"}.get(output_type, output_type)
         made = opened.pipe(**self._arguments(opened), **watched, output_type=given).images
         return pixels.to_pictures(made) if output_type == "pil" else made
@@ -70,7 +74,10 @@ class PipelineCall:
     def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
         """What diffusers' pipelines call all this."""
         spec = opened.spec
+        if hasattr(opened.pipe.scheduler, "noise_sampler_seed"):  # it draws no noise from the generators
+            opened.pipe.scheduler.noise_sampler_seed = self.seeds[0] if len(self.seeds) == 1 else list(self.seeds)
         common = {
+            **({} if spec.eta is None else {"eta": spec.eta}),
             **self._texts(opened),
             "num_inference_steps": spec.steps,
             "guidance_scale": self.guidance_scale,
@@ -96,16 +103,24 @@ class PipelineCall:
         """The prompts, or the states that are made of them here."""
         plan = opened.spec.text
         if plan.is_own:
-            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, self.guidance_scale > 1)
+            guided = self.guidance_scale > 1 and not opened.spec.model.embeds_guidance
+            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, guided)
+        if type(opened.pipe).__name__ in LCM_PIPELINES:  # it takes no negative prompt
+            return {"prompt": list(self.prompts)}
         negative = [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None
         return {"prompt": list(self.prompts), "negative_prompt": negative}
 
 
-def _calling(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:
+def _scales_timesteps(pipe: Any) -> bool:
+    """Whether all steps of a pipeline from an image run, in the part of the timesteps that the strength says."""
+    return type(pipe).__name__ == LCM_PIPELINES[1]
+
+
+def _calling(advance: Callable[[], object], preview: Preview | None) -> Callable[..., dict[str, Any]]:
     """What diffusers calls after a step, and which changes none of its tensors."""
 
-    def on_step_end(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         advance()
-        return {}
+        return {} if preview is None else preview(pipe, step, timestep, tensors)
 
     return on_step_end

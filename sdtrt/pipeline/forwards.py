@@ -17,7 +17,7 @@ from sdtrt.backends.session import Session
 from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError
 from sdtrt.pipeline.residuals import residual_feeds
-from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
+from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, GUIDANCE_EMBEDDING, Contract
 from sdtrt.specs.groups import residual_names
 
 
@@ -79,6 +79,7 @@ class UNetForward:
             sample: latents `[B,C,H,W]`; of inpainting models with the mask and the masked image's latents.
             timestep: a number, a tensor without dimensions, or `[1]` or `[B]`, of any dtype.
             encoder_hidden_states: the prompt's embedding `[B,S,D]`.
+            timestep_cond: a guidance scale's embedding `[B,T]`, for an engine of a consistency model.
             added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add, both or neither, for
                 an engine that has inputs for it.
@@ -91,7 +92,6 @@ class UNetForward:
         """
         self.refuse(
             class_labels=class_labels,
-            timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
             down_intrablock_additional_residuals=down_intrablock_additional_residuals,
@@ -101,7 +101,8 @@ class UNetForward:
         residuals = residual_feeds(
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual
         )
-        feeds = self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}, residuals)
+        more = {**residuals, **self._guidance(timestep_cond, sample)}
+        feeds = self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}, more)
         output = self.session.run(feeds)
         noise = output[self.contract.outputs[0].name].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
@@ -118,10 +119,10 @@ class UNetForward:
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
         added: Mapping[str, torch.Tensor],
-        residuals: Mapping[str, torch.Tensor],
+        more: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """The engine's inputs, of the arguments that diffusers' pipelines call a UNet with."""
-        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, **self._added(added), **residuals}
+        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, **self._added(added), **more}
         refuse_gradients(self.contract.component, {**given, "timestep": timestep})
         given["timestep"] = _per_row(timestep, sample)
         return {name: self._as_engine_takes_it(name, tensor) for name, tensor in given.items()}
@@ -142,6 +143,20 @@ class UNetForward:
     def refuse(self, **arguments: object) -> None:
         """Raise `EngineError` naming the arguments that are in use."""
         _refuse_unsupported(self.contract.component, self._way_out, **arguments)
+
+    def _guidance(self, given: torch.Tensor | None, sample: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A guidance scale's embedding as the engine takes it; zeros where a call has none.
+
+        They add nothing, as the layer that takes them has no bias. Refuse one that the engine has no input for.
+        """
+        spec = next((one for one in self.contract.inputs if one.name == GUIDANCE_EMBEDDING), None)
+        if spec is None:
+            self.refuse(timestep_cond=given)
+            return {}
+        rows = sample.shape[0]
+        if given is None:
+            return {spec.name: sample.new_zeros((rows, int(spec.dims[1])))}
+        return {spec.name: given if given.shape[0] == rows else given.expand(rows, -1)}
 
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""

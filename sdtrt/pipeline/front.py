@@ -62,6 +62,9 @@ class GenerateOptions(TypedDict, total=False):
     embeddings: tuple[EmbeddingSpec, ...]
     clip_skip: int
     prompt_syntax: PromptSyntax
+    eta: float | None
+    preview: str | None
+    preview_every: int
 
 
 def generate(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
+from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images, masks, memory, prompts, saving
 from sdtrt.pipeline.call import PipelineCall
 from sdtrt.pipeline.fastest import resolve_fastest
@@ -26,6 +28,7 @@ from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.settings import metadata_of, settings_of
 from sdtrt.specs import Component, GenerateSpec
@@ -116,19 +119,35 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
+        if model.embeds_guidance and spec.negative_prompt:
+            console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
         start = _started(spec, pipeline_spec, init, mask)
+        tiny = find_preview_vae(spec.preview, model, console) if spec.preview else None
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(spec, opened, init, mask, directory)
                 opened.files.check()  # so that they are of the weights that were loaded
-            run = _Run(spec, opened, output, start, console, settings)
-            load_seconds = time.perf_counter() - began
-            made = run.make_all(jobs)
+            with _previewing(spec, opened, tiny, output, console) as preview:
+                run = _Run(spec, opened, output, start, console, settings, preview)
+                load_seconds = time.perf_counter() - began
+                made = run.make_all(jobs)
     facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
     return GenerateReport(tuple(made), run.settings, facts, load_seconds)
+
+
+@contextmanager
+def _previewing(
+    spec: GenerateSpec, opened: OpenPipeline, tiny: Model | None, output: saving.OutputPlan, console: Console
+) -> Iterator[Preview | None]:
+    """Show each picture while it is made, in a file that is there as long as this lasts; None where nobody asked."""
+    if tiny is None:
+        yield None
+        return
+    with output.preview(spec.prompts[0], console) as file:
+        yield load_preview(tiny, opened, lambda _step, pictures: file.show(pictures), spec.preview_every)
 
 
 def _started(
@@ -154,6 +173,7 @@ class _Run:
     start: Image.Image | masks.Inpainting | None
     console: Console
     settings: Mapping[str, Any]
+    preview: Preview | None = None
 
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
@@ -207,7 +227,9 @@ class _Run:
             call = self._call(self._filled(batch, size))
             steps = call.count_unet_calls(self.opened)
             with self.console.bar(name, steps) as advance:
-                made: list[Image.Image] = call.run(self.opened, output_type="pil", advance=advance)[: len(batch)]
+                made: list[Image.Image] = call.run(
+                    self.opened, output_type="pil", advance=advance, preview=self.preview
+                )[: len(batch)]
         self._check_finite(finite.first_bad(), steps)
         return [self.start.finished(one) for one in made] if isinstance(self.start, masks.Inpainting) else made
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -38,6 +38,9 @@ MAX_INIT_PIXELS = 2**26  # 8192x8192: far above what a diffusion model takes, fa
 MAX_PROPORTION = 128  # one side to the other: beyond it is no picture, and decoders take memory by the row
 # Colour space of a profile (ICC.1:2022, table 19) → the pixels that it is about.
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+HEADER_BYTES = 64  # of a file: what its format is known by
+HEIC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
+AVIF_BRANDS = frozenset((b"avif", b"avis"))
 USER_COMMENT_CODE = b"UNICODE\0"  # EXIF's prefix for UTF-16 text
 
 # As in AUTOMATIC1111's stable-diffusion-webui, modules/infotext_utils.py.
@@ -225,6 +228,39 @@ def _formats() -> list[str]:
     return [name for name in INIT_FORMATS if name in Image.OPEN]
 
 
+def _formats_of(file: BinaryIO, path: Path, what: str) -> list[str]:
+    """The formats that a file may be in: for HEIC that one, which another library reads, imported for it alone.
+
+    Raises:
+        UsageError: where that library is not installed.
+    """
+    if not is_heic(file.read(HEADER_BYTES)):
+        file.seek(0)
+        return _formats()
+    file.seek(0)
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise UsageError(
+            f"{what} {path} is a HEIC image, and pillow-heif is not installed",
+            hint='pip install "sdtrt[heif]", or pip install pillow-heif; or save it as PNG or JPEG',
+        ) from error
+    register_heif_opener()
+    return ["HEIF"]
+
+
+def is_heic(header: bytes) -> bool:
+    """Whether a file's first bytes are HEIC's: the brands of its first box (ISO/IEC 23008-12, annex B.4).
+
+    AVIF, which Pillow reads itself, may have the general brand first, and then its own beside.
+    """
+    size, brands = int.from_bytes(header[:4], "big"), (header[8:12], header[16:])
+    if header[4:8] != b"ftyp":
+        return False
+    compatible = [brands[1][start : start + 4] for start in range(0, max(0, size - 16), 4)]
+    return brands[0] in HEIC_BRANDS or (brands[0] in (b"mif1", b"msf1") and not AVIF_BRANDS & {*compatible})
+
+
 def read_parameters(path: Path) -> Parameters | None:
     """The web UI's text in an image file, taken apart; None where there is none."""
     metadata = read_metadata(path)
@@ -251,7 +287,7 @@ def read_init_image(path: Path, console: Console = QUIET, what: str = "init imag
             raise UsageError(f"{what} {path} {problem}", hint=hint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+            with path.open("rb") as file, Image.open(file, formats=_formats_of(file, path, what)) as image:
                 _check_header(path, image, what)
                 pixels = _to_rgb(ImageOps.exif_transpose(image), console, what)
                 file.seek(0)  # the digest is of the file whose pixels these are, whatever has its name by now

@@ -35,7 +35,7 @@ from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.refusals import refuse_as_a_whole
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.scheduler_checks import check_steps
+from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
 from sdtrt.specs import Component
 
 
@@ -79,7 +79,10 @@ def open_pipeline(
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
     parts = {"scheduler": _load_scheduler(spec)} | _load_tokenizers(spec)
-    check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img)
+    strength = spec.strength if _is_lcm(spec, parts["scheduler"]) else 1.0
+    check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img, strength=strength)
+    if spec.eta is not None:
+        check_eta(parts["scheduler"])
     if spec.has_engines:  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running:
@@ -215,7 +218,7 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options |= {"requires_aesthetics_score": True} if spec.model.is_refiner else {}
     else:
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = _pipeline_class(spec)(**parts, **options)
+    pipe = _pipeline_class(spec, parts["scheduler"])(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
@@ -225,9 +228,16 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
     return pipe
 
 
-def _pipeline_class(spec: PipelineSpec) -> Any:
+def _is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
+    """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, and no mask."""
+    return spec.model.is_lcm and not spec.inpaint and isinstance(scheduler, diffusers.LCMScheduler)
+
+
+def _pipeline_class(spec: PipelineSpec, scheduler: Any) -> Any:
     """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
     task = "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
+    if _is_lcm(spec, scheduler):
+        return getattr(diffusers, f"LatentConsistencyModel{task}Pipeline")
     return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{task}Pipeline")
 
 

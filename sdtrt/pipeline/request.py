@@ -35,7 +35,7 @@ from sdtrt.specs import (
     SchedulerName,
     Sizes,
 )
-from sdtrt.specs.contract import DTYPES
+from sdtrt.specs.contract import DTYPES, embeds_guidance
 
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
 
@@ -83,6 +83,8 @@ class PipelineSpec:
         steps: denoising steps, all of them (img2img runs a part).
         img2img: start from an image.
         inpaint: make what a mask covers of that image; `img2img` is set, too.
+        strength: how much of that image is replaced.
+        eta: of the scheduler's steps; None for diffusers' default.
         scheduler: None for the model's own.
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
@@ -104,6 +106,8 @@ class PipelineSpec:
     noise: NoiseSpec = field(default_factory=NoiseSpec)
     texts: tuple[str, ...] = ()
     text: TextPlan = field(default_factory=TextPlan)
+    strength: float = 1.0
+    eta: float | None = None
 
     @property
     def has_engines(self) -> bool:
@@ -184,6 +188,8 @@ def resolve_request(
         noise=spec.noise,
         texts=tuple(dict.fromkeys((*spec.prompts, spec.negative_prompt))),
         text=text,
+        strength=spec.strength if img2img else 1.0,
+        eta=spec.eta,
     )
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
@@ -237,10 +243,15 @@ def _note_parts(spec: PipelineSpec, console: Console) -> None:
 
 
 def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guidance: bool) -> Sizes:
-    """The size of the UNet calls that make so many images at once."""
+    """The size of the UNet calls that make so many images at once.
+
+    Args:
+        guidance: whether the scale is above 1. A UNet that takes the scale as an input has one row an image even then.
+    """
     encoders = text_encoders_of(model)  # a live pipeline may have none: its calls bring embeddings
     tokens = model.config(encoders[0]).get("max_position_embeddings", DEFAULT_TOKENS) if encoders else DEFAULT_TOKENS
-    return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)
+    doubled = guidance and not embeds_guidance(model.config("unet"))
+    return Sizes(unet_batch(images, guidance=doubled), height, width, tokens)
 
 
 def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:

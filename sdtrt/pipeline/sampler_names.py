@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 _DPM = "DPMSolverMultistepScheduler"  # of several samplers: its configuration tells which
+_SINGLESTEP = "DPMSolverSinglestepScheduler"
 _SAMPLERS = {
     "PNDMScheduler": "PLMS",
     "DDIMScheduler": "DDIM",
@@ -20,9 +21,11 @@ _SAMPLERS = {
     "KDPM2DiscreteScheduler": "DPM2",
     "KDPM2AncestralDiscreteScheduler": "DPM2 a",
     "DPMSolverSDEScheduler": "DPM++ SDE",
+    "DEISMultistepScheduler": "DEIS",
+    "SASolverScheduler": "SA Solver",
 }
 # Samplers that have one spacing in web UIs, whatever the schedule type: LCM's is the same as ours.
-_OF_ONE_SPACING = ("DDIM", "PLMS", "UniPC", "LCM")
+_OF_ONE_SPACING = ("DDIM", "PLMS", "UniPC", "LCM", "TCD")
 _SPACINGS = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "Exponential", "use_beta_sigmas": "Beta"}
 
 
@@ -32,6 +35,8 @@ def sampler_name(scheduler: Any) -> str:
     config = scheduler.config
     if class_name == _DPM and config.algorithm_type == "dpmsolver++":
         return f"DPM++ {config.solver_order}M"
+    if class_name == _SINGLESTEP and config.algorithm_type == "dpmsolver++":
+        return f"DPM++ {config.solver_order}S"
     if class_name == _DPM and config.algorithm_type == "sde-dpmsolver++":
         heun = config.solver_type == "heun" and config.solver_order == 2
         return f"DPM++ {config.solver_order}M SDE{' Heun' if heun else ''}"
@@ -70,3 +75,8 @@ def _web_ui_spacings(steps: int, trained: int) -> dict[str, npt.NDArray[Any]]:
 def noise_schedule(scheduler: Any) -> str | None:
     """What web UIs call the noise schedule, where it is not the usual one."""
     return "Zero Terminal SNR" if scheduler.config.get("rescale_betas_zero_snr") else None
+
+
+def eta_field(scheduler: Any) -> str:
+    """The field in which web UIs have a sampler's eta: DDIM has one of its own."""
+    return "Eta DDIM" if sampler_name(scheduler) == "DDIM" else "Eta"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdtrt.common import interrupts
+from sdtrt.common.console import Console
 from sdtrt.common.errors import OutputError, UsageError, quote
 from sdtrt.common.files import fsync, make_folders, rename_to_free
 from sdtrt.pipeline.images import FORMATS, Metadata, encode_image
@@ -51,6 +54,49 @@ class OutputPlan:
             raise _exists(self.file or self.folder) from None
         except OSError as error:
             raise _unwritable(self.folder, error) from error
+
+    @contextmanager
+    def preview(self, prompt: str, console: Console) -> Iterator[PreviewFile]:
+        """A file beside the images that shows what is being made; it is gone at the end.
+
+        It is named after the output file or the prompt, and takes no other file's place.
+        """
+        file = PreviewFile(self.folder, slug(prompt) if self.file is None else self.file.stem, console)
+        with interrupts.undoing(file.remove):
+            try:
+                yield file
+            finally:
+                file.remove()
+
+
+class PreviewFile:
+    """A PNG that shows what is being made, `NAME.preview.png`: it comes into being with the first picture."""
+
+    def __init__(self, folder: Path, stem: str, console: Console) -> None:
+        self._folder, self._stem, self._console = folder, f"{stem}.preview", console
+        self.path: Path | None = None
+
+    def show(self, pictures: Sequence[Image.Image]) -> None:
+        """Put pictures of one size into the file, side by side. Raises `OutputError` where it can't be written."""
+        width, height = pictures[0].size
+        sheet = Image.new("RGB", (width * len(pictures), height))
+        for number, picture in enumerate(pictures):
+            sheet.paste(picture, (number * width, 0))
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG", compress_level=1)
+        if self.path is None:
+            self.path = save_new(buffer.getvalue(), self._folder, self._stem)
+            self._console.note(f"preview: {self.path}")
+            return
+        try:
+            _publish(buffer.getvalue(), self.path, overwrite=True)
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
+
+    def remove(self) -> None:
+        """Take it away."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def plan_output(output: Path | None, *, count: int, overwrite: bool, texts: Iterable[str] = ()) -> OutputPlan:

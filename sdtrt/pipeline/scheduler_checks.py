@@ -16,11 +16,12 @@ from sdtrt.pipeline.schedulers import DISTILLED, unfit
 _INTERFACE = ("set_timesteps", "timesteps", "init_noise_sigma", "scale_model_input", "step", "order")
 
 
-def check_steps(scheduler: Any, steps: int, *, img2img: bool = False) -> None:
+def check_steps(scheduler: Any, steps: int, *, img2img: bool = False, strength: float = 1.0) -> None:
     """Refuse what a pipeline could not run: a scheduler that is none of text to image, or too many steps.
 
     Args:
         img2img: whether the pipeline starts from an image, to which the scheduler adds noise.
+        strength: of an image that a pipeline of latent consistency models starts from: all steps lie in that part.
 
     Raises:
         ModelError: for a scheduler that runs no number of steps, or fails in these.
@@ -35,16 +36,29 @@ def check_steps(scheduler: Any, steps: int, *, img2img: bool = False) -> None:
         )
     try:
         _check_table(scheduler)
-        most = _most_steps(scheduler, steps)
-        if steps <= most:
+        most = _most_steps(scheduler, steps, strength)
+        if 0 < steps <= most:
             _rehearse(scheduler, steps)
     except Exception as error:  # schedulers compute with what they are given, or take other arguments
         raise unfit(name, first_line(error)) from error
+    if steps > most and strength < 1:
+        raise UsageError(
+            f"{name} runs at most {most} steps at strength {strength:g}, got {steps}",
+            hint=f"use --steps {most}" if most else "use a higher --strength",
+        )
     if steps > most:
         raise UsageError(f"{name} runs at most {most} steps, got {steps}", hint=f"use --steps {most}")
 
 
-def _most_steps(scheduler: Any, steps: int) -> int:
+def check_eta(scheduler: Any) -> None:
+    """Raise `UsageError` for a scheduler whose steps take no eta: diffusers' pipelines would pass over it."""
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        raise UsageError(
+            f"{type(scheduler).__name__} has no eta", hint="use --scheduler ddim or tcd with --eta, or leave --eta out"
+        )
+
+
+def _most_steps(scheduler: Any, steps: int, strength: float) -> int:
     """How many steps the scheduler has, `steps` at most.
 
     Raises:
@@ -53,7 +67,7 @@ def _most_steps(scheduler: Any, steps: int) -> int:
     config = scheduler.config
     most = min(steps, config.get("num_train_timesteps", steps))
     if type(scheduler).__name__ in DISTILLED:
-        most = min(most, config.original_inference_steps)
+        most = min(most, int(config.original_inference_steps * strength))
     while most > 1 and not _has_steps(scheduler, most):
         most -= 1
     if most == 1:

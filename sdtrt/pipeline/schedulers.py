@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import diffusers
 
 from sdtrt.common.errors import ModelError, UsageError, first_line
 from sdtrt.specs import NoiseSpec, SchedulerName
+from sdtrt.specs.generate import SPACING_OF_SIGMAS
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class _Kind:
 
 # Stable Diffusion's latents are not bounded by 1 (no clipping), its PNDM has no Runge-Kutta warm-up (PLMS), and its
 # last step goes to the first alpha rather than to 1.
+_SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
 _KINDS: dict[SchedulerName, _Kind] = {
     "pndm": _Kind("PNDMScheduler", defaults={"skip_prk_steps": True, "set_alpha_to_one": False}),
     "ddim": _Kind("DDIMScheduler", defaults={"clip_sample": False, "set_alpha_to_one": False}),
@@ -41,7 +43,22 @@ _KINDS: dict[SchedulerName, _Kind] = {
     "unipc": _Kind("UniPCMultistepScheduler"),
     "lcm": _Kind("LCMScheduler", defaults={"clip_sample": False}),
     "heun": _Kind("HeunDiscreteScheduler", defaults={"clip_sample": False}),
+    "dpm++2m-sde": _Kind("DPMSolverMultistepScheduler", forced=_SDE),
+    "dpm++2m-sde-heun": _Kind("DPMSolverMultistepScheduler", forced={**_SDE, "solver_type": "heun"}),
+    "dpm++3m-sde": _Kind("DPMSolverMultistepScheduler", forced={**_SDE, "solver_order": 3}),
+    "dpm++2s": _Kind("DPMSolverSinglestepScheduler", forced={"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++sde": _Kind("DPMSolverSDEScheduler"),
+    "dpm2": _Kind("KDPM2DiscreteScheduler"),
+    "dpm2-a": _Kind("KDPM2AncestralDiscreteScheduler"),
+    "lms": _Kind("LMSDiscreteScheduler"),
+    "deis": _Kind("DEISMultistepScheduler", forced={"algorithm_type": "deis"}),
+    "sa-solver": _Kind("SASolverScheduler", forced={"algorithm_type": "data_prediction"}),
+    "tcd": _Kind("TCDScheduler", defaults={"clip_sample": False}),
+    "ddpm": _Kind("DDPMScheduler", defaults={"clip_sample": False}),
 }
+
+_PACKAGES = ("torchsde", "scipy")  # that some of diffusers' schedulers need
+_FLAGS = {name: f"use_{name}_sigmas" for name in ("karras", "exponential", "beta")}
 
 DISTILLED = ("LCMScheduler", "TCDScheduler")  # their timesteps are some of the `original_inference_steps`
 
@@ -64,6 +81,7 @@ def make_scheduler(name: SchedulerName | None, own: Any) -> Any:
 
     Raises:
         ModelError: where the model's configuration makes no such scheduler.
+        UsageError: where it needs a package that is not there.
     """
     if name is None:
         return own
@@ -72,8 +90,19 @@ def make_scheduler(name: SchedulerName | None, own: Any) -> Any:
     changes = {key: config.get(key, value) for key, value in kind.defaults.items()}
     try:
         return getattr(diffusers, kind.class_name).from_config(config, **{**changes, **kind.forced})
+    except ImportError as error:
+        raise _lacks_package(kind.class_name, error) from error
     except Exception as error:  # schedulers compute with what they are given
         raise unfit(kind.class_name, first_line(error)) from error
+
+
+def _lacks_package(class_name: str, error: ImportError) -> UsageError:
+    """The error for a scheduler whose package is not installed, which diffusers knows."""
+    package = next((name for name in _PACKAGES if name in str(error)), "scipy")
+    return UsageError(
+        f"{class_name} needs {package}, which is not installed",
+        hint=f'pip install "sdtrt[schedulers]", or pip install {package}; or use --scheduler dpm++2m-sde',
+    )
 
 
 def unfit(class_name: str, reason: str) -> ModelError:
@@ -144,14 +173,17 @@ def with_noise(scheduler: Any, noise: NoiseSpec) -> Any:
     """
     cls = type(scheduler)
     known = inspect.signature(cls.__init__).parameters
-    changes = {name: value for name, value in _changes(noise).items() if value or name in known}
+    changes = {name: value for name, value in _changes(noise, known).items() if value or name in known}
     if lacking := [name for name in changes if name not in known]:
         raise _unable(cls, noise, lacking[0])
     if not changes:
         return scheduler
-    if noise.timestep_spacing and cls.__name__ in DISTILLED:
-        raise _unable(cls, noise, "timestep_spacing")
-    made = cls.from_config(scheduler.config, **changes)
+    if (noise.timestep_spacing or noise.sigmas) and cls.__name__ in DISTILLED:
+        raise _unable(cls, noise, "timestep_spacing" if noise.timestep_spacing else "sigmas")
+    try:
+        made = cls.from_config(scheduler.config, **changes)
+    except ImportError as error:
+        raise _lacks_package(f"{cls.__name__} with {noise.sigmas} sigmas", error) from error
     if noise.zero_snr and made.config.prediction_type == "epsilon":
         raise UsageError(
             "at zero terminal SNR there is nothing but noise, of which epsilon prediction makes no image",
@@ -160,20 +192,33 @@ def with_noise(scheduler: Any, noise: NoiseSpec) -> Any:
     return made
 
 
-def _changes(noise: NoiseSpec) -> dict[str, Any]:
-    """The configuration that is another one then, by diffusers' names."""
+def _changes(noise: NoiseSpec, known: Container[str]) -> dict[str, Any]:
+    """The configuration that is another one then, by diffusers' names.
+
+    Args:
+        known: what the scheduler's configuration may have.
+    """
+    flags = {} if noise.sigmas is None else {flag: noise.sigmas == name for name, flag in _FLAGS.items()}
+    spacing = noise.timestep_spacing or SPACING_OF_SIGMAS.get(noise.sigmas or "")
+    if spacing is None and noise.sigmas in ("exponential", "beta") and "timestep_spacing" in known:
+        spacing = "linspace"  # as diffusers' own table of schedule types has them
     changes = {
         "prediction_type": noise.prediction_type,
-        "timestep_spacing": noise.timestep_spacing or ("trailing" if noise.zero_snr else None),
+        "timestep_spacing": spacing or ("trailing" if noise.zero_snr else None),
         "rescale_betas_zero_snr": noise.zero_snr,
+        **flags,
     }
     return {name: value for name, value in changes.items() if value is not None}
 
 
 def _unable(cls: type, noise: NoiseSpec, name: str) -> UsageError:
     """The error for a scheduler that knows no such configuration."""
-    field = {"rescale_betas_zero_snr": "zero_snr"}.get(name, name)
+    names = {"rescale_betas_zero_snr": "zero_snr", **dict.fromkeys(_FLAGS.values(), "sigmas")}
+    field = names.get(name, name)
+    if field == "timestep_spacing" and noise.timestep_spacing is None and noise.sigmas:
+        field = "sigmas"
     what = "zero terminal SNR" if field == "zero_snr" else f"choice of {field.replace('_', ' ')}"
+    name = next(iter(_FLAGS.values())) if name == "sigmas" else name
     able = [key for key, kind in _KINDS.items() if name in _parameters(kind) and kind.class_name not in DISTILLED]
     return UsageError(
         f"{cls.__name__} has no {what} ({noise.source(field)})",

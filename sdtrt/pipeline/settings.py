@@ -21,7 +21,7 @@ from sdtrt.pipeline import images
 from sdtrt.pipeline.jobs import Job
 from sdtrt.pipeline.masks import Mask
 from sdtrt.pipeline.open import OpenPipeline
-from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
+from sdtrt.pipeline.sampler_names import eta_field, noise_schedule, sampler_name, schedule_type
 from sdtrt.specs import GenerateSpec
 
 
@@ -42,6 +42,7 @@ def settings_of(
         "scheduler": {"name": spec.scheduler, **_scheduler_facts(scheduler)},
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
+        **({} if spec.eta is None else {"eta": spec.eta}),
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
@@ -113,7 +114,9 @@ def _scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """What a scheduler is, and how it takes noise, as plain data."""
     config = scheduler.config
     names = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
-    return {"class": type(scheduler).__name__} | {name: config[name] for name in names if name in config}
+    spaced = [flag for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if config.get(flag)]
+    facts = {"class": type(scheduler).__name__} | {name: config[name] for name in names if name in config}
+    return facts | dict.fromkeys(spaced, True)
 
 
 def metadata_of(
@@ -161,6 +164,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Masked area padding": spec.padding_crop,
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
+        eta_field(scheduler): None if spec.eta is None else float(spec.eta),
         "Emphasis": "None" if _is_literal(spec, job) else None,
         "Version": f"sdtrt {__version__}",
     }

@@ -185,7 +185,9 @@ class _Bench:
         """Measure one row, or say why it can't be."""
         pipeline_spec = self._pipeline_spec(task, runner, batch)
         sizes = pipeline_spec.sizes
-        row = Row(task, runner, self.spec.steps_run(task), sizes.height, sizes.width, batch)
+        all_run = self.model.is_lcm and self.spec.scheduler in (None, "lcm")  # whatever the strength
+        steps = self.spec.steps if all_run else self.spec.steps_run(task)
+        row = Row(task, runner, steps, sizes.height, sizes.width, batch)
         self.console.note(f"{task}, batch {batch}: {runner.title} ...")
         try:
             measured = self._measure(runner, pipeline_spec)
@@ -214,6 +216,7 @@ class _Bench:
             scheduler=spec.scheduler,
             images=batch,
             noise=spec.noise,
+            strength=spec.strength if task == "img2img" else 1.0,
         )
 
     def _measure(self, runner: Runner, pipeline_spec: PipelineSpec) -> Measured:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.tracing import UNetCall
+from sdtrt.exports.tracing import unet_call
 from sdtrt.models.components import contract_of
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.reports.meters import Timing, synchronize, time_queued_calls
@@ -26,7 +26,7 @@ def parts_of(opened: OpenPipeline) -> dict[str, Callable[[], object]]:
     feeds = {name: tensor.to(spec.device) for name, tensor in seeded_feeds(contract, spec.sizes).items()}
     for name in feeds.keys() - {"timestep", "time_ids"}:
         feeds[name] = feeds[name].to(spec.parts_dtype)
-    unet, latents = UNetCall(pipe.unet), feeds["sample"][:batch]
+    unet, latents = unet_call(pipe.unet, contract), feeds["sample"][:batch]
     image = torch.rand(batch, 3, spec.sizes.height, spec.sizes.width, device=spec.device, dtype=spec.parts_dtype)
     guided = spec.sizes.batch > batch
 

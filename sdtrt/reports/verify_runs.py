@@ -42,6 +42,7 @@ class RecordedCall:
     timestep: torch.Tensor
     encoder_hidden_states: torch.Tensor
     added: Mapping[str, torch.Tensor] | None
+    guidance: torch.Tensor | None
     output: Array
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class RecordedCall:
             "timestep": self.timestep.to(device),
             "encoder_hidden_states": self.encoder_hidden_states.to(device, dtype),
             "added_cond_kwargs": added,
+            "timestep_cond": None if self.guidance is None else self.guidance.to(device, dtype),
         }
 
 
@@ -76,9 +78,10 @@ class _Recorder:
         if self.count in self.wanted:
             added = kwargs.get("added_cond_kwargs")
             kept = None if added is None else {name: tensor.cpu() for name, tensor in added.items()}
-            states = kwargs["encoder_hidden_states"].cpu()
+            states, guidance = kwargs["encoder_hidden_states"].cpu(), kwargs.get("timestep_cond")
+            own = None if guidance is None else guidance.cpu()
             self.calls.append(
-                RecordedCall(args[0].cpu(), torch.as_tensor(args[1]).cpu(), states, kept, _numpy(output[0]))
+                RecordedCall(args[0].cpu(), torch.as_tensor(args[1]).cpu(), states, kept, own, _numpy(output[0]))
             )
         self.count += 1
 

@@ -17,6 +17,7 @@ from sdtrt.specs.choices import (
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_MODEL,
+    DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
     DEFAULT_STRENGTH,
     DEFAULT_TOKENS,
@@ -35,7 +36,6 @@ from sdtrt.specs.choices import (
     PREDICTION_TYPES,
     RANDOM_SEED,
     SAMPLE_PROMPT,
-    SCHEDULERS,
     SIZE_MULTIPLE,
     TIMESTEP_SPACINGS,
     BackendName,
@@ -46,7 +46,6 @@ from sdtrt.specs.choices import (
     Group,
     Precision,
     PredictionType,
-    SchedulerName,
     TimestepSpacing,
     bytes_of,
     check_choice,
@@ -62,6 +61,7 @@ from sdtrt.specs.report import (
     Thresholds,
     VerifySpec,
 )
+from sdtrt.specs.schedulers import SCHEDULERS, SIGMAS, SchedulerName, Sigmas, find_scheduler, find_sigmas
 from sdtrt.specs.sizes import (
     Profile,
     ProfileRequest,
@@ -80,6 +80,7 @@ __all__ = [
     "DEFAULT_GUIDANCE_SCALE",
     "DEFAULT_MODEL",
     "DEFAULT_OPSETS",
+    "DEFAULT_PREVIEW_EVERY",
     "DEFAULT_STEPS",
     "DEFAULT_STRENGTH",
     "DEFAULT_TOKENS",
@@ -101,6 +102,7 @@ __all__ = [
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
     "SCHEDULERS",
+    "SIGMAS",
     "SIZE_MULTIPLE",
     "TIMESTEP_SPACINGS",
     "BackendName",
@@ -127,6 +129,7 @@ __all__ = [
     "PruneSpec",
     "Range",
     "SchedulerName",
+    "Sigmas",
     "Sizes",
     "Thresholds",
     "TimestepSpacing",
@@ -135,4 +138,6 @@ __all__ = [
     "check_choice",
     "check_output",
     "check_size",
+    "find_scheduler",
+    "find_sigmas",
 ]

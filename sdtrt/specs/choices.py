@@ -34,8 +34,6 @@ BaselineName = Literal[
     "onnxruntime-cuda",
 ]
 
-SchedulerName = Literal["pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun"]
-
 PredictionType = Literal["epsilon", "v_prediction"]
 
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
@@ -48,8 +46,6 @@ GROUPS: tuple[str, ...] = get_args(Group)
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
-
-SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
@@ -68,6 +64,8 @@ DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE_SCALE = 7.5
 
 DEFAULT_STRENGTH = 0.8
+
+DEFAULT_PREVIEW_EVERY = 5  # steps
 
 DEFAULT_TOKENS = 77
 

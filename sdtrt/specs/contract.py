@@ -26,7 +26,8 @@ VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 # Inputs of a UNet beside latents and timestep: diffusers' loops make them once and pass them at every step.
 ADDED_CONDITIONING = ("text_embeds", "time_ids")  # in `added_cond_kwargs`
-CONDITIONING = ("encoder_hidden_states", *ADDED_CONDITIONING)
+GUIDANCE_EMBEDDING = "timestep_cond"  # of a guidance scale, which consistency models take in the place of two rows
+CONDITIONING = ("encoder_hidden_states", *ADDED_CONDITIONING, GUIDANCE_EMBEDDING)
 
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -143,7 +144,7 @@ def unet_contract(config: Mapping[str, Any], precision: Precision, pooled: int |
     Returns:
         `sample [B,C,H,W]` (C is 9 of models for inpainting), `timestep [B]` (float32: fractional timesteps exist, and
         TensorRT 8.6 narrows int64), `encoder_hidden_states [B,S,D]`, with SDXL `text_embeds [B,P]` and `time_ids [B,6]`
-        (the refiner's: `[B,5]`)
+        (the refiner's: `[B,5]`), with a consistency model `timestep_cond [B,T]` (`time_cond_proj_dim`)
         → `out_sample [B,4,H,W]`.
 
     Raises:
@@ -166,8 +167,15 @@ def unet_contract(config: Mapping[str, Any], precision: Precision, pooled: int |
             TensorSpec("text_embeds", dtype, (BATCH, config["projection_class_embeddings_input_dim"] - time_width)),
             TensorSpec("time_ids", "float32", (BATCH, time_ids)),
         ]
+    if embeds_guidance(config):
+        inputs.append(TensorSpec(GUIDANCE_EMBEDDING, dtype, (BATCH, config["time_cond_proj_dim"])))
     output = TensorSpec("out_sample", dtype, (BATCH, config["out_channels"], LATENT_HEIGHT, LATENT_WIDTH))
     return Contract("unet", precision, tuple(inputs), (output,))
+
+
+def embeds_guidance(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet was distilled to take the guidance scale as an input: pipelines call it with one row an image."""
+    return config.get("time_cond_proj_dim") is not None
 
 
 def time_ids_of(config: Mapping[str, Any], pooled: int | None) -> int:
@@ -208,7 +216,6 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         "num_class_embeds": (None,),
         "encoder_hid_dim_type": (None,),
         "addition_embed_type": (None, "text_time"),
-        "time_cond_proj_dim": (None,),
     }
     for name, values in allowed.items():
         if config.get(name) not in values:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.build import ModelSpec
@@ -13,6 +14,7 @@ from sdtrt.specs.choices import (
     AUTO,
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
     DEFAULT_STRENGTH,
     MAX_BATCH,
@@ -24,19 +26,26 @@ from sdtrt.specs.choices import (
     PRECISIONS,
     PREDICTION_TYPES,
     RANDOM_SEED,
-    SCHEDULERS,
     TIMESTEP_SPACINGS,
     BackendName,
     Component,
     Precision,
     PredictionType,
-    SchedulerName,
     TimestepSpacing,
     check_choice,
     check_output,
 )
+from sdtrt.specs.schedulers import SIGMAS, SchedulerName, Sigmas, find_scheduler
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
+
+# Schedule types that are nothing but timesteps, as diffusers has them (docs/source/en/api/schedulers/overview.md).
+SPACING_OF_SIGMAS: Mapping[str, TimestepSpacing] = {
+    "uniform": "linspace",
+    "sgm_uniform": "trailing",
+    "simple": "trailing",
+    "ddim_uniform": "leading",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class NoiseSpec:
     Args:
         prediction_type: what the UNet was trained to give.
         timestep_spacing: which of the trained timesteps run.
+        sigmas: how the noise levels are spaced: web UIs' schedule type.
         zero_snr: rescale the noise schedule so that nothing of the image is left at its last timestep
             (https://arxiv.org/abs/2305.08891); timesteps are `trailing` then, if nothing else is said: it has to run.
         sources: who said so, for the reader, by the field's name; an option, if nobody else.
@@ -54,6 +64,7 @@ class NoiseSpec:
     prediction_type: PredictionType | None = None
     timestep_spacing: TimestepSpacing | None = None
     zero_snr: bool | None = None
+    sigmas: Sigmas | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,11 +72,21 @@ class NoiseSpec:
             check_choice("prediction-type", self.prediction_type, PREDICTION_TYPES)
         if self.timestep_spacing is not None:
             check_choice("timestep-spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.sigmas is not None:
+            check_choice("sigmas", self.sigmas, SIGMAS)
+        spacing = SPACING_OF_SIGMAS.get(self.sigmas) if self.sigmas else None
+        if spacing is not None and self.timestep_spacing not in (None, spacing):
+            raise UsageError(
+                f"sigmas {self.sigmas} are at {spacing} timesteps, not at {self.timestep_spacing} ones",
+                hint="use --timestep-spacing alone, or --sigmas alone",
+            )
 
     def over(self, other: NoiseSpec) -> NoiseSpec:
         """This where it says something, else the other."""
-        names = ("prediction_type", "timestep_spacing", "zero_snr")
+        names = ("prediction_type", "timestep_spacing", "zero_snr", "sigmas")
         own = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if "sigmas" in own and "timestep_spacing" not in own:
+            other = replace(other, timestep_spacing=None)  # sigmas may be nothing but timesteps
         theirs = {name: source for name, source in other.sources.items() if name not in own}
         return replace(other, **own, sources={**theirs, **self.sources})
 
@@ -79,8 +100,9 @@ class NoiseSpec:
         snr = None if self.zero_snr is None else "zero terminal SNR" if self.zero_snr else "no zero terminal SNR"
         spacing = self.timestep_spacing and f"{self.timestep_spacing} timesteps"
         said = {"prediction_type": self.prediction_type, "zero_snr": snr, "timestep_spacing": spacing}
+        said["sigmas"] = self.sigmas and f"{self.sigmas} sigmas"
         words = [f"{what} ({self.source(name)})" for name, what in said.items() if what]
-        if self.zero_snr and spacing is None:
+        if self.zero_snr and spacing is None and self.sigmas not in SPACING_OF_SIGMAS:
             words.append("trailing timesteps (zero terminal SNR needs the last one)")
         return ", ".join(words)
 
@@ -96,7 +118,8 @@ class GenerateSpec:
             made at that size, by default the model's own, and scaled into the init image.
         seed: of each prompt's first image (the next ones count up from it); None, or `RANDOM_SEED`, for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
-        scheduler: None for the model's own.
+        scheduler: None for the model's own; any of its names (`find_scheduler`), also with the sigmas at their end.
+        eta: how much noise DDIM and TCD (its gamma) add in each step, 0 to 1; None for diffusers' default, 0.
         noise: what the scheduler is told, whatever the model's configuration and its checkpoint say.
         components: the parts that engines run, the others stay PyTorch's; none for the backend's default.
         init_image: start from this image instead of from noise (img2img).
@@ -110,6 +133,8 @@ class GenerateSpec:
         allow_build: export and build a missing engine on the spot.
         embeddings: textual inversions, whose words the prompts may have.
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
+        preview: a tiny VAE, which decodes a small picture while the steps run; None for none.
+        preview_every: steps from one such picture to the next.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
     """
 
@@ -139,6 +164,9 @@ class GenerateSpec:
     embeddings: tuple[EmbeddingSpec, ...] = ()
     clip_skip: int = 0
     prompt_syntax: PromptSyntax = "plain"
+    eta: float | None = None
+    preview: str | None = None
+    preview_every: int = DEFAULT_PREVIEW_EVERY
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
@@ -147,12 +175,15 @@ class GenerateSpec:
             check_choice("component", component, COMPONENTS)
         if self.precision is not None:
             check_choice("precision", self.precision, PRECISIONS)
-        if self.scheduler is not None:
-            check_choice("scheduler", self.scheduler, SCHEDULERS)
+        settle_scheduler(self)
         check_choice("prompt-syntax", self.prompt_syntax, PROMPT_SYNTAXES)
         if self.clip_skip < 0:
             raise UsageError(
                 f"clip-skip must be at least 0, got {self.clip_skip}", hint="use --clip-skip 1, or leave it out"
+            )
+        if self.preview_every < 1:
+            raise UsageError(
+                f"preview-every must be at least 1, got {self.preview_every}", hint="use --preview-every 5, or 1"
             )
         check_output(self.output)
         self._check_prompts()
@@ -191,6 +222,8 @@ class GenerateSpec:
                 f"guidance scale must be a number from 0 up, got {self.guidance_scale}",
                 hint=f"use --guidance-scale {DEFAULT_GUIDANCE_SCALE}",
             )
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise UsageError(f"eta must be from 0 to 1, got {self.eta}", hint="use --eta 0.3")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_images + 1:
             most = MAX_SEED - self.num_images + 1
             raise UsageError(
@@ -237,3 +270,35 @@ class GenerateSpec:
     def uses_guidance(self) -> bool:
         """Whether classifier-free guidance doubles the UNet's batch (diffusers' own rule)."""
         return self.guidance_scale > 1
+
+
+class _Scheduled(Protocol):
+    """A request with a scheduler."""
+
+    @property
+    def scheduler(self) -> str | None:
+        """Its name."""
+
+    @property
+    def noise(self) -> NoiseSpec:
+        """What it is told."""
+
+
+def settle_scheduler(spec: _Scheduled) -> None:
+    """Put a scheduler's own name in the place of any other, and the sigmas that its name ends with into the noise.
+
+    Raises:
+        UsageError: for an unknown name, and for sigmas that are said twice, and differently.
+    """
+    if spec.scheduler is None:
+        return
+    name, sigmas = find_scheduler(spec.scheduler)
+    if sigmas is not None and spec.noise.sigmas not in (None, sigmas):
+        raise UsageError(
+            f"scheduler {spec.scheduler!r} has {sigmas} sigmas, and --sigmas says {spec.noise.sigmas}",
+            hint=f"use --scheduler {name} --sigmas {spec.noise.sigmas}",
+        )
+    if sigmas is not None:
+        sources = {"sigmas": f"--scheduler {spec.scheduler!r}", **spec.noise.sources}
+        object.__setattr__(spec, "noise", replace(spec.noise, sigmas=sigmas, sources=sources))
+    object.__setattr__(spec, "scheduler", name)

@@ -21,11 +21,11 @@ from sdtrt.specs.choices import (
     BaselineName,
     BenchTask,
     Precision,
-    SchedulerName,
     check_choice,
     check_output,
 )
-from sdtrt.specs.generate import GenerateSpec, NoiseSpec
+from sdtrt.specs.generate import GenerateSpec, NoiseSpec, settle_scheduler
+from sdtrt.specs.schedulers import SchedulerName
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class BenchSpec:
 
     def __post_init__(self) -> None:
         check_output(self.output)
+        settle_scheduler(self)
         for task in self.tasks:
             check_choice("task", task, BENCH_TASKS)
         for baseline in self.baselines or ():

@@ -138,6 +138,14 @@ def inpainting_model():
     return PAINT
 
 
+def heic_without_its_library():
+    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    missing = contextlib.ExitStack()
+    missing.enter_context(mock.patch.dict(sys.modules, {"pillow_heif": None}))
+    held.append(missing)
+    return "img2img", "-p", "x", *MODEL, "-i", "photo.heic"
+
+
 def not_finite():
     path = next(Path("model/unet").glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
@@ -185,6 +193,9 @@ MAKERS = {
     "guidance scale": (*PAINT, "--cfg-scale", "nan"),
     "seed": (*PAINT, "--seed", "-2"),
     "scheduler": (*PAINT, "--scheduler", "eulr"),
+    "sigmas of a scheduler": (*PAINT, "--scheduler", "DDIM Karras"),
+    "eta of a scheduler": (*PAINT, "--scheduler", "euler", "--eta", "0.5"),
+    "preview by a full VAE": (*PAINT, "--preview", "model"),
     "backend": (*PAINT, "--backend", "tensort"),
     "precision of a backend": (*PAINT, "--precision", "bf16"),
     "backend without a GPU": (*PAINT, "--backend", "tensorrt"),
@@ -193,6 +204,7 @@ MAKERS = {
     "strength of no step": ("img2img", *PAINT[1:], "-i", "init.png", "--strength", "0.5"),
     "missing init image": ("img2img", "-p", "x", *MODEL, "-i", "missing.png"),
     "init image that is none": ("img2img", "-p", "x", *MODEL, "-i", "text.png"),
+    "HEIC without its library": heic_without_its_library,
     "init image too large": ("img2img", "-p", "x", *MODEL, "-i", "large.png"),
     "init image too long": ("img2img", "-p", "x", *MODEL, "-i", "long.png"),
     "init image of floats": ("img2img", "-p", "x", *MODEL, "-i", "float.tif"),

@@ -8,6 +8,8 @@ import test_controlnet
 import torch
 from diffusers import (
     DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -29,6 +31,7 @@ pytestmark = [
 ]
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
+LATENT = {"output_type": "latent"}
 ARCHITECTURE = {**factories.SMALLEST["sd1"], "norm_num_groups": 8}  # of a group of one channel, a norm hides biases
 
 
@@ -233,6 +236,35 @@ def test_engines_of_several_sizes_share_the_weights(make, accelerate):
             parameter.data.mul_(1.1)
     for options in ({}, {"prompt": ["a", "b"]}):
         assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+
+
+def test_a_consistency_model_and_a_tiny_vae_give_plain_diffusers_pictures(tokenizer, accelerate, directory):
+    """Four steps, one row of the UNet: the guidance scale is an input, and turning it builds nothing."""
+
+    def made():
+        unet = factories.small_unet("sd1", **ARCHITECTURE, time_cond_proj_dim=16)
+        scheduler = LCMScheduler(**factories.LCM_SCHEDULE)
+        given = {"tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
+        return factories.live_pipeline(LatentConsistencyModelPipeline, "sd1", **given)
+
+    pipe, plain = accelerate(made()), made()
+    built = names(directory)
+    assert all(sdtrt.status(pipe)[part].is_in_engine for part in ("unet", "text_encoder", "vae_decoder"))
+    for scale in (1.0, 8.5):
+        options = {"guidance_scale": scale, "num_inference_steps": 4, "output_type": "pt"}
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= 2 / 255
+        assert differ(latents(pipe, **options | LATENT), latents(plain, **options | LATENT)) <= TOLERANCE
+    assert names(directory) == built
+
+
+def test_without_guidance_the_unet_has_an_engine_for_one_row(make, accelerate, directory):
+    pipe, plain = accelerate(make(), guidance=False, components=("unet",)), make()
+    built = names(directory)
+    (engine,) = swapped_of(pipe)["unet"].engines
+    assert [str(profile.batch.max) for profile in engine.entry.engine_key.profiles] == ["1"]
+    for scale in (0.0, 1.0):
+        assert differ(latents(pipe, guidance_scale=scale), latents(plain, guidance_scale=scale)) <= TOLERANCE
+    assert names(directory) == built
 
 
 def test_other_layers_are_refused(pipe):

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
+from factories import SMALLEST, small_text_encoder, small_unet, small_vae, write_tokenizer
 from PIL import Image
 
 from sdtrt.backends import unchanged
@@ -47,9 +47,12 @@ class TorchSession:
         check_feeds(self.inputs, {name: tuple(tensor.shape) for name, tensor in feeds.items()}, dtypes)
         self.fed.append(feeds)
         added = {name: feeds[name] for name in ("text_embeds", "time_ids") if name in feeds}
-        states = feeds["encoder_hidden_states"]
+        given, guidance = (
+            (feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"]),
+            feeds.get("timestep_cond"),
+        )
         with torch.no_grad():
-            result = self.unet(feeds["sample"], feeds["timestep"], states, added_cond_kwargs=added or None).sample
+            result = self.unet(*given, timestep_cond=guidance, added_cond_kwargs=added or None).sample
         return {"out_sample": result}
 
     def close(self):
@@ -255,6 +258,17 @@ def test_returns_a_tuple_or_an_output_with_sample(unets):
     facade = facade_of(unets["sd1"])
     assert isinstance(facade(*arguments, return_dict=False), tuple)
     torch.testing.assert_close(facade(*arguments).sample, facade(*arguments, return_dict=False)[0])
+
+
+def test_a_guidance_embedding_is_an_input_of_consistency_models(unets):
+    """One for all rows, one a row, or none."""
+    unet = small_unet("sd1", **SMALLEST["sd1"], time_cond_proj_dim=8)
+    facade, given = facade_of(unet), (torch.randn(2, 4, 8, 8), torch.tensor(5), torch.randn(2, 77, 32))
+    seen = []
+    for one in (None, torch.randn(1, 8), torch.randn(2, 8)):
+        seen.append(unet(*given, timestep_cond=one).sample)
+        torch.testing.assert_close(facade(*given, timestep_cond=one).sample, seen[-1])
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
 from sdtrt.pipeline.scheduler_checks import check_steps
 from sdtrt.pipeline.schedulers import Settings, keep_on_host, let_go, make_scheduler, with_noise
-from sdtrt.specs import SCHEDULERS, NoiseSpec
+from sdtrt.specs import NoiseSpec
 
 STORED = {
     "beta_start": 0.00085,
@@ -26,6 +26,7 @@ STORED = {
     "steps_offset": 1,
 }
 SD1 = diffusers.PNDMScheduler(**STORED)
+SCHEDULERS = ("pndm", "ddim", "euler", "euler-a", "dpm++", "unipc", "lcm", "heun")  # test_more_schedulers has others
 SAMPLERS = {
     "pndm": "PLMS",
     "ddim": "DDIM",

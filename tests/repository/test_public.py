@@ -17,7 +17,7 @@ from sdtrt.pipeline import front, opened
 from sdtrt.specs import GenerateSpec
 
 PACKAGE = Path(sdtrt.__file__).parent
-FUNCTIONS = ("accelerate", "build", "export", "generate", "load", "open_session", "restore", "status")
+FUNCTIONS = ("accelerate", "build", "export", "generate", "load", "open_session", "preview", "restore", "status")
 
 
 @pytest.mark.parametrize("name", sdtrt.__all__)

@@ -109,7 +109,6 @@ def test_inpainting_unet_has_its_own_channels(configs):
         ("num_class_embeds", 10),
         ("encoder_hid_dim_type", "text_proj"),
         ("addition_embed_type", "image"),
-        ("time_cond_proj_dim", 256),
         ("_class_name", "UNetMotionModel"),
     ],
 )
