@@ -19,6 +19,7 @@ from sdtrt.specs import (
     EmbeddingSpec,
     ExportSpec,
     GenerateSpec,
+    ImagePromptSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
@@ -62,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     embeddings: tuple[EmbeddingSpec, ...]
     clip_skip: int
     prompt_syntax: PromptSyntax
+    ip_images: tuple[ImagePromptSpec, ...]
 
 
 def generate(

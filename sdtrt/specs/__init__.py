@@ -56,6 +56,7 @@ from sdtrt.specs.generate import (
     GenerateSpec,
     NoiseSpec,
 )
+from sdtrt.specs.image_prompts import ImagePromptSpec
 from sdtrt.specs.report import (
     BenchSpec,
     PruneSpec,
@@ -116,6 +117,7 @@ __all__ = [
     "Exporter",
     "GenerateSpec",
     "Group",
+    "ImagePromptSpec",
     "LoraSpec",
     "ModelSpec",
     "NoiseSpec",
