@@ -28,11 +28,11 @@ class ImagePromptParts:
 
     Args:
         projection: makes tokens of the embeddings of pictures (`MultiIPAdapterImageProjection`).
-        processors: those of a UNet's attentions by name, without memory: diffusers writes the scales there.
+        layout: a UNet without memory for weights: diffusers looks there where scales go, and writes them there.
     """
 
     projection: torch.nn.Module
-    processors: Mapping[str, Any]
+    layout: Any
 
 
 def put_on(unet: Any, adapters: Sequence[IpAdapter], dtype: torch.dtype) -> None:
@@ -43,14 +43,11 @@ def put_on(unet: Any, adapters: Sequence[IpAdapter], dtype: torch.dtype) -> None
     unet.eval().requires_grad_(False)
 
 
-def check(empty: Any, adapters: Sequence[IpAdapter]) -> Mapping[str, Any]:
+def check(empty: Any, adapters: Sequence[IpAdapter]) -> None:
     """Check by names and shapes that adapters fit a UNet; reads no tensor.
 
     Args:
         empty: the UNet on PyTorch's meta device, which gets them.
-
-    Returns:
-        Its attention processors by name.
 
     Raises:
         ModelError: naming what does not fit.
@@ -59,15 +56,13 @@ def check(empty: Any, adapters: Sequence[IpAdapter]) -> Mapping[str, Any]:
 
     with quiet_libraries(), _mapped(adapters), torch.device("meta"):
         empty._load_ip_adapter_weights([_empty_state(one) for one in adapters], low_cpu_mem_usage=False)
-    processors: Mapping[str, Any] = empty.attn_processors
-    return processors
 
 
 def load_parts_for_engine(empty: Any, adapters: Sequence[IpAdapter], dtype: torch.dtype) -> ImagePromptParts:
     """What makes an engine's tokens, in `dtype` on the CPU; `empty` as of `check`."""
     from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
-    processors = check(empty, adapters)
+    check(empty, adapters)
     states = [_state(one, dtype) for one in adapters]
     with quiet_libraries(), _mapped(adapters):
         made = [
@@ -75,7 +70,7 @@ def load_parts_for_engine(empty: Any, adapters: Sequence[IpAdapter], dtype: torc
             for one in states
         ]
     projection = MultiIPAdapterImageProjection(made).to(dtype).eval().requires_grad_(False)
-    return ImagePromptParts(projection, processors)
+    return ImagePromptParts(projection, empty)
 
 
 def load_image_encoder(adapter: IpAdapter, dtype: torch.dtype) -> dict[str, Any]:

@@ -227,14 +227,15 @@ class UNetFacade(_OfDiffusers):
             # SDXL's pipelines read the width of the added conditioning from the layer that takes it.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
-    def take_image_prompts(self, projection: torch.nn.Module, processors: Mapping[str, Any]) -> None:
+    def take_image_prompts(self, projection: torch.nn.Module, layout: Any) -> None:
         """Take what makes tokens of pictures for IP-Adapters, on the facade's device.
 
         Args:
             projection: diffusers' pipelines look into it, too (`encoder_hid_proj`).
-            processors: the attentions' by name; `set_ip_adapter_scale` writes there.
+            layout: a UNet without memory for weights; `set_ip_adapter_scale` looks there, and writes there.
         """
-        self.encoder_hid_proj, self.attn_processors = projection, dict(processors)
+        self.encoder_hid_proj, self.attn_processors = projection, dict(layout.attn_processors)
+        self.down_blocks, self.up_blocks = tuple(layout.down_blocks), tuple(layout.up_blocks)
         self.forward = PromptedForward(self, self.forward)
 
     def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:

@@ -216,7 +216,7 @@ def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
     added["image_encoder"].to(spec.device)
     parts |= added
     if in_engine:
-        unet.take_image_prompts(given.projection.to(spec.device), given.processors)
+        unet.take_image_prompts(given.projection.to(spec.device), given.layout)
 
 
 def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -> Any:

@@ -113,9 +113,7 @@ def test_a_picture_is_that_of_plain_diffusers_and_says_what_it_was_made_of(folde
 
 
 @pytest.mark.slow
-def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, capsys):
-    from sdtrt.cli.main import main
-
+def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, run):
     one, other = str(folder / "one.png"), str(folder / "other.png")
     words = [
         "img2img",
@@ -129,11 +127,10 @@ def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, caps
     ]
     words += ["--ip-adapter", str(base), "--ip-image", f"{one}:0.4", "--ip-adapter", str(plus), "--ip-image", other]
     words += ["--steps", "4", "--seed", "3", "--height", "64", "--width", "64", "--component", "unet", "--quiet"]
-    code = main(
-        [*words, "--strength", "0.75", "--json", "--output", str(tmp_path / "o.png"), "--engine-dir", str(tmp_path)]
-    )
-    assert code == 0
-    made = json.loads(capsys.readouterr().out)
+    words += ["--strength", "0.75", "--json", "--output", str(tmp_path / "o.png")]
+    code, out, err = run(*words, "--engine-dir", str(tmp_path))
+    assert code == 0, err
+    made = json.loads(out)
     assert [own["scale"] for own in made["ip_adapters"]] == [0.4, 1.0]
     pipe = plain(folder, base, plus, scale=[0.4, 1.0], cls=StableDiffusionImg2ImgPipeline)
     start = picture(one).resize((64, 64), Image.Resampling.LANCZOS)
