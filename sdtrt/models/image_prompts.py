@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.specs import Group
-from sdtrt.specs.image_prompts import group_of
+from sdtrt.specs.contract import Contract
+from sdtrt.specs.image_prompts import IMAGE_TOKENS, group_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,12 @@ def projection_of(unet: Any) -> Any:
     return found if type(found).__name__ == "MultiIPAdapterImageProjection" else None
 
 
+def drop_projection(unet: Any) -> None:
+    """Leave out of a UNet what makes tokens of images: it makes what an engine takes."""
+    if projection_of(unet) is not None:
+        unet.encoder_hid_proj = None
+
+
 def groups_of(unet: torch.nn.Module) -> tuple[Group, ...]:
     """The group of inputs that a UNet's IP-Adapters need, for one image each; none without any."""
     if projection_of(unet) is None:
@@ -51,6 +58,13 @@ def plain_processors(module: Any) -> None:
     module.set_attn_processor(
         {name: one if is_image_prompt(one) else usual for name, one in module.attn_processors.items()}
     )
+
+
+def complete(module: Any, contract: Contract) -> None:
+    """Put layers by chance into a UNet that has none, where a contract has inputs for IP-Adapters."""
+    counts = [spec.dims[1] for spec in contract.inputs if spec.name.startswith(IMAGE_TOKENS)]
+    if counts and not attentions_of(module):
+        add_layers(module, [int(one) for one in counts])
 
 
 def add_layers(unet: Any, counts: Sequence[int], seed: int = 0) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.errors import ModelError, SdtrtError
 from sdtrt.models.adapters import own_state
-from sdtrt.models.image_prompts import PROJECTION, plain_processors, projection_of
+from sdtrt.models.image_prompts import PROJECTION, drop_projection, plain_processors
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import Component, ModelSpec, Precision
 from sdtrt.specs.contract import DTYPES, pooled_width, trained_size, vae_scale_factor
@@ -192,8 +192,7 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     made: Any = copy.deepcopy(module, memo).eval()
     if hasattr(made, "set_attn_processor"):
         plain_processors(made)
-    if projection_of(made) is not None:
-        made.encoder_hid_proj = None  # it makes what the engine takes
+    drop_projection(made)
     result: torch.nn.Module = made
     return result
 

@@ -14,7 +14,6 @@ _TEXT_PREFIX = "text_model."  # what transformers puts before a text encoder's n
 
 # What a part's tensors begin with that are none of a component's: the other half of a VAE, what is computed anyway.
 _OTHERS: dict[Component, tuple[str, ...]] = {
-    "unet": ("encoder_hid_proj.",),
     "vae_decoder": ("encoder.", "quant_conv."),
     "vae_encoder": ("decoder.", "post_quant_conv."),
     "text_encoder": ("embeddings.position_ids",),

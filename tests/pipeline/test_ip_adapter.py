@@ -9,6 +9,7 @@ import ip_adapters
 import numpy as np
 import pytest
 import torch
+import torch_engines
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -147,6 +148,27 @@ def test_an_adapter_has_its_effect_and_nothing_that_is_turned_builds_an_engine(
     assert names(directory) == built
     sdtrt.restore(pipe)
     assert torch.equal(latents(pipe, None), latents(plain, None))
+
+
+def test_adapters_come_change_and_go_on_a_live_pipeline(make, accelerate, tmp_path, written, monkeypatch):
+    """PyTorch computes in the place of an engine without weights: what is bound, and what is given."""
+    torch_engines.instead_of_inductor(monkeypatch)
+    options = {"backend": "inductor", "engine_dir": tmp_path}
+    plain, pipe = make(), accelerate(make(), **options)
+    for seed, scale in ((0, 0.6), (5, 0.0), (5, 1.2)):
+        for one in (plain, pipe):
+            ip_adapters.load(one, written(seed=seed), scale=scale)
+        assert differ(latents(pipe), latents(plain)) <= TOLERANCE
+    built = names(EngineDirectory(tmp_path))
+    assert len(built) == 2
+    for one in (plain, pipe):
+        one.unload_ip_adapter()
+    assert differ(latents(pipe, None), latents(plain, None)) <= TOLERANCE
+    for one in (plain, pipe):
+        ip_adapters.load(one, written(), scale=1.2)
+    accelerate(pipe, **options)
+    assert differ(latents(pipe, OTHER), latents(plain, OTHER)) <= TOLERANCE
+    assert names(EngineDirectory(tmp_path)) == built
 
 
 @pytest.mark.parametrize("backend", SLOW[1:])

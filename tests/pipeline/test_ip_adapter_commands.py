@@ -17,10 +17,13 @@ from PIL import Image
 
 import sdtrt
 from sdtrt.common.errors import ModelError, SdtrtError, UsageError
+from sdtrt.exports.program import export_program
+from sdtrt.models.components import contract_of, load_component
+from sdtrt.models.live import component_tensors
 from sdtrt.models.loading import check_ip_adapters
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.images import read_metadata, read_parameters
-from sdtrt.specs import GenerateSpec, ImagePromptSpec, ModelSpec
+from sdtrt.specs import GenerateSpec, ImagePromptSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 SIZE = {"height": 64, "width": 64}
@@ -137,6 +140,17 @@ def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, run)
     options = {"num_inference_steps": 4, "strength": 0.75, "generator": torch.Generator().manual_seed(3)}
     expected = pipe("a red circle", image=start, ip_adapter_image=[picture(one), picture(other)], **options).images[0]
     assert levels(picture(made["images"][0]["path"]), expected) <= LEVELS
+
+
+@pytest.mark.slow
+def test_a_program_has_the_weights_of_an_adapter_by_the_names_that_a_live_unet_has(folder, base):
+    model = resolved(folder, base)
+    contract = contract_of(model, "unet", "fp32", model.groups)
+    module = load_component(model, "unet", torch.float32)
+    program = export_program(module, contract, Profile.of(Sizes(2, 64, 64)), device=torch.device("cpu"))
+    live = component_tensors(plain(folder, base, scale=1.0).unet, "unet")
+    assert {name for sources in program.sources.values() for name in sources} == set(live)
+    assert sum(".processor.to_k_ip.0." in name for name in live) == 4
 
 
 @pytest.mark.slow

@@ -22,10 +22,9 @@ from sdtrt.exports.program import Program, Recipe, export_program
 from sdtrt.exports.tracing import reference
 from sdtrt.models.architecture import SEED
 from sdtrt.models.components import load_component
-from sdtrt.models.image_prompts import add_layers, attentions_of
+from sdtrt.models.image_prompts import complete
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import Profile, Sizes
-from sdtrt.specs.image_prompts import token_counts
 
 # What an engine may differ from the component in fp32 by, as relative L2 error: a wrong engine is far beyond, rounding
 # far below. fp16: 0.001 was measured for Stable Diffusion 1.5's UNet.
@@ -77,8 +76,7 @@ def _load(request: Request) -> torch.nn.Module:
         module = request.blueprint.with_seeded_weights(dtype)
     else:
         module = load_component(resolve_model(request.export.model), request.export.component, dtype)
-    if (counts := token_counts(request.export.groups)) and not attentions_of(module):
-        add_layers(module, counts)
+    complete(module, request.contract)
     return module
 
 
