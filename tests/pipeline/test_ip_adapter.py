@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from contextlib import nullcontext as nothing
 
 import factories
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch_engines
+from benchmark_scripts import module
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -55,6 +58,7 @@ def noise(seed):
 
 
 PICTURE, OTHER = noise(0), noise(1)
+ip_adapter_step = module("ip_adapter_step")
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +267,20 @@ def test_sdxl_in_an_engine_of_inductor(make, accelerate, written):
     accelerate(pipe, backend="inductor")
     for picture in (PICTURE, OTHER):
         assert differ(latents(pipe, picture), latents(plain, picture)) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_benchmark_has_a_row_for_each_choice_of_adapters(ip_adapter_step, monkeypatch, tmp_path):
+    torch_engines.instead_of_inductor(monkeypatch)
+    model = factories.sd1_folder(tmp_path / "model", **factories.SMALLEST["sd1"])
+    words = ["--model", model, "--height", 64, "--width", 64, "--steps", 2, "--repeats", 1, "--calls", 1]
+    words += ["--rows", "none", "one", "plus", "two", "--folder", tmp_path, "--output", tmp_path / "o.json"]
+    monkeypatch.setattr(sys, "argv", ["ip_adapter_step.py", *map(str, words)])
+    ip_adapter_step.main()
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert [row["adapters"] for row in rows] == ["none", "one", "plus", "two"]
+    assert all(row["relative_l2"] < TOLERANCE for row in rows)
+    assert [row["engines_built_by_that"] for row in rows[1:]] == [0, 0, 0]
 
 
 # --- what is computed, in PyTorch ------------------------------------------------------------------------------------
