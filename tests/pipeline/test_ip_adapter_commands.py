@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch_engines
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
@@ -140,6 +141,48 @@ def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, run)
     options = {"num_inference_steps": 4, "strength": 0.75, "generator": torch.Generator().manual_seed(3)}
     expected = pipe("a red circle", image=start, ip_adapter_image=[picture(one), picture(other)], **options).images[0]
     assert levels(picture(made["images"][0]["path"]), expected) <= LEVELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "kind"), [("txt2img", "sdxl"), ("inpaint", "sd1")])
+def test_each_command_takes_pictures_in_batches_too(folder, base, tmp_path, run, monkeypatch, command, kind):
+    """PyTorch computes in the place of an engine without weights, which the facade gives what it gives an engine."""
+    torch_engines.instead_of_inductor(monkeypatch)
+    path, model = base, folder / "model"
+    if kind == "sdxl":
+        model = factories.sdxl_folder(tmp_path / "model", **factories.SMALLEST["sdxl"])
+        unet = factories.small_unet("sdxl", **factories.SMALLEST["sdxl"])
+        path = ip_adapters.write(tmp_path / "xl", unet, name="ip-adapter_sdxl.safetensors")
+    one, mask = folder / "one.png", tmp_path / "mask.png"
+    Image.new("L", (48, 48), 255).save(mask)
+    words = [
+        command,
+        "a red circle",
+        "--model",
+        model,
+        "--precision",
+        "fp32",
+        "--steps",
+        2,
+        "--seed",
+        1,
+        "-W",
+        64,
+        "-H",
+        64,
+    ]
+    words += ["--num-images", 2, "--batch-size", 2, "--engine-dir", tmp_path / "engines", "--component", "unet"]
+    words += ["--init-image", one, "--mask", mask] if command == "inpaint" else []
+    shown = {}
+    for name, scale in (("bare", 0), ("little", 0.2), ("much", 1)):
+        for backend in ("torch", "inductor"):
+            given = ["--ip-adapter", path, "--ip-image", f"{one}:{scale}", "--backend", backend, "--json", "--quiet"]
+            own = [word for word in words if backend != "torch" or word not in ("--component", "unet")]
+            code, out, err = run(*map(str, [*own, *given, "--output", tmp_path / f"{name}-{backend}"]))
+            assert code == 0, err
+            shown[name, backend] = [picture(made["path"]) for made in json.loads(out)["images"]]
+        assert max(map(levels, shown[name, "torch"], shown[name, "inductor"])) <= LEVELS
+    assert levels(shown["bare", "torch"][1], shown["much", "torch"][1]) > 2 * LEVELS
 
 
 @pytest.mark.slow
