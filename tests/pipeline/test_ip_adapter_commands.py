@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import factories
+import hub_server
 import ip_adapters
 import numpy as np
 import pytest
@@ -242,6 +247,47 @@ def test_adapters_are_found_by_folder_and_file(folder, base, plus, tmp_path):
         with pytest.raises(SdtrtError, match=message) as caught:
             resolved(folder, name)
         two_lines(caught.value)
+
+
+# huggingface_hub reads its settings when it is imported: a process of its own.
+SCRIPT = """
+import json, sys
+from sdtrt.common.errors import SdtrtError
+from sdtrt.models.resolve import resolve_model
+from sdtrt.specs import ModelSpec
+try:
+    model = resolve_model(ModelSpec(sys.argv[1], ip_adapters=(sys.argv[2],), offline=len(sys.argv) > 3))
+    (one,) = model.ip_adapters
+    print(json.dumps([one.name, one.tokens, one.encoder.name, all(file.is_file() for file in one.encoder_files)]))
+except SdtrtError as error:
+    print(json.dumps([error.message, error.hint]))
+"""
+
+
+@pytest.mark.slow
+def test_of_the_hub_only_what_is_needed_is_fetched(folder, base, tmp_path):
+    repo = shutil.copytree(folder / "adapters", tmp_path / "repo")
+    shutil.copytree(repo / "models" / "image_encoder", repo / "sdxl_models" / "image_encoder")
+    (repo / "sdxl_models" / "ip-adapter_sdxl.safetensors").write_bytes(base.read_bytes())
+    with hub_server.serve({"owner/ip": repo}) as hub:
+
+        def ask(name, *offline, url=hub.url):
+            variables = {name: value for name, value in os.environ.items() if not name.lower().endswith("proxy")}
+            variables |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+            variables["PYTHONPATH"] = str(Path(sdtrt.__file__).parents[1])
+            command = [sys.executable, "-c", SCRIPT, str(folder / "model"), name, *offline]
+            result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+            assert result.returncode == 0, result.stderr
+            return json.loads(result.stdout)
+
+        assert ask("owner/ip") == ["ip-adapter_sd15", 4, "image_encoder", True]
+        wanted = ["ip-adapter_sd15.safetensors", "image_encoder/config.json", "image_encoder/model.safetensors"]
+        assert hub.downloads == [f"models/{name}" for name in wanted]
+        plus = "owner/ip/models/ip-adapter-plus_sd15.safetensors"
+        assert ask(plus)[:2] == ["ip-adapter-plus_sd15", 6]
+        assert ask("owner/ip/nothing.safetensors")[0] == "owner/ip has no file nothing.safetensors"
+        assert ask("owner/nothing")[0].startswith("the hub has no model owner/nothing")
+    assert ask(plus, "offline", url="http://127.0.0.1:9")[:2] == ["ip-adapter-plus_sd15", 6]
 
 
 def test_what_does_not_fit_is_refused_by_its_header(folder, base, tmp_path):
