@@ -24,6 +24,7 @@ from sdtrt.specs.image_prompts import SCALE, group_of, image_tokens
 ADDED, EMBEDS = "added_cond_kwargs", "image_embeds"
 BEFORE_ADDED = 7  # a UNet's arguments before that one
 MASKS = "ip_adapter_masks"
+FACES = "clip_embeds"  # what FaceID Plus's projection takes besides, as an attribute that users set
 NAMES = (
     ADDED,
     "down_block_additional_residuals",
@@ -102,7 +103,8 @@ class ImagePrompts:
         with torch.no_grad():
             self._tokens = [one.flatten(1, 2) for one in self._projection(list(embeds))]
         taken = [TensorSnapshot.of(one) for one in embeds]
-        self._seen = (places, taken) if None not in taken else ()
+        more = any(hasattr(one, FACES) for one in self._projection.image_projection_layers)
+        self._seen = (places, taken) if None not in taken and not more else ()
         return self._tokens
 
     def _scale(self, device: torch.device) -> torch.Tensor:
@@ -175,6 +177,8 @@ def _checked(embeds: Any, projection: Any) -> list[torch.Tensor]:
 
 def width_of(layer: Any) -> int | None:
     """The width of the embeddings that an adapter's projection takes; None where its class doesn't say it."""
+    if hasattr(layer, FACES):  # which takes faces first, and is as wide as they are inside
+        return None
     first = getattr(layer, "image_embeds", None) or getattr(layer, "proj_in", None)
     if first is None and hasattr(layer, "ff"):
         first = layer.ff.net[0].proj

@@ -20,6 +20,13 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterFaceIDPlusImageProjection,
+    IPAdapterFullImageProjection,
+    IPAdapterPlusImageProjection,
+)
 from PIL import Image
 from trt_fakes import fake_library
 
@@ -33,6 +40,7 @@ from sdtrt.exports.tracing import component_call, reference, traceable
 from sdtrt.models.components import contract_of
 from sdtrt.models.image_prompts import add_layers, attentions_of, groups_of
 from sdtrt.models.live import LiveModel
+from sdtrt.pipeline.image_prompts import ImagePrompts, width_of
 from sdtrt.specs import ExportSpec, Profile, Sizes
 from sdtrt.specs.groups import with_groups
 from sdtrt.specs.image_prompts import cross_attentions, token_counts
@@ -351,8 +359,6 @@ def test_a_unet_of_other_blocks_has_no_such_group():
 
 
 def test_what_no_engine_takes_is_refused_with_the_way_out(make, written):
-    from sdtrt.pipeline.image_prompts import ImagePrompts
-
     pipe = ip_adapters.load(make(), written())
     prompts = ImagePrompts(lambda: pipe.unet)
     assert prompts.look()
@@ -373,6 +379,17 @@ def test_what_no_engine_takes_is_refused_with_the_way_out(make, written):
     pipe.set_ip_adapter_scale([[0.5, 0.7]])
     with pytest.raises(EngineError, match="one for each picture goes with masks"):
         prompts.take((), {"added_cond_kwargs": {"image_embeds": [embeds]}})
+
+
+def test_the_width_of_embeddings_is_that_of_each_kind_of_projection():
+    kinds = {
+        ImageProjection(24, 32, 4): 24,
+        IPAdapterFullImageProjection(20, 32): 20,
+        IPAdapterFaceIDImageProjection(16, 32, mult=2, num_tokens=4): 16,
+        IPAdapterPlusImageProjection(12, 32, 32, depth=1, dim_head=16, heads=1, num_queries=4): 12,
+        IPAdapterFaceIDPlusImageProjection(12, 32, 32, 16, depth=1, dim_head=16, heads=1): None,
+    }
+    assert [width_of(layer) for layer in kinds] == list(kinds.values())
 
 
 def test_tensorrt_86_refuses_such_engines_with_the_way_out(monkeypatch):
