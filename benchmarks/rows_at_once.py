@@ -38,6 +38,7 @@ def run(module: torch.nn.Module, contract: Contract, feeds: Tensors, dtype: torc
         some = (tensor[first : first + at_once] for tensor in feeds.values())
         with torch.inference_mode():
             found = call(*(one.to(dtype) if one.is_floating_point() else one for one in some))
+        assert isinstance(found, torch.Tensor)
         parts.append(found.float().cpu())
     return torch.cat(parts)
 

@@ -16,6 +16,7 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry, stored_contract
+from sdtrt.engines.find import names_of
 from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
 from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import contract_of, part_of, profiles_of
@@ -90,7 +91,7 @@ def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirect
         job = BuildJob(None, folder, contract, spec, directory, console, blueprint)
         with sight.steady():
             measured = registry.get(spec.backend).build(job)
-        facts = {"contract": contract.to_json(), "model": model.spec.name}
+        facts = {"contract": contract.to_json(), **names_of(model.spec)}
         return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
 
     return directory.obtain("engine", engine_key(model, spec, directory).to_json(), make, console, force=spec.force)
@@ -106,7 +107,7 @@ def _make(
     measured = registry.get(spec.backend).build(job)
     return {
         "contract": onnx.info["contract"],
-        "model": model.spec.name,
+        **names_of(model.spec),
         "onnx": onnx.name,
         **{name: onnx.info[name] for name in ("weights_digest",) if name in onnx.info},
         "seconds": round(time.perf_counter() - start, 3),

@@ -71,15 +71,15 @@ def _give_weights(session: Session[torch.Tensor], model: ModelSource) -> None:
     """Have a session compute with a model's weights, which nobody replaces while they are read.
 
     What is stored goes to where the engine has it, and is cast and looked at there: on a GPU that takes no time. Where
-    a number is not finite then, all of it is done once more by what says which. A part that LoRAs change is never
-    stored: they are merged into it when it is loaded.
+    a number is not finite then, all of it is done once more by what says which. A part that LoRAs or IP-Adapters
+    change is never stored: they are put into it when it is loaded.
     """
     import torch
 
     component = session.contract.component
     part = part_of(component)
     with Sight(model, (part,)).steady():
-        if isinstance(model, Model) and not model.loras_of(part) and session.take_stored(stored_tensors(model, part)):
+        if isinstance(model, Model) and model.is_stored(part) and session.take_stored(stored_tensors(model, part)):
             return
         dtype = getattr(torch, session.contract.outputs[0].dtype)
         session.set_weights(load_component(model, component, dtype))

@@ -148,7 +148,7 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
     engines = directory.directory()
     candidates = registry.candidates(spec.backend)
     if any(backend.source for backend in candidates):
-        hash_ahead(lambda: likely(engines, spec.model.name, spec.backend))
+        hash_ahead(lambda: likely(engines, spec.model, spec.backend))
     read_ahead(spec, engines)
     with quick_imports():
         if any("cuda" in backend.devices for backend in candidates):
@@ -221,12 +221,13 @@ def verify(
     options: VerifyOptions,
     noise: NoiseOptions,
     model: ModelOptions,
+    lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(model.spec(), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -241,12 +242,13 @@ def bench(
     options: BenchOptions,
     noise: NoiseOptions,
     model: ModelOptions,
+    lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(model.spec(), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

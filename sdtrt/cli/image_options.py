@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -22,6 +22,7 @@ from sdtrt.specs import (
     Component,
     EmbeddingSpec,
     GenerateSpec,
+    ImagePromptSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
@@ -106,6 +107,14 @@ class GenerateOptions:
         list[str] | None,
         Option("--embedding", metavar="FILE[:TOKEN]", help="a textual inversion, and its word; again for more"),
     ] = None
+    ip_adapter: Annotated[
+        list[str] | None,
+        Option("--ip-adapter", metavar="FILE|FOLDER|ID", help="an IP-Adapter, which takes a picture; again for more"),
+    ] = None
+    ip_image: Annotated[
+        list[str] | None,
+        Option("--ip-image", metavar="FILE[:SCALE]", help="the picture for it, and how much it counts; one for each"),
+    ] = None
     clip_skip: Annotated[int, Option(help="last layers of the text encoder that are left out, as in diffusers")] = 0
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
@@ -138,7 +147,7 @@ class GenerateOptions:
         backend.check(self.component or ())
         return GenerateSpec(
             prompts=self._prompts(),
-            model=model,
+            model=replace(model, ip_adapters=tuple(self.ip_adapter or ())),
             backend=backend.backend,
             precision=cast("Precision | None", backend.precision),
             negative_prompt=self.negative_prompt,
@@ -158,6 +167,7 @@ class GenerateOptions:
             preview_every=self.preview_every,
             components=cast("tuple[Component, ...]", tuple(self.component or ())),
             embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
+            ip_images=tuple(map(ImagePromptSpec.parse, self.ip_image or ())),
             clip_skip=self.clip_skip,
             prompt_syntax=cast("PromptSyntax", self.prompt_syntax),
             **image,

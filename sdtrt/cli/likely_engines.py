@@ -47,6 +47,8 @@ def likely_engines(spec: GenerateSpec, directory: EngineDirectory) -> list[Entry
     `auto` those of the backend whose step is the fastest. None where that one loads nothing ahead. Which weights a
     request needs is known only once the model is read.
     """
+    if spec.model.ip_adapters:  # engines of groups of inputs are not looked for here
+        return []
     there = {str(entry.key.get("backend")) for entry in directory.entries("engine")}
     if spec.backend == AUTO:
         usual = registry.expected()[0]
@@ -71,7 +73,7 @@ def _latest(backend: Backend, spec: GenerateSpec, directory: EngineDirectory) ->
         key = entry.parsed_key
         return isinstance(key, EngineKey) and runs(key) and _may_serve(key, spec, precision)
 
-    latest = find.latest(directory, spec.model.name if backend.weights_inside else None, fits)
+    latest = find.latest(directory, spec.model if backend.weights_inside else None, fits)
     return {entry.engine_key.component: entry for entry in latest.values()}
 
 

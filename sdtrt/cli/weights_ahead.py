@@ -73,7 +73,7 @@ def _weights(spec: GenerateSpec) -> Iterator[Path]:
     if path is not None and path.is_file():
         yield path.resolve()
         return
-    model = resolve_model(replace(spec.model, offline=True, loras=()))  # which may not be here yet
+    model = resolve_model(replace(spec.model, offline=True, loras=(), ip_adapters=()))  # which may not be here yet
     for part in WEIGHT_NAMES:
         if part in model.parts:
             yield from (file.resolve() for file in model.stored_weight_files(part))

@@ -18,7 +18,7 @@ from sdtrt.engines.keys import EngineKey, Sight, export_key, program_key
 from sdtrt.models.components import load_component, part_of
 from sdtrt.models.live import LiveModel, dtype_of, weights_digest
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import Component, ExportSpec, Group, Precision, Profile, Sizes
+from sdtrt.specs import Component, ExportSpec, Group, ModelSpec, Precision, Profile, Sizes
 
 
 def best_fit(
@@ -112,13 +112,18 @@ def _looseness(profile: Profile, sizes: Sizes) -> float:
     return sum(abs(bounds.opt - value) / value + (bounds.max - bounds.min) / bounds.max for bounds, value in pairs)
 
 
-def likely(directory: EngineDirectory, model: str, backend: str) -> list[Path]:
+def names_of(model: ModelSpec) -> dict[str, Any]:
+    """What an engine's entry says of its model: the name that it was given, and the LoRAs that its weights have."""
+    return {"model": model.name, **({"loras": [str(one) for one in model.loras]} if model.loras else {})}
+
+
+def likely(directory: EngineDirectory, model: ModelSpec, backend: str) -> list[Path]:
     """The large files of the engines that a request for a model will run in all likelihood, the largest first.
 
     They are those used last, one for each component. Which ones fit is known only once heavy libraries are there.
 
     Args:
-        model: its name as it was given when the engines were built.
+        model: by the names that were given when the engines were built.
         backend: the engines'; any for `auto`.
     """
     found = latest(directory, model, lambda entry: backend in ("auto", entry.key.get("backend")))
@@ -126,14 +131,19 @@ def likely(directory: EngineDirectory, model: str, backend: str) -> list[Path]:
     return [path for size, path in sorted(files, reverse=True) if size >= digests.MEMO_BYTES]
 
 
-def latest(directory: EngineDirectory, model: str | None, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
+def latest(directory: EngineDirectory, model: ModelSpec | None, fits: Callable[[Entry], bool]) -> dict[str, Entry]:
     """For each component the engine of a model (None: of any) that was used last, of those that fit."""
     found: dict[str, Entry] = {}
     for entry in sorted(directory.entries("engine"), key=lambda entry: entry.last_used):
         is_plain = not _export_of(entry).get("groups")  # no command runs others
-        if is_plain and model in (None, entry.info.get("model")) and fits(entry):
+        if is_plain and (model is None or _is_of(entry, names_of(model))) and fits(entry):
             found[str(entry.key.get("component"))] = entry
     return found
+
+
+def _is_of(entry: Entry, names: Mapping[str, Any]) -> bool:
+    """Whether an engine says to be of a model, and of the same LoRAs."""
+    return all(entry.info.get(name) == names.get(name) for name in ("model", "loras"))
 
 
 def _export_of(entry: Entry) -> Mapping[str, Any]:

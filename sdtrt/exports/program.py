@@ -23,6 +23,7 @@ from sdtrt.exports.scaled_vae import scaled_stream
 from sdtrt.exports.split_norms import split_norms
 from sdtrt.exports.tracing import component_call, traceable
 from sdtrt.models.components import STEPPING
+from sdtrt.models.image_prompts import is_image_prompt
 from sdtrt.specs import Component, Profile, Sizes
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract, dimension_values
 
@@ -116,7 +117,8 @@ def _fuse_projections(module: torch.nn.Module) -> None:
     for attention in module.modules():
         if isinstance(attention, Attention) and _may_fuse(attention):
             attention.fuse_projections()
-            attention.set_processor(FusedAttnProcessor2_0())
+            if not is_image_prompt(attention.processor):  # whose stand-in takes fused ones, too
+                attention.set_processor(FusedAttnProcessor2_0())
             for name in _FUSED["to_kv" if attention.is_cross_attention else "to_qkv"]:
                 delattr(attention, name)
 
@@ -125,7 +127,7 @@ def _may_fuse(attention: Any) -> bool:
     """Whether an attention is of the plain kind, with three projections of one width that nothing is added to."""
     projections = [getattr(attention, name, None) for name in _FUSED["to_qkv"]]
     plain = all(type(one) is torch.nn.Linear for one in projections) and attention.added_kv_proj_dim is None
-    return plain and type(attention.processor) is AttnProcessor2_0
+    return plain and (type(attention.processor) is AttnProcessor2_0 or is_image_prompt(attention.processor))
 
 
 def _lay_channels_last(module: torch.nn.Module) -> None:

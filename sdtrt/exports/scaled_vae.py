@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdtrt.common.errors import ExportError
-from sdtrt.exports.tracing import attribute
+from sdtrt.exports.attributes import attribute
 
 # fp16 ends at 65504, which SDXL's decoder passes: with this, 4 · 10^6 fit. Where a stream is of size 1 instead, what is
 # below 0.004 is rounded by up to 2e-6 at each layer.

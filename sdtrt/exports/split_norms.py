@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdtrt.exports.tracing import attribute
+from sdtrt.exports.attributes import attribute
 
 
 @contextmanager

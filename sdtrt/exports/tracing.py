@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
+from sdtrt.exports.attributes import attribute
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
+from sdtrt.exports.image_prompts import ImagePromptCall
 from sdtrt.models.components import VAE_HALVES
 from sdtrt.specs.contract import (
     ADDED_CONDITIONING,
@@ -31,6 +34,7 @@ from sdtrt.specs.contract import (
     latent_sides,
 )
 from sdtrt.specs.groups import residual_names
+from sdtrt.specs.image_prompts import image_prompt_names
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
 # constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
@@ -129,8 +133,15 @@ class ControlNetCall(torch.nn.Module):
         return tuple(one * scales[index].to(one.dtype) for index, one in enumerate((*down, middle)))
 
 
-def unet_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
-    """A UNet with a contract's inputs and output as its signature."""
+def unet_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool = False) -> torch.nn.Module:
+    """A UNet with a contract's inputs and output as its signature.
+
+    Args:
+        as_diffusers: compute IP-Adapters by diffusers' own processors, which can't be traced.
+    """
+    if pictures := image_prompt_names(contract):
+        others = replace(contract, inputs=tuple(one for one in contract.inputs if one.name not in pictures))
+        return ImagePromptCall(unet_call(unet, others), unet, contract, as_diffusers=as_diffusers)
     is_usual = [spec.name for spec in contract.inputs] in (USUAL_INPUTS, [*USUAL_INPUTS, *ADDED_CONDITIONING])
     return UNetCall(unet) if is_usual else NamedUNetCall(unet, contract)
 
@@ -237,7 +248,7 @@ def reference(module: torch.nn.Module, contract: Contract) -> Callable[..., Outp
     """The contract's function of a module as diffusers and transformers themselves compute it, in their own way."""
     own: Any = module
     if contract.component == "unet":
-        return unet_call(module, contract)
+        return unet_call(module, contract, as_diffusers=True)
     if contract.component == "controlnet":
         return ControlNetCall(module)
     if contract.component == "vae_decoder":
@@ -292,21 +303,6 @@ def traceable(
         for convolution in wide_convolutions(module, wide_layers).values():
             stack.enter_context(attribute(convolution, "forward", partial(convolve_in_fp32, convolution)))
         yield module
-
-
-@contextmanager
-def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object another attribute for the time of a `with`."""
-    missing = object()
-    before = target.__dict__.get(name, missing)
-    object.__setattr__(target, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            object.__delattr__(target, name)
-        else:
-            object.__setattr__(target, name, before)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:

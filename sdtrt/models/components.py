@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sdtrt.common.errors import UsageError
+from sdtrt.models.image_prompts import drop_projection
 from sdtrt.models.live import LiveModel
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import Model
@@ -133,10 +134,14 @@ def profiles_of(component: Component, profiles: Iterable[Profile]) -> tuple[Prof
 
 
 def load_component(model: ModelSource, component: Component, dtype: torch.dtype) -> torch.nn.Module:
-    """The part of the model that a component is of, on the CPU; nothing else of the model is read."""
+    """The part of the model that a component is of, on the CPU; nothing else of the model is read.
+
+    A UNet comes without what makes tokens of images for IP-Adapters, which runs beside its engine.
+    """
     if isinstance(model, LiveModel):
         return model.load(component, dtype)
     assert isinstance(model, Model)
     part = part_of(component)
     module: torch.nn.Module = load_parts(model, (part,), dtype)[part]
+    drop_projection(module)
     return module

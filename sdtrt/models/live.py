@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.errors import ModelError, SdtrtError
 from sdtrt.models.adapters import own_state
+from sdtrt.models.image_prompts import PROJECTION, drop_projection, plain_processors
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import Component, ModelSpec, Precision
 from sdtrt.specs.contract import DTYPES, pooled_width, trained_size, vae_scale_factor
@@ -190,9 +191,8 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
                 memo[id(buffer)] = buffer.detach().to("cpu", dtype if buffer.is_floating_point() else buffer.dtype)
     made: Any = copy.deepcopy(module, memo).eval()
     if hasattr(made, "set_attn_processor"):
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        made.set_attn_processor(AttnProcessor2_0())
+        plain_processors(made)
+    drop_projection(made)
     result: torch.nn.Module = made
     return result
 
@@ -206,13 +206,14 @@ def component_tensors(module: torch.nn.Module, component: Component) -> dict[str
     """The tensors that a component computes with, by diffusers' names: of a VAE those of one half.
 
     Versions of transformers differ in a prefix and in whether they store the positions, so both are left out. So are
-    the tensors of adapters, which peft puts around layers.
+    the tensors of adapters, which peft puts around layers, and what makes tokens of images for IP-Adapters.
     """
     halves = HALVES.get(component)
     return {
         name.removeprefix("text_model."): tensor
         for name, tensor in own_state(module).items()
-        if (halves is None or name.startswith(halves)) and not name.endswith("position_ids")
+        if (halves is None or name.startswith(halves))
+        and not (name.endswith("position_ids") or name.startswith(f"{PROJECTION}."))
     }
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrt.common.console import quiet_libraries
 from sdtrt.common.errors import ModelError, SdtrtError, first_line
 from sdtrt.common.files import limit_hint, temporary_folder
-from sdtrt.models import lora_loading
+from sdtrt.models import ip_loading, lora_loading
 from sdtrt.models.checkpoints import check_plain, convert, meta_tensors
 from sdtrt.models.configuration import check_kinds, whole_numbers
 from sdtrt.models.resolve import UNUSED_PARTS, Model
@@ -115,6 +115,24 @@ def check_loras(model: Model) -> None:
     for part in WEIGHT_NAMES:
         if loras := model.loras_of(part):
             lora_loading.check(empty_part(model, part), part, loras, model.config("unet"))
+
+
+def check_ip_adapters(model: Model) -> None:
+    """Check that a model's IP-Adapters fit its UNet, by names and shapes. Raises `ModelError`."""
+    if model.ip_adapters:
+        ip_loading.check(empty_part(model, "unet"), model.ip_adapters)
+
+
+def load_image_prompts(model: Model, dtype: torch.dtype, *, in_engine: bool) -> tuple[dict[str, Any], Any]:
+    """What a pipeline needs for a model's IP-Adapters: its image encoder, and for an engine's UNet what that lacks.
+
+    Raises:
+        ModelError: where any of it does not fit.
+    """
+    parts = ip_loading.load_image_encoder(model.ip_adapters[0], dtype)
+    if not in_engine:
+        return parts, None
+    return parts, ip_loading.load_parts_for_engine(empty_part(model, "unet"), model.ip_adapters, dtype)
 
 
 def part_infos(model: Model, part: str) -> dict[str, TensorInfo]:
@@ -275,6 +293,8 @@ def _load_module(model: Model, part: str, dtype: torch.dtype, empty: torch.nn.Mo
     module.eval().requires_grad_(False)
     if loras := model.loras_of(part):
         lora_loading.merge_loras(module, part, loras, model.config("unet"), dtype)
+    if adapters := model.ip_adapters_of(part):
+        ip_loading.put_on(module, adapters, dtype)
     return module
 
 

@@ -5,6 +5,7 @@ Knows modules. Which LoRAs there are, `loras` has found.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # names of what does not fit
 MOST_LETTERS = 200  # of what a library says
+_OLD_NAME = re.compile(r"\.to_([qkv])_lora\.")
 _HINT = "use a LoRA that was made for the model's kind, or download it again"
 
 
@@ -103,6 +105,16 @@ def _load(module: torch.nn.Module, part: str, lora: Lora, unet: Mapping[str, Any
             _loader(unet).load_lora_into_unet(state, alphas, module, **own)
         else:
             _loader(unet).load_lora_into_text_encoder(state, alphas, module, prefix=part, **own)
+        _check_taken(module, part, lora, state, name)
+
+
+def _check_taken(module: torch.nn.Module, part: str, lora: Lora, state: Mapping[str, Any], name: str) -> None:
+    """Raise `ModelError` for layers of a LoRA that diffusers has left out without a word."""
+    wanted = {key.rpartition(".lora_")[0] for key in _peft_tensors(module, part, state)}
+    there = {one.name for one in wrapped_layers(module) if any(name in own.active_adapters for own in one.adapters)}
+    if lost := sorted(wanted - there):
+        some = ", ".join(lost[:SHOWN]) + ", …" * (len(lost) > SHOWN)
+        raise ModelError(f"diffusers leaves {len(lost)} layers of {lora.path} for the {part} out ({some})", hint=_HINT)
 
 
 @contextmanager
@@ -121,7 +133,22 @@ def _read(lora: Lora, unet: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any
     read: tuple[dict[str, Any], Any, Any] = _loader(unet).lora_state_dict(
         str(lora.path), unet_config=config, return_lora_metadata=True, local_files_only=True
     )
-    return read
+    state, alphas, metadata = read
+    names = {name: _readable(name) for name in state} if not any("to_out_lora" in name for name in state) else {}
+    if alphas:
+        alphas = {
+            names.get(name.removesuffix(".alpha"), name.removesuffix(".alpha")) + ".alpha": one
+            for name, one in alphas.items()
+        }
+    return {names.get(name, name): one for name, one in state.items()}, alphas, metadata
+
+
+def _readable(name: str) -> str:
+    """A name of a text encoder's tensor as diffusers reads it in any case.
+
+    What it makes of kohya's names it reads itself only where `out_proj` is among them: else it drops attention's.
+    """
+    return _OLD_NAME.sub(r".\1_proj.lora_linear_layer.", name) if name.startswith("text_encoder") else name
 
 
 def _is_sdxl(unet: Mapping[str, Any]) -> bool:

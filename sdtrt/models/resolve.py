@@ -19,6 +19,7 @@ from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
 from sdtrt.models.configuration import check_values
 from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.models.ip_adapters import IpAdapter, find_ip_adapters
 from sdtrt.models.loras import Lora, find_loras
 from sdtrt.models.origins import (
     Origin,
@@ -32,7 +33,7 @@ from sdtrt.models.origins import (
 from sdtrt.models.prediction import foreign_noise, header_texts, stated_noise
 from sdtrt.models.vaes import with_vae
 from sdtrt.models.weights import WEIGHT_NAMES, TensorInfo, is_pickle, read_header, read_json
-from sdtrt.specs import DEFAULT_MODEL, ModelSpec, NoiseSpec
+from sdtrt.specs import DEFAULT_MODEL, Group, ModelSpec, NoiseSpec
 from sdtrt.specs.contract import (
     REFINER_TIME_IDS,
     SDXL_TIME_IDS,
@@ -46,6 +47,7 @@ from sdtrt.specs.contract import (
     trained_size,
     vae_scale_factor,
 )
+from sdtrt.specs.image_prompts import group_of
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -84,6 +86,7 @@ class Model:
         missing: names of the parts that its kind has, and it lacks: a single file need not be whole.
         stated: what a single file says of its noise, which goes before its scheduler's configuration.
         loras: that are merged into its weights.
+        ip_adapters: that are put into its UNet.
     """
 
     spec: ModelSpec
@@ -97,6 +100,7 @@ class Model:
     missing: tuple[str, ...] = ()
     stated: NoiseSpec = field(default_factory=NoiseSpec)
     loras: tuple[Lora, ...] = ()
+    ip_adapters: tuple[IpAdapter, ...] = ()
     _configs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
@@ -195,11 +199,25 @@ class Model:
 
     def files(self, part: str) -> tuple[Path, ...]:
         """All the files that a part is read from. Raises `ModelError` as of `weight_files`."""
-        return (self.config_file(part), *self.weight_files(part), *(one.path for one in self.loras_of(part)))
+        added = [one.path for one in self.loras_of(part)] + [one.path for one in self.ip_adapters_of(part)]
+        return (self.config_file(part), *self.weight_files(part), *added)
 
     def loras_of(self, part: str) -> tuple[Lora, ...]:
         """The LoRAs that change a part."""
         return tuple(one for one in self.loras if part in one.parts)
+
+    def ip_adapters_of(self, part: str) -> tuple[IpAdapter, ...]:
+        """The IP-Adapters that a part has layers of."""
+        return self.ip_adapters if part == "unet" else ()
+
+    def is_stored(self, part: str) -> bool:
+        """Whether a part is what its files have, and nothing is put into it."""
+        return not (self.loras_of(part) or self.ip_adapters_of(part))
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The optional groups of inputs that its UNet needs."""
+        return (group_of([one.tokens for one in self.ip_adapters]),) if self.ip_adapters else ()
 
     def stored_weight_files(self, part: str) -> tuple[Path, ...]:
         """The weight files of a part that are on this machine already; empty if there are none."""
@@ -230,6 +248,8 @@ class Model:
         }
         if loras := self.loras_of(part):  # only then: the keys of all other engines stay as they are
             content["loras"] = [[digest(one.path), one.spec.weight] for one in loras]
+        if adapters := self.ip_adapters_of(part):
+            content["ip_adapters"] = [digest(one.path) for one in adapters]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -246,14 +266,17 @@ def resolve_model(spec: ModelSpec, console: Console = QUIET) -> Model:
         ModelError: for a model that is missing, damaged, unsupported or not allowed.
     """
     model = _resolve(spec, console)
-    if not spec.loras:
-        return model
-    width = model.config("unet").get("cross_attention_dim")
-    return replace(model, loras=find_loras(spec, model.parts, width, console))
+    if spec.loras:
+        width = model.config("unet").get("cross_attention_dim")
+        model = replace(model, loras=find_loras(spec, model.parts, width, console))
+    if spec.ip_adapters:
+        adapters = find_ip_adapters(spec, model.config("unet"), model.is_sdxl, console)
+        model = replace(model, ip_adapters=adapters)
+    return model
 
 
 def _resolve(spec: ModelSpec, console: Console) -> Model:
-    """`resolve_model`, but for its LoRAs."""
+    """`resolve_model`, but for its LoRAs and IP-Adapters."""
     if spec.name == DEFAULT_MODEL:
         return _from_folder(spec, TINY, console)
     path = local_path(spec.name)

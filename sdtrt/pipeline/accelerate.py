@@ -21,6 +21,7 @@ from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
+from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened, pixels
@@ -190,7 +191,7 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     settings = Settings(model.spec, model.stored, modules, *fixed)
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
     wanted = _components(pipe, model, choices.components, there)
-    request = choices.request(model, name, precision, wanted, device, groups_of(pipe))
+    request = choices.request(model, name, precision, wanted, device, _groups(pipe))
     for component in wanted:
         contract_of(model, component, precision, request.groups_of(component))
         backend.check_groups(request.groups_of(component))
@@ -211,11 +212,16 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device, groups_of(pipe))
+        return choices.request(model, name, precision, wanted, device, _groups(pipe))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")
     return name
+
+
+def _groups(pipe: Any) -> tuple[Group, ...]:
+    """The optional groups of inputs that a pipeline gives its UNet."""
+    return (*groups_of(pipe), *image_prompts.groups_of(pipe.unet))
 
 
 def _components(

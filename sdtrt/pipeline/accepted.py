@@ -12,6 +12,7 @@ import transformers
 
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
+from sdtrt.models.image_prompts import projection_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline.controlnets import check_controlnets, groups_of
 from sdtrt.pipeline.facades import Facade
@@ -107,11 +108,9 @@ def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
         raise EngineError(
             f"the unet of {name} takes {config['in_channels']} channels and gives {config['out_channels']}", hint=HINT
         )
-    if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
-        raise EngineError(
-            f"the unet of {name} has image prompts (an IP-Adapter) or other projected states",
-            hint="pipe.unload_ip_adapter(), or run it in PyTorch",
-        )
+    if getattr(pipe.unet, "encoder_hid_proj", None) is not None and projection_of(pipe.unet) is None:
+        kind = type(pipe.unet.encoder_hid_proj).__name__
+        raise EngineError(f"the unet of {name} has projected states that are no IP-Adapter's ({kind})", hint=HINT)
     if config.get("attention_type", "default") != "default":
         raise EngineError(f"the unet of {name} has {config['attention_type']} attention", hint=HINT)
     vae = model.config("vae")

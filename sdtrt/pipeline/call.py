@@ -31,6 +31,7 @@ class PipelineCall:
         start: what img2img starts from, in the images' size; None for images from text alone.
         strength: how much of `start` is replaced.
         mask: what of `start` is made anew, in white, in the same size; None for all of it.
+        pictures: one for each IP-Adapter of the model.
     """
 
     prompts: tuple[str, ...]
@@ -40,6 +41,7 @@ class PipelineCall:
     start: Image.Image | None = None
     strength: float = 1.0
     mask: Image.Image | None = None
+    pictures: tuple[Image.Image, ...] = ()
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
@@ -83,6 +85,7 @@ class PipelineCall:
             "guidance_scale": self.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for seed in self.seeds],
         }
+        common |= {"ip_adapter_image": list(self.pictures)} if self.pictures else {}
         size = {"height": spec.sizes.height, "width": spec.sizes.width}
         if self.start is None:
             return {**common, **size}

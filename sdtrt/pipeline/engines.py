@@ -95,7 +95,9 @@ def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineErro
     return EngineError(
         f"no {request.backend} {request.precision} engine for the {names} of {request.model.spec.name} fits"
         f"{_describe(request)}",
-        hint=build_command(request, directory),
+        hint=build_command(request, directory)
+        if not request.groups
+        else "leave --no-build out: engines with inputs for IP-Adapters are built on the spot",
     )
 
 

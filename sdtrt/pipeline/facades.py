@@ -24,6 +24,7 @@ from sdtrt.backends.gradients import in_pytorch
 from sdtrt.backends.session import Session
 from sdtrt.common.errors import EngineError, NotInEngineError
 from sdtrt.pipeline.forwards import TextForward, UNetForward, run, torch_dtype
+from sdtrt.pipeline.image_prompts import PromptedForward
 from sdtrt.specs import Component
 from sdtrt.specs.contract import Contract, is_tiny_vae
 
@@ -225,6 +226,17 @@ class UNetFacade(_OfDiffusers):
             width = config["projection_class_embeddings_input_dim"]
             # SDXL's pipelines read the width of the added conditioning from the layer that takes it.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def take_image_prompts(self, projection: torch.nn.Module, layout: Any) -> None:
+        """Take what makes tokens of pictures for IP-Adapters, on the facade's device.
+
+        Args:
+            projection: diffusers' pipelines look into it, too (`encoder_hid_proj`).
+            layout: a UNet without memory for weights; `set_ip_adapter_scale` looks there, and writes there.
+        """
+        self.encoder_hid_proj, self.attn_processors = projection, dict(layout.attn_processors)
+        self.down_blocks, self.up_blocks = tuple(layout.down_blocks), tuple(layout.up_blocks)
+        self.forward = PromptedForward(self, self.forward)
 
     def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
         """Engines need no slicing: they have the memory for the sizes that they were built for."""

@@ -19,6 +19,7 @@ from sdtrt.common.errors import EngineError, NotInEngineError
 from sdtrt.pipeline.residuals import residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, GUIDANCE_EMBEDDING, Contract
 from sdtrt.specs.groups import residual_names
+from sdtrt.specs.image_prompts import image_prompt_names
 
 
 class UNetForward:
@@ -160,7 +161,8 @@ class UNetForward:
 
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""
-        wanted = [name for name in ADDED_CONDITIONING if name in self._dtypes]
+        names = (*ADDED_CONDITIONING, *image_prompt_names(self.contract))
+        wanted = [name for name in names if name in self._dtypes]
         unknown = {name: value for name, value in given.items() if name not in wanted}
         self.refuse(**unknown)
         missing = [name for name in wanted if given.get(name) is None]

@@ -19,6 +19,7 @@ from sdtrt.specs import (
     EmbeddingSpec,
     ExportSpec,
     GenerateSpec,
+    ImagePromptSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
@@ -65,6 +66,7 @@ class GenerateOptions(TypedDict, total=False):
     eta: float | None
     preview: str | None
     preview_every: int
+    ip_images: tuple[ImagePromptSpec, ...]
 
 
 def generate(

@@ -110,6 +110,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
+    pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
@@ -128,10 +129,13 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(spec, opened, init, mask, directory)
+                settings = settings_of(spec, opened, init, mask, directory, pictures)
                 opened.files.check()  # so that they are of the weights that were loaded
+            if spec.ip_images:
+                opened.pipe.set_ip_adapter_scale([one.scale for one in spec.ip_images])
             with _previewing(spec, opened, tiny, output, console) as preview:
-                run = _Run(spec, opened, output, start, console, settings, preview)
+                shown = tuple(one.pixels for one in pictures)
+                run = _Run(spec, opened, output, start, console, settings, preview, shown)
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
     facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
@@ -174,6 +178,7 @@ class _Run:
     console: Console
     settings: Mapping[str, Any]
     preview: Preview | None = None
+    pictures: tuple[Image.Image, ...] = ()
 
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
@@ -258,6 +263,7 @@ class _Run:
             start=image,
             strength=spec.strength,
             mask=mask,
+            pictures=self.pictures,
         )
 
     def _check_finite(self, bad: str | None, steps: int) -> None:

@@ -92,6 +92,7 @@ def open_pipeline(
                 parts |= _load_parts(spec, running)
                 _check_weights(spec, running, directory, given=unet_engine)
             parts |= _facades(spec, running, parts.get("vae"))
+            _give_image_prompts(spec, parts)
         # No name for the pipeline here: whoever drops it ends this generator, which closes the engines.
         yield OpenPipeline(_assemble(spec, parts, running), spec, running.entries, files)
 
@@ -208,6 +209,19 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
     return facades
 
 
+def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
+    """Add the image encoder that a model's IP-Adapters need, and give the UNet's facade what makes tokens for it."""
+    if not spec.model.ip_adapters:
+        return
+    unet = parts["unet"]
+    in_engine = isinstance(unet, UNetFacade)
+    added, given = loading.load_image_prompts(spec.model, spec.parts_dtype, in_engine=in_engine)
+    added["image_encoder"].to(spec.device)
+    parts |= added
+    if in_engine:
+        unet.take_image_prompts(given.projection.to(spec.device), given.layout)
+
+
 def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -> Any:
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
@@ -217,7 +231,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options |= {name: None for name in ("tokenizer", "text_encoder") if name not in parts}
         options |= {"requires_aesthetics_score": True} if spec.model.is_refiner else {}
     else:
-        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        options = {"safety_checker": None, "requires_safety_checker": False}
+        options |= {"feature_extractor": None} if "feature_extractor" not in parts else {}
     pipe = _pipeline_class(spec, parts["scheduler"])(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     put_into(pipe, spec.text.embeddings)

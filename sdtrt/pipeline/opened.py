@@ -24,6 +24,7 @@ from sdtrt.specs import (
     BackendName,
     Component,
     GenerateSpec,
+    ImagePromptSpec,
     ModelSpec,
     Precision,
     SchedulerName,
@@ -128,6 +129,7 @@ def _spec(
         init_image=None if task == "txt2img" else Path("image"),
         mask=Path("mask") if task == "inpaint" else None,
         components=tuple(components or ()),
+        ip_images=tuple(ImagePromptSpec(Path("image")) for _ in model.ip_adapters),
     )
 
 

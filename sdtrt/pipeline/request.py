@@ -18,7 +18,7 @@ from sdtrt.models.components import (
     text_encoders_of,
     unet_batch,
 )
-from sdtrt.models.loading import check_loras
+from sdtrt.models.loading import check_ip_adapters, check_loras
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
@@ -126,9 +126,8 @@ class PipelineSpec:
     @property
     def engines(self) -> EngineRequest:
         """The engines that it needs."""
-        return EngineRequest(
-            self.model, self.backend, self.precision, self.sizes, self.in_engines, self.images, self.device
-        )
+        named = (self.model, self.backend, self.precision, self.sizes, self.in_engines, self.images, self.device)
+        return EngineRequest(*named, groups=self.model.groups)
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +167,7 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint)
     check_loras(model)
+    check_ip_adapters(model)
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
@@ -287,7 +287,9 @@ def check_spec(spec: PipelineSpec) -> None:
     if not spec.has_engines:
         return
     for component in spec.in_engines:
-        contract_of(spec.model, component, spec.precision)
+        groups = spec.engines.groups_of(component)
+        contract_of(spec.model, component, spec.precision, groups)
+        registry.get(spec.backend).check_groups(groups)
     if spec.model.vae_scale_factor != SIZE_MULTIPLE:
         raise ModelError(
             f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {spec.model.spec.name} has"

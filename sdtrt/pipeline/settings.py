@@ -5,7 +5,7 @@ Makes no image and writes no file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ def settings_of(
     init: images.InitImage | None,
     mask: Mask | None,
     directory: EngineDirectory,
+    pictures: Sequence[images.InitImage] = (),
 ) -> dict[str, Any]:
-    """What all images of a request have in common, as plain data."""
+    """What all images of a request have in common, as plain data; `pictures` are those for IP-Adapters."""
     pipeline_spec, scheduler = opened.spec, opened.pipe.scheduler
     return {
         "model": _model_facts(pipeline_spec.model, directory),
@@ -46,6 +47,7 @@ def settings_of(
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
+        **_image_prompt_facts(spec, pipeline_spec.model, directory, pictures),
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
         "versions": {"sdtrt": __version__, **host.library_versions()},
@@ -56,6 +58,32 @@ def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
     """Which mask it was, and how it was used. Other images say nothing of masks."""
     facts = {"name": mask.path.name, "sha256": mask.sha256}
     return {"mask": facts, "mask_blur": spec.mask_blur, "padding_crop": spec.padding_crop}
+
+
+def _image_prompt_facts(
+    spec: GenerateSpec, model: Model, directory: EngineDirectory, pictures: Sequence[images.InitImage]
+) -> dict[str, Any]:
+    """Which IP-Adapters there were, and which picture each got. Other images say nothing of them."""
+    facts = [
+        {
+            "name": adapter.name,
+            "sha256": directory.file_digest(adapter.path),
+            "image_encoder": directory.file_digest(adapter.encoder_files[1]),
+            "scale": asked.scale,
+            "image": {"name": picture.path.name, "sha256": picture.sha256},
+        }
+        for adapter, asked, picture in zip(model.ip_adapters, spec.ip_images, pictures, strict=True)
+    ]
+    return {"ip_adapters": facts} if facts else {}
+
+
+def _image_prompt_fields(settings: Mapping[str, Any]) -> dict[str, str]:
+    """IP-Adapters by the name under which web UIs have them: units of their ControlNet extension."""
+    return {
+        f"ControlNet {number}": f"Module: ip-adapter-auto, Model: {one['name']} [{one['sha256'][:8]}],"
+        f" Weight: {one['scale']:g}, Guidance Start: 0.0, Guidance End: 1.0"
+        for number, one in enumerate(settings.get("ip_adapters", ()))
+    }
 
 
 def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
@@ -133,7 +161,12 @@ def metadata_of(
 def _listed(settings: Mapping[str, Any], what: str) -> str | None:
     """Something of each LoRA beside its name, as web UIs list them; None without any."""
     loras = settings["model"].get("loras", ())
-    return ", ".join(f"{one['name']}: {one[what]}" for one in loras) or None
+    return ", ".join(f"{_listable(one['name'])}: {one[what]}" for one in loras) or None
+
+
+def _listable(name: str) -> str:
+    """A name in a list of names and hashes: web UIs leave out what separates these, and find it so."""
+    return name.replace(":", "").replace(",", "")
 
 
 def _is_literal(spec: GenerateSpec, job: Job) -> bool:
@@ -156,8 +189,11 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Lora hashes": _listed(settings, "web_ui_hash"),
         "Lora weights": _listed(settings, "weight"),
         "Clip skip": _clip_skip(opened),
-        "TI hashes": ", ".join(f"{one['name']}: {one['sha256'][:12]}" for one in settings.get("embeddings", ()))
+        "TI hashes": ", ".join(
+            f"{_listable(one['name'])}: {one['sha256'][:12]}" for one in settings.get("embeddings", ())
+        )
         or None,
+        **_image_prompt_fields(settings),
         "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
         "Mask blur": spec.mask_blur or None,
         "Inpaint area": None if spec.padding_crop is None else "Only masked",

@@ -20,6 +20,7 @@ from sdtrt.pipeline.swap import METHODS, swapped_of
 from sdtrt.specs import Component
 
 PYTORCH = "PyTorch"
+ONCE = "PyTorch runs it, once for a picture"  # beside a UNet's steps, an engine of it would gain nothing
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def status(pipe: Any) -> Status:
     ]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
     found += [
-        PartStatus(name, (), "no engine runs such a part")
+        PartStatus(name, (), ONCE if name == "image_encoder" else "no engine runs such a part")
         for name in others
         if isinstance(getattr(pipe, name, None), torch.nn.Module)
     ]

@@ -33,6 +33,7 @@ from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import EncodedText, UNetForward
+from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -139,16 +140,12 @@ class Swapped:
         finalize(self, _close, self.engines).atexit = False
         self.parked = Parked(self._wanted)
         self.is_open = True
-        backend = registry.get(settings.backend)
-        precision = backend.precision_of(settings.model, component, settings.precision)
-        self.bound = None if backend.weights_inside else Bound(component)
-        self.watch = (
-            WeightsWatch(module, component, precision, digest)
-            if self.bound is None
-            else Followed(module, component, self.bound)
-        )
-        self.table = TokenTable(module) if component in TEXT_ENCODERS else None
+        self.bound = None if registry.get(settings.backend).weights_inside else Bound(component)
+        self.watch = _watch_over(module, component, self.bound, settings, digest)
         self._module = ref(module)
+        self.table = TokenTable(module) if component in TEXT_ENCODERS else None
+        self.prompts = ImagePrompts(self._module)
+        self.prompts.look()
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
@@ -194,22 +191,43 @@ class Swapped:
             self.watch.stop()
             self._say(f"{self.component}: PyTorch runs it, as its token table is another one (textual inversion)")
             return self.in_pytorch(*args, **kwargs)
+        self._take_image_prompts()
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
         if is_first and states is not None:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         if looks:
             refuse_changes(self.module, self.component, merges=self.bound is not None)
-        groups = _groups_of_call(self.component, args, kwargs)
+        given, named = args, kwargs
+        own, args, kwargs = self.prompts.take(args, kwargs)
+        groups = (*_groups_of_call(self.component, args, kwargs), *own)
         opened = self.fitting(sizes, groups)
         if opened is None:
             self.watch.look(self.module)
             opened = self._on_miss(sizes, groups)
-        result = self.in_pytorch(*args, **kwargs) if opened is None else opened.call(*args, **kwargs)
+        result = self.in_pytorch(*given, **named) if opened is None else opened.call(*args, **kwargs)
         if looks:
             self.watch.look(self.module)
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
+
+    def _take_image_prompts(self) -> None:
+        """Go on with the IP-Adapters that the UNet has now: its other engines are closed, but for those that serve.
+
+        Engines without weights serve any adapters of the same number. Others are opened, or built, at the call.
+        """
+        before = self.prompts.count
+        if self.component != "unet" or not self.prompts.look():
+            return
+        if self.bound is not None and before == self.prompts.count:
+            self.bound.look_anew()
+        else:
+            self.bring_back()
+            if self.bound is not None:
+                self.bound.release(self.module)
+            _close(self.engines)
+        self.watch.stop()
+        self.watch = _watch_over(self.module, self.component, self.bound, self.settings)
 
     def has_its_tokens(self) -> bool:
         """Whether the module's token table is the engines'; where another layer has the same one, that is taken."""
@@ -317,6 +335,7 @@ class Swapped:
         Args:
             scratch: what the pipeline's engines share from now on.
         """
+        self._take_image_prompts()
         self.scratch = scratch or self.scratch
         if any(one.entry.path == entry.path for one in self.engines):
             return
@@ -431,6 +450,17 @@ class _RowByRow(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[B,3,8H,8W]` → moments `[B,2C,H,W]`."""
         return torch.cat([self.encode_one(row) for row in images.split(1)])
+
+
+def _watch_over(
+    module: torch.nn.Module, component: Component, bound: Bound | None, settings: Settings, digest: str | None = None
+) -> WeightsWatch | Followed:
+    """A watch over a module; `digest` is of the weights that its engines have, None for those that it has now."""
+    if bound is not None:
+        return Followed(module, component, bound)
+    model = settings.model
+    precision = registry.get(settings.backend).precision_of(model, component, settings.precision)
+    return WeightsWatch(module, component, precision, digest or model.digest(component, precision))
 
 
 def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tensor | None) -> Sizes:

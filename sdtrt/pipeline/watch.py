@@ -14,6 +14,7 @@ import torch
 
 from sdtrt.common.errors import EngineError
 from sdtrt.models.adapters import foreign_layer, layers_of
+from sdtrt.models.image_prompts import PROCESSORS
 from sdtrt.models.live import HALVES, is_of_transformers, weights_digest
 from sdtrt.pipeline.parked import ComesBack
 from sdtrt.pipeline.reading import Reading, block_sums, flat_memory, is_dense
@@ -25,7 +26,8 @@ WAY_OUT = (
     " sdtrt.restore(pipe) goes back to PyTorch"
 )
 # What attention processors of diffusers compute is the same; others change the result, or keep it for themselves.
-PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+# Those of IP-Adapters are in engines (`image_prompts`).
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", *PROCESSORS)
 _FREE_U = ("s1", "s2", "b1", "b2")
 _MARKS = frozenset({"_hf_hook", "_diffusers_hook", "processor", "fused_projections", *_FREE_U})
 

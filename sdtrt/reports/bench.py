@@ -25,6 +25,7 @@ from sdtrt.common.host import torch_sees_gpu
 from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
+from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
 from sdtrt.pipeline.call import PipelineCall
@@ -62,6 +63,7 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
+        check_loras(model)
         tasks = _tasks(spec, model, console)
         note_noise(spec.noise, model, console)
         runners = _runners(spec, console)

@@ -197,6 +197,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "width": pipeline_spec.sizes.width,
         **({"strength": strength_of(image)} if pipeline_spec.img2img else {}),
         **({"vae": image.model.vae} if image.model.vae is not None else {}),
+        **({"loras": [str(one) for one in image.model.loras]} if image.model.loras else {}),
     }
 
 

@@ -55,6 +55,7 @@ from sdtrt.specs.generate import (
     GenerateSpec,
     NoiseSpec,
 )
+from sdtrt.specs.image_prompts import ImagePromptSpec
 from sdtrt.specs.report import (
     BenchSpec,
     PruneSpec,
@@ -118,6 +119,7 @@ __all__ = [
     "Exporter",
     "GenerateSpec",
     "Group",
+    "ImagePromptSpec",
     "LoraSpec",
     "ModelSpec",
     "NoiseSpec",

@@ -13,7 +13,6 @@ from sdtrt.specs.choices import (
     COMPONENTS,
     DEFAULT_MODEL,
     EXPORTERS,
-    GROUPS,
     PRECISIONS,
     BackendName,
     Component,
@@ -21,6 +20,7 @@ from sdtrt.specs.choices import (
     Group,
     Precision,
     check_choice,
+    check_group,
     check_output,
 )
 from sdtrt.specs.sizes import Profile, ProfileRequest
@@ -78,6 +78,7 @@ class ModelSpec:
         offline: never ask the hub.
         vae: a VAE in the place of the model's own: its folder (or a model's), a hub id, or a file that holds one.
         loras: that are merged into the model's weights.
+        ip_adapters: that are put into its UNet, each a file, its folder, or a hub id.
     """
 
     name: str = DEFAULT_MODEL
@@ -88,6 +89,7 @@ class ModelSpec:
     offline: bool = False
     vae: str | None = None
     loras: tuple[LoraSpec, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if wrong := [one for one in self.loras if not isinstance(one, LoraSpec)]:
@@ -95,11 +97,17 @@ class ModelSpec:
                 f"each of a model's loras must be a LoraSpec, got {wrong[0]!r}",
                 hint='as in loras=(LoraSpec("style.safetensors", 0.8),)',
             )
+        if isinstance(self.ip_adapters, str) or not all(isinstance(one, str) and one for one in self.ip_adapters):
+            raise UsageError(
+                f"a model's ip_adapters must be names, got {self.ip_adapters!r}",
+                hint='as in ip_adapters=("ip-adapter_sd15.safetensors",)',
+            )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "loras": tuple(LoraSpec(**one) for one in data["loras"])})
+        loras = tuple(LoraSpec(**one) for one in data["loras"])
+        return cls(**{**data, "loras": loras, "ip_adapters": tuple(data["ip_adapters"])})
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class ExportSpec:
 
     Args:
         opset: None for the exporter's default (`DEFAULT_OPSETS`).
-        groups: optional groups of inputs that a UNet is to have (`controlnet`).
+        groups: optional groups of inputs that a UNet is to have (`controlnet`, `ip_adapter:4`).
         output: a `.onnx` file to write instead of an entry in the engine directory.
         force: export again even if the engine directory has it.
     """
@@ -139,7 +147,7 @@ class ExportSpec:
     def _check_groups(self) -> None:
         """Raise `UsageError` for groups that there are not, or that can't be exported."""
         for name in self.groups:
-            check_choice("group", name, GROUPS)
+            check_group(name)
         if self.groups and self.component != "unet":
             raise UsageError(
                 f"the {self.component} has no group {self.groups[0]}", hint="ask for it with the component unet"

@@ -12,7 +12,7 @@ Component = Literal["text_encoder", "text_encoder_2", "controlnet", "unet", "vae
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-Group = Literal["controlnet"]  # of a UNet's inputs, beside those that each has
+Group = str  # of a UNet's inputs, beside those that each has: one of `GROUPS`, and what it is of (`ip_adapter:4`)
 
 BackendName = str  # one of `backends.registry.names()`
 
@@ -42,7 +42,7 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-GROUPS: tuple[str, ...] = get_args(Group)
+GROUPS: tuple[str, ...] = ("controlnet", "ip_adapter")
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
@@ -93,6 +93,8 @@ DEFAULT_VERIFY_SEED = 0
 
 MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
 
+MOST_IMAGE_TOKENS = 4096  # of one IP-Adapter: those of some pictures; more is a typo
+
 GIB = 2**30
 
 
@@ -105,6 +107,17 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     close = get_close_matches(value, choices, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UsageError(f"unknown {option}: {value!r}", hint=f"{hint}choose one of {', '.join(choices)}")
+
+
+def check_group(name: Group) -> None:
+    """Raise `UsageError` for a group of inputs that there is not."""
+    kind, _, tokens = name.partition(":")
+    check_choice("group", kind, GROUPS)
+    counts = tokens.split("+")
+    if kind == "ip_adapter" and not all(one.isdecimal() and 0 < int(one) <= MOST_IMAGE_TOKENS for one in counts):
+        raise UsageError(
+            f"the group {name} doesn't say how many image tokens each adapter has", hint="as in ip_adapter:4+16"
+        )
 
 
 def check_output(output: Path | None) -> None:

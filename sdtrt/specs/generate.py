@@ -35,6 +35,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.image_prompts import ImagePromptSpec
 from sdtrt.specs.schedulers import SIGMAS, SchedulerName, Sigmas, find_scheduler
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
@@ -135,6 +136,7 @@ class GenerateSpec:
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
         preview: a tiny VAE, which decodes a small picture while the steps run; None for none.
         preview_every: steps from one such picture to the next.
+        ip_images: a picture for each of the model's IP-Adapters, in their order.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
     """
 
@@ -167,6 +169,7 @@ class GenerateSpec:
     eta: float | None = None
     preview: str | None = None
     preview_every: int = DEFAULT_PREVIEW_EVERY
+    ip_images: tuple[ImagePromptSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
@@ -189,6 +192,7 @@ class GenerateSpec:
         self._check_prompts()
         self._check_numbers()
         self._check_mask()
+        self._check_ip_images()
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None:
@@ -254,6 +258,15 @@ class GenerateSpec:
         ):
             if not 0 <= pixels <= most:
                 raise UsageError(f"{name} must be from 0 to {most} pixels, got {pixels}", hint=f"use --{name} {usual}")
+
+    def _check_ip_images(self) -> None:
+        adapters, pictures = len(self.model.ip_adapters), len(self.ip_images)
+        if adapters != pictures:
+            raise UsageError(
+                f"{adapters} IP-Adapter{'s' * (adapters != 1)} and {pictures} picture{'s' * (pictures != 1)} for them"
+                " were given",
+                hint="give an --ip-image FILE[:SCALE] for each --ip-adapter, in their order (one may come again)",
+            )
 
     def _more_to_run(self) -> str:
         """What makes img2img run a step: more of them where schedulers have so many, else more strength."""

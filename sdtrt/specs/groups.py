@@ -23,6 +23,7 @@ from sdtrt.specs.contract import (
     scaled,
     unet_contract,
 )
+from sdtrt.specs.image_prompts import with_image_prompts
 
 MID_RESIDUAL = "mid_residual"
 CONTROL_IMAGE, RESIDUAL_SCALES = "control_image", "residual_scales"  # of a ControlNet's inputs
@@ -42,14 +43,15 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
         config: the UNet's diffusers configuration.
         groups: `controlnet` adds `down_residual_00 [B,C,H,W]`, …, one a skip connection (12 for Stable Diffusion 1.x
             and 2.x, 9 for XL), and `mid_residual`: what ControlNets add, scaled already. Their sides are those of the
-            latents, halved as often as there (`latent_height_2`), and rounded up.
+            latents, halved as often as there (`latent_height_2`), and rounded up. `ip_adapter:4` is
+            that of `with_image_prompts`.
 
     Raises:
         ModelError: for a UNet of other blocks.
     """
-    if "controlnet" not in groups:
-        return contract
-    return replace(contract, inputs=(*contract.inputs, *_residuals(config, contract.inputs[0].dtype)))
+    if "controlnet" in groups:
+        contract = replace(contract, inputs=(*contract.inputs, *_residuals(config, contract.inputs[0].dtype)))
+    return with_image_prompts(contract, config, groups)
 
 
 def controlnet_contract(config: Mapping[str, Any], precision: Precision, pooled: int | None = None) -> Contract:

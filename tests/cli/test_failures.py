@@ -14,10 +14,11 @@ import threading
 from pathlib import Path
 from unittest import mock
 
+import ip_adapters
 import numpy as np
 import pytest
 import torch
-from factories import sd1_folder, unet_engine
+from factories import sd1_folder, small_unet, unet_engine
 from fault_server import UNET
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -37,6 +38,15 @@ PAINT = ("txt2img", "-p", "x", *MODEL, "--steps", "1", "-H", "64", "-W", "64", "
 BUILD = ("build", *MODEL)
 
 
+def _ip_adapters(folder):
+    """IP-Adapters whose headers tell that they don't fit: one for SDXL, one for another image encoder."""
+    (folder / "image_encoder").mkdir(parents=True)
+    (folder / "image_encoder" / "config.json").write_text('{"projection_dim": 24, "hidden_size": 32}')
+    save_file({"ip_adapter.1.to_k_ip.weight": torch.zeros(4, 2048)}, folder / "xl.safetensors")
+    unet = small_unet("sd1", cross_attention_dim=32, **UNET)
+    save_file(ip_adapters.tensors(unet, width=1024), folder / "wide.safetensors")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with all that failures are about: the smallest model there is, its engine, files of the wrong kinds."""
@@ -50,6 +60,7 @@ def made(tmp_path_factory):
         tensors = {f"{layer}.lora_A.weight": torch.zeros(4, 2048)}
         tensors |= {f"{layer}.lora_B.weight": torch.zeros(32, 4)} if name == "layers" else {}
         save_file(tensors, place / f"{name}.safetensors")
+    _ip_adapters(place / "ip")
     save_file({"emb_params": torch.ones(2, 768)}, place / "wide.safetensors")
     save_file({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 32)}, place / "clip.safetensors")
     for name in ("file", "weights.ckpt", "exists.onnx"):
@@ -230,6 +241,11 @@ MAKERS = {
     "LoRA for another kind of model": (*PAINT, "--lora", "xl.safetensors"),
     "LoRA that matches nothing": (*PAINT, "--lora", "flux.safetensors:0.5"),
     "LoRA of other layers": (*PAINT, "--lora", "layers.safetensors"),
+    "missing IP-Adapter": (*PAINT, "--ip-adapter", "missing.safetensors", "--ip-image", "init.png"),
+    "IP-Adapter without a picture": (*PAINT, "--ip-adapter", "ip/wide.safetensors"),
+    "missing picture": (*PAINT, "--ip-adapter", "ip/wide.safetensors", "--ip-image", "missing.png:0.6"),
+    "IP-Adapter for another kind of model": (*PAINT, "--ip-adapter", "ip/xl.safetensors", "--ip-image", "init.png"),
+    "IP-Adapter of another width": (*PAINT, "--ip-adapter", "ip/wide.safetensors", "--ip-image", "init.png"),
     "missing embedding": (*PAINT, "--embedding", "missing.pt"),
     "embedding of another width": (*PAINT, "--embedding", "wide.safetensors:<cat>"),
     "embedding for another kind of model": (*PAINT, "--embedding", "clip.safetensors"),

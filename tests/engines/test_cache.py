@@ -23,7 +23,7 @@ from sdtrt.engines import find, trust, upkeep
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import SIDECAR, ForeignEntry, canonical_json, entry_of, key_digest
 from sdtrt.engines.publish import HOST
-from sdtrt.specs import PruneSpec
+from sdtrt.specs import ModelSpec, PruneSpec
 
 KEY = {"component": "unet", "precision": "fp32", "weights": "abc"}
 
@@ -753,7 +753,7 @@ def test_a_sidecar_is_read_once_until_it_changes(directory, count_read):
     for _ in range(3):
         assert directory.entries("engine") == entries[:3]
         assert directory.find("engine", entries[0].key) == entries[0]  # which touches it
-    find.likely(directory, "test", "auto")
+    find.likely(directory, ModelSpec("test"), "auto")
     assert count_read() - before == 4 + 3
     directory.obtain("engine", entries[1].key, write(b"more of it"), force=True)
     assert directory.entries()[1].size_bytes == 10

@@ -16,6 +16,7 @@ from sdtrt.common.errors import CacheError
 from sdtrt.common.files import sha256_file
 from sdtrt.engines import digests, find
 from sdtrt.engines.digests import digest_of, digests_ahead, hash_ahead
+from sdtrt.specs import ModelSpec
 
 
 @pytest.fixture(autouse=True)
@@ -179,16 +180,16 @@ def test_likely_are_the_models_engines_used_last_the_largest_first(directory):
     publish(directory, "unet", 6, kind="onnx")
     publish(directory, "text_encoder", 7, size=100)  # hashed in no time
     plans = {entry.name: entry.path / "engine.plan" for entry in (unet, decoder, slow)}
-    assert find.likely(directory, "one", "tensorrt") == [plans[unet.name], plans[decoder.name]]
-    assert find.likely(directory, "one", "auto") == [plans[slow.name], plans[decoder.name]]
-    assert find.likely(directory, "none", "auto") == []
+    assert find.likely(directory, ModelSpec("one"), "tensorrt") == [plans[unet.name], plans[decoder.name]]
+    assert find.likely(directory, ModelSpec("one"), "auto") == [plans[slow.name], plans[decoder.name]]
+    assert find.likely(directory, ModelSpec("none"), "auto") == []
 
 
 def test_an_entry_damaged_after_it_was_hashed_ahead_is_found(directory):
     entry = publish(directory, "unet", 1)
-    hash_all_ahead(*find.likely(directory, "one", "auto"))
+    hash_all_ahead(*find.likely(directory, ModelSpec("one"), "auto"))
     assert entry.verified("engine.plan") == entry.path / "engine.plan"
-    hash_all_ahead(*find.likely(directory, "one", "auto"))
+    hash_all_ahead(*find.likely(directory, ModelSpec("one"), "auto"))
     with (entry.path / "engine.plan").open("r+b") as opened:
         opened.write(b"\0\0\0\0")
     with pytest.raises(CacheError, match="damaged"):

@@ -465,7 +465,7 @@ def test_the_engines_of_a_request_are_found_with_one_reading_of_the_directory(mo
     read, real = [], entry_of
     monkeypatch.setattr(trust, "entry_of", lambda folder, data: (read.append(folder), real(folder, data))[1])
     found = EngineDirectory(found.path)
-    find.likely(found, model.name, "onnxruntime")
+    find.likely(found, model.spec, "onnxruntime")
     wanted = ("text_encoder", "unet", "vae_decoder")
     assert list(engines.ensure_engines(wanting(model, wanted), found)) == list(wanted)
     assert sorted(read) == sorted(entry.path for entry in found.entries())

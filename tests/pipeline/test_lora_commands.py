@@ -26,9 +26,10 @@ from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.keys import export_key
 from sdtrt.exports.request import export_specs
-from sdtrt.models import loading, loras
+from sdtrt.models import loading, lora_loading, loras
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline import settings
 from sdtrt.specs import ExportRequest, ExportSpec, LoraSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -222,6 +223,70 @@ def test_pictures_of_loras_in_pytorch_and_in_engines_without_weights(models, lor
     assert 'Lora weights: "sd1-1: 0.5, sd1-2: 1.0"' in text
 
 
+def test_names_in_lists_of_hashes_are_as_web_uis_write_and_find_them():
+    own = {"name": "night, city: 2", "web_ui_hash": "12ab", "weight": 0.5}
+    facts = {"model": {"loras": [own, {**own, "name": "plain"}]}}
+    assert settings._listed(facts, "web_ui_hash") == "night city 2: 12ab, plain: 12ab"
+    assert settings._listed(facts, "weight") == "night city 2: 0.5, plain: 0.5"
+
+
+@pytest.mark.parametrize("alpha", [2.0, 4.0])
+def test_a_lora_of_a_text_encoders_attention_without_its_output_is_whole(models, tmp_path, alpha):
+    """diffusers drops it, or can't tell what it is: `to_out` is what it tells such names by."""
+    layer, generator = "lora_te_text_model_encoder_layers_0_self_attn_{}_proj", torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in ("q", "v"):
+        tensors[f"{layer.format(name)}.lora_down.weight"] = torch.randn(2, 32, generator=generator)
+        tensors[f"{layer.format(name)}.lora_up.weight"] = torch.randn(32, 2, generator=generator)
+        tensors[f"{layer.format(name)}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "text.safetensors")
+    bare, model = (resolve_model(spec_of(models["sd1"], *own)) for own in ((), (f"{tmp_path}/text.safetensors:0.5",)))
+    loading.check_loras(model)
+    before, after = (
+        loading.load_parts(one, ["text_encoder"], torch.float32)["text_encoder"].state_dict() for one in (bare, model)
+    )
+    changed = {name for name, one in after.items() if not torch.equal(one, before[name])}
+    assert {name.rpartition("self_attn.")[2] for name in changed} == {"q_proj.weight", "v_proj.weight"}
+    for name in changed:
+        key = layer.format(name.rpartition("self_attn.")[2][0])
+        added = 0.5 * alpha / 2 * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+        assert torch.allclose(after[name], before[name] + added, atol=1e-6)
+
+
+def test_layers_that_diffusers_leaves_out_are_named(models, lora, monkeypatch):
+    model = resolve_model(spec_of(models["sd1"], str(lora())))
+    loader, own = lora_loading._loader(model.config("unet")), lora_loading._loader
+
+    class Forgetful(loader):
+        @classmethod
+        def load_lora_into_unet(cls, state, *args, **options):
+            super().load_lora_into_unet(
+                {name: one for name, one in state.items() if "conv1" not in name}, *args, **options
+            )
+
+    monkeypatch.setattr(lora_loading, "_loader", lambda unet: Forgetful if own(unet) is loader else own(unet))
+    with pytest.raises(ModelError, match=r"diffusers leaves \d+ layers of .* for the unet out \(.*conv1"):
+        loading.load_parts(model, ["unet"], torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_verify_and_bench_take_loras(models, lora, run, tmp_path, command):
+    common = ("--model", str(models["sd1"]), "--steps", "2", "--height", "64", "--width", "64", "--json")
+    common += ("--engine-dir", str(tmp_path / "engines"), "--output", str(tmp_path / "out"), "--backend", "onnxruntime")
+    if command == "bench":
+        common += ("--baselines", "none", "--task", "txt2img", "--repeats", "1", "--warmups", "1")
+    code, out, err = run(command, *common, "--lora", f"{lora()}:0.5")
+    assert code == 0, err
+    engines = [one for one in EngineDirectory(tmp_path / "engines").entries("engine") if "unet" in one.name]
+    assert [one.info["loras"] for one in engines] == [[f"{lora()}:0.5"]]
+    assert command == "bench" or json.loads(out)["loras"] == [f"{lora()}:0.5"]
+    others = [word if word != str(tmp_path / "out") else str(tmp_path / "none") for word in common]
+    code, _, err = run(command, *others, "--lora", str(tmp_path / "none.safetensors"))
+    assert code == 1
+    assert "there is no LoRA at" in err
+
+
 def test_load_takes_loras_by_the_models_spec(models, lora, tmp_path, monkeypatch):
     torch_engines.instead_of_inductor(monkeypatch)
     plain = StableDiffusionPipeline.from_pretrained(models["sd1"])
@@ -321,7 +386,7 @@ def test_loras_for_another_architecture_are_refused_by_name(models, lora):
         resolve_model(spec_of(models["sd1"], str(lora("sdxl"))))
     with pytest.raises(ModelError, match=r"sd1-1.* is for a model whose text has the width 32, and .*sdxl is"):
         resolve_model(spec_of(models["sdxl"], str(lora())))
-    assert loras._kind(2048) == "Stable Diffusion XL (text of width 2048)"
+    assert loras.kind_of(2048) == "Stable Diffusion XL (text of width 2048)"
 
 
 def test_a_lora_of_the_second_text_encoder_is_for_sdxl_alone(models, lora, tmp_path):

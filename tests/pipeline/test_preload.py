@@ -31,7 +31,7 @@ from sdtrt.engines import digests
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import memory, preloaded, request
 from sdtrt.pipeline import open as pipeline_open
-from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.specs import GenerateSpec, ImagePromptSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,13 +88,23 @@ def write_whole(plan):
 
 
 def publish(
-    directory, component="unet", profile=PROFILE, *, used=1, model="tiny", write=write_whole, step_ms=None, **key
+    directory,
+    component="unet",
+    profile=PROFILE,
+    *,
+    used=1,
+    model="tiny",
+    write=write_whole,
+    step_ms=None,
+    loras=None,
+    **key,
 ):
     """An engine that runs here, unless `key` says otherwise; used last at the time `used`; `write` writes its plans."""
 
     def make(folder: Path):
         write(folder / "engine.plan")
         info = {"model": model, "contract": CONTRACT.to_json(), "plan_bytes": 2**29, "scratch_bytes": 0}
+        info |= {} if loras is None else {"loras": loras}
         return info | ({} if step_ms is None else {"step_ms": step_ms})
 
     known = {
@@ -130,6 +140,18 @@ def test_likely_are_engines_that_fit_the_largest_first(directory):
     found = [entry.name for entry in likely_engines(SPEC, directory)]
     assert found[0] == unet.name
     assert sorted(found) == sorted(entry.name for entry in (unet, decoder, text))
+
+
+def test_likely_are_engines_with_the_same_loras_merged_in_them(directory):
+    bare, styled = publish(directory, used=1), publish(directory, used=3, number=2, loras=["style.safetensors:0.8"])
+    publish(directory, used=2, number=3, loras=["style.safetensors"])
+    lora = LoraSpec("style.safetensors", 0.8)
+    for loras, entry in (((), bare), ((lora,), styled), ((lora, lora), None)):
+        request = replace(SPEC, model=replace(SPEC.model, loras=loras))
+        assert [one.name for one in likely_engines(request, directory)] == ([entry.name] if entry else [])
+    with_pictures = replace(SPEC.model, ip_adapters=("face.safetensors",))
+    request = replace(SPEC, model=with_pictures, ip_images=(ImagePromptSpec(Path("one.png")),))
+    assert likely_engines(request, directory) == []
 
 
 def test_auto_loads_the_plans_that_it_will_take(directory, monkeypatch):

@@ -17,6 +17,7 @@ from sdtrt.engines.entry import stored_contract
 from sdtrt.exports.tracing import component_call
 from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import load_component
+from sdtrt.models.image_prompts import complete
 from sdtrt.models.live import component_tensors
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.tensor_names import other_names, own_tensors
@@ -79,9 +80,12 @@ def _build(backend, job):
 def _open(backend, entry, device, scratch):
     data, contract = json.loads(entry.verified(PACKAGE_FILE).read_text()), stored_contract(entry)
     if data["blueprint"]:
-        return TorchSession(contract, Blueprint(**data["blueprint"]).with_seeded_weights(torch.float32))
-    model = resolve_model(replace(ModelSpec.from_json(data["model"]), loras=()))  # whose weights come later
-    return TorchSession(contract, load_component(model, contract.component, torch.float32))
+        module = Blueprint(**data["blueprint"]).with_seeded_weights(torch.float32)
+    else:
+        model = resolve_model(replace(ModelSpec.from_json(data["model"]), loras=()))  # whose weights come later
+        module = load_component(model, contract.component, torch.float32)
+    complete(module, contract)
+    return TorchSession(contract, module)
 
 
 def instead_of_inductor(monkeypatch):

@@ -22,6 +22,7 @@ from sdtrt.exports.program import Program, Recipe, export_program
 from sdtrt.exports.tracing import reference
 from sdtrt.models.architecture import SEED
 from sdtrt.models.components import load_component
+from sdtrt.models.image_prompts import complete
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import Profile, Sizes
 from sdtrt.specs.contract import BATCH, Contract
@@ -75,8 +76,11 @@ def _load(request: Request) -> torch.nn.Module:
     """The part of the model that the component is of, in its precision; one like it for a live pipeline's."""
     dtype = getattr(torch, request.contract.outputs[0].dtype)
     if request.blueprint is not None:
-        return request.blueprint.with_seeded_weights(dtype)
-    return load_component(resolve_model(request.export.model), request.export.component, dtype)
+        module = request.blueprint.with_seeded_weights(dtype)
+    else:
+        module = load_component(resolve_model(request.export.model), request.export.component, dtype)
+    complete(module, request.contract)
+    return module
 
 
 def _export(request: Request, report: Report) -> Program:
