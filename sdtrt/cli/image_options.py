@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 
 from typer import Argument, Option
 
+from sdtrt.cli.from_file import FromFile
 from sdtrt.cli.options import BackendOptions
 from sdtrt.specs import (
     COMPONENTS,
@@ -80,6 +81,7 @@ class GenerateOptions:
     prompt: Annotated[
         list[str] | None, Option("--prompt", "-p", help="what the image shows; give it again for more images")
     ] = None
+    from_file: FromFile = None
     negative_prompt: NegativePrompt = ""
     prompt_syntax: Annotated[
         str,
@@ -134,6 +136,7 @@ class GenerateOptions:
             embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
             clip_skip=self.clip_skip,
             prompt_syntax=cast("PromptSyntax", self.prompt_syntax),
+            recipe=self.from_file,
             **image,
         )
 

@@ -23,6 +23,7 @@ from sdtrt.specs import (
     NoiseSpec,
     Precision,
     PromptSyntax,
+    Recipe,
     SchedulerName,
 )
 
@@ -62,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     embeddings: tuple[EmbeddingSpec, ...]
     clip_skip: int
     prompt_syntax: PromptSyntax
+    recipe: Recipe | None
 
 
 def generate(

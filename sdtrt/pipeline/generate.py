@@ -19,7 +19,7 @@ from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
-from sdtrt.pipeline import images, masks, memory, prompts, saving
+from sdtrt.pipeline import images, masks, memory, prompts, recipes, saving
 from sdtrt.pipeline.call import PipelineCall
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
@@ -100,6 +100,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         ModelError, EngineError, ExportError, BuildError: where the model or its engine can't be had.
     """
     began = time.perf_counter()
+    if spec.recipe is not None:
+        recipes.tell(spec.recipe, console)
     jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
@@ -116,6 +118,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
+        spec = recipes.settle(spec, model)
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
         start = _started(spec, pipeline_spec, init, mask)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
@@ -123,6 +126,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(spec, opened, init, mask, directory)
+                if spec.recipe is not None:
+                    recipes.tell_differences(spec.recipe, settings, console)
                 opened.files.check()  # so that they are of the weights that were loaded
             run = _Run(spec, opened, output, start, console, settings)
             load_seconds = time.perf_counter() - began

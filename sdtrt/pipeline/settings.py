@@ -47,8 +47,17 @@ def settings_of(
         **({} if mask is None else _mask_facts(spec, mask)),
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
+        **_noise_facts(spec),
+        **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
+
+
+def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
+    """What was asked of the noise, which the scheduler's facts don't tell from the model's own."""
+    names = ("prediction_type", "timestep_spacing", "zero_snr")
+    asked = {name: value for name in names if (value := getattr(spec.noise, name)) is not None}
+    return {"noise": asked} if asked else {}
 
 
 def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
@@ -64,6 +73,8 @@ def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
     """
     spec = model.spec
     facts: dict[str, Any] = {"name": spec.name, "revision": spec.revision, "variant": spec.variant}
+    if spec.config is not None:
+        facts["config"] = spec.config
     for part in ("unet", *text_encoders_of(model), "vae"):
         facts[part] = model.fingerprint(part, directory.file_digest)
     if spec.vae is not None:
@@ -78,7 +89,8 @@ def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
 def _lora_facts(lora: Lora, directory: EngineDirectory) -> dict[str, Any]:
     """Which LoRA it was, how much it counted, and the number by which web UIs know its file."""
     digest, hashed = directory.file_digest(lora.path), web_ui_hash(lora.path)
-    return {"name": lora.name, "weight": lora.spec.weight, "sha256": digest, "web_ui_hash": hashed}
+    named = {"name": lora.name, "file": lora.spec.name}
+    return {**named, "weight": lora.spec.weight, "sha256": digest, "web_ui_hash": hashed}
 
 
 def _text_facts(opened: OpenPipeline, directory: EngineDirectory) -> dict[str, Any]:
@@ -87,7 +99,8 @@ def _text_facts(opened: OpenPipeline, directory: EngineDirectory) -> dict[str, A
     facts: dict[str, Any] = {"prompt_syntax": plan.syntax, "tokens": opened.spec.sizes.tokens} if plan.is_own else {}
     facts |= {"clip_skip": plan.clip_skip} if plan.clip_skip else {}
     made = [
-        {"name": one.name, "token": one.token, "sha256": directory.file_digest(one.path)} for one in plan.embeddings
+        {"name": one.name, "file": str(one.path), "token": one.token, "sha256": directory.file_digest(one.path)}
+        for one in plan.embeddings
     ]
     return facts | ({"embeddings": made} if made else {})
 

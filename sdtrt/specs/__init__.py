@@ -56,6 +56,7 @@ from sdtrt.specs.generate import (
     GenerateSpec,
     NoiseSpec,
 )
+from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.report import (
     BenchSpec,
     PruneSpec,
@@ -126,6 +127,7 @@ __all__ = [
     "PromptSyntax",
     "PruneSpec",
     "Range",
+    "Recipe",
     "SchedulerName",
     "Sizes",
     "Thresholds",

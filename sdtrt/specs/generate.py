@@ -35,6 +35,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
@@ -111,6 +112,7 @@ class GenerateSpec:
         embeddings: textual inversions, whose words the prompts may have.
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
+        recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
     """
 
     prompts: tuple[str, ...]
@@ -139,6 +141,7 @@ class GenerateSpec:
     embeddings: tuple[EmbeddingSpec, ...] = ()
     clip_skip: int = 0
     prompt_syntax: PromptSyntax = "plain"
+    recipe: Recipe | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
