@@ -164,6 +164,9 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint)
     check_loras(model)
+    if spec.conditioning.given and not model.is_sdxl:
+        option = next(iter(spec.conditioning.given)).replace("_", "-")
+        raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
