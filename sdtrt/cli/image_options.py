@@ -174,6 +174,9 @@ class GenerateOptions:
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
+    vae_tiling: Annotated[
+        bool, Option("--vae-tiling", help="decode and encode large images in tiles, by PyTorch: memory stays flat")
+    ] = False
     no_build: NoBuild = False
     component: Annotated[
         list[str] | None,
@@ -204,6 +207,7 @@ class GenerateOptions:
             embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
             clip_skip=self.clip_skip,
             prompt_syntax=cast("PromptSyntax", self.prompt_syntax),
+            vae_tiling=self.vae_tiling,
             recipe=self.from_file,
             **image,
         )

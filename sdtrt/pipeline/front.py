@@ -66,6 +66,7 @@ class GenerateOptions(TypedDict, total=False):
     embeddings: tuple[EmbeddingSpec, ...]
     clip_skip: int
     prompt_syntax: PromptSyntax
+    vae_tiling: bool
     refiner: RefinerSpec | None
     upscale: UpscaleSpec | None
     conditioning: SizeConditioning

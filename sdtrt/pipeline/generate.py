@@ -123,7 +123,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         model = resolve.resolve_model(spec.model, console)
         spec = recipes.settle(spec, model)
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
-        refining, larger = plan_refiner(spec, pipeline_spec, console), plan_upscale(spec, pipeline_spec)
+        refining, larger = plan_refiner(spec, pipeline_spec, console), plan_upscale(spec, pipeline_spec, console)
         if spec.upscale is not None and spec.upscale.is_latent:
             pipeline_spec = replace(pipeline_spec, components=without(pipeline_spec, "vae_decoder"))
         start = _started(spec, pipeline_spec, init, mask)

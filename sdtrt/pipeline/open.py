@@ -217,6 +217,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = _pipeline_class(spec)(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
+    if spec.tile is not None:
+        pipe.vae.enable_tiling()
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
         refuse_as_a_whole(pipe, running.sessions)

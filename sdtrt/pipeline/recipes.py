@@ -49,6 +49,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "upscaler": (("upscale", "upscaler"), (str,)),
     "upscale_steps": (("upscale", "steps"), (int,)),
     "upscale_strength": (("upscale", "strength"), (int, float)),
+    "vae_tiling": (("vae_tiling",), (bool,)),
     "refiner": (("refiner", "name"), (str,)),
     "refiner_start": (("refiner", "start"), (int, float)),
 }

@@ -50,6 +50,7 @@ def settings_of(
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
         **_noise_facts(spec),
+        **({"vae_tiling": True} if spec.vae_tiling else {}),
         **{name: list(pair) for name, pair in spec.conditioning.given.items()},
         **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},

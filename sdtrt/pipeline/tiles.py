@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from sdtrt.models.source import ModelSource
 from sdtrt.specs import SIZE_MULTIPLE, Component, Sizes
+from sdtrt.specs.contract import is_tiny_vae
 
+TINY_TILE = 512  # of diffusers' `AutoencoderTiny`, whatever its configuration
+DEFAULT_SAMPLE_SIZE = 32  # of `AutoencoderKL`
 Compute = Callable[[torch.Tensor], torch.Tensor]
 _HALVES = {"vae_decoder": "decoder", "vae_encoder": "encoder"}
 
@@ -60,6 +64,16 @@ def tile_pixels(vae: Any) -> int | None:
     """A tile's side in pixels; None for a VAE that has no tiles."""
     latent = getattr(vae, "tile_latent_min_size", None)
     return None if latent is None else int(latent) * SIZE_MULTIPLE
+
+
+def tile_side(model: ModelSource) -> int | None:
+    """The side in pixels that diffusers gives the tiles of a model's VAE; None where that is not known."""
+    config = model.config("vae")
+    if is_tiny_vae(config):
+        return TINY_TILE
+    size = config.get("sample_size", DEFAULT_SAMPLE_SIZE)
+    side = size[0] if isinstance(size, list | tuple) and size else size
+    return side if isinstance(side, int) else None
 
 
 def in_pytorch(vae: Any, component: Component, sample: torch.Tensor) -> torch.Tensor:

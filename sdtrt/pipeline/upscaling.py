@@ -22,7 +22,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import components_of
 from sdtrt.pipeline.call import PipelineCall
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline, reassembled
-from sdtrt.pipeline.request import PipelineSpec, check_spec
+from sdtrt.pipeline.request import PipelineSpec, check_spec, note_tiles
 from sdtrt.specs import LANCZOS, LATENT, Component, GenerateSpec, UpscaleSpec
 
 _TITLES = {LATENT: "Latent", LANCZOS: "Lanczos"}
@@ -64,7 +64,7 @@ def title_of(spec: UpscaleSpec) -> str:
     return _TITLES.get(spec.upscaler, Path(spec.upscaler).stem)
 
 
-def plan_upscale(spec: GenerateSpec, first: PipelineSpec) -> PipelineSpec | None:
+def plan_upscale(spec: GenerateSpec, first: PipelineSpec, console: Console) -> PipelineSpec | None:
     """How the second pass runs: as the first one does, at its own size; None where there is none.
 
     Raises:
@@ -82,6 +82,8 @@ def plan_upscale(spec: GenerateSpec, first: PipelineSpec) -> PipelineSpec | None
         components=without(first, "vae_encoder") if spec.upscale.is_latent else first.components,
     )
     check_spec(planned)
+    if planned.tile != first.tile:
+        note_tiles(planned, console)
     return planned
 
 

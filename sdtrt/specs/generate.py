@@ -113,6 +113,7 @@ class GenerateSpec:
         embeddings: textual inversions, whose words the prompts may have.
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
+        vae_tiling: decode and encode what is larger than one of the VAE's tiles in tiles: memory stays flat.
         refiner: an SDXL model for the last steps.
         upscale: a second pass at a larger size, for pictures from text alone.
         conditioning: what SDXL is told of the picture's size.
@@ -145,6 +146,7 @@ class GenerateSpec:
     embeddings: tuple[EmbeddingSpec, ...] = ()
     clip_skip: int = 0
     prompt_syntax: PromptSyntax = "plain"
+    vae_tiling: bool = False
     refiner: RefinerSpec | None = None
     upscale: UpscaleSpec | None = None
     conditioning: SizeConditioning = field(default_factory=SizeConditioning)

@@ -54,6 +54,7 @@ def test_small_vaes_are_cut_as_diffusers_cuts_them():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
 def test_tiles_go_through_engines_and_pictures_are_plain_diffusers(folder_of, tmp_path, backend, capsys):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 112, 3), dtype=np.uint8))
@@ -62,7 +63,7 @@ def test_tiles_go_through_engines_and_pictures_are_plain_diffusers(folder_of, tm
     for accelerated in (False, True):
         pipe = plain(folder_of, diffusers.StableDiffusionImg2ImgPipeline)
         if accelerated:
-            parts = ("vae_decoder", "vae_encoder")
+            parts = ("vae_decoder", "vae_encoder") if backend == "onnxruntime" else ("vae_decoder",)  # a compile less
             sdtrt.accelerate(
                 pipe, backend=backend, precision="fp32", components=parts, height=64, width=64, engine_dir=tmp_path
             )
@@ -93,3 +94,29 @@ def test_a_picture_that_is_one_tile_is_made_whole(folder_of, tmp_path):
     made = pipe.vae.decode(larger).sample
     sdtrt.restore(pipe)
     assert (made - pipe.vae.decode(larger).sample).abs().max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_command_decodes_large_images_in_tiles(folder_of, run, folder):
+    words = ("-p", "red", "--seed", "5", "--steps", "2", "--height", "96", "--width", "112", "-m", str(folder_of))
+    made = {}
+    for tiling in (False, True):
+        pipe = plain(folder_of)
+        if tiling:
+            pipe.vae.enable_tiling()
+        options = {"num_inference_steps": 2, "height": 96, "width": 112, "generator": torch.Generator().manual_seed(5)}
+        made[tiling] = np.asarray(pipe("red", **options).images[0]).astype(int)
+    assert not np.array_equal(made[False], made[True])
+    for backend, levels in (("torch", 0), ("onnxruntime", LEVELS)):
+        parts = ("--component", "unet", "--component", "vae_decoder") if backend == "onnxruntime" else ()
+        code, _, err = run("txt2img", *words, "--backend", backend, *parts, "--vae-tiling", "-o", f"{backend}.png")
+        assert code == 0, err
+        assert np.abs(np.asarray(Image.open(f"{backend}.png")).astype(int) - made[True]).max() <= levels
+        assert "in tiles of 64x64 pixels (--vae-tiling)" in err
+    assert "engine of the vae_decoder" not in err, "tiles are PyTorch's"
+    small = ("-p", "red", "--height", "64", "--width", "64", "--steps", "1", "-m", str(folder_of), "--backend", "torch")
+    code, _, err = run("txt2img", *small, "--vae-tiling", "-o", "small.png")
+    assert (code, "is no larger than one of its tiles" in err) == (0, True), err
+    code, _, err = run("txt2img", "--from", "torch.png", "-o", "again.png")
+    assert code == 0, err
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open("torch.png")))
