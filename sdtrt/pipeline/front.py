@@ -24,7 +24,11 @@ from sdtrt.specs import (
     NoiseSpec,
     Precision,
     PromptSyntax,
+    Recipe,
+    RefinerSpec,
     SchedulerName,
+    SizeConditioning,
+    UpscaleSpec,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +71,11 @@ class GenerateOptions(TypedDict, total=False):
     preview: str | None
     preview_every: int
     ip_images: tuple[ImagePromptSpec, ...]
+    vae_tiling: bool
+    refiner: RefinerSpec | None
+    upscale: UpscaleSpec | None
+    conditioning: SizeConditioning
+    recipe: Recipe | None
 
 
 def generate(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -21,17 +21,19 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import images, masks, memory, prompts, saving
-from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline import images, masks, memory, prompts, recipes, saving
+from sdtrt.pipeline.call import PipelineCall, generators_of
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
+from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.settings import metadata_of, settings_of
-from sdtrt.specs import Component, GenerateSpec
+from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.upscaling import Upscaler, open_upscaler, plan_upscale, without
+from sdtrt.specs import GenerateSpec
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ class GenerateReport:
 
     Args:
         settings: what all the images have in common, as plain data: model, backend, device, precision, scheduler, …
-        engines: name and digest of the engine's entry, for each component that an engine ran.
+        engines: name and digest of the engine's entry, for each component that an engine ran; a refiner's are called
+            `refiner_unet` and the like, those of a second pass `upscale_unet`.
         load_seconds: from the request to a pipeline that is ready, with the building of an engine.
     """
 
     images: tuple[GeneratedImage, ...]
     settings: Mapping[str, Any]
-    engines: Mapping[Component, Mapping[str, str]]
+    engines: Mapping[str, Mapping[str, str]]
     load_seconds: float
 
     @property
@@ -103,6 +106,8 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         ModelError, EngineError, ExportError, BuildError: where the model or its engine can't be had.
     """
     began = time.perf_counter()
+    if spec.recipe is not None:
+        recipes.tell(spec.recipe, console)
     jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
@@ -111,35 +116,119 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
+    _warn_of_texts(spec, console)
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
+        plan = _plan(spec, directory, console, init)
+        start = _started(plan.spec, plan.first, init, mask)
+        tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
+        with _opened(plan, directory, console) as stages:
+            if spec.prompt_syntax == "plain":
+                prompts.warn_truncated(stages.first.pipe, spec, console)
+            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
+                settings = settings_of(plan.spec, stages.first, init, mask, directory, pictures)
+                settings |= refiner_facts(plan.spec, plan.refiner, directory)
+                settings |= upscale_facts(plan.spec, plan.larger, directory)
+                stages.check_files()  # so that they are of the weights that were loaded
+            if spec.recipe is not None:
+                recipes.tell_differences(spec.recipe, settings, console)
+            stages.scale_adapters([one.scale for one in spec.ip_images])
+            with _previewing(spec, stages.first, tiny, output, console) as preview:
+                shown = tuple(one.pixels for one in pictures)
+                run = _Run(plan.spec, stages, output, start, console, settings, preview, shown)
+                load_seconds = time.perf_counter() - began
+                made = run.make_all(jobs)
+    return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
+
+
+def _warn_of_texts(spec: GenerateSpec, console: Console) -> None:
+    """Say which texts don't mean what they may seem to."""
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
         )
     if spec.prompt_syntax == "plain":
         prompts.warn_literal(spec, console)
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
-        model = resolve.resolve_model(spec.model, console)
-        if model.embeds_guidance and spec.negative_prompt:
-            console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
-        pipeline_spec = resolve_fastest(spec, model, directory, console, init)
-        start = _started(spec, pipeline_spec, init, mask)
-        tiny = find_preview_vae(spec.preview, model, console) if spec.preview else None
-        with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
-            if spec.prompt_syntax == "plain":
-                prompts.warn_truncated(opened.pipe, spec, console)
-            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(spec, opened, init, mask, directory, pictures)
-                opened.files.check()  # so that they are of the weights that were loaded
-            if spec.ip_images:
-                opened.pipe.set_ip_adapter_scale([one.scale for one in spec.ip_images])
-            with _previewing(spec, opened, tiny, output, console) as preview:
-                shown = tuple(one.pixels for one in pictures)
-                run = _Run(spec, opened, output, start, console, settings, preview, shown)
-                load_seconds = time.perf_counter() - began
-                made = run.make_all(jobs)
-    facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
-    return GenerateReport(tuple(made), run.settings, facts, load_seconds)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a request's pipelines run: the first one, and those that go on with what it makes."""
+
+    spec: GenerateSpec
+    first: PipelineSpec
+    refiner: PipelineSpec | None
+    larger: PipelineSpec | None
+
+
+def _plan(spec: GenerateSpec, directory: EngineDirectory, console: Console, init: images.InitImage | None) -> _Plan:
+    """Settle everything before anything heavy is loaded."""
+    model = resolve.resolve_model(spec.model, console)
+    spec = recipes.settle(spec, model)
+    if model.embeds_guidance and spec.negative_prompt:
+        console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
+    first = resolve_fastest(spec, model, directory, console, init)
+    refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
+    if spec.upscale is not None and spec.upscale.is_latent:
+        first = replace(first, components=without(first, "vae_decoder"))
+    return _Plan(spec, first, refiner, larger)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """A request's open pipelines."""
+
+    first: OpenPipeline
+    refiner: Refiner | None = None
+    upscaler: Upscaler | None = None
+
+    @property
+    def named(self) -> dict[str, OpenPipeline]:
+        """All of them, by what their engines' names begin with."""
+        others = {"refiner_": self.refiner, "upscale_": self.upscaler}
+        return {"": self.first} | {name: one.opened for name, one in others.items() if one is not None}
+
+    @property
+    def passes_latents(self) -> bool:
+        """Whether another one goes on with the first one's latents."""
+        return self.refiner is not None or (self.upscaler is not None and self.upscaler.spec.is_latent)
+
+    def takes(self, count: int) -> bool:
+        """Whether all engines take so many images at once."""
+        return all(_takes(one, count) for one in self.named.values())
+
+    def scale_adapters(self, scales: list[float]) -> None:
+        """Have IP-Adapters count so much, one number for each; a refiner has none."""
+        larger = [] if self.upscaler is None else [self.upscaler.opened]
+        for one in [self.first, *larger] if scales else []:
+            one.pipe.set_ip_adapter_scale(scales)
+
+    def check_files(self) -> None:
+        """Raise `ModelChangedError` where files of weights were replaced since they were read."""
+        for one in self.named.values():
+            one.files.check()
+
+    def check_weights(self) -> None:
+        """Raise `ModelChangedError` where weights that are mapped into memory were written meanwhile."""
+        for one in self.named.values():
+            one.check_weights()
+
+    def engine_facts(self) -> dict[str, Mapping[str, str]]:
+        """Which engine ran each component."""
+        named = ((start, one.entries.items()) for start, one in self.named.items())
+        return {f"{start}{name}": engine_facts(entry) for start, entries in named for name, entry in entries}
+
+
+@contextmanager
+def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[_Stages]:
+    """Open a request's pipelines, one after the other."""
+    build = plan.spec.allow_build
+    with (
+        open_pipeline(plan.first, directory, console, allow_build=build) as first,
+        open_refiner(plan.spec, plan.refiner, directory, console) as refiner,
+        open_upscaler(plan.spec, plan.larger, first, directory, console) as upscaler,
+    ):
+        yield _Stages(first, refiner, upscaler)
 
 
 @contextmanager
@@ -169,10 +258,10 @@ def _started(
 
 @dataclass(frozen=True)
 class _Run:
-    """One request on an open pipeline."""
+    """One request on its open pipelines."""
 
     spec: GenerateSpec
-    opened: OpenPipeline
+    stages: _Stages
     output: saving.OutputPlan
     start: Image.Image | masks.Inpainting | None
     console: Console
@@ -183,7 +272,7 @@ class _Run:
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
         made: list[GeneratedImage] = []
-        size = self.opened.spec.images
+        size = self.stages.first.spec.images
         while len(made) < len(jobs):
             try:
                 made += self.make(jobs, len(made), size)
@@ -199,10 +288,10 @@ class _Run:
         start = time.perf_counter()
         batch = jobs.batch(first, size)
         made = self._denoise(batch_name(batch, first + 1, len(jobs)), batch, size)
-        self.opened.check_weights()
+        self.stages.check_weights()
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
-            metadata = metadata_of(self.spec, self.opened, self.settings, job, size)
+            metadata = metadata_of(self.spec, self.stages.first, self.settings, job, size)
             path = self.output.save(image, metadata, prompt=job.prompt, seed=job.seed)
             self.console.note(f"{batch_name([job], number, len(jobs))}: {path}")
             found.append((path, job, image))
@@ -218,7 +307,7 @@ class _Run:
         if size == 1:
             raise error
         half = size // 2
-        if not self._takes(half):
+        if not self.stages.takes(half):
             raise MemoryShortage(
                 error.message, hint=f"use --batch-size {half}: it gets engines of its own, these don't take so few"
             ) from error
@@ -226,30 +315,34 @@ class _Run:
         return half
 
     def _denoise(self, name: str, batch: Sequence[Job], size: int) -> list[Image.Image]:
-        """One call of the pipeline."""
-        pipe, finite = self.opened.pipe, Finite()
-        with out_of_memory(self.opened.spec, size), finite.watching(pipe):
-            call = self._call(self._filled(batch, size))
-            steps = call.count_unet_calls(self.opened)
+        """One call of the pipeline, and of its refiner or of a second pass."""
+        call, stages = self._call(self._filled(batch, size)), self.stages
+        made = self._run(stages.first, call, name, size, leaves_latents=stages.passes_latents)
+        if stages.refiner is not None:
+            after = replace(call, start=made, until=None, after=stages.refiner.start, pictures=())
+            made = self._run(stages.refiner.opened, after, "refiner", size)
+        if stages.upscaler is not None:
+            made = self._run(stages.upscaler.opened, stages.upscaler.second(call, made), "second pass", size)
+        pictures: list[Image.Image] = made[: len(batch)]
+        return [self.start.finished(one) for one in pictures] if isinstance(self.start, masks.Inpainting) else pictures
+
+    def _run(
+        self, opened: OpenPipeline, call: PipelineCall, name: str, size: int, *, leaves_latents: bool = False
+    ) -> Any:
+        """Pixels, or latents, of one pipeline's call, which are finite."""
+        finite = Finite()
+        with out_of_memory(opened.spec, size), finite.watching(opened.pipe):
+            steps = call.count_unet_calls(opened)
             with self.console.bar(name, steps) as advance:
-                made: list[Image.Image] = call.run(
-                    self.opened, output_type="pil", advance=advance, preview=self.preview
-                )[: len(batch)]
-        self._check_finite(finite.first_bad(), steps)
-        return [self.start.finished(one) for one in made] if isinstance(self.start, masks.Inpainting) else made
+                kind: Literal["pil", "latent"] = "latent" if leaves_latents else "pil"
+                preview = self.preview if opened is self.stages.first else None
+                made = call.run(opened, output_type=kind, advance=advance, preview=preview)
+        self._check_finite(finite.first_bad(), steps, opened)
+        return made
 
     def _filled(self, batch: Sequence[Job], size: int) -> Sequence[Job]:
         """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
-        return batch if self._takes(len(batch)) else [*batch, *[batch[-1]] * (size - len(batch))]
-
-    def _takes(self, count: int) -> bool:
-        """Whether all engines take so many images at once."""
-        spec = self.opened.spec
-        fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
-        return all(
-            find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
-            for name, entry in self.opened.entries.items()
-        )
+        return batch if self.stages.takes(len(batch)) else [*batch, *[batch[-1]] * (size - len(batch))]
 
     def _call(self, batch: Sequence[Job]) -> PipelineCall:
         """The call of the pipeline that makes a batch."""
@@ -264,13 +357,16 @@ class _Run:
             strength=spec.strength,
             mask=mask,
             pictures=self.pictures,
+            conditioning=spec.conditioning,
+            until=None if self.stages.refiner is None else self.stages.refiner.start,
+            generators=generators_of([job.seed for job in batch]),
         )
 
-    def _check_finite(self, bad: str | None, steps: int) -> None:
+    def _check_finite(self, bad: str | None, steps: int, opened: OpenPipeline) -> None:
         """Refuse an image that would come out black."""
         if bad is None:
             return
-        pipeline_spec = self.opened.spec
+        pipeline_spec = opened.spec
         where = f"{bad} of {steps}" if bad.startswith("unet") else bad
         hint = "use --precision fp32"
         if pipeline_spec.precision == "fp32":
@@ -282,3 +378,13 @@ class _Run:
             " no image was made",
             hint=hint,
         )
+
+
+def _takes(opened: OpenPipeline, count: int) -> bool:
+    """Whether all engines of a pipeline take so many images at once."""
+    spec = opened.spec
+    fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
+    return all(
+        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
+        for name, entry in opened.entries.items()
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -235,6 +235,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options |= {"feature_extractor": None} if "feature_extractor" not in parts else {}
     pipe = _pipeline_class(spec, parts["scheduler"])(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
+    if spec.tile is not None:
+        pipe.vae.enable_tiling()
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
         refuse_as_a_whole(pipe, running.sessions)
@@ -246,6 +248,19 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
 def _is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
     """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, and no mask."""
     return spec.model.is_lcm and not spec.inpaint and isinstance(scheduler, diffusers.LCMScheduler)
+
+
+def reassembled(opened: OpenPipeline, spec: PipelineSpec) -> OpenPipeline:
+    """Another pipeline of the same modules, which PyTorch runs; `spec` differs in task, size and steps alone."""
+    assert not opened.entries
+    names = ("scheduler", "unet", "vae", *text_encoders_of(spec.model), *_tokenizer_names(spec))
+    parts = {name: getattr(opened.pipe, name) for name in names}
+    known = replace(spec, text=replace(spec.text, embeddings=()))  # the modules have them
+    return OpenPipeline(_assemble(known, parts, _Running()), spec, {}, opened.files)
+
+
+def _tokenizer_names(spec: PipelineSpec) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in text_encoders_of(spec.model)]
 
 
 def _pipeline_class(spec: PipelineSpec, scheduler: Any) -> Any:

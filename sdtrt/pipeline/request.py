@@ -11,6 +11,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.models.components import (
     TEXT_ENCODERS,
+    VAE_HALVES,
     choose_components,
     components_of,
     contract_of,
@@ -23,6 +24,7 @@ from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
 from sdtrt.pipeline.text_states import TextPlan, plan_texts
+from sdtrt.pipeline.tiles import tile_side
 from sdtrt.specs import (
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
@@ -91,6 +93,7 @@ class PipelineSpec:
         noise: what was asked for; the rest is as the model's checkpoint says, then as its scheduler's configuration.
         texts: that are to be encoded, prompts and negative ones, as far as they are known already.
         text: how they become states.
+        vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
     """
 
     model: Model
@@ -108,6 +111,7 @@ class PipelineSpec:
     text: TextPlan = field(default_factory=TextPlan)
     strength: float = 1.0
     eta: float | None = None
+    vae_tiling: bool = False
 
     @property
     def has_engines(self) -> bool:
@@ -121,7 +125,15 @@ class PipelineSpec:
             return ()
         wanted = components_of(self.model) if self.components is None else self.components
         called = (name for name in wanted if self.img2img or name != "vae_encoder")
+        if self.tile is not None:
+            called = (name for name in called if name not in VAE_HALVES)
         return tuple(name for name in called if not (self.text.in_pytorch and name in TEXT_ENCODERS))
+
+    @property
+    def tile(self) -> int | None:
+        """The side in pixels of the tiles in which PyTorch runs the VAE, as they are of any size; None for no tiles."""
+        side = tile_side(self.model) if self.vae_tiling else None
+        return side if side is not None and max(self.sizes.height, self.sizes.width) > side else None
 
     @property
     def engines(self) -> EngineRequest:
@@ -168,6 +180,9 @@ def resolve_request(
     check_task(model, img2img=img2img, inpaint=inpaint)
     check_loras(model)
     check_ip_adapters(model)
+    if spec.conditioning.given and not model.is_sdxl:
+        option = next(iter(spec.conditioning.given)).replace("_", "-")
+        raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
@@ -190,8 +205,10 @@ def resolve_request(
         text=text,
         strength=spec.strength if img2img else 1.0,
         eta=spec.eta,
+        vae_tiling=spec.vae_tiling,
     )
     check_spec(pipeline_spec)
+    note_tiles(pipeline_spec, console)
     note_noise(spec.noise, model, console)
     if text.in_pytorch and pipeline_spec.has_engines:
         console.note(f"{', '.join(text_encoders_of(model))}: in PyTorch, in fp32, for {text.reasons}")
@@ -223,6 +240,16 @@ def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
     """Say where the scheduler does not go by the model's configuration, and why."""
     if said := asked.over(model.stated).describe():
         console.note(f"noise: {said}")
+
+
+def note_tiles(spec: PipelineSpec, console: Console) -> None:
+    """Say what `--vae-tiling` comes to."""
+    if spec.tile is not None:
+        precision = ", in fp32" if spec.has_engines else ""
+        console.note(f"vae: in PyTorch{precision}, in tiles of {spec.tile}x{spec.tile} pixels (--vae-tiling)")
+    elif spec.vae_tiling:
+        size = f"{spec.sizes.width}x{spec.sizes.height}"
+        console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
 
 
 def _note_parts(spec: PipelineSpec, console: Console) -> None:

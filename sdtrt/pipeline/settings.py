@@ -6,6 +6,7 @@ Makes no image and writes no file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from sdtrt.pipeline import images
 from sdtrt.pipeline.jobs import Job
 from sdtrt.pipeline.masks import Mask
 from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.sampler_names import eta_field, noise_schedule, sampler_name, schedule_type
-from sdtrt.specs import GenerateSpec
+from sdtrt.pipeline.upscaling import title_of
+from sdtrt.specs import LANCZOS, LATENT, GenerateSpec, NoiseSpec
 
 
 def settings_of(
@@ -50,8 +53,59 @@ def settings_of(
         **_image_prompt_facts(spec, pipeline_spec.model, directory, pictures),
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
+        **_noise_facts(spec),
+        **({"vae_tiling": True} if spec.vae_tiling else {}),
+        **{name: list(pair) for name, pair in spec.conditioning.given.items()},
+        **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
+
+
+def refiner_facts(spec: GenerateSpec, refiner: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
+    """Which refiner it was, and where it took over; empty for none."""
+    if spec.refiner is None or refiner is None:
+        return {}
+    return {"refiner": {**_model_facts(refiner.model, directory), "start": spec.refiner.start}}
+
+
+def upscale_facts(spec: GenerateSpec, larger: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
+    """How a second pass was made, and its size; empty for none."""
+    if spec.upscale is None or larger is None:
+        return {}
+    one, path = spec.upscale, Path(spec.upscale.upscaler).expanduser()
+    facts: dict[str, Any] = {"factor": one.factor, "upscaler": one.upscaler, "strength": one.strength}
+    if one.upscaler not in (LATENT, LANCZOS):
+        facts["sha256"] = directory.file_digest(path)
+    facts |= {"steps": one.steps or spec.steps, "width": larger.sizes.width, "height": larger.sizes.height}
+    return {"upscale": facts}
+
+
+def _hires(spec: GenerateSpec) -> dict[str, Any]:
+    """A second pass in web UIs' words."""
+    if (one := spec.upscale) is None:
+        return {}
+    return {
+        "Denoising strength": float(one.strength),
+        "Hires upscale": float(one.factor),
+        "Hires steps": one.steps,
+        "Hires upscaler": title_of(one),
+    }
+
+
+def _refiner_title(settings: Mapping[str, Any]) -> str | None:
+    """A refiner's name and hash, as web UIs write them."""
+    if "refiner" not in settings:
+        return None
+    facts = settings["refiner"]
+    title = Path(facts["name"]).stem if "sha256" in facts else Path(facts["name"]).name
+    return f"{title} [{facts['sha256'][:10]}]" if "sha256" in facts else title
+
+
+def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
+    """What was asked of the noise, which the scheduler's facts don't tell from the model's own."""
+    names = [one.name for one in fields(NoiseSpec) if one.name != "sources"]
+    asked = {name: value for name in names if (value := getattr(spec.noise, name)) is not None}
+    return {"noise": asked} if asked else {}
 
 
 def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
@@ -93,6 +147,8 @@ def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
     """
     spec = model.spec
     facts: dict[str, Any] = {"name": spec.name, "revision": spec.revision, "variant": spec.variant}
+    if spec.config is not None:
+        facts["config"] = spec.config
     for part in ("unet", *text_encoders_of(model), "vae"):
         facts[part] = model.fingerprint(part, directory.file_digest)
     if spec.vae is not None:
@@ -107,7 +163,8 @@ def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
 def _lora_facts(lora: Lora, directory: EngineDirectory) -> dict[str, Any]:
     """Which LoRA it was, how much it counted, and the number by which web UIs know its file."""
     digest, hashed = directory.file_digest(lora.path), web_ui_hash(lora.path)
-    return {"name": lora.name, "weight": lora.spec.weight, "sha256": digest, "web_ui_hash": hashed}
+    named = {"name": lora.name, "file": lora.spec.name}
+    return {**named, "weight": lora.spec.weight, "sha256": digest, "web_ui_hash": hashed}
 
 
 def _text_facts(opened: OpenPipeline, directory: EngineDirectory) -> dict[str, Any]:
@@ -116,7 +173,8 @@ def _text_facts(opened: OpenPipeline, directory: EngineDirectory) -> dict[str, A
     facts: dict[str, Any] = {"prompt_syntax": plan.syntax, "tokens": opened.spec.sizes.tokens} if plan.is_own else {}
     facts |= {"clip_skip": plan.clip_skip} if plan.clip_skip else {}
     made = [
-        {"name": one.name, "token": one.token, "sha256": directory.file_digest(one.path)} for one in plan.embeddings
+        {"name": one.name, "file": str(one.path), "token": one.token, "sha256": directory.file_digest(one.path)}
+        for one in plan.embeddings
     ]
     return facts | ({"embeddings": made} if made else {})
 
@@ -195,6 +253,9 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         or None,
         **_image_prompt_fields(settings),
         "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
+        **_hires(spec),
+        "Refiner": _refiner_title(settings),
+        "Refiner switch at": None if spec.refiner is None else spec.refiner.start,
         "Mask blur": spec.mask_blur or None,
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,

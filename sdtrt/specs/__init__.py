@@ -56,6 +56,7 @@ from sdtrt.specs.generate import (
     NoiseSpec,
 )
 from sdtrt.specs.image_prompts import ImagePromptSpec
+from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.report import (
     BenchSpec,
     PruneSpec,
@@ -70,6 +71,15 @@ from sdtrt.specs.sizes import (
     Sizes,
     check_size,
 )
+from sdtrt.specs.stages import (
+    DEFAULT_REFINER_START,
+    DEFAULT_UPSCALE_STRENGTH,
+    LANCZOS,
+    LATENT,
+    RefinerSpec,
+    SizeConditioning,
+    UpscaleSpec,
+)
 from sdtrt.specs.texts import EMBEDDING_SUFFIXES, PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 __all__ = [
@@ -82,14 +92,18 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_OPSETS",
     "DEFAULT_PREVIEW_EVERY",
+    "DEFAULT_REFINER_START",
     "DEFAULT_STEPS",
     "DEFAULT_STRENGTH",
     "DEFAULT_TOKENS",
+    "DEFAULT_UPSCALE_STRENGTH",
     "DEFAULT_VERIFY_SEED",
     "EMBEDDING_SUFFIXES",
     "EXPORTERS",
     "GIB",
     "GROUPS",
+    "LANCZOS",
+    "LATENT",
     "MAX_BATCH",
     "MAX_DIGITS",
     "MAX_IMAGES",
@@ -130,11 +144,15 @@ __all__ = [
     "PromptSyntax",
     "PruneSpec",
     "Range",
+    "Recipe",
+    "RefinerSpec",
     "SchedulerName",
     "Sigmas",
+    "SizeConditioning",
     "Sizes",
     "Thresholds",
     "TimestepSpacing",
+    "UpscaleSpec",
     "VerifySpec",
     "bytes_of",
     "check_choice",

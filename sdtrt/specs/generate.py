@@ -36,8 +36,10 @@ from sdtrt.specs.choices import (
     check_output,
 )
 from sdtrt.specs.image_prompts import ImagePromptSpec
+from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.schedulers import SIGMAS, SchedulerName, Sigmas, find_scheduler
 from sdtrt.specs.sizes import check_size
+from sdtrt.specs.stages import RefinerSpec, SizeConditioning, UpscaleSpec
 from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 # Schedule types that are nothing but timesteps, as diffusers has them (docs/source/en/api/schedulers/overview.md).
@@ -138,6 +140,11 @@ class GenerateSpec:
         preview_every: steps from one such picture to the next.
         ip_images: a picture for each of the model's IP-Adapters, in their order.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
+        vae_tiling: decode and encode what is larger than one of the VAE's tiles in tiles: memory stays flat.
+        refiner: an SDXL model for the last steps.
+        upscale: a second pass at a larger size, for pictures from text alone.
+        conditioning: what SDXL is told of the picture's size.
+        recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
     """
 
     prompts: tuple[str, ...]
@@ -170,6 +177,11 @@ class GenerateSpec:
     preview: str | None = None
     preview_every: int = DEFAULT_PREVIEW_EVERY
     ip_images: tuple[ImagePromptSpec, ...] = ()
+    vae_tiling: bool = False
+    refiner: RefinerSpec | None = None
+    upscale: UpscaleSpec | None = None
+    conditioning: SizeConditioning = field(default_factory=SizeConditioning)
+    recipe: Recipe | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
@@ -193,6 +205,7 @@ class GenerateSpec:
         self._check_numbers()
         self._check_mask()
         self._check_ip_images()
+        self._check_upscale()
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None:
@@ -250,6 +263,8 @@ class GenerateSpec:
                 if value is not None:
                     raise UsageError(f"{name} {value} is about a mask, and there is none", hint="use --mask FILE")
             return
+        if self.refiner is not None:
+            raise UsageError("a refiner changes whole pictures, and a mask covers a part", hint="leave --refiner out")
         if self.init_image is None:
             raise UsageError(f"mask {self.mask} covers no init image", hint="use --init-image FILE")
         for name, pixels, most, usual in (
@@ -267,6 +282,16 @@ class GenerateSpec:
                 " were given",
                 hint="give an --ip-image FILE[:SCALE] for each --ip-adapter, in their order (one may come again)",
             )
+
+    def _check_upscale(self) -> None:
+        """Refuse a second pass where there is none."""
+        if self.upscale is None:
+            return
+        if self.init_image is not None:
+            raise UsageError("upscale is for images from text alone", hint="use --height and --width with --init-image")
+        if self.refiner is not None:
+            raise UsageError("upscale and a refiner don't go together yet", hint="leave --upscale or --refiner out")
+        self.upscale.schedule(self.steps)
 
     def _more_to_run(self) -> str:
         """What makes img2img run a step: more of them where schedulers have so many, else more strength."""
