@@ -43,10 +43,13 @@ def sampler_name(scheduler: Any) -> str:
     return _SAMPLERS.get(class_name) or class_name.removesuffix("Scheduler")
 
 
-def schedule_type(scheduler: Any) -> str | None:
+def schedule_type(scheduler: Any, asked: str | None = None) -> str | None:
     """What web UIs call the spacing of the timesteps that were set; None where the sampler says it all.
 
     Without a word they take Karras for some samplers and Uniform for others.
+
+    Args:
+        asked: the sigmas that a request names. SGM Uniform and Simple are less than a timestep apart.
     """
     if name := next((name for key, name in _SPACINGS.items() if scheduler.config.get(key)), None):
         return name
@@ -58,7 +61,8 @@ def schedule_type(scheduler: Any) -> str | None:
     if len(own) != steps:
         return None
     spacings = _web_ui_spacings(steps, scheduler.config.num_train_timesteps)
-    return min(spacings, key=lambda name: float(np.abs(spacings[name] - own).mean()))
+    nearest = min(spacings, key=lambda name: float(np.abs(spacings[name] - own).mean()))
+    return "SGM Uniform" if (nearest, asked) == ("Simple", "sgm_uniform") else nearest
 
 
 def _web_ui_spacings(steps: int, trained: int) -> dict[str, npt.NDArray[Any]]:

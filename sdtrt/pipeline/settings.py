@@ -238,7 +238,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
     return {
         "Steps": spec.steps,
         "Sampler": sampler_name(scheduler),
-        "Schedule type": schedule_type(scheduler),
+        "Schedule type": schedule_type(scheduler, spec.noise.sigmas),
         "CFG scale": float(spec.guidance_scale),
         "Seed": job.seed,
         "Size": f"{sizes.width}x{sizes.height}",

@@ -63,6 +63,14 @@ TABLE = {
 }
 
 
+def test_sgm_uniform_is_called_so_where_it_is_asked_for():
+    found = made("Euler SGM Uniform")
+    for steps in (4, 8, 20):
+        found.set_timesteps(steps)
+        assert schedule_type(found, "sgm_uniform") == "SGM Uniform"
+    assert schedule_type(found, "simple") == "Simple"
+
+
 def made(text, noise=None):
     """What a request of a name runs with."""
     spec = GenerateSpec(("x",), scheduler=text, noise=noise or NoiseSpec())
