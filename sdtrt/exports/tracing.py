@@ -16,10 +16,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
+from sdtrt.common.errors import ExportError
 from sdtrt.exports.attributes import attribute
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
 from sdtrt.exports.image_prompts import ImagePromptCall
 from sdtrt.models.components import VAE_HALVES
+from sdtrt.models.image_prompts import attentions_of
 from sdtrt.specs.contract import (
     BATCH,
     IMAGE_HEIGHT,
@@ -125,6 +127,11 @@ class ControlNetCall(torch.nn.Module):
 def _unet_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool = False) -> torch.nn.Module:
     call = ControlledUNetCall(unet, contract) if residual_names(contract) else UNetCall(unet)
     if not image_prompt_names(contract):
+        if attentions_of(unet):  # they would take the text's last tokens for an image's
+            raise ExportError(
+                "the unet has layers of IP-Adapters, and its contract no inputs for them",
+                hint='as in ExportSpec(groups=("ip_adapter:4",)), the number of tokens of each adapter',
+            )
         return call
     return ImagePromptCall(call, unet, contract, as_diffusers=as_diffusers)
 
