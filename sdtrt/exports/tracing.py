@@ -17,10 +17,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
+from sdtrt.common.errors import ExportError
 from sdtrt.exports.attributes import attribute
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
 from sdtrt.exports.image_prompts import ImagePromptCall
 from sdtrt.models.components import VAE_HALVES
+from sdtrt.models.image_prompts import attentions_of
 from sdtrt.specs.contract import (
     ADDED_CONDITIONING,
     BATCH,
@@ -141,7 +143,17 @@ def unet_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool =
     """
     if pictures := image_prompt_names(contract):
         others = replace(contract, inputs=tuple(one for one in contract.inputs if one.name not in pictures))
-        return ImagePromptCall(unet_call(unet, others), unet, contract, as_diffusers=as_diffusers)
+        return ImagePromptCall(_plain_call(unet, others), unet, contract, as_diffusers=as_diffusers)
+    if attentions_of(unet):  # they would take the text's last tokens for an image's
+        raise ExportError(
+            "the unet has layers of IP-Adapters, and its contract no inputs for them",
+            hint='as in ExportSpec(groups=("ip_adapter:4",)), the number of tokens of each adapter',
+        )
+    return _plain_call(unet, contract)
+
+
+def _plain_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
+    """A UNet with a contract's inputs and output as its signature, but for image prompts."""
     is_usual = [spec.name for spec in contract.inputs] in (USUAL_INPUTS, [*USUAL_INPUTS, *ADDED_CONDITIONING])
     return UNetCall(unet) if is_usual else NamedUNetCall(unet, contract)
 

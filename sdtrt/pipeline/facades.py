@@ -236,7 +236,7 @@ class UNetFacade(_OfDiffusers):
         """
         self.encoder_hid_proj, self.attn_processors = projection, dict(layout.attn_processors)
         self.down_blocks, self.up_blocks = tuple(layout.down_blocks), tuple(layout.up_blocks)
-        self.forward = PromptedForward(self, self.forward)
+        self.forward = PromptedForward(projection, self.attn_processors, self.forward)
 
     def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
         """Engines need no slicing: they have the memory for the sizes that they were built for."""

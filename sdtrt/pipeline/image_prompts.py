@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -117,19 +116,22 @@ class ImagePrompts:
 
 
 class PromptedForward:
-    """The forward of a UNet's facade whose engine takes image prompts.
+    """The forward of a UNet's facade whose engine takes image prompts. Copies of the facade share it.
 
     Args:
-        unet: the facade, with `encoder_hid_proj` and `attn_processors` as a UNet has them. It is not kept alive.
+        projection: makes tokens, as a UNet's `encoder_hid_proj`.
+        processors: the attentions' by name, with the scales.
         forward: takes what the engine takes.
     """
 
-    def __init__(self, unet: torch.nn.Module, forward: Callable[..., Any]) -> None:
-        self._prompts, self._forward = ImagePrompts(ref(unet)), forward
+    def __init__(self, projection: torch.nn.Module, processors: Mapping[str, Any], forward: Callable[..., Any]) -> None:
+        like_unet: Any = torch.nn.Module()
+        like_unet.encoder_hid_proj, like_unet.attn_processors = projection, processors
+        self._prompts, self._forward = ImagePrompts(lambda: like_unet), forward
+        self._prompts.look()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `UNetForward`, with embeddings of pictures in `added_cond_kwargs["image_embeds"]`."""
-        self._prompts.look()
         _, args, kwargs = self._prompts.take(args, kwargs)
         return self._forward(*args, **kwargs)
 

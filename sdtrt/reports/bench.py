@@ -57,6 +57,8 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     Raises:
         UsageError, OutputError, ModelError: for a wrong request, before anything is timed.
     """
+    if spec.model.ip_adapters:
+        raise UsageError("bench times no IP-Adapters", hint="benchmarks/ip_adapter_step.py does")
     if spec.output is not None:
         saving.check_files(spec.output, FILES, overwrite=spec.overwrite)
     facts = host.facts() | _state()

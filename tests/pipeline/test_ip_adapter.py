@@ -34,7 +34,7 @@ import sdtrt
 import sdtrt.specs
 from sdtrt.backends import registry
 from sdtrt.backends.tensorrt.versions import libraries
-from sdtrt.common.errors import EngineError, ModelError, UsageError
+from sdtrt.common.errors import EngineError, ExportError, ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports.tracing import component_call, reference, traceable
 from sdtrt.models.components import contract_of
@@ -326,6 +326,13 @@ def _random_inputs(contract):
     return [
         torch.randn(shapes[spec.name], generator=generator).to(getattr(torch, spec.dtype)) for spec in contract.inputs
     ]
+
+
+def test_layers_without_inputs_for_them_are_not_exported():
+    unet = factories.small_unet("sd1", **factories.SMALLEST["sd1"])
+    add_layers(unet, (4,))
+    with pytest.raises(ExportError, match="has layers of IP-Adapters, and its contract no inputs"):
+        component_call(unet, contract_of(LiveModel.of(_Holder(unet)), "unet", "fp32"))
 
 
 @pytest.mark.parametrize("kind", factories.SMALLEST)

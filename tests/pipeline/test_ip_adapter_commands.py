@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -213,6 +214,10 @@ def test_load_opens_a_pipeline_that_takes_pictures_and_scales(folder, base, tmp_
             given = {"generator": torch.Generator().manual_seed(1), "num_inference_steps": 2, "output_type": "latent"}
             found.append(one("a", ip_adapter_image=picture(folder / "one.png"), **given, **SIZE).images)
         assert float((found[0] - found[1]).abs().max()) <= 1e-4
+    twin = copy.deepcopy(own.unet)
+    own.unet = twin
+    with_copy = own("a", ip_adapter_image=picture(folder / "one.png"), **given, **SIZE).images
+    assert with_copy.shape == found[0].shape
     own.close()
 
 
