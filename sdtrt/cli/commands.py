@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.control_options import ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import GenerateOptions, InitImage, NoiseOptions
@@ -82,6 +84,7 @@ def root(
 @grouped
 def txt2img(
     generate: GenerateOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -90,7 +93,8 @@ def txt2img(
     output: OutputOptions,
 ) -> None:
     """Make images from text."""
-    _generate(generate.spec(lora.into(model.spec()), backend, noise=noise.spec()), directory, output)
+    image = {"noise": noise.spec(), "controls": control.specs()}
+    _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
 
 @app.command()
@@ -101,6 +105,7 @@ def img2img(
     strength: Annotated[float, Option(help="how much of it is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
     *,
     generate: GenerateOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -109,7 +114,7 @@ def img2img(
     output: OutputOptions,
 ) -> None:
     """Make images from an image and text."""
-    image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
+    image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "controls": control.specs()}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
 
@@ -126,6 +131,7 @@ def inpaint(
     ] = None,
     *,
     generate: GenerateOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -134,7 +140,7 @@ def inpaint(
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
-    image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
+    image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "controls": control.specs()}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -197,6 +203,7 @@ def build(
     backend: BackendOptions,
     model: ModelOptions,
     lora: LoraOptions,
+    control: ControlNetOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -207,11 +214,12 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
-    request = options.request(exports, backend, sizes.request())
+    requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
 
-    entries = (build_each if backend.backend == ALL else build_all)(request, engines, console)
+    make = build_each if backend.backend == ALL else build_all
+    entries = [entry for one in requests for entry in make(one, engines, console)]
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
@@ -265,6 +273,9 @@ def inspect(
     engine: Annotated[str | None, Option("--engine", "-e", help="an engine of the engine directory, by name")] = None,
     part: Annotated[str | None, Option(help="one part of the model, such as text_encoder")] = None,
     tree: Annotated[bool, Option("--tree", help="the part's whole PyTorch module tree")] = False,
+    controlnet: Annotated[
+        str | None, Option("--controlnet", metavar="ID|FOLDER|FILE", help="show a ControlNet beside the model, too")
+    ] = None,
     *,
     model: ModelOptions,
     directory: DirectoryOptions,
@@ -281,7 +292,8 @@ def inspect(
     else:
         from sdtrt.models.resolve import resolve_model
 
-        report = inspect_model(resolve_model(model.spec(), output.console()), part, tree=tree)
+        shown = replace(model.spec(), controlnet=controlnet)
+        report = inspect_model(resolve_model(shown, output.console()), part, tree=tree)
     show(report, output)
 
 

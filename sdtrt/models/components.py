@@ -41,7 +41,18 @@ def part_of(component: Component) -> str:
 
 def components_of(model: ModelSource) -> tuple[Component, ...]:
     """All components that a model has, in the order in which its pipeline uses them (the encoder of images last)."""
-    return tuple(name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type,misc]
+    names = (name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type]
+    return tuple(name for name in names if name != "controlnet" or not _pools(model))  # type: ignore[misc]
+
+
+def _pools(model: ModelSource) -> bool:
+    """Whether a model's ControlNet pools its residuals, for which its contract has no shape: PyTorch runs it."""
+    return bool(model.config("controlnet").get("global_pool_conditions"))
+
+
+def groups_of(model: ModelSource) -> tuple[Group, ...]:
+    """The optional groups of inputs that a model's UNet gets: what the ControlNet beside it gives."""
+    return ("controlnet",) if "controlnet" in model.parts else ()
 
 
 def text_encoders_of(model: ModelSource) -> tuple[Component, ...]:

@@ -18,6 +18,8 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
 from sdtrt.models.configuration import check_values
+from sdtrt.models.controlnets import PART as CONTROLNET
+from sdtrt.models.controlnets import find_controlnet
 from sdtrt.models.hub import Repo, is_repo_id
 from sdtrt.models.loras import Lora, find_loras
 from sdtrt.models.origins import (
@@ -169,7 +171,7 @@ class Model:
     def config_file(self, part: str) -> Path:
         """Where the configuration of a part is stored."""
         origin = self.origin(part)
-        return origin.config_file or origin.folder
+        return origin.config_file or origin.file or origin.folder
 
     def weight_files(self, part: str) -> tuple[Path, ...]:
         """The files that hold a part's weights, downloaded if they lie on the hub; empty for a part without weights.
@@ -233,14 +235,31 @@ def resolve_model(spec: ModelSpec, console: Console = QUIET) -> Model:
         ModelError: for a model that is missing, damaged, unsupported or not allowed.
     """
     model = _resolve(spec, console)
-    if not spec.loras:
-        return model
-    width = model.config("unet").get("cross_attention_dim")
-    return replace(model, loras=find_loras(spec, model.parts, width, console))
+    if spec.loras:
+        width = model.config("unet").get("cross_attention_dim")
+        model = replace(model, loras=find_loras(spec, model.parts, width, console))
+    return model if spec.controlnet is None else with_controlnet(model, spec.controlnet, console)
+
+
+def with_controlnet(model: Model, name: str, console: Console = QUIET) -> Model:
+    """A model with a ControlNet as its part `controlnet`; its weights are read when parts are loaded.
+
+    Args:
+        name: the ControlNet's folder, hub id, or file.
+
+    Raises:
+        UsageError, ModelError: where there is no such ControlNet, or it is for another kind of model.
+    """
+    spec = replace(model.spec, controlnet=name)
+    origin = find_controlnet(spec, model.config("unet"), console)
+    parts = tuple(dict.fromkeys((*model.parts, CONTROLNET)))
+    found = replace(model, spec=spec, parts=parts, origins={**model.origins, CONTROLNET: origin})
+    found.config(CONTROLNET)  # it is checked
+    return found
 
 
 def _resolve(spec: ModelSpec, console: Console) -> Model:
-    """`resolve_model`, but for its LoRAs."""
+    """`resolve_model`, but for its LoRAs and its ControlNet."""
     if spec.name == DEFAULT_MODEL:
         return _from_folder(spec, TINY, console)
     path = local_path(spec.name)

@@ -17,6 +17,21 @@ from sdtrt.pipeline.text_states import states_of
 
 
 @dataclass(frozen=True)
+class Control:
+    """What a ControlNet of an open pipeline goes by in a call.
+
+    Args:
+        image: its map, in the images' size.
+        scale, start, end: as of `ControlSpec`.
+    """
+
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
 class PipelineCall:
     """One call of an open pipeline, which makes a batch of images.
 
@@ -28,6 +43,7 @@ class PipelineCall:
         start: what img2img starts from, in the images' size; None for images from text alone.
         strength: how much of `start` is replaced.
         mask: what of `start` is made anew, in white, in the same size; None for all of it.
+        controls: one for each ControlNet of the pipeline.
     """
 
     prompts: tuple[str, ...]
@@ -37,6 +53,7 @@ class PipelineCall:
     start: Image.Image | None = None
     strength: float = 1.0
     mask: Image.Image | None = None
+    controls: tuple[Control, ...] = ()
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
@@ -69,6 +86,7 @@ class PipelineCall:
         spec = opened.spec
         common = {
             **self._texts(opened),
+            **self._controls(),
             "num_inference_steps": spec.steps,
             "guidance_scale": self.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for seed in self.seeds],
@@ -77,10 +95,23 @@ class PipelineCall:
         if self.start is None:
             return {**common, **size}
         if self.mask is None:
-            return {**common, "image": self.start, "strength": self.strength}
+            own = size if self.controls else {}  # others take the image's
+            return {**common, **own, "image": self.start, "strength": self.strength}
         each = len(self.prompts)  # of one image for all, inpainting pipelines draw the latents by the first generator
         images = {"image": [self.start] * each, "mask_image": [self.mask] * each}
         return {**common, **size, **images, "strength": self.strength}
+
+    def _controls(self) -> dict[str, Any]:
+        """What ControlNets go by; lists where there are several."""
+        if not self.controls:
+            return {}
+        given: dict[str, list[Any]] = {
+            "image" if self.start is None else "control_image": [one.image for one in self.controls],
+            "controlnet_conditioning_scale": [one.scale for one in self.controls],
+            "control_guidance_start": [one.start for one in self.controls],
+            "control_guidance_end": [one.end for one in self.controls],
+        }
+        return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
 
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""

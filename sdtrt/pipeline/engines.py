@@ -153,6 +153,7 @@ def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += [word for one in model.loras for word in ("--lora", str(one))]
+    words += ["--controlnet", model.controlnet] if model.controlnet is not None else []
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 

@@ -16,6 +16,7 @@ from sdtrt.specs import (
     BackendName,
     BuildSpec,
     Component,
+    ControlSpec,
     EmbeddingSpec,
     ExportSpec,
     GenerateSpec,
@@ -62,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     embeddings: tuple[EmbeddingSpec, ...]
     clip_skip: int
     prompt_syntax: PromptSyntax
+    controls: tuple[ControlSpec, ...]
 
 
 def generate(

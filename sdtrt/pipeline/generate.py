@@ -19,8 +19,9 @@ from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
-from sdtrt.pipeline import images, masks, memory, prompts, saving
-from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline import control_images, images, masks, memory, prompts, saving
+from sdtrt.pipeline.call import Control, PipelineCall
+from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
@@ -28,7 +29,7 @@ from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.settings import metadata_of, settings_of
-from sdtrt.specs import Component, GenerateSpec
+from sdtrt.specs import GenerateSpec
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class GenerateReport:
 
     images: tuple[GeneratedImage, ...]
     settings: Mapping[str, Any]
-    engines: Mapping[Component, Mapping[str, str]]
+    engines: Mapping[str, Mapping[str, str]]
     load_seconds: float
 
     @property
@@ -107,6 +108,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
+    controls = control_images.read_control_images(spec, init, console)
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
@@ -116,15 +118,17 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
-        pipeline_spec = resolve_fastest(spec, model, directory, console, init)
+        maps = [one.picture for one in controls]
+        pipeline_spec = resolve_fastest(spec, model, directory, console, init, maps)
         start = _started(spec, pipeline_spec, init, mask)
+        fitted = _fitted(controls, pipeline_spec, start, console)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(spec, opened, init, mask, directory)
+                settings = settings_of(spec, opened, init, mask, controls, directory)
                 opened.files.check()  # so that they are of the weights that were loaded
-            run = _Run(spec, opened, output, start, console, settings)
+            run = _Run(spec, opened, output, start, fitted, console, settings)
             load_seconds = time.perf_counter() - began
             made = run.make_all(jobs)
     facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
@@ -144,6 +148,22 @@ def _started(
     return masks.fit(init, mask, (sizes.height, sizes.width), spec.padding_crop, latent)
 
 
+def _fitted(
+    controls: Sequence[ControlImage],
+    pipeline_spec: PipelineSpec,
+    start: Image.Image | masks.Inpainting | None,
+    console: Console,
+) -> tuple[Control, ...]:
+    """What ControlNets go by, in the size that the pipeline works at."""
+    sizes, box = pipeline_spec.sizes, start.box if isinstance(start, masks.Inpainting) else None
+    if box is None:
+        control_images.note_sizes(controls, sizes.height, sizes.width, console)
+    return tuple(
+        Control(one.fitted(sizes.height, sizes.width, box), one.spec.scale, one.spec.start, one.spec.end)
+        for one in controls
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One request on an open pipeline."""
@@ -152,6 +172,7 @@ class _Run:
     opened: OpenPipeline
     output: saving.OutputPlan
     start: Image.Image | masks.Inpainting | None
+    controls: tuple[Control, ...]
     console: Console
     settings: Mapping[str, Any]
 
@@ -221,8 +242,8 @@ class _Run:
         spec = self.opened.spec
         fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
         return all(
-            find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
-            for name, entry in self.opened.entries.items()
+            find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(entry.engine_key.component)) is not None
+            for entry in self.opened.entries.values()
         )
 
     def _call(self, batch: Sequence[Job]) -> PipelineCall:
@@ -237,6 +258,7 @@ class _Run:
             start=image,
             strength=spec.strength,
             mask=mask,
+            controls=self.controls,
         )
 
     def _check_finite(self, bad: str | None, steps: int) -> None:

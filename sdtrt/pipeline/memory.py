@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -21,7 +21,6 @@ from sdtrt.models.components import (
 from sdtrt.specs import (
     SIZE_MULTIPLE,
     BackendName,
-    Component,
     Precision,
     Sizes,
 )
@@ -29,6 +28,9 @@ from sdtrt.specs import (
 ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
+
+
+NameT = TypeVar("NameT", bound=str)
 
 
 class Request(Protocol):
@@ -76,7 +78,7 @@ class Demand:
         return self.fixed + self.scratch
 
 
-def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> Demand:
+def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand:
     """What the sessions of a pipeline's engines take. Engines that don't say it (older ones) are left out.
 
     Where a CUDA graph holds its run's intermediate results, one for each engine is counted: a pipeline calls each in
@@ -88,11 +90,11 @@ def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> 
     """
     fixed = scratch = 0
     wanted = 0.0
-    for name, entry in entries.items():
+    for entry in entries.values():
         weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
         if weights is not None and work is not None:
             fixed += weights
-            own = work * _share(entry, sizes_of(name, sizes, images))
+            own = work * _share(entry, sizes_of(entry.engine_key.component, sizes, images))
             if registry.get(entry.engine_key.backend).graphs_hold_scratch:
                 wanted += own
                 scratch = math.ceil(wanted)
@@ -107,7 +109,7 @@ def weights_of(entries: Iterable[Entry]) -> int:
     return sum(_figure(entry, "plan_bytes") or 0 for entry in entries)
 
 
-def by_scratch(entries: Mapping[Component, Entry]) -> list[Component]:
+def by_scratch(entries: Mapping[NameT, Entry]) -> list[NameT]:
     """Components in the order in which to open their engines: the most scratch memory first, as they share it."""
     return sorted(entries, key=lambda name: _figure(entries[name], "scratch_bytes") or 0, reverse=True)
 
@@ -163,7 +165,7 @@ def release() -> None:
     torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
-def check_memory(spec: Request, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+def check_memory(spec: Request, entries: Mapping[str, Entry], loaded: Collection[Path] = ()) -> None:
     """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
 
     Args:

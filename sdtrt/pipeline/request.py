@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,12 +15,13 @@ from sdtrt.models.components import (
     choose_components,
     components_of,
     contract_of,
+    groups_of,
     sizes_of,
     text_encoders_of,
     unet_batch,
 )
 from sdtrt.models.loading import check_loras
-from sdtrt.models.resolve import Model
+from sdtrt.models.resolve import Model, with_controlnet
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
 from sdtrt.pipeline.text_states import TextPlan, plan_texts
@@ -89,6 +91,8 @@ class PipelineSpec:
         noise: what was asked for; the rest is as the model's checkpoint says, then as its scheduler's configuration.
         texts: that are to be encoded, prompts and negative ones, as far as they are known already.
         text: how they become states.
+        others: the model with each further ControlNet in the place of its first one, by the names that their engines
+            have among the pipeline's: `controlnet_2`, …
     """
 
     model: Model
@@ -104,6 +108,7 @@ class PipelineSpec:
     noise: NoiseSpec = field(default_factory=NoiseSpec)
     texts: tuple[str, ...] = ()
     text: TextPlan = field(default_factory=TextPlan)
+    others: Mapping[str, Model] = field(default_factory=dict)
 
     @property
     def has_engines(self) -> bool:
@@ -121,10 +126,31 @@ class PipelineSpec:
 
     @property
     def engines(self) -> EngineRequest:
-        """The engines that it needs."""
+        """The engines that it needs, but for those of further ControlNets."""
         return EngineRequest(
-            self.model, self.backend, self.precision, self.sizes, self.in_engines, self.images, self.device
+            self.model,
+            self.backend,
+            self.precision,
+            self.sizes,
+            self.in_engines,
+            self.images,
+            self.device,
+            groups_of(self.model),
         )
+
+    @property
+    def other_engines(self) -> dict[str, EngineRequest]:
+        """The engines of further ControlNets, by their names among the pipeline's."""
+        wanted = self.has_engines and (self.components is None or "controlnet" in self.components)
+        return {
+            name: replace(self.engines, model=model, components=("controlnet",))
+            for name, model in self.others.items()
+            if wanted and "controlnet" in components_of(model)
+        }
+
+    def source_of(self, name: str) -> Model:
+        """The model that has what is called so among the pipeline's engines."""
+        return self.others.get(name, self.model)
 
     @property
     def device(self) -> torch.device:
@@ -149,12 +175,14 @@ def resolve_request(
     model: Model,
     console: Console,
     init: images.InitImage | None = None,
+    maps: Sequence[images.InitImage] = (),
     *,
     backend: BackendName | None = None,
 ) -> PipelineSpec:
     """How a request runs: backend, precision and size; no batch is larger than there are images to make.
 
     Args:
+        maps: what ControlNets go by.
         backend: what `auto` has come to mean; None where that is for the machine alone to say.
 
     Raises:
@@ -164,9 +192,10 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint)
     check_loras(model)
+    model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
-    height, width = _image_size(spec, model, init, console)
+    height, width = _image_size(spec, model, init, maps, console)
     count = spec.images_at_once
     text = plan_texts(spec, model)
     sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
@@ -184,6 +213,7 @@ def resolve_request(
         noise=spec.noise,
         texts=tuple(dict.fromkeys((*spec.prompts, spec.negative_prompt))),
         text=text,
+        others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
     )
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
@@ -191,6 +221,14 @@ def resolve_request(
         console.note(f"{', '.join(text_encoders_of(model))}: in PyTorch, in fp32, for {text.reasons}")
     _note_parts(pipeline_spec, console)
     return pipeline_spec
+
+
+def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
+    """A model with each ControlNet of a request; the model itself where there is none."""
+    if not spec.controls:
+        yield model
+    for one in spec.controls:
+        yield with_controlnet(model, one.name, console)
 
 
 def check_task(model: Model, *, img2img: bool, inpaint: bool = False) -> None:
@@ -243,11 +281,19 @@ def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guid
     return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)
 
 
-def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
+def _image_size(
+    spec: GenerateSpec,
+    model: Model,
+    init: images.InitImage | None,
+    maps: Sequence[images.InitImage],
+    console: Console,
+) -> tuple[int, int]:
     """The (height, width) of a request's images in pixels."""
     own_height, own_width = model.default_size()
-    if init is None or spec.padding_crop is not None:
+    if spec.padding_crop is not None or (init is None and not maps):
         height, width = spec.height or own_height, spec.width or own_width
+    elif init is None:
+        height, width = maps[0].result_size(spec.height, spec.width)
     else:
         height, width = init.result_size(spec.height, spec.width)
         own = init.pixels.size
@@ -276,7 +322,9 @@ def check_spec(spec: PipelineSpec) -> None:
     if not spec.has_engines:
         return
     for component in spec.in_engines:
-        contract_of(spec.model, component, spec.precision)
+        groups = spec.engines.groups_of(component)
+        contract_of(spec.model, component, spec.precision, groups)
+        registry.get(spec.backend).check_groups(groups)
     if spec.model.vae_scale_factor != SIZE_MULTIPLE:
         raise ModelError(
             f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {spec.model.spec.name} has"

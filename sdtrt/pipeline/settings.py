@@ -5,7 +5,7 @@ Makes no image and writes no file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from sdtrt.common import host
 from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import text_encoders_of
+from sdtrt.models.controlnets import PART
 from sdtrt.models.loras import Lora, web_ui_hash
+from sdtrt.models.origins import has_weight_suffix
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images
+from sdtrt.pipeline.control_images import CANNY_HIGH, CANNY_LOW, ControlImage
 from sdtrt.pipeline.jobs import Job
 from sdtrt.pipeline.masks import Mask
 from sdtrt.pipeline.open import OpenPipeline
@@ -30,6 +33,7 @@ def settings_of(
     opened: OpenPipeline,
     init: images.InitImage | None,
     mask: Mask | None,
+    controls: Sequence[ControlImage],
     directory: EngineDirectory,
 ) -> dict[str, Any]:
     """What all images of a request have in common, as plain data."""
@@ -45,6 +49,7 @@ def settings_of(
         "strength": spec.strength if init is not None else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
+        **_control_facts(opened, controls, directory),
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
         "versions": {"sdtrt": __version__, **host.library_versions()},
@@ -55,6 +60,53 @@ def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
     """Which mask it was, and how it was used. Other images say nothing of masks."""
     facts = {"name": mask.path.name, "sha256": mask.sha256}
     return {"mask": facts, "mask_blur": spec.mask_blur, "padding_crop": spec.padding_crop}
+
+
+def _control_facts(
+    opened: OpenPipeline, controls: Sequence[ControlImage], directory: EngineDirectory
+) -> dict[str, Any]:
+    """Which ControlNets there were, and what each went by. Other images say nothing of ControlNets."""
+    models = (opened.spec.model, *opened.spec.others.values())
+    facts = [
+        {
+            "name": one.spec.name,
+            "fingerprint": model.fingerprint(PART, directory.file_digest),
+            "image": {"name": one.picture.path.name, "sha256": one.picture.sha256},
+            "scale": one.spec.scale,
+            "start": one.spec.start,
+            "end": one.spec.end,
+            "preprocessor": one.spec.preprocessor,
+        }
+        for one, model in zip(controls, models, strict=False)
+    ]
+    return {"controlnets": facts} if facts else {}
+
+
+def _control_fields(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`ControlNet 0: Module: canny, Model: ...`, as sd-webui-controlnet writes it, a field for each."""
+    fields = {}
+    for number, one in enumerate(settings.get("controlnets", ())):
+        is_canny = one["preprocessor"] == "canny"
+        words = {
+            "Module": "canny" if is_canny else "none",
+            "Model": _control_title(one["name"]),
+            "Weight": one["scale"],
+            "Resize Mode": "Just Resize",
+            **({"Threshold A": CANNY_LOW, "Threshold B": CANNY_HIGH} if is_canny else {}),
+            "Guidance Start": one["start"],
+            "Guidance End": one["end"],
+            "Pixel Perfect": is_canny,
+            "Control Mode": "Balanced",
+        }
+        fields[f"ControlNet {number}"] = ", ".join(f"{name}: {value}" for name, value in words.items())
+    return fields
+
+
+def _control_title(name: str) -> str:
+    """A ControlNet's short name, as web UIs show it: without folders, and what separates their fields."""
+    path = Path(name)
+    title = path.stem if has_weight_suffix(name) else path.name or path.resolve().name
+    return title.replace(",", " ").replace(":", " ")
 
 
 def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
@@ -159,6 +211,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Mask blur": spec.mask_blur or None,
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,
+        **_control_fields(settings),
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
         "Emphasis": "None" if _is_literal(spec, job) else None,

@@ -52,6 +52,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.control import PREPROCESSORS, ControlSpec, Preprocessor, controlnet_names
 from sdtrt.specs.generate import (
     GenerateSpec,
     NoiseSpec,
@@ -97,6 +98,7 @@ __all__ = [
     "MOST_STEPS",
     "PRECISIONS",
     "PREDICTION_TYPES",
+    "PREPROCESSORS",
     "PROMPT_SYNTAXES",
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
@@ -110,6 +112,7 @@ __all__ = [
     "BuildRequest",
     "BuildSpec",
     "Component",
+    "ControlSpec",
     "EmbeddingSpec",
     "ExportRequest",
     "ExportSpec",
@@ -121,6 +124,7 @@ __all__ = [
     "NoiseSpec",
     "Precision",
     "PredictionType",
+    "Preprocessor",
     "Profile",
     "ProfileRequest",
     "PromptSyntax",
@@ -135,4 +139,5 @@ __all__ = [
     "check_choice",
     "check_output",
     "check_size",
+    "controlnet_names",
 ]

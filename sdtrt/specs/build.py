@@ -78,6 +78,7 @@ class ModelSpec:
         offline: never ask the hub.
         vae: a VAE in the place of the model's own: its folder (or a model's), a hub id, or a file that holds one.
         loras: that are merged into the model's weights.
+        controlnet: a ControlNet beside the model: its folder, a hub id, or a file.
     """
 
     name: str = DEFAULT_MODEL
@@ -88,6 +89,7 @@ class ModelSpec:
     offline: bool = False
     vae: str | None = None
     loras: tuple[LoraSpec, ...] = ()
+    controlnet: str | None = None
 
     def __post_init__(self) -> None:
         if wrong := [one for one in self.loras if not isinstance(one, LoraSpec)]:

@@ -35,6 +35,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.control import ControlSpec
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
@@ -92,8 +93,8 @@ class GenerateSpec:
     Args:
         prompts: one or more prompts; each gives `num_images` images.
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
-        height, width: pixels; None for the init image's size, else the model's own. With `padding_crop` the part is
-            made at that size, by default the model's own, and scaled into the init image.
+        height, width: pixels; None for the init image's size, else the first control image's, else the model's own.
+            With `padding_crop` the part is made at that size, by default the model's own, and scaled into the image.
         seed: of each prompt's first image (the next ones count up from it); None, or `RANDOM_SEED`, for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own.
@@ -111,6 +112,7 @@ class GenerateSpec:
         embeddings: textual inversions, whose words the prompts may have.
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
+        controls: ControlNets, each with the picture that it goes by.
     """
 
     prompts: tuple[str, ...]
@@ -139,6 +141,7 @@ class GenerateSpec:
     embeddings: tuple[EmbeddingSpec, ...] = ()
     clip_skip: int = 0
     prompt_syntax: PromptSyntax = "plain"
+    controls: tuple[ControlSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:

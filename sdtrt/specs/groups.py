@@ -28,6 +28,13 @@ MID_RESIDUAL = "mid_residual"
 CONTROL_IMAGE, RESIDUAL_SCALES = "control_image", "residual_scales"  # of a ControlNet's inputs
 # Blocks that give a skip connection a layer, and one more where they halve the size: those of Stable Diffusion.
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+# What diffusers' classes take where a configuration says nothing.
+_USUAL = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+}
 
 
 def down_residual(index: int) -> str:
@@ -63,7 +70,8 @@ def controlnet_contract(config: Mapping[str, Any], precision: Precision, pooled:
         What a UNet takes, `control_image [B,3,8H,8W]` and `residual_scales` (float32, one number a residual: the
         strength is an input) → the residuals, as the group `controlnet` of its UNet's contract has them.
     """
-    like_unet = unet_contract({**config, "out_channels": config["in_channels"]}, precision, pooled)
+    as_unet = {name: value for name, value in config.items() if name != "_class_name"}
+    like_unet = unet_contract({**as_unet, "out_channels": config["in_channels"]}, precision, pooled)
     dtype, channels = DTYPES[precision], config.get("conditioning_channels", 3)
     residuals = _residuals(config, dtype)
     image = TensorSpec(CONTROL_IMAGE, dtype, (BATCH, channels, IMAGE_HEIGHT, IMAGE_WIDTH))
@@ -87,6 +95,7 @@ def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     Args:
         config: of a UNet, or of a ControlNet, which has the same blocks.
     """
+    config = {**_USUAL, **config}
     channels, blocks = list(config["block_out_channels"]), config["down_block_types"]
     if odd := [name for name in blocks if name not in BLOCKS]:
         raise ModelError(
@@ -100,6 +109,17 @@ def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
         found += [(channels[index], 2**index)] * count
         found += [(channels[index], 2 ** (index + 1))] * (index < last)
     return [*found, (channels[-1], 2**last)]
+
+
+def control_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ControlNet and its UNet have to have in common, of the configuration of either."""
+    shapes = residual_shapes(config)
+    width = {**_USUAL, **config}["cross_attention_dim"]
+    return {
+        "number of residuals": len(shapes) - 1,
+        "cross_attention_dim": width[0] if isinstance(width, (list, tuple)) else width,
+        "list of residuals' channels": [channels for channels, _ in shapes],
+    }
 
 
 def residual_names(contract: Contract) -> tuple[str, ...]:
