@@ -170,15 +170,17 @@ def control_image(args: argparse.Namespace) -> Image.Image:
 
 
 def figures(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What a step takes, and a whole picture's latents."""
-    step = step_of(pipe, args)
+    """What a step takes, its parts, and a whole picture's latents."""
+    parts = parts_of(pipe, args)
+    timings = {}
     with torch.inference_mode():
-        for _ in range(3):
-            step()
-        timing = time_queued_calls(step, args.repeats, pipe.device).scaled(1000)
+        for name, call in parts.items():
+            for _ in range(3):
+                call()
+            timings[f"{name}_ms"] = rounded(time_queued_calls(call, args.repeats, pipe.device).scaled(1000))
     latents(pipe, args)
     picture = time_calls(lambda: latents(pipe, args), 3, pipe.device)
-    return {"step_ms": rounded(timing), "picture_s": rounded(picture)}
+    return {**timings, "picture_s": rounded(picture)}
 
 
 def rounded(timing: Timing) -> dict[str, float]:
@@ -186,23 +188,28 @@ def rounded(timing: Timing) -> dict[str, float]:
     return {"median": round(timing.median, 4), "p90": round(timing.p90, 4)}
 
 
-def step_of(pipe: Any, args: argparse.Namespace) -> Callable[[], object]:
-    """What diffusers calls at a step with guidance: the ControlNet, where there is one, and the UNet."""
+def parts_of(pipe: Any, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """What diffusers calls at a step with guidance: ControlNet and UNet; each of them by itself, too."""
     unet, net, device = pipe.unet, getattr(pipe, "controlnet", None), pipe.device
     sample = torch.randn(2, 4, args.height // 8, args.width // 8, device=device, dtype=dtype())
     states = torch.randn(2, 77, unet.config.cross_attention_dim, device=device, dtype=dtype())
     image = torch.rand(2, 3, args.height, args.width, device=device, dtype=dtype())
     timestep = torch.tensor(500)
 
-    def step() -> object:
-        more: dict[str, Any] = {}
-        if net is not None:
-            given = {"controlnet_cond": image, "conditioning_scale": STRENGTH, "return_dict": False}
-            down, middle = net(sample, timestep, encoder_hidden_states=states, **given)
-            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    def residuals() -> dict[str, Any]:
+        if net is None:
+            return {}
+        given = {"controlnet_cond": image, "conditioning_scale": STRENGTH, "return_dict": False}
+        down, middle = net(sample, timestep, encoder_hidden_states=states, **given)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def denoise(more: dict[str, Any]) -> object:
         return unet(sample, timestep, encoder_hidden_states=states, return_dict=False, **more)
 
-    return step
+    with torch.inference_mode():
+        kept = residuals()
+    own = {} if net is None else {"controlnet": residuals, "unet_with_residuals": lambda: denoise(kept)}
+    return {"step": lambda: denoise(residuals()), **own}
 
 
 if __name__ == "__main__":

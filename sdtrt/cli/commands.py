@@ -16,7 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
-from sdtrt.cli.control_options import ControlNetOptions, ControlOptions
+from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import GenerateOptions, InitImage, NoiseOptions
@@ -30,6 +30,7 @@ from sdtrt.common.errors import UsageError, command_line
 from sdtrt.common.version import __version__
 from sdtrt.specs import (
     ALL,
+    DEFAULT_IMAGE_GUIDANCE_SCALE,
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
@@ -103,6 +104,12 @@ def txt2img(
 def img2img(
     init_image: InitImage,
     strength: Annotated[float, Option(help="how much of it is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
+    edit: Annotated[
+        bool, Option("--edit", help="change it as the prompt says, by a model for that (instruct-pix2pix)")
+    ] = False,
+    image_guidance_scale: Annotated[
+        float, Option("--image-guidance-scale", "--image-cfg-scale", help="how closely an edit keeps to it, from 1 up")
+    ] = DEFAULT_IMAGE_GUIDANCE_SCALE,
     *,
     generate: GenerateOptions,
     control: ControlOptions,
@@ -115,6 +122,7 @@ def img2img(
 ) -> None:
     """Make images from an image and text."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "controls": control.specs()}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
 
@@ -175,6 +183,7 @@ def export(
         Path | None, Option("--output", "-o", help="an .onnx file to write; by default the engine directory")
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False,
+    controlnet: ControlNet = None,
     *,
     exporter: ExporterOptions,
     model: ModelOptions,
@@ -182,7 +191,8 @@ def export(
     output: OutputOptions,
 ) -> None:
     """Write the model's components as ONNX with dynamic batch, height and width, checked against PyTorch."""
-    request = exporter.request(model.spec(), precision, output=target, overwrite=overwrite)
+    beside = replace(model.spec(), controlnet=controlnet)
+    request = exporter.request(beside, precision, output=target, overwrite=overwrite)
     engines, console = directory.directory(), output.console()
     from sdtrt.exports.request import export_all, export_to_file
 
@@ -273,9 +283,7 @@ def inspect(
     engine: Annotated[str | None, Option("--engine", "-e", help="an engine of the engine directory, by name")] = None,
     part: Annotated[str | None, Option(help="one part of the model, such as text_encoder")] = None,
     tree: Annotated[bool, Option("--tree", help="the part's whole PyTorch module tree")] = False,
-    controlnet: Annotated[
-        str | None, Option("--controlnet", metavar="ID|FOLDER|FILE", help="show a ControlNet beside the model, too")
-    ] = None,
+    controlnet: ControlNet = None,
     *,
     model: ModelOptions,
     directory: DirectoryOptions,

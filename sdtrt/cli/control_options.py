@@ -10,6 +10,10 @@ from typer import Option
 
 from sdtrt.specs import PREPROCESSORS, ControlSpec, ExportRequest, controlnet_names
 
+ControlNet = Annotated[
+    str | None, Option("--controlnet", metavar="ID|FOLDER|FILE", help="a ControlNet beside the model, too")
+]
+
 
 @dataclass(frozen=True)
 class ControlOptions:

@@ -28,7 +28,7 @@ from sdtrt.specs.contract import (
     Contract,
     latent_sides,
 )
-from sdtrt.specs.groups import residual_names
+from sdtrt.specs.groups import adapter_names, residual_names
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
 # constant of 0 and 1. Small, as the TorchScript exporter runs the module once, and few CPUs have convolutions in fp16:
@@ -73,7 +73,7 @@ class UNetCall(torch.nn.Module):
 
 
 class ControlledUNetCall(torch.nn.Module):
-    """A `UNet2DConditionModel` whose contract has the residuals of ControlNets, as its last inputs.
+    """A `UNet2DConditionModel` whose contract has the residuals of ControlNets or T2I-Adapters, as its last inputs.
 
     Args:
         contract: names the inputs, which come in its order.
@@ -82,20 +82,23 @@ class ControlledUNetCall(torch.nn.Module):
     def __init__(self, unet: torch.nn.Module, contract: Contract) -> None:
         super().__init__()
         self.unet = unet
-        self.residuals = len(residual_names(contract))
+        self.residuals, self.adapters = len(residual_names(contract)), len(adapter_names(contract))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What `UNetCall` takes, and then the residuals, the middle's last → out_sample [B,C,H,W]."""
-        usual, (*down, middle) = inputs[: -self.residuals], inputs[-self.residuals :]
+        """What `UNetCall` takes, ControlNets' residuals, then adapters', the middle's last → out_sample [B,C,H,W]."""
+        end = len(inputs) - self.adapters
+        usual, residuals, adapters = inputs[: end - self.residuals], inputs[end - self.residuals : end], inputs[end:]
         sample, timestep, states, *added = usual
+        *down, middle = residuals or (None,)
         names = {"text_embeds": added[0].float(), "time_ids": added[1]} if added else None
         output: Tensor = self.unet(
             sample,
             timestep,
             states,
             added_cond_kwargs=names,
-            down_block_additional_residuals=down,
+            down_block_additional_residuals=down or None,
             mid_block_additional_residual=middle,
+            down_intrablock_additional_residuals=list(adapters) or None,
             return_dict=False,
         )[0]
         return output
@@ -120,7 +123,8 @@ class ControlNetCall(torch.nn.Module):
 
 
 def _unet_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
-    return ControlledUNetCall(unet, contract) if residual_names(contract) else UNetCall(unet)
+    grouped = residual_names(contract) or adapter_names(contract)
+    return ControlledUNetCall(unet, contract) if grouped else UNetCall(unet)
 
 
 class TextEncoderCall(torch.nn.Module):

@@ -78,7 +78,8 @@ def check_checkpoint(path: Path, infos: Mapping[str, TensorInfo]) -> None:
         raise ModelError(
             f"the unet of {path} takes {', '.join(map(str, channels))} channels instead of {_LATENT_CHANNELS}: "
             "a model for editing or upscaling, which sdtrt does not support",
-            hint="use the text-to-image checkpoint that it was made from, or one for inpainting",
+            hint="use the text-to-image checkpoint that it was made from, or one for inpainting; of a model for editing"
+            " (instruct-pix2pix) its diffusers folder",
         )
 
 

@@ -39,6 +39,7 @@ from sdtrt.specs.contract import (
     REFINER_TIME_IDS,
     SDXL_TIME_IDS,
     VAE_CLASSES,
+    editing_channels,
     inpainting_channels,
     latent_channels_of,
     pooled_width,
@@ -51,7 +52,11 @@ from sdtrt.specs.contract import (
 TINY = Path(__file__).parent / "tiny"
 
 SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-SDXL_PIPELINES = tuple(name.replace("Diffusion", "DiffusionXL") for name in SD_PIPELINES)
+SD_EDITING = "StableDiffusionInstructPix2PixPipeline"
+SDXL_PIPELINES, SDXL_EDITING = (
+    tuple(name.replace("Diffusion", "DiffusionXL") for name in SD_PIPELINES),
+    SD_EDITING.replace("Diffusion", "DiffusionXL"),
+)
 SD_PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 SDXL_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
 # What the pipelines' constructors take beyond those, and sdtrt never loads.
@@ -106,7 +111,7 @@ class Model:
     @property
     def is_sdxl(self) -> bool:
         """Whether it takes SDXL's added conditioning (its base has two text encoders, its refiner the second alone)."""
-        return self.pipeline_class in SDXL_PIPELINES
+        return self.pipeline_class in (*SDXL_PIPELINES, SDXL_EDITING)
 
     @property
     def is_refiner(self) -> bool:
@@ -117,6 +122,11 @@ class Model:
     def is_inpainting(self) -> bool:
         """Whether its UNet takes the latents with a mask and the latents of what that leaves of an image."""
         return bool(self.config("unet")["in_channels"] == inpainting_channels(latent_channels_of(self.config("vae"))))
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether it edits images as a text says (instruct-pix2pix): its UNet takes that image's latents, too."""
+        return self.pipeline_class in (SD_EDITING, SDXL_EDITING)
 
     @property
     def pooled_width(self) -> int | None:
@@ -344,7 +354,7 @@ def _folder_model(
 
 def _check_pipeline_class(index: Mapping[str, Any], name: str) -> str:
     pipeline_class = str(index.get("_class_name"))
-    if pipeline_class not in (*SD_PIPELINES, *SDXL_PIPELINES):
+    if pipeline_class not in (*SD_PIPELINES, *SDXL_PIPELINES, SD_EDITING, SDXL_EDITING):
         raise ModelError(
             f"{name} is a {pipeline_class}, which sdtrt does not support",
             hint=f"use a Stable Diffusion 1.x, 2.x or XL model ({SD_PIPELINES[0]} or {SDXL_PIPELINES[0]})",
@@ -380,7 +390,7 @@ def _check_parts(index: Mapping[str, Any], name: str, spec: ModelSpec) -> dict[s
 
 def _parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The parts of a kind of model; SDXL's refiner has the second text encoder alone."""
-    if index["_class_name"] not in SDXL_PIPELINES:
+    if index["_class_name"] not in (*SDXL_PIPELINES, SDXL_EDITING):
         return SD_PARTS
     first = ("tokenizer", "text_encoder")
     alone = all(_entry(index, part) == (None, None) for part in first)
@@ -405,7 +415,8 @@ def _check_configs(model: Model) -> None:
         )
     unet = model.config("unet")
     channels, latent_channels = unet["in_channels"], latent_channels_of(model.config("vae"))
-    fitting = (latent_channels, inpainting_channels(latent_channels))
+    fitting = [latent_channels, inpainting_channels(latent_channels)]
+    fitting = [editing_channels(latent_channels)] if model.is_editing else fitting
     if channels not in fitting and model.spec.vae is not None:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae {model.spec.vae} makes"
@@ -416,7 +427,8 @@ def _check_configs(model: Model) -> None:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae makes {latent_channels}: "
             "a model for editing or upscaling, which sdtrt does not support",
-            hint="use the text-to-image model that it was made from, or one for inpainting",
+            hint="use the text-to-image model that it was made from, one for inpainting, or one for editing whose"
+            f" model_index.json names a {SD_EDITING}",
         )
     for what, found, wanted in _joints(model, unet):
         if found not in wanted:

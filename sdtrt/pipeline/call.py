@@ -5,6 +5,7 @@ It neither saves images nor judges them, and frees no memory.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from PIL import Image
 
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.text_states import states_of
+from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class PipelineCall:
         strength: how much of `start` is replaced.
         mask: what of `start` is made anew, in white, in the same size; None for all of it.
         controls: one for each ControlNet of the pipeline.
+        image_guidance_scale: how closely an edit keeps to `start`.
     """
 
     prompts: tuple[str, ...]
@@ -54,12 +57,13 @@ class PipelineCall:
     strength: float = 1.0
     mask: Image.Image | None = None
     controls: tuple[Control, ...] = ()
+    image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
         pipe, spec = opened.pipe, opened.spec
         pipe.scheduler.set_timesteps(spec.steps, device=spec.device)
-        if self.start is None:
+        if self.start is None or spec.edit:
             return len(pipe.scheduler.timesteps)
         return len(pipe.get_timesteps(spec.steps, self.strength, spec.device)[0])
 
@@ -78,7 +82,7 @@ class PipelineCall:
         Returns:
             Pixels `[B,H,W,3]` in 0 to 1 for `np`, finite or not; a list of pictures for `pil`.
         """
-        watched = {} if advance is None else {"callback_on_step_end": _calling(advance)}
+        watched = {} if advance is None else _watching(opened.pipe, advance)
         return opened.pipe(**self._arguments(opened), **watched, output_type=output_type).images
 
     def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
@@ -94,6 +98,10 @@ class PipelineCall:
         size = {"height": spec.sizes.height, "width": spec.sizes.width}
         if self.start is None:
             return {**common, **size}
+        if spec.edit:
+            own = size if spec.model.is_sdxl else {}  # others take the image's
+            edits = {"image": [self.start] * len(self.prompts), "image_guidance_scale": self.image_guidance_scale}
+            return {**common, **own, **edits}
         if self.mask is None:
             own = size if self.controls else {}  # others take the image's
             return {**common, **own, "image": self.start, "strength": self.strength}
@@ -120,6 +128,13 @@ class PipelineCall:
             return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, self.guidance_scale > 1)
         negative = [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None
         return {"prompt": list(self.prompts), "negative_prompt": negative}
+
+
+def _watching(pipe: Any, advance: Callable[[], object]) -> dict[str, Any]:
+    """The argument by which a pipeline's call says that a step was done; XL's for edits has the older one alone."""
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        return {"callback_on_step_end": _calling(advance)}
+    return {"callback": lambda *_: advance()}
 
 
 def _calling(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:

@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetMode
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 
 from sdtrt.common.errors import EngineError
+from sdtrt.pipeline.t2i_adapters import adapters_of
 from sdtrt.specs import Group
 from sdtrt.specs.groups import control_facts
 
@@ -22,7 +23,8 @@ IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine (on
 
 def groups_of(pipe: Any) -> tuple[Group, ...]:
     """The optional groups of inputs that a pipeline gives its UNet."""
-    return ("controlnet",) if getattr(pipe, PART, None) is not None else ()
+    control: tuple[Group, ...] = ("controlnet",) if getattr(pipe, PART, None) is not None else ()
+    return (*control, "t2i_adapter") if adapters_of(pipe) else control
 
 
 def controlnets_of(pipe: Any) -> list[torch.nn.Module]:

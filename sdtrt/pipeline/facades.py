@@ -371,6 +371,11 @@ class VaeFacade(DiffusersFacade):
         distribution = DiagonalGaussianDistribution(given)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
+    def encode_one_by_one(self) -> None:
+        """Have the engine of the encoder take the images of a batch one after the other."""
+        if "encoder" in self.halves:
+            self.halves["encoder"] = RowByRow(self.halves["encoder"])
+
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Decode and encode images in tiles: the half that PyTorch runs. An engine needs none: it takes them whole."""
         self.use_tiling = use_tiling
@@ -422,6 +427,18 @@ class VaeHalf(torch.nn.Module):
         """Latents `[B,C,H,W]` → images `[B,3,8H,8W]`, or images → moments `[B,2C,H,W]`, in the engine's dtype."""
         (result,) = run(self.session, self._device, sample).values()
         return result
+
+
+class RowByRow(torch.nn.Module):
+    """Half a VAE that takes images one by one, as its engine does."""
+
+    def __init__(self, half: torch.nn.Module) -> None:
+        super().__init__()
+        self.encode_one = half
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `[B,3,8H,8W]` → moments `[B,2C,H,W]`."""
+        return torch.cat([self.encode_one(row) for row in images.split(1)])
 
 
 def _place(tensor: torch.Tensor) -> str:

@@ -16,9 +16,9 @@ from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.session import Session
 from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError
-from sdtrt.pipeline.residuals import residual_feeds
+from sdtrt.pipeline.residuals import adapter_feeds, residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
-from sdtrt.specs.groups import residual_names
+from sdtrt.specs.groups import adapter_names, residual_names
 
 
 class UNetForward:
@@ -82,6 +82,7 @@ class UNetForward:
             added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add, both or neither, for
                 an engine that has inputs for it.
+            down_intrablock_additional_residuals: what T2I-Adapters add, for an engine that has inputs for it.
 
         Returns:
             `[B,C,H,W]` in the dtype of `sample`.
@@ -94,13 +95,16 @@ class UNetForward:
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
-            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            down_intrablock_additional_residuals=(
+                None if adapter_names(self.contract) else down_intrablock_additional_residuals
+            ),
             encoder_attention_mask=encoder_attention_mask,
             **self._unusable(down_block_additional_residuals, mid_block_additional_residual),
         )
         residuals = residual_feeds(
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual
         )
+        residuals |= adapter_feeds(self.contract, sample, down_intrablock_additional_residuals)
         feeds = self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}, residuals)
         output = self.session.run(feeds)
         noise = output[self.contract.outputs[0].name].to(sample.dtype)

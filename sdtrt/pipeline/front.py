@@ -55,6 +55,8 @@ class GenerateOptions(TypedDict, total=False):
     mask: Path | None
     mask_blur: int
     padding_crop: int | None
+    edit: bool
+    image_guidance_scale: float
     output: Path | None
     overwrite: bool
     allow_build: bool

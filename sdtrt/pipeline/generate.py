@@ -259,6 +259,7 @@ class _Run:
             strength=spec.strength,
             mask=mask,
             controls=self.controls,
+            image_guidance_scale=spec.image_guidance_scale,
         )
 
     def _check_finite(self, bad: str | None, steps: int) -> None:

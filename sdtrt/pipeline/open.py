@@ -233,6 +233,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
     else:
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = _pipeline_class(spec)(**parts, **options)
+    if spec.edit and isinstance(pipe.vae, VaeFacade):
+        pipe.vae.encode_one_by_one()  # of several images at once, too, as the encoder's engine takes one
     pipe.set_progress_bar_config(disable=True)
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
@@ -248,7 +250,7 @@ def _together(spec: PipelineSpec, parts: Mapping[str, Any]) -> dict[str, Any]:
 def _pipeline_class(spec: PipelineSpec) -> Any:
     """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
     control = "ControlNet" * (PART in spec.model.parts)
-    task = "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
+    task = "InstructPix2Pix" if spec.edit else "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
     return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{control}{task}Pipeline")
 
 

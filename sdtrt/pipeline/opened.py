@@ -33,7 +33,7 @@ from sdtrt.specs import (
 )
 
 ATTRIBUTE = "_sdtrt_open"
-Task = Literal["txt2img", "img2img", "inpaint"]
+Task = Literal["txt2img", "img2img", "inpaint", "pix2pix"]
 
 
 class _KeptOpen:
@@ -79,7 +79,8 @@ def load(
         model: `tiny`, a diffusers folder, a hub id or a `.safetensors` file; a `ModelSpec` for a variant or a revision.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes.
-        task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder.
+        task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder;
+            `pix2pix` one that edits images as a text says.
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
         backend, precision, components, engine_dir, progress: as of `accelerate`; here the backend decides the device.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
@@ -133,6 +134,7 @@ def _spec(
         scheduler=scheduler,
         init_image=None if task == "txt2img" else Path("image"),
         mask=Path("mask") if task == "inpaint" else None,
+        edit=task == "pix2pix",
         components=tuple(components or ()),
     )
 

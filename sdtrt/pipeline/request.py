@@ -85,6 +85,7 @@ class PipelineSpec:
         steps: denoising steps, all of them (img2img runs a part).
         img2img: start from an image.
         inpaint: make what a mask covers of that image; `img2img` is set, too.
+        edit: change it as the prompt says, by a model for that; `img2img` is set, too.
         scheduler: None for the model's own.
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
@@ -102,6 +103,7 @@ class PipelineSpec:
     steps: int
     img2img: bool = False
     inpaint: bool = False
+    edit: bool = False
     scheduler: SchedulerName | None = None
     components: tuple[Component, ...] | None = None
     images: int = 1
@@ -190,7 +192,7 @@ def resolve_request(
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
-    check_task(model, img2img=img2img, inpaint=inpaint)
+    check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     check_loras(model)
     model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
@@ -207,6 +209,7 @@ def resolve_request(
         spec.steps,
         img2img=img2img,
         inpaint=inpaint,
+        edit=spec.edit,
         scheduler=spec.scheduler,
         components=choose_components(model, spec.components) if spec.components else None,
         images=count,
@@ -231,13 +234,20 @@ def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[
         yield with_controlnet(model, one.name, console)
 
 
-def check_task(model: Model, *, img2img: bool, inpaint: bool = False) -> None:
+def check_task(model: Model, *, img2img: bool, inpaint: bool = False, edit: bool = False) -> None:
     """Refuse a model that lacks a part, or that makes no images from text alone, or from nothing but a mask's image.
 
     Raises:
         ModelError: where a single file lacks a part, naming it.
-        UsageError: for SDXL's refiner without an image, and a model for inpainting without a mask.
+        UsageError: for SDXL's refiner without an image, a model for inpainting without a mask, and edits by a model
+            that is none for them, or the other way round.
     """
+    if edit != model.is_editing:
+        kind = "makes images" if edit else "edits images as a text says"
+        raise UsageError(
+            f"{model.name} {kind}{': it edits none' if edit else ', and makes none'}",
+            hint="use a model for that, as --model timbrooks/instruct-pix2pix" if edit else "use sdtrt img2img --edit",
+        )
     model.check_has()
     if model.is_refiner and not img2img:
         raise UsageError(
@@ -278,7 +288,7 @@ def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guid
     """The size of the UNet calls that make so many images at once."""
     encoders = text_encoders_of(model)  # a live pipeline may have none: its calls bring embeddings
     tokens = model.config(encoders[0]).get("max_position_embeddings", DEFAULT_TOKENS) if encoders else DEFAULT_TOKENS
-    return Sizes(unet_batch(images, guidance=guidance), height, width, tokens)
+    return Sizes(unet_batch(images, guidance=guidance, editing=model.is_editing), height, width, tokens)
 
 
 def _image_size(

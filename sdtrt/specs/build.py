@@ -110,7 +110,7 @@ class ExportSpec:
 
     Args:
         opset: None for the exporter's default (`DEFAULT_OPSETS`).
-        groups: optional groups of inputs that a UNet is to have (`controlnet`).
+        groups: optional groups of inputs that a UNet is to have (`controlnet`, `t2i_adapter`).
         output: a `.onnx` file to write instead of an entry in the engine directory.
         force: export again even if the engine directory has it.
     """

@@ -12,7 +12,7 @@ Component = Literal["text_encoder", "text_encoder_2", "controlnet", "unet", "vae
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-Group = Literal["controlnet"]  # of a UNet's inputs, beside those that each has
+Group = Literal["controlnet", "t2i_adapter"]  # of a UNet's inputs, beside those that each has
 
 BackendName = str  # one of `backends.registry.names()`
 
@@ -66,6 +66,8 @@ DEFAULT_MODEL = "tiny"
 DEFAULT_STEPS = 50
 
 DEFAULT_GUIDANCE_SCALE = 7.5
+
+DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5
 
 DEFAULT_STRENGTH = 0.8
 

@@ -25,6 +25,7 @@ from sdtrt.specs.contract import (
 )
 
 MID_RESIDUAL = "mid_residual"
+ADAPTER_RESIDUAL = "adapter_residual_"
 CONTROL_IMAGE, RESIDUAL_SCALES = "control_image", "residual_scales"  # of a ControlNet's inputs
 # Blocks that give a skip connection a layer, and one more where they halve the size: those of Stable Diffusion.
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -49,14 +50,19 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
         config: the UNet's diffusers configuration.
         groups: `controlnet` adds `down_residual_00 [B,C,H,W]`, …, one a skip connection (12 for Stable Diffusion 1.x
             and 2.x, 9 for XL), and `mid_residual`: what ControlNets add, scaled already. Their sides are those of the
-            latents, halved as often as there (`latent_height_2`), and rounded up.
+            latents, halved as often as there (`latent_height_2`), and rounded up. `t2i_adapter` adds
+            `adapter_residual_00`, …, one a block on the way down and one for the middle block.
 
     Raises:
         ModelError: for a UNet of other blocks.
     """
-    if "controlnet" not in groups:
-        return contract
-    return replace(contract, inputs=(*contract.inputs, *_residuals(config, contract.inputs[0].dtype)))
+    dtype, inputs = contract.inputs[0].dtype, contract.inputs
+    if "controlnet" in groups:
+        inputs += _residuals(config, dtype)
+    if "t2i_adapter" in groups:
+        names = [f"{ADAPTER_RESIDUAL}{index:02}" for index in range(len(adapter_shapes(config)))]
+        inputs += _named(names, adapter_shapes(config), dtype)
+    return replace(contract, inputs=inputs)
 
 
 def controlnet_contract(config: Mapping[str, Any], precision: Precision, pooled: int | None = None) -> Contract:
@@ -82,7 +88,11 @@ def controlnet_contract(config: Mapping[str, Any], precision: Precision, pooled:
 def _residuals(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
     """What ControlNets give and UNets take, the middle block's last."""
     shapes = residual_shapes(config)
-    names = [*map(down_residual, range(len(shapes) - 1)), MID_RESIDUAL]
+    return _named([*map(down_residual, range(len(shapes) - 1)), MID_RESIDUAL], shapes, dtype)
+
+
+def _named(names: Sequence[str], shapes: Sequence[tuple[int, int]], dtype: str) -> tuple[TensorSpec, ...]:
+    """Tensors of the shapes that there are inside a UNet."""
     return tuple(
         TensorSpec(name, dtype, (BATCH, channels, scaled(LATENT_HEIGHT, factor), scaled(LATENT_WIDTH, factor)))
         for name, (channels, factor) in zip(names, shapes, strict=True)
@@ -96,12 +106,7 @@ def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
         config: of a UNet, or of a ControlNet, which has the same blocks.
     """
     config = {**_USUAL, **config}
-    channels, blocks = list(config["block_out_channels"]), config["down_block_types"]
-    if odd := [name for name in blocks if name not in BLOCKS]:
-        raise ModelError(
-            f"the model's unet has a {odd[0]}, whose skip connections sdtrt does not know",
-            hint="use a Stable Diffusion 1.x, 2.x or XL model for ControlNet, or run it in PyTorch",
-        )
+    channels, blocks = _blocks_of(config)
     layers = config["layers_per_block"]
     layers = [layers] * len(blocks) if isinstance(layers, int) else layers
     last, found = len(blocks) - 1, [(channels[0], 1)]  # of the first convolution
@@ -109,6 +114,31 @@ def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
         found += [(channels[index], 2**index)] * count
         found += [(channels[index], 2 ** (index + 1))] * (index < last)
     return [*found, (channels[-1], 2**last)]
+
+
+def adapter_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Channels, and by how much its sides are smaller than the latents', of what a T2I-Adapter adds to each block.
+
+    A block with attention gets it before it halves the size, any other one after that. The middle block's is the last.
+
+    Args:
+        config: of a UNet.
+    """
+    channels, blocks = _blocks_of({**_USUAL, **config})
+    last = len(blocks) - 1
+    halved = (index + (name == "DownBlock2D" and index < last) for index, name in enumerate(blocks))
+    return [*((channels[index], 2**times) for index, times in enumerate(halved)), (channels[-1], 2**last)]
+
+
+def _blocks_of(config: Mapping[str, Any]) -> tuple[list[int], list[str]]:
+    """Channels and class of each block on the way down. Raises `ModelError` for one of another class."""
+    blocks = list(config["down_block_types"])
+    if odd := [name for name in blocks if name not in BLOCKS]:
+        raise ModelError(
+            f"the model's unet has a {odd[0]}, whose skip connections sdtrt does not know",
+            hint="use a Stable Diffusion 1.x, 2.x or XL model for ControlNet and T2I-Adapter, or run it in PyTorch",
+        )
+    return list(config["block_out_channels"]), blocks
 
 
 def control_facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,3 +155,8 @@ def control_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def residual_names(contract: Contract) -> tuple[str, ...]:
     """The inputs of a contract that ControlNets give, the middle's last; none where it has no such group."""
     return tuple(spec.name for spec in contract.inputs if spec.name.startswith(("down_residual_", MID_RESIDUAL)))
+
+
+def adapter_names(contract: Contract) -> tuple[str, ...]:
+    """The inputs of a contract that T2I-Adapters give, the middle's last; none where it has no such group."""
+    return tuple(spec.name for spec in contract.inputs if spec.name.startswith(ADAPTER_RESIDUAL))
