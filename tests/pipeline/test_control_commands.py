@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from test_controlnet import small_controlnet
 
 import sdtrt
+from sdtrt.backends import registry
 from sdtrt.cli.control_options import ControlNetOptions, ControlOptions
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import EngineError, ModelError, UsageError
@@ -185,6 +186,24 @@ def test_several_controlnets_each_in_an_engine_are_summed(backend, spec, picture
     ):
         generate(replace(other, allow_build=False), EngineDirectory(engine_dir), QUIET)
     assert {entry.name for entry in EngineDirectory(engine_dir).entries("engine")} == there
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
+def test_two_controlnets_share_an_inductor_package_each_with_its_weights(spec, pictures, net_of, directory):
+    second = ControlSpec(str(net_of("sd1", 1)), pictures / "other.png", 0.5)
+    spec = replace(spec, controls=(*spec.controls, second), height=64, width=64)
+    expected = picture(spec, directory)
+    spec = replace(spec, backend="inductor", components=("unet", "controlnet"))
+    report = generate(spec, directory, QUIET)
+    assert report.engines["controlnet"] == report.engines["controlnet_2"]
+    assert len(directory.entries("engine")) == 2
+    assert np.abs(pixels_of(report.images[0].path) - expected).max() <= LEVELS
+    swapped = replace(spec, controls=spec.controls[::-1], allow_build=False)
+    assert np.abs(picture(swapped, directory) - expected).max() <= LEVELS  # a sum
+    other = replace(spec, controls=(replace(second, name=spec.controls[0].name), spec.controls[0]), allow_build=False)
+    assert np.abs(picture(other, directory) - expected).max() > LEVELS
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_an_adapter_has_its_effect_and_nothing_that_is_turned_builds_an_engine(n
     built = len(directory.entries("engine"))
     assert differ(latents(plain), latents(plain, adapter_conditioning_scale=0.0)) > 100 * TOLERANCE
     changes = [{}, {"adapter_conditioning_scale": 0.3}, {"image": OTHER_MAP, "prompt": "a blue star"}]
-    changes += [{"adapter_conditioning_factor": 0.5, "num_inference_steps": 4}] * (name == "sdxl")
+    changes += [{"adapter_conditioning_factor": 0.5}] * (name == "sdxl")
     for options in changes:
         assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE, options
     assert len(directory.entries("engine")) == built
@@ -131,7 +131,7 @@ def test_its_engine_takes_both_groups(name):
     whole = component_call(unet, contract)(*feeds.values())
     for start in ("adapter_", "down_residual_", "mid_"):
         less = {key: value * (not key.startswith(start)) for key, value in feeds.items()}
-        assert differ(component_call(unet, contract)(*less.values()), whole) > 100 * TOLERANCE
+        assert differ(component_call(unet, contract)(*less.values()), whole) > 10 * TOLERANCE
 
 
 def test_shapes_are_those_of_the_known_adapters():
@@ -165,13 +165,14 @@ def test_lists_stay_whole_and_missing_tensors_are_zeros():
 
 
 def test_an_adapter_for_another_model_is_refused_by_name(make, directory):
+    built = len(directory.entries("engine"))
     wrong = small_adapter(channels=[32, 32])
     with pytest.raises(EngineError, match=r"its list of channels is \[32, 32\], where the unet takes \[32, 64\]"):
         accelerated(make(adapter=wrong), directory)
     wrong = small_adapter(channels=[32, 64], downscale_factor=16)
     with pytest.raises(EngineError, match="its downscale_factor is 16, where the unet takes 8"):
         accelerated(make(adapter=wrong), directory)
-    assert not directory.entries("engine")
+    assert len(directory.entries("engine")) == built
 
 
 def test_tensorrt_8_6_says_the_way_out(monkeypatch):
