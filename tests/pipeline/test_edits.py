@@ -195,6 +195,7 @@ def test_wrong_edits_are_refused(changes, message, spec):
     assert caught.value.hint
 
 
+@SLOW
 def test_its_unet_takes_eight_channels(model_of, tmp_path, directory):
     wrong = editing_folder(tmp_path / "wrong", "sd1")
     config = json.loads((wrong / "unet" / "config.json").read_text())
