@@ -35,6 +35,9 @@ class ControlOptions:
         list[str] | None,
         Option(help=f"{' or '.join(PREPROCESSORS)}: canny makes a map of edges, none takes any picture"),
     ] = None
+    control_mode: Annotated[
+        int | None, Option(help="of a union of ControlNets, which of them; of xinsir's 1 is depth, 3 canny")
+    ] = None
 
     def specs(self) -> tuple[ControlSpec, ...]:
         """The ControlNets that are asked for."""
@@ -44,6 +47,7 @@ class ControlOptions:
             self.control_start or (),
             self.control_end or (),
             self.control_preprocessor or (),
+            self.control_mode,
         )
 
 

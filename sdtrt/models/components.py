@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sdtrt.common.errors import UsageError
+from sdtrt.models.controlnets import UNION
 from sdtrt.models.live import LiveModel
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import Model
@@ -42,12 +43,13 @@ def part_of(component: Component) -> str:
 def components_of(model: ModelSource) -> tuple[Component, ...]:
     """All components that a model has, in the order in which its pipeline uses them (the encoder of images last)."""
     names = (name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type]
-    return tuple(name for name in names if name != "controlnet" or not _pools(model))  # type: ignore[misc]
+    return tuple(name for name in names if name != "controlnet" or not _is_pytorchs(model))  # type: ignore[misc]
 
 
-def _pools(model: ModelSource) -> bool:
-    """Whether a model's ControlNet pools its residuals, for which its contract has no shape: PyTorch runs it."""
-    return bool(model.config("controlnet").get("global_pool_conditions"))
+def _is_pytorchs(model: ModelSource) -> bool:
+    """Whether a model's ControlNet is a union, or pools its residuals, for which no contract has inputs or shapes."""
+    config = model.config("controlnet")
+    return bool(config.get("global_pool_conditions")) or config.get("_class_name") == UNION
 
 
 def groups_of(model: ModelSource) -> tuple[Group, ...]:

@@ -23,7 +23,7 @@ from sdtrt.specs import ModelSpec
 from sdtrt.specs.groups import control_facts
 
 PART = "controlnet"
-CLASS = "ControlNetModel"
+CLASS, UNION = "ControlNetModel", "ControlNetUnionModel"
 HINT = "pass a ControlNet's folder, a hub id (owner/name) or a .safetensors file as --controlnet"
 FITTING = "use a ControlNet for this model (SD 1.x, 2.x and XL have ones of their own)"
 PREFIX = "control_model."  # of a ControlNet's tensors in a file that has a whole model's, too
@@ -127,14 +127,12 @@ def _in_folder(spec: ModelSpec, root: Path, repo: Repo | None) -> Origin:
     """A ControlNet's own folder, or that of a pipeline with one."""
     for subfolder in ("", PART):
         config_file = root / subfolder / "config.json"
-        if config_file.is_file() and _class_of(config_file) == CLASS:
-            return Origin(spec, PART, CLASS, "folder", root, subfolder, config_file, repo=repo)
+        if config_file.is_file() and (found := _class_of(config_file)) in (CLASS, UNION):
+            return Origin(spec, PART, found, "folder", root, subfolder, config_file, repo=repo)
     own = root / "config.json"
     files = sorted(path.name for path in root.glob("*.safetensors"))
     if own.is_file():
-        found = _class_of(own)
-        union = "; in Python, sdtrt.accelerate takes a pipeline with one" if "Union" in found else ""
-        raise ModelError(f"{spec.name} is a {found}, not a {CLASS}", hint=f"{HINT}{union}")
+        raise ModelError(f"{spec.name} is a {_class_of(own)}, not a {CLASS}", hint=HINT)
     hint = f"pass the file, as in --controlnet {quote(str(Path(spec.name) / files[0]))}" if files else HINT
     raise ModelError(f"{spec.name} is no ControlNet's folder: it has no config.json", hint=hint)
 
@@ -161,7 +159,8 @@ def _check_names(path: Path, infos: Mapping[str, TensorInfo]) -> None:
     """Raise `ModelError` for a file that is no ControlNet, as far as its tensors' names tell."""
     for kind, pattern in _OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in infos):
-            raise ModelError(f"{path} is {kind}", hint=HINT)
+            folder = "pass its folder, with its config.json, or its hub id" if "union" in kind else HINT
+            raise ModelError(f"{path} is {kind}", hint=folder)
     if not any(name in infos for name in _INPUTS) or not any(name in infos for name in _HINTS):
         raise ModelError(f"{path} holds no ControlNet: {describe(infos)}", hint=HINT)
 

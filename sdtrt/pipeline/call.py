@@ -24,13 +24,14 @@ class Control:
 
     Args:
         image: its map, in the images' size.
-        scale, start, end: as of `ControlSpec`.
+        scale, start, end, mode: as of `ControlSpec`.
     """
 
     image: Image.Image
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    mode: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,12 @@ class PipelineCall:
             "control_guidance_start": [one.start for one in self.controls],
             "control_guidance_end": [one.end for one in self.controls],
         }
-        return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
+        found = {name: values if len(values) > 1 else values[0] for name, values in given.items()}
+        first = self.controls[0]
+        if first.mode is None:
+            return found
+        found.pop("image", None)  # a union's pipelines call it like the others' for images
+        return {**found, "control_image": [first.image], "control_mode": [first.mode]}
 
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""

@@ -27,7 +27,7 @@ from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.request import PipelineSpec, check_modes
 from sdtrt.pipeline.settings import metadata_of, settings_of
 from sdtrt.specs import GenerateSpec
 
@@ -120,6 +120,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         model = resolve.resolve_model(spec.model, console)
         maps = [one.picture for one in controls]
         pipeline_spec = resolve_fastest(spec, model, directory, console, init, maps)
+        check_modes(spec, pipeline_spec)
         start = _started(spec, pipeline_spec, init, mask)
         fitted = _fitted(controls, pipeline_spec, start, console)
         with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
@@ -159,7 +160,7 @@ def _fitted(
     if box is None:
         control_images.note_sizes(controls, sizes.height, sizes.width, console)
     return tuple(
-        Control(one.fitted(sizes.height, sizes.width, box), one.spec.scale, one.spec.start, one.spec.end)
+        Control(one.fitted(sizes.height, sizes.width, box), one.spec.scale, one.spec.start, one.spec.end, one.spec.mode)
         for one in controls
     )
 

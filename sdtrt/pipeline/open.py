@@ -249,7 +249,7 @@ def _together(spec: PipelineSpec, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pipeline_class(spec: PipelineSpec) -> Any:
     """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
-    control = "ControlNet" * (PART in spec.model.parts)
+    control = "ControlNet" * (PART in spec.model.parts) + "Union" * spec.is_union
     task = "InstructPix2Pix" if spec.edit else "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
     return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{control}{task}Pipeline")
 

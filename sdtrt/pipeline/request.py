@@ -20,6 +20,8 @@ from sdtrt.models.components import (
     text_encoders_of,
     unet_batch,
 )
+from sdtrt.models.controlnets import PART as CONTROLNET
+from sdtrt.models.controlnets import UNION
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model, with_controlnet
 from sdtrt.models.source import ModelSource
@@ -150,6 +152,11 @@ class PipelineSpec:
             if wanted and "controlnet" in components_of(model)
         }
 
+    @property
+    def is_union(self) -> bool:
+        """Whether its ControlNet is a union of several."""
+        return CONTROLNET in self.model.parts and self.model.class_name(CONTROLNET) == UNION
+
     def source_of(self, name: str) -> Model:
         """The model that has what is called so among the pipeline's engines."""
         return self.others.get(name, self.model)
@@ -232,6 +239,29 @@ def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[
         yield model
     for one in spec.controls:
         yield with_controlnet(model, one.name, console)
+
+
+def check_modes(spec: GenerateSpec, pipeline_spec: PipelineSpec) -> None:
+    """Refuse a union of ControlNets without a mode that it has, or beside others, and a mode of what is no union.
+
+    Raises:
+        UsageError: naming the ControlNet.
+    """
+    models = (pipeline_spec.model, *pipeline_spec.others.values())
+    for one, model in zip(spec.controls, models, strict=False):
+        is_union, modes = model.class_name(CONTROLNET) == UNION, model.config(CONTROLNET).get("num_control_type", 6)
+        if is_union and len(spec.controls) > 1:
+            raise UsageError(f"{one.name} is a union of ControlNets: it runs alone", hint="leave the others out")
+        if is_union and (one.mode is None or one.mode >= modes):
+            what = "no mode says which of them" if one.mode is None else f"it has no mode {one.mode}"
+            raise UsageError(
+                f"{one.name} is a union of {modes} ControlNets, and {what}",
+                hint=f"use --control-mode 0 to {modes - 1}; its page says what they are",
+            )
+        if one.mode is not None and not is_union:
+            raise UsageError(
+                f"{one.name} is no union of ControlNets: it has no mode {one.mode}", hint="leave --control-mode out"
+            )
 
 
 def check_task(model: Model, *, img2img: bool, inpaint: bool = False, edit: bool = False) -> None:

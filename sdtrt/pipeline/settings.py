@@ -77,6 +77,7 @@ def _control_facts(
             "start": one.spec.start,
             "end": one.spec.end,
             "preprocessor": one.spec.preprocessor,
+            "mode": one.spec.mode,
         }
         for one, model in zip(controls, models, strict=False)
     ]

@@ -29,6 +29,7 @@ class ControlSpec:
         start, end: the part of the steps in which it counts, from 0 to 1 (diffusers' `control_guidance_start`, `_end`).
         preprocessor: `canny` makes a map of edges of the picture; `none` takes it as it is, whatever it looks like.
             None takes it as it is, and refuses what is no map.
+        mode: which of a union's ControlNets it is, counted from 0; None for a ControlNet that is no union.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ControlSpec:
     start: float = 0.0
     end: float = 1.0
     preprocessor: Preprocessor | None = None
+    mode: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -50,6 +52,8 @@ class ControlSpec:
             )
         if self.preprocessor is not None:
             check_choice("control-preprocessor", self.preprocessor, PREPROCESSORS)
+        if self.mode is not None and self.mode < 0:
+            raise UsageError(f"the mode of {self.name} must be 0 or more, got {self.mode}", hint="use --control-mode 0")
 
     @classmethod
     def parse_all(
@@ -59,10 +63,12 @@ class ControlSpec:
         starts: Sequence[float] = (),
         ends: Sequence[float] = (),
         preprocessors: Sequence[str] = (),
+        mode: int | None = None,
     ) -> tuple[ControlSpec, ...]:
         """Pair what options name, by their order: `NAME` or `NAME:SCALE` with a picture, a start and an end.
 
-        Of starts, ends and preprocessors there may be one, which is every ControlNet's, or as many as ControlNets.
+        Of starts, ends and preprocessors there may be one, which is every ControlNet's, or as many as ControlNets. A
+        mode is every one's: a union is alone.
 
         Raises:
             UsageError: where their numbers differ.
@@ -72,7 +78,8 @@ class ControlSpec:
             raise UsageError(
                 f"at most {MOST_CONTROLNETS} ControlNets work at once, got {len(names)}", hint="leave some out"
             )
-        for option, values in (("start", starts), ("end", ends), ("preprocessor", preprocessors)):
+        modes = () if mode is None else (mode,)
+        for option, values in (("start", starts), ("end", ends), ("preprocessor", preprocessors), ("mode", modes)):
             if values and not names:
                 raise UsageError(
                     f"--control-{option} is about a ControlNet, and there is none", hint="use --controlnet ID"
@@ -86,7 +93,8 @@ class ControlSpec:
             strict=True,
         )
         return tuple(
-            cls(name, image, scale, start, end, preprocessor) for (name, scale), image, start, end, preprocessor in rows
+            cls(name, image, scale, start, end, preprocessor, mode)
+            for (name, scale), image, start, end, preprocessor in rows
         )
 
 

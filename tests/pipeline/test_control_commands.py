@@ -11,10 +11,10 @@ import factories
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 from PIL import Image
 from safetensors.torch import save_file
-from test_controlnet import small_controlnet
+from test_controlnet import small_controlnet, union_of
 
 import sdtrt
 from sdtrt.backends import registry
@@ -229,6 +229,59 @@ def test_a_component_that_is_not_named_is_pytorchs(spec, directory, engine_dir):
     report = generate(spec, EngineDirectory(engine_dir), QUIET)
     assert set(report.engines) == {"unet", "vae_decoder"}
     assert np.abs(pixels_of(report.images[0].path) - expected).max() <= LEVELS
+
+
+# Unions
+
+
+@pytest.fixture(scope="session")
+def union_folder(tmp_path_factory):
+    unet = factories.small_unet("sdxl", **factories.SMALLEST["sdxl"])
+    path = tmp_path_factory.mktemp("nets") / "union"
+    small_controlnet(unet, make=union_of).save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_a_union_of_controlnets_is_pytorchs_beside_an_engine(
+    task, spec, pictures, model_of, union_folder, directory, engine_dir
+):
+    folder = model_of("sdxl")
+    own = ControlSpec(str(union_folder), pictures / "map.png", 0.8, mode=3)
+    spec = asked(replace(spec, model=ModelSpec(str(folder)), controls=(own,)), task, pictures)
+    name = {"txt2img": "", "img2img": "Img2Img", "inpaint": "Inpaint"}[task]
+    cls = getattr(diffusers, f"StableDiffusionXLControlNetUnion{name}Pipeline")
+    union = ControlNetUnionModel.from_pretrained(union_folder)
+    pipe = cls.from_pretrained(folder, controlnet=union, torch_dtype=torch.float32)
+    given = {"control_image": [lines(0)], "control_mode": [3], "controlnet_conditioning_scale": 0.8, "height": 64}
+    given |= {} if task == "txt2img" else {"image": Image.open(spec.init_image), "strength": spec.strength}
+    given |= {"mask_image": Image.open(spec.mask)} if spec.mask else {}
+    given |= {"num_inference_steps": 2, "guidance_scale": 7.5, "generator": torch.Generator().manual_seed(5)}
+    expected = np.asarray(pipe("red on blue", width=80, **given).images[0]).astype(int)
+    np.testing.assert_array_equal(picture(spec, directory), expected)
+    report = generate(replace(spec, backend="onnxruntime"), EngineDirectory(engine_dir), QUIET)
+    assert "unet" in report.engines
+    assert "controlnet" not in report.engines
+    assert np.abs(pixels_of(report.images[0].path) - expected).max() <= LEVELS
+
+
+def test_a_mode_is_a_unions(spec, directory):
+    with pytest.raises(UsageError, match="is no union of ControlNets: it has no mode 1"):
+        generate(replace(spec, controls=(replace(spec.controls[0], mode=1),)), directory, QUIET)
+
+
+@pytest.mark.slow
+def test_a_union_wants_a_mode_that_it_has(spec, model_of, union_folder, pictures, directory):
+    own = ControlSpec(str(union_folder), pictures / "map.png")
+    spec = replace(spec, model=ModelSpec(str(model_of("sdxl"))))
+    for controls, message in (
+        ((own,), "is a union of 6 ControlNets, and no mode says which of them"),
+        ((replace(own, mode=6),), "and it has no mode 6"),
+        ((own, own), "is a union of ControlNets: it runs alone"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            generate(replace(spec, controls=controls), directory, QUIET)
 
 
 # Files
