@@ -167,6 +167,11 @@ class GenerateSpec:
         self._check_numbers()
         self._check_mask()
         self._check_edit()
+        if self.model.controlnet is not None:
+            raise UsageError(
+                f"the ControlNet {self.model.controlnet} of a ModelSpec goes by no picture",
+                hint="name both in controls=(ControlSpec(name, image),)",
+            )
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None:

@@ -223,6 +223,19 @@ def test_load_opens_a_pipeline_with_controlnets(pictures, net_of, smallest, spec
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_images_made_at_once_are_those_made_alone(task, spec, pictures, net_of, directory):
+    second = ControlSpec(str(net_of("sd1", 1)), pictures / "other.png", 0.4)
+    for controls in (spec.controls, (*spec.controls, second)):
+        one = asked(replace(spec, controls=controls, num_images=3), task, pictures)
+        alone = generate(one, directory, QUIET).images
+        together = generate(replace(one, batch_size=2), directory, QUIET).images
+        for made, other in zip(alone, together, strict=True):
+            assert made.seed == other.seed
+            assert np.abs(pixels_of(made.path) - pixels_of(other.path)).max() <= LEVELS
+
+
+@pytest.mark.slow
 def test_a_component_that_is_not_named_is_pytorchs(spec, directory, engine_dir):
     expected = picture(spec, directory)
     spec = replace(spec, backend="onnxruntime", components=("unet", "vae_decoder"))
@@ -410,6 +423,12 @@ def test_maps_are_taken_for_what_they_are(spec, pictures):
         made.save(pictures / "fine.png")
         fine = replace(spec, controls=(ControlSpec(name, pictures / "fine.png"),))
         assert control_images.read_control_images(fine, None)[0].picture.pixels.size == (80, 64)
+
+
+def test_a_controlnet_of_the_model_goes_by_no_picture():
+    with pytest.raises(UsageError, match="the ControlNet owner/name of a ModelSpec goes by no picture") as caught:
+        GenerateSpec(("red",), ModelSpec(controlnet="owner/name"))
+    assert "controls=(ControlSpec" in caught.value.hint
 
 
 def test_a_control_image_that_is_no_image_is_called_one(spec, pictures, directory):
