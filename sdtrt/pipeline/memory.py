@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -19,8 +19,10 @@ from sdtrt.models.components import (
     sizes_of,
 )
 from sdtrt.specs import (
+    COMPONENTS,
     SIZE_MULTIPLE,
     BackendName,
+    Component,
     Precision,
     Sizes,
 )
@@ -90,11 +92,12 @@ def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand
     """
     fixed = scratch = 0
     wanted = 0.0
-    for entry in entries.values():
+    for name, entry in entries.items():
         weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
         if weights is not None and work is not None:
             fixed += weights
-            own = work * _share(entry, sizes_of(entry.engine_key.component, sizes, images))
+            component = cast(Component, name) if name in COMPONENTS else entry.engine_key.component
+            own = work * _share(entry, sizes_of(component, sizes, images))
             if registry.get(entry.engine_key.backend).graphs_hold_scratch:
                 wanted += own
                 scratch = math.ceil(wanted)
