@@ -10,6 +10,7 @@ import sdtrt  # noqa: F401  # first: it switches off what ONNX Runtime tells its
 
 # isort: split
 import hashlib
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -433,6 +434,8 @@ def live_pipeline(cls: Any, kind: Kind, tokenizer: CLIPTokenizer, **parts: Any) 
         given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if "unet" not in parts:
         given["unet"] = small_unet(kind, **SMALLEST[kind])
+    if "add_watermarker" not in inspect.signature(cls.__init__).parameters:
+        given.pop("add_watermarker", None)
     pipe = cls(**{**given, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -19,11 +19,11 @@ from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.find import names_of
 from sdtrt.engines.keys import EngineKey, ExportKey, Sight, source_key, steadily
 from sdtrt.models.architecture import Blueprint
-from sdtrt.models.components import contract_of, part_of, profiles_of
+from sdtrt.models.components import contract_of, part_of, profiles_of, unet_batch
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, Sizes
+from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, ProfileRequest, Range, Sizes
 
 
 def engine_key(model: ModelSource, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
@@ -164,16 +164,20 @@ def build_all(request: BuildRequest, directory: EngineDirectory, console: Consol
     if backend.takes_any_size and (given := request.sizes.given()):
         console.note(f"{given}: without effect, as {backend.title} engines take any size")
     model = resolve_model(request.common.export.model, console)
-    profiles = () if backend.takes_any_size else request.sizes.profiles(Sizes(2, *model.default_size()))
+    rows = unet_batch(1, guidance=True, editing=model.is_editing)
+    sizes = request.sizes
+    if model.is_editing and sizes.batch == ProfileRequest().batch:  # two rows would serve no image with guidance
+        sizes = replace(sizes, batch=Range.of(rows))
+    profiles = () if backend.takes_any_size else sizes.profiles(Sizes(rows, *model.default_size()))
     precision = request.precision or backend.default_precision()
     exports = ExportRequest(replace(request.common.export, precision=precision), request.components)
     fitting = list(export_specs(model, exports, console, backend.precision_of))
-    specs = engine_specs(request.common, fitting, backend, profiles)
+    specs = engine_specs(request.common, fitting, backend, profiles, rows)
     return [build_engine(model, spec, directory, console) for spec in specs]
 
 
 def engine_specs(
-    common: BuildSpec, exports: Sequence[ExportSpec], backend: Backend, profiles: Sequence[Profile]
+    common: BuildSpec, exports: Sequence[ExportSpec], backend: Backend, profiles: Sequence[Profile], rows: int = 2
 ) -> list[BuildSpec]:
     """The engines of some components.
 
@@ -182,6 +186,7 @@ def engine_specs(
         exports: what they are made from.
         backend: what runs them.
         profiles: of the UNet; the other components' follow from them.
+        rows: of the UNet an image.
 
     Raises:
         UsageError: for an option that serves none of the components, and for what the backend can't build.
@@ -195,20 +200,22 @@ def engine_specs(
             "only TensorRT's engines of UNets and VAEs in fp16 are in pieces, which can be channels-last",
             hint="use --backend tensorrt --component unet --precision fp16, or leave --channels-last out",
         )
-    specs = [_engine_spec(common, export, backend, profiles) for export in exports]
+    specs = [_engine_spec(common, export, backend, profiles, rows) for export in exports]
     for spec in specs:
         backend.check(spec)  # of all, before the first is built
     return specs
 
 
-def _engine_spec(common: BuildSpec, export: ExportSpec, backend: Backend, profiles: Sequence[Profile]) -> BuildSpec:
+def _engine_spec(
+    common: BuildSpec, export: ExportSpec, backend: Backend, profiles: Sequence[Profile], rows: int
+) -> BuildSpec:
     """The engine of one component: of the options for some components only, those that serve it."""
     splits = export.component == "unet" or common.split_attention == 0  # 0 leaves nothing of any part to PyTorch
     return replace(
         common,
         export=export,
         backend=backend.name,
-        profiles=profiles_of(export.component, profiles),
+        profiles=profiles_of(export.component, profiles, rows),
         split_attention=common.split_attention if splits else None,
         channels_last=common.channels_last and backend.serves("channels-last", export),
     )

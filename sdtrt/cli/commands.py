@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import (
@@ -35,6 +37,7 @@ from sdtrt.common.errors import UsageError, command_line
 from sdtrt.common.version import __version__
 from sdtrt.specs import (
     ALL,
+    DEFAULT_IMAGE_GUIDANCE_SCALE,
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
@@ -89,6 +92,7 @@ def root(
 @grouped
 def txt2img(
     generate: GenerateOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -101,7 +105,12 @@ def txt2img(
 ) -> None:
     """Make images from text."""
     named = lora.into(model.spec())
-    image = {"noise": noise.spec(), "conditioning": sizes.spec(), "refiner": refiner.spec(named)}
+    image = {
+        "noise": noise.spec(),
+        "conditioning": sizes.spec(),
+        "refiner": refiner.spec(named),
+        "controls": control.specs(),
+    }
     image |= {"upscale": upscale.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
@@ -112,8 +121,15 @@ def txt2img(
 def img2img(
     init_image: InitImage,
     strength: Annotated[float, Option(help="how much of it is replaced: above 0, at most 1")] = DEFAULT_STRENGTH,
+    edit: Annotated[
+        bool, Option("--edit", help="change it as the prompt says, by a model for that (instruct-pix2pix)")
+    ] = False,
+    image_guidance_scale: Annotated[
+        float, Option("--image-guidance-scale", "--image-cfg-scale", help="how closely an edit keeps to it, from 1 up")
+    ] = DEFAULT_IMAGE_GUIDANCE_SCALE,
     *,
     generate: GenerateOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -126,7 +142,8 @@ def img2img(
     """Make images from an image and text."""
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
-    image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named)}
+    image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -143,6 +160,7 @@ def inpaint(
     ] = None,
     *,
     generate: GenerateOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -153,6 +171,7 @@ def inpaint(
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
+    image |= {"controls": control.specs()}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -187,6 +206,7 @@ def export(
         Path | None, Option("--output", "-o", help="an .onnx file to write; by default the engine directory")
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False,
+    controlnet: ControlNet = None,
     *,
     exporter: ExporterOptions,
     model: ModelOptions,
@@ -194,7 +214,8 @@ def export(
     output: OutputOptions,
 ) -> None:
     """Write the model's components as ONNX with dynamic batch, height and width, checked against PyTorch."""
-    request = exporter.request(model.spec(), precision, output=target, overwrite=overwrite)
+    beside = replace(model.spec(), controlnet=controlnet)
+    request = exporter.request(beside, precision, output=target, overwrite=overwrite)
     engines, console = directory.directory(), output.console()
     from sdtrt.exports.request import export_all, export_to_file
 
@@ -215,6 +236,7 @@ def build(
     backend: BackendOptions,
     model: ModelOptions,
     lora: LoraOptions,
+    control: ControlNetOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -225,11 +247,12 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
-    request = options.request(exports, backend, sizes.request())
+    requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
 
-    entries = (build_each if backend.backend == ALL else build_all)(request, engines, console)
+    make = build_each if backend.backend == ALL else build_all
+    entries = [entry for one in requests for entry in make(one, engines, console)]
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
@@ -285,6 +308,7 @@ def inspect(
     engine: Annotated[str | None, Option("--engine", "-e", help="an engine of the engine directory, by name")] = None,
     part: Annotated[str | None, Option(help="one part of the model, such as text_encoder")] = None,
     tree: Annotated[bool, Option("--tree", help="the part's whole PyTorch module tree")] = False,
+    controlnet: ControlNet = None,
     *,
     model: ModelOptions,
     directory: DirectoryOptions,
@@ -301,7 +325,8 @@ def inspect(
     else:
         from sdtrt.models.resolve import resolve_model
 
-        report = inspect_model(resolve_model(model.spec(), output.console()), part, tree=tree)
+        shown = replace(model.spec(), controlnet=controlnet)
+        report = inspect_model(resolve_model(shown, output.console()), part, tree=tree)
     show(report, output)
 
 

@@ -14,7 +14,7 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
-from sdtrt.models.components import TEXT_ENCODERS, VAE_HALVES, sizes_of, unet_batch
+from sdtrt.models.components import TEXT_ENCODERS, VAE_HALVES, sizes_of
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.fastest import fastest_of
 from sdtrt.specs import AUTO, Component, GenerateSpec, Precision, Profile, Sizes
@@ -84,6 +84,7 @@ def _may_serve(key: EngineKey, spec: GenerateSpec, precision: Precision) -> bool
     called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
     called = called and not (name in TEXT_ENCODERS and (spec.clip_skip or spec.embeddings))  # PyTorch's then
     called = called and not (name in VAE_HALVES and spec.vae_tiling)  # PyTorch's, where the image is large
+    called = called and not (name == "unet" and spec.controls)  # which has inputs for residuals then
     return fitting and called and any(_known_sizes(name, spec, one) in one for one in key.profiles)
 
 
@@ -91,5 +92,5 @@ def _known_sizes(component: Component, spec: GenerateSpec, profile: Profile) -> 
     """The size of a component's call; what the request leaves open is what an engine's profile is tuned for."""
     images = spec.images_at_once
     height, width = spec.height or profile.height.opt, spec.width or profile.width.opt
-    unet = Sizes(unet_batch(images, guidance=spec.uses_guidance), height, width, profile.tokens.opt)
+    unet = Sizes(spec.rows_per_image * images, height, width, profile.tokens.opt)
     return sizes_of(component, unet, images)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.models.components import choose_components, precision_of
+from sdtrt.models.components import choose_components, groups_of, precision_of
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
@@ -37,7 +37,7 @@ def export_specs(
         own = fitting(model, name, asked)
         if own != asked:
             console.note(f"{name}: in {own}, as this model's VAE overflows in {asked} (force_upcast)")
-        groups = request.common.groups if name == "unet" else ()
+        groups = (request.common.groups or groups_of(model)) if name == "unet" else ()
         yield replace(request.common, component=name, precision=own, groups=groups)
 
 

@@ -35,7 +35,7 @@ from sdtrt.specs.contract import (
     Contract,
     latent_sides,
 )
-from sdtrt.specs.groups import residual_names
+from sdtrt.specs.groups import adapter_names, residual_names
 from sdtrt.specs.image_prompts import image_prompt_names
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
@@ -83,7 +83,8 @@ class UNetCall(torch.nn.Module):
 
 
 class NamedUNetCall(torch.nn.Module):
-    """A `UNet2DConditionModel` whose contract has more inputs than `UNetCall`: a guidance embedding, residuals.
+    """A `UNet2DConditionModel` whose contract has more inputs than `UNetCall`: a guidance embedding,
+    the residuals of ControlNets or T2I-Adapters.
 
     Args:
         contract: names the inputs, which come in its order.
@@ -93,7 +94,7 @@ class NamedUNetCall(torch.nn.Module):
         super().__init__()
         self.unet = unet
         self.names = [spec.name for spec in contract.inputs]
-        self.residuals = residual_names(contract)
+        self.residuals, self.adapters = residual_names(contract), adapter_names(contract)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The contract's inputs, the residuals last → out_sample [B,C,H,W]."""
@@ -105,6 +106,8 @@ class NamedUNetCall(torch.nn.Module):
         if self.residuals:
             *down, middle = (given[name] for name in self.residuals)
             more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        if self.adapters:
+            more["down_intrablock_additional_residuals"] = [given[name] for name in self.adapters]
         output: Tensor = self.unet(
             given["sample"],
             given["timestep"],

@@ -78,7 +78,8 @@ def check_checkpoint(path: Path, infos: Mapping[str, TensorInfo]) -> None:
         raise ModelError(
             f"the unet of {path} takes {', '.join(map(str, channels))} channels instead of {_LATENT_CHANNELS}: "
             "a model for editing or upscaling, which sdtrt does not support",
-            hint="use the text-to-image checkpoint that it was made from, or one for inpainting",
+            hint="use the text-to-image checkpoint that it was made from, or one for inpainting; of a model for editing"
+            " (instruct-pix2pix) its diffusers folder",
         )
 
 
@@ -156,17 +157,21 @@ def convert(
 
 
 def _from_original(part: str, tensors: dict[str, torch.Tensor], module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """UNet or VAE tensors of an original checkpoint under diffusers' names."""
+    """UNet, VAE or ControlNet tensors of an original checkpoint under diffusers' names."""
     config: Any = module.config
     with quiet_libraries():
         from diffusers.loaders import single_file_utils as convert
 
-        function = convert.convert_ldm_unet_checkpoint if part == "unet" else convert.convert_ldm_vae_checkpoint
+        functions = {
+            "unet": convert.convert_ldm_unet_checkpoint,
+            "vae": convert.convert_ldm_vae_checkpoint,
+            "controlnet": convert.convert_controlnet_checkpoint,
+        }
         try:
-            converted: dict[str, torch.Tensor] = function(tensors, config=dict(config))
+            converted: dict[str, torch.Tensor | None] = functions[part](tensors, config=dict(config))
         except (KeyError, AttributeError, IndexError):  # a tensor that the configuration asks for is not there
             return {}
-    return converted
+    return {name: value for name, value in converted.items() if value is not None}
 
 
 def _rename_old_attention(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

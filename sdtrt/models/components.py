@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sdtrt.common.errors import UsageError
+from sdtrt.models.controlnets import UNION
 from sdtrt.models.image_prompts import drop_projection
 from sdtrt.models.live import LiveModel
 from sdtrt.models.loading import load_parts
@@ -42,7 +43,19 @@ def part_of(component: Component) -> str:
 
 def components_of(model: ModelSource) -> tuple[Component, ...]:
     """All components that a model has, in the order in which its pipeline uses them (the encoder of images last)."""
-    return tuple(name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type,misc]
+    names = (name for name in COMPONENTS if part_of(name) in model.parts)  # type: ignore[arg-type]
+    return tuple(name for name in names if name != "controlnet" or not _is_pytorchs(model))  # type: ignore[misc]
+
+
+def _is_pytorchs(model: ModelSource) -> bool:
+    """Whether a model's ControlNet is a union, or pools its residuals, for which no contract has inputs or shapes."""
+    config = model.config("controlnet")
+    return bool(config.get("global_pool_conditions")) or config.get("_class_name") == UNION
+
+
+def groups_of(model: ModelSource) -> tuple[Group, ...]:
+    """The optional groups of inputs that a model's UNet gets: what the ControlNet beside it gives."""
+    return ("controlnet",) if "controlnet" in model.parts else ()
 
 
 def text_encoders_of(model: ModelSource) -> tuple[Component, ...]:
@@ -94,9 +107,9 @@ def precision_of(model: ModelSource, component: Component, precision: Precision)
     return "fp32" if precision == "fp16" and upcast else precision
 
 
-def unet_batch(images: int, *, guidance: bool) -> int:
-    """The rows of a UNet call that makes so many images at once: with guidance two an image."""
-    return images * (2 if guidance else 1)
+def unet_batch(images: int, *, guidance: bool, editing: bool = False) -> int:
+    """The rows of a UNet call that makes so many images at once: with guidance two an image, three of an edit."""
+    return images * ((3 if editing else 2) if guidance else 1)
 
 
 def sizes_of(component: Component, sizes: Sizes, images: int = 1) -> Sizes:
@@ -114,23 +127,26 @@ def sizes_of(component: Component, sizes: Sizes, images: int = 1) -> Sizes:
     return replace(sizes, batch=1 if component == "vae_encoder" else images, tokens=DEFAULT_TOKENS)
 
 
-def profile_of(component: Component, profile: Profile) -> Profile:
+def profile_of(component: Component, profile: Profile, rows: int = 2) -> Profile:
     """The profile of a component's engine beside a UNet's with `profile`.
 
     The batch is that of images: half the UNet's, as guidance doubles that. Images are encoded one by one.
+
+    Args:
+        rows: of the UNet an image; three of models that edit.
     """
     if component in STEPPING:
         return profile
-    batch = Range(*((rows + 1) // 2 for rows in (profile.batch.min, profile.batch.opt, profile.batch.max)))
+    batch = Range(*(-(-count // rows) for count in (profile.batch.min, profile.batch.opt, profile.batch.max)))
     tokens, side = Range.of(DEFAULT_TOKENS), Range.of(SIZE_MULTIPLE)
     if component in TEXT_ENCODERS:
         return Profile(batch, side, side, tokens)
     return replace(profile, batch=Range.of(1) if component == "vae_encoder" else batch, tokens=tokens)
 
 
-def profiles_of(component: Component, profiles: Iterable[Profile]) -> tuple[Profile, ...]:
+def profiles_of(component: Component, profiles: Iterable[Profile], rows: int = 2) -> tuple[Profile, ...]:
     """The profiles of a component's engine, each once (a text encoder's is the same for all sizes of images)."""
-    return tuple(dict.fromkeys(profile_of(component, profile) for profile in profiles))
+    return tuple(dict.fromkeys(profile_of(component, profile, rows) for profile in profiles))
 
 
 def load_component(model: ModelSource, component: Component, dtype: torch.dtype) -> torch.nn.Module:

@@ -76,6 +76,7 @@ _WIDTH_OR_WIDTHS: _Rule = (lambda value: _is_count(value) or _are_counts(value),
 _REQUIRED: dict[str, dict[str, _Rule]] = {
     "unet": {"in_channels": _COUNT, "out_channels": _COUNT, "cross_attention_dim": _WIDTH_OR_WIDTHS},
     "vae": {"block_out_channels": _WIDTHS, "latent_channels": _COUNT},
+    "controlnet": {"in_channels": _COUNT, "cross_attention_dim": _WIDTH_OR_WIDTHS},
 }
 _WITH_DEFAULTS = ("AutoencoderTiny",)  # whose configurations leave out what is usual
 _WHERE_GIVEN: dict[str, dict[str, _Rule]] = {
@@ -98,6 +99,14 @@ _WHERE_GIVEN: dict[str, dict[str, _Rule]] = {
         "latents_std": _or_none(_NUMBERS),
         "in_channels": _one_of(3),
         "out_channels": _one_of(3),
+    },
+    "controlnet": {
+        "block_out_channels": _WIDTHS,
+        "conditioning_channels": _one_of(3),
+        "class_embed_type": _NOTHING,
+        "num_class_embeds": _NOTHING,
+        "addition_embed_type": _one_of(None, "text_time"),
+        "encoder_hid_dim_type": _NOTHING,
     },
     "text_encoder": {
         "hidden_size": _COUNT,

@@ -14,7 +14,7 @@ from typing import Any
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.hub import Repo, is_repo_id
-from sdtrt.models.loras import kind_of
+from sdtrt.models.loras import kind_of_width
 from sdtrt.models.origins import has_weight_suffix, local_path
 from sdtrt.models.weights import TensorInfo, is_pickle, read_header, read_json
 from sdtrt.specs import ModelSpec
@@ -98,7 +98,7 @@ def _check_kind(path: Path, infos: Mapping[str, TensorInfo], spec: ModelSpec, un
         raise ModelError(f"{path} is no IP-Adapter{some}", hint=HINT)
     width, text = first.shape[1], unet.get("cross_attention_dim")
     if width not in (text if isinstance(text, list) else (text,)):
-        raise ModelError(f"{path} is for {kind_of(width)}, and {spec.name} is {kind_of(text)}", hint=OTHER)
+        raise ModelError(f"{path} is for {kind_of_width(width)}, and {spec.name} is {kind_of_width(text)}", hint=OTHER)
     wanted = cross_attentions(unet)
     names = {f"ip_adapter.{2 * at + 1}.to_{one}_ip.weight" for at in range(wanted) for one in "kv"}
     own = {name for name in infos if name.startswith("ip_adapter.")}

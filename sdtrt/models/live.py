@@ -21,7 +21,14 @@ from sdtrt.models.adapters import own_state
 from sdtrt.models.image_prompts import PROJECTION, drop_projection, plain_processors
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.specs import Component, ModelSpec, Precision
-from sdtrt.specs.contract import DTYPES, pooled_width, trained_size, vae_scale_factor
+from sdtrt.specs.contract import (
+    DTYPES,
+    editing_channels,
+    latent_channels_of,
+    pooled_width,
+    trained_size,
+    vae_scale_factor,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +96,12 @@ class LiveModel:
     def is_sdxl(self) -> bool:
         """Whether its UNet takes SDXL's added conditioning."""
         return self.config("unet").get("addition_embed_type") == "text_time"
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether its UNet takes the latents of an image that is to be edited (instruct-pix2pix)."""
+        channels = editing_channels(latent_channels_of(self.config("vae")))
+        return bool(self.config("unet")["in_channels"] == channels)
 
     @property
     def pooled_width(self) -> int | None:

@@ -97,7 +97,7 @@ def _found(spec: ModelSpec, own: LoraSpec, parts: Collection[str], text_width: o
     _check_names(path, infos)
     width = next((one.shape[1] for name, one in infos.items() if _TEXT_WIDTH.search(name) and len(one.shape) > 1), None)
     if width is not None and width not in (text_width if isinstance(text_width, list) else (text_width,)):
-        raise _other_kind(f"{path} is for {kind_of(width)}, and {spec.name} is {kind_of(text_width)}")
+        raise _other_kind(f"{path} is for {kind_of_width(width)}, and {spec.name} is {kind_of_width(text_width)}")
     touched = tuple(part for part, starts in PREFIXES.items() if any(name.startswith(starts) for name in infos))
     if missing := [part for part in touched if part not in parts]:
         raise _other_kind(f"{path} is for a model with a {' and a '.join(missing)}, which {spec.name} has not")
@@ -108,7 +108,7 @@ def _other_kind(message: str) -> ModelError:
     return ModelError(message, hint="use a LoRA that was made for the model's kind, or another --model")
 
 
-def kind_of(width: object) -> str:
+def kind_of_width(width: object) -> str:
     """What a UNet is, by the width of its text."""
     known = _KINDS.get(width) if isinstance(width, int) else None
     return f"{known} (text of width {width})" if known else f"a model whose text has the width {width}"

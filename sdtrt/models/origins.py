@@ -42,6 +42,7 @@ class Origin:
         config_file: its configuration; None where that is its class's default.
         file: the one file that holds its tensors; None for the weight files of its folder.
         prefixes: what the names of its tensors begin with in `file`.
+        derived: its configuration where no file has it, without its class.
         repo: the hub repository that `root` is a snapshot of.
     """
 
@@ -55,6 +56,7 @@ class Origin:
     file: Path | None = None
     prefixes: tuple[str, ...] = ("",)
     repo: Repo | None = field(default=None, repr=False)
+    derived: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -63,7 +65,9 @@ class Origin:
 
     def config(self) -> dict[str, Any]:
         """Its configuration, without its class's defaults. Raises `ModelError` where that can't be read."""
-        return {"_class_name": self.class_name} if self.config_file is None else read_json(self.config_file)
+        if self.config_file is None:
+            return {"_class_name": self.class_name, **self.derived}
+        return read_json(self.config_file)
 
     def is_mine(self, name: str) -> bool:
         """Whether a tensor of its file is one of its own."""

@@ -18,6 +18,8 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.checkpoints import PREFIXES, Layout, check_checkpoint, inferred_repo
 from sdtrt.models.configuration import check_values
+from sdtrt.models.controlnets import PART as CONTROLNET
+from sdtrt.models.controlnets import find_controlnet
 from sdtrt.models.hub import Repo, is_repo_id
 from sdtrt.models.ip_adapters import IpAdapter, find_ip_adapters
 from sdtrt.models.loras import Lora, find_loras
@@ -38,6 +40,7 @@ from sdtrt.specs.contract import (
     REFINER_TIME_IDS,
     SDXL_TIME_IDS,
     VAE_CLASSES,
+    editing_channels,
     embeds_guidance,
     inpainting_channels,
     latent_channels_of,
@@ -55,6 +58,8 @@ _TASKS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDi
 LCM_PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 SD_PIPELINES = (*_TASKS, *LCM_PIPELINES)
 SDXL_PIPELINES = tuple(name.replace("Diffusion", "DiffusionXL") for name in _TASKS)
+SD_EDITING = "StableDiffusionInstructPix2PixPipeline"
+SDXL_EDITING = SD_EDITING.replace("Diffusion", "DiffusionXL")
 SD_PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 SDXL_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
 # What the pipelines' constructors take beyond those, and sdtrt never loads.
@@ -111,7 +116,7 @@ class Model:
     @property
     def is_sdxl(self) -> bool:
         """Whether it takes SDXL's added conditioning (its base has two text encoders, its refiner the second alone)."""
-        return self.pipeline_class in SDXL_PIPELINES
+        return self.pipeline_class in (*SDXL_PIPELINES, SDXL_EDITING)
 
     @property
     def is_lcm(self) -> bool:
@@ -132,6 +137,11 @@ class Model:
     def is_inpainting(self) -> bool:
         """Whether its UNet takes the latents with a mask and the latents of what that leaves of an image."""
         return bool(self.config("unet")["in_channels"] == inpainting_channels(latent_channels_of(self.config("vae"))))
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether it edits images as a text says (instruct-pix2pix): its UNet takes that image's latents, too."""
+        return self.pipeline_class in (SD_EDITING, SDXL_EDITING)
 
     @property
     def pooled_width(self) -> int | None:
@@ -186,7 +196,7 @@ class Model:
     def config_file(self, part: str) -> Path:
         """Where the configuration of a part is stored."""
         origin = self.origin(part)
-        return origin.config_file or origin.folder
+        return origin.config_file or origin.file or origin.folder
 
     def weight_files(self, part: str) -> tuple[Path, ...]:
         """The files that hold a part's weights, downloaded if they lie on the hub; empty for a part without weights.
@@ -272,11 +282,28 @@ def resolve_model(spec: ModelSpec, console: Console = QUIET) -> Model:
     if spec.ip_adapters:
         adapters = find_ip_adapters(spec, model.config("unet"), model.is_sdxl, console)
         model = replace(model, ip_adapters=adapters)
-    return model
+    return model if spec.controlnet is None else with_controlnet(model, spec.controlnet, console)
+
+
+def with_controlnet(model: Model, name: str, console: Console = QUIET) -> Model:
+    """A model with a ControlNet as its part `controlnet`; its weights are read when parts are loaded.
+
+    Args:
+        name: the ControlNet's folder, hub id, or file.
+
+    Raises:
+        UsageError, ModelError: where there is no such ControlNet, or it is for another kind of model.
+    """
+    spec = replace(model.spec, controlnet=name)
+    origin = find_controlnet(spec, model.config("unet"), console)
+    parts = tuple(dict.fromkeys((*model.parts, CONTROLNET)))
+    found = replace(model, spec=spec, parts=parts, origins={**model.origins, CONTROLNET: origin})
+    found.config(CONTROLNET)  # it is checked
+    return found
 
 
 def _resolve(spec: ModelSpec, console: Console) -> Model:
-    """`resolve_model`, but for its LoRAs and IP-Adapters."""
+    """`resolve_model`, but for its LoRAs, IP-Adapters and ControlNet."""
     if spec.name == DEFAULT_MODEL:
         return _from_folder(spec, TINY, console)
     path = local_path(spec.name)
@@ -361,7 +388,7 @@ def _folder_model(
 
 def _check_pipeline_class(index: Mapping[str, Any], name: str) -> str:
     pipeline_class = str(index.get("_class_name"))
-    if pipeline_class not in (*SD_PIPELINES, *SDXL_PIPELINES):
+    if pipeline_class not in (*SD_PIPELINES, *SDXL_PIPELINES, SD_EDITING, SDXL_EDITING):
         raise ModelError(
             f"{name} is a {pipeline_class}, which sdtrt does not support",
             hint=f"use a Stable Diffusion 1.x, 2.x or XL model ({SD_PIPELINES[0]} or {SDXL_PIPELINES[0]})",
@@ -397,7 +424,7 @@ def _check_parts(index: Mapping[str, Any], name: str, spec: ModelSpec) -> dict[s
 
 def _parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The parts of a kind of model; SDXL's refiner has the second text encoder alone."""
-    if index["_class_name"] not in SDXL_PIPELINES:
+    if index["_class_name"] not in (*SDXL_PIPELINES, SDXL_EDITING):
         return SD_PARTS
     first = ("tokenizer", "text_encoder")
     alone = all(_entry(index, part) == (None, None) for part in first)
@@ -422,7 +449,8 @@ def _check_configs(model: Model) -> None:
         )
     unet = model.config("unet")
     channels, latent_channels = unet["in_channels"], latent_channels_of(model.config("vae"))
-    fitting = (latent_channels, inpainting_channels(latent_channels))
+    fitting = [latent_channels, inpainting_channels(latent_channels)]
+    fitting = [editing_channels(latent_channels)] if model.is_editing else fitting
     if channels not in fitting and model.spec.vae is not None:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae {model.spec.vae} makes"
@@ -433,7 +461,8 @@ def _check_configs(model: Model) -> None:
         raise ModelError(
             f"the unet of {model.name} takes {channels} channels where the vae makes {latent_channels}: "
             "a model for editing or upscaling, which sdtrt does not support",
-            hint="use the text-to-image model that it was made from, or one for inpainting",
+            hint="use the text-to-image model that it was made from, one for inpainting, or one for editing whose"
+            f" model_index.json names a {SD_EDITING}",
         )
     for what, found, wanted in _joints(model, unet):
         if found not in wanted:

@@ -28,6 +28,10 @@ class ModelSource(Protocol):
         """Whether its UNet takes SDXL's added conditioning."""
 
     @property
+    def is_editing(self) -> bool:
+        """Whether its UNet takes the latents of an image that is to be edited (instruct-pix2pix)."""
+
+    @property
     def pooled_width(self) -> int | None:
         """The width of the pooled text that the UNet takes; None where it takes none."""
 

@@ -16,18 +16,20 @@ from sdtrt.models.image_prompts import projection_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline.controlnets import check_controlnets, groups_of
 from sdtrt.pipeline.facades import Facade
+from sdtrt.pipeline.t2i_adapters import PART as ADAPTER
+from sdtrt.pipeline.t2i_adapters import adapters_of, check_adapters
 from sdtrt.pipeline.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
-from sdtrt.specs.contract import inpainting_channels
+from sdtrt.specs.contract import editing_channels, inpainting_channels
 
 TAKEN = (
-    "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, and for inpainting,"
-    " with and without ControlNet"
+    "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, for inpainting and edits,"
+    " with and without ControlNet or T2I-Adapter"
 )
 HINT = f"sdtrt.accelerate takes {TAKEN}; run this one in PyTorch"
 CHANNELS = 4
 # Parts that give a UNet inputs which its engine has not, or that make another kind of pipeline.
-FOREIGN_PARTS = ("adapter", "prior", "movq", "transformer", "motion_adapter", "image_noising_scheduler")
+FOREIGN_PARTS = ("prior", "movq", "transformer", "motion_adapter", "image_noising_scheduler")
 CLASSES: dict[str, tuple[type, ...]] = {
     "unet": (diffusers.UNet2DConditionModel,),
     "vae": (diffusers.AutoencoderKL, diffusers.AutoencoderTiny),
@@ -46,7 +48,8 @@ def check_pipeline(pipe: Any) -> LiveModel:
     name = type(pipe).__name__
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise EngineError(f"{name} is no diffusers pipeline", hint="pass what from_pretrained of a pipeline returned")
-    for part in FOREIGN_PARTS:
+    foreign = FOREIGN_PARTS if adapters_of(pipe) else (*FOREIGN_PARTS, ADAPTER)
+    for part in foreign:
         if getattr(pipe, part, None) is not None:
             raise EngineError(f"{name} has a {part}, whose part in the result no engine has an input for", hint=HINT)
     for part, classes in CLASSES.items():
@@ -54,6 +57,7 @@ def check_pipeline(pipe: Any) -> LiveModel:
     model = LiveModel.of(pipe)
     _check_shapes(name, pipe, model)
     check_controlnets(name, pipe, HINT)
+    check_adapters(name, pipe)
     return model
 
 
@@ -100,10 +104,17 @@ def takes_masks(pipe: Any) -> bool:
     return "mask_image" in inspect.signature(type(pipe).__call__).parameters
 
 
+def edits(pipe: Any) -> bool:
+    """Whether a pipeline's call edits an image as a text says (instruct-pix2pix)."""
+    return "image_guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+
+
 def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
     """Refuse UNets of other inputs, and VAEs of another factor."""
     config = model.config("unet")
     taken = (CHANNELS, inpainting_channels(CHANNELS)) if takes_masks(pipe) else (CHANNELS,)
+    if edits(pipe):
+        taken = (editing_channels(CHANNELS),)
     if config["in_channels"] not in taken or config["out_channels"] != CHANNELS:
         raise EngineError(
             f"the unet of {name} takes {config['in_channels']} channels and gives {config['out_channels']}", hint=HINT

@@ -5,6 +5,7 @@ It neither saves images nor judges them, and frees no memory.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,23 @@ from sdtrt.pipeline import pixels
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.previews import Preview
 from sdtrt.pipeline.text_states import states_of
-from sdtrt.specs import SizeConditioning
+from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a ControlNet of an open pipeline goes by in a call.
+
+    Args:
+        image: its map, in the images' size.
+        scale, start, end, mode: as of `ControlSpec`.
+    """
+
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class PipelineCall:
         until: the share of the noise schedule after which it ends, and a refiner takes over; None for all of it.
         after: the share of the noise schedule that is done when it takes over; `start` is latents then.
         generators: that go on where another call left them; None for new ones of the seeds.
+        controls: one for each ControlNet of the pipeline.
+        image_guidance_scale: how closely an edit keeps to `start`.
     """
 
     prompts: tuple[str, ...]
@@ -52,6 +71,8 @@ class PipelineCall:
     until: float | None = None
     after: float | None = None
     generators: tuple[torch.Generator, ...] | None = None
+    controls: tuple[Control, ...] = ()
+    image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
@@ -60,7 +81,7 @@ class PipelineCall:
         timesteps = pipe.scheduler.timesteps
         if self.after is not None:
             return len(pipe.get_timesteps(spec.steps, self.strength, spec.device, denoising_start=self.after)[0])
-        if self.start is not None and not _scales_timesteps(pipe):
+        if self.start is not None and not spec.edit and not _scales_timesteps(pipe):
             timesteps = pipe.get_timesteps(spec.steps, self.strength, spec.device)[0]
         if self.until is None:
             return len(timesteps)
@@ -83,7 +104,7 @@ class PipelineCall:
         Returns:
             Pixels `[B,H,W,3]` in 0 to 1 for `np`, finite or not; a list of pictures for `pil`; latents for `latent`.
         """
-        watched = {} if advance is None else {"callback_on_step_end": _calling(advance, preview)}
+        watched = {} if advance is None else _watching(opened.pipe, advance, preview)
         given = {"pil": "pt"}.get(output_type, output_type)
         made = opened.pipe(**self._arguments(opened), **watched, output_type=given).images
         return pixels.to_pictures(made) if output_type == "pil" else made
@@ -96,6 +117,7 @@ class PipelineCall:
         common = {
             **({} if spec.eta is None else {"eta": spec.eta}),
             **self._texts(opened),
+            **self._controls(),
             "num_inference_steps": spec.steps,
             "guidance_scale": self.guidance_scale,
             "generator": list(self.generators or generators_of(self.seeds)),
@@ -106,8 +128,13 @@ class PipelineCall:
         size = {"height": spec.sizes.height, "width": spec.sizes.width}
         if self.start is None:
             return {**common, **size}
+        if spec.edit:
+            own = size if spec.model.is_sdxl else {}  # others take the image's
+            edits = {"image": [self.start] * len(self.prompts), "image_guidance_scale": self.image_guidance_scale}
+            return {**common, **own, **edits}
         if self.mask is None:
-            return {**common, "image": self._started(opened), "strength": self.strength}
+            own = size if self.controls else {}  # others take the image's
+            return {**common, **own, "image": self._started(opened), "strength": self.strength}
         each = len(self.prompts)  # of one image for all, inpainting pipelines draw the latents by the first generator
         images = {"image": [self.start] * each, "mask_image": [self.mask] * each}
         return {**common, **size, **images, "strength": self.strength}
@@ -123,6 +150,23 @@ class PipelineCall:
         """The part of the noise schedule that it runs, where that is not all."""
         named = {"denoising_end": self.until, "denoising_start": self.after}
         return {name: share for name, share in named.items() if share is not None}
+
+    def _controls(self) -> dict[str, Any]:
+        """What ControlNets go by; lists where there are several."""
+        if not self.controls:
+            return {}
+        given: dict[str, list[Any]] = {
+            "image" if self.start is None else "control_image": [one.image for one in self.controls],
+            "controlnet_conditioning_scale": [one.scale for one in self.controls],
+            "control_guidance_start": [one.start for one in self.controls],
+            "control_guidance_end": [one.end for one in self.controls],
+        }
+        found = {name: values if len(values) > 1 else values[0] for name, values in given.items()}
+        first = self.controls[0]
+        if first.mode is None:
+            return found
+        found.pop("image", None)  # a union's pipelines call it like the others' for images
+        return {**found, "control_image": [first.image], "control_mode": [first.mode]}
 
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""
@@ -155,6 +199,13 @@ def _of_size(conditioning: SizeConditioning) -> dict[str, tuple[int, int]]:
 def timesteps_until(timesteps: torch.Tensor, end: float, trained: int) -> int:
     """How many of the timesteps run before a share of the schedule is done, as diffusers' `denoising_end` counts."""
     return int((timesteps >= round(trained - end * trained)).sum())
+
+
+def _watching(pipe: Any, advance: Callable[[], object], preview: Preview | None) -> dict[str, Any]:
+    """The argument by which a pipeline's call says that a step was done; XL's for edits has the older one alone."""
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        return {"callback_on_step_end": _calling(advance, preview)}
+    return {"callback": lambda *_: advance()}
 
 
 def _calling(advance: Callable[[], object], preview: Preview | None) -> Callable[..., dict[str, Any]]:

@@ -5,7 +5,7 @@ Knows diffusers' classes and their configurations. Knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetMode
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 
 from sdtrt.common.errors import EngineError
+from sdtrt.pipeline.t2i_adapters import adapters_of
 from sdtrt.specs import Group
-from sdtrt.specs.groups import residual_shapes
+from sdtrt.specs.groups import control_facts
 
 PART = "controlnet"
 IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine (one ControlNet alone has an engine)"
@@ -22,7 +23,8 @@ IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine (on
 
 def groups_of(pipe: Any) -> tuple[Group, ...]:
     """The optional groups of inputs that a pipeline gives its UNet."""
-    return ("controlnet",) if getattr(pipe, PART, None) is not None else ()
+    control: tuple[Group, ...] = ("controlnet",) if getattr(pipe, PART, None) is not None else ()
+    return (*control, "t2i_adapter") if adapters_of(pipe) else control
 
 
 def controlnets_of(pipe: Any) -> list[torch.nn.Module]:
@@ -48,7 +50,7 @@ def check_controlnets(name: str, pipe: Any, hint: str) -> None:
                 f"{name} has a controlnet that is a {type(one).__name__}, not a ControlNetModel", hint=hint
             )
         config: Any = one.config
-        own, wanted = _facts(config), _facts(pipe.unet.config)
+        own, wanted = control_facts(config), control_facts(pipe.unet.config)
         if differing := [fact for fact in own if own[fact] != wanted[fact]]:
             fact = differing[0]
             raise EngineError(
@@ -73,14 +75,3 @@ def refuse_wanted(pipe: Any, there: Container[str], names: Container[str]) -> No
             " or pools its residuals",
             hint="leave controlnet out of components=: PyTorch runs it, beside engines of the other parts",
         )
-
-
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ControlNet and its UNet have to have in common."""
-    shapes = residual_shapes(config)
-    width = config["cross_attention_dim"]
-    return {
-        "number of residuals": len(shapes) - 1,
-        "cross_attention_dim": width[0] if isinstance(width, (list, tuple)) else width,
-        "list of residuals' channels": [channels for channels, _ in shapes],
-    }

@@ -12,7 +12,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import Sight, steadily
-from sdtrt.models.components import contract_of, part_of
+from sdtrt.models.components import contract_of, part_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
@@ -155,6 +155,7 @@ def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += [word for one in model.loras for word in ("--lora", str(one))]
+    words += ["--controlnet", model.controlnet] if model.controlnet is not None else []
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 
@@ -171,11 +172,14 @@ def _size_options(request: EngineRequest) -> list[str]:
 def _batch_option(request: EngineRequest) -> str:
     """`--batch` of `sdtrt build`, which is the UNet's; the other components get half of it (`components.profile_of`).
 
+    Of a model that edits they get a third.
+
     Without guidance the UNet's batch is no more than the images: then one range serves all. Empty without the UNet for
     one image, which is what every other component is built for unless told otherwise.
     """
     rows, components, images = request.sizes.batch, request.components, request.images
+    each = unet_batch(1, guidance=True, editing=request.model.is_editing)
     others = [name for name in components if name not in ("unet", "vae_encoder")]  # images are encoded one by one
     if "unet" not in components:
-        return f"{2 * images}" if others and images > 1 else ""
-    return f"{rows}" if not others or (rows + 1) // 2 >= images else f"{rows}:{rows}:{2 * images}"
+        return f"{each * images}" if others and images > 1 else ""
+    return f"{rows}" if not others or -(-rows // each) >= images else f"{rows}:{rows}:{each * images}"

@@ -178,7 +178,7 @@ class _NoParameters(Iterator[torch.nn.Parameter]):
         raise self._error
 
 
-class _OfDiffusers(Facade):
+class DiffusersFacade(Facade):
     """What diffusers' models have beside that: a configuration that can be saved, and ways to compute."""
 
     _internal_dict: FrozenDict  # diffusers' own name: pipelines for old models assign it to mend the configuration
@@ -204,7 +204,7 @@ class _OfDiffusers(Facade):
         """They never were."""
 
 
-class UNetFacade(_OfDiffusers):
+class UNetFacade(DiffusersFacade):
     """A `UNet2DConditionModel` for diffusers' pipelines, run by an engine: its `forward` is a `UNetForward`.
 
     Args:
@@ -220,7 +220,7 @@ class UNetFacade(_OfDiffusers):
         super().__init__(UNet2DConditionModel, contract.component)
         self.session, self.contract = session, contract
         self.forward = UNetForward(session, contract, device)
-        self._internal_dict = FrozenDict({**_default_config(UNet2DConditionModel), **config})
+        self._internal_dict = FrozenDict({**default_config(UNet2DConditionModel), **config})
         self.device, self.dtype = device, self.forward.dtype
         if config.get("addition_embed_type") == "text_time":
             width = config["projection_class_embeddings_input_dim"]
@@ -277,7 +277,7 @@ class TextEncoderFacade(Facade):
         raise EngineError(lacking.message, hint=lacking.hint)
 
 
-class VaeFacade(_OfDiffusers):
+class VaeFacade(DiffusersFacade):
     """An `AutoencoderKL` (or `AutoencoderTiny`) for diffusers' pipelines: each half is an engine's, PyTorch's, or none.
 
     Args:
@@ -383,6 +383,11 @@ class VaeFacade(_OfDiffusers):
         distribution = DiagonalGaussianDistribution(given)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
+    def encode_one_by_one(self) -> None:
+        """Have the engine of the encoder take the images of a batch one after the other."""
+        if "encoder" in self.halves:
+            self.halves["encoder"] = RowByRow(self.halves["encoder"])
+
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Decode and encode images in tiles: the half that PyTorch runs. An engine needs none: it takes them whole."""
         self.use_tiling = use_tiling
@@ -436,12 +441,24 @@ class VaeHalf(torch.nn.Module):
         return result
 
 
+class RowByRow(torch.nn.Module):
+    """Half a VAE that takes images one by one, as its engine does."""
+
+    def __init__(self, half: torch.nn.Module) -> None:
+        super().__init__()
+        self.encode_one = half
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `[B,3,8H,8W]` → moments `[B,2C,H,W]`."""
+        return torch.cat([self.encode_one(row) for row in images.split(1)])
+
+
 def _place(tensor: torch.Tensor) -> str:
     """`float32 on cpu`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def _default_config(cls: Any) -> dict[str, Any]:
+def default_config(cls: Any) -> dict[str, Any]:
     """The configuration of a diffusers model that sets nothing: old models' files leave newer entries out."""
     parameters = inspect.signature(cls.__init__).parameters
     return {name: value.default for name, value in parameters.items() if value.default is not inspect.Parameter.empty}
@@ -449,10 +466,10 @@ def _default_config(cls: Any) -> dict[str, Any]:
 
 def _full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A full VAE's configuration, whole."""
-    return {**_default_config(AutoencoderKL), **config}
+    return {**default_config(AutoencoderKL), **config}
 
 
 def _tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A tiny VAE's configuration, whole, with what its class itself adds to what is stored."""
-    whole = {**_default_config(AutoencoderTiny), **config}
+    whole = {**default_config(AutoencoderTiny), **config}
     return whole | {"block_out_channels": whole["decoder_block_out_channels"], "force_upcast": False}

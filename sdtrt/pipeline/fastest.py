@@ -5,7 +5,7 @@ Knows entries and how long a run of each took when it was built. Opens and build
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -27,7 +27,12 @@ RequestOf = Callable[[BackendName], EngineRequest]  # the engines that a backend
 
 
 def resolve_fastest(
-    spec: GenerateSpec, model: Model, directory: EngineDirectory, console: Console, init: InitImage | None = None
+    spec: GenerateSpec,
+    model: Model,
+    directory: EngineDirectory,
+    console: Console,
+    init: InitImage | None = None,
+    maps: Sequence[InitImage] = (),
 ) -> PipelineSpec:
     """How a request runs (`resolve_request`). For `auto`: in the fastest engines that are there, which it says; where
     none are, in those of the backend that is expected to be the fastest, and why.
@@ -36,9 +41,9 @@ def resolve_fastest(
         EngineError, ModelError, UsageError: for what can't run.
     """
     if spec.backend != AUTO:
-        return resolve_request(spec, model, console, init)
+        return resolve_request(spec, model, console, init, maps)
     usual, why = registry.expected(console)
-    settled = resolve_request(spec, model, console, init, backend=usual)
+    settled = resolve_request(spec, model, console, init, maps, backend=usual)
 
     def on(name: BackendName) -> PipelineSpec:
         precision = spec.precision or registry.get(name).default_precision()

@@ -16,9 +16,9 @@ from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.session import Session
 from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError
-from sdtrt.pipeline.residuals import residual_feeds
+from sdtrt.pipeline.residuals import adapter_feeds, residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, GUIDANCE_EMBEDDING, Contract
-from sdtrt.specs.groups import residual_names
+from sdtrt.specs.groups import adapter_names, residual_names
 from sdtrt.specs.image_prompts import image_prompt_names
 
 
@@ -84,6 +84,7 @@ class UNetForward:
             added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.
             down_block_additional_residuals, mid_block_additional_residual: what ControlNets add, both or neither, for
                 an engine that has inputs for it.
+            down_intrablock_additional_residuals: what T2I-Adapters add, for an engine that has inputs for it.
 
         Returns:
             `[B,C,H,W]` in the dtype of `sample`.
@@ -95,13 +96,16 @@ class UNetForward:
             class_labels=class_labels,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
-            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            down_intrablock_additional_residuals=(
+                None if adapter_names(self.contract) else down_intrablock_additional_residuals
+            ),
             encoder_attention_mask=encoder_attention_mask,
             **self._unusable(down_block_additional_residuals, mid_block_additional_residual),
         )
         residuals = residual_feeds(
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual
         )
+        residuals |= adapter_feeds(self.contract, sample, down_intrablock_additional_residuals)
         more = {**residuals, **self._guidance(timestep_cond, sample)}
         feeds = self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}, more)
         output = self.session.run(feeds)

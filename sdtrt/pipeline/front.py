@@ -16,6 +16,7 @@ from sdtrt.specs import (
     BackendName,
     BuildSpec,
     Component,
+    ControlSpec,
     EmbeddingSpec,
     ExportSpec,
     GenerateSpec,
@@ -59,6 +60,8 @@ class GenerateOptions(TypedDict, total=False):
     mask: Path | None
     mask_blur: int
     padding_crop: int | None
+    edit: bool
+    image_guidance_scale: float
     output: Path | None
     overwrite: bool
     allow_build: bool
@@ -76,6 +79,7 @@ class GenerateOptions(TypedDict, total=False):
     upscale: UpscaleSpec | None
     conditioning: SizeConditioning
     recipe: Recipe | None
+    controls: tuple[ControlSpec, ...]
 
 
 def generate(

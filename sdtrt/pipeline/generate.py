@@ -21,8 +21,9 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import images, masks, memory, prompts, recipes, saving
-from sdtrt.pipeline.call import PipelineCall, generators_of
+from sdtrt.pipeline import control_images, images, masks, memory, prompts, recipes, saving
+from sdtrt.pipeline.call import Control, PipelineCall, generators_of
+from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
@@ -30,7 +31,7 @@ from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
 from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.request import PipelineSpec, check_modes
 from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
 from sdtrt.pipeline.upscaling import Upscaler, open_upscaler, plan_upscale, without
 from sdtrt.specs import GenerateSpec
@@ -116,17 +117,19 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
+    controls = control_images.read_control_images(spec, init, console)
     _warn_of_texts(spec, console)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
-        plan = _plan(spec, directory, console, init)
+        plan = _plan(spec, directory, console, init, [one.picture for one in controls])
         start = _started(plan.spec, plan.first, init, mask)
+        fitted = _fitted(controls, plan.first, start, console)
         tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
         with _opened(plan, directory, console) as stages:
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(stages.first.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(plan.spec, stages.first, init, mask, directory, pictures)
+                settings = settings_of(plan.spec, stages.first, init, mask, controls, directory, pictures)
                 settings |= refiner_facts(plan.spec, plan.refiner, directory)
                 settings |= upscale_facts(plan.spec, plan.larger, directory)
                 stages.check_files()  # so that they are of the weights that were loaded
@@ -135,7 +138,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             stages.scale_adapters([one.scale for one in spec.ip_images])
             with _previewing(spec, stages.first, tiny, output, console) as preview:
                 shown = tuple(one.pixels for one in pictures)
-                run = _Run(plan.spec, stages, output, start, console, settings, preview, shown)
+                run = _Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown)
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
     return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
@@ -161,13 +164,20 @@ class _Plan:
     larger: PipelineSpec | None
 
 
-def _plan(spec: GenerateSpec, directory: EngineDirectory, console: Console, init: images.InitImage | None) -> _Plan:
+def _plan(
+    spec: GenerateSpec,
+    directory: EngineDirectory,
+    console: Console,
+    init: images.InitImage | None,
+    maps: Sequence[images.InitImage],
+) -> _Plan:
     """Settle everything before anything heavy is loaded."""
     model = resolve.resolve_model(spec.model, console)
     spec = recipes.settle(spec, model)
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
-    first = resolve_fastest(spec, model, directory, console, init)
+    first = resolve_fastest(spec, model, directory, console, init, maps)
+    check_modes(spec, first)
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:
         first = replace(first, components=without(first, "vae_decoder"))
@@ -256,6 +266,22 @@ def _started(
     return masks.fit(init, mask, (sizes.height, sizes.width), spec.padding_crop, latent)
 
 
+def _fitted(
+    controls: Sequence[ControlImage],
+    pipeline_spec: PipelineSpec,
+    start: Image.Image | masks.Inpainting | None,
+    console: Console,
+) -> tuple[Control, ...]:
+    """What ControlNets go by, in the size that the pipeline works at."""
+    sizes, box = pipeline_spec.sizes, start.box if isinstance(start, masks.Inpainting) else None
+    if box is None:
+        control_images.note_sizes(controls, sizes.height, sizes.width, console)
+    return tuple(
+        Control(one.fitted(sizes.height, sizes.width, box), one.spec.scale, one.spec.start, one.spec.end, one.spec.mode)
+        for one in controls
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One request on its open pipelines."""
@@ -264,6 +290,7 @@ class _Run:
     stages: _Stages
     output: saving.OutputPlan
     start: Image.Image | masks.Inpainting | None
+    controls: tuple[Control, ...]
     console: Console
     settings: Mapping[str, Any]
     preview: Preview | None = None
@@ -319,7 +346,7 @@ class _Run:
         call, stages = self._call(self._filled(batch, size)), self.stages
         made = self._run(stages.first, call, name, size, leaves_latents=stages.passes_latents)
         if stages.refiner is not None:
-            after = replace(call, start=made, until=None, after=stages.refiner.start, pictures=())
+            after = replace(call, start=made, until=None, after=stages.refiner.start, pictures=(), controls=())
             made = self._run(stages.refiner.opened, after, "refiner", size)
         if stages.upscaler is not None:
             made = self._run(stages.upscaler.opened, stages.upscaler.second(call, made), "second pass", size)
@@ -360,6 +387,8 @@ class _Run:
             conditioning=spec.conditioning,
             until=None if self.stages.refiner is None else self.stages.refiner.start,
             generators=generators_of([job.seed for job in batch]),
+            controls=self.controls,
+            image_guidance_scale=spec.image_guidance_scale,
         )
 
     def _check_finite(self, bad: str | None, steps: int, opened: OpenPipeline) -> None:
@@ -385,6 +414,6 @@ def _takes(opened: OpenPipeline, count: int) -> bool:
     spec = opened.spec
     fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
     return all(
-        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
-        for name, entry in opened.entries.items()
+        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(entry.engine_key.component)) is not None
+        for entry in opened.entries.values()
     )

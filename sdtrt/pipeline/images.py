@@ -72,11 +72,12 @@ class Parameters:
 
 @dataclass(frozen=True)
 class InitImage:
-    """The image that img2img starts from: where it was, sha256 (hex) of its file, its RGB pixels."""
+    """The image that img2img starts from: where it was, sha256 (hex) of its file, its RGB pixels; what it is called."""
 
     path: Path
     sha256: str
     pixels: Image.Image
+    what: str = "init image"
 
     def result_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The result's (height, width): as asked, else the image's own, rounded down to a multiple of 8.
@@ -89,12 +90,12 @@ class InitImage:
             side = asked if asked is not None else own - own % SIZE_MULTIPLE
             if side == 0:
                 raise UsageError(
-                    f"init image {self.path} has a {name} of {own} pixels, less than {SIZE_MULTIPLE}",
+                    f"{self.what} {self.path} has a {name} of {own} pixels, less than {SIZE_MULTIPLE}",
                     hint="give --height and --width to enlarge it, best to the model's own size",
                 )
             if side > MAX_PIXELS:
                 raise UsageError(
-                    f"init image {self.path} has a {name} of {own} pixels, more than {MAX_PIXELS}",
+                    f"{self.what} {self.path} has a {name} of {own} pixels, more than {MAX_PIXELS}",
                     hint="give --height and --width to scale it down, best to the model's own size",
                 )
             sides.append(side)
@@ -291,7 +292,7 @@ def read_init_image(path: Path, console: Console = QUIET, what: str = "init imag
                 _check_header(path, image, what)
                 pixels = _to_rgb(ImageOps.exif_transpose(image), console, what)
                 file.seek(0)  # the digest is of the file whose pixels these are, whatever has its name by now
-                return InitImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
+                return InitImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels, what)
     except UsageError:
         raise
     except PermissionError as error:

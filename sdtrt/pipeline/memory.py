@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from sdtrt.models.components import (
     sizes_of,
 )
 from sdtrt.specs import (
+    COMPONENTS,
     SIZE_MULTIPLE,
     BackendName,
     Component,
@@ -31,6 +32,9 @@ ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, 
 PADDING = 1.05  # of tensors that PyTorch has: with what it rounds up, SDXL's weights take 1.04 times their size
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
+
+
+NameT = TypeVar("NameT", bound=str)
 
 
 class Request(Protocol):
@@ -78,7 +82,7 @@ class Demand:
         return self.fixed + self.scratch
 
 
-def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> Demand:
+def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand:
     """What the sessions of a pipeline's engines take. Engines that don't say it (older ones) are left out.
 
     Args:
@@ -92,15 +96,18 @@ def demand_of(entries: Mapping[Component, Entry], sizes: Sizes, images: int) -> 
         if weights is not None and work is not None:
             asks = registry.get(entry.engine_key.backend).asks_for_scratch
             fixed += math.ceil(weights * PADDING) if asks else weights
-            own = work * _share(entry, sizes_of(name, sizes, images))
+            component = cast(Component, name) if name in COMPONENTS else entry.engine_key.component
+            own = work * _share(entry, sizes_of(component, sizes, images))
             wanted = max(wanted, own)
             scratch = max(scratch, math.ceil(own) if asks else work)
     return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
 
 
-def pool_bytes(spec: Request, entries: Mapping[Component, Entry]) -> int:
+def pool_bytes(spec: Request, entries: Mapping[str, Entry] | Mapping[Component, Entry]) -> int:
     """What a pipeline's engines ask PyTorch for, those that do, at the request's size."""
-    asking = {name: one for name, one in entries.items() if registry.get(one.engine_key.backend).asks_for_scratch}
+    asking: dict[str, Entry] = {
+        name: one for name, one in entries.items() if registry.get(one.engine_key.backend).asks_for_scratch
+    }
     return demand_of(asking, spec.sizes, spec.images).scratch
 
 
@@ -109,7 +116,7 @@ def weights_of(entries: Iterable[Entry]) -> int:
     return sum(_figure(entry, "plan_bytes") or 0 for entry in entries)
 
 
-def by_scratch(entries: Mapping[Component, Entry]) -> list[Component]:
+def by_scratch(entries: Mapping[NameT, Entry]) -> list[NameT]:
     """Components in the order in which to open their engines: the most scratch memory first, as they share it."""
     return sorted(entries, key=lambda name: _figure(entries[name], "scratch_bytes") or 0, reverse=True)
 
@@ -168,7 +175,7 @@ def release() -> None:
     torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
-def check_memory(spec: Request, entries: Mapping[Component, Entry], loaded: Collection[Path] = ()) -> None:
+def check_memory(spec: Request, entries: Mapping[str, Entry], loaded: Collection[Path] = ()) -> None:
     """Refuse a request whose engines can't fit in the GPU's memory, with a size that would.
 
     Args:

@@ -27,16 +27,18 @@ from sdtrt.models.components import (
     part_of,
     text_encoders_of,
 )
+from sdtrt.models.controlnets import PART
 from sdtrt.models.embeddings import put_into
+from sdtrt.models.resolve import Model
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, pixels, preloaded, schedulers
+from sdtrt.pipeline.control_facade import ControlNetFacade, together
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.refusals import refuse_as_a_whole
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
-from sdtrt.specs import Component
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class OpenPipeline:
 
     pipe: Any
     spec: PipelineSpec
-    entries: Mapping[Component, Entry]
+    entries: Mapping[str, Entry]
     files: Sight
 
     def check_weights(self) -> None:
@@ -124,26 +126,26 @@ def _check_weights(spec: PipelineSpec, running: _Running, directory: EngineDirec
     if running.files is not None:
         running.files.check()
     for name, entry in running.entries.items():
-        part = part_of(name)
+        part, model = part_of(entry.engine_key.component), spec.source_of(name)
         if entry == given or not registry.get(spec.backend).weights_inside:
             continue
-        if entry.engine_key.export.fingerprint != spec.model.fingerprint(part, directory.file_digest):
+        if entry.engine_key.export.fingerprint != model.fingerprint(part, directory.file_digest):
             raise ModelChangedError(
-                f"the {part} of {spec.model.name} was replaced while its engine was found or built",
+                f"the {part} of {model.name} was replaced while its engine was found or built",
                 hint="run the command again",
             )
 
 
 @dataclass(frozen=True)
 class _Running:
-    """The engines of a pipeline, and the sessions that run them.
+    """The engines of a pipeline, and the sessions that run them, by components; further ControlNets by their names.
 
     Args:
         files: how those were that the sessions' weights were read from; None where the engines hold their weights.
     """
 
-    entries: dict[Component, Entry] = field(default_factory=dict)
-    sessions: dict[Component, Session[torch.Tensor]] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    sessions: dict[str, Session[torch.Tensor]] = field(default_factory=dict)
     files: Sight | None = None
 
     def covers(self, part: str, img2img: bool) -> bool:
@@ -157,38 +159,48 @@ def _open_engines(
     spec: PipelineSpec, directory: EngineDirectory, console: Console, allow_build: bool, unet_engine: Entry | None
 ) -> Iterator[_Running]:
     """Find or build the engines of a pipeline, then open all of them."""
-    if not spec.in_engines:
+    if not spec.in_engines and not spec.other_engines:
         preloaded.let_go()
         yield _Running()
         return
-    entries = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
+    own = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
+    entries: dict[str, Entry] = dict(own.items())
+    for name, request in spec.other_engines.items():
+        entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)["controlnet"]}
     scratch = Scratch(memory.pool_bytes(spec, entries))  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
             check_memory(spec, entries, loaded)
-            files = None if registry.get(spec.backend).weights_inside else Sight(spec.model, map(part_of, entries))
+            held = registry.get(spec.backend).weights_inside
+            files = None if held else Sight(spec.model, map(part_of, spec.in_engines))
             sessions = {
-                name: stack.enter_context(_open(spec, entries[name], scratch)) for name in memory.by_scratch(entries)
+                name: stack.enter_context(_open(spec, spec.source_of(name), entries[name], scratch))
+                for name in memory.by_scratch(entries)
             }
         yield _Running(entries, sessions, files)
 
 
-def _open(spec: PipelineSpec, entry: Entry, scratch: Scratch) -> Session[torch.Tensor]:
-    """Open one engine of a pipeline, with the model's weights where it holds none."""
+def _open(spec: PipelineSpec, model: Model, entry: Entry, scratch: Scratch) -> Session[torch.Tensor]:
+    """Open one engine of a pipeline, with a model's weights where it holds none."""
     if registry.get(spec.backend).weights_inside:
         return open_session(entry, spec.device, scratch)
-    return open_session(entry, spec.device, scratch, spec.model)
+    return open_session(entry, spec.device, scratch, model)
 
 
 def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
     """What PyTorch runs, on the pipeline's device."""
     encoders = text_encoders_of(spec.model)
-    modules = [name for name in ("unet", *encoders, "vae") if not running.covers(name, spec.img2img)]
+    controlnet = [PART] if PART in spec.model.parts else []
+    modules = [name for name in ("unet", *encoders, *controlnet, "vae") if not running.covers(name, spec.img2img)]
     parts = {"unet": loading.load_unet(spec.model, spec.parts_dtype)} if "unet" in modules else {}
     parts |= loading.load_parts(spec.model, [name for name in modules if name != "unet"], spec.parts_dtype)
     for half in VAE_HALVES:
         if "vae" in modules and half in running.sessions:
             setattr(parts["vae"], half.removeprefix("vae_"), None)
+    for name, model in spec.others.items():
+        if name not in running.sessions:
+            parts[name] = loading.load_parts(model, (PART,), spec.parts_dtype)[PART]
+            modules.append(name)
     for name in modules:
         parts[name].to(spec.device).eval()
     return parts
@@ -198,9 +210,12 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
     """What stands in for the parts that engines run; `vae` is PyTorch's, where a half of it has no engine."""
     facades: dict[str, torch.nn.Module] = {}
     for name, session in running.sessions.items():
-        config = spec.model.config(part_of(name))
+        component = session.contract.component
+        config = spec.source_of(name).config(part_of(component))
         if name == "unet":
             facades[name] = UNetFacade(session, session.contract, config, spec.device)
+        elif component == PART:
+            facades[name] = ControlNetFacade(session, config, spec.device)
         elif name in TEXT_ENCODERS:
             facades[name] = TextEncoderFacade(session, config, spec.device, spec.parts_dtype)
         else:
@@ -225,6 +240,8 @@ def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
 def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -> Any:
     """diffusers' own pipeline of these parts, by its constructor."""
     options: dict[str, Any]
+    parts = {**parts, **_together(spec, parts)}
+    parts = {name: part for name, part in parts.items() if name not in spec.others}
     if spec.model.is_sdxl:
         zeros = spec.model.pipeline_options.get("force_zeros_for_empty_prompt", True)
         options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
@@ -234,12 +251,14 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options = {"safety_checker": None, "requires_safety_checker": False}
         options |= {"feature_extractor": None} if "feature_extractor" not in parts else {}
     pipe = _pipeline_class(spec, parts["scheduler"])(**parts, **options)
+    if spec.edit and isinstance(pipe.vae, VaeFacade):
+        pipe.vae.encode_one_by_one()  # of several images at once, too, as the encoder's engine takes one
     pipe.set_progress_bar_config(disable=True)
     if spec.tile is not None:
         pipe.vae.enable_tiling()
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
-        refuse_as_a_whole(pipe, running.sessions)
+        refuse_as_a_whole(pipe, [one.contract.component for one in running.sessions.values()])
         if spec.device.type == "cuda":
             pixels.round_on_device(pipe.image_processor)
     return pipe
@@ -253,9 +272,10 @@ def _is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
 def reassembled(opened: OpenPipeline, spec: PipelineSpec) -> OpenPipeline:
     """Another pipeline of the same modules, which PyTorch runs; `spec` differs in task, size and steps alone."""
     assert not opened.entries
-    names = ("scheduler", "unet", "vae", *text_encoders_of(spec.model), *_tokenizer_names(spec))
+    names = ["scheduler", "unet", "vae", *text_encoders_of(spec.model), *_tokenizer_names(spec)]
+    names += [name for name in (PART, "image_encoder", "feature_extractor") if getattr(opened.pipe, name, None)]
     parts = {name: getattr(opened.pipe, name) for name in names}
-    known = replace(spec, text=replace(spec.text, embeddings=()))  # the modules have them
+    known = replace(spec, text=replace(spec.text, embeddings=()), others={})  # the modules have them
     return OpenPipeline(_assemble(known, parts, _Running()), spec, {}, opened.files)
 
 
@@ -263,12 +283,18 @@ def _tokenizer_names(spec: PipelineSpec) -> list[str]:
     return [name.replace("text_encoder", "tokenizer") for name in text_encoders_of(spec.model)]
 
 
+def _together(spec: PipelineSpec, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Several ControlNets as the one part that diffusers has for them; nothing where there is one, or none."""
+    return {PART: together([parts[name] for name in (PART, *spec.others)])} if spec.others else {}
+
+
 def _pipeline_class(spec: PipelineSpec, scheduler: Any) -> Any:
     """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
-    task = "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
+    control = "ControlNet" * (PART in spec.model.parts) + "Union" * spec.is_union
+    task = "InstructPix2Pix" if spec.edit else "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
     if _is_lcm(spec, scheduler):
         return getattr(diffusers, f"LatentConsistencyModel{task}Pipeline")
-    return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{task}Pipeline")
+    return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{control}{task}Pipeline")
 
 
 def engine_facts(entry: Entry) -> dict[str, str]:

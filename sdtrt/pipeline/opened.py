@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ from sdtrt.specs import (
     DEFAULT_MODEL,
     BackendName,
     Component,
+    ControlSpec,
     GenerateSpec,
     ImagePromptSpec,
     ModelSpec,
@@ -32,13 +34,13 @@ from sdtrt.specs import (
 )
 
 ATTRIBUTE = "_sdtrt_open"
-Task = Literal["txt2img", "img2img", "inpaint"]
+Task = Literal["txt2img", "img2img", "inpaint", "pix2pix"]
 
 
 class _KeptOpen:
     """What closes a pipeline. Copies of the pipeline share its engines, and this."""
 
-    def __init__(self, stack: ExitStack, entries: Mapping[Component, Entry]) -> None:
+    def __init__(self, stack: ExitStack, entries: Mapping[str, Entry]) -> None:
         self.stack, self.entries = stack, dict(entries)
 
     def close(self) -> None:
@@ -65,6 +67,7 @@ def load(
     precision: Precision | None = None,
     components: Iterable[Component] | None = None,
     scheduler: SchedulerName | None = None,
+    controlnet: str | Iterable[str] = (),
     engine_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Any:
@@ -77,10 +80,12 @@ def load(
         model: `tiny`, a diffusers folder, a hub id or a `.safetensors` file; a `ModelSpec` for a variant or a revision.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes.
-        task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder.
+        task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder;
+            `pix2pix` one that edits images as a text says.
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
         backend, precision, components, engine_dir, progress: as of `accelerate`; here the backend decides the device.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
+        controlnet: a folder, a hub id or a file of a ControlNet, or several: each has an engine, and calls bring maps.
 
     Returns:
         diffusers' pipeline, with `close`. Its modules have no weights.
@@ -96,6 +101,8 @@ def load(
     console = Console(quiet=not progress)
     named = model if isinstance(model, ModelSpec) else ModelSpec(model)
     spec = _spec(named, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
+    names = [controlnet] if isinstance(controlnet, str) else controlnet
+    spec = replace(spec, controls=tuple(ControlSpec(name, Path("image")) for name in names))
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
@@ -128,6 +135,7 @@ def _spec(
         scheduler=scheduler,
         init_image=None if task == "txt2img" else Path("image"),
         mask=Path("mask") if task == "inpaint" else None,
+        edit=task == "pix2pix",
         components=tuple(components or ()),
         ip_images=tuple(ImagePromptSpec(Path("image")) for _ in model.ip_adapters),
     )
@@ -147,7 +155,7 @@ def _open(request: PipelineSpec, directory: EngineDirectory, console: Console) -
     return pipeline.pipe
 
 
-def entries(pipe: Any) -> Mapping[Component, Entry]:
+def entries(pipe: Any) -> Mapping[str, Entry]:
     """The engines of a pipeline that `load` opened; none of another."""
     kept = getattr(pipe, ATTRIBUTE, None)
     return kept.entries if isinstance(kept, _KeptOpen) else {}

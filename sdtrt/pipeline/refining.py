@@ -65,6 +65,7 @@ def plan_refiner(spec: GenerateSpec, base: PipelineSpec, console: Console) -> Pi
         inpaint=False,
         components=tuple(name for name in components_of(model) if name in wanted and name != "vae_encoder"),
         text=text,
+        others={},
     )
     check_spec(planned)
     return planned

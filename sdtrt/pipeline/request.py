@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,12 +16,15 @@ from sdtrt.models.components import (
     choose_components,
     components_of,
     contract_of,
+    groups_of,
     sizes_of,
     text_encoders_of,
     unet_batch,
 )
+from sdtrt.models.controlnets import PART as CONTROLNET
+from sdtrt.models.controlnets import UNION
 from sdtrt.models.loading import check_ip_adapters, check_loras
-from sdtrt.models.resolve import Model
+from sdtrt.models.resolve import Model, with_controlnet
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
 from sdtrt.pipeline.text_states import TextPlan, plan_texts
@@ -87,6 +91,7 @@ class PipelineSpec:
         inpaint: make what a mask covers of that image; `img2img` is set, too.
         strength: how much of that image is replaced.
         eta: of the scheduler's steps; None for diffusers' default.
+        edit: change it as the prompt says, by a model for that; `img2img` is set, too.
         scheduler: None for the model's own.
         components: those that engines are to run; None for the backend's default.
         images: made by one pipeline call.
@@ -94,6 +99,8 @@ class PipelineSpec:
         texts: that are to be encoded, prompts and negative ones, as far as they are known already.
         text: how they become states.
         vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
+        others: the model with each further ControlNet in the place of its first one, by the names that their engines
+            have among the pipeline's: `controlnet_2`, …
     """
 
     model: Model
@@ -103,6 +110,7 @@ class PipelineSpec:
     steps: int
     img2img: bool = False
     inpaint: bool = False
+    edit: bool = False
     scheduler: SchedulerName | None = None
     components: tuple[Component, ...] | None = None
     images: int = 1
@@ -112,6 +120,7 @@ class PipelineSpec:
     strength: float = 1.0
     eta: float | None = None
     vae_tiling: bool = False
+    others: Mapping[str, Model] = field(default_factory=dict)
 
     @property
     def has_engines(self) -> bool:
@@ -137,9 +146,36 @@ class PipelineSpec:
 
     @property
     def engines(self) -> EngineRequest:
-        """The engines that it needs."""
-        named = (self.model, self.backend, self.precision, self.sizes, self.in_engines, self.images, self.device)
-        return EngineRequest(*named, groups=self.model.groups)
+        """The engines that it needs, but for those of further ControlNets."""
+        return EngineRequest(
+            self.model,
+            self.backend,
+            self.precision,
+            self.sizes,
+            self.in_engines,
+            self.images,
+            self.device,
+            (*groups_of(self.model), *self.model.groups),
+        )
+
+    @property
+    def other_engines(self) -> dict[str, EngineRequest]:
+        """The engines of further ControlNets, by their names among the pipeline's."""
+        wanted = self.has_engines and (self.components is None or "controlnet" in self.components)
+        return {
+            name: replace(self.engines, model=model, components=("controlnet",))
+            for name, model in self.others.items()
+            if wanted and "controlnet" in components_of(model)
+        }
+
+    @property
+    def is_union(self) -> bool:
+        """Whether its ControlNet is a union of several."""
+        return CONTROLNET in self.model.parts and self.model.class_name(CONTROLNET) == UNION
+
+    def source_of(self, name: str) -> Model:
+        """The model that has what is called so among the pipeline's engines."""
+        return self.others.get(name, self.model)
 
     @property
     def device(self) -> torch.device:
@@ -164,12 +200,14 @@ def resolve_request(
     model: Model,
     console: Console,
     init: images.InitImage | None = None,
+    maps: Sequence[images.InitImage] = (),
     *,
     backend: BackendName | None = None,
 ) -> PipelineSpec:
     """How a request runs: backend, precision and size; no batch is larger than there are images to make.
 
     Args:
+        maps: what ControlNets go by.
         backend: what `auto` has come to mean; None where that is for the machine alone to say.
 
     Raises:
@@ -177,15 +215,16 @@ def resolve_request(
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
-    check_task(model, img2img=img2img, inpaint=inpaint)
+    check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     check_loras(model)
     check_ip_adapters(model)
     if spec.conditioning.given and not model.is_sdxl:
         option = next(iter(spec.conditioning.given)).replace("_", "-")
         raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
+    model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
-    height, width = _image_size(spec, model, init, console)
+    height, width = _image_size(spec, model, init, maps, console)
     count = spec.images_at_once
     text = plan_texts(spec, model)
     sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
@@ -197,6 +236,7 @@ def resolve_request(
         spec.steps,
         img2img=img2img,
         inpaint=inpaint,
+        edit=spec.edit,
         scheduler=spec.scheduler,
         components=choose_components(model, spec.components) if spec.components else None,
         images=count,
@@ -206,6 +246,7 @@ def resolve_request(
         strength=spec.strength if img2img else 1.0,
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
+        others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
     )
     check_spec(pipeline_spec)
     note_tiles(pipeline_spec, console)
@@ -216,13 +257,51 @@ def resolve_request(
     return pipeline_spec
 
 
-def check_task(model: Model, *, img2img: bool, inpaint: bool = False) -> None:
+def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
+    """A model with each ControlNet of a request; the model itself where there is none."""
+    if not spec.controls:
+        yield model
+    for one in spec.controls:
+        yield with_controlnet(model, one.name, console)
+
+
+def check_modes(spec: GenerateSpec, pipeline_spec: PipelineSpec) -> None:
+    """Refuse a union of ControlNets without a mode that it has, or beside others, and a mode of what is no union.
+
+    Raises:
+        UsageError: naming the ControlNet.
+    """
+    models = (pipeline_spec.model, *pipeline_spec.others.values())
+    for one, model in zip(spec.controls, models, strict=False):
+        is_union, modes = model.class_name(CONTROLNET) == UNION, model.config(CONTROLNET).get("num_control_type", 6)
+        if is_union and len(spec.controls) > 1:
+            raise UsageError(f"{one.name} is a union of ControlNets: it runs alone", hint="leave the others out")
+        if is_union and (one.mode is None or one.mode >= modes):
+            what = "no mode says which of them" if one.mode is None else f"it has no mode {one.mode}"
+            raise UsageError(
+                f"{one.name} is a union of {modes} ControlNets, and {what}",
+                hint=f"use --control-mode 0 to {modes - 1}; its page says what they are",
+            )
+        if one.mode is not None and not is_union:
+            raise UsageError(
+                f"{one.name} is no union of ControlNets: it has no mode {one.mode}", hint="leave --control-mode out"
+            )
+
+
+def check_task(model: Model, *, img2img: bool, inpaint: bool = False, edit: bool = False) -> None:
     """Refuse a model that lacks a part, or that makes no images from text alone, or from nothing but a mask's image.
 
     Raises:
         ModelError: where a single file lacks a part, naming it.
-        UsageError: for SDXL's refiner without an image, and a model for inpainting without a mask.
+        UsageError: for SDXL's refiner without an image, a model for inpainting without a mask, and edits by a model
+            that is none for them, or the other way round.
     """
+    if edit != model.is_editing:
+        kind = "makes images" if edit else "edits images as a text says"
+        raise UsageError(
+            f"{model.name} {kind}{': it edits none' if edit else ', and makes none'}",
+            hint="use a model for that, as --model timbrooks/instruct-pix2pix" if edit else "use sdtrt img2img --edit",
+        )
     model.check_has()
     if model.is_refiner and not img2img:
         raise UsageError(
@@ -278,14 +357,22 @@ def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guid
     encoders = text_encoders_of(model)  # a live pipeline may have none: its calls bring embeddings
     tokens = model.config(encoders[0]).get("max_position_embeddings", DEFAULT_TOKENS) if encoders else DEFAULT_TOKENS
     doubled = guidance and not embeds_guidance(model.config("unet"))
-    return Sizes(unet_batch(images, guidance=doubled), height, width, tokens)
+    return Sizes(unet_batch(images, guidance=doubled, editing=model.is_editing), height, width, tokens)
 
 
-def _image_size(spec: GenerateSpec, model: Model, init: images.InitImage | None, console: Console) -> tuple[int, int]:
+def _image_size(
+    spec: GenerateSpec,
+    model: Model,
+    init: images.InitImage | None,
+    maps: Sequence[images.InitImage],
+    console: Console,
+) -> tuple[int, int]:
     """The (height, width) of a request's images in pixels."""
     own_height, own_width = model.default_size()
-    if init is None or spec.padding_crop is not None:
+    if spec.padding_crop is not None or (init is None and not maps):
         height, width = spec.height or own_height, spec.width or own_width
+    elif init is None:
+        height, width = maps[0].result_size(spec.height, spec.width)
     else:
         height, width = init.result_size(spec.height, spec.width)
         own = init.pixels.size

@@ -16,9 +16,12 @@ from sdtrt.common import host
 from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import text_encoders_of
+from sdtrt.models.controlnets import PART
 from sdtrt.models.loras import Lora, web_ui_hash
+from sdtrt.models.origins import has_weight_suffix
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images
+from sdtrt.pipeline.control_images import CANNY_HIGH, CANNY_LOW, ControlImage
 from sdtrt.pipeline.jobs import Job
 from sdtrt.pipeline.masks import Mask
 from sdtrt.pipeline.open import OpenPipeline
@@ -33,6 +36,7 @@ def settings_of(
     opened: OpenPipeline,
     init: images.InitImage | None,
     mask: Mask | None,
+    controls: Sequence[ControlImage],
     directory: EngineDirectory,
     pictures: Sequence[images.InitImage] = (),
 ) -> dict[str, Any]:
@@ -47,10 +51,12 @@ def settings_of(
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
         **({} if spec.eta is None else {"eta": spec.eta}),
-        "strength": spec.strength if init is not None else None,
+        "strength": spec.strength if init is not None and not spec.edit else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
         **_image_prompt_facts(spec, pipeline_spec.model, directory, pictures),
+        **({"edit": True, "image_guidance_scale": spec.image_guidance_scale} if spec.edit else {}),
+        **_control_facts(opened, controls, directory),
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
         **_noise_facts(spec),
@@ -132,12 +138,61 @@ def _image_prompt_facts(
 
 
 def _image_prompt_fields(settings: Mapping[str, Any]) -> dict[str, str]:
-    """IP-Adapters by the name under which web UIs have them: units of their ControlNet extension."""
+    """IP-Adapters by the name under which web UIs have them: units of their ControlNet extension,
+    behind those of ControlNets."""
     return {
         f"ControlNet {number}": f"Module: ip-adapter-auto, Model: {one['name']} [{one['sha256'][:8]}],"
         f" Weight: {one['scale']:g}, Guidance Start: 0.0, Guidance End: 1.0"
-        for number, one in enumerate(settings.get("ip_adapters", ()))
+        for number, one in enumerate(settings.get("ip_adapters", ()), len(settings.get("controlnets", ())))
     }
+
+
+def _control_facts(
+    opened: OpenPipeline, controls: Sequence[ControlImage], directory: EngineDirectory
+) -> dict[str, Any]:
+    """Which ControlNets there were, and what each went by. Other images say nothing of ControlNets."""
+    models = (opened.spec.model, *opened.spec.others.values())
+    facts = [
+        {
+            "name": one.spec.name,
+            "fingerprint": model.fingerprint(PART, directory.file_digest),
+            "image": {"name": one.picture.path.name, "sha256": one.picture.sha256},
+            "scale": one.spec.scale,
+            "start": one.spec.start,
+            "end": one.spec.end,
+            "preprocessor": one.spec.preprocessor,
+            "mode": one.spec.mode,
+        }
+        for one, model in zip(controls, models, strict=False)
+    ]
+    return {"controlnets": facts} if facts else {}
+
+
+def _control_fields(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`ControlNet 0: Module: canny, Model: ...`, as sd-webui-controlnet writes it, a field for each."""
+    fields = {}
+    for number, one in enumerate(settings.get("controlnets", ())):
+        is_canny = one["preprocessor"] == "canny"
+        words = {
+            "Module": "canny" if is_canny else "none",
+            "Model": _control_title(one["name"]),
+            "Weight": one["scale"],
+            "Resize Mode": "Just Resize",
+            **({"Threshold A": CANNY_LOW, "Threshold B": CANNY_HIGH} if is_canny else {}),
+            "Guidance Start": one["start"],
+            "Guidance End": one["end"],
+            "Pixel Perfect": is_canny,
+            "Control Mode": "Balanced",
+        }
+        fields[f"ControlNet {number}"] = ", ".join(f"{name}: {value}" for name, value in words.items())
+    return fields
+
+
+def _control_title(name: str) -> str:
+    """A ControlNet's short name, as web UIs show it: without folders, and what separates their fields."""
+    path = Path(name)
+    title = path.stem if has_weight_suffix(name) else path.name or path.resolve().name
+    return title.replace(",", " ").replace(":", " ")
 
 
 def _model_facts(model: Model, directory: EngineDirectory) -> dict[str, Any]:
@@ -252,13 +307,15 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         )
         or None,
         **_image_prompt_fields(settings),
-        "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
+        "Denoising strength": float(spec.strength) if opened.spec.img2img and not spec.edit else None,
         **_hires(spec),
         "Refiner": _refiner_title(settings),
         "Refiner switch at": None if spec.refiner is None else spec.refiner.start,
+        "Image CFG scale": float(spec.image_guidance_scale) if spec.edit else None,
         "Mask blur": spec.mask_blur or None,
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,
+        **_control_fields(settings),
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
         eta_field(scheduler): None if spec.eta is None else float(spec.eta),

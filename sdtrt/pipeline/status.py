@@ -86,7 +86,9 @@ def status(pipe: Any) -> Status:
     """
     swapped = swapped_of(pipe)
     engines = {name: tuple(_engine_status(one.entry) for one in part.engines) for name, part in swapped.items()}
-    engines |= {name: (_engine_status(entry),) for name, entry in opened.entries(pipe).items()}
+    for entry in opened.entries(pipe).values():  # several ControlNets have one each
+        component = entry.engine_key.component
+        engines[component] = (*engines.get(component, ()), _engine_status(entry))
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
     refusal = "" if engines else _refusal(pipe)
     found = [

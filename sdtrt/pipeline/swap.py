@@ -66,6 +66,7 @@ METHODS: dict[Component, str] = {
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 AFTER_USUAL, AFTER_RESIDUALS = 8, 10  # their places among a UNet's arguments
+ADAPTER = "down_intrablock_additional_residuals"  # the argument after those
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
 _SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
@@ -378,7 +379,7 @@ class Swapped:
         if self.component == "vae_decoder":
             return VaeFacade(config, device, decoder=session).decode
         facade = VaeFacade(config, device, encoder=session)
-        facade.halves["encoder"] = _RowByRow(facade.halves["encoder"])
+        facade.encode_one_by_one()
         return facade.encode
 
     # --- the weights' place ---------------------------------------------------------------------------------------
@@ -455,18 +456,6 @@ def swapped_of(pipe: Any) -> dict[Component, Swapped]:
     return found
 
 
-class _RowByRow(torch.nn.Module):
-    """Half a VAE that takes images one by one, as its engine does."""
-
-    def __init__(self, half: torch.nn.Module) -> None:
-        super().__init__()
-        self.encode_one = half
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[B,3,8H,8W]` → moments `[B,2C,H,W]`."""
-        return torch.cat([self.encode_one(row) for row in images.split(1)])
-
-
 def _watch_over(
     module: torch.nn.Module, component: Component, bound: Bound | None, settings: Settings, digest: str | None = None
 ) -> WeightsWatch | Followed:
@@ -491,11 +480,13 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
 
 
 def _groups_of_call(component: Component, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Group, ...]:
-    """The optional groups of inputs that a call gives: diffusers passes a ControlNet's by these names."""
+    """The optional groups of inputs that a call gives: diffusers passes them by these names."""
     if component != "unet":
         return ()
     given = [kwargs.get(name) for name in RESIDUALS] + list(args[AFTER_USUAL:AFTER_RESIDUALS])
-    return ("controlnet",) if sum(one is not None for one in given) == len(RESIDUALS) else ()
+    groups: tuple[Group, ...] = ("controlnet",) if sum(one is not None for one in given) == len(RESIDUALS) else ()
+    adapter = args[AFTER_RESIDUALS] if len(args) > AFTER_RESIDUALS else kwargs.get(ADAPTER)
+    return (*groups, "t2i_adapter") if adapter is not None else groups
 
 
 def _close(engines: list[Opened]) -> None:

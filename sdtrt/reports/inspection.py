@@ -36,6 +36,13 @@ MAIN_SIZES: dict[str, tuple[str, ...]] = {
         "attention_head_dim",
         "addition_embed_type",
     ),
+    "controlnet": (
+        "in_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "cross_attention_dim",
+        "conditioning_channels",
+    ),
     "vae": ("sample_size", "latent_channels", "block_out_channels", "layers_per_block", "scaling_factor"),
     "tiny vae": ("latent_channels", "decoder_block_out_channels", "num_decoder_blocks", "scaling_factor"),
     "text_encoder": (

@@ -106,7 +106,9 @@ def _subject(
 
 
 def _asked(image: GenerateSpec, model: Model) -> GenerateSpec:
-    """The image that a model makes: SDXL's refiner, and models for inpainting, start from a picture."""
+    """The image that a model makes: SDXL's refiner, and models for inpainting and edits, start from a picture."""
+    if model.is_editing:
+        return replace(image, init_image=Path("gradient"), edit=True)
     if not model.is_refiner and not model.is_inpainting:
         return image
     mask = Path("half") if model.is_inpainting else None

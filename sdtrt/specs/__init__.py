@@ -16,6 +16,7 @@ from sdtrt.specs.choices import (
     BENCH_TASKS,
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_IMAGE_GUIDANCE_SCALE,
     DEFAULT_MODEL,
     DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
@@ -51,6 +52,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.control import PREPROCESSORS, ControlSpec, Preprocessor, controlnet_names
 from sdtrt.specs.generate import (
     GenerateSpec,
     NoiseSpec,
@@ -89,6 +91,7 @@ __all__ = [
     "BENCH_TASKS",
     "COMPONENTS",
     "DEFAULT_GUIDANCE_SCALE",
+    "DEFAULT_IMAGE_GUIDANCE_SCALE",
     "DEFAULT_MODEL",
     "DEFAULT_OPSETS",
     "DEFAULT_PREVIEW_EVERY",
@@ -113,6 +116,7 @@ __all__ = [
     "MOST_STEPS",
     "PRECISIONS",
     "PREDICTION_TYPES",
+    "PREPROCESSORS",
     "PROMPT_SYNTAXES",
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
@@ -127,6 +131,7 @@ __all__ = [
     "BuildRequest",
     "BuildSpec",
     "Component",
+    "ControlSpec",
     "EmbeddingSpec",
     "ExportRequest",
     "ExportSpec",
@@ -139,6 +144,7 @@ __all__ = [
     "NoiseSpec",
     "Precision",
     "PredictionType",
+    "Preprocessor",
     "Profile",
     "ProfileRequest",
     "PromptSyntax",
@@ -158,6 +164,7 @@ __all__ = [
     "check_choice",
     "check_output",
     "check_size",
+    "controlnet_names",
     "find_scheduler",
     "find_sigmas",
 ]

@@ -79,6 +79,7 @@ class ModelSpec:
         vae: a VAE in the place of the model's own: its folder (or a model's), a hub id, or a file that holds one.
         loras: that are merged into the model's weights.
         ip_adapters: that are put into its UNet, each a file, its folder, or a hub id.
+        controlnet: a ControlNet beside the model: its folder, a hub id, or a file.
     """
 
     name: str = DEFAULT_MODEL
@@ -90,6 +91,7 @@ class ModelSpec:
     vae: str | None = None
     loras: tuple[LoraSpec, ...] = ()
     ip_adapters: tuple[str, ...] = ()
+    controlnet: str | None = None
 
     def __post_init__(self) -> None:
         if wrong := [one for one in self.loras if not isinstance(one, LoraSpec)]:
@@ -116,7 +118,7 @@ class ExportSpec:
 
     Args:
         opset: None for the exporter's default (`DEFAULT_OPSETS`).
-        groups: optional groups of inputs that a UNet is to have (`controlnet`, `ip_adapter:4`).
+        groups: optional groups of inputs that a UNet is to have (`controlnet`, `t2i_adapter`, `ip_adapter:4`).
         output: a `.onnx` file to write instead of an entry in the engine directory.
         force: export again even if the engine directory has it.
     """

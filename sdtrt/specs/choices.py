@@ -42,7 +42,7 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-GROUPS: tuple[str, ...] = ("controlnet", "ip_adapter")
+GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "ip_adapter")
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
@@ -62,6 +62,8 @@ DEFAULT_MODEL = "tiny"
 DEFAULT_STEPS = 50
 
 DEFAULT_GUIDANCE_SCALE = 7.5
+
+DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5
 
 DEFAULT_STRENGTH = 0.8
 

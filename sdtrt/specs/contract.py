@@ -313,6 +313,11 @@ def latent_channels_of(config: Mapping[str, Any]) -> Any:
     return config.get("latent_channels", 4)
 
 
+def editing_channels(latents: int) -> int:
+    """The channels that an instruct-pix2pix model's UNet takes: noisy latents, and those of the image to be edited."""
+    return 2 * latents
+
+
 def inpainting_channels(latents: int) -> int:
     """The channels that an inpainting model's UNet takes: noisy latents, a mask, and what it leaves of the image's."""
     return 2 * latents + 1

@@ -14,6 +14,7 @@ from sdtrt.specs.choices import (
     AUTO,
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_IMAGE_GUIDANCE_SCALE,
     DEFAULT_PREVIEW_EVERY,
     DEFAULT_STEPS,
     DEFAULT_STRENGTH,
@@ -35,6 +36,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.control import ControlSpec
 from sdtrt.specs.image_prompts import ImagePromptSpec
 from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.schedulers import SIGMAS, SchedulerName, Sigmas, find_scheduler
@@ -117,8 +119,8 @@ class GenerateSpec:
     Args:
         prompts: one or more prompts; each gives `num_images` images.
         precision: None for the backend's default (fp16 on a GPU, fp32 on a CPU).
-        height, width: pixels; None for the init image's size, else the model's own. With `padding_crop` the part is
-            made at that size, by default the model's own, and scaled into the init image.
+        height, width: pixels; None for the init image's size, else the first control image's, else the model's own.
+            With `padding_crop` the part is made at that size, by default the model's own, and scaled into the image.
         seed: of each prompt's first image (the next ones count up from it); None, or `RANDOM_SEED`, for a random one.
         batch_size: images made at once, with an engine for that batch; each is the image of its seed all the same.
         scheduler: None for the model's own; any of its names (`find_scheduler`), also with the sigmas at their end.
@@ -129,6 +131,8 @@ class GenerateSpec:
         strength: how much of the init image is replaced, above 0 to 1; `strength * steps` steps run.
         mask: an image of the init image's size: what it has in white is made anew (inpainting).
         mask_blur: radius in pixels of the Gaussian that softens the mask, 0 for none.
+        edit: change the init image as the prompt says, by a model for that (instruct-pix2pix); it starts from noise.
+        image_guidance_scale: how closely such an image keeps to the init image, from 1 up.
         padding_crop: make the part that the mask covers alone, with so many pixels around it, and lay it over the init
             image, which stays as it is elsewhere; None to make the whole image.
         output: a file, or a folder where every image gets a new name; None for the current folder.
@@ -145,6 +149,7 @@ class GenerateSpec:
         upscale: a second pass at a larger size, for pictures from text alone.
         conditioning: what SDXL is told of the picture's size.
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
+        controls: ControlNets, each with the picture that it goes by.
     """
 
     prompts: tuple[str, ...]
@@ -165,6 +170,8 @@ class GenerateSpec:
     mask: Path | None = None
     mask_blur: int = 0
     padding_crop: int | None = None
+    edit: bool = False
+    image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
     output: Path | None = None
     overwrite: bool = False
     allow_build: bool = True
@@ -182,6 +189,7 @@ class GenerateSpec:
     upscale: UpscaleSpec | None = None
     conditioning: SizeConditioning = field(default_factory=SizeConditioning)
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
+    controls: tuple[ControlSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
@@ -206,6 +214,12 @@ class GenerateSpec:
         self._check_mask()
         self._check_ip_images()
         self._check_upscale()
+        self._check_edit()
+        if self.model.controlnet is not None:
+            raise UsageError(
+                f"the ControlNet {self.model.controlnet} of a ModelSpec goes by no picture",
+                hint="name both in controls=(ControlSpec(name, image),)",
+            )
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None:
@@ -247,12 +261,13 @@ class GenerateSpec:
                 f"seed must be from 0 to {most}, got {self.seed}",
                 hint="use --seed 42, or leave --seed out for a random one",
             )
-        if self.init_image is not None and not 0 < self.strength <= 1:
+        starts = self.init_image is not None and not self.edit
+        if starts and not 0 < self.strength <= 1:
             raise UsageError(
                 f"strength must be above 0 and at most 1, got {self.strength}",
                 hint=f"use --strength {DEFAULT_STRENGTH}",
             )
-        if self.init_image is not None and int(self.steps * self.strength) < 1:
+        if starts and int(self.steps * self.strength) < 1:
             raise UsageError(
                 f"strength {self.strength} of {self.steps} steps leaves no step to run", hint=self._more_to_run()
             )
@@ -293,6 +308,26 @@ class GenerateSpec:
             raise UsageError("upscale and a refiner don't go together yet", hint="leave --upscale or --refiner out")
         self.upscale.schedule(self.steps)
 
+    def _check_edit(self) -> None:
+        scale = self.image_guidance_scale
+        if not (math.isfinite(scale) and scale >= 1):
+            raise UsageError(
+                f"image guidance scale must be a number from 1 up, got {scale}",
+                hint=f"use --image-guidance-scale {DEFAULT_IMAGE_GUIDANCE_SCALE}",
+            )
+        if not self.edit:
+            if scale != DEFAULT_IMAGE_GUIDANCE_SCALE:
+                raise UsageError(f"image guidance scale {scale:g} is about --edit, which is off", hint="add --edit")
+            return
+        if self.init_image is None:
+            raise UsageError("there is no image to edit", hint="use --init-image FILE")
+        if self.mask is not None or self.controls:
+            what = f"mask {self.mask}" if self.mask is not None else f"ControlNet {self.controls[0].name}"
+            raise UsageError(
+                f"{what} has no effect on edits: diffusers has no such pipeline",
+                hint="leave it out, or leave --edit out",
+            )
+
     def _more_to_run(self) -> str:
         """What makes img2img run a step: more of them where schedulers have so many, else more strength."""
         if self.strength >= 1 / MOST_STEPS and int(self.strength * (steps := math.ceil(1 / self.strength))):
@@ -306,8 +341,13 @@ class GenerateSpec:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether classifier-free guidance doubles the UNet's batch (diffusers' own rule)."""
+        """Whether classifier-free guidance widens the UNet's batch (diffusers' own rule)."""
         return self.guidance_scale > 1
+
+    @property
+    def rows_per_image(self) -> int:
+        """The rows of a UNet call that make one image: with guidance two, of an edit three."""
+        return (3 if self.edit else 2) if self.uses_guidance else 1
 
 
 class _Scheduled(Protocol):

@@ -386,7 +386,7 @@ def test_loras_for_another_architecture_are_refused_by_name(models, lora):
         resolve_model(spec_of(models["sd1"], str(lora("sdxl"))))
     with pytest.raises(ModelError, match=r"sd1-1.* is for a model whose text has the width 32, and .*sdxl is"):
         resolve_model(spec_of(models["sdxl"], str(lora())))
-    assert loras.kind_of(2048) == "Stable Diffusion XL (text of width 2048)"
+    assert loras.kind_of_width(2048) == "Stable Diffusion XL (text of width 2048)"
 
 
 def test_a_lora_of_the_second_text_encoder_is_for_sdxl_alone(models, lora, tmp_path):

@@ -1,0 +1,77 @@
+"""The options of ControlNets: those of pictures, and those of what is built or shown beside a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from sdtrt.specs import PREPROCESSORS, ControlSpec, ExportRequest, controlnet_names
+
+ControlNet = Annotated[
+    str | None, Option("--controlnet", metavar="ID|FOLDER|FILE", help="a ControlNet beside the model, too")
+]
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """These options name ControlNets, and the pictures that they go by."""
+
+    controlnet: Annotated[
+        list[str] | None,
+        Option("--controlnet", metavar="ID|FOLDER|FILE[:SCALE]", help="a ControlNet, and its scale; again for more"),
+    ] = None
+    control_image: Annotated[
+        list[Path] | None,
+        Option("--control-image", metavar="FILE", help="the map that it goes by; one for each, in their order"),
+    ] = None
+    control_start: Annotated[
+        list[float] | None, Option(help="from which part of the steps it counts, 0 to 1; again for each")
+    ] = None
+    control_end: Annotated[list[float] | None, Option(help="up to which part; again for each")] = None
+    control_preprocessor: Annotated[
+        list[str] | None,
+        Option(help=f"{' or '.join(PREPROCESSORS)}: canny makes a map of edges, none takes any picture"),
+    ] = None
+    control_mode: Annotated[
+        int | None, Option(help="of a union of ControlNets, which of them; of xinsir's 1 is depth, 3 canny")
+    ] = None
+
+    def specs(self) -> tuple[ControlSpec, ...]:
+        """The ControlNets that are asked for."""
+        return ControlSpec.parse_all(
+            self.controlnet or (),
+            [path.expanduser() for path in self.control_image or ()],
+            self.control_start or (),
+            self.control_end or (),
+            self.control_preprocessor or (),
+            self.control_mode,
+        )
+
+
+@dataclass(frozen=True)
+class ControlNetOptions:
+    """These options name ControlNets that engines are built for."""
+
+    controlnet: Annotated[
+        list[str] | None,
+        Option(
+            "--controlnet",
+            metavar="ID|FOLDER|FILE",
+            help="a ControlNet that the UNet serves; again for more",
+        ),
+    ] = None
+
+    def beside(self, exports: ExportRequest) -> list[ExportRequest]:
+        """What is to be exported with each of them: all for the first, for the next ones what is theirs alone."""
+        names = controlnet_names(self.controlnet or ())
+        wanted = not exports.components or "controlnet" in exports.components
+        first, *others = [_with(exports, name) for name in names] or [exports]
+        return [first, *(replace(one, components=("controlnet",)) for one in others if wanted)]
+
+
+def _with(exports: ExportRequest, name: str) -> ExportRequest:
+    model = replace(exports.common.model, controlnet=name)
+    return replace(exports, common=replace(exports.common, model=model))
