@@ -49,6 +49,22 @@ FEATURES = (
     "Textual inversion",
     "Weighted and long prompts (`--prompt-syntax webui`)",
     "`clip_skip`",
+    "SDXL's size, crop and score conditioning",
+    "Calls: batches, embeddings, callbacks, `interrupt`",
+    "`encode_prompt` apart, in a pipeline without a UNet",
+    "Saving and loading, `from_pipe`",
+    "VAE tiling and slicing",
+    "VAEs of other classes and factors",
+    "FreeU (`enable_freeu`)",
+    "Fused projections (`fuse_qkv_projections`)",
+    "Attention processors (`set_attn_processor`, slicing)",
+    "Hooks on layers",
+    "Changed weights",
+    "Another dtype (`.to(torch.bfloat16)`)",
+    "Layerwise casting",
+    "Offloading (by group, model, layer)",
+    "Arguments that engines have no input for",
+    "Gradients",
 )
 ERROR, PYTORCH = "error", "pytorch"
 
@@ -145,11 +161,7 @@ def _cell(marks: Sequence[Mark], notes: list[str]) -> str:
         if outcome is None:
             words.append(f"works: {names}")
             continue
-        note = (
-            f"An error: `{said}`."
-            if outcome == ERROR
-            else f"PyTorch runs it, and stderr and `status` say so: `{said}`."
-        )
+        note = f"{'An error' if outcome == ERROR else 'PyTorch runs it'}: `{said}`."
         if note not in notes:
             notes.append(note)
         mark_of = "refused" if outcome == ERROR else "PyTorch"

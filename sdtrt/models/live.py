@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.errors import ModelError, SdtrtError
-from sdtrt.models.adapters import own_state
+from sdtrt.models.adapters import is_fused, own_state
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.specs import Component, ModelSpec, Precision
-from sdtrt.specs.contract import DTYPES, pooled_width, trained_size, vae_scale_factor
+from sdtrt.specs import SIZE_MULTIPLE, Component, ModelSpec, Precision
+from sdtrt.specs.contract import DTYPES, VAE_CLASSES, pooled_width, trained_size, vae_scale_factor
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,8 @@ class LiveModel:
     def of(cls, pipe: Any) -> LiveModel:
         """The model of a pipeline, as its modules are at this moment."""
         modules = {name: module for name in MODULES if (module := getattr(pipe, name, None)) is not None}
+        if "vae" in modules and not _is_usual_vae(modules["vae"]):
+            del modules["vae"]
         if _is_controlnet(control := getattr(pipe, CONTROLNET, None)):
             modules[CONTROLNET] = control
         name = str(getattr(pipe, "name_or_path", None) or "")
@@ -86,7 +88,9 @@ class LiveModel:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether its UNet takes SDXL's added conditioning."""
+        """Whether its UNet takes SDXL's added conditioning; where only text is encoded, whether it has both."""
+        if "unet" not in self.modules:
+            return "text_encoder_2" in self.modules
         return self.config("unet").get("addition_embed_type") == "text_time"
 
     @property
@@ -96,11 +100,13 @@ class LiveModel:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent."""
-        return vae_scale_factor(self.config("vae"))
+        """Pixels per latent; 8 where the pipeline has no VAE that engines know."""
+        return vae_scale_factor(self.config("vae")) if "vae" in self.modules else SIZE_MULTIPLE
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the UNet was trained for."""
+        if "unet" not in self.modules:
+            return trained_size({}, self.vae_scale_factor)
         return trained_size(self.config("unet"), self.vae_scale_factor)
 
     def config(self, part: str) -> dict[str, Any]:
@@ -143,6 +149,11 @@ class LiveModel:
         part = "vae" if component in HALVES else component
         self.check_has(part)
         return self.modules[part]
+
+
+def _is_usual_vae(module: Any) -> bool:
+    """Whether a VAE is of one of the classes that engines know, or of a child of theirs."""
+    return any(base.__name__ in VAE_CLASSES for base in type(module).__mro__)
 
 
 def _is_controlnet(module: Any) -> bool:
@@ -206,13 +217,13 @@ def component_tensors(module: torch.nn.Module, component: Component) -> dict[str
     """The tensors that a component computes with, by diffusers' names: of a VAE those of one half.
 
     Versions of transformers differ in a prefix and in whether they store the positions, so both are left out. So are
-    the tensors of adapters, which peft puts around layers.
+    the tensors of adapters, which peft puts around layers, and of projections that diffusers fused.
     """
     halves = HALVES.get(component)
     return {
         name.removeprefix("text_model."): tensor
         for name, tensor in own_state(module).items()
-        if (halves is None or name.startswith(halves)) and not name.endswith("position_ids")
+        if (halves is None or name.startswith(halves)) and not (name.endswith("position_ids") or is_fused(name))
     }
 
 

@@ -5,6 +5,7 @@ Knows pipelines as `accelerate` and `load` leave them, and changes nothing of th
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import part_of
+from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import opened
-from sdtrt.pipeline.accepted import check_pipeline, takes_images
+from sdtrt.pipeline.accepted import check_pipeline, takes_images, vae_in_pytorch
 from sdtrt.pipeline.controlnets import IN_PYTORCH, PART
-from sdtrt.pipeline.swap import METHODS, swapped_of
+from sdtrt.pipeline.swap import METHODS, Swapped, swapped_of
 from sdtrt.specs import Component
 
 PYTORCH = "PyTorch"
@@ -39,7 +41,7 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class PartStatus:
-    """What runs a part of a pipeline: engines, or PyTorch, and why that."""
+    """What runs a part of a pipeline: engines, or PyTorch, and why that; PyTorch beside engines that may not run it."""
 
     part: str
     engines: tuple[EngineStatus, ...] = ()
@@ -48,7 +50,7 @@ class PartStatus:
     @property
     def is_in_engine(self) -> bool:
         """Whether engines run it."""
-        return bool(self.engines)
+        return bool(self.engines) and not self.reason
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Status:
     def __str__(self) -> str:
         rows = [("part", "runs in", "precision", "sizes", "engine, or why not")]
         for part in self.parts:
+            rows += [(part.part, PYTORCH, "", "", part.reason)] if part.reason else []
             rows += [(part.part, one.backend, one.precision, one.sizes, one.name) for one in part.engines]
-            rows += [] if part.engines else [(part.part, PYTORCH, "", "", part.reason)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
         return "\n".join((self.pipeline, *lines))
@@ -87,7 +89,7 @@ def status(pipe: Any) -> Status:
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
     refusal = "" if engines else _refusal(pipe)
     found = [
-        PartStatus(name, there := engines.get(name, ()), "" if there else _reason(pipe, name, refusal))
+        PartStatus(name, there := engines.get(name, ()), _reason(pipe, name, refusal, is_there=bool(there)))
         for name in parts
     ]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
@@ -109,15 +111,29 @@ def _engine_status(entry: Entry) -> EngineStatus:
     return EngineStatus(entry.name, key.backend, key.precision, sizes or "any")
 
 
-def _reason(pipe: Any, component: Component, refusal: str) -> str:
-    """Why PyTorch runs a component."""
+def _reason(pipe: Any, component: Component, refusal: str, *, is_there: bool) -> str:
+    """Why PyTorch runs a component; empty where engines do."""
+    if is_there:
+        return _why_left(swapped_of(pipe).get(component))
     if refusal:
         return refusal
+    if part_of(component) == "vae" and (why := vae_in_pytorch(LiveModel.of(pipe))):
+        return why
     if component == "vae_encoder" and not takes_images(pipe):
         return "this pipeline encodes no images"
     if component == PART and "unet" in swapped_of(pipe):
         return IN_PYTORCH
     return "not among the components of sdtrt.accelerate" if swapped_of(pipe) else "sdtrt.accelerate was not called"
+
+
+def _why_left(swapped: Swapped | None) -> str:
+    """Why PyTorch runs what has engines; what would be an error at the next call is not looked at."""
+    if swapped is None:
+        return ""
+    with swapped.settings.lock:
+        with contextlib.suppress(SdtrtError):
+            swapped.find_left(looks=True)
+        return swapped.left.reason
 
 
 def _refusal(pipe: Any) -> str:
