@@ -41,16 +41,21 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class PartStatus:
-    """What runs a part of a pipeline: engines, or PyTorch, and why that; PyTorch beside engines that may not run it."""
+    """What runs a part of a pipeline: engines, or PyTorch, and why that.
+
+    Args:
+        is_left: PyTorch runs it although it has engines, for the reason.
+    """
 
     part: str
     engines: tuple[EngineStatus, ...] = ()
     reason: str = ""
+    is_left: bool = False
 
     @property
     def is_in_engine(self) -> bool:
         """Whether engines run it."""
-        return bool(self.engines) and not self.reason
+        return bool(self.engines) and not self.is_left
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Status:
     def __str__(self) -> str:
         rows = [("part", "runs in", "precision", "sizes", "engine, or why not")]
         for part in self.parts:
-            rows += [(part.part, PYTORCH, "", "", part.reason)] if part.reason else []
+            rows += [] if part.is_in_engine else [(part.part, PYTORCH, "", "", part.reason)]
             rows += [(part.part, one.backend, one.precision, one.sizes, one.name) for one in part.engines]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -88,10 +93,7 @@ def status(pipe: Any) -> Status:
     engines |= {name: (_engine_status(entry),) for name, entry in opened.entries(pipe).items()}
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
     refusal = "" if engines else _refusal(pipe)
-    found = [
-        PartStatus(name, there := engines.get(name, ()), _reason(pipe, name, refusal, is_there=bool(there)))
-        for name in parts
-    ]
+    found = [_part_status(pipe, name, engines.get(name, ()), refusal) for name in parts]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
     found += [
         PartStatus(name, (), "no engine runs such a part")
@@ -111,10 +113,15 @@ def _engine_status(entry: Entry) -> EngineStatus:
     return EngineStatus(entry.name, key.backend, key.precision, sizes or "any")
 
 
-def _reason(pipe: Any, component: Component, refusal: str, *, is_there: bool) -> str:
-    """Why PyTorch runs a component; empty where engines do."""
-    if is_there:
-        return _why_left(swapped_of(pipe).get(component))
+def _part_status(pipe: Any, component: Component, engines: tuple[EngineStatus, ...], refusal: str) -> PartStatus:
+    if not engines:
+        return PartStatus(component, (), _reason(pipe, component, refusal))
+    left = _why_left(swapped_of(pipe).get(component))
+    return PartStatus(component, engines, left, bool(left))
+
+
+def _reason(pipe: Any, component: Component, refusal: str) -> str:
+    """Why PyTorch runs a component that has no engine."""
     if refusal:
         return refusal
     if part_of(component) == "vae" and (why := vae_in_pytorch(LiveModel.of(pipe))):
