@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NotInEngineError,
         OutputError,
         SdtrtError,
+        UnservedCallError,
         UsageError,
     )
     from sdtrt.engines.directory import EngineDirectory
@@ -52,6 +53,7 @@ __all__ = [
     "Profile",
     "SdtrtError",
     "Sizes",
+    "UnservedCallError",
     "UsageError",
     "accelerate",
     "build",

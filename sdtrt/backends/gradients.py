@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from sdtrt.common.errors import EngineError
+from sdtrt.common.errors import UnservedCallError
 from sdtrt.specs import Component
 
 
 def refuse_gradients(component: Component, inputs: Mapping[str, Any]) -> None:
-    """Raise `EngineError` for inputs of an engine through which a derivative is asked for, backward or forward.
+    """Raise `UnservedCallError` for inputs of an engine through which a derivative is asked for, backward or forward.
 
     Under `torch.no_grad()`, as in diffusers' pipelines, an input may require a gradient: none is recorded there.
     """
     names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and _is_followed(value)]
     if names:
-        raise EngineError(
+        raise UnservedCallError(
             f"{', '.join(names)}: a gradient is wanted, and none passes the engine of the {component}",
             hint="call it under torch.no_grad(). For gradients sdtrt.restore(pipe) undoes sdtrt.accelerate; otherwise"
             f" {in_pytorch(component)}",

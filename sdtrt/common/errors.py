@@ -59,6 +59,10 @@ class EngineError(SdtrtError):
     """An engine that can't be found, loaded or run."""
 
 
+class UnservedCallError(EngineError):
+    """A call with an argument that no engine has an input for, or for a gradient: the module itself could run it."""
+
+
 class NotInEngineError(EngineError, AttributeError):
     """An engine lacks what the module that it stands for has. `hasattr` finds it absent, and raises nothing."""
 

@@ -18,6 +18,7 @@ from sdtrt.common.errors import EngineError
 if TYPE_CHECKING:
     import torch
 
+FUSED = frozenset({"to_qkv", "to_kv", "to_added_qkv"})  # layers that diffusers makes of projections, beside them
 _TUNERS = "peft.tuners.tuners_utils"
 # What peft raises for layers that can't be merged: kinds without a way, grouped convolutions, biases without a place.
 _UNMERGEABLE = (NotImplementedError, RuntimeError, ValueError)
@@ -64,8 +65,22 @@ def layers_of(module: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torc
             adapters.append(layer)
             layer = layer.__dict__["_modules"]["base_layer"]
         todo[number] = layer
-        todo.extend(own for own in layer.__dict__["_modules"].values() if own is not None)
+        todo.extend(own for own in _children(layer) if own is not None)
     return todo, adapters
+
+
+def _children(layer: torch.nn.Module) -> Iterable[torch.nn.Module | None]:
+    """A layer's own layers; not those that `fuse_qkv_projections` makes of others, and `unfuse` leaves there."""
+    own: dict[str, Any] = layer.__dict__
+    children: dict[str, torch.nn.Module | None] = own["_modules"]
+    if own.get("fused_projections"):
+        return [one for name, one in children.items() if name not in FUSED]
+    return children.values()
+
+
+def is_fused(name: str) -> bool:
+    """Whether a tensor is one that `fuse_qkv_projections` made of others."""
+    return not FUSED.isdisjoint(name.split("."))
 
 
 def adapters_of(module: torch.nn.Module) -> list[Any]:

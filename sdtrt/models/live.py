@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.errors import ModelError, SdtrtError
-from sdtrt.models.adapters import own_state
+from sdtrt.models.adapters import is_fused, own_state
 from sdtrt.models.image_prompts import PROJECTION, drop_projection, plain_processors
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.specs import Component, ModelSpec, Precision
+from sdtrt.specs import SIZE_MULTIPLE, Component, ModelSpec, Precision
 from sdtrt.specs.contract import (
     DTYPES,
+    VAE_CLASSES,
     editing_channels,
     latent_channels_of,
     pooled_width,
@@ -77,6 +78,8 @@ class LiveModel:
     def of(cls, pipe: Any) -> LiveModel:
         """The model of a pipeline, as its modules are at this moment."""
         modules = {name: module for name in MODULES if (module := getattr(pipe, name, None)) is not None}
+        if "vae" in modules and not _is_usual_vae(modules["vae"]):
+            del modules["vae"]
         if _is_controlnet(control := getattr(pipe, CONTROLNET, None)):
             modules[CONTROLNET] = control
         name = str(getattr(pipe, "name_or_path", None) or "")
@@ -94,7 +97,9 @@ class LiveModel:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether its UNet takes SDXL's added conditioning."""
+        """Whether its UNet takes SDXL's added conditioning; where only text is encoded, whether it has both."""
+        if "unet" not in self.modules:
+            return "text_encoder_2" in self.modules
         return self.config("unet").get("addition_embed_type") == "text_time"
 
     @property
@@ -110,11 +115,13 @@ class LiveModel:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent."""
-        return vae_scale_factor(self.config("vae"))
+        """Pixels per latent; 8 where the pipeline has no VAE that engines know."""
+        return vae_scale_factor(self.config("vae")) if "vae" in self.modules else SIZE_MULTIPLE
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the UNet was trained for."""
+        if "unet" not in self.modules:
+            return trained_size({}, self.vae_scale_factor)
         return trained_size(self.config("unet"), self.vae_scale_factor)
 
     def config(self, part: str) -> dict[str, Any]:
@@ -157,6 +164,11 @@ class LiveModel:
         part = "vae" if component in HALVES else component
         self.check_has(part)
         return self.modules[part]
+
+
+def _is_usual_vae(module: Any) -> bool:
+    """Whether a VAE is of one of the classes that engines know, or of a child of theirs."""
+    return any(base.__name__ in VAE_CLASSES for base in type(module).__mro__)
 
 
 def _is_controlnet(module: Any) -> bool:
@@ -219,14 +231,15 @@ def component_tensors(module: torch.nn.Module, component: Component) -> dict[str
     """The tensors that a component computes with, by diffusers' names: of a VAE those of one half.
 
     Versions of transformers differ in a prefix and in whether they store the positions, so both are left out. So are
-    the tensors of adapters, which peft puts around layers, and what makes tokens of images for IP-Adapters.
+    the tensors of adapters, which peft puts around layers, of projections that diffusers fused, and of what makes tokens
+    of images for IP-Adapters.
     """
     halves = HALVES.get(component)
     return {
         name.removeprefix("text_model."): tensor
         for name, tensor in own_state(module).items()
         if (halves is None or name.startswith(halves))
-        and not (name.endswith("position_ids") or name.startswith(f"{PROJECTION}."))
+        and not (name.endswith("position_ids") or name.startswith(f"{PROJECTION}.") or is_fused(name))
     }
 
 

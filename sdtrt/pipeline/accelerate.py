@@ -25,7 +25,14 @@ from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened, pixels
-from sdtrt.pipeline.accepted import check_pipeline, choose_backend, takes_images
+from sdtrt.pipeline.accepted import (
+    check_pipeline,
+    choose_backend,
+    engine_pixels,
+    refuse_vae,
+    takes_images,
+    vae_in_pytorch,
+)
 from sdtrt.pipeline.controlnets import groups_of, refuse_wanted
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
@@ -73,7 +80,10 @@ def accelerate(
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet` or `vae_decoder`; None for all that the pipeline calls.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
-        on_miss: at a call whose size no engine has, `build` one, have `torch` run the module, or raise an `error`.
+        on_miss: at a call whose size no engine has, `build` builds one and says so, `torch` runs the module itself and
+            says so once, `error` raises an `EngineError`. With `torch` the module runs as well where no engine may:
+            changed weights, another dtype, FreeU, hooks, offloading, arguments without an input. With the others those
+            are an `EngineError`.
         progress: say on stderr what is built.
 
     Raises:
@@ -157,10 +167,15 @@ class _Choices:
         groups: tuple[Group, ...],
     ) -> EngineRequest:
         """The engines that a pipeline needs."""
-        height, width = model.default_size()
+        height, width = (engine_pixels(model, own) for own in self._size(model))
         images = self.batch_size
-        sizes = unet_sizes(model, images, self.height or height, self.width or width, guidance=self.guidance)
+        sizes = unet_sizes(model, images, height, width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
+
+    def _size(self, model: LiveModel) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = model.default_size()
+        return self.height or height, self.width or width
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,7 @@ class _Plan:
 def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     """Settle everything before anything changes."""
     model = check_pipeline(pipe)
-    device = next(pipe.unet.parameters()).device
+    device = next(_main_module(model).parameters()).device
     name = _backend(pipe, model, choices, device, console)
     backend = registry.get(name)
     precision = choices.precision or backend.default_precision()
@@ -197,6 +212,11 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
         backend.check_groups(request.groups_of(component))
         refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
     return _Plan(model, request, settings, {part: one for part, one in there.items() if part in wanted})
+
+
+def _main_module(model: LiveModel) -> torch.nn.Module:
+    """The UNet; of a pipeline that only encodes text, a text encoder."""
+    return model.modules["unet"] if "unet" in model.modules else next(iter(model.modules.values()))
 
 
 def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.device, console: Console) -> BackendName:
@@ -230,11 +250,12 @@ def _components(
     """The components that engines are to run: those named, else all that the pipeline calls, and what runs in one."""
     if names is not None:
         refuse_wanted(pipe, model.parts, names)
+        refuse_vae(model, names)
         return choose_components(model, list(names))
     own = (
         name for name in choose_components(model, ()) if name != "vae_encoder" or takes_images(pipe) or name in there
     )
-    return tuple(own)
+    return tuple(name for name in own if part_of(name) != "vae" or not vae_in_pytorch(model))
 
 
 def _swap(pipe: Any, plan: _Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import diffusers
@@ -12,6 +12,7 @@ import transformers
 
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
+from sdtrt.models.components import TEXT_ENCODERS, part_of
 from sdtrt.models.image_prompts import projection_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline.controlnets import check_controlnets, groups_of
@@ -19,8 +20,8 @@ from sdtrt.pipeline.facades import Facade
 from sdtrt.pipeline.t2i_adapters import PART as ADAPTER
 from sdtrt.pipeline.t2i_adapters import adapters_of, check_adapters
 from sdtrt.pipeline.watch import moved_by
-from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName
-from sdtrt.specs.contract import editing_channels, inpainting_channels
+from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName, Component
+from sdtrt.specs.contract import VAE_CLASSES, editing_channels, inpainting_channels
 
 TAKEN = (
     "Stable Diffusion 1.x, 2.x and XL pipelines from text, from an image, for inpainting and edits,"
@@ -55,6 +56,8 @@ def check_pipeline(pipe: Any) -> LiveModel:
     for part, classes in CLASSES.items():
         _check_part(name, part, getattr(pipe, part, None), classes)
     model = LiveModel.of(pipe)
+    if not hasattr(pipe, "unet") or not {"unet", *TEXT_ENCODERS} & model.modules.keys():
+        raise EngineError(f"{name} has no unet", hint=HINT)
     _check_shapes(name, pipe, model)
     check_controlnets(name, pipe, HINT)
     check_adapters(name, pipe)
@@ -64,8 +67,6 @@ def check_pipeline(pipe: Any) -> LiveModel:
 def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) -> None:
     """Refuse a part that is of another class, computes otherwise, or is somebody else's to move or compile."""
     if module is None:
-        if part in ("unet", "vae"):
-            raise EngineError(f"{name} has no {part}", hint=HINT)
         return
     if isinstance(module, Facade):
         raise EngineError(
@@ -73,6 +74,8 @@ def _check_part(name: str, part: str, module: Any, classes: tuple[type, ...]) ->
             hint="sdtrt.load(..., height=..., width=...) opens one for another size",
         )
     base = next((one for one in classes if isinstance(module, one)), None)
+    if base is None and part == "vae" and isinstance(module, diffusers.ModelMixin):
+        return  # PyTorch runs it
     if base is None:
         compiled = "; pass it before torch.compile" * hasattr(module, "_orig_mod")
         wanted = " or ".join(one.__name__ for one in classes)
@@ -110,7 +113,11 @@ def edits(pipe: Any) -> bool:
 
 
 def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
-    """Refuse UNets of other inputs, and VAEs of another factor."""
+    """Refuse UNets of other inputs, and VAEs of other channels."""
+    if "vae" in model.modules:
+        _check_vae(name, model.config("vae"))
+    if "unet" not in model.modules:
+        return
     config = model.config("unet")
     taken = (CHANNELS, inpainting_channels(CHANNELS)) if takes_masks(pipe) else (CHANNELS,)
     if edits(pipe):
@@ -124,13 +131,37 @@ def _check_shapes(name: str, pipe: Any, model: LiveModel) -> None:
         raise EngineError(f"the unet of {name} has projected states that are no IP-Adapter's ({kind})", hint=HINT)
     if config.get("attention_type", "default") != "default":
         raise EngineError(f"the unet of {name} has {config['attention_type']} attention", hint=HINT)
-    vae = model.config("vae")
-    if model.vae_scale_factor != SIZE_MULTIPLE or (vae["in_channels"], vae["out_channels"]) != (3, 3):
+
+
+def _check_vae(name: str, config: Mapping[str, Any]) -> None:
+    if (config["in_channels"], config["out_channels"]) != (3, 3):
         raise EngineError(
-            f"the vae of {name} has a factor of {model.vae_scale_factor}, {vae['in_channels']} channels in and"
-            f" {vae['out_channels']} out; engines need {SIZE_MULTIPLE}, 3 and 3",
+            f"the vae of {name} has {config['in_channels']} channels in and {config['out_channels']} out;"
+            " engines need 3 and 3",
             hint=HINT,
         )
+
+
+def vae_in_pytorch(model: LiveModel) -> str:
+    """Why PyTorch runs a VAE whatever is asked for; empty where engines may."""
+    if not {"vae", "unet"} <= model.modules.keys():
+        return f"engines run {' and '.join(VAE_CLASSES)}, beside a unet"
+    factor = model.vae_scale_factor
+    return "" if factor == SIZE_MULTIPLE else f"engines need a VAE of factor {SIZE_MULTIPLE}, this has {factor}"
+
+
+def refuse_vae(model: LiveModel, names: Iterable[Component]) -> None:
+    """Raise `EngineError` where engines are asked for of a VAE that PyTorch alone runs."""
+    if any(part_of(name) == "vae" for name in names) and (why := vae_in_pytorch(model)):
+        raise EngineError(
+            f"no engine runs the vae of {model.name}: {why}",
+            hint="leave vae_decoder and vae_encoder out of components=: PyTorch runs them, beside engines of the rest",
+        )
+
+
+def engine_pixels(model: LiveModel, pixels: int) -> int:
+    """What a side of an image counts in engines, which take each latent for 8 pixels, whatever the VAE makes of it."""
+    return pixels * SIZE_MULTIPLE // model.vae_scale_factor
 
 
 def choose_backend(choice: BackendName, device: torch.device) -> tuple[BackendName, str]:

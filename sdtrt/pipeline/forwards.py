@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.session import Session
 from sdtrt.backends.unchanged import TensorSnapshot
-from sdtrt.common.errors import EngineError, NotInEngineError
+from sdtrt.common.errors import EngineError, NotInEngineError, UnservedCallError
 from sdtrt.pipeline.residuals import adapter_feeds, residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, GUIDANCE_EMBEDDING, Contract
 from sdtrt.specs.groups import adapter_names, residual_names
@@ -323,10 +323,10 @@ def _per_row(timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tens
 
 
 def _refuse_unsupported(part: str, way_out: str, /, **arguments: object) -> None:
-    """Raise `EngineError` naming the arguments that are in use."""
+    """Raise `UnservedCallError` naming the arguments that are in use."""
     used = [name for name, value in arguments.items() if value is not None]
     if used:
-        raise EngineError(
+        raise UnservedCallError(
             f"the engine of the {part} has no input for {', '.join(used)}",
             hint=f"{way_out} for ControlNet, IP-Adapter, LoRA scales and attention masks",
         )

@@ -5,6 +5,7 @@ Knows pipelines as `accelerate` and `load` leave them, and changes nothing of th
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import VAE_HALVES, part_of
+from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import opened
-from sdtrt.pipeline.accepted import check_pipeline, takes_images
+from sdtrt.pipeline.accepted import check_pipeline, takes_images, vae_in_pytorch
 from sdtrt.pipeline.controlnets import IN_PYTORCH, PART
-from sdtrt.pipeline.swap import METHODS, swapped_of
+from sdtrt.pipeline.swap import METHODS, Swapped, swapped_of
 from sdtrt.pipeline.tiles import tile_pixels
 from sdtrt.specs import Component
 
@@ -41,16 +43,21 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class PartStatus:
-    """What runs a part of a pipeline: engines, or PyTorch, and why that; of a VAE in engines, how it cuts pictures."""
+    """What runs a part of a pipeline: engines, or PyTorch, and why that; of a VAE in engines, how it cuts pictures.
+
+    Args:
+        is_left: PyTorch runs it although it has engines, for the reason.
+    """
 
     part: str
     engines: tuple[EngineStatus, ...] = ()
     reason: str = ""
+    is_left: bool = False
 
     @property
     def is_in_engine(self) -> bool:
         """Whether engines run it."""
-        return bool(self.engines)
+        return bool(self.engines) and not self.is_left
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,9 @@ class Status:
     def __str__(self) -> str:
         rows = [("part", "runs in", "precision", "sizes", "engine, or why not")]
         for part in self.parts:
-            why = f" ({part.reason})" if part.reason else ""
+            rows += [] if part.is_in_engine else [(part.part, PYTORCH, "", "", part.reason)]
+            why = f" ({part.reason})" if part.reason and part.is_in_engine else ""
             rows += [(part.part, one.backend, one.precision, one.sizes, one.name + why) for one in part.engines]
-            rows += [] if part.engines else [(part.part, PYTORCH, "", "", part.reason)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
         return "\n".join((self.pipeline, *lines))
@@ -91,10 +98,7 @@ def status(pipe: Any) -> Status:
         engines[component] = (*engines.get(component, ()), _engine_status(entry))
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
     refusal = "" if engines else _refusal(pipe)
-    found = [
-        PartStatus(name, there := engines.get(name, ()), _tiles(pipe, name) if there else _reason(pipe, name, refusal))
-        for name in parts
-    ]
+    found = [_part_status(pipe, name, engines.get(name, ()), refusal) for name in parts]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
     found += [
         PartStatus(name, (), ONCE if name == "image_encoder" else "no engine runs such a part")
@@ -120,15 +124,34 @@ def _engine_status(entry: Entry) -> EngineStatus:
     return EngineStatus(entry.name, key.backend, key.precision, sizes or "any")
 
 
+def _part_status(pipe: Any, component: Component, engines: tuple[EngineStatus, ...], refusal: str) -> PartStatus:
+    if not engines:
+        return PartStatus(component, (), _reason(pipe, component, refusal))
+    left = _why_left(swapped_of(pipe).get(component))
+    return PartStatus(component, engines, left or _tiles(pipe, component), bool(left))
+
+
 def _reason(pipe: Any, component: Component, refusal: str) -> str:
-    """Why PyTorch runs a component."""
+    """Why PyTorch runs a component that has no engine."""
     if refusal:
         return refusal
+    if part_of(component) == "vae" and (why := vae_in_pytorch(LiveModel.of(pipe))):
+        return why
     if component == "vae_encoder" and not takes_images(pipe):
         return "this pipeline encodes no images"
     if component == PART and "unet" in swapped_of(pipe):
         return IN_PYTORCH
     return "not among the components of sdtrt.accelerate" if swapped_of(pipe) else "sdtrt.accelerate was not called"
+
+
+def _why_left(swapped: Swapped | None) -> str:
+    """Why PyTorch runs what has engines; what would be an error at the next call is not looked at."""
+    if swapped is None:
+        return ""
+    with swapped.settings.lock:
+        with contextlib.suppress(SdtrtError):
+            swapped.find_left(looks=True)
+        return swapped.left.reason
 
 
 def _refusal(pipe: Any) -> str:

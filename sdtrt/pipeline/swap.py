@@ -21,7 +21,7 @@ from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
 from sdtrt.common.console import Console
-from sdtrt.common.errors import EngineError
+from sdtrt.common.errors import EngineError, UnservedCallError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
@@ -35,6 +35,7 @@ from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import EncodedText, UNetForward
 from sdtrt.pipeline.image_prompts import ImagePrompts
+from sdtrt.pipeline.left import Left
 from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -67,6 +68,7 @@ FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first a
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 AFTER_USUAL, AFTER_RESIDUALS = 8, 10  # their places among a UNet's arguments
 ADAPTER = "down_intrablock_additional_residuals"  # the argument after those
+_OTHER_TOKENS = "its token table is another one (textual inversion)"
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
 _SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
@@ -151,6 +153,7 @@ class Swapped:
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
+        self.left = Left(self._may_leave)
         own = getattr(type(module), self.method)
         functools.update_wrapper(self, own)
         parameters = list(inspect.signature(own).parameters.values())[1:]
@@ -189,31 +192,59 @@ class Swapped:
 
         A GPU computes on when its work is launched: what may take time comes after that.
         """
-        self._check_place()
-        refuse_training(self.component, self.module)
-        if not self.has_its_tokens():
-            self.watch.stop()
-            self._say(f"{self.component}: PyTorch runs it, as its token table is another one (textual inversion)")
-            return self.in_pytorch(*args, **kwargs)
-        self._take_image_prompts()
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
         if is_first and states is not None:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
+        self.find_left(looks=looks)
+        opened, result = None, None
+        own, cut, named = self.prompts.take(args, kwargs)
+        if not self.left:
+            opened = self._opened_for(sizes, (*_groups_of_call(self.component, cut, named), *own))
+        if opened is not None:
+            with self.left.where_refused(UnservedCallError):
+                result = opened.call(*cut, **named)
+            if looks:
+                self._look()
+        if opened is None or self.left:
+            result = self.in_pytorch(*args, **kwargs)
         if looks:
-            refuse_changes(self.module, self.component, merges=self.bound is not None)
-        given, named = args, kwargs
-        own, args, kwargs = self.prompts.take(args, kwargs)
-        groups = (*_groups_of_call(self.component, args, kwargs), *own)
+            self._steps.seen(states)
+        self._read(begins=is_first and opened is not None and not self.left)
+        return result
+
+    def find_left(self, *, looks: bool) -> None:
+        """Find why no engine may run the component, if so. Raise that, but for `on_miss="torch"`.
+
+        Args:
+            looks: look at the whole module; else only at what takes no time.
+        """
+        with self.left.where_refused():
+            _check_place(self, self.module)
+            refuse_training(self.component, self.module)
+            self._take_image_prompts()
+            if looks:
+                was_left = bool(self.left)
+                refuse_changes(self.module, self.component, merges=self.bound is not None)
+                self.left.reason = ""
+                if was_left:
+                    self.watch.look(self.module)
+        if not self.left and not self.has_its_tokens():
+            self.watch.stop()
+            self.left.reason = _OTHER_TOKENS
+            self._say(f"{self.component}: PyTorch runs it, as {_OTHER_TOKENS}")
+
+    def _look(self) -> None:
+        """Look whether the weights are the engine's."""
+        with self.left.where_refused():
+            self.watch.look(self.module)
+
+    def _opened_for(self, sizes: Sizes, groups: tuple[Group, ...]) -> Opened | None:
+        """The engine for a call; None where PyTorch is to run it."""
         opened = self.fitting(sizes, groups)
         if opened is None:
-            self.watch.look(self.module)
-            opened = self._on_miss(sizes, groups)
-        result = self.in_pytorch(*given, **named) if opened is None else opened.call(*args, **kwargs)
-        if looks:
-            self.watch.look(self.module)
-            self._steps.seen(states)
-        self._read(begins=is_first and opened is not None)
-        return result
+            self._look()
+            opened = None if self.left else self._on_miss(sizes, groups)
+        return opened
 
     def _take_image_prompts(self) -> None:
         """Go on with the IP-Adapters that the UNet has now: its other engines are closed, but for those that serve.
@@ -288,21 +319,6 @@ class Swapped:
             self._say(f"{self.component}: PyTorch computes the states of other layers (clip_skip)")
             return self.in_pytorch(*args, **kwargs)
 
-    def _check_place(self) -> None:
-        """Raise `EngineError` where the module is no longer where its engine is."""
-        module = self.module
-        if module.__dict__.get(self.method) is not self or moved_by(module) is not None:
-            raise EngineError(
-                f"the {self.component} got hooks (offloading?) after sdtrt.accelerate: engines stay where they are",
-                hint="pipe.remove_all_hooks(), then sdtrt.restore(pipe); offloading works in PyTorch alone",
-            )
-        device = next(module.parameters()).device
-        if device.type != self.settings.device.type:
-            raise EngineError(
-                f"the {self.component} is on {device.type} by now, its engine on {self.settings.device.type}",
-                hint=f"pipe.to({str(self.settings.device)!r}) takes it back; {WAY_OUT}",
-            )
-
     def _on_miss(self, sizes: Sizes, groups: tuple[Group, ...]) -> Opened | None:
         """The engine for a call of a size, or with inputs, that no open one has, by `on_miss`; None for PyTorch."""
         name = " with inputs for ".join((self.component, *groups))
@@ -340,6 +356,13 @@ class Swapped:
     def _describe(self, sizes: Sizes) -> str:
         return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
 
+    def _may_leave(self, error: EngineError) -> bool:
+        """Whether PyTorch may run what engines refuse, which it says."""
+        if self.settings.on_miss != "torch":
+            return False
+        self._say(f"{self.component}: PyTorch runs it: {error.message}")
+        return True
+
     def _say(self, text: str) -> None:
         if text not in self._said:
             self.settings.console.note(text)
@@ -356,7 +379,7 @@ class Swapped:
         if any(one.entry.path == entry.path for one in self.engines):
             return
         session = open_session(entry, self.settings.device, self.scratch)
-        self.engines.append(Opened(entry, session, self._call_of(session, entry.engine_key.profiles)))
+        self.engines.append(Opened(entry, session, _call_of(self, session, entry.engine_key.profiles)))
         if self.bound is not None:
             self._follow(self.engines[-1])
 
@@ -365,22 +388,6 @@ class Swapped:
         assert self.bound is not None
         session: Any = opened.session
         self.engines[-1] = replace(opened, call=self.bound.following(session, self._module, opened.call))
-
-    def _call_of(self, session: Session[torch.Tensor], profiles: Sequence[Profile]) -> Callable[..., Any]:
-        """The module's method, by a session."""
-        device = self.settings.device
-        if self.component == "unet":
-            return UNetForward(session, session.contract, device, IN_PYTORCH)
-        if self.component == "controlnet":
-            return ControlNetForward(session, device, IN_PYTORCH)
-        if self.component in TEXT_ENCODERS:
-            return encodes(session, device, self._module, profiles, IN_PYTORCH)
-        config: Any = self.module.config
-        if self.component == "vae_decoder":
-            return VaeFacade(config, device, decoder=session).decode
-        facade = VaeFacade(config, device, encoder=session)
-        facade.encode_one_by_one()
-        return facade.encode
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
@@ -465,6 +472,38 @@ def _watch_over(
     model = settings.model
     precision = registry.get(settings.backend).precision_of(model, component, settings.precision)
     return WeightsWatch(module, component, precision, digest or model.digest(component, precision))
+
+
+def _call_of(swapped: Swapped, session: Session[torch.Tensor], profiles: Sequence[Profile]) -> Callable[..., Any]:
+    """A module's method, by a session."""
+    component, device, module = swapped.component, swapped.settings.device, swapped.module
+    if component == "unet":
+        return UNetForward(session, session.contract, device, IN_PYTORCH)
+    if component == "controlnet":
+        return ControlNetForward(session, device, IN_PYTORCH)
+    if component in TEXT_ENCODERS:
+        return encodes(session, device, ref(module), profiles, IN_PYTORCH)
+    config: Any = module.config
+    if component == "vae_decoder":
+        return VaeFacade(config, device, decoder=session).decode
+    facade = VaeFacade(config, device, encoder=session)
+    facade.encode_one_by_one()
+    return facade.encode
+
+
+def _check_place(swapped: Swapped, module: torch.nn.Module) -> None:
+    """Raise `EngineError` where a module is no longer where its engine is."""
+    component, device = swapped.component, next(module.parameters()).device
+    if module.__dict__.get(swapped.method) is not swapped or moved_by(module) is not None:
+        raise EngineError(
+            f"the {component} got hooks (offloading?) after sdtrt.accelerate: engines stay where they are",
+            hint="pipe.remove_all_hooks(), then sdtrt.restore(pipe); offloading works in PyTorch alone",
+        )
+    if device.type != swapped.settings.device.type:
+        raise EngineError(
+            f"the {component} is on {device.type} by now, its engine on {swapped.settings.device.type}",
+            hint=f"pipe.to({str(swapped.settings.device)!r}) takes it back; {WAY_OUT}",
+        )
 
 
 def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tensor | None) -> Sizes:

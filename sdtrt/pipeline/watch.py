@@ -29,7 +29,7 @@ WAY_OUT = (
 # Those of IP-Adapters are in engines (`image_prompts`).
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", *PROCESSORS)
 _FREE_U = ("s1", "s2", "b1", "b2")
-_MARKS = frozenset({"_hf_hook", "_diffusers_hook", "processor", "fused_projections", *_FREE_U})
+_MARKS = frozenset({"_hf_hook", "_diffusers_hook", "processor", *_FREE_U})
 
 Place = tuple[int, int, int, torch.dtype, torch.device]  # object, address, version, dtype, device
 
@@ -212,9 +212,9 @@ def _refuse_marks(layer: torch.nn.Module, component: Component) -> None:
         )
     processor = own.get("processor") or own["_modules"].get("processor")
     if processor is not None and type(processor).__name__ not in PLAIN_PROCESSORS:
-        raise _refusal(component, f"the attention processor {type(processor).__name__}", "set_attn_processor")
-    if own.get("fused_projections"):
-        raise _refusal(component, "fused projections", "pipe.unfuse_qkv_projections()")
+        name = type(processor).__name__
+        mend = "pipe.unfuse_qkv_projections()" if name.startswith("Fused") else "set_attn_processor"
+        raise _refusal(component, f"the attention processor {name}", mend)
     if any(own.get(word) is not None for word in _FREE_U):
         raise _refusal(component, "FreeU", "pipe.disable_freeu()")
 

@@ -531,6 +531,8 @@ def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
     assert right_share(generate(changed, directory, QUIET)) >= 0.7
 
 
+@pytest.mark.feature("Text to image", "sd1", "tensorrt86")
+@pytest.mark.feature("Image to image", "sd1", "tensorrt86")
 def test_the_whole_pipeline_in_engines(entry, directory, tmp_path, monkeypatch):
     """Nothing of the miniature is left to PyTorch, and it draws what its prompts say."""
     from sdtrt.pipeline.generate import generate

@@ -93,6 +93,7 @@ class Subclass(StableDiffusionPipeline):
     ("cls", "kind"),
     [(StableDiffusionPipeline, "sd1"), (Subclass, "sd2"), (StableDiffusionXLPipeline, "sdxl")],
 )
+@pytest.mark.feature("Text to image", "sd1 sd2 sdxl", "onnxruntime")
 def test_a_pipeline_made_in_memory_gives_its_pictures_in_engines_and_restored_to_the_last_bit(
     make, accelerate, cls, kind
 ):
@@ -121,6 +122,8 @@ def modules_of(pipe):
     return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
+@pytest.mark.feature("Image to image", "sd1", "onnxruntime")
+@pytest.mark.feature("Inpainting", "sd1", "onnxruntime")
 def test_image_and_inpainting_pipelines_encode_in_an_engine(make, accelerate):
     pipe = make(StableDiffusionImg2ImgPipeline, vae=factories.small_vae())
     inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe)
@@ -421,6 +424,7 @@ def copy_of(entry, info):
     return made
 
 
+@pytest.mark.feature("`clip_skip`", "sdxl", "onnxruntime")
 def test_states_of_other_layers_come_from_pytorch(make, accelerate):
     pipe = make(StableDiffusionXLPipeline, "sdxl")
     plain = latents(pipe, clip_skip=1)

@@ -89,6 +89,7 @@ def names(directory):
     return {entry.name for entry in directory.entries("engine")}
 
 
+@pytest.mark.feature("Text to image", "sd1", "inductor")
 def test_a_pipeline_gives_its_pictures_and_restored_to_the_last_bit(make, accelerate, directory, tmp_path):
     pipe = make()
     plain, state = latents(pipe), {name: one.clone() for name, one in pipe.unet.state_dict().items()}
@@ -175,6 +176,7 @@ def test_another_checkpoint_is_in_the_next_picture_and_back_to_the_last_bit(make
     assert names(directory) == built
 
 
+@pytest.mark.feature("ControlNet", "sd1", "inductor")
 def test_a_controlnet_and_its_scale_need_one_build_whatever_the_weights(make, accelerate, directory):
     """Its residuals are inputs of a second engine of the UNet, which shares the weights with the first."""
     pipe, plain = accelerate(make(), components=("unet",)), make()

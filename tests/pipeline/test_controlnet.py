@@ -184,6 +184,7 @@ IMAGES = {"image": PICTURE, "control_image": MAP, "strength": 0.9}
         (StableDiffusionXLControlNetInpaintPipeline, "sdxl", {**IMAGES, "mask_image": MASK}),
     ],
 )
+@pytest.mark.feature("ControlNet", "sd1 sd2 sdxl", "onnxruntime")
 def test_each_of_diffusers_pipelines_gives_its_pictures(make, accelerate, cls, kind, options):
     plain, pipe = make(cls, kind), accelerate(make(cls, kind))
     assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
@@ -270,6 +271,7 @@ def test_a_controlnet_for_another_model_is_refused_in_two_lines_before_anything_
     assert names(directory) == built
 
 
+@pytest.mark.feature("ControlNet", "sd1 sd2 sdxl", "tensorrt86", error="no engine whose unet has inputs for controlnet")
 def test_tensorrt_86_refuses_such_engines_with_the_way_out(monkeypatch):
     export, profile = ExportSpec(groups=("controlnet",)), (Profile.of(Sizes(2, 512, 512)),)
     for label, refuses in (("tensorrt 8.6.1", True), ("tensorrt 10.13.3.9", False)):

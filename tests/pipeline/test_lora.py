@@ -174,6 +174,7 @@ def test_a_lora_is_in_the_next_picture_and_gone_in_another(both, lora, no_build)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.feature("LoRA, on a live pipeline", "sd1 sdxl", "inductor")
 def test_diffusers_calls_have_their_effect_in_the_next_picture(make, accelerate, lora, no_build, kind):
     plain, pipe = make(kind), accelerate(make(kind))
     no_build()
@@ -449,6 +450,7 @@ def test_copies_and_other_pipelines_of_the_modules_have_adapters_too(both, lora)
     )
 
 
+@pytest.mark.feature("LoRA, on a live pipeline", "sd1 sd2 sdxl", "onnxruntime", error="the unet has LoRA layers")
 def test_engines_with_weights_refuse_adapters_and_name_both_ways_out(make, accelerate, lora, directory):
     pipe = make()
     pipe.load_lora_weights(lora(1, encoders=False))

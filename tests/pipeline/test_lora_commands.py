@@ -197,6 +197,7 @@ def pixels(path):
 COMMON = ("--prompt", "a red circle", "--steps", "2", "--seed", "1", "--height", "64", "--width", "64")
 
 
+@pytest.mark.feature("LoRA, `--lora`", "sd1", "inductor")
 def test_pictures_of_loras_in_pytorch_and_in_engines_without_weights(models, lora, run, tmp_path, monkeypatch):
     """And one engine for all of them, none of which `build` of an engine with weights has to make anew."""
     torch_engines.instead_of_inductor(monkeypatch)
@@ -302,6 +303,7 @@ def test_load_takes_loras_by_the_models_spec(models, lora, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.feature("LoRA, `--lora`", "sd1", "onnxruntime")
 def test_engines_with_weights_are_built_for_loras_and_say_what_that_costs(models, lora, run, tmp_path):
     engines = ("--engine-dir", str(tmp_path / "engines"), "--model", str(models["sd1"]), "--backend", "onnxruntime")
     once = ("--component", "unet", "--lora", str(lora()), "--output")

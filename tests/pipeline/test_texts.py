@@ -276,6 +276,7 @@ def ids(pipe, text, weight=1.0, end=""):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.feature("Weighted and long prompts (`--prompt-syntax webui`)", "sd1", "onnxruntime inductor")
 def test_weights_and_chunks_are_a_web_uis(make, models, backend, monkeypatch):
     torch_engines.instead_of_inductor(monkeypatch)
     pipe = opened(models)
@@ -290,6 +291,7 @@ def test_weights_and_chunks_are_a_web_uis(make, models, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.feature("Weighted and long prompts (`--prompt-syntax webui`)", "sdxl", "onnxruntime inductor")
 def test_weights_of_sdxl_are_a_web_uis(make, models, backend, monkeypatch):
     torch_engines.instead_of_inductor(monkeypatch)
     pipe = opened(models, "sdxl")
@@ -340,6 +342,7 @@ def test_what_plain_text_leaves_out_is_said_with_the_way(make):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.feature("`clip_skip`", "sd1", "onnxruntime inductor")
 def test_skipped_layers_are_diffusers(make, models, backend, monkeypatch):
     """Stable Diffusion's pipelines of diffusers fail at it with transformers 5: its states are made here by hand."""
     torch_engines.instead_of_inductor(monkeypatch)

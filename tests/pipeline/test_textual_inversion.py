@@ -56,6 +56,7 @@ def with_tokens(pipe):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@pytest.mark.feature("Textual inversion", "sd1", "onnxruntime inductor")
 def test_tokens_come_to_a_live_pipeline_and_go_without_a_build(make, backend, engine_dir, monkeypatch, capsys):
     if backend == "inductor":
         torch_engines.instead_of_inductor(monkeypatch)
@@ -88,6 +89,7 @@ def test_tokens_come_to_a_live_pipeline_and_go_without_a_build(make, backend, en
     assert torch.equal(latents(pipe), plain)
 
 
+@pytest.mark.feature("Textual inversion", "sdxl", "onnxruntime")
 def test_both_encoders_of_sdxl_look_tokens_up_in_pytorch(make, engine_dir):
     def grown(pipe):
         for number, end in enumerate(("", "_2")):
