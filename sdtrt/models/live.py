@@ -231,8 +231,8 @@ def component_tensors(module: torch.nn.Module, component: Component) -> dict[str
     """The tensors that a component computes with, by diffusers' names: of a VAE those of one half.
 
     Versions of transformers differ in a prefix and in whether they store the positions, so both are left out. So are
-    the tensors of adapters, which peft puts around layers, of projections that diffusers fused, and of what makes tokens
-    of images for IP-Adapters.
+    the tensors of adapters, which peft puts around layers, of projections that diffusers fused, and of what makes
+    tokens of images for IP-Adapters.
     """
     halves = HALVES.get(component)
     return {
