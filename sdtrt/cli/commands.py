@@ -17,7 +17,14 @@ from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
-from sdtrt.cli.image_options import GenerateOptions, InitImage, NoiseOptions
+from sdtrt.cli.image_options import (
+    GenerateOptions,
+    InitImage,
+    NoiseOptions,
+    RefinerOptions,
+    SizeOptions,
+    UpscaleOptions,
+)
 from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
@@ -85,12 +92,18 @@ def txt2img(
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
+    sizes: SizeOptions,
+    refiner: RefinerOptions,
+    upscale: UpscaleOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make images from text."""
-    _generate(generate.spec(lora.into(model.spec()), backend, noise=noise.spec()), directory, output)
+    named = lora.into(model.spec())
+    image = {"noise": noise.spec(), "conditioning": sizes.spec(), "refiner": refiner.spec(named)}
+    image |= {"upscale": upscale.spec()}
+    _generate(generate.spec(named, backend, **image), directory, output)
 
 
 @app.command()
@@ -104,13 +117,17 @@ def img2img(
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
+    sizes: SizeOptions,
+    refiner: RefinerOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make images from an image and text."""
+    named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
-    _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
+    image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named)}
+    _generate(generate.spec(named, backend, **image), directory, output)
 
 
 @app.command()
@@ -129,12 +146,13 @@ def inpaint(
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
+    sizes: SizeOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
-    image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
+    image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 

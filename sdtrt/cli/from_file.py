@@ -20,6 +20,8 @@ _OF = {
     "precision": ("backend",),
     "num_images": ("prompt", "text", "seed"),
     **dict.fromkeys(("revision", "variant", "config"), ("model",)),
+    "refiner_start": ("refiner",),
+    **dict.fromkeys(("upscaler", "upscale_steps", "upscale_strength"), ("upscale",)),
     **dict.fromkeys(("timestep_spacing",), ("scheduler",)),
 }
 

@@ -13,7 +13,10 @@ from sdtrt.cli.options import BackendOptions
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_REFINER_START,
     DEFAULT_STEPS,
+    DEFAULT_UPSCALE_STRENGTH,
+    LATENT,
     PREDICTION_TYPES,
     PROMPT_SYNTAXES,
     SCHEDULERS,
@@ -26,8 +29,11 @@ from sdtrt.specs import (
     Precision,
     PredictionType,
     PromptSyntax,
+    RefinerSpec,
     SchedulerName,
+    SizeConditioning,
     TimestepSpacing,
+    UpscaleSpec,
 )
 
 # What several commands ask about an image.
@@ -68,6 +74,68 @@ class NoiseOptions:
         )
 
 
+@dataclass(frozen=True)
+class SizeOptions:
+    """These options say what SDXL is told of an image's size."""
+
+    original_size: Annotated[
+        str | None, Option(metavar="WxH", help="SDXL: the size before scaling that it is told; by default the image's")
+    ] = None
+    crop: Annotated[
+        str | None, Option(metavar="LEFT,TOP", help="SDXL: where it is told that the image was cut out; 0,0 by default")
+    ] = None
+    target_size: Annotated[
+        str | None, Option(metavar="WxH", help="SDXL: the size that it is told to aim at; by default the image's")
+    ] = None
+
+    def spec(self) -> SizeConditioning:
+        """What is said of sizes."""
+        return SizeConditioning.parse(self.original_size, self.crop, self.target_size)
+
+
+@dataclass(frozen=True)
+class RefinerOptions:
+    """These options name an SDXL model for the last steps."""
+
+    refiner: Annotated[
+        str | None, Option(metavar="MODEL", help="an SDXL model (its refiner, usually) that does the last steps")
+    ] = None
+    refiner_start: Annotated[
+        float, Option(help="the share of the noise schedule after which the refiner takes over")
+    ] = DEFAULT_REFINER_START
+
+    def spec(self, model: ModelSpec) -> RefinerSpec | None:
+        """The refiner: looked for as its model is, and with the same VAE."""
+        if self.refiner is None:
+            return None
+        named = ModelSpec(self.refiner, variant=model.variant, offline=model.offline, vae=model.vae)
+        return RefinerSpec(named, self.refiner_start)
+
+
+@dataclass(frozen=True)
+class UpscaleOptions:
+    """These options are about a second pass at a larger size."""
+
+    upscale: Annotated[
+        float | None, Option(metavar="FACTOR", help="make the image so many times larger in a second pass (hires fix)")
+    ] = None
+    upscaler: Annotated[
+        str, Option(metavar="latent|lanczos|FILE", help="what enlarges it; FILE is of a model that spandrel reads")
+    ] = LATENT
+    upscale_steps: Annotated[
+        int | None, Option(help="denoising steps that run in the second pass; by default as many as in the first")
+    ] = None
+    upscale_strength: Annotated[float, Option(help="how much of the larger image is replaced: above 0, at most 1")] = (
+        DEFAULT_UPSCALE_STRENGTH
+    )
+
+    def spec(self) -> UpscaleSpec | None:
+        """The second pass."""
+        if self.upscale is None:
+            return None
+        return UpscaleSpec(self.upscale, self.upscaler, self.upscale_steps, self.upscale_strength)
+
+
 NoBuild = Annotated[bool, Option("--no-build", help="fail rather than build a missing engine")]
 
 
@@ -106,6 +174,9 @@ class GenerateOptions:
         Path | None, Option("--output", "-o", help="file or folder (made if missing); by default this folder")
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace an output file that exists")] = False
+    vae_tiling: Annotated[
+        bool, Option("--vae-tiling", help="decode and encode large images in tiles, by PyTorch: memory stays flat")
+    ] = False
     no_build: NoBuild = False
     component: Annotated[
         list[str] | None,
@@ -136,6 +207,7 @@ class GenerateOptions:
             embeddings=tuple(map(EmbeddingSpec.parse, self.embedding or ())),
             clip_skip=self.clip_skip,
             prompt_syntax=cast("PromptSyntax", self.prompt_syntax),
+            vae_tiling=self.vae_tiling,
             recipe=self.from_file,
             **image,
         )

@@ -81,6 +81,7 @@ def _may_serve(key: EngineKey, spec: GenerateSpec, precision: Precision) -> bool
     fitting = key.precision in ((precision, "fp32") if name in VAE_HALVES else (precision,))
     called = name in (spec.components or (name,)) and (name != "vae_encoder" or spec.init_image is not None)
     called = called and not (name in TEXT_ENCODERS and (spec.clip_skip or spec.embeddings))  # PyTorch's then
+    called = called and not (name in VAE_HALVES and spec.vae_tiling)  # PyTorch's, where the image is large
     return fitting and called and any(_known_sizes(name, spec, one) in one for one in key.profiles)
 
 

@@ -24,7 +24,10 @@ from sdtrt.specs import (
     Precision,
     PromptSyntax,
     Recipe,
+    RefinerSpec,
     SchedulerName,
+    SizeConditioning,
+    UpscaleSpec,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +66,10 @@ class GenerateOptions(TypedDict, total=False):
     embeddings: tuple[EmbeddingSpec, ...]
     clip_skip: int
     prompt_syntax: PromptSyntax
+    vae_tiling: bool
+    refiner: RefinerSpec | None
+    upscale: UpscaleSpec | None
+    conditioning: SizeConditioning
     recipe: Recipe | None
 
 

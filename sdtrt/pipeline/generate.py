@@ -20,15 +20,17 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.pipeline import images, masks, memory, prompts, recipes, saving
-from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.call import PipelineCall, generators_of
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
 from sdtrt.pipeline.jobs import Job, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.settings import metadata_of, settings_of
-from sdtrt.specs import Component, GenerateSpec
+from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.upscaling import Upscaler, open_upscaler, plan_upscale, without
+from sdtrt.specs import GenerateSpec
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class GenerateReport:
 
     Args:
         settings: what all the images have in common, as plain data: model, backend, device, precision, scheduler, …
-        engines: name and digest of the engine's entry, for each component that an engine ran.
+        engines: name and digest of the engine's entry, for each component that an engine ran; a refiner's are called
+            `refiner_unet` and the like, those of a second pass `upscale_unet`.
         load_seconds: from the request to a pipeline that is ready, with the building of an engine.
     """
 
     images: tuple[GeneratedImage, ...]
     settings: Mapping[str, Any]
-    engines: Mapping[Component, Mapping[str, str]]
+    engines: Mapping[str, Mapping[str, str]]
     load_seconds: float
 
     @property
@@ -120,19 +123,31 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         model = resolve.resolve_model(spec.model, console)
         spec = recipes.settle(spec, model)
         pipeline_spec = resolve_fastest(spec, model, directory, console, init)
+        refining, larger = plan_refiner(spec, pipeline_spec, console), plan_upscale(spec, pipeline_spec, console)
+        if spec.upscale is not None and spec.upscale.is_latent:
+            pipeline_spec = replace(pipeline_spec, components=without(pipeline_spec, "vae_decoder"))
         start = _started(spec, pipeline_spec, init, mask)
-        with open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened:
+        with (
+            open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened,
+            open_refiner(spec, refining, directory, console) as refiner,
+            open_upscaler(spec, larger, opened, directory, console) as upscaler,
+        ):
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(opened.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(spec, opened, init, mask, directory)
+                settings |= refiner_facts(spec, None if refiner is None else refiner.opened, directory)
+                settings |= upscale_facts(spec, larger, directory)
                 if spec.recipe is not None:
                     recipes.tell_differences(spec.recipe, settings, console)
                 opened.files.check()  # so that they are of the weights that were loaded
-            run = _Run(spec, opened, output, start, console, settings)
+            run = _Run(spec, opened, output, start, console, settings, refiner, upscaler)
             load_seconds = time.perf_counter() - began
             made = run.make_all(jobs)
-    facts = {name: engine_facts(entry) for name, entry in opened.entries.items()}
+    facts: dict[str, Mapping[str, str]] = {name: engine_facts(entry) for name, entry in opened.entries.items()}
+    for stage, one in (("refiner", refiner), ("upscale", upscaler)):
+        if one is not None:
+            facts |= {f"{stage}_{name}": engine_facts(entry) for name, entry in one.opened.entries.items()}
     return GenerateReport(tuple(made), run.settings, facts, load_seconds)
 
 
@@ -159,6 +174,8 @@ class _Run:
     start: Image.Image | masks.Inpainting | None
     console: Console
     settings: Mapping[str, Any]
+    refiner: Refiner | None = None
+    upscaler: Upscaler | None = None
 
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
@@ -206,16 +223,32 @@ class _Run:
         return half
 
     def _denoise(self, name: str, batch: Sequence[Job], size: int) -> list[Image.Image]:
-        """One call of the pipeline."""
-        pipe, finite = self.opened.pipe, Finite()
-        with out_of_memory(self.opened.spec, size), finite.watching(pipe):
-            call = self._call(self._filled(batch, size))
-            steps = call.count_unet_calls(self.opened)
+        """One call of the pipeline, and of its refiner or of a second pass."""
+        call = self._call(self._filled(batch, size))
+        made = self._run(self.opened, call, name, size, leaves_latents=self._leaves_latents())
+        if self.refiner is not None:
+            after = replace(call, start=made, until=None, after=self.refiner.start)
+            made = self._run(self.refiner.opened, after, "refiner", size)
+        if self.upscaler is not None:
+            made = self._run(self.upscaler.opened, self.upscaler.second(call, made), "second pass", size)
+        pictures: list[Image.Image] = self.opened.pipe.image_processor.numpy_to_pil(made[: len(batch)])
+        return [self.start.finished(one) for one in pictures] if isinstance(self.start, masks.Inpainting) else pictures
+
+    def _leaves_latents(self) -> bool:
+        """Whether something else goes on with the pipeline's latents."""
+        return self.refiner is not None or (self.upscaler is not None and self.upscaler.spec.is_latent)
+
+    def _run(
+        self, opened: OpenPipeline, call: PipelineCall, name: str, size: int, *, leaves_latents: bool = False
+    ) -> Any:
+        """Pixels, or latents, of one pipeline's call, which are finite."""
+        finite = Finite()
+        with out_of_memory(opened.spec, size), finite.watching(opened.pipe):
+            steps = call.count_unet_calls(opened)
             with self.console.bar(name, steps) as advance:
-                pixels = call.run(self.opened, advance=advance)[: len(batch)]
-        self._check_finite(finite.first_bad(), steps)
-        made: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
-        return [self.start.finished(one) for one in made] if isinstance(self.start, masks.Inpainting) else made
+                made = call.run(opened, output_type="latent" if leaves_latents else "np", advance=advance)
+        self._check_finite(finite.first_bad(), steps, opened)
+        return made
 
     def _filled(self, batch: Sequence[Job], size: int) -> Sequence[Job]:
         """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
@@ -223,12 +256,8 @@ class _Run:
 
     def _takes(self, count: int) -> bool:
         """Whether all engines take so many images at once."""
-        spec = self.opened.spec
-        fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
-        return all(
-            find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
-            for name, entry in self.opened.entries.items()
-        )
+        others = (one.opened for one in (self.refiner, self.upscaler) if one is not None)
+        return all(_takes(one, count) for one in (self.opened, *others))
 
     def _call(self, batch: Sequence[Job]) -> PipelineCall:
         """The call of the pipeline that makes a batch."""
@@ -242,13 +271,16 @@ class _Run:
             start=image,
             strength=spec.strength,
             mask=mask,
+            conditioning=spec.conditioning,
+            until=None if self.refiner is None else self.refiner.start,
+            generators=generators_of([job.seed for job in batch]),
         )
 
-    def _check_finite(self, bad: str | None, steps: int) -> None:
+    def _check_finite(self, bad: str | None, steps: int, opened: OpenPipeline) -> None:
         """Refuse an image that would come out black."""
         if bad is None:
             return
-        pipeline_spec = self.opened.spec
+        pipeline_spec = opened.spec
         where = f"{bad} of {steps}" if bad.startswith("unet") else bad
         hint = "use --precision fp32"
         if pipeline_spec.precision == "fp32":
@@ -260,3 +292,13 @@ class _Run:
             " no image was made",
             hint=hint,
         )
+
+
+def _takes(opened: OpenPipeline, count: int) -> bool:
+    """Whether all engines of a pipeline take so many images at once."""
+    spec = opened.spec
+    fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
+    return all(
+        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(name)) is not None
+        for name, entry in opened.entries.items()
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -217,10 +217,25 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = _pipeline_class(spec)(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
+    if spec.tile is not None:
+        pipe.vae.enable_tiling()
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
         refuse_as_a_whole(pipe, running.sessions)
     return pipe
+
+
+def reassembled(opened: OpenPipeline, spec: PipelineSpec) -> OpenPipeline:
+    """Another pipeline of the same modules, which PyTorch runs; `spec` differs in task, size and steps alone."""
+    assert not opened.entries
+    names = ("scheduler", "unet", "vae", *text_encoders_of(spec.model), *_tokenizer_names(spec))
+    parts = {name: getattr(opened.pipe, name) for name in names}
+    known = replace(spec, text=replace(spec.text, embeddings=()))  # the modules have them
+    return OpenPipeline(_assemble(known, parts, _Running()), spec, {}, opened.files)
+
+
+def _tokenizer_names(spec: PipelineSpec) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in text_encoders_of(spec.model)]
 
 
 def _pipeline_class(spec: PipelineSpec) -> Any:

@@ -176,6 +176,35 @@ def _vae(reading: _Reading, name: str) -> None:
         reading.options["vae"] = str(path)
 
 
+def _refiner(reading: _Reading, name: str) -> None:
+    """`title [hash]`."""
+    title = re.sub(r"\s*\[[0-9a-f]*\]$", "", reading.text.fields[name].strip())
+    path = reading.files.wanted("refiner", title, WEIGHTS, "--refiner MODEL")
+    if path is not None:
+        reading.options["refiner"] = str(path)
+
+
+def _strength(reading: _Reading, name: str) -> None:
+    """Of a picture with a hires fix it is that one's."""
+    _number("upscale_strength" if "Hires upscale" in reading.text.fields else "strength", float)(reading, name)
+
+
+def _hires_steps(reading: _Reading, name: str) -> None:
+    """0 means as many as the picture has."""
+    found = reading.number(name, int)
+    if found:
+        reading.options["upscale_steps"] = found
+
+
+def _upscaler(reading: _Reading, name: str) -> None:
+    title = reading.value(name)
+    if title in ("Latent", "Lanczos"):
+        reading.options["upscaler"] = title.lower()
+    elif title is not None:
+        path = reading.files.wanted("Hires upscaler", title, (*WEIGHTS, ".pth"), "--upscaler FILE")
+        reading.options |= {} if path is None else {"upscaler": str(path)}
+
+
 def _layer(reading: _Reading, name: str) -> None:
     if not reading.text.fields[name].isdecimal():
         reading.left.append(f"{name}: {reading.text.fields[name]}")
@@ -215,11 +244,16 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "Steps": _number("steps", int),
     "CFG scale": _number("guidance_scale", float),
     "Seed": _number("seed", int),
-    "Denoising strength": _number("strength", float),
+    "Denoising strength": _strength,
+    "Hires upscale": _number("upscale", float),
+    "Hires steps": _hires_steps,
+    "Hires upscaler": _upscaler,
     "Mask blur": _number("mask_blur", int),
     "Size": _size,
     "Model": _model,
     "VAE": _vae,
+    "Refiner": _refiner,
+    "Refiner switch at": _number("refiner_start", float),
     "Clip skip": _layer,
     "TI hashes": _embeddings,
     "Inpaint area": _area,

@@ -45,11 +45,19 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "variant": (("model", "variant"), (str,)),
     "config": (("model", "config"), (str,)),
     "vae": (("model", "vae_name"), (str,)),
+    "upscale": (("upscale", "factor"), (int, float)),
+    "upscaler": (("upscale", "upscaler"), (str,)),
+    "upscale_steps": (("upscale", "steps"), (int,)),
+    "upscale_strength": (("upscale", "strength"), (int, float)),
+    "vae_tiling": (("vae_tiling",), (bool,)),
+    "refiner": (("refiner", "name"), (str,)),
+    "refiner_start": (("refiner", "start"), (int, float)),
 }
 # What is compared with the new picture's, read elsewhere, or follows from the rest.
 _TOLD = {
     *("prompt", "seed", "width", "height", "images", "model", "backend", "device", "precision", "scheduler", "noise"),
     *("init_image", "mask", "batch_size", "tokens", "embeddings", "versions", "engine", "engines", "seconds"),
+    *("original_size", "crop", "target_size"),
 }
 
 
@@ -136,7 +144,7 @@ def _of_ours(path: Path, details: Mapping[str, Any]) -> Recipe:
     files = Finder(path)
     options = {name: value for name, where in _FIELDS.items() if (value := _at(details, *where)) is not None}
     left = [f"{name} {_at(details, keys, (object,))!r}" for name, (keys, _) in _FIELDS.items() if _odd(details, name)]
-    options |= _images(path, details)
+    options |= _images(path, details) | _pairs(details)
     options |= {"lora": loras} if (loras := files.loras_of_ours(_at(details, ("model", "loras"), (list,), []))) else {}
     embeddings = files.embeddings_of_ours(_at(details, ("embeddings",), (list,), []))
     options |= {"embedding": embeddings} if embeddings else {}
@@ -175,6 +183,16 @@ def _images(path: Path, details: Mapping[str, Any]) -> dict[str, Any]:
         options |= {name: size} if (size := _at(made[0], (name,), (int,))) else {}
     negative = _at(made[0], ("negative_prompt",), (str,))
     return options | ({"negative_prompt": negative} if negative else {})
+
+
+def _pairs(details: Mapping[str, Any]) -> dict[str, str]:
+    """SDXL's size conditioning."""
+    found = {}
+    for name, mark in (("original_size", "x"), ("crop", ","), ("target_size", "x")):
+        pair = _at(details, (name,), (list,), [])
+        if len(pair) == 2 and all(isinstance(one, int) for one in pair):
+            found[name] = f"{pair[0]}{mark}{pair[1]}"
+    return found
 
 
 def _machine(details: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

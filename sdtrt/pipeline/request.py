@@ -11,6 +11,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.models.components import (
     TEXT_ENCODERS,
+    VAE_HALVES,
     choose_components,
     components_of,
     contract_of,
@@ -23,6 +24,7 @@ from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
 from sdtrt.pipeline import images
 from sdtrt.pipeline.text_states import TextPlan, plan_texts
+from sdtrt.pipeline.tiles import tile_side
 from sdtrt.specs import (
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
@@ -89,6 +91,7 @@ class PipelineSpec:
         noise: what was asked for; the rest is as the model's checkpoint says, then as its scheduler's configuration.
         texts: that are to be encoded, prompts and negative ones, as far as they are known already.
         text: how they become states.
+        vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
     """
 
     model: Model
@@ -104,6 +107,7 @@ class PipelineSpec:
     noise: NoiseSpec = field(default_factory=NoiseSpec)
     texts: tuple[str, ...] = ()
     text: TextPlan = field(default_factory=TextPlan)
+    vae_tiling: bool = False
 
     @property
     def has_engines(self) -> bool:
@@ -117,7 +121,15 @@ class PipelineSpec:
             return ()
         wanted = components_of(self.model) if self.components is None else self.components
         called = (name for name in wanted if self.img2img or name != "vae_encoder")
+        if self.tile is not None:
+            called = (name for name in called if name not in VAE_HALVES)
         return tuple(name for name in called if not (self.text.in_pytorch and name in TEXT_ENCODERS))
+
+    @property
+    def tile(self) -> int | None:
+        """The side in pixels of the tiles in which PyTorch runs the VAE, as they are of any size; None for no tiles."""
+        side = tile_side(self.model) if self.vae_tiling else None
+        return side if side is not None and max(self.sizes.height, self.sizes.width) > side else None
 
     @property
     def engines(self) -> EngineRequest:
@@ -164,6 +176,9 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint)
     check_loras(model)
+    if spec.conditioning.given and not model.is_sdxl:
+        option = next(iter(spec.conditioning.given)).replace("_", "-")
+        raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, console)
@@ -184,8 +199,10 @@ def resolve_request(
         noise=spec.noise,
         texts=tuple(dict.fromkeys((*spec.prompts, spec.negative_prompt))),
         text=text,
+        vae_tiling=spec.vae_tiling,
     )
     check_spec(pipeline_spec)
+    note_tiles(pipeline_spec, console)
     note_noise(spec.noise, model, console)
     if text.in_pytorch and pipeline_spec.has_engines:
         console.note(f"{', '.join(text_encoders_of(model))}: in PyTorch, in fp32, for {text.reasons}")
@@ -217,6 +234,16 @@ def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
     """Say where the scheduler does not go by the model's configuration, and why."""
     if said := asked.over(model.stated).describe():
         console.note(f"noise: {said}")
+
+
+def note_tiles(spec: PipelineSpec, console: Console) -> None:
+    """Say what `--vae-tiling` comes to."""
+    if spec.tile is not None:
+        precision = ", in fp32" if spec.has_engines else ""
+        console.note(f"vae: in PyTorch{precision}, in tiles of {spec.tile}x{spec.tile} pixels (--vae-tiling)")
+    elif spec.vae_tiling:
+        size = f"{spec.sizes.width}x{spec.sizes.height}"
+        console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
 
 
 def _note_parts(spec: PipelineSpec, console: Console) -> None:

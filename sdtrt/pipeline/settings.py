@@ -21,8 +21,10 @@ from sdtrt.pipeline import images
 from sdtrt.pipeline.jobs import Job
 from sdtrt.pipeline.masks import Mask
 from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
-from sdtrt.specs import GenerateSpec
+from sdtrt.pipeline.upscaling import title_of
+from sdtrt.specs import LANCZOS, LATENT, GenerateSpec
 
 
 def settings_of(
@@ -48,9 +50,51 @@ def settings_of(
         "batch_size": pipeline_spec.images,
         **_text_facts(opened, directory),
         **_noise_facts(spec),
+        **({"vae_tiling": True} if spec.vae_tiling else {}),
+        **{name: list(pair) for name, pair in spec.conditioning.given.items()},
         **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
+
+
+def refiner_facts(spec: GenerateSpec, opened: OpenPipeline | None, directory: EngineDirectory) -> dict[str, Any]:
+    """Which refiner it was, and where it took over; empty for none."""
+    if spec.refiner is None or opened is None:
+        return {}
+    return {"refiner": {**_model_facts(opened.spec.model, directory), "start": spec.refiner.start}}
+
+
+def upscale_facts(spec: GenerateSpec, larger: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
+    """How a second pass was made, and its size; empty for none."""
+    if spec.upscale is None or larger is None:
+        return {}
+    one, path = spec.upscale, Path(spec.upscale.upscaler).expanduser()
+    facts: dict[str, Any] = {"factor": one.factor, "upscaler": one.upscaler, "strength": one.strength}
+    if one.upscaler not in (LATENT, LANCZOS):
+        facts["sha256"] = directory.file_digest(path)
+    facts |= {"steps": one.steps or spec.steps, "width": larger.sizes.width, "height": larger.sizes.height}
+    return {"upscale": facts}
+
+
+def _hires(spec: GenerateSpec) -> dict[str, Any]:
+    """A second pass in web UIs' words."""
+    if (one := spec.upscale) is None:
+        return {}
+    return {
+        "Denoising strength": float(one.strength),
+        "Hires upscale": float(one.factor),
+        "Hires steps": one.steps,
+        "Hires upscaler": title_of(one),
+    }
+
+
+def _refiner_title(settings: Mapping[str, Any]) -> str | None:
+    """A refiner's name and hash, as web UIs write them."""
+    if "refiner" not in settings:
+        return None
+    facts = settings["refiner"]
+    title = Path(facts["name"]).stem if "sha256" in facts else Path(facts["name"]).name
+    return f"{title} [{facts['sha256'][:10]}]" if "sha256" in facts else title
 
 
 def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
@@ -169,6 +213,9 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "TI hashes": ", ".join(f"{one['name']}: {one['sha256'][:12]}" for one in settings.get("embeddings", ()))
         or None,
         "Denoising strength": float(spec.strength) if opened.spec.img2img else None,
+        **_hires(spec),
+        "Refiner": _refiner_title(settings),
+        "Refiner switch at": None if spec.refiner is None else spec.refiner.start,
         "Mask blur": spec.mask_blur or None,
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,

@@ -12,11 +12,12 @@ import torch
 
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.entry import Entry
-from sdtrt.models.components import part_of
+from sdtrt.models.components import VAE_HALVES, part_of
 from sdtrt.pipeline import opened
 from sdtrt.pipeline.accepted import check_pipeline, takes_images
 from sdtrt.pipeline.controlnets import IN_PYTORCH, PART
 from sdtrt.pipeline.swap import METHODS, swapped_of
+from sdtrt.pipeline.tiles import tile_pixels
 from sdtrt.specs import Component
 
 PYTORCH = "PyTorch"
@@ -39,7 +40,7 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class PartStatus:
-    """What runs a part of a pipeline: engines, or PyTorch, and why that."""
+    """What runs a part of a pipeline: engines, or PyTorch, and why that; of a VAE in engines, how it cuts pictures."""
 
     part: str
     engines: tuple[EngineStatus, ...] = ()
@@ -65,7 +66,8 @@ class Status:
     def __str__(self) -> str:
         rows = [("part", "runs in", "precision", "sizes", "engine, or why not")]
         for part in self.parts:
-            rows += [(part.part, one.backend, one.precision, one.sizes, one.name) for one in part.engines]
+            why = f" ({part.reason})" if part.reason else ""
+            rows += [(part.part, one.backend, one.precision, one.sizes, one.name + why) for one in part.engines]
             rows += [] if part.engines else [(part.part, PYTORCH, "", "", part.reason)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -87,7 +89,7 @@ def status(pipe: Any) -> Status:
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
     refusal = "" if engines else _refusal(pipe)
     found = [
-        PartStatus(name, there := engines.get(name, ()), "" if there else _reason(pipe, name, refusal))
+        PartStatus(name, there := engines.get(name, ()), _tiles(pipe, name) if there else _reason(pipe, name, refusal))
         for name in parts
     ]
     others = [name for name in getattr(pipe, "components", {}) if name not in {part_of(part) for part in parts}]
@@ -97,6 +99,12 @@ def status(pipe: Any) -> Status:
         if isinstance(getattr(pipe, name, None), torch.nn.Module)
     ]
     return Status(type(pipe).__name__, tuple(found))
+
+
+def _tiles(pipe: Any, component: Component) -> str:
+    """How a VAE that engines run cuts pictures up; empty where it takes them whole."""
+    side = tile_pixels(pipe.vae) if component in VAE_HALVES and getattr(pipe.vae, "use_tiling", False) else None
+    return f"in tiles of {side}x{side} pixels; PyTorch has those that no engine fits" if side is not None else ""
 
 
 def _engine_status(entry: Entry) -> EngineStatus:

@@ -25,9 +25,10 @@ from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
-from sdtrt.models.components import STEPPING, TEXT_ENCODERS, part_of, sizes_of
+from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of, sizes_of
 from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline import tiles
 from sdtrt.pipeline.bound import Bound, Followed
 from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
@@ -177,6 +178,8 @@ class Swapped:
             first = args[0] if args else next(kwargs[name] for name in FIRST if name in kwargs)
             steps = self.component in STEPPING
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None) if steps else None
+            if self.component in VAE_HALVES and tiles.cuts(self.module, first.shape[0]):
+                return tiles.in_tiles(self.module, self.component, self._tile, *args, **kwargs)
             result = self._run(_sizes_of_call(self.component, first, states), states, args, kwargs)
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
@@ -209,6 +212,18 @@ class Swapped:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
+
+    def _tile(self, tile: torch.Tensor) -> torch.Tensor:
+        """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
+        sizes = _sizes_of_call(self.component, tile, None)
+        chosen, edge = self.settings.on_miss, tiles.is_edge(self.module, self.component, sizes)
+        if self.fitting(sizes) is None and (chosen == "torch" or (chosen == "build" and edge)):
+            self._say(f"{self.component}: PyTorch runs tiles of {sizes.width}x{sizes.height} pixels")
+            self.bring_back()
+            return tiles.in_pytorch(self.module, self.component, tile)
+        (made,) = self._run(sizes, None, (tile,), {"return_dict": False})
+        moments: torch.Tensor = getattr(made, "parameters", made)
+        return moments
 
     def has_its_tokens(self) -> bool:
         """Whether the module's token table is the engines'; where another layer has the same one, that is taken."""

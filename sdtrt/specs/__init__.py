@@ -70,6 +70,15 @@ from sdtrt.specs.sizes import (
     Sizes,
     check_size,
 )
+from sdtrt.specs.stages import (
+    DEFAULT_REFINER_START,
+    DEFAULT_UPSCALE_STRENGTH,
+    LANCZOS,
+    LATENT,
+    RefinerSpec,
+    SizeConditioning,
+    UpscaleSpec,
+)
 from sdtrt.specs.texts import EMBEDDING_SUFFIXES, PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 __all__ = [
@@ -81,14 +90,18 @@ __all__ = [
     "DEFAULT_GUIDANCE_SCALE",
     "DEFAULT_MODEL",
     "DEFAULT_OPSETS",
+    "DEFAULT_REFINER_START",
     "DEFAULT_STEPS",
     "DEFAULT_STRENGTH",
     "DEFAULT_TOKENS",
+    "DEFAULT_UPSCALE_STRENGTH",
     "DEFAULT_VERIFY_SEED",
     "EMBEDDING_SUFFIXES",
     "EXPORTERS",
     "GIB",
     "GROUPS",
+    "LANCZOS",
+    "LATENT",
     "MAX_BATCH",
     "MAX_DIGITS",
     "MAX_IMAGES",
@@ -128,10 +141,13 @@ __all__ = [
     "PruneSpec",
     "Range",
     "Recipe",
+    "RefinerSpec",
     "SchedulerName",
+    "SizeConditioning",
     "Sizes",
     "Thresholds",
     "TimestepSpacing",
+    "UpscaleSpec",
     "VerifySpec",
     "bytes_of",
     "check_choice",

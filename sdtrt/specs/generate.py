@@ -37,6 +37,7 @@ from sdtrt.specs.choices import (
 )
 from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.sizes import check_size
+from sdtrt.specs.stages import RefinerSpec, SizeConditioning, UpscaleSpec
 from sdtrt.specs.texts import PROMPT_SYNTAXES, EmbeddingSpec, PromptSyntax
 
 
@@ -112,6 +113,10 @@ class GenerateSpec:
         embeddings: textual inversions, whose words the prompts may have.
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
+        vae_tiling: decode and encode what is larger than one of the VAE's tiles in tiles: memory stays flat.
+        refiner: an SDXL model for the last steps.
+        upscale: a second pass at a larger size, for pictures from text alone.
+        conditioning: what SDXL is told of the picture's size.
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
     """
 
@@ -141,6 +146,10 @@ class GenerateSpec:
     embeddings: tuple[EmbeddingSpec, ...] = ()
     clip_skip: int = 0
     prompt_syntax: PromptSyntax = "plain"
+    vae_tiling: bool = False
+    refiner: RefinerSpec | None = None
+    upscale: UpscaleSpec | None = None
+    conditioning: SizeConditioning = field(default_factory=SizeConditioning)
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +170,7 @@ class GenerateSpec:
         self._check_prompts()
         self._check_numbers()
         self._check_mask()
+        self._check_upscale()
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None:
@@ -216,6 +226,8 @@ class GenerateSpec:
                 if value is not None:
                     raise UsageError(f"{name} {value} is about a mask, and there is none", hint="use --mask FILE")
             return
+        if self.refiner is not None:
+            raise UsageError("a refiner changes whole pictures, and a mask covers a part", hint="leave --refiner out")
         if self.init_image is None:
             raise UsageError(f"mask {self.mask} covers no init image", hint="use --init-image FILE")
         for name, pixels, most, usual in (
@@ -224,6 +236,16 @@ class GenerateSpec:
         ):
             if not 0 <= pixels <= most:
                 raise UsageError(f"{name} must be from 0 to {most} pixels, got {pixels}", hint=f"use --{name} {usual}")
+
+    def _check_upscale(self) -> None:
+        """Refuse a second pass where there is none."""
+        if self.upscale is None:
+            return
+        if self.init_image is not None:
+            raise UsageError("upscale is for images from text alone", hint="use --height and --width with --init-image")
+        if self.refiner is not None:
+            raise UsageError("upscale and a refiner don't go together yet", hint="leave --upscale or --refiner out")
+        self.upscale.schedule(self.steps)
 
     def _more_to_run(self) -> str:
         """What makes img2img run a step: more of them where schedulers have so many, else more strength."""
