@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,43 +113,107 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
+    _warn_of_texts(spec, console)
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
+        plan = _plan(spec, directory, console, init)
+        start = _started(plan.spec, plan.first, init, mask)
+        with _opened(plan, directory, console) as stages:
+            if spec.prompt_syntax == "plain":
+                prompts.warn_truncated(stages.first.pipe, spec, console)
+            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
+                settings = settings_of(plan.spec, stages.first, init, mask, directory)
+                settings |= refiner_facts(plan.spec, plan.refiner, directory)
+                settings |= upscale_facts(plan.spec, plan.larger, directory)
+                stages.check_files()  # so that they are of the weights that were loaded
+            if spec.recipe is not None:
+                recipes.tell_differences(spec.recipe, settings, console)
+            run = _Run(plan.spec, stages, output, start, console, settings)
+            load_seconds = time.perf_counter() - began
+            made = run.make_all(jobs)
+    return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
+
+
+def _warn_of_texts(spec: GenerateSpec, console: Console) -> None:
+    """Say which texts don't mean what they may seem to."""
     if spec.negative_prompt and not spec.uses_guidance:
         console.warn(
             f"the negative prompt has no effect at guidance scale {spec.guidance_scale:g} (it needs more than 1)"
         )
     if spec.prompt_syntax == "plain":
         prompts.warn_literal(spec, console)
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
-        model = resolve.resolve_model(spec.model, console)
-        spec = recipes.settle(spec, model)
-        pipeline_spec = resolve_fastest(spec, model, directory, console, init)
-        refining, larger = plan_refiner(spec, pipeline_spec, console), plan_upscale(spec, pipeline_spec, console)
-        if spec.upscale is not None and spec.upscale.is_latent:
-            pipeline_spec = replace(pipeline_spec, components=without(pipeline_spec, "vae_decoder"))
-        start = _started(spec, pipeline_spec, init, mask)
-        with (
-            open_pipeline(pipeline_spec, directory, console, allow_build=spec.allow_build) as opened,
-            open_refiner(spec, refining, directory, console) as refiner,
-            open_upscaler(spec, larger, opened, directory, console) as upscaler,
-        ):
-            if spec.prompt_syntax == "plain":
-                prompts.warn_truncated(opened.pipe, spec, console)
-            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(spec, opened, init, mask, directory)
-                settings |= refiner_facts(spec, None if refiner is None else refiner.opened, directory)
-                settings |= upscale_facts(spec, larger, directory)
-                if spec.recipe is not None:
-                    recipes.tell_differences(spec.recipe, settings, console)
-                opened.files.check()  # so that they are of the weights that were loaded
-            run = _Run(spec, opened, output, start, console, settings, refiner, upscaler)
-            load_seconds = time.perf_counter() - began
-            made = run.make_all(jobs)
-    facts: dict[str, Mapping[str, str]] = {name: engine_facts(entry) for name, entry in opened.entries.items()}
-    for stage, one in (("refiner", refiner), ("upscale", upscaler)):
-        if one is not None:
-            facts |= {f"{stage}_{name}": engine_facts(entry) for name, entry in one.opened.entries.items()}
-    return GenerateReport(tuple(made), run.settings, facts, load_seconds)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a request's pipelines run: the first one, and those that go on with what it makes."""
+
+    spec: GenerateSpec
+    first: PipelineSpec
+    refiner: PipelineSpec | None
+    larger: PipelineSpec | None
+
+
+def _plan(spec: GenerateSpec, directory: EngineDirectory, console: Console, init: images.InitImage | None) -> _Plan:
+    """Settle everything before anything heavy is loaded."""
+    model = resolve.resolve_model(spec.model, console)
+    spec = recipes.settle(spec, model)
+    first = resolve_fastest(spec, model, directory, console, init)
+    refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
+    if spec.upscale is not None and spec.upscale.is_latent:
+        first = replace(first, components=without(first, "vae_decoder"))
+    return _Plan(spec, first, refiner, larger)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """A request's open pipelines."""
+
+    first: OpenPipeline
+    refiner: Refiner | None = None
+    upscaler: Upscaler | None = None
+
+    @property
+    def named(self) -> dict[str, OpenPipeline]:
+        """All of them, by what their engines' names begin with."""
+        others = {"refiner_": self.refiner, "upscale_": self.upscaler}
+        return {"": self.first} | {name: one.opened for name, one in others.items() if one is not None}
+
+    @property
+    def passes_latents(self) -> bool:
+        """Whether another one goes on with the first one's latents."""
+        return self.refiner is not None or (self.upscaler is not None and self.upscaler.spec.is_latent)
+
+    def takes(self, count: int) -> bool:
+        """Whether all engines take so many images at once."""
+        return all(_takes(one, count) for one in self.named.values())
+
+    def check_files(self) -> None:
+        """Raise `ModelChangedError` where files of weights were replaced since they were read."""
+        for one in self.named.values():
+            one.files.check()
+
+    def check_weights(self) -> None:
+        """Raise `ModelChangedError` where weights that are mapped into memory were written meanwhile."""
+        for one in self.named.values():
+            one.check_weights()
+
+    def engine_facts(self) -> dict[str, Mapping[str, str]]:
+        """Which engine ran each component."""
+        named = ((start, one.entries.items()) for start, one in self.named.items())
+        return {f"{start}{name}": engine_facts(entry) for start, entries in named for name, entry in entries}
+
+
+@contextmanager
+def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[_Stages]:
+    """Open a request's pipelines, one after the other."""
+    build = plan.spec.allow_build
+    with (
+        open_pipeline(plan.first, directory, console, allow_build=build) as first,
+        open_refiner(plan.spec, plan.refiner, directory, console) as refiner,
+        open_upscaler(plan.spec, plan.larger, first, directory, console) as upscaler,
+    ):
+        yield _Stages(first, refiner, upscaler)
 
 
 def _started(
@@ -166,21 +231,19 @@ def _started(
 
 @dataclass(frozen=True)
 class _Run:
-    """One request on an open pipeline."""
+    """One request on its open pipelines."""
 
     spec: GenerateSpec
-    opened: OpenPipeline
+    stages: _Stages
     output: saving.OutputPlan
     start: Image.Image | masks.Inpainting | None
     console: Console
     settings: Mapping[str, Any]
-    refiner: Refiner | None = None
-    upscaler: Upscaler | None = None
 
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
         made: list[GeneratedImage] = []
-        size = self.opened.spec.images
+        size = self.stages.first.spec.images
         while len(made) < len(jobs):
             try:
                 made += self.make(jobs, len(made), size)
@@ -196,10 +259,10 @@ class _Run:
         start = time.perf_counter()
         batch = jobs.batch(first, size)
         made = self._denoise(batch_name(batch, first + 1, len(jobs)), batch, size)
-        self.opened.check_weights()
+        self.stages.check_weights()
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
-            metadata = metadata_of(self.spec, self.opened, self.settings, job, size)
+            metadata = metadata_of(self.spec, self.stages.first, self.settings, job, size)
             path = self.output.save(image, metadata, prompt=job.prompt, seed=job.seed)
             self.console.note(f"{batch_name([job], number, len(jobs))}: {path}")
             found.append((path, job, image))
@@ -215,7 +278,7 @@ class _Run:
         if size == 1:
             raise error
         half = size // 2
-        if not self._takes(half):
+        if not self.stages.takes(half):
             raise MemoryShortage(
                 error.message, hint=f"use --batch-size {half}: it gets engines of its own, these don't take so few"
             ) from error
@@ -224,19 +287,15 @@ class _Run:
 
     def _denoise(self, name: str, batch: Sequence[Job], size: int) -> list[Image.Image]:
         """One call of the pipeline, and of its refiner or of a second pass."""
-        call = self._call(self._filled(batch, size))
-        made = self._run(self.opened, call, name, size, leaves_latents=self._leaves_latents())
-        if self.refiner is not None:
-            after = replace(call, start=made, until=None, after=self.refiner.start)
-            made = self._run(self.refiner.opened, after, "refiner", size)
-        if self.upscaler is not None:
-            made = self._run(self.upscaler.opened, self.upscaler.second(call, made), "second pass", size)
-        pictures: list[Image.Image] = self.opened.pipe.image_processor.numpy_to_pil(made[: len(batch)])
+        call, stages = self._call(self._filled(batch, size)), self.stages
+        made = self._run(stages.first, call, name, size, leaves_latents=stages.passes_latents)
+        if stages.refiner is not None:
+            after = replace(call, start=made, until=None, after=stages.refiner.start)
+            made = self._run(stages.refiner.opened, after, "refiner", size)
+        if stages.upscaler is not None:
+            made = self._run(stages.upscaler.opened, stages.upscaler.second(call, made), "second pass", size)
+        pictures: list[Image.Image] = stages.first.pipe.image_processor.numpy_to_pil(made[: len(batch)])
         return [self.start.finished(one) for one in pictures] if isinstance(self.start, masks.Inpainting) else pictures
-
-    def _leaves_latents(self) -> bool:
-        """Whether something else goes on with the pipeline's latents."""
-        return self.refiner is not None or (self.upscaler is not None and self.upscaler.spec.is_latent)
 
     def _run(
         self, opened: OpenPipeline, call: PipelineCall, name: str, size: int, *, leaves_latents: bool = False
@@ -252,12 +311,7 @@ class _Run:
 
     def _filled(self, batch: Sequence[Job], size: int) -> Sequence[Job]:
         """The last batch, filled up with what is made in vain, where an engine takes full batches only."""
-        return batch if self._takes(len(batch)) else [*batch, *[batch[-1]] * (size - len(batch))]
-
-    def _takes(self, count: int) -> bool:
-        """Whether all engines take so many images at once."""
-        others = (one.opened for one in (self.refiner, self.upscaler) if one is not None)
-        return all(_takes(one, count) for one in (self.opened, *others))
+        return batch if self.stages.takes(len(batch)) else [*batch, *[batch[-1]] * (size - len(batch))]
 
     def _call(self, batch: Sequence[Job]) -> PipelineCall:
         """The call of the pipeline that makes a batch."""
@@ -272,7 +326,7 @@ class _Run:
             strength=spec.strength,
             mask=mask,
             conditioning=spec.conditioning,
-            until=None if self.refiner is None else self.refiner.start,
+            until=None if self.stages.refiner is None else self.stages.refiner.start,
             generators=generators_of([job.seed for job in batch]),
         )
 

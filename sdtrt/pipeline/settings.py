@@ -57,11 +57,11 @@ def settings_of(
     }
 
 
-def refiner_facts(spec: GenerateSpec, opened: OpenPipeline | None, directory: EngineDirectory) -> dict[str, Any]:
+def refiner_facts(spec: GenerateSpec, refiner: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
     """Which refiner it was, and where it took over; empty for none."""
-    if spec.refiner is None or opened is None:
+    if spec.refiner is None or refiner is None:
         return {}
-    return {"refiner": {**_model_facts(opened.spec.model, directory), "start": spec.refiner.start}}
+    return {"refiner": {**_model_facts(refiner.model, directory), "start": spec.refiner.start}}
 
 
 def upscale_facts(spec: GenerateSpec, larger: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
