@@ -22,7 +22,7 @@ _OF = {
     **dict.fromkeys(("revision", "variant", "config"), ("model",)),
     "refiner_start": ("refiner",),
     **dict.fromkeys(("upscaler", "upscale_steps", "upscale_strength"), ("upscale",)),
-    **dict.fromkeys(("timestep_spacing",), ("scheduler",)),
+    **dict.fromkeys(("timestep_spacing", "sigmas", "eta"), ("scheduler",)),
 }
 
 

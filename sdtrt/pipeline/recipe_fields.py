@@ -249,6 +249,7 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "Hires steps": _hires_steps,
     "Hires upscaler": _upscaler,
     "Mask blur": _number("mask_blur", int),
+    "Eta": _number("eta", float),
     "Size": _size,
     "Model": _model,
     "VAE": _vae,

@@ -11,9 +11,9 @@ _NAMES = {
     "DPM++ 2M": "dpm++",
     "Euler a": "euler-a",
 }
-_SPACED = ("Karras", "Exponential", "Beta")  # schedules that are part of a scheduler's name here
+_SPACED = ("Karras", "Exponential", "Beta")  # schedules of noise levels, not of timesteps
+# The last two are `trailing` to a timestep or less.
 _SPACINGS = {"Uniform": "linspace", "DDIM": "leading", "Simple": "trailing", "SGM Uniform": "trailing"}
-_NEAR = ("Simple", "SGM Uniform")  # by a timestep or less
 _OF_ONE_SPACING = ("DDIM", "PLMS", "UniPC", "LCM", "TCD")
 # What stable-diffusion-webui takes for a sampler whose schedule is `Automatic`, or not named; others are uniform.
 _AUTOMATIC = {
@@ -56,10 +56,9 @@ def _with_schedule(sampler: str, name: str, schedule: str | None) -> tuple[dict[
         return {"scheduler": name}, []
     if schedule in _SPACINGS:
         return {"scheduler": name, "timestep_spacing": _SPACINGS[schedule]}, []
-    joined = f"{name}-{schedule.lower()}"
-    if joined in SCHEDULERS:
-        return {"scheduler": joined}, []
-    return {"scheduler": name}, [f"Schedule type: {schedule} (sdtrt has no such schedule for {name})"]
+    if schedule in _SPACED:
+        return {"scheduler": name, "sigmas": schedule.lower()}, []
+    return {"scheduler": name}, [f"Schedule type: {schedule} (sdtrt has no such schedule)"]
 
 
 def _name_of(sampler: str) -> str | None:

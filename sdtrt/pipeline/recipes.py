@@ -40,6 +40,8 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "prediction_type": (("noise", "prediction_type"), (str,)),
     "timestep_spacing": (("noise", "timestep_spacing"), (str,)),
     "zero_snr": (("noise", "zero_snr"), (bool,)),
+    "sigmas": (("noise", "sigmas"), (str,)),
+    "eta": (("eta",), (int, float)),
     "model": (("model", "name"), (str,)),
     "revision": (("model", "revision"), (str,)),
     "variant": (("model", "variant"), (str,)),

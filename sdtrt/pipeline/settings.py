@@ -6,6 +6,7 @@ Makes no image and writes no file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
 from sdtrt.pipeline.upscaling import title_of
-from sdtrt.specs import LANCZOS, LATENT, GenerateSpec
+from sdtrt.specs import LANCZOS, LATENT, GenerateSpec, NoiseSpec
 
 
 def settings_of(
@@ -99,7 +100,7 @@ def _refiner_title(settings: Mapping[str, Any]) -> str | None:
 
 def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
     """What was asked of the noise, which the scheduler's facts don't tell from the model's own."""
-    names = ("prediction_type", "timestep_spacing", "zero_snr")
+    names = [one.name for one in fields(NoiseSpec) if one.name != "sources"]
     asked = {name: value for name in names if (value := getattr(spec.noise, name)) is not None}
     return {"noise": asked} if asked else {}
 

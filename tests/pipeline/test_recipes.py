@@ -103,10 +103,9 @@ def test_samplers_are_schedulers(sampler, schedule, expected, left):
 @pytest.mark.parametrize(
     ("sampler", "schedule"), [("DPM++ 2M Karras", None), ("DPM++ 2M", "Karras"), ("DPM++ 2M", "Automatic")]
 )
-def test_a_schedule_is_taken_or_said(sampler, schedule):
+def test_schedules_of_noise_levels_are_sigmas(sampler, schedule):
     options, left = scheduler_options(sampler, schedule)
-    assert options["scheduler"].startswith("dpm++")
-    assert options["scheduler"].endswith("karras") or "Karras" in left[0]
+    assert (options, left) == ({"scheduler": "dpm++", "sigmas": "karras"}, [])
 
 
 @pytest.mark.parametrize(("layer", "is_sdxl", "skipped"), [(2, False, 1), (2, True, 0), (3, True, 1), (1, False, 0)])
