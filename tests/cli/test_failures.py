@@ -138,6 +138,11 @@ def inpainting_model():
     return PAINT
 
 
+def comfy():
+    Path("flow.json").write_text('{"3": {"class_type": "KSampler", "inputs": {}}}')
+    return (*PAINT, "--from", "flow.json")
+
+
 def not_finite():
     path = next(Path("model/unet").glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
@@ -201,6 +206,14 @@ MAKERS = {
     "mask that covers nothing": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "init.png"),
     "mask's blur": ("inpaint", "-p", "x", *MODEL, "-i", "init.png", "--mask", "init.png", "--mask-blur", "-1"),
     "model for inpainting": inpainting_model,
+    "file that tells nothing": (*PAINT, "--from", "init.png"),
+    "file of ComfyUI": comfy,
+    "refiner beside another kind of model": (*PAINT, "--refiner", "model"),
+    "refiner's start": (*PAINT, "--refiner", "model", "--refiner-start", "1"),
+    "sizes that a model is not told": (*PAINT, "--crop", "0,0"),
+    "two numbers": (*PAINT, "--target-size", "big"),
+    "second pass": (*PAINT, "--upscale", "1"),
+    "upscaler": (*PAINT, "--upscale", "2", "--upscaler", "missing.safetensors"),
     "image format": (*PAINT, "-o", "x.gif"),
     "images for one file": (*PAINT, "-o", "x.png", "--num-images", "2"),
     "output exists": (*PAINT, "-o", "init.png"),
