@@ -30,7 +30,7 @@ from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
-from sdtrt.pipeline.upscaling import Upscaler, open_upscaler, plan_upscale, without
+from sdtrt.pipeline.upscaling import Upscaler, load_upscaler, open_upscaler, plan_upscale, without
 from sdtrt.specs import GenerateSpec
 
 
@@ -146,12 +146,13 @@ def _warn_of_texts(spec: GenerateSpec, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a request's pipelines run: the first one, and those that go on with what it makes."""
+    """How a request's pipelines run: the first one, and those that go on with what it makes; what enlarges that."""
 
     spec: GenerateSpec
     first: PipelineSpec
     refiner: PipelineSpec | None
     larger: PipelineSpec | None
+    enlarger: Any
 
 
 def _plan(spec: GenerateSpec, directory: EngineDirectory, console: Console, init: images.InitImage | None) -> _Plan:
@@ -162,7 +163,7 @@ def _plan(spec: GenerateSpec, directory: EngineDirectory, console: Console, init
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:
         first = replace(first, components=without(first, "vae_decoder"))
-    return _Plan(spec, first, refiner, larger)
+    return _Plan(spec, first, refiner, larger, load_upscaler(spec, larger))
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterat
     with (
         open_pipeline(plan.first, directory, console, allow_build=build) as first,
         open_refiner(plan.spec, plan.refiner, directory, console) as refiner,
-        open_upscaler(plan.spec, plan.larger, first, directory, console) as upscaler,
+        open_upscaler(plan.spec, plan.larger, plan.enlarger, first, directory, console) as upscaler,
     ):
         yield _Stages(first, refiner, upscaler)
 

@@ -116,13 +116,21 @@ def _check_upscaler(spec: UpscaleSpec, allow_pickle: str | None) -> None:
 
 @contextmanager
 def open_upscaler(
-    spec: GenerateSpec, planned: PipelineSpec | None, first: OpenPipeline, directory: EngineDirectory, console: Console
+    spec: GenerateSpec,
+    planned: PipelineSpec | None,
+    model: Any,
+    first: OpenPipeline,
+    directory: EngineDirectory,
+    console: Console,
 ) -> Iterator[Upscaler | None]:
-    """Open a request's second pass, with engines of its size; without engines, it has the first one's modules."""
+    """Open a request's second pass, with engines of its size; without engines, it has the first one's modules.
+
+    Args:
+        model: of `load_upscaler`.
+    """
     if planned is None or spec.upscale is None:
         yield None
         return
-    model = None if spec.upscale.upscaler in _TITLES else _load(spec.upscale, planned.device)
     if not planned.has_engines:
         yield Upscaler(reassembled(first, planned), spec.upscale, model)
         return
@@ -130,10 +138,26 @@ def open_upscaler(
         yield Upscaler(opened, spec.upscale, model)
 
 
-def _load(spec: UpscaleSpec, device: torch.device) -> Any:
-    """A model that enlarges pictures. Raises `ModelError` where spandrel reads none of that file."""
-    import spandrel
+def load_upscaler(spec: GenerateSpec, planned: PipelineSpec | None) -> Any:
+    """The model that enlarges a request's pictures, on its device; None where none does. Raises as of `_load`."""
+    if planned is None or spec.upscale is None or spec.upscale.upscaler in _TITLES:
+        return None
+    return _load(spec.upscale, planned.device)
 
+
+def _load(spec: UpscaleSpec, device: torch.device) -> Any:
+    """A model that enlarges pictures.
+
+    Raises:
+        UsageError: where spandrel, or what it needs, can't be imported.
+        ModelError: where it reads no such model of that file.
+    """
+    try:
+        import spandrel
+    except ImportError as error:
+        raise UsageError(
+            f"spandrel can't be imported: {first_line(error)}", hint='pip install "sdtrt[upscale]", and what it needs'
+        ) from error
     try:
         model = spandrel.ModelLoader(device=device).load_from_file(Path(spec.upscaler).expanduser())
     except Exception as error:  # it tries what each architecture raises

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtrt.common.errors import UsageError
+from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.pipeline import upscaling
 from sdtrt.pipeline.images import parse_parameters
 from sdtrt.pipeline.recipes import read_recipe
@@ -125,17 +125,18 @@ def test_a_model_enlarges_pixels(smallest, run, folder, monkeypatch):
 
 @pytest.mark.slow
 def test_spandrel_reads_models(folder):
-    spandrel = pytest.importorskip("spandrel")
+    spandrel = pytest.importorskip("spandrel", exc_type=ImportError)  # it wants torchvision
     from safetensors.torch import save_file
-    from spandrel.architectures.ESRGAN import ESRGAN
+    from spandrel.architectures.ESRGAN import RRDBNet
 
-    torch.manual_seed(0)
-    save_file(
-        {key: one.contiguous() for key, one in ESRGAN(nf=8, nb=1, scale=4).state_dict().items()}, "x4.safetensors"
-    )
+    net = RRDBNet(num_filters=8, num_blocks=1, scale=4)
+    save_file({key: one.contiguous() for key, one in net.state_dict().items()}, "x4.safetensors")
     model = upscaling._load(UpscaleSpec(2, "x4.safetensors"), torch.device("cpu"))
     assert isinstance(model, spandrel.ImageModelDescriptor)
     assert upscaling._by_model(model, Image.new("RGB", (16, 8)), torch.device("cpu")).size == (64, 32)
+    Path("bad.safetensors").write_bytes(b"bad")
+    with pytest.raises(ModelError, match="can't be read"):
+        upscaling._load(UpscaleSpec(2, "bad.safetensors"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(1, 0.01), (20, 0.7), (3, 1.0), (50, 0.35), (7, 0.29)])
