@@ -20,6 +20,8 @@ from sdtrt.pipeline.residuals import adapter_feeds, residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, Contract
 from sdtrt.specs.groups import adapter_names, residual_names
 
+ADAPTER = "down_intrablock_additional_residuals"  # what diffusers passes T2I-Adapters' tensors as
+
 
 class UNetForward:
     """`UNet2DConditionModel.forward`, run by an engine.
@@ -95,11 +97,9 @@ class UNetForward:
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
-            down_intrablock_additional_residuals=(
-                None if adapter_names(self.contract) else down_intrablock_additional_residuals
-            ),
             encoder_attention_mask=encoder_attention_mask,
             **self._unusable(down_block_additional_residuals, mid_block_additional_residual),
+            **({} if adapter_names(self.contract) else {ADAPTER: down_intrablock_additional_residuals}),
         )
         residuals = residual_feeds(
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual

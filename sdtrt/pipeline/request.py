@@ -205,8 +205,7 @@ def resolve_request(
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
     height, width = _image_size(spec, model, init, maps, console)
-    count = spec.images_at_once
-    text = plan_texts(spec, model)
+    count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
     pipeline_spec = PipelineSpec(
         model,

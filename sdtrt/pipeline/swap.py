@@ -32,7 +32,7 @@ from sdtrt.pipeline.bound import Bound, Followed
 from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
-from sdtrt.pipeline.forwards import EncodedText, UNetForward
+from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
 from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -64,7 +64,6 @@ METHODS: dict[Component, str] = {
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 AFTER_USUAL, AFTER_RESIDUALS = 8, 10  # their places among a UNet's arguments
-ADAPTER = "down_intrablock_additional_residuals"  # the argument after those
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
 _SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
