@@ -3,7 +3,7 @@
 # nothing is built while anything is timed.
 #
 #     bash benchmarks/inductor_on_gpu.sh FOLDER models build-sd15 bench-sd15 packages-sd15
-#     bash benchmarks/inductor_on_gpu.sh FOLDER build-sdxl bench-sdxl batches-sdxl packages-sdxl batches-sd15
+#     bash benchmarks/inductor_on_gpu.sh FOLDER build-sdxl bench-sdxl bench-sdxl-30 batches-sdxl packages-sdxl batches-sd15
 #
 # Models go to FOLDER/models, engines to FOLDER/engines (packages are small: carry that folder to the next sitting),
 # reports to FOLDER/reports, logs to FOLDER/logs. Models have random weights. The reports' names are those that
@@ -104,6 +104,8 @@ stage() {
         ;;
     bench-sdxl)
         bench bench-sdxl "$sdxl" 50 "$strong" --task txt2img --height "$sidexl" --width "$sidexl"
+        ;;
+    bench-sdxl-30)
         bench bench-sdxl-30 "$sdxl" 30 "$compiled" --task txt2img --height "$sidexl" --width "$sidexl"
         ;;
     batches-sdxl)

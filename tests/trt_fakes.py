@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from sdtrt.backends import cuda_graphs, scratch, unchanged
+from sdtrt.backends import cuda_graphs, graph_pool, scratch, unchanged
 from sdtrt.backends.tensorrt import contexts
 from sdtrt.backends.tensorrt import session as session_module
 from sdtrt.backends.tensorrt.versions.libraries import Library, parse_version
@@ -405,7 +405,7 @@ class FakeCuda:
             self.current = before
 
     @contextmanager
-    def graph(self, graph, stream, capture_error_mode):
+    def graph(self, graph, stream, capture_error_mode, pool=None):
         global capturing
         assert capture_error_mode == "thread_local"
         capturing = []
@@ -421,7 +421,7 @@ class FakeCuda:
 def fake_gpu(monkeypatch, cuda, *modules):
     """A GPU made of the CPU, for sessions on TensorRT; `modules` are further ones that ask `torch.cuda`."""
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("Fake", (8, 9), 2**30),))
-    for module in (session_module, contexts, cuda_graphs, scratch, *modules):
+    for module in (session_module, contexts, cuda_graphs, graph_pool, scratch, *modules):
         monkeypatch.setattr(module, "torch", fake_torch(cuda))
     monkeypatch.setattr(unchanged, "HOST", "none")
     monkeypatch.setattr(contexts, "cuda_device", lambda device, library: torch.device("cpu", 0))

@@ -75,8 +75,8 @@ class Backend(ABC):
             model of an architecture, and take other weights while they run.
         expectation: why `auto` expects its engines to be the fastest, as far as that was measured.
         takes_any_size: whether an engine serves every size, so that builds need no profile.
-        graphs_hold_scratch: whether each CUDA graph of its sessions keeps the memory of a run's intermediate results;
-            else all sessions of a pipeline share a block.
+        asks_for_scratch: whether its engines ask PyTorch for the memory of a run's intermediate results, as much as the
+            run's size takes; else they are told where to work, in a block for the largest size. Sessions share either.
         loads_ahead: whether `loader` has something to load before a session is opened.
     """
 
@@ -87,7 +87,7 @@ class Backend(ABC):
     weights_inside: ClassVar[bool] = True
     expectation: ClassVar[str] = ""
     takes_any_size: ClassVar[bool] = False
-    graphs_hold_scratch: ClassVar[bool] = False
+    asks_for_scratch: ClassVar[bool] = False
     loads_ahead: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:

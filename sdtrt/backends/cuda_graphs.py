@@ -1,12 +1,12 @@
 """What sessions on a GPU share: inputs at addresses that stay, and a CUDA graph for each shape that comes again.
 
 Both classes know torch alone. What runs is a `Run` of the session's own: it is launched first, and recorded when its
-shape comes again. They don't check inputs (`session`), nor do they share memory between sessions (`scratch`).
+shape comes again. They don't check inputs (`session`), nor do they share memory between sessions (`scratch`), but for
+that of a pool (`graph_pool`).
 """
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from sdtrt.backends.graph_pool import GraphPool, Outputs, capturing
 from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, MemoryShortage
@@ -23,10 +24,6 @@ from sdtrt.specs.contract import CONDITIONING, TensorSpec
 MAX_GRAPHS = 4  # shapes that a session keeps as CUDA graphs; each costs outputs, and what belongs to its run
 Shape = tuple[int, ...]
 Key = tuple[tuple[str, Shape], ...]  # the shape of each input, by name
-Outputs = dict[str, torch.Tensor]
-
-# While one thread captures, no other may: PyTorch's allocator serves one capture at a time.
-_CAPTURING = threading.Lock()
 
 
 class InputBuffers:
@@ -85,7 +82,7 @@ class Run(Protocol):
         """Put the run on the GPU, in order with the current stream; the outputs are new tensors."""
 
     def reserve(self, example: Outputs) -> Outputs:
-        """Memory for the outputs of a graph, once the run was launched; `record` gets it.
+        """Memory for the outputs of a graph, outside of its pool, once the run was launched; `record` gets it.
 
         Args:
             example: what `launch` has returned.
@@ -116,10 +113,11 @@ class CudaGraphs:
     Args:
         most: how many shapes to keep; 0 for none.
         device: the GPU.
+        pool: what the graphs share with those of other sessions; None for a pool of its own for each graph.
     """
 
-    def __init__(self, most: int, device: torch.device) -> None:
-        self._most = most
+    def __init__(self, most: int, device: torch.device, pool: GraphPool | None = None) -> None:
+        self._most, self._pool = most, pool
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._seen: set[Key] = set()
         self._failed: set[Key] = set()
@@ -176,13 +174,7 @@ class CudaGraphs:
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         outputs = run.reserve(example)
-        # Other threads may use the GPU meanwhile: only this thread's calls are held to the rules of a capture.
-        # PyTorch leaves the thread on the capture's stream where the capture fails at its end: hence the first `with`.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            _CAPTURING,
-            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
-        ):
+        with capturing(graph, self.stream) if self._pool is None else self._pool.capture(graph):
             outputs = run.record(outputs)
         self._graphs[key] = _Graph(run, graph, outputs)
 

@@ -9,15 +9,22 @@ from typing import Any
 
 import torch
 
+from sdtrt.backends.graph_pool import GraphPool
+
 
 class Scratch:
     """Memory for the intermediate results of sessions that need not run at once, as those of one pipeline.
 
     Sessions of one scratch run one after the other, whatever streams and threads they are called from: each run waits,
-    on the GPU, for the one before. It takes nothing before it is asked for memory, and serves one GPU.
+    on the GPU, for the one before. It takes nothing before it is asked for memory, and serves one GPU. There are two
+    kinds of it: a block, for engines that are told where to work, and a pool, for those that ask PyTorch for memory.
+
+    Args:
+        expected_bytes: what the pool takes at once, as of `GraphPool`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected_bytes: int = 0) -> None:
+        self.pool = GraphPool(expected_bytes)
         self._block: torch.Tensor | None = None
         self._device: torch.device | None = None
         self._done: Any = None  # where the last run ends; made with the first block, as it needs a GPU

@@ -248,7 +248,7 @@ def _swap(pipe: Any, plan: _Plan) -> None:
             one.close()
         _park(new.values())  # what came back with those that left
         memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if name in new})
-        _open({**plan.staying, **new}, entries)
+        _open({**plan.staying, **new}, entries, Scratch(memory.pool_bytes(plan.request, entries)))
     for one in plan.staying.values():
         one.settings = settings
     for one in new.values():
@@ -263,8 +263,8 @@ def _park(parts: Iterable[Swapped]) -> None:
         memory.release()
 
 
-def _open(parts: Parts, entries: Mapping[Component, Entry]) -> None:
-    scratch = Scratch()  # the parts of a pipeline run one after the other
+def _open(parts: Parts, entries: Mapping[Component, Entry], scratch: Scratch) -> None:
+    """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
     for name in memory.by_scratch(entries):
         with parts[name].settings.lock:
             parts[name].open(entries[name], scratch)

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar, cast
 import torch
 
 from sdtrt.backends import registry
+from sdtrt.backends.graph_pool import idle_bytes
 from sdtrt.common.errors import MemoryShortage
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
@@ -66,7 +67,7 @@ class Demand:
     Args:
         fixed: weights, and an allowance for what else there is.
         scratch: for intermediate results. Shared by the engines, and enough for the largest size that they serve,
-            whatever is asked for; where CUDA graphs hold it, the sum over the engines, of the request's size.
+            whatever is asked for; where engines ask PyTorch for it, for the request's size.
         wanted: of that, what engines for exactly the request's size would take.
     """
 
@@ -83,9 +84,6 @@ class Demand:
 def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand:
     """What the sessions of a pipeline's engines take. Engines that don't say it (older ones) are left out.
 
-    Where a CUDA graph holds its run's intermediate results, one for each engine is counted: a pipeline calls each in
-    one size. The run before a capture takes as much, and gives it back first.
-
     Args:
         sizes: of the UNet's call.
         images: made at once.
@@ -98,13 +96,18 @@ def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand
             fixed += weights
             component = cast(Component, name) if name in COMPONENTS else entry.engine_key.component
             own = work * _share(entry, sizes_of(component, sizes, images))
-            if registry.get(entry.engine_key.backend).graphs_hold_scratch:
-                wanted += own
-                scratch = math.ceil(wanted)
-            else:
-                wanted = max(wanted, own)
-                scratch = max(scratch, work)
+            wanted = max(wanted, own)
+            asks = registry.get(entry.engine_key.backend).asks_for_scratch
+            scratch = max(scratch, math.ceil(own) if asks else work)
     return Demand(fixed + ALLOWANCE_BYTES, scratch, wanted) if fixed else Demand()
+
+
+def pool_bytes(spec: Request, entries: Mapping[NameT, Entry]) -> int:
+    """What a pipeline's engines ask PyTorch for, those that do, at the request's size."""
+    asking: dict[str, Entry] = {
+        name: one for name, one in entries.items() if registry.get(one.engine_key.backend).asks_for_scratch
+    }
+    return demand_of(asking, spec.sizes, spec.images).scratch
 
 
 def weights_of(entries: Iterable[Entry]) -> int:
@@ -132,11 +135,14 @@ def _share(entry: Entry, sizes: Sizes) -> float:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What the GPU has for this process, PyTorch's idle cache included; None on a CPU, and where it isn't known."""
+    """What the GPU has for this process, PyTorch's idle cache included; None on a CPU, and where it isn't known.
+
+    What open pipelines have for their intermediate results is theirs.
+    """
     if device.type != "cuda":
         return None
     with suppress(RuntimeError):  # no context on that GPU: opening the first session says why
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - idle_bytes(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     return None
 

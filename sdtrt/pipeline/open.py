@@ -163,7 +163,7 @@ def _open_engines(
     entries: dict[str, Entry] = dict(own.items())
     for name, request in spec.other_engines.items():
         entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)["controlnet"]}
-    scratch = Scratch()  # the parts of a pipeline run one after the other
+    scratch = Scratch(memory.pool_bytes(spec, entries))  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
             check_memory(spec, entries, loaded)

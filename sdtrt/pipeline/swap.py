@@ -150,6 +150,7 @@ class Swapped:
         self.table = TokenTable(module) if component in TEXT_ENCODERS else None
         self._module = ref(module)
         self._said: set[str] = set()
+        self._scratch = Scratch()
         self._steps = Steps()
         own = getattr(type(module), self.method)
         functools.update_wrapper(self, own)
@@ -311,10 +312,15 @@ class Swapped:
         self._said.add(text)
 
     def open(self, entry: Entry, scratch: Scratch | None = None) -> None:
-        """Open an engine, unless it is open. Raises as of `open_session`."""
+        """Open an engine, unless it is open, on the memory of the last one. Raises as of `open_session`.
+
+        Args:
+            scratch: what the pipeline's engines share from now on.
+        """
+        self._scratch = scratch or self._scratch
         if any(one.entry.path == entry.path for one in self.engines):
             return
-        session = open_session(entry, self.settings.device, scratch)
+        session = open_session(entry, self.settings.device, self._scratch)
         self.engines.append(Opened(entry, session, self._call_of(session, entry.engine_key.profiles)))
         if self.bound is not None:
             self._follow(self.engines[-1])

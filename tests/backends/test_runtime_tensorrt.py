@@ -32,7 +32,7 @@ from trt_fakes import (
     write_plan,
 )
 
-from sdtrt.backends import cuda_graphs, unchanged
+from sdtrt.backends import graph_pool, unchanged
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.tensorrt import checking
 from sdtrt.backends.tensorrt import plan as plan_module
@@ -122,7 +122,7 @@ def test_one_graph_is_captured_at_a_time(cuda, plan, monkeypatch):
     enqueue, create = running.enqueue, running.create_shared_context
 
     def note_capture(*given):
-        captured.append((trt_fakes.capturing is not None, cuda_graphs._CAPTURING.locked()))
+        captured.append((trt_fakes.capturing is not None, graph_pool.CAPTURING.locked()))
         return enqueue(*given)
 
     def note_context(library, engine, *given):

@@ -180,28 +180,45 @@ def packages(sizes=SQUARE, images=1, largest=None):
     return {name: engine(*figure, backend="inductor") for name, figure in figures.items()}
 
 
-def test_graphs_that_hold_their_scratch_add_up():
-    """No session shares it with another one, however they take turns."""
+def test_engines_that_ask_for_their_scratch_share_it():
+    """They take turns in one pool: it is as large as the one needs that needs the most."""
     demand = demand_of(packages(), SQUARE, 1)
     assert demand.fixed == 2 * GIB + ALLOWANCE_BYTES
-    assert (demand.scratch, demand.wanted) == (6.25 * GIB, 6.25 * GIB)
+    assert (demand.scratch, demand.wanted) == (4 * GIB, 4 * GIB)
 
 
-def test_a_graph_holds_what_its_own_size_takes(model, monkeypatch):
+def test_a_run_asks_for_what_its_own_size_takes(model, monkeypatch):
     """An engine for a range is measured at its largest size, and a graph is of the request's."""
     small, large = Sizes(2, 512, 512), Sizes(8, 1024, 1024)
     found = packages(small, largest=large)
-    assert demand_of(found, small, 1).scratch == (4.0 / 16 + 0.25 + 2.0 / 16) * GIB
-    assert refused(model, monkeypatch, 2.88, found, small) is None
-    assert refused(model, monkeypatch, 2.87, found, small) is not None
-    assert demand_of(found, large, 4).scratch == 6.25 * GIB
+    found["text_encoder"].info["scratch_bytes"] = 0
+    assert demand_of(found, small, 1).scratch == 4.0 / 16 * GIB
+    assert refused(model, monkeypatch, 2.5, found, small) is None
+    assert refused(model, monkeypatch, 2.49, found, small) is not None
+    assert demand_of(found, large, 4).scratch == 4 * GIB
 
 
-def test_what_is_suggested_fits_graphs_that_hold_their_scratch(model, monkeypatch):
+def test_what_is_suggested_fits_engines_that_ask_for_their_scratch(model, monkeypatch):
     error = refused(model, monkeypatch, 5.0, packages())
-    assert error.message == "the engines for 1024x1024 pixels need 8.50 GiB of GPU memory, and 5.00 GiB are free"
-    assert error.hint == "use --height 640 --width 640, or end other programs on the GPU"
-    assert demand_of(packages(), Sizes(2, 640, 640), 1).total <= 5 * GIB
+    assert error.message == "the engines for 1024x1024 pixels need 6.25 GiB of GPU memory, and 5.00 GiB are free"
+    assert error.hint == "use --height 832 --width 832, or end other programs on the GPU"
+    assert demand_of(packages(), Sizes(2, 832, 832), 1).total <= 5 * GIB
+
+
+def test_the_pool_is_as_large_as_what_is_asked_of_pytorch(model):
+    """Engines that are told where to work have a block beside it."""
+    spec = request.PipelineSpec(model, "inductor", "fp16", SQUARE, steps=2)
+    assert memory.pool_bytes(spec, packages()) == 4 * GIB
+    assert memory.pool_bytes(spec, entries()) == 0
+    assert memory.pool_bytes(spec, {**packages(), "unet": entries()["unet"]}) == 2 * GIB
+
+
+def test_free_memory_leaves_open_pipelines_theirs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GIB)
+    monkeypatch.setattr(memory, "idle_bytes", lambda device: GIB // 2)
+    assert free_bytes(CUDA) == 6.5 * GIB
 
 
 def test_no_engines_need_nothing():

@@ -28,7 +28,7 @@ class Inductor(Backend):
     source: ClassVar[Source | None] = "program"
     devices: ClassVar[tuple[Device, ...]] = ("cuda", "cpu")
     weights_inside: ClassVar[bool] = False
-    graphs_hold_scratch: ClassVar[bool] = True
+    asks_for_scratch: ClassVar[bool] = True
     expectation: ClassVar[str] = "measured on an H200: faster than TensorRT 8.6, and sooner built"
 
     def device(self) -> Device:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from sdtrt.backends.cuda_graphs import MAX_GRAPHS, CudaGraphs, InputBuffers, Outputs, key_of, memory_errors
+from sdtrt.backends.cuda_graphs import MAX_GRAPHS, CudaGraphs, InputBuffers, key_of, memory_errors
 from sdtrt.backends.gradients import refuse_gradients
+from sdtrt.backends.graph_pool import GraphPool, Outputs
 from sdtrt.backends.inductor.package import Package
 from sdtrt.backends.inductor.weights import REBUILD, Constant, Weights
 from sdtrt.backends.scratch import Scratch
@@ -25,24 +26,26 @@ Given = torch.nn.Module | Mapping[str, torch.Tensor]  # what weights may come as
 
 @dataclass(frozen=True)
 class _Run:
-    """One shape's run over the input buffers (`cuda_graphs.Run`)."""
+    """One shape's run over the input buffers (`cuda_graphs.Run`), which works in the pool."""
 
     package: Package
     inputs: Sequence[torch.Tensor]
     names: Sequence[str]
+    pool: GraphPool
 
     def launch(self) -> Outputs:
-        outputs = self.package.run(self.inputs)
-        return {name: tensor.contiguous() for name, tensor in zip(self.names, outputs, strict=True)}
+        return self.pool.launch(self._compute)
 
     def reserve(self, example: Outputs) -> Outputs:
-        # A capture has memory of its own for what is made within, for as long as the graph is there. What the launch
-        # has left in PyTorch's cache would lie there beside it: a capture can't take that.
-        torch.cuda.empty_cache()
-        return example
+        return {name: torch.empty_like(tensor) for name, tensor in example.items()}
 
     def record(self, outputs: Outputs) -> Outputs:
-        return self.launch()
+        for name, tensor in self._compute().items():
+            outputs[name].copy_(tensor)
+        return outputs
+
+    def _compute(self) -> Outputs:
+        return _outputs(self.package, self.inputs, self.names)
 
 
 class InductorSession(Session[torch.Tensor]):
@@ -184,12 +187,12 @@ class InductorSession(Session[torch.Tensor]):
         if self._gpu is None:
             inputs = [feeds[spec.name].to(self._device).contiguous() for spec in self.inputs]
             with torch.no_grad():
-                return _Run(package, inputs, names).launch()
+                return _outputs(package, inputs, names)
         with self._gpu.turn(), torch.no_grad(), memory_errors(shapes):
             key, buffers = key_of(shapes), self._gpu.buffers
             buffers.fill(feeds)
             views = buffers.views(key)
-            run = _Run(package, [views[spec.name] for spec in self.inputs], names)
+            run = _Run(package, [views[spec.name] for spec in self.inputs], names, self._gpu.pool)
             return self._gpu.graphs.run(key, usual=lambda: run, own=lambda: run)
 
     def close(self) -> None:
@@ -222,7 +225,9 @@ class _Gpu:
         with torch.cuda.device(device), memory_errors("its inputs"), torch.inference_mode(False):
             self._block = scratch.block(0, device)  # of no size: for the turns alone
             self.buffers = InputBuffers(contract.inputs, elements, device)
-            self.graphs = CudaGraphs(graphs, device)
+            self.pool = scratch.pool
+            self.graphs = CudaGraphs(graphs, device, self.pool)
+        self.pool.join(self)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -235,6 +240,12 @@ class _Gpu:
         self._scratch.finish()
         self.graphs.clear()
         self.buffers.clear()
+        self.pool.leave(self)
+
+
+def _outputs(package: Package, inputs: Sequence[torch.Tensor], names: Sequence[str]) -> Outputs:
+    """Run a package; its outputs by name."""
+    return {name: tensor.contiguous() for name, tensor in zip(names, package.run(inputs), strict=True)}
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from sdtrt.backends.cuda_graphs import MAX_GRAPHS, CudaGraphs, InputBuffers, Key, Outputs, key_of, memory_errors
+from sdtrt.backends.cuda_graphs import MAX_GRAPHS, CudaGraphs, InputBuffers, Key, key_of, memory_errors
 from sdtrt.backends.gradients import refuse_gradients
+from sdtrt.backends.graph_pool import Outputs
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session, check_tensors, shapes_of
 from sdtrt.backends.tensorrt import contexts
