@@ -21,6 +21,8 @@ from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, GUIDANCE_EMBE
 from sdtrt.specs.groups import adapter_names, residual_names
 from sdtrt.specs.image_prompts import image_prompt_names
 
+ADAPTER = "down_intrablock_additional_residuals"  # what diffusers passes T2I-Adapters' tensors as
+
 
 class UNetForward:
     """`UNet2DConditionModel.forward`, run by an engine.
@@ -96,11 +98,9 @@ class UNetForward:
             class_labels=class_labels,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs or None,
-            down_intrablock_additional_residuals=(
-                None if adapter_names(self.contract) else down_intrablock_additional_residuals
-            ),
             encoder_attention_mask=encoder_attention_mask,
             **self._unusable(down_block_additional_residuals, mid_block_additional_residual),
+            **({} if adapter_names(self.contract) else {ADAPTER: down_intrablock_additional_residuals}),
         )
         residuals = residual_feeds(
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual

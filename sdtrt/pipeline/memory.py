@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -32,9 +32,6 @@ ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, 
 PADDING = 1.05  # of tensors that PyTorch has: with what it rounds up, SDXL's weights take 1.04 times their size
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
-
-
-NameT = TypeVar("NameT", bound=str)
 
 
 class Request(Protocol):

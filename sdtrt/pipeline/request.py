@@ -224,10 +224,8 @@ def resolve_request(
     model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     precision = spec.precision or registry.get(backend).default_precision()
-    height, width = _image_size(spec, model, init, maps, console)
-    count = spec.images_at_once
-    text = plan_texts(spec, model)
-    sizes = unet_sizes(model, count, height, width, guidance=spec.uses_guidance)
+    count, text = spec.images_at_once, plan_texts(spec, model)
+    sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
     pipeline_spec = PipelineSpec(
         model,
         backend,

@@ -33,7 +33,7 @@ from sdtrt.pipeline.bound import Bound, Followed
 from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
-from sdtrt.pipeline.forwards import EncodedText, UNetForward
+from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
 from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.left import Left
 from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
@@ -67,7 +67,6 @@ METHODS: dict[Component, str] = {
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 AFTER_USUAL, AFTER_RESIDUALS = 8, 10  # their places among a UNet's arguments
-ADAPTER = "down_intrablock_additional_residuals"  # the argument after those
 _OTHER_TOKENS = "its token table is another one (textual inversion)"
 IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
