@@ -30,6 +30,7 @@ from sdtrt.specs import (
 
 ALLOWANCE_BYTES = 2**28  # for execution contexts, inputs and outputs, latents, TensorRT's and PyTorch's own kernels
 PADDING = 1.05  # of tensors that PyTorch has: with what it rounds up, SDXL's weights take 1.04 times their size
+NameT = TypeVar("NameT", bound=str)
 MAX_BYTES = 2**50  # what a sidecar says beyond that is nonsense
 STEPS = (64, SIZE_MULTIPLE)  # sides that are suggested are multiples of the first, where that leaves anything
 
