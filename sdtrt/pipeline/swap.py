@@ -192,9 +192,9 @@ class Swapped:
         A GPU computes on when its work is launched: what may take time comes after that.
         """
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
-        if is_first and states is not None:
-            self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         self.find_left(looks=looks)
+        if is_first and states is not None and not self.left:
+            self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         opened, result = None, None
         own, cut, named = self.prompts.take(args, kwargs)
         if not self.left:
@@ -208,7 +208,7 @@ class Swapped:
             result = self.in_pytorch(*args, **kwargs)
         if looks:
             self._steps.seen(states)
-        self._read(begins=is_first and opened is not None and not self.left)
+        self._read(begins=is_first and opened is not None)
         return result
 
     def find_left(self, *, looks: bool) -> None:
@@ -221,16 +221,15 @@ class Swapped:
             _check_place(self, self.module)
             refuse_training(self.component, self.module)
             self._take_image_prompts()
-            if looks:
-                was_left = bool(self.left)
+            if not self.has_its_tokens():
+                self.watch.stop()
+                self.left.reason = _OTHER_TOKENS
+                self._say(f"{self.component}: PyTorch runs it, as {_OTHER_TOKENS}")
+            elif looks:
                 refuse_changes(self.module, self.component, merges=self.bound is not None)
-                self.left.reason = ""
-                if was_left:
+                if self.settings.on_miss == "torch":
                     self.watch.look(self.module)
-        if not self.left and not self.has_its_tokens():
-            self.watch.stop()
-            self.left.reason = _OTHER_TOKENS
-            self._say(f"{self.component}: PyTorch runs it, as {_OTHER_TOKENS}")
+                self.left.reason = ""
 
     def _look(self) -> None:
         """Look whether the weights are the engine's."""
@@ -290,7 +289,9 @@ class Swapped:
 
     def _read(self, *, begins: bool) -> None:
         """Have the weights read while others work, once a picture; wait for all parts' where a picture is decoded."""
-        if begins:
+        if self.left:
+            self.watch.stop()  # the module was changed since: what is read by now are not an engine's weights
+        elif begins:
             self.watch.begin(self.module)
         else:
             self.watch.poll(self.module)
