@@ -66,10 +66,9 @@ def accelerate(
 
     Its modules stay diffusers' and transformers' own; what their `forward` (a VAE's `decode` and `encode`) runs is an
     engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
-    A second call adds engines for its size; with another backend or precision, or after weights were changed, it
-    replaces them. Changed weights raise an `EngineError` at the next picture; `inductor`, whose engines hold none,
-    takes them, and adapters (`load_lora_weights`, …). Threads need schedulers and tokenizers of their own.
-    On a GPU the scheduler keeps its timesteps on the CPU: no step waits. One set later does so after a second call.
+    A second call adds engines for its size, or replaces them: for another backend or precision, or changed weights.
+    These raise an `EngineError` at the next picture; `inductor`, whose engines hold none, takes them, and adapters.
+    Threads need schedulers and tokenizers of their own. On a GPU the scheduler keeps its timesteps on the CPU.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting, or with ControlNet.
@@ -78,26 +77,24 @@ def accelerate(
         guidance: whether their guidance scale is above 1, for which the UNet runs two rows an image.
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
-        components: those that engines run, as `unet` or `vae_decoder`; None for all that the pipeline calls.
+        components: those that engines run, as `unet`; None for all that the pipeline calls.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
-        on_miss: at a call whose size no engine has, `build` builds one and says so, `torch` runs the module itself and
-            says so once, `error` raises an `EngineError`. With `torch` the module runs as well where no engine may:
-            changed weights, another dtype, FreeU, hooks, offloading, arguments without an input. With the others those
-            are an `EngineError`.
+        on_miss: at a call whose size no engine has, `build` one, have `torch` run the module, or raise an `error`. With
+            `torch` it runs where no engine may, too (changed weights, FreeU, hooks, …), which else is an `EngineError`.
         progress: say on stderr what is built.
 
     Raises:
         UsageError: for a size, precision or component that there is not.
         EngineError: for a pipeline that engines don't serve, by its name; where no backend runs where it is.
-        ExportError, BuildError, CacheError: where an engine can't be made or kept. The pipeline is as it was then.
+        ExportError, BuildError, CacheError: where an engine can't be had. The pipeline is as it was then.
 
     Example:
         >>> pipe = sdtrt.accelerate(pipe, height=512, width=512)
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
-    directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
-    named = None if components is None else tuple(components)
-    choices = _Choices(height, width, batch_size, guidance, backend, precision, named, directory, on_miss)
+    directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
+    parts = None if components is None else tuple(components)
+    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss)
     with _CHANGING, quiet_libraries():
         _swap(pipe, _plan(pipe, choices, Console(quiet=not progress)))
     return pipe

@@ -84,9 +84,8 @@ class UNetForward:
             encoder_hidden_states: the prompt's embedding `[B,S,D]`.
             timestep_cond: a guidance scale's embedding `[B,T]`, for an engine of a consistency model.
             added_cond_kwargs: SDXL's `text_embeds [B,P]` and `time_ids [B,6]`.
-            down_block_additional_residuals, mid_block_additional_residual: what ControlNets add, both or neither, for
-                an engine that has inputs for it.
-            down_intrablock_additional_residuals: what T2I-Adapters add, for an engine that has inputs for it.
+            down_block_additional_residuals, mid_block_additional_residual: what ControlNets add, both or neither.
+            down_intrablock_additional_residuals: what T2I-Adapters add.
 
         Returns:
             `[B,C,H,W]` in the dtype of `sample`.

@@ -101,11 +101,15 @@ def load(
     console = Console(quiet=not progress)
     named = model if isinstance(model, ModelSpec) else ModelSpec(model)
     spec = _spec(named, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    names = [controlnet] if isinstance(controlnet, str) else controlnet
-    spec = replace(spec, controls=tuple(ControlSpec(name, Path("image")) for name in names))
+    spec = replace(spec, controls=_controls([controlnet] if isinstance(controlnet, str) else controlnet))
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
+
+
+def _controls(names: Iterable[str]) -> tuple[ControlSpec, ...]:
+    """ControlNets whose maps come with the calls."""
+    return tuple(ControlSpec(name, Path("image")) for name in names)
 
 
 def _spec(

@@ -208,7 +208,7 @@ def resolve_request(
 
     Args:
         maps: what ControlNets go by.
-        backend: what `auto` has come to mean; None where that is for the machine alone to say.
+        backend: what `auto` has come to mean; None for the machine to say.
 
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
@@ -216,20 +216,15 @@ def resolve_request(
     registry.check_request(spec.backend, spec.precision, spec.components)
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
-    check_loras(model)
-    check_ip_adapters(model)
-    if spec.conditioning.given and not model.is_sdxl:
-        option = next(iter(spec.conditioning.given)).replace("_", "-")
-        raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
+    _check_model(spec, model)
     model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
-    precision = spec.precision or registry.get(backend).default_precision()
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
     pipeline_spec = PipelineSpec(
         model,
         backend,
-        precision,
+        spec.precision or registry.get(backend).default_precision(),
         replace(sizes, tokens=sizes.tokens * text.chunks),
         spec.steps,
         img2img=img2img,
@@ -247,12 +242,18 @@ def resolve_request(
         others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
     )
     check_spec(pipeline_spec)
-    note_tiles(pipeline_spec, console)
     note_noise(spec.noise, model, console)
-    if text.in_pytorch and pipeline_spec.has_engines:
-        console.note(f"{', '.join(text_encoders_of(model))}: in PyTorch, in fp32, for {text.reasons}")
-    _note_parts(pipeline_spec, console)
+    _note_pytorch(pipeline_spec, console)
     return pipeline_spec
+
+
+def _check_model(spec: GenerateSpec, model: Model) -> None:
+    """Refuse what a model can't take, before anything is read of it."""
+    check_loras(model)
+    check_ip_adapters(model)
+    if spec.conditioning.given and not model.is_sdxl:
+        option = next(iter(spec.conditioning.given)).replace("_", "-")
+        raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
 
 
 def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
@@ -329,6 +330,14 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
         console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
 
 
+def _note_pytorch(spec: PipelineSpec, console: Console) -> None:
+    """Say what PyTorch runs beside engines."""
+    note_tiles(spec, console)
+    if spec.text.in_pytorch and spec.has_engines:
+        console.note(f"{', '.join(text_encoders_of(spec.model))}: in PyTorch, in fp32, for {spec.text.reasons}")
+    _note_parts(spec, console)
+
+
 def _note_parts(spec: PipelineSpec, console: Console) -> None:
     """Say what a choice of components means: which of them are not called at all, and what PyTorch runs, in fp32."""
     if not spec.components or not spec.has_engines:
@@ -354,7 +363,7 @@ def unet_sizes(model: ModelSource, images: int, height: int, width: int, *, guid
     """
     encoders = text_encoders_of(model)  # a live pipeline may have none: its calls bring embeddings
     tokens = model.config(encoders[0]).get("max_position_embeddings", DEFAULT_TOKENS) if encoders else DEFAULT_TOKENS
-    doubled = guidance and not embeds_guidance(model.config("unet"))
+    doubled = guidance and not ("unet" in model.parts and embeds_guidance(model.config("unet")))
     return Sizes(unet_batch(images, guidance=doubled, editing=model.is_editing), height, width, tokens)
 
 

@@ -180,7 +180,7 @@ class Swapped:
             steps = self.component in STEPPING
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None) if steps else None
             if self.component in VAE_HALVES and tiles.cuts(self.module, first.shape[0]):
-                return tiles.in_tiles(self.module, self.component, self._tile, *args, **kwargs)
+                return tiles.in_tiles(self.module, self.component, functools.partial(_tile, self), *args, **kwargs)
             result = self._run(_sizes_of_call(self.component, first, states), states, args, kwargs)
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
@@ -220,7 +220,7 @@ class Swapped:
         with self.left.where_refused():
             _check_place(self, self.module)
             refuse_training(self.component, self.module)
-            self._take_image_prompts()
+            _take_image_prompts(self)
             if not self.has_its_tokens():
                 self.watch.stop()
                 self.left.reason = _OTHER_TOKENS
@@ -243,36 +243,6 @@ class Swapped:
             self._look()
             opened = None if self.left else self._on_miss(sizes, groups)
         return opened
-
-    def _take_image_prompts(self) -> None:
-        """Go on with the IP-Adapters that the UNet has now: its other engines are closed, but for those that serve.
-
-        Engines without weights serve any adapters of the same number. Others are opened, or built, at the call.
-        """
-        before = self.prompts.count
-        if self.component != "unet" or not self.prompts.look():
-            return
-        if self.bound is not None and before == self.prompts.count:
-            self.bound.look_anew()
-        else:
-            self.bring_back()
-            if self.bound is not None:
-                self.bound.release(self.module)
-            _close(self.engines)
-        self.watch.stop()
-        self.watch = _watch_over(self.module, self.component, self.bound, self.settings)
-
-    def _tile(self, tile: torch.Tensor) -> torch.Tensor:
-        """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
-        sizes = _sizes_of_call(self.component, tile, None)
-        chosen, edge = self.settings.on_miss, tiles.is_edge(self.module, self.component, sizes)
-        if self.fitting(sizes) is None and (chosen == "torch" or (chosen == "build" and edge)):
-            self._say(f"{self.component}: PyTorch runs tiles of {sizes.width}x{sizes.height} pixels")
-            self.bring_back()
-            return tiles.in_pytorch(self.module, self.component, tile)
-        (made,) = self._run(sizes, None, (tile,), {"return_dict": False})
-        moments: torch.Tensor = getattr(made, "parameters", made)
-        return moments
 
     def has_its_tokens(self) -> bool:
         """Whether the module's token table is the engines'; where another layer has the same one, that is taken."""
@@ -374,7 +344,7 @@ class Swapped:
         Args:
             scratch: what the pipeline's engines share from now on.
         """
-        self._take_image_prompts()
+        _take_image_prompts(self)
         self.scratch = scratch or self.scratch
         if any(one.entry.path == entry.path for one in self.engines):
             return
@@ -461,6 +431,38 @@ def swapped_of(pipe: Any) -> dict[Component, Swapped]:
         if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
             found[component] = _SWAPPED[module][component]
     return found
+
+
+def _take_image_prompts(swapped: Swapped) -> None:
+    """Go on with the IP-Adapters that the UNet has now: its other engines are closed, but for those that serve.
+
+    Engines without weights serve any adapters of the same number. Others are opened, or built, at the call.
+    """
+    before = swapped.prompts.count
+    if swapped.component != "unet" or not swapped.prompts.look():
+        return
+    if swapped.bound is not None and before == swapped.prompts.count:
+        swapped.bound.look_anew()
+    else:
+        swapped.bring_back()
+        if swapped.bound is not None:
+            swapped.bound.release(swapped.module)
+        _close(swapped.engines)
+    swapped.watch.stop()
+    swapped.watch = _watch_over(swapped.module, swapped.component, swapped.bound, swapped.settings)
+
+
+def _tile(swapped: Swapped, tile: torch.Tensor) -> torch.Tensor:
+    """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
+    sizes = _sizes_of_call(swapped.component, tile, None)
+    chosen, edge = swapped.settings.on_miss, tiles.is_edge(swapped.module, swapped.component, sizes)
+    if swapped.fitting(sizes) is None and (chosen == "torch" or (chosen == "build" and edge)):
+        swapped._say(f"{swapped.component}: PyTorch runs tiles of {sizes.width}x{sizes.height} pixels")
+        swapped.bring_back()
+        return tiles.in_pytorch(swapped.module, swapped.component, tile)
+    (made,) = swapped._run(sizes, None, (tile,), {"return_dict": False})
+    moments: torch.Tensor = getattr(made, "parameters", made)
+    return moments
 
 
 def _watch_over(
