@@ -16,6 +16,7 @@ from sdtrt.models.components import contract_of, part_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
+from sdtrt.specs.image_prompts import token_counts
 
 
 def ensure_engines(
@@ -96,7 +97,7 @@ def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineErro
         f"no {request.backend} {request.precision} engine for the {names} of {request.model.spec.name} fits"
         f"{_describe(request)}",
         hint=build_command(request, directory)
-        if not request.groups
+        if not token_counts(request.groups)
         else "leave --no-build out: engines with inputs for IP-Adapters are built on the spot",
     )
 
