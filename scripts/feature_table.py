@@ -71,7 +71,7 @@ FEATURES = (
     "`--vae-tiling` (tiles in PyTorch)",
     "VAEs of other classes and factors",
     "Tiny VAEs",
-    "Previews (`sdtrt.preview`, `--preview`)",
+    "Previews (`preview`, `--preview`)",
     "FreeU (`enable_freeu`)",
     "Fused projections (`fuse_qkv_projections`)",
     "Attention processors (`set_attn_processor`, slicing)",
