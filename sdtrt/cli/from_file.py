@@ -23,6 +23,8 @@ _OF = {
     "refiner_start": ("refiner",),
     **dict.fromkeys(("upscaler", "upscale_steps", "upscale_strength"), ("upscale",)),
     **dict.fromkeys(("timestep_spacing", "sigmas", "eta"), ("scheduler",)),
+    **dict.fromkeys([f"control_{one}" for one in ("image", "start", "end", "preprocessor", "mode")], ("controlnet",)),
+    "ip_image": ("ip_adapter",),
 }
 
 
@@ -42,6 +44,11 @@ class _Taken(dict[str, Any]):
             raise UsageError(
                 f"{path} was made with the model {title}, which is neither here nor beside it",
                 hint=f"name it: --model FOLDER/{quote(title)}.safetensors, or another --model",
+            )
+        if name in self._recipe.absent and name not in self:
+            raise UsageError(
+                f"{self._recipe.path} was made from {self._recipe.absent[name]}",
+                hint=f"name it: --{name.replace('_', '-')} FILE",
             )
         return super().get(name, default)
 

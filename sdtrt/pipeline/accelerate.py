@@ -71,7 +71,8 @@ def accelerate(
     Threads need schedulers and tokenizers of their own. On a GPU the scheduler keeps its timesteps on the CPU.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting, or with ControlNet.
+        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting or edits, with
+            ControlNet, T2I-Adapter or IP-Adapter, of a latent consistency model.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes.
         guidance: whether their guidance scale is above 1, for which the UNet runs two rows an image.

@@ -96,9 +96,9 @@ def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineErro
     return EngineError(
         f"no {request.backend} {request.precision} engine for the {names} of {request.model.spec.name} fits"
         f"{_describe(request)}",
-        hint="leave --no-build out: engines with inputs for IP-Adapters are built on the spot"
-        if token_counts(request.groups)
-        else build_command(request, directory),
+        hint=build_command(request, directory)
+        if not token_counts(request.groups)
+        else "leave --no-build out: engines with inputs for IP-Adapters are built on the spot",
     )
 
 

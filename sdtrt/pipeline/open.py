@@ -265,8 +265,10 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
 
 
 def _is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
-    """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, and no mask."""
-    return spec.model.is_lcm and not spec.inpaint and isinstance(scheduler, diffusers.LCMScheduler)
+    """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, no mask and no
+    ControlNet."""
+    other = spec.inpaint or spec.edit or PART in spec.model.parts
+    return spec.model.is_lcm and not other and isinstance(scheduler, diffusers.LCMScheduler)
 
 
 def reassembled(opened: OpenPipeline, spec: PipelineSpec) -> OpenPipeline:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sdtrt.common.errors import UsageError
 from sdtrt.pipeline.images import Parameters, parse_parameters
+from sdtrt.pipeline.recipe_controls import UNIT, controls_of_web_ui
 from sdtrt.pipeline.recipe_files import WEIGHTS, Finder
 from sdtrt.pipeline.recipe_samplers import scheduler_options
 from sdtrt.specs import EMBEDDING_SUFFIXES, EmbeddingSpec, LoraSpec, Recipe
@@ -24,7 +25,7 @@ _TAG = re.compile(r"<(lora|lyco|hypernet):([^:>]+)((?::[^:>]*)*)>")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Fields that change no picture, or are the other half of another one.
 _SILENT = {
-    *("Version", "User", "Lora hashes", "VAE hash", "Model hash", "Batch size", "Batch pos", "Emphasis", "Eta DDIM"),
+    *("Version", "User", "Lora hashes", "VAE hash", "Model hash", "Batch size", "Batch pos", "Emphasis"),
     *("Schedule type", "Masked area padding", "Lora weights"),
 }
 _LAYER = "Clip skip"
@@ -71,8 +72,10 @@ def from_web_ui(path: Path, text: str) -> Recipe:
     for name in reading.text.fields:
         if name in _READERS:
             _READERS[name](reading, name)
-        elif name not in _SILENT:
+        elif name not in _SILENT and not UNIT.fullmatch(name):
             reading.left.append(f"{name}: {reading.text.fields[name]}")
+    units = {name: one for name, one in reading.text.fields.items() if UNIT.fullmatch(name)}
+    reading.options |= controls_of_web_ui(units, reading.files)
     options, left = scheduler_options(
         reading.value("Sampler"), reading.value("Schedule type"), ours=_is_ours(reading.text)
     )
@@ -85,6 +88,7 @@ def from_web_ui(path: Path, text: str) -> Recipe:
         model_title=reading.value("Model"),
         model_hash=reading.value("Model hash"),
         last_layer=layer,
+        absent=reading.files.absent,
         left=(*reading.left, *reading.files.missing),
     )
 
@@ -186,7 +190,24 @@ def _refiner(reading: _Reading, name: str) -> None:
 
 def _strength(reading: _Reading, name: str) -> None:
     """Of a picture with a hires fix it is that one's."""
+    if "Image CFG scale" in reading.text.fields and reading.value(name) not in ("1", "1.0"):
+        reading.left.append(f"{name}: {reading.text.fields[name]} (an edit starts from noise)")
+        return
     _number("upscale_strength" if "Hires upscale" in reading.text.fields else "strength", float)(reading, name)
+
+
+def _edit(reading: _Reading, name: str) -> None:
+    """Web UIs write it of pictures by a model that edits, and of no others."""
+    _number("image_guidance_scale", float)(reading, name)
+    reading.options["edit"] = True
+
+
+def _eta(reading: _Reading, name: str) -> None:
+    """DDIM's and TCD's alone: what web UIs' other samplers take under that name, diffusers' schedulers don't."""
+    if (name, reading.value("Sampler")) in (("Eta DDIM", "DDIM"), ("Eta", "TCD")):
+        _number("eta", float)(reading, name)
+    else:
+        reading.left.append(f"{name}: {reading.text.fields[name]} (sdtrt has no eta for {reading.value('Sampler')})")
 
 
 def _hires_steps(reading: _Reading, name: str) -> None:
@@ -249,7 +270,9 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "Hires steps": _hires_steps,
     "Hires upscaler": _upscaler,
     "Mask blur": _number("mask_blur", int),
-    "Eta": _number("eta", float),
+    "Eta": _eta,
+    "Eta DDIM": _eta,
+    "Image CFG scale": _edit,
     "Size": _size,
     "Model": _model,
     "VAE": _vae,

@@ -16,11 +16,15 @@ WEIGHTS = (".safetensors",)
 
 
 class Finder:
-    """Looks for files around one picture, and remembers what it did not find (`missing`, each with a way out)."""
+    """Looks for files around one picture, and remembers what it did not find (`missing`, each with a way out).
+
+    Of pictures that were not found, `absent` has more: by the name of their option, what they are.
+    """
 
     def __init__(self, path: Path) -> None:
         self.folders = tuple(dict.fromkeys((Path(), path.parent)))
         self.missing: list[str] = []
+        self.absent: dict[str, str] = {}
 
     def find(self, name: str, suffixes: Iterable[str]) -> Path | None:
         """A file of that name, with one of these suffixes or its own; None where there is none.
@@ -46,7 +50,7 @@ class Finder:
             if not isinstance(one, dict) or not isinstance(one.get("weight"), int | float):
                 self.missing.append(f"LoRA {one!r}: not understood")
                 continue
-            name = self._named("LoRA", one, WEIGHTS, "--lora FILE:WEIGHT")
+            name = self.named("LoRA", one, WEIGHTS, "--lora FILE:WEIGHT")
             made += [str(LoraSpec(name, one["weight"]))] if name else []
         return made
 
@@ -57,14 +61,16 @@ class Finder:
             if not isinstance(one, dict) or not isinstance(one.get("token"), str):
                 self.missing.append(f"embedding {one!r}: not understood")
                 continue
-            name = self._named("embedding", one, EMBEDDING_SUFFIXES, "--embedding FILE:TOKEN")
+            name = self.named("embedding", one, EMBEDDING_SUFFIXES, "--embedding FILE:TOKEN")
             made += [str(EmbeddingSpec(name, one["token"]))] if name else []
         return made
 
-    def _named(self, what: str, fact: Mapping[str, Any], suffixes: Iterable[str], option: str) -> str | None:
+    def named(self, what: str, fact: Mapping[str, Any], suffixes: Iterable[str], option: str) -> str | None:
         """The name that was given, where it still leads to something or is no path; else that of a file around."""
-        given, short = fact.get("file"), fact.get("name")
+        given, short = fact.get("file", fact.get("name")), fact.get("name")
         if isinstance(given, str) and (Path(given).exists() or self._is_id(given, suffixes)):
+            return given
+        if isinstance(given, str) and self._is_in_a_repository(given) and not self.find(given, suffixes):
             return given
         found = self.wanted(what, str(short or given), suffixes, option)
         return None if found is None else str(found)
@@ -77,9 +83,15 @@ class Finder:
             return all(parts) and parts[0][0] not in ".~" and not name.lower().endswith(tuple(suffixes))
         return len(parts) == 3 and all(parts) and parts[0][0] not in ".~"
 
-    def picture(self, name: str, fact: Mapping[str, Any]) -> dict[str, Path]:
+    @staticmethod
+    def _is_in_a_repository(name: str) -> bool:
+        """Whether a name can be a file in a folder of a repository on the hub; it can be a moved file's path, too."""
+        parts = name.split("/")
+        return len(parts) > 3 and all(parts) and parts[0][0] not in ".~" and ".." not in parts
+
+    def picture(self, name: str, fact: object) -> dict[str, Path]:
         """The option for the picture that a JSON of ours names: a file of that name around, with those bytes."""
-        if not fact:
+        if not isinstance(fact, dict) or not fact:
             return {}
         file, digest = str(fact.get("name")), fact.get("sha256")
         for folder in self.folders:
@@ -88,4 +100,5 @@ class Finder:
                 return {name: path}
         option = f"--{name.replace('_', '-')}"
         self.missing.append(f"{name} {file}: that file is not here nor beside the picture, give {option} FILE")
+        self.absent[name] = f"the {name.replace('_', ' ')} {file}, and no file with its content is here or beside it"
         return {}

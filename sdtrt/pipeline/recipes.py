@@ -19,10 +19,16 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import UsageError
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images
+from sdtrt.pipeline.recipe_controls import controls_of_ours, image_prompts_of_ours
 from sdtrt.pipeline.recipe_fields import from_web_ui
 from sdtrt.pipeline.recipe_files import Finder
 from sdtrt.specs import AUTO, BackendName, GenerateSpec, Recipe
 
+# What a picture may have several of: of each, what it is, the digest that tells it apart, and what its picture is.
+_LISTED = {
+    "controlnets": ("ControlNet", "fingerprint", "control image"),
+    "ip_adapters": ("IP-Adapter", "sha256", "ip image"),
+}
 MAX_TEXT_BYTES = 4 << 20
 FORMATS_HINT = "name a picture of sdtrt or of a web UI (AUTOMATIC1111, Forge), its JSON, or its text as .txt"
 # Of our JSON: option → where its value is, and of which types it may be.
@@ -31,6 +37,8 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "steps": (("steps",), (int,)),
     "guidance_scale": (("guidance_scale",), (int, float)),
     "strength": (("strength",), (int, float)),
+    "edit": (("edit",), (bool,)),
+    "image_guidance_scale": (("image_guidance_scale",), (int, float)),
     "mask_blur": (("mask_blur",), (int,)),
     "padding_crop": (("padding_crop",), (int,)),
     "prompt_syntax": (("prompt_syntax",), (str,)),
@@ -59,7 +67,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
 _TOLD = {
     *("prompt", "seed", "width", "height", "images", "model", "backend", "device", "precision", "scheduler", "noise"),
     *("init_image", "mask", "batch_size", "tokens", "embeddings", "versions", "engine", "engines", "seconds"),
-    *("original_size", "crop", "target_size"),
+    *("original_size", "crop", "target_size", "controlnets", "ip_adapters"),
 }
 
 
@@ -150,12 +158,14 @@ def _of_ours(path: Path, details: Mapping[str, Any]) -> Recipe:
     options |= {"lora": loras} if (loras := files.loras_of_ours(_at(details, ("model", "loras"), (list,), []))) else {}
     embeddings = files.embeddings_of_ours(_at(details, ("embeddings",), (list,), []))
     options |= {"embedding": embeddings} if embeddings else {}
+    options |= controls_of_ours(_at(details, ("controlnets",), (list,), []), files)
+    options |= image_prompts_of_ours(_at(details, ("ip_adapters",), (list,), []), files)
     for name in ("init_image", "mask"):
-        options |= files.picture(name, _at(details, (name,), (dict,), {}))
+        options |= files.picture(name, details.get(name))
     machine, problems = _machine(details)
     left += [*problems, *files.missing]
     left += [f"{name}: sdtrt has no such option" for name in details if name not in _TOLD | _roots()]
-    return Recipe(path, options | machine, _recorded(details), left=tuple(left))
+    return Recipe(path, options | machine, _recorded(details), absent=files.absent, left=tuple(left))
 
 
 def _odd(details: Mapping[str, Any], name: str) -> bool:
@@ -222,7 +232,7 @@ def _why_not(name: BackendName) -> str | None:
 def _recorded(details: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a new picture is compared with."""
     names = ("model", "backend", "precision", "device", "versions", "init_image", "mask", "batch_size")
-    return {name: details[name] for name in names if name in details}
+    return {name: details[name] for name in (*names, *_LISTED) if name in details}
 
 
 def settle(spec: GenerateSpec, model: Model) -> GenerateSpec:
@@ -259,7 +269,19 @@ def tell_differences(recipe: Recipe, settings: Mapping[str, Any], console: Conso
         own, other = (_at(one, (name, "sha256"), (str,)) for one in (there, here))
         if own is not None and other is not None and own != other:
             console.warn(f"{recipe.path} was made from another {name.replace('_', ' ')}: its picture will differ")
+    _tell_listed(recipe, settings, console)
     _tell_rounding(recipe, settings, console)
+
+
+def _tell_listed(recipe: Recipe, settings: Mapping[str, Any], console: Console) -> None:
+    """Say where ControlNets, IP-Adapters and what they go by are others."""
+    for name, (what, digest, picture) in _LISTED.items():
+        there, here = (_at(one, (name,), (list,), []) for one in (recipe.recorded, settings))
+        for own, now in zip(there, here, strict=False):
+            if _at(own, (digest,), (str,), now[digest]) != now[digest]:
+                console.warn(f"{recipe.path} was made with another {what} {_at(own, ('name',), (str,))}")
+            if _at(own, ("image", "sha256"), (str,), now["image"]["sha256"]) != now["image"]["sha256"]:
+                console.warn(f"{recipe.path} was made from another {picture}: its picture will differ")
 
 
 def _tell_rounding(recipe: Recipe, settings: Mapping[str, Any], console: Console) -> None:

@@ -127,12 +127,15 @@ def _image_prompt_facts(
     facts = [
         {
             "name": adapter.name,
+            "file": given,
             "sha256": directory.file_digest(adapter.path),
             "image_encoder": directory.file_digest(adapter.encoder_files[1]),
             "scale": asked.scale,
             "image": {"name": picture.path.name, "sha256": picture.sha256},
         }
-        for adapter, asked, picture in zip(model.ip_adapters, spec.ip_images, pictures, strict=True)
+        for adapter, given, asked, picture in zip(
+            model.ip_adapters, model.spec.ip_adapters, spec.ip_images, pictures, strict=True
+        )
     ]
     return {"ip_adapters": facts} if facts else {}
 

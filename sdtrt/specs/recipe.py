@@ -19,6 +19,7 @@ class Recipe:
         model_title: what the file calls its model, where that is no name that finds it.
         model_hash: sha256 of a checkpoint's file, or its beginning.
         last_layer: of the text encoder, counted from the end as web UIs do (`Clip skip`); None where nothing is said.
+        absent: the pictures that it was made from and that are not found, in words, by the name of their option.
         left: settings of the file that have no option here, or can't be had, each with the reason.
     """
 
@@ -28,4 +29,5 @@ class Recipe:
     model_title: str | None = None
     model_hash: str | None = None
     last_layer: int | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
     left: tuple[str, ...] = ()

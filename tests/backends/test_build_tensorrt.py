@@ -164,6 +164,7 @@ def recording(shown, then=lambda text: None):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_several_profiles_and_external_data(tmp_path, tiny_onnx):
     path, contract = tiny_onnx
     outside = tmp_path / "outside" / "model.onnx"

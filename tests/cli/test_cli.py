@@ -531,6 +531,7 @@ def test_run_has_the_same_commands(folder, run):
     assert "txt2img" in out + err
 
 
+@pytest.mark.slow
 def test_a_picture_by_the_short_words_is_that_of_the_long_ones(folder, run):
     """A prompt that stands alone, `run`, and the other name of a scheduler."""
     long = run("txt2img", "--prompt", PROMPT, "--scheduler", "euler", "-o", "long.png", *FAST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -162,6 +163,13 @@ def comfy():
     return (*PAINT, "--from", "flow.json")
 
 
+def recipe_of_a_lost_map():
+    unit = {"name": "owner/name", "scale": 1, "start": 0, "end": 1, "image": {"name": "map.png", "sha256": "0"}}
+    told = {"prompt": "x", "seed": 1, "controlnets": [unit], "versions": {"sdtrt": "0"}}
+    Path("told.json").write_text(json.dumps(told))
+    return (*PAINT, "--from", "told.json")
+
+
 def not_finite():
     path = next(Path("model/unet").glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
@@ -231,6 +239,7 @@ MAKERS = {
     "model for inpainting": inpainting_model,
     "file that tells nothing": (*PAINT, "--from", "init.png"),
     "file of ComfyUI": comfy,
+    "picture that a file tells of": recipe_of_a_lost_map,
     "refiner beside another kind of model": (*PAINT, "--refiner", "model"),
     "refiner's start": (*PAINT, "--refiner", "model", "--refiner-start", "1"),
     "sizes that a model is not told": (*PAINT, "--crop", "0,0"),

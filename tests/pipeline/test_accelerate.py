@@ -392,6 +392,7 @@ def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, directory, cap
 
 
 @pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.slow
 def test_one_prompt_of_several_images_runs_in_an_encoder_for_as_many_prompts(make, accelerate, directory):
     pipe, options = make(StableDiffusionXLPipeline, "sdxl"), {"num_images_per_prompt": 2}
     plain, other = latents(pipe, **options), latents(pipe, prompt=["a circle", "a ring"])

@@ -240,6 +240,7 @@ def test_engines_of_several_sizes_share_the_weights(make, accelerate):
         assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
 
 
+@pytest.mark.feature("Latent consistency models", "sd1", "inductor")
 def test_a_consistency_model_and_a_tiny_vae_give_plain_diffusers_pictures(tokenizer, accelerate, directory):
     """Four steps, one row of the UNet: the guidance scale is an input, and turning it builds nothing."""
 
@@ -259,6 +260,7 @@ def test_a_consistency_model_and_a_tiny_vae_give_plain_diffusers_pictures(tokeni
     assert names(directory) == built
 
 
+@pytest.mark.feature("Without guidance: one row an image (Turbo, Lightning)", "sd1", "inductor")
 def test_without_guidance_the_unet_has_an_engine_for_one_row(make, accelerate, directory):
     pipe, plain = accelerate(make(), guidance=False, components=("unet",)), make()
     built = names(directory)

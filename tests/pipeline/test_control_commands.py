@@ -154,6 +154,7 @@ def test_it_is_the_picture_of_diffusers_own_pipeline(kind, task, spec, pictures,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "task"), CASES)
+@pytest.mark.feature("ControlNet, `--controlnet`", "sd1 sdxl", "onnxruntime")
 def test_engines_give_the_picture_of_diffusers_own_pipeline(kind, task, spec, pictures, model_of, net_of, engine_dir):
     own = replace(spec.controls[0], name=str(net_of(kind)))
     model = ModelSpec(str(model_of(kind)))
@@ -166,6 +167,8 @@ def test_engines_give_the_picture_of_diffusers_own_pipeline(kind, task, spec, pi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.feature("ControlNet, several", "sd1", "onnxruntime")
+@pytest.mark.feature("ControlNet, `--controlnet`", "sd1", "onnxruntime")
 def test_several_controlnets_each_in_an_engine_are_summed(backend, spec, pictures, net_of, smallest, engine_dir):
     nets = [net_of("sd1"), net_of("sd1", 1)]
     second = ControlSpec(str(nets[1]), pictures / "other.png", 0.4, start=0.2, end=0.9)
@@ -191,6 +194,8 @@ def test_several_controlnets_each_in_an_engine_are_summed(backend, spec, picture
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
+@pytest.mark.feature("ControlNet, several", "sd1", "inductor")
+@pytest.mark.feature("ControlNet, `--controlnet`", "sd1", "inductor")
 def test_two_controlnets_share_an_inductor_package_each_with_its_weights(spec, pictures, net_of, directory):
     second = ControlSpec(str(net_of("sd1", 1)), pictures / "other.png", 0.5)
     spec = replace(spec, controls=(*spec.controls, second), height=64, width=64)
@@ -257,6 +262,7 @@ def union_folder(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.feature("ControlNet unions (in PyTorch, beside an engine)", "sdxl", "onnxruntime")
 def test_a_union_of_controlnets_is_pytorchs_beside_an_engine(
     task, spec, pictures, model_of, union_folder, directory, engine_dir
 ):

@@ -146,6 +146,7 @@ def test_a_controlnet_that_is_compiled_or_pools_is_left_to_pytorch(make, acceler
     assert differ(latents(compiled), latents(plain)) <= TOLERANCE
 
 
+@pytest.mark.feature("ControlNet, several", "sd1", "onnxruntime")
 def test_several_controlnets_are_summed_before_the_engine(make, accelerate, directory):
     accelerate(make())
     built = names(directory)
@@ -199,6 +200,7 @@ def test_a_unet_for_inpainting_has_its_nine_channels_and_the_residuals(make, acc
     assert differ(latents(accelerate(pipe), **options), latents(plain, **options)) <= TOLERANCE
 
 
+@pytest.mark.feature("ControlNet unions (in PyTorch, beside an engine)", "sdxl", "onnxruntime")
 def test_a_union_of_controlnets_is_one_more_controlnet(make, accelerate):
     def union(unet):
         return small_controlnet(unet, make=union_of)

@@ -96,6 +96,7 @@ def test_it_is_the_picture_of_diffusers_own_pipeline(kind, spec, model_of, direc
 
 @SLOW
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.feature("Edits by instruct-pix2pix models (`--edit`)", "sd1 sdxl", "onnxruntime")
 def test_engines_give_the_picture_of_diffusers_own_pipeline(kind, spec, model_of, engine_dir):
     plain = own_pipeline(model_of(kind), kind)
     spec = replace(spec, model=ModelSpec(str(model_of(kind))), backend="onnxruntime")
@@ -127,6 +128,7 @@ def test_several_at_once_are_those_made_alone(spec, engine_dir):
 
 @SLOW
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.feature("Edits by instruct-pix2pix models (`--edit`)", "sd1 sdxl", "onnxruntime")
 def test_a_live_pipeline_is_accelerated(kind, spec, model_of, engine_dir):
     pipe = own_pipeline(model_of(kind), kind)
     plain = pipe(**arguments(spec, kind), output_type="latent").images

@@ -81,6 +81,8 @@ def test_the_unet_runs_a_row_an_image_without_guidance(smallest, scale, rows):
     ],
     ids=["lcm-lora", "lcm-lora-guided", "lightning-lora", "hyper-lora"],
 )
+@pytest.mark.feature("Without guidance: one row an image (Turbo, Lightning)", "sd1 sdxl", "onnxruntime")
+@pytest.mark.feature("LoRA, `--lora`", "sd1 sdxl", "onnxruntime")
 def test_a_lora_of_few_steps_gives_plain_diffusers_picture(
     models, engine_dir, tmp_path, run, kind, options, scheduler, call
 ):
@@ -117,6 +119,7 @@ def test_a_lora_of_few_steps_gives_plain_diffusers_picture(
 @pytest.mark.parametrize(
     ("cls", "kind"), [(StableDiffusionImg2ImgPipeline, "sd1"), (StableDiffusionXLImg2ImgPipeline, "sdxl")]
 )
+@pytest.mark.feature("Tiny VAEs", "sd1 sdxl", "onnxruntime inductor")
 def test_both_halves_of_a_live_tiny_vae_run_in_engines(cls, kind, backend, tokenizer, engine_dir):
     if (reason := registry.get(backend).why_not()) is not None:
         pytest.skip(reason.message)
@@ -134,6 +137,7 @@ def test_both_halves_of_a_live_tiny_vae_run_in_engines(cls, kind, backend, token
 
 
 @pytest.mark.slow
+@pytest.mark.feature("Tiny VAEs", "sdxl", "onnxruntime")
 def test_a_tiny_vae_of_taesds_own_size_gives_plain_diffusers_picture(tokenizer, engine_dir):
     def made():
         with factories.seeded(0):

@@ -132,6 +132,7 @@ def names(directory):
 
 
 @pytest.mark.parametrize("backend", SLOW)
+@pytest.mark.feature("IP-Adapter, on a live pipeline", "sd1", "onnxruntime inductor")
 def test_an_adapter_has_its_effect_and_nothing_that_is_turned_builds_an_engine(
     make, accelerate, directory, written, backend
 ):
@@ -204,6 +205,7 @@ def test_another_adapter_needs_no_other_engine_where_weights_are_outside(make, a
 
 
 @pytest.mark.parametrize("backend", SLOW[1:])
+@pytest.mark.feature("IP-Adapter, `--ip-adapter`", "sd1", "inductor")
 def test_the_commands_take_the_engine_that_a_live_pipeline_has_built(make, accelerate, written, directory, backend):
     path, model = written(), directory.path.parent / "model"
     accelerate(ip_adapters.load(make(), path), backend=backend)
@@ -256,6 +258,7 @@ def test_several_adapters_several_pictures_and_a_resampler(make, accelerate, dir
         (StableDiffusionControlNetPipeline, "sd1", {"image": OTHER}),
     ],
 )
+@pytest.mark.feature("IP-Adapter, on a live pipeline", "sd1 sdxl", "onnxruntime")
 def test_each_of_diffusers_pipelines_gives_its_pictures(make, accelerate, written, cls, kind, options):
     def made():
         unet = factories.small_unet(kind, **factories.SMALLEST[kind])
@@ -270,6 +273,7 @@ def test_each_of_diffusers_pipelines_gives_its_pictures(make, accelerate, writte
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
+@pytest.mark.feature("IP-Adapter, on a live pipeline", "sdxl", "inductor")
 def test_sdxl_in_an_engine_of_inductor(make, accelerate, written):
     plain, pipe = (ip_adapters.load(make(StableDiffusionXLPipeline, "sdxl"), written(unet="sdxl")) for _ in range(2))
     accelerate(pipe, backend="inductor")
@@ -399,6 +403,12 @@ def test_the_width_of_embeddings_is_that_of_each_kind_of_projection():
     assert [width_of(layer) for layer in kinds] == list(kinds.values())
 
 
+@pytest.mark.feature(
+    "IP-Adapter, on a live pipeline",
+    "sd1 sd2 sdxl",
+    "tensorrt86",
+    error="no engine whose unet has inputs for ip_adapter",
+)
 def test_tensorrt_86_refuses_such_engines_with_the_way_out(monkeypatch):
     export, profile = ExportSpec(groups=("ip_adapter:4",)), (Profile.of(Sizes(2, 512, 512)),)
     for label, refuses in (("tensorrt 8.6.1", True), ("tensorrt 10.13.3.9", False)):

@@ -84,6 +84,7 @@ def levels(one, other):
         pytest.param("onnxruntime", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.feature("IP-Adapter, `--ip-adapter`", "sd1", "onnxruntime")
 def test_a_picture_is_that_of_plain_diffusers_and_says_what_it_was_made_of(folder, base, tmp_path, backend):
     one, other = folder / "one.png", folder / "other.png"
     spec = GenerateSpec(
@@ -123,6 +124,7 @@ def test_a_picture_is_that_of_plain_diffusers_and_says_what_it_was_made_of(folde
 
 
 @pytest.mark.slow
+@pytest.mark.feature("IP-Adapter, `--ip-adapter`", "sd1", "onnxruntime")
 def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, run):
     one, other = str(folder / "one.png"), str(folder / "other.png")
     words = [
@@ -151,6 +153,7 @@ def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, run)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "kind"), [("txt2img", "sdxl"), ("inpaint", "sd1")])
+@pytest.mark.feature("IP-Adapter, `--ip-adapter`", "sd1 sdxl", "inductor")
 def test_each_command_takes_pictures_in_batches_too(folder, base, tmp_path, run, monkeypatch, command, kind):
     """PyTorch computes in the place of an engine without weights, which the facade gives what it gives an engine."""
     torch_engines.instead_of_inductor(monkeypatch)

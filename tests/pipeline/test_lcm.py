@@ -107,6 +107,7 @@ def test_the_guidance_scale_is_an_input_of_the_contract():
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
+@pytest.mark.feature("Latent consistency models", "sd1 sdxl", "onnxruntime")
 def test_pipelines_give_plain_diffusers_latents_at_every_guidance_scale_by_one_engine(
     make, accelerate, directory, cls, kind, options
 ):
@@ -152,6 +153,7 @@ def expected(cls, folder, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("Latent consistency models", "sd1", "onnxruntime")
 def test_the_commands_run_the_models_own_pipelines(folder, tmp_path, directory):
     """With one row of a UNet a picture, whatever the guidance scale."""
     found, report = picture(folder, tmp_path, directory, guidance_scale=6.0)

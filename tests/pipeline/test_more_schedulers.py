@@ -256,6 +256,7 @@ def test_eta_is_for_those_that_take_it():
     ],
     ids=["dpm++2m-sde-karras", "tcd", "euler-trailing", "dpm++sde"],
 )
+@pytest.mark.feature("Schedulers by diffusers' and web UIs' names, sigmas, eta", "sd1", "onnxruntime")
 def test_a_picture_is_plain_diffusers_with_that_scheduler(
     smallest, engine_dir, tmp_path, run, scheduler, options, config, call, text
 ):

@@ -108,6 +108,7 @@ def test_what_is_no_tiny_vae_for_the_model_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.slow
+@pytest.mark.feature("Previews (`preview`, `--preview`)", "sd1", "onnxruntime")
 def test_a_pipelines_own_tiny_vae_shows_it_in_its_engine(pipe, smallest, tiny, folder, run, monkeypatch, engine_dir):
     sdtrt.accelerate(
         pipe, height=64, width=64, components=("vae_decoder",), engine_dir=engine_dir, backend="onnxruntime"

@@ -247,6 +247,7 @@ def test_a_web_uis_picture_wants_its_model_and_tells_of_another(sd1, run, folder
 
 
 @pytest.mark.slow
+@pytest.mark.feature("A picture anew (`--from FILE`)", "sd1", "onnxruntime")
 def test_engines_make_it_anew_and_build_nothing(smallest, run, folder):
     words = ("-m", str(smallest), "-p", "red", "--seed", "4", "--height", "64", "--width", "64", "--steps", "2")
     options = ("--component", "unet", "--backend", "onnxruntime")

@@ -89,6 +89,7 @@ def test_a_refiner_after_img2img(base, refiner, run, folder, share):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("SDXL's refiner, `--refiner`", "sdxl", "onnxruntime")
 def test_a_refiner_in_engines(base, refiner, run, folder):
     options = ("-m", str(base), "--refiner", str(refiner), "--backend", "onnxruntime")
     code, out, err = run("txt2img", *WORDS, *options, "-o", "a.png", "--json")
@@ -150,6 +151,8 @@ def test_a_mask_and_a_refiner_are_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@pytest.mark.feature("SDXL's refiner, on live pipelines", "sdxl", "onnxruntime inductor")
+@pytest.mark.feature("SDXL's size, crop and score conditioning", "sdxl", "onnxruntime inductor")
 def test_accelerated_pipelines_take_diffusers_own_arguments(base, refiner, tmp_path, backend):
     expected = ensemble(base, refiner, original_size=(32, 48), crops_coords_top_left=(4, 8))
     first = plain(diffusers.StableDiffusionXLPipeline, base)

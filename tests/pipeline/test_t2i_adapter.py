@@ -84,6 +84,7 @@ def accelerated(pipe, directory, **options):
 
 @SLOW
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.feature("T2I-Adapter", "sd1 sdxl", "onnxruntime")
 def test_an_adapter_has_its_effect_and_nothing_that_is_turned_builds_an_engine(name, make, directory):
     plain, pipe = make(name), accelerated(make(name), directory)
     built = len(directory.entries("engine"))
@@ -109,6 +110,7 @@ def test_several_adapters_are_summed_before_the_engine(make, directory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
+@pytest.mark.feature("T2I-Adapter", "sd1", "inductor")
 def test_an_inductor_engine_takes_what_an_adapter_gives(make, directory):
     plain, pipe = make(), accelerated(make(), directory, backend="inductor")
     assert differ(latents(pipe), latents(plain)) <= TOLERANCE
@@ -175,6 +177,9 @@ def test_an_adapter_for_another_model_is_refused_by_name(make, directory):
     assert len(directory.entries("engine")) == built
 
 
+@pytest.mark.feature(
+    "T2I-Adapter", "sd1 sd2 sdxl", "tensorrt86", error="no engine whose unet has inputs for t2i_adapter"
+)
 def test_tensorrt_8_6_says_the_way_out(monkeypatch):
     monkeypatch.setattr(libraries, "open_library", lambda *_: fake_library("tensorrt 8.6.1"))
     with pytest.raises(UsageError, match="builds no engine whose unet has inputs for t2i_adapter") as caught:

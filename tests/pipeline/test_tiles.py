@@ -56,6 +56,7 @@ def test_small_vaes_are_cut_as_diffusers_cuts_them():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@pytest.mark.feature("VAE tiling and slicing", "sd1", "onnxruntime inductor")
 def test_tiles_go_through_engines_and_pictures_are_plain_diffusers(folder_of, tmp_path, backend, capsys):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 112, 3), dtype=np.uint8))
     options = {"image": image, "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 2}
@@ -97,6 +98,7 @@ def test_a_picture_that_is_one_tile_is_made_whole(folder_of, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("`--vae-tiling` (tiles in PyTorch)", "sd1", "onnxruntime")
 def test_a_command_decodes_large_images_in_tiles(folder_of, run, folder):
     words = ("-p", "red", "--seed", "5", "--steps", "2", "--height", "96", "--width", "112", "-m", str(folder_of))
     made = {}

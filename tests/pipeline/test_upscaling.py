@@ -89,6 +89,7 @@ def test_the_second_pass_is_diffusers_own(kind, upscaler, smallest, xl, run, fol
 
 @pytest.mark.slow
 @pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
+@pytest.mark.feature("A second, larger pass (`--upscale`)", "sd1", "onnxruntime")
 def test_engines_of_both_sizes_are_found_or_built_once(upscaler, smallest, run, folder):
     options = ("-m", str(smallest), "--backend", "onnxruntime", "--upscaler", upscaler)
     code, out, err = run("txt2img", *WORDS, *LARGE, *options, "-o", "a.png", "--json")
