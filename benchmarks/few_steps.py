@@ -37,7 +37,7 @@ from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.pipeline.schedulers import with_noise
 from sdtrt.reports.bench import run_bench
-from sdtrt.reports.meters import synchronize
+from sdtrt.reports.meters import synchronize, time_calls
 from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, ModelSpec, NoiseSpec
 
 STEPS = 4
@@ -156,14 +156,7 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> flo
     """The median of a call's milliseconds, a GPU idle before and after it; three calls before that are not timed."""
     for _ in range(min(repeats, 3)):
         call()
-    spent = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        spent.append(1000 * (time.perf_counter() - start))
-    return statistics.median(spent)
+    return 1000 * time_calls(call, repeats, device).median
 
 
 def parts(pipe: Any, call: Callable[[], object], repeats: int) -> Mapping[str, float]:

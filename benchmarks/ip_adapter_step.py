@@ -16,7 +16,6 @@ import sdtrt  # first: it switches off what ONNX Runtime tells its maker
 import argparse
 import json
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from sdtrt.common import host
 from sdtrt.common.metrics import relative_l2
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.reports.meters import synchronize
+from sdtrt.reports.meters import time_calls
 from sdtrt.specs import ModelSpec
 
 IMAGE_WIDTH, STATES_WIDTH, STATES = 1024, 1280, 257  # of the image encoder of h94/IP-Adapter: embedding, states
@@ -228,14 +227,7 @@ def unet_call(pipe: Any, embeds: list[torch.Tensor], args: argparse.Namespace) -
 
 def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median of a call's seconds, a GPU idle before and after it."""
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return time_calls(call, repeats, device).median
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sdtrt  # first: it switches off what ONNX Runtime tells its maker
 import argparse
 import json
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from sdtrt.common import host
 from sdtrt.common.metrics import relative_l2
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.swap import swapped_of
-from sdtrt.reports.meters import synchronize
+from sdtrt.reports.meters import time_calls
 from sdtrt.specs import ModelSpec
 
 TARGETS = {
@@ -173,14 +172,7 @@ def look(pipe: Any) -> float:
 
 def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median of a call's seconds, a GPU idle before and after it."""
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return time_calls(call, repeats, device).median
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ def engine_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("shared") / "engines"
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A small CLIP tokenizer for the pipelines that a file's tests make in memory."""
+    import factories
+
+    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
 @pytest.fixture
 def directory(tmp_path):
     """An engine directory of the test's own, which is not there yet."""

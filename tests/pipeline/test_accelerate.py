@@ -46,11 +46,6 @@ CALL = (torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))  # of a UNet
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
 def make(tokenizer):
     """Make a pipeline in memory, the same one each time."""

@@ -41,11 +41,6 @@ def directory(tmp_path_factory):
     return EngineDirectory(tmp_path_factory.mktemp("engines"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
 def make(tokenizer):
     """Make a pipeline in memory, the same one each time."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from diffusers.configuration_utils import ConfigMixin
-from factories import small_text_encoder, small_unet, small_vae, write_tokenizer
+from factories import small_text_encoder, small_unet, small_vae
 from test_modules import facade_of, make_pipeline, picture
 from torch.autograd import forward_ad
 
@@ -94,11 +94,6 @@ PARTS = tuple(MAKE)
 def facades(originals):
     """Their modules, none of a test before."""
     return {name: MAKE[name](original) for name, original in originals.items()}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 # --- all that the originals have ------------------------------------------------------------------------------------

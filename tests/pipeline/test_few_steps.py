@@ -34,11 +34,6 @@ CALL = {"num_inference_steps": 4, "output_type": "pt"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few-steps")
     common = {"dtype": torch.float32, "norm_num_groups": 8}

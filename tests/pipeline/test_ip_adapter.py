@@ -70,11 +70,6 @@ ip_adapter_step = module("ip_adapter_step")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """The engine directory of all these tests: each engine is built once."""
     return EngineDirectory(tmp_path_factory.mktemp("engines"))

@@ -36,11 +36,6 @@ PICTURE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3),
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """The engine directory of all these tests: each engine is built once."""
     return EngineDirectory(tmp_path_factory.mktemp("engines"))

@@ -40,11 +40,6 @@ def _engines(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def make(tokenizer):
     """Make a pipeline in memory, the same one each time."""
 

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from factories import SMALLEST, small_text_encoder, small_unet, small_vae, write_tokenizer
+from factories import SMALLEST, small_text_encoder, small_unet, small_vae
 from PIL import Image
 
 from sdtrt.backends import unchanged
@@ -73,11 +73,6 @@ def facade_of(unet, precision="fp32"):
 @pytest.fixture(scope="module")
 def unets():
     return {kind: small_unet(kind) for kind in ("sd1", "sd2", "sdxl")}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def make_pipeline(unet, tokenizer, *, img2img=False, scheduler=None):

@@ -48,11 +48,6 @@ def small_adapter(seed=5, **config):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return factories.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """The engine directory of all these tests: each engine is built once."""
     return EngineDirectory(tmp_path_factory.mktemp("engines"))
