@@ -30,8 +30,8 @@ from peft.utils import get_peft_model_state_dict
 
 from sdtrt.common import host
 from sdtrt.common.metrics import relative_l2
+from sdtrt.live.swap import swapped_of
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.swap import swapped_of
 from sdtrt.reports.meters import time_calls
 from sdtrt.specs import ModelSpec
 

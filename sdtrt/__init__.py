@@ -30,11 +30,11 @@ if TYPE_CHECKING:
         UsageError,
     )
     from sdtrt.engines.directory import EngineDirectory
-    from sdtrt.pipeline.accelerate import accelerate, restore
+    from sdtrt.live.accelerate import accelerate, restore
+    from sdtrt.live.status import status
     from sdtrt.pipeline.front import build, export, generate, open_session
     from sdtrt.pipeline.opened import load
     from sdtrt.pipeline.previews import preview
-    from sdtrt.pipeline.status import status
     from sdtrt.specs import Profile, Sizes
 
 __all__ = [
@@ -71,15 +71,15 @@ _MODULES = {
     "EngineDirectory": "sdtrt.engines.directory",
     "Profile": "sdtrt.specs",
     "Sizes": "sdtrt.specs",
-    "accelerate": "sdtrt.pipeline.accelerate",
+    "accelerate": "sdtrt.live.accelerate",
     "build": "sdtrt.pipeline.front",
     "export": "sdtrt.pipeline.front",
     "generate": "sdtrt.pipeline.front",
     "load": "sdtrt.pipeline.opened",
     "open_session": "sdtrt.pipeline.front",
     "preview": "sdtrt.pipeline.previews",
-    "restore": "sdtrt.pipeline.accelerate",
-    "status": "sdtrt.pipeline.status",
+    "restore": "sdtrt.live.accelerate",
+    "status": "sdtrt.live.status",
 }
 
 # Before anything imports ONNX Runtime (diffusers does so, too): it would give the user a number, keep a database in the

@@ -29,10 +29,11 @@ from sdtrt.engines import find, trust
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import entry_of
 from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.live import accepted
 from sdtrt.models import components
 from sdtrt.models.loading import load_unet
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import accepted, engines
+from sdtrt.pipeline import engines
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import Contract
 

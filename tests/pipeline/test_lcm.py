@@ -23,8 +23,8 @@ from test_controlnet import small_controlnet
 import sdtrt
 from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.live.swap import swapped_of
 from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.swap import swapped_of
 from sdtrt.specs import GenerateSpec, ModelSpec
 from sdtrt.specs.contract import unet_contract
 

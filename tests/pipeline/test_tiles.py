@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import sdtrt
-from sdtrt.pipeline import swap, tiles
+from sdtrt.live import swap
+from sdtrt.pipeline import tiles
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LEVELS = 2  # of 255

@@ -21,11 +21,7 @@ from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
-from sdtrt.models import image_prompts
-from sdtrt.models.components import choose_components, contract_of, part_of
-from sdtrt.models.live import LiveModel
-from sdtrt.pipeline import memory, opened, pixels
-from sdtrt.pipeline.accepted import (
+from sdtrt.live.accepted import (
     check_pipeline,
     choose_backend,
     engine_pixels,
@@ -33,12 +29,16 @@ from sdtrt.pipeline.accepted import (
     takes_images,
     vae_in_pytorch,
 )
-from sdtrt.pipeline.controlnets import groups_of, refuse_wanted
+from sdtrt.live.controlnets import groups_of, refuse_wanted
+from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
+from sdtrt.models import image_prompts
+from sdtrt.models.components import choose_components, contract_of, part_of
+from sdtrt.models.live import LiveModel
+from sdtrt.pipeline import memory, opened, pixels
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
-from sdtrt.pipeline.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.pipeline.watch import refuse_changes
 from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
 

@@ -19,8 +19,8 @@ import sdtrt
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.live.swap import swapped_of
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.swap import swapped_of
 from sdtrt.specs import ModelSpec, Sizes
 
 pytestmark = [

@@ -25,22 +25,22 @@ from sdtrt.common.errors import EngineError, UnservedCallError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
+from sdtrt.live.bound import Bound, Followed
+from sdtrt.live.left import Left
+from sdtrt.live.live_text import LiveText, encodes, least_rows
+from sdtrt.live.steps import Steps
+from sdtrt.live.token_table import TokenTable
 from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of, sizes_of
 from sdtrt.models.live import LiveModel, component_tensors
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import tiles
-from sdtrt.pipeline.bound import Bound, Followed
 from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
 from sdtrt.pipeline.image_prompts import ImagePrompts
-from sdtrt.pipeline.left import Left
-from sdtrt.pipeline.live_text import LiveText, encodes, least_rows
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
-from sdtrt.pipeline.steps import Steps
-from sdtrt.pipeline.token_table import TokenTable
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import (
     DEFAULT_TOKENS,

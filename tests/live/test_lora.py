@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 import sdtrt
 from sdtrt.common.errors import EngineError
+from sdtrt.live import accelerate as accelerating
+from sdtrt.live import merging, swap
 from sdtrt.models import adapters
-from sdtrt.pipeline import accelerate as accelerating
-from sdtrt.pipeline import merging, swap
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU

@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetMode
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 
 from sdtrt.common.errors import EngineError
-from sdtrt.pipeline.t2i_adapters import adapters_of
+from sdtrt.live.t2i_adapters import adapters_of
 from sdtrt.specs import Group
 from sdtrt.specs.groups import control_facts
 

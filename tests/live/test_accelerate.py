@@ -31,9 +31,10 @@ import sdtrt
 from sdtrt.backends.onnxruntime.backend import OnnxRuntime
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
+from sdtrt.live import accelerate as accelerating
+from sdtrt.live import swap
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import accelerate as accelerating
-from sdtrt.pipeline import parked, reading, swap
+from sdtrt.pipeline import parked, reading
 from sdtrt.pipeline.pixels import round_on_device
 from sdtrt.pipeline.reading import Reading, block_sums
 from sdtrt.pipeline.schedulers import keep_on_host

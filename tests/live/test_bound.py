@@ -8,8 +8,8 @@ import torch
 
 from sdtrt.backends.inductor.weights import Constant, Weights
 from sdtrt.common.errors import EngineError
+from sdtrt.live.bound import Bound, Followed
 from sdtrt.models.live import component_tensors
-from sdtrt.pipeline.bound import Bound, Followed
 
 CONV, LINEAR = "conv_in.weight", "time_embedding.linear_1.weight"
 

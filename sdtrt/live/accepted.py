@@ -12,13 +12,13 @@ import transformers
 
 from sdtrt.backends import registry
 from sdtrt.common.errors import EngineError
+from sdtrt.live.controlnets import check_controlnets, groups_of
+from sdtrt.live.t2i_adapters import PART as ADAPTER
+from sdtrt.live.t2i_adapters import adapters_of, check_adapters
 from sdtrt.models.components import TEXT_ENCODERS, part_of
 from sdtrt.models.image_prompts import projection_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline.controlnets import check_controlnets, groups_of
 from sdtrt.pipeline.facades import Facade
-from sdtrt.pipeline.t2i_adapters import PART as ADAPTER
-from sdtrt.pipeline.t2i_adapters import adapters_of, check_adapters
 from sdtrt.pipeline.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName, Component
 from sdtrt.specs.contract import VAE_CLASSES, editing_channels, inpainting_channels

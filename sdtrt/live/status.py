@@ -13,12 +13,12 @@ import torch
 
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.entry import Entry
+from sdtrt.live.accepted import check_pipeline, takes_images, vae_in_pytorch
+from sdtrt.live.controlnets import IN_PYTORCH, PART
+from sdtrt.live.swap import METHODS, Swapped, swapped_of
 from sdtrt.models.components import VAE_HALVES, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import opened
-from sdtrt.pipeline.accepted import check_pipeline, takes_images, vae_in_pytorch
-from sdtrt.pipeline.controlnets import IN_PYTORCH, PART
-from sdtrt.pipeline.swap import METHODS, Swapped, swapped_of
 from sdtrt.pipeline.tiles import tile_pixels
 from sdtrt.specs import Component
 

@@ -16,10 +16,10 @@ import torch
 
 from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import EngineError
+from sdtrt.live.merging import Merging
+from sdtrt.live.steps import Steps
 from sdtrt.models.adapters import layers_of
 from sdtrt.models.live import component_tensors
-from sdtrt.pipeline.merging import Merging
-from sdtrt.pipeline.steps import Steps
 from sdtrt.pipeline.watch import WAY_OUT, structure_of
 from sdtrt.specs import Component
 

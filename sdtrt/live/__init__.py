@@ -1,0 +1,1 @@
+"""Pipelines that a user has: engines in the place of what their modules compute, found, watched and taken out."""
