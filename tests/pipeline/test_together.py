@@ -18,10 +18,11 @@ from diffusers import ControlNetModel
 from PIL import Image
 from safetensors.torch import save_file
 from test_control_commands import lines, photograph
-from test_controlnet import small_controlnet
+from test_controlnet import small_controlnet, union_of
 from test_edits import editing_folder
 from test_lora_commands import FILE, TARGETS, random_adapter
 
+import sdtrt
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
@@ -59,6 +60,12 @@ def made(tmp_path_factory, smallest):
         small_controlnet(unet(kind)).half().save_pretrained(path)
         return path
 
+    def union(path):
+        with factories.seeded(7):
+            net = union_of(unet("sdxl"))
+        net.half().save_pretrained(path)
+        return path
+
     def lora(kind, path):
         layers = random_adapter(unet(kind), diffusers_lora(), 1)
         diffusers.StableDiffusionPipeline.save_lora_weights(path, unet_lora_layers=layers)
@@ -70,6 +77,7 @@ def made(tmp_path_factory, smallest):
         "lcm": factories.lcm_folder,
         "edit-sd1": lambda path: editing_folder(path, "sd1"),
         "edit-sdxl": lambda path: editing_folder(path, "sdxl"),
+        "union": union,
         "tiny": lambda path: factories.vae_folder(path, factories.small_tiny_vae()),
     }
     for kind in UNETS:
@@ -247,6 +255,41 @@ def test_a_second_pass_by_a_controlnet_has_the_map_in_its_own_size(upscaler, ask
     given = arguments(spec, image=start, size={"height": 128, "width": 160}, strength=0.6)
     check(spec, directory, second(**{**given, "num_inference_steps": 4}).images)
     made_anew(run, "txt2img", spec)
+
+
+@SLOW
+def test_a_second_pass_by_a_union_and_an_ip_adapter(asked, made, pictures, directory, run):
+    spec = asked("sdxl", "ip", kind="sdxl", upscale=UpscaleSpec(1.5, steps=2, strength=0.6))
+    spec = replace(spec, controls=(ControlSpec(str(made("union")), pictures / "map.png", 0.8, mode=1),))
+    found, given = [], {"prompt": ["red"] * 2, "negative_prompt": ["blue"] * 2, "controlnet_conditioning_scale": 0.8}
+    given |= {"guidance_scale": spec.guidance_scale, "control_mode": [1], "ip_adapter_image": Image.open("ip.png")}
+    for task, size, steps in (("", (80, 64), 3), ("Img2Img", (120, 96), 4)):
+        cls = getattr(diffusers, f"StableDiffusionXLControlNetUnion{task}Pipeline")
+        net = diffusers.ControlNetUnionModel.from_pretrained(made("union"), torch_dtype=torch.float32)
+        pipe = cls.from_pretrained(made("sdxl"), controlnet=net, torch_dtype=torch.float32)
+        ip_adapters.load(pipe, made("ip-sdxl"), scale=0.6)
+        control = {"control_image": [Image.open("map.png").resize(size, Image.Resampling.LANCZOS)]}
+        control |= {"num_inference_steps": steps, "width": size[0], "height": size[1], "generator": generators()}
+        if task:
+            start = torch.nn.functional.interpolate(found, (12, 15), mode="bilinear")
+            control |= {"image": start, "strength": 0.6}
+        found = pipe(**given, **control, output_type="pil" if task else "latent").images
+    check(spec, directory, found)
+    made_anew(run, "txt2img", spec)
+
+
+@SLOW
+def test_a_live_pipeline_with_a_controlnet_and_an_ip_adapter(asked, made, engine_dir):
+    spec = asked("sd1", "net", "ip")
+    pipe = pipeline(spec, made)
+    expected = pipe(**arguments(spec)).images
+    parts = {"components": ["unet", "controlnet"], "engine_dir": engine_dir, "progress": False}
+    sdtrt.accelerate(pipe, backend="onnxruntime", batch_size=2, **parts, **SIZE)
+    for one, other in zip(pipe(**arguments(spec)).images, expected, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= LEVELS
+    sdtrt.restore(pipe)
+    for one, other in zip(pipe(**arguments(spec)).images, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @SLOW
