@@ -207,6 +207,7 @@ def test_a_controlnet_and_an_ip_adapter(kind, task, asked, made, pictures, direc
     expected = pipeline(spec, made, task, kind)(**arguments(spec, image=image, **given)).images
     check(spec, directory, expected)
     fields = read_parameters(sorted(spec.output.iterdir())[0]).fields
+    assert [name for name in fields if name.startswith("ControlNet")] == ["ControlNet 0", "ControlNet 1"]
     assert fields["ControlNet 0"].startswith("Module: none, Model: net-")
     assert fields["ControlNet 1"].startswith("Module: ip-adapter-auto")
     made_anew(run, {"": "txt2img", "Img2Img": "img2img", "Inpaint": "inpaint"}[task], spec)
