@@ -203,9 +203,14 @@ def timesteps_until(timesteps: torch.Tensor, end: float, trained: int) -> int:
 
 def _watching(pipe: Any, advance: Callable[[], object], preview: Preview | None) -> dict[str, Any]:
     """The argument by which a pipeline's call says that a step was done; XL's for edits has the older one alone."""
+    on_step_end = _calling(advance, preview)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        return {"callback_on_step_end": _calling(advance, preview)}
-    return {"callback": lambda *_: advance()}
+        return {"callback_on_step_end": on_step_end}
+
+    def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
+        on_step_end(pipe, step, timestep, {"latents": latents})
+
+    return {"callback": callback}
 
 
 def _calling(advance: Callable[[], object], preview: Preview | None) -> Callable[..., dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from sdtrt.common.console import Console, quiet_libraries
+from sdtrt.common.console import QUIET, Console, quiet_libraries
 from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
@@ -124,6 +124,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         plan = _plan(spec, directory, console, init, [one.picture for one in controls])
         start = _started(plan.spec, plan.first, init, mask)
         fitted = _fitted(controls, plan.first, start, console)
+        larger = _fitted(controls, plan.larger, None) if plan.larger is not None else ()
         tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
         with _opened(plan, directory, console) as stages:
             if spec.prompt_syntax == "plain":
@@ -138,7 +139,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             stages.scale_adapters([one.scale for one in spec.ip_images])
             with _previewing(spec, stages.first, tiny, output, console) as preview:
                 shown = tuple(one.pixels for one in pictures)
-                run = _Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown)
+                run = _Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
     return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
@@ -271,7 +272,7 @@ def _fitted(
     controls: Sequence[ControlImage],
     pipeline_spec: PipelineSpec,
     start: Image.Image | masks.Inpainting | None,
-    console: Console,
+    console: Console = QUIET,
 ) -> tuple[Control, ...]:
     """What ControlNets go by, in the size that the pipeline works at."""
     sizes, box = pipeline_spec.sizes, start.box if isinstance(start, masks.Inpainting) else None
@@ -285,7 +286,11 @@ def _fitted(
 
 @dataclass(frozen=True)
 class _Run:
-    """One request on its open pipelines."""
+    """One request on its open pipelines.
+
+    Args:
+        controls: what ControlNets go by; in a second pass `larger`, at its size.
+    """
 
     spec: GenerateSpec
     stages: _Stages
@@ -296,6 +301,7 @@ class _Run:
     settings: Mapping[str, Any]
     preview: Preview | None = None
     pictures: tuple[Image.Image, ...] = ()
+    larger: tuple[Control, ...] = ()
 
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
@@ -350,7 +356,8 @@ class _Run:
             after = replace(call, start=made, until=None, after=stages.refiner.start, pictures=(), controls=())
             made = self._run(stages.refiner.opened, after, "refiner", size)
         if stages.upscaler is not None:
-            made = self._run(stages.upscaler.opened, stages.upscaler.second(call, made), "second pass", size)
+            second = replace(stages.upscaler.second(call, made), controls=self.larger)
+            made = self._run(stages.upscaler.opened, second, "second pass", size)
         pictures: list[Image.Image] = made[: len(batch)]
         return [self.start.finished(one) for one in pictures] if isinstance(self.start, masks.Inpainting) else pictures
 

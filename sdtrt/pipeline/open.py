@@ -80,11 +80,7 @@ def open_pipeline(
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
     """
-    parts = {"scheduler": _load_scheduler(spec)} | _load_tokenizers(spec)
-    strength = spec.strength if _is_lcm(spec, parts["scheduler"]) else 1.0
-    check_steps(parts["scheduler"], spec.steps, img2img=spec.img2img, strength=strength)
-    if spec.eta is not None:
-        check_eta(parts["scheduler"])
+    parts = {"scheduler": checked_scheduler(spec)} | _load_tokenizers(spec)
     if spec.has_engines:  # that one stays diffusers' own, to be compared with
         schedulers.keep_on_host(parts["scheduler"])
     with _open_engines(spec, directory, console, allow_build, unet_engine) as running:
@@ -99,7 +95,21 @@ def open_pipeline(
         yield OpenPipeline(_assemble(spec, parts, running), spec, running.entries, files)
 
 
-def _load_scheduler(spec: PipelineSpec) -> Any:
+def checked_scheduler(spec: PipelineSpec) -> Any:
+    """The scheduler of a pipeline.
+
+    Raises:
+        ModelError, UsageError: where it can't run what is asked for (`check_steps`, `check_eta`).
+    """
+    scheduler = load_scheduler(spec)
+    strength = spec.strength if is_lcm(spec, scheduler) else 1.0
+    check_steps(scheduler, spec.steps, img2img=spec.img2img, strength=strength)
+    if spec.eta is not None:
+        check_eta(scheduler)
+    return scheduler
+
+
+def load_scheduler(spec: PipelineSpec) -> Any:
     """The model's own scheduler, or the one of another name, which does without the own one's class."""
     try:
         own = loading.load_parts(spec.model, ["scheduler"], torch.float32)["scheduler"]
@@ -264,7 +274,7 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
     return pipe
 
 
-def _is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
+def is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
     """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, no mask and no
     ControlNet."""
     other = spec.inpaint or spec.edit or PART in spec.model.parts
@@ -294,7 +304,7 @@ def _pipeline_class(spec: PipelineSpec, scheduler: Any) -> Any:
     """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
     control = "ControlNet" * (PART in spec.model.parts) + "Union" * spec.is_union
     task = "InstructPix2Pix" if spec.edit else "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
-    if _is_lcm(spec, scheduler):
+    if is_lcm(spec, scheduler):
         return getattr(diffusers, f"LatentConsistencyModel{task}Pipeline")
     return getattr(diffusers, f"StableDiffusion{'XL' * spec.model.is_sdxl}{control}{task}Pipeline")
 

@@ -16,7 +16,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.components import components_of
 from sdtrt.models.loading import check_loras
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec, check_spec, unet_sizes
 from sdtrt.pipeline.text_states import plan_texts
 from sdtrt.specs import GenerateSpec
@@ -63,11 +63,13 @@ def plan_refiner(spec: GenerateSpec, base: PipelineSpec, console: Console) -> Pi
         sizes=replace(rows, tokens=rows.tokens * text.chunks),
         img2img=True,
         inpaint=False,
+        edit=False,
         components=tuple(name for name in components_of(model) if name in wanted and name != "vae_encoder"),
         text=text,
         others={},
     )
     check_spec(planned)
+    checked_scheduler(planned)
     return planned
 
 

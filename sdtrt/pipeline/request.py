@@ -217,6 +217,7 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model)
+    _check_together(spec, model, img2img=img2img)
     model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
@@ -254,6 +255,22 @@ def _check_model(spec: GenerateSpec, model: Model) -> None:
     if spec.conditioning.given and not model.is_sdxl:
         option = next(iter(spec.conditioning.given)).replace("_", "-")
         raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
+
+
+def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
+    """Refuse what a model takes one by one, and no pipeline of diffusers takes at once."""
+    if spec.controls and model.embeds_guidance and (img2img or spec.upscale is not None):
+        where = "from an image" if img2img else "in a second pass"
+        raise UsageError(
+            f"the unet of {model.name} takes the guidance scale, which diffusers' pipelines with a ControlNet don't"
+            f" give it {where}",
+            hint=f"leave {'--controlnet' if img2img else '--upscale'} out, or use another model",
+        )
+    if spec.edit and model.is_sdxl and model.ip_adapters:
+        raise UsageError(
+            f"{model.name} is an SDXL that edits, and diffusers' pipeline for it takes no IP-Adapter",
+            hint="leave --ip-adapter out, or use a model as timbrooks/instruct-pix2pix",
+        )
 
 
 def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:

@@ -309,7 +309,6 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
             f"{_listable(one['name'])}: {one['sha256'][:12]}" for one in settings.get("embeddings", ())
         )
         or None,
-        **_image_prompt_fields(settings),
         "Denoising strength": float(spec.strength) if opened.spec.img2img and not spec.edit else None,
         **_hires(spec),
         "Refiner": _refiner_title(settings),
@@ -319,6 +318,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,
         **_control_fields(settings),
+        **_image_prompt_fields(settings),
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
         eta_field(scheduler): None if spec.eta is None else float(spec.eta),

@@ -21,7 +21,7 @@ from sdtrt.common.errors import ModelError, UsageError, first_line
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import components_of
 from sdtrt.pipeline.call import PipelineCall
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline, reassembled
+from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, is_lcm, load_scheduler, open_pipeline, reassembled
 from sdtrt.pipeline.request import PipelineSpec, check_spec, note_tiles
 from sdtrt.specs import LANCZOS, LATENT, Component, GenerateSpec, UpscaleSpec
 
@@ -76,14 +76,31 @@ def plan_upscale(spec: GenerateSpec, first: PipelineSpec, console: Console) -> P
     planned = replace(
         first,
         sizes=replace(first.sizes, height=height, width=width),
-        steps=spec.upscale.schedule(first.steps),
         img2img=True,
+        strength=spec.upscale.strength,
         components=without(first, "vae_encoder") if spec.upscale.is_latent else first.components,
     )
+    planned = replace(planned, steps=_steps(spec.upscale, planned))
     check_spec(planned)
+    checked_scheduler(first)  # what is wrong with that is said of it
+    _check_steps(planned)
     if planned.tile != first.tile:
         note_tiles(planned, console)
     return planned
+
+
+def _steps(spec: UpscaleSpec, planned: PipelineSpec) -> int:
+    """The steps of the second pass's schedule; diffusers' pipeline of latent consistency models runs all it has."""
+    return spec.steps or planned.steps if is_lcm(planned, load_scheduler(planned)) else spec.schedule(planned.steps)
+
+
+def _check_steps(planned: PipelineSpec) -> None:
+    """Refuse more steps than the scheduler has."""
+    try:
+        checked_scheduler(planned)
+    except UsageError as error:
+        hint = "use fewer --upscale-steps, or a higher --upscale-strength"
+        raise UsageError(f"second pass: {error.message}", hint=hint) from error
 
 
 def without(spec: PipelineSpec, component: Component) -> tuple[Component, ...]:

@@ -214,6 +214,7 @@ class GenerateSpec:
         self._check_mask()
         self._check_ip_images()
         self._check_upscale()
+        self._check_refiner()
         self._check_edit()
         if self.model.controlnet is not None:
             raise UsageError(
@@ -307,6 +308,15 @@ class GenerateSpec:
         if self.refiner is not None:
             raise UsageError("upscale and a refiner don't go together yet", hint="leave --upscale or --refiner out")
         self.upscale.schedule(self.steps)
+
+    def _check_refiner(self) -> None:
+        """Refuse a refiner behind a pipeline that diffusers lets run to its end alone."""
+        if self.refiner is not None and self.controls and self.init_image is not None:
+            raise UsageError(
+                f"a refiner does not go on behind ControlNet {self.controls[0].name} and an image: diffusers' pipeline"
+                " for these makes all steps",
+                hint="leave --refiner, --controlnet or --init-image out",
+            )
 
     def _check_edit(self) -> None:
         scale = self.image_guidance_scale

@@ -31,7 +31,7 @@ from sdtrt.engines import digests
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline import memory, preloaded, request
 from sdtrt.pipeline import open as pipeline_open
-from sdtrt.specs import GenerateSpec, ImagePromptSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
+from sdtrt.specs import ControlSpec, GenerateSpec, ImagePromptSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,10 +212,11 @@ def test_one_that_does_not_run_here_or_not_fit_is_left_for_one_that_does(other, 
         ({"batch_size": 3, "num_images": 3, "guidance_scale": 1.0}, ["unet", "vae_decoder"]),
         ({"backend": "onnxruntime"}, []),
         ({"backend": "torch"}, []),
+        ({"controls": (ControlSpec("canny", Path("map.png")),)}, ["controlnet", "vae_decoder"]),
     ],
 )
 def test_what_a_request_calls_and_how(changed, found, directory):
-    for component in ("unet", "vae_decoder", "vae_encoder"):
+    for component in ("unet", "controlnet", "vae_decoder", "vae_encoder"):
         publish(directory, component, PROFILE)
     spec = GenerateSpec(**{"prompts": ("x",), "model": ModelSpec("tiny"), "backend": "tensorrt", **changed})
     assert sorted(str(entry.key["component"]) for entry in likely_engines(spec, directory)) == found
