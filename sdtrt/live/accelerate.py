@@ -65,14 +65,13 @@ def accelerate(
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
 
     Its modules stay diffusers' and transformers' own; what their `forward` (a VAE's `decode` and `encode`) runs is an
-    engine's. Saving and copies are of the modules. On a GPU, weights that engines have are on the CPU until `restore`.
-    A second call adds engines for its size, or replaces them: for another backend or precision, or changed weights.
-    These raise an `EngineError` at the next picture; `inductor`, whose engines hold none, takes them, and adapters.
-    Threads need schedulers and tokenizers of their own. On a GPU the scheduler keeps its timesteps on the CPU.
+    engine's. Saving and copies are of the modules. A second call adds engines for its size, or replaces them: for
+    another backend or precision, or changed weights. These raise an `EngineError` at the next picture; `inductor` takes
+    them, and adapters. Threads need schedulers and tokenizers of their own. On a GPU, weights that engines have are on
+    the CPU until `restore`, and the scheduler keeps its timesteps there.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline: from text or an image, for inpainting or edits, with
-            ControlNet, T2I-Adapter or IP-Adapter, of a latent consistency model.
+        pipe: one of Stable Diffusion 1.x, 2.x or XL; docs/features.md says which, and with what.
         height, width: of the images in pixels, multiples of 8; None for the model's own size.
         batch_size: images that one call makes.
         guidance: whether their guidance scale is above 1, for which the UNet runs two rows an image.
@@ -80,8 +79,8 @@ def accelerate(
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet`; None for all that the pipeline calls.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
-        on_miss: at a call whose size no engine has, `build` one, have `torch` run the module, or raise an `error`. With
-            `torch` it runs where no engine may, too (changed weights, FreeU, hooks, …), which else is an `EngineError`.
+        on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
+            hooks, too, which else are an `EngineError`), or raise an `error`.
         progress: say on stderr what is built.
 
     Raises:

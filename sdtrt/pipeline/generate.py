@@ -131,8 +131,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 prompts.warn_truncated(stages.first.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(plan.spec, stages.first, init, mask, controls, directory, pictures)
-                settings |= refiner_facts(plan.spec, plan.refiner, directory)
-                settings |= upscale_facts(plan.spec, plan.larger, directory)
+                settings |= plan.facts(directory)
                 stages.check_files()  # so that they are of the weights that were loaded
             if spec.recipe is not None:
                 recipes.tell_differences(spec.recipe, settings, console)
@@ -164,6 +163,11 @@ class _Plan:
     refiner: PipelineSpec | None
     larger: PipelineSpec | None
     enlarger: Any
+
+    def facts(self, directory: EngineDirectory) -> dict[str, Any]:
+        """What is told of those that go on, as plain data."""
+        refiner = refiner_facts(self.spec, self.refiner, directory)
+        return {**refiner, **upscale_facts(self.spec, self.larger, directory)}
 
 
 def _plan(

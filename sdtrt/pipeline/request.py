@@ -216,8 +216,7 @@ def resolve_request(
     registry.check_request(spec.backend, spec.precision, spec.components)
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
-    _check_model(spec, model)
-    _check_together(spec, model, img2img=img2img)
+    _check_model(spec, model, img2img=img2img)
     model, *others = _controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
@@ -248,13 +247,14 @@ def resolve_request(
     return pipeline_spec
 
 
-def _check_model(spec: GenerateSpec, model: Model) -> None:
+def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
     """Refuse what a model can't take, before anything is read of it."""
     check_loras(model)
     check_ip_adapters(model)
     if spec.conditioning.given and not model.is_sdxl:
         option = next(iter(spec.conditioning.given)).replace("_", "-")
         raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
+    _check_together(spec, model, img2img=img2img)
 
 
 def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
