@@ -238,7 +238,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
 
 def _groups(pipe: Any) -> tuple[Group, ...]:
     """The optional groups of inputs that a pipeline gives its UNet."""
-    return (*groups_of(pipe), *image_prompts.groups_of(pipe.unet))
+    return (*groups_of(pipe), *(() if pipe.unet is None else image_prompts.groups_of(pipe.unet)))
 
 
 def _components(

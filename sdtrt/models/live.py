@@ -105,6 +105,8 @@ class LiveModel:
     @property
     def is_editing(self) -> bool:
         """Whether its UNet takes the latents of an image that is to be edited (instruct-pix2pix)."""
+        if not {"unet", "vae"} <= self.modules.keys():
+            return False
         channels = editing_channels(latent_channels_of(self.config("vae")))
         return bool(self.config("unet")["in_channels"] == channels)
 

@@ -93,6 +93,7 @@ def test_a_lora_of_few_steps_gives_plain_diffusers_picture(
         "64",
         "--output",
         str(tmp_path / "x.png"),
+        "--overwrite",
         "--lora",
         str(tmp_path / "lora"),
     ]
