@@ -22,16 +22,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from plain_pipelines import load, timed
 
 from sdtrt.common import host
 from sdtrt.common.metrics import relative_l2
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.models.resolve import resolve_model
-from sdtrt.reports.meters import time_calls
-from sdtrt.specs import ModelSpec
 
 IMAGE_WIDTH, STATES_WIDTH, STATES = 1024, 1280, 257  # of the image encoder of h94/IP-Adapter: embedding, states
 TOKENS = {"base": 4, "plus": 16}
@@ -107,17 +104,6 @@ def turned(pipe: Any, kinds: tuple[str, ...], pictures: list[Any], args: argpars
     found["loading_another_adapter_s"] = timed(lambda: put_on(pipe, kinds, seed=2), pipe.device, 1)
     found["picture_of_another_adapter_s"] = timed(lambda: picture(pipe, pictures[0], args), pipe.device, 1)
     return found
-
-
-def load(name: str) -> Any:
-    """diffusers' own pipeline of a model, where it runs."""
-    model = resolve_model(ModelSpec(name))
-    gpu = torch.cuda.is_available()
-    cls = diffusers.StableDiffusionXLPipeline if model.is_sdxl else diffusers.StableDiffusionPipeline
-    options: dict[str, Any] = {} if model.is_sdxl else {"safety_checker": None}
-    pipe: Any = cls.from_pretrained(model.source, torch_dtype=torch.float16 if gpu else torch.float32, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if gpu else "cpu")
 
 
 def put_on(pipe: Any, kinds: tuple[str, ...], *, seed: int) -> None:
@@ -223,11 +209,6 @@ def unet_call(pipe: Any, embeds: list[torch.Tensor], args: argparse.Namespace) -
             )[0]
 
     return call
-
-
-def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of a call's seconds, a GPU idle before and after it."""
-    return time_calls(call, repeats, device).median
 
 
 if __name__ == "__main__":

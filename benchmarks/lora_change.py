@@ -23,17 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from plain_pipelines import load, timed
 
 from sdtrt.common import host
 from sdtrt.common.metrics import relative_l2
 from sdtrt.live.swap import swapped_of
-from sdtrt.models.resolve import resolve_model
-from sdtrt.reports.meters import time_calls
-from sdtrt.specs import ModelSpec
 
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
@@ -91,17 +88,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     return found
-
-
-def load(name: str) -> Any:
-    """diffusers' own pipeline of a model, where it runs."""
-    model = resolve_model(ModelSpec(name))
-    gpu = torch.cuda.is_available()
-    cls = diffusers.StableDiffusionXLPipeline if model.is_sdxl else diffusers.StableDiffusionPipeline
-    options: dict[str, Any] = {} if model.is_sdxl else {"safety_checker": None}
-    pipe: Any = cls.from_pretrained(model.source, torch_dtype=torch.float16 if gpu else torch.float32, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if gpu else "cpu")
 
 
 def caller(pipe: Any, args: argparse.Namespace) -> Callable[[], torch.Tensor]:
@@ -168,11 +154,6 @@ def look(pipe: Any) -> float:
     assert swapped.bound is not None
     bound = swapped.bound
     return timed(lambda: bound.copy(pipe.unet), pipe.device, 5)
-
-
-def timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of a call's seconds, a GPU idle before and after it."""
-    return time_calls(call, repeats, device).median
 
 
 if __name__ == "__main__":

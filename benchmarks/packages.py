@@ -51,8 +51,8 @@ from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
+from sdtrt.exports.computed import computed
 from sdtrt.exports.feeds import seeded_feeds
-from sdtrt.exports.tracing import reference
 from sdtrt.models.components import contract_of, load_component, part_of, profile_of
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.tensor_names import own_name
@@ -181,18 +181,12 @@ def eager(ask: Request, state: Mapping[str, torch.Tensor], feeds: Tensors) -> tu
     module = load_component(ask.model, ask.component, ask.dtype)
     module.load_state_dict(state)
     plain = _computed(ask, torch.nn.Module.to(module, ask.device), feeds)
-    return plain, _computed(ask, torch.nn.Module.to(module, torch.float32), _wide(feeds))
-
-
-def _wide(feeds: Tensors) -> Tensors:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in feeds.items()}
+    return plain, _computed(ask, torch.nn.Module.to(module, torch.float32), feeds)
 
 
 def _computed(ask: Request, module: torch.nn.Module, feeds: Tensors) -> Tensors:
-    with torch.inference_mode(), tf32(False):
-        found = reference(module, ask.contract)(*feeds.values())
-    outputs = (found,) if isinstance(found, torch.Tensor) else found
-    return {spec.name: tensor.cpu() for spec, tensor in zip(ask.contract.outputs, outputs, strict=True)}
+    with tf32(False):
+        return computed(module, ask.contract, feeds)
 
 
 def run(session: InductorSession, feeds: Tensors) -> Tensors:
@@ -405,7 +399,7 @@ def _parameters(ask: Request, module: torch.nn.Module, before: Tensors) -> list[
             parameter.copy_(exact + size * noise + 0.05)
             exact.copy_(parameter)
             session.set_weights(module)
-            wanted = _computed(ask, wide, _wide(feeds))
+            wanted = _computed(ask, wide, feeds)
             error = compare(run(session, feeds), wanted)["relative_l2"]
             rows.append({"name": name, "error": error, "effect": compare(wanted, before)["relative_l2"]})
             parameter.copy_(kept)

@@ -19,9 +19,9 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import ExportError, first_line
 from sdtrt.common.metrics import cosine, max_abs, relative_l2
 from sdtrt.exports import onnx_file
+from sdtrt.exports.computed import computed
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.onnx_run import open_model
-from sdtrt.exports.tracing import reference
 from sdtrt.specs import Precision, Sizes
 from sdtrt.specs.contract import Contract
 
@@ -144,24 +144,18 @@ def _reference(
     """The module's own results in fp32: for each of the inputs, all outputs."""
     dtype = next(module.parameters()).dtype
     # Exact, and so is the way back: every fp16 and bf16 number is an fp32 number. (diffusers' own `to` warns.)
-    call = reference(torch.nn.Module.to(module, torch.float32), contract)
+    torch.nn.Module.to(module, torch.float32)
     try:
-        with torch.inference_mode():
-            results = [call(*(_widened(tensor) for tensor in tensors.values())) for tensors in inputs]
+        results = [computed(module, contract, tensors) for tensors in inputs]
     finally:
         torch.nn.Module.to(module, dtype)
-    outputs = [[t.numpy() for t in ((found,) if isinstance(found, torch.Tensor) else found)] for found in results]
+    outputs = [[tensor.numpy() for tensor in found.values()] for found in results]
     if not all(np.isfinite(output).all() for found in outputs for output in found):
         raise ExportError(
             f"the model's own {contract.component} gives infinite or NaN values in fp32, before any export",
             hint="its weights are damaged: download the model again",
         )
     return outputs
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in fp32, but whole numbers as they are."""
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from typing import Any
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.checkpoints import describe
-from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.models.hub import Repo, is_repo_id, refuse_address
 from sdtrt.models.loras import kind_of_width
+from sdtrt.models.named_parts import NamedPart
 from sdtrt.models.origins import Origin, has_weight_suffix, local_path, read_checkpoint_infos
-from sdtrt.models.weights import TensorInfo, is_pickle, read_header, read_json
+from sdtrt.models.weights import TensorInfo, check_headers
 from sdtrt.specs import ModelSpec
 from sdtrt.specs.groups import control_facts
 
@@ -27,6 +28,7 @@ CLASS, UNION = "ControlNetModel", "ControlNetUnionModel"
 HINT = "pass a ControlNet's folder, a hub id (owner/name) or a .safetensors file as --controlnet"
 FITTING = "use a ControlNet for this model (SD 1.x, 2.x and XL have ones of their own)"
 PREFIX = "control_model."  # of a ControlNet's tensors in a file that has a whole model's, too
+_NET = NamedPart(PART, "ControlNet", (CLASS, UNION), f"a {CLASS}", HINT)
 _HUB_FILES = ("config.json", "diffusion_pytorch_model*.json", "controlnet/*.json")
 # What a ControlNet has of its UNet's configuration (diffusers' `ControlNetModel.from_unet`).
 _OF_THE_UNET = (
@@ -83,9 +85,7 @@ def find_controlnet(spec: ModelSpec, unet: Mapping[str, Any], console: Console) 
     found = _find(replace(spec, name=spec.controlnet, revision=None), spec.name, unet, console)
     _check_fit(found.config(), found.spec.name, spec.name, unet)
     if found.repo is None:
-        for file in found.files():
-            if not is_pickle(file):
-                read_header(file)
+        check_headers(found.files())
     if spec.variant is None or found.file is not None or found.has(spec.variant) is not False:
         return found
     console.note(f"{found.spec.name}: no {spec.variant} weights, the plain ones are taken")
@@ -96,11 +96,8 @@ def _find(spec: ModelSpec, model: str, unet: Mapping[str, Any], console: Console
     """Where the ControlNet lies that `spec` names."""
     path = local_path(spec.name)
     if path is not None:
-        return _in_folder(spec, path, None) if path.is_dir() else _in_file(spec, path, model, unet)
-    if re.match(r"(https?://)?(huggingface\.co|hf\.co)/", spec.name):
-        raise UsageError(
-            f"--controlnet takes no web address: {spec.name!r}", hint="use the hub id alone: --controlnet owner/name"
-        )
+        return _NET.in_folder(spec, path) if path.is_dir() else _in_file(spec, path, model, unet)
+    refuse_address(spec.name, "--controlnet")
     owner, _, rest = spec.name.partition("/")
     name, _, file = rest.partition("/")
     if not is_repo_id(f"{owner}/{name}") or has_weight_suffix(name) or local_path(owner) is not None:
@@ -108,7 +105,7 @@ def _find(spec: ModelSpec, model: str, unet: Mapping[str, Any], console: Console
     repo = Repo(f"{owner}/{name}", None, spec.offline, console)
     if not file:
         folder = repo.fetch(_HUB_FILES, "ControlNet's configuration")
-        return _in_folder(spec, folder, repo.pinned(folder))
+        return _NET.in_folder(spec, folder, repo.pinned(folder))
     path = repo.fetch((file,), "ControlNet", large=True) / file
     if not path.is_file():
         raise ModelError(f"{repo.repo_id} has no file {file}", hint=HINT)
@@ -123,24 +120,6 @@ def _nowhere(name: str) -> ModelError | UsageError:
     return ModelError(f"there is no ControlNet at {name}", hint=HINT)
 
 
-def _in_folder(spec: ModelSpec, root: Path, repo: Repo | None) -> Origin:
-    """A ControlNet's own folder, or that of a pipeline with one."""
-    for subfolder in ("", PART):
-        config_file = root / subfolder / "config.json"
-        if config_file.is_file() and (found := _class_of(config_file)) in (CLASS, UNION):
-            return Origin(spec, PART, found, "folder", root, subfolder, config_file, repo=repo)
-    own = root / "config.json"
-    files = sorted(path.name for path in root.glob("*.safetensors"))
-    if own.is_file():
-        raise ModelError(f"{spec.name} is a {_class_of(own)}, not a {CLASS}", hint=HINT)
-    hint = f"pass the file, as in --controlnet {quote(str(Path(spec.name) / files[0]))}" if files else HINT
-    raise ModelError(f"{spec.name} is no ControlNet's folder: it has no config.json", hint=hint)
-
-
-def _class_of(config_file: Path) -> str:
-    return str(read_json(config_file).get("_class_name", "model without a class"))
-
-
 def _in_file(spec: ModelSpec, path: Path, model: str, unet: Mapping[str, Any]) -> Origin:
     """A file with a ControlNet's tensors, under original names or diffusers' own, alone or beside a model's."""
     infos = read_checkpoint_infos(spec, path)
@@ -149,7 +128,7 @@ def _in_file(spec: ModelSpec, path: Path, model: str, unet: Mapping[str, Any]) -
     _check_names(path, own)
     origin = Origin(spec, PART, CLASS, "single-file", path.parent, "", None, path, (prefix,))
     beside = path.parent / "config.json"
-    if _INPUTS[0] in own and beside.is_file() and _class_of(beside) == CLASS:
+    if _INPUTS[0] in own and beside.is_file() and _NET.class_of(beside) == CLASS:
         return replace(origin, config_file=beside)
     _check_header(own, str(path), model, unet)
     return replace(origin, derived=_derived(own, unet))

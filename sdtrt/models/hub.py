@@ -20,6 +20,18 @@ def is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
+def is_address(name: str) -> bool:
+    """Whether `name` is a page of the hub, and no id."""
+    return re.match(r"(https?://)?(huggingface\.co|hf\.co)/", name) is not None
+
+
+def refuse_address(name: str, option: str, hint: str = "") -> None:
+    """Raise `UsageError` for a page of the hub as an option's value."""
+    if is_address(name):
+        usual = f"use the hub id alone: {option} owner/name"
+        raise UsageError(f"{option} takes no web address: {name!r}", hint=hint or usual)
+
+
 @dataclass(frozen=True)
 class Repo:
     """A repository at one revision: a commit, once something was fetched.

@@ -5,15 +5,14 @@ Reads no tensor: what does is `ip_loading`. Knows names of tensors, and no modul
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdtrt.common.console import Console
-from sdtrt.common.errors import ModelError, UsageError, quote
-from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.common.errors import ModelError, quote
+from sdtrt.models.hub import Repo, is_repo_id, refuse_address
 from sdtrt.models.loras import kind_of_width
 from sdtrt.models.origins import has_weight_suffix, local_path
 from sdtrt.models.weights import TensorInfo, is_pickle, read_header, read_json
@@ -179,8 +178,7 @@ def _place(spec: ModelSpec, name: str, is_sdxl: bool, console: Console) -> tuple
     repo_name, _, file = rest.partition("/")
     is_id = is_repo_id(f"{owner}/{repo_name}") and not has_weight_suffix(repo_name)
     if not is_id or local_path(owner) is not None or (file and not has_weight_suffix(file)):
-        if re.match(r"(https?://)?(huggingface\.co|hf\.co)/", name):
-            raise UsageError(f"--ip-adapter takes no web address: {name!r}", hint=HINT)
+        refuse_address(name, "--ip-adapter", HINT)
         raise ModelError(f"there is no IP-Adapter at {name}", hint=HINT)
     return _on_hub(Repo(f"{owner}/{repo_name}", None, spec.offline, console), file, is_sdxl)
 

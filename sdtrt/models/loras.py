@@ -18,7 +18,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.common.files import open_regular
 from sdtrt.models.checkpoints import describe
-from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.models.hub import Repo, is_repo_id, refuse_address
 from sdtrt.models.origins import has_weight_suffix, local_path
 from sdtrt.models.weights import TensorInfo, is_pickle, read_header
 from sdtrt.specs import LoraSpec, ModelSpec
@@ -142,8 +142,7 @@ def _file_of(spec: ModelSpec, own: LoraSpec, console: Console) -> Path:
     path = local_path(own.name)
     if path is not None:
         return _in_folder(own, path, sorted(one.name for one in path.glob("*.safetensors"))) if path.is_dir() else path
-    if re.match(r"(https?://)?(huggingface\.co|hf\.co)/", own.name):
-        raise UsageError(f"--lora takes no web address: {own.name!r}", hint="use the hub id alone: --lora owner/name")
+    refuse_address(own.name, "--lora")
     owner, _, rest = own.name.partition("/")
     name, _, file = rest.partition("/")
     is_id = is_repo_id(f"{owner}/{name}") and not has_weight_suffix(name) and (not file or has_weight_suffix(file))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sdtrt.models.checkpoints import PREFIXES, Layout, check_checkpoint, inferre
 from sdtrt.models.configuration import check_values
 from sdtrt.models.controlnets import PART as CONTROLNET
 from sdtrt.models.controlnets import find_controlnet
-from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.models.hub import Repo, is_address, is_repo_id
 from sdtrt.models.ip_adapters import IpAdapter, find_ip_adapters
 from sdtrt.models.loras import Lora, find_loras
 from sdtrt.models.origins import (
@@ -34,7 +34,7 @@ from sdtrt.models.origins import (
 )
 from sdtrt.models.prediction import foreign_noise, header_texts, stated_noise
 from sdtrt.models.vaes import with_vae
-from sdtrt.models.weights import WEIGHT_NAMES, TensorInfo, is_pickle, read_header, read_json
+from sdtrt.models.weights import WEIGHT_NAMES, TensorInfo, check_headers, read_json
 from sdtrt.specs import DEFAULT_MODEL, Group, ModelSpec, NoiseSpec
 from sdtrt.specs.contract import (
     REFINER_TIME_IDS,
@@ -320,7 +320,7 @@ def _unknown_name(name: str) -> UsageError | ModelError:
     """The error for a name that nothing answers to, with the closest names that something does."""
     from difflib import get_close_matches
 
-    if re.match(r"(https?://)?(huggingface\.co|hf\.co)/", name):
+    if is_address(name):
         return UsageError(
             f"--model takes no web address: {name!r}", hint="use the hub id alone, as in --model owner/name"
         )
@@ -360,7 +360,7 @@ def _from_folder(spec: ModelSpec, folder: Path, console: Console) -> Model:
     model = _folder_model(spec, folder, index, None, console)
     for part in WEIGHT_NAMES:
         if part in model.parts and (part == "unet" or model.stored_weight_files(part)):
-            _check_headers(model.weight_files(part))
+            check_headers(model.weight_files(part))
     return model
 
 
@@ -534,12 +534,6 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
 def _config_patterns() -> list[str]:
     """What to fetch of a hub model to know it: everything that is small."""
     return ["model_index.json", *(f"{part}/{name}" for part in SDXL_PARTS for name in ("*.json", "merges.txt"))]
-
-
-def _check_headers(files: Sequence[Path]) -> None:
-    for file in files:
-        if not is_pickle(file):
-            read_header(file)
 
 
 # --- single-file checkpoints -------------------------------------------------------------------------------------

@@ -11,15 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdtrt.common.console import Console
-from sdtrt.common.errors import ModelError, UsageError, quote
+from sdtrt.common.errors import ModelError
 from sdtrt.models.checkpoints import PREFIXES, Layout, describe
-from sdtrt.models.hub import Repo, is_repo_id
+from sdtrt.models.hub import Repo, is_repo_id, refuse_address
+from sdtrt.models.named_parts import NamedPart
 from sdtrt.models.origins import Origin, has_weight_suffix, local_path, read_checkpoint_infos
-from sdtrt.models.weights import is_pickle, read_header, read_json
+from sdtrt.models.weights import check_headers
 from sdtrt.specs import ModelSpec
 from sdtrt.specs.contract import VAE_CLASSES, is_tiny_vae
 
 HINT = "pass a VAE's folder, a hub id (owner/name) or a .safetensors file as --vae"
+VAE = NamedPart(
+    "vae",
+    "VAE",
+    VAE_CLASSES,
+    f"an {' or '.join(VAE_CLASSES)}",
+    HINT,
+    VAE_CLASSES[0],  # the oldest ones don't say
+)
 _HUB_FILES = ("config.json", "diffusion_pytorch_model*.json", "vae/*.json")
 
 
@@ -34,9 +43,7 @@ def with_vae(spec: ModelSpec, origins: Mapping[str, Origin], console: Console) -
     own = origins.get("vae")
     vae = _find(replace(spec, name=spec.vae, revision=None), own, console)
     if vae.repo is None and (vae.file is not None or vae.stored_files()):
-        for file in vae.files():
-            if not is_pickle(file):
-                read_header(file)
+        check_headers(vae.files())
     _warn_of_another_kind(own, vae, console)
     return {**origins, "vae": vae}
 
@@ -45,35 +52,15 @@ def _find(spec: ModelSpec, own: Origin | None, console: Console) -> Origin:
     """Where the VAE lies that `spec` names."""
     path = local_path(spec.name)
     if path is not None and path.is_dir():
-        return _in_folder(spec, path, None)
+        return VAE.in_folder(spec, path)
     if path is not None and path.is_file():
         return _in_file(spec, path, own)
     if path is None and is_repo_id(spec.name) and not has_weight_suffix(spec.name):
         repo = Repo(spec.name, None, spec.offline, console)
         folder = repo.fetch(_HUB_FILES, "VAE's configuration")
-        return _in_folder(spec, folder, repo.pinned(folder))
-    if re.match(r"(https?://)?(huggingface\.co|hf\.co)/", spec.name):
-        raise UsageError(f"--vae takes no web address: {spec.name!r}", hint="use the hub id alone: --vae owner/name")
+        return VAE.in_folder(spec, folder, repo.pinned(folder))
+    refuse_address(spec.name, "--vae")
     raise ModelError(f"there is no VAE at {spec.name}", hint=HINT)
-
-
-def _in_folder(spec: ModelSpec, root: Path, repo: Repo | None) -> Origin:
-    """A VAE's own folder, or that of a whole model."""
-    for subfolder in ("", "vae"):
-        config_file = root / subfolder / "config.json"
-        if config_file.is_file() and (name := _class_of(config_file)) in VAE_CLASSES:
-            return Origin(spec, "vae", name, "folder", root, subfolder, config_file, repo=repo)
-    own = root / "config.json"
-    files = sorted(path.name for path in root.glob("*.safetensors"))
-    if own.is_file():
-        raise ModelError(f"{spec.name} is a {_class_of(own)}, not an {' or '.join(VAE_CLASSES)}", hint=HINT)
-    hint = f"pass the file, as in --vae {quote(str(Path(spec.name) / files[0]))}" if files else HINT
-    raise ModelError(f"{spec.name} is no VAE's folder: it has no config.json", hint=hint)
-
-
-def _class_of(config_file: Path) -> str:
-    """The class that a configuration is of; the oldest ones of VAEs don't say."""
-    return str(read_json(config_file).get("_class_name", VAE_CLASSES[0]))
 
 
 def _in_file(spec: ModelSpec, path: Path, own: Origin | None) -> Origin:
@@ -82,7 +69,7 @@ def _in_file(spec: ModelSpec, path: Path, own: Origin | None) -> Origin:
     name, layout, prefixes = _form_of(path, names)
     beside = path.parent / "config.json"
     config_file: Path | None = None
-    if layout == "folder" and beside.is_file() and _class_of(beside) == name:
+    if layout == "folder" and beside.is_file() and VAE.class_of(beside) == name:
         config_file = beside
     elif name != "AutoencoderTiny":
         config_file = _models_own(path, own)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -115,6 +115,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if size < 8 + length + end:
         raise _truncated(path, 8 + length + end, size)
     return entries
+
+
+def check_headers(files: Iterable[Path]) -> None:
+    """Raise `ModelError` for a file whose header can't be read; pickle files have none."""
+    for file in files:
+        if not is_pickle(file):
+            read_header(file)
 
 
 def _parse_header(path: Path, header: bytes, start: bytes) -> tuple[dict[str, TensorInfo], int]:

@@ -35,6 +35,7 @@ from sdtrt.backends.session import Session
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import BuildError, EngineError, ModelError, UsageError
 from sdtrt.engines.find import best_fit
+from sdtrt.exports import computed
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Recipe, export_program
 from sdtrt.exports.tracing import reference
@@ -511,14 +512,14 @@ def test_the_reference_of_a_check_is_computed_a_few_rows_at_a_time(models, compo
         module = ControlNetModel.from_unet(module)
         contract = controlnet_contract(module.config, "fp32")
     feeds, seen = seeded_feeds(contract, Sizes(5, 64, 64)), []
-    whole = worker.reference(module, contract)
+    whole = reference(module, contract)
     expected = whole(*feeds.values())
 
     def spied(*args):
         call = reference(*args)
         return lambda *inputs: seen.append([len(one) for one in inputs]) or call(*inputs)
 
-    monkeypatch.setattr(worker, "reference", spied)
+    monkeypatch.setattr(computed, "reference", spied)
     request = build.Request(spec_of(model).export, PROFILE, contract, Path("nowhere"), "cpu")
     found = worker._reference(module, request)(feeds)
     assert [max(one[:-1]) for one in seen] == [2, 2, 1]

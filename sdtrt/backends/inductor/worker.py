@@ -17,21 +17,18 @@ from sdtrt.backends.inductor.package import Package
 from sdtrt.backends.inductor.session import InductorSession
 from sdtrt.backends.inductor.weights import PACKAGE_FILE, Constant, write_constants, write_fixed
 from sdtrt.common.errors import BuildError, BuildMemoryShortage, first_line
+from sdtrt.exports.computed import computed
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Program, Recipe, export_program
-from sdtrt.exports.tracing import reference
 from sdtrt.models.architecture import SEED
 from sdtrt.models.components import load_component
 from sdtrt.models.image_prompts import complete
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import Profile, Sizes
-from sdtrt.specs.contract import BATCH, Contract
 
 # What an engine may differ from the component in fp32 by, as relative L2 error: a wrong engine is far beyond, rounding
 # far below. fp16: 0.001 was measured for Stable Diffusion 1.5's UNet.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-
-ROWS_AT_ONCE = 2  # of a reference
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -165,39 +162,12 @@ def _sizes_to_check(profile: Profile) -> list[Sizes]:
 
 
 def _reference(module: torch.nn.Module, request: Request) -> checking.Compute:
-    """What computes a component's outputs in fp32, with the module's own rounded weights, a few rows at a time."""
-    names = [spec.name for spec in request.contract.outputs]
+    """What computes a component's outputs in fp32, with the module's own rounded weights."""
 
     def compute(feeds: Tensors) -> Tensors:
-        call = reference(torch.nn.Module.to(module, request.device, torch.float32), request.contract)
-        found = [_tuple(call(*_wide(part, request.device))) for part in _by_rows(feeds, request.contract)]
-        return {name: torch.cat(parts).cpu() for name, parts in zip(names, zip(*found, strict=True), strict=True)}
+        return computed(torch.nn.Module.to(module, request.device, torch.float32), request.contract, feeds)
 
-    return torch.inference_mode()(compute)
-
-
-def _by_rows(feeds: Tensors, contract: Contract) -> list[Tensors]:
-    """Inputs in parts of a few rows, which need less memory, and which PyTorch computes rightly.
-
-    A UNet of SDXL's in fp32 does not: at 1024x1024, 8 rows at once are 6 to 11 % off what they are in twos
-    (`benchmarks/rows_at_once.py`), while fp16 agrees with the latter.
-    """
-    whole = {spec.name for spec in contract.inputs if BATCH not in spec.dims}
-    rows = max(len(tensor) for name, tensor in feeds.items() if name not in whole)
-    return [
-        {name: tensor if name in whole else tensor[first : first + ROWS_AT_ONCE] for name, tensor in feeds.items()}
-        for first in range(0, rows, ROWS_AT_ONCE)
-    ]
-
-
-def _wide(feeds: Tensors, device: str) -> list[torch.Tensor]:
-    """Inputs on a device, in fp32, whole numbers as they are."""
-    return [(one.float() if one.is_floating_point() else one).to(device) for one in feeds.values()]
-
-
-def _tuple(found: Any) -> tuple[torch.Tensor, ...]:
-    """One output or several, as several."""
-    return (found,) if isinstance(found, torch.Tensor) else tuple(found)
+    return compute
 
 
 def _measure_memory(session: InductorSession, request: Request) -> dict[str, int]:
