@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
-import torch
-
-from sdtrt.models.resolve import resolve_model
+from sdtrt.models.resolve import resolve_model  # sdtrt first: it switches off what ONNX Runtime tells its maker
 from sdtrt.reports.meters import time_calls
 from sdtrt.specs import ModelSpec
+
+# isort: split
+import diffusers
+import torch
 
 
 def load(name: str) -> Any:
