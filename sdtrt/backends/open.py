@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdtrt.backends import registry
 from sdtrt.backends.session import Session
@@ -46,6 +46,26 @@ def open_session(
         raise
     session.keep(hold)
     return session
+
+
+def open_beside(
+    entry: Entry, device: torch.device, scratch: Scratch | None, first: Session[torch.Tensor]
+) -> Session[torch.Tensor]:
+    """Open a second engine of a component; one that holds no weights computes with those of the first one's session.
+
+    Raises as of `open_session`.
+    """
+    session: Any = open_session(entry, device, scratch)
+    if registry.get(str(entry.key.get("backend"))).weights_inside:
+        return session  # type: ignore[no-any-return]
+    other: Any = first
+    try:
+        session.share_weights(other)
+        session.follow(other.weight_views())  # what lies otherwise in it is copied
+    except BaseException:
+        session.close()
+        raise
+    return session  # type: ignore[no-any-return]
 
 
 def _open(

@@ -31,6 +31,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, Mod
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.saving_options import SavingOptions
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -99,6 +100,7 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -111,7 +113,7 @@ def txt2img(
         "refiner": refiner.spec(named),
         "controls": control.specs(),
     }
-    image |= {"upscale": upscale.spec()}
+    image |= {"upscale": upscale.spec(), "savings": saving.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -135,6 +137,7 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -143,7 +146,7 @@ def img2img(
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
-    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale, "savings": saving.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -165,13 +168,14 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs()}
+    image |= {"controls": control.specs(), "savings": saving.spec()}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -261,6 +265,7 @@ def build(
 def verify(
     options: VerifyOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -268,7 +273,7 @@ def verify(
     output: OutputOptions,
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -282,6 +287,7 @@ def verify(
 def bench(
     options: BenchOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -289,7 +295,7 @@ def bench(
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

@@ -10,7 +10,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -38,6 +38,7 @@ from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
+from sdtrt.pipeline.guided_rows import GuidedRows
 from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -51,6 +52,7 @@ from sdtrt.specs import (
     ModelSpec,
     Precision,
     Profile,
+    Savings,
     Sizes,
 )
 
@@ -84,6 +86,7 @@ class Settings:
         precision: that is asked for; a component may have another (`Backend.precision_of`).
         on_miss: what happens at a call that no engine has the size of.
         lock: the parts' engines share memory, and run one at a time.
+        savings: what of a run's work is left out.
     """
 
     spec: ModelSpec
@@ -96,6 +99,7 @@ class Settings:
     on_miss: OnMiss
     console: Console
     lock: threading.RLock
+    savings: Savings = field(default_factory=Savings)
 
     @property
     def model(self) -> LiveModel:
@@ -152,6 +156,7 @@ class Swapped:
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
+        self.rows = GuidedRows()
         self.left = Left(self._may_leave)
         own = getattr(type(module), self.method)
         functools.update_wrapper(self, own)
@@ -192,6 +197,8 @@ class Swapped:
         A GPU computes on when its work is launched: what may take time comes after that.
         """
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
+        if self.component in STEPPING:
+            sizes = replace(sizes, batch=self.rows.look(self.settings.savings.guidance, args, kwargs))
         self.find_left(looks=looks)
         if is_first and states is not None and not self.left:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
@@ -205,7 +212,7 @@ class Swapped:
             if looks:
                 self._look()
         if opened is None or self.left:
-            result = self.in_pytorch(*args, **kwargs)
+            result = self.rows.run(self.in_pytorch, *args, **kwargs)
         if looks:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
@@ -302,13 +309,10 @@ class Swapped:
                 hint="sdtrt.accelerate(pipe, height=..., width=..., batch_size=...) opens one for another size;"
                 ' on_miss="build" builds it at the call, on_miss="torch" runs PyTorch',
             )
-        settings = self.settings
-        with torch.inference_mode(False), torch.no_grad():
-            request = settings.request(sizes, self.component, groups)
-            registry.get(settings.backend).check_groups(groups)
-            entries = ensure_engines(request, settings.directory, settings.console)
-        self.open(entries[self.component])
-        return self.engines[-1]
+        for rows in self.rows.counts or (sizes.batch,):  # with guidance in a part of a run it needs two
+            if self.fitting(one := replace(sizes, batch=rows), groups) is None:
+                self.open(_ensure(self, one, groups))
+        return self.fitting(sizes, groups)
 
     def fitting(self, sizes: Sizes, groups: tuple[Group, ...] = ()) -> Opened | None:
         """The open engine that fits a size of the component's own call best, with inputs for all that it gives."""
@@ -452,6 +456,15 @@ def _take_image_prompts(swapped: Swapped) -> None:
     swapped.watch = _watch_over(swapped.module, swapped.component, swapped.bound, swapped.settings)
 
 
+def _ensure(swapped: Swapped, sizes: Sizes, groups: tuple[Group, ...]) -> Entry:
+    """Find or build the engine of a size, and of groups of inputs."""
+    settings, component = swapped.settings, swapped.component
+    with torch.inference_mode(False), torch.no_grad():
+        request = settings.request(sizes, component, groups)
+        registry.get(settings.backend).check_groups(groups)
+        return ensure_engines(request, settings.directory, settings.console)[component]
+
+
 def _tile(swapped: Swapped, tile: torch.Tensor) -> torch.Tensor:
     """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
     sizes = _sizes_of_call(swapped.component, tile, None)
@@ -480,9 +493,9 @@ def _call_of(swapped: Swapped, session: Session[torch.Tensor], profiles: Sequenc
     """A module's method, by a session."""
     component, device, module = swapped.component, swapped.settings.device, swapped.module
     if component == "unet":
-        return UNetForward(session, session.contract, device, IN_PYTORCH)
+        return functools.partial(swapped.rows.run, UNetForward(session, session.contract, device, IN_PYTORCH))
     if component == "controlnet":
-        return ControlNetForward(session, device, IN_PYTORCH)
+        return functools.partial(swapped.rows.run, ControlNetForward(session, device, IN_PYTORCH))
     if component in TEXT_ENCODERS:
         return encodes(session, device, ref(module), profiles, IN_PYTORCH)
     config: Any = module.config

@@ -38,11 +38,13 @@ from sdtrt.specs import (
     Group,
     NoiseSpec,
     Precision,
+    Savings,
     SchedulerName,
     Sizes,
 )
 from sdtrt.specs.contract import DTYPES, embeds_guidance
 
+PROMPT_ROWS = "_prompt_rows"  # behind the name of an engine: a second one, for steps without guidance
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
 
 
@@ -101,6 +103,7 @@ class PipelineSpec:
         vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
         others: the model with each further ControlNet in the place of its first one, by the names that their engines
             have among the pipeline's: `controlnet_2`, …
+        savings: what of a run's work is left out.
     """
 
     model: Model
@@ -121,6 +124,7 @@ class PipelineSpec:
     eta: float | None = None
     vae_tiling: bool = False
     others: Mapping[str, Model] = field(default_factory=dict)
+    savings: Savings = field(default_factory=Savings)
 
     @property
     def has_engines(self) -> bool:
@@ -169,13 +173,24 @@ class PipelineSpec:
         }
 
     @property
+    def prompt_rows(self) -> int | None:
+        """The rows of a UNet call in a step without guidance; None where all steps are guided, or none is."""
+        saves = not self.savings.guidance.is_whole and self.sizes.batch > self.images
+        return self.images if saves else None
+
+    def sizes_of(self, name: str, component: Component) -> Sizes:
+        """The sizes of one call of the engine of a name."""
+        sizes = self.engines.sizes_of(component)
+        return replace(sizes, batch=self.images) if name.endswith(PROMPT_ROWS) else sizes
+
+    @property
     def is_union(self) -> bool:
         """Whether its ControlNet is a union of several."""
         return CONTROLNET in self.model.parts and self.model.class_name(CONTROLNET) == UNION
 
     def source_of(self, name: str) -> Model:
         """The model that has what is called so among the pipeline's engines."""
-        return self.others.get(name, self.model)
+        return self.others.get(name.removesuffix(PROMPT_ROWS), self.model)
 
     @property
     def device(self) -> torch.device:
@@ -240,10 +255,10 @@ def resolve_request(
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
         others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
+        savings=spec.savings,
     )
     check_spec(pipeline_spec)
-    note_noise(spec.noise, model, console)
-    _note_pytorch(pipeline_spec, console)
+    _note(pipeline_spec, console)
     return pipeline_spec
 
 
@@ -337,6 +352,16 @@ def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
         console.note(f"noise: {said}")
 
 
+def warn_of_interval(spec: PipelineSpec, console: Console) -> None:
+    """Say where guidance in a part of the steps means nothing, as there is none or the UNet does it by itself."""
+    if spec.savings.guidance.is_whole or spec.prompt_rows is not None:
+        return
+    why = "guidance scales up to 1 are no guidance"
+    if "unet" in spec.model.parts and embeds_guidance(spec.model.config("unet")):
+        why = f"the unet of {spec.model.name} takes the guidance scale, and has one row an image in all steps"
+    console.warn(f"--guidance-interval {spec.savings.guidance} has no effect: {why}")
+
+
 def note_tiles(spec: PipelineSpec, console: Console) -> None:
     """Say what `--vae-tiling` comes to."""
     if spec.tile is not None:
@@ -347,8 +372,10 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
         console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
 
 
-def _note_pytorch(spec: PipelineSpec, console: Console) -> None:
-    """Say what PyTorch runs beside engines."""
+def _note(spec: PipelineSpec, console: Console) -> None:
+    """Say where the noise is another than the model's own, and what PyTorch runs beside engines."""
+    note_noise(spec.noise, spec.model, console)
+    warn_of_interval(spec, console)
     note_tiles(spec, console)
     if spec.text.in_pytorch and spec.has_engines:
         console.note(f"{', '.join(text_encoders_of(spec.model))}: in PyTorch, in fp32, for {spec.text.reasons}")

@@ -1,0 +1,28 @@
+"""The options about work that is left out of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from typer import Option
+
+from sdtrt.specs import GuidanceInterval, Savings
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """These options leave work out, for speed, and change the image."""
+
+    guidance_interval: Annotated[
+        str | None,
+        Option(metavar="START:STOP", help="guide this part of the steps alone, as in 0.1:0.7; the others are cheaper"),
+    ] = None
+
+    def spec(self) -> Savings:
+        """What is left out."""
+        return Savings(
+            guidance=GuidanceInterval()
+            if self.guidance_interval is None
+            else GuidanceInterval.parse(self.guidance_interval)
+        )
