@@ -104,6 +104,7 @@ def names(directory):
     return sorted(entry.name for entry in directory.entries("engine"))
 
 
+@pytest.mark.feature("Guidance in a part of a run (`guidance_interval`)", "sd1", "inductor")
 @pytest.mark.parametrize(
     ("scheduler", "guided", "rows"),
     [
@@ -125,6 +126,18 @@ def test_steps_outside_run_the_prompts_rows_alone_with_any_scheduler(both, sched
     assert seen == rows
     assert torch.equal(latents(pipe, num_inference_steps=4), found)  # the same prompt once more
     assert seen == rows * 2
+
+
+@SLOW
+@pytest.mark.feature("Guidance in a part of a run (`guidance_interval`)", "sd1", "onnxruntime")
+def test_an_engine_of_any_size_serves_both(both, engine_dir, capsys):
+    plain, pipe = both(backend="onnxruntime", engine_dir=engine_dir, progress=True)
+    assert "second engine" not in capsys.readouterr().err
+    seen = rows_of(pipe)
+    by_hand(plain, {1, 2})
+    assert alike(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4))
+    assert seen == [1, 2, 2, 1]
+    assert len(sdtrt.status(pipe)["unet"].engines) == 1
 
 
 @SLOW
@@ -285,6 +298,7 @@ def test_guidance_rescale_and_embeddings_of_ones_own(both):
 
 
 @SLOW
+@pytest.mark.feature("Guidance in a part of a run (`guidance_interval`)", "sdxl", "inductor")
 def test_sdxl_and_the_schedule_that_a_refiner_shares(both):
     plain, pipe = both(StableDiffusionXLPipeline, "sdxl")
     by_hand(plain, {1, 2})  # of five steps, of which three run

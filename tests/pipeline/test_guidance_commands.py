@@ -223,7 +223,7 @@ def test_verify_holds_both_engines_against_pytorch_and_bench_times_both(spec, di
     image = replace(spec, output=None)
     report = verify(VerifySpec(image, output=tmp_path / "verified"), directory, QUIET)
     assert not report.failures
-    assert len(report.errors) == 4
+    assert len(report.timesteps) == 4
     assert set(report.engines) >= {"unet", "unet_prompt_rows"}
     entry = next(one for one in directory.entries("engine") if one.engine_key.profiles[0].batch.max == 2)
     with pytest.raises(EngineError, match="takes no call of 1 row, which steps without guidance are") as caught:
