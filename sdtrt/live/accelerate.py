@@ -221,6 +221,11 @@ class _Plan:
         requests: dict[str, EngineRequest] = dict.fromkeys(second.components, second)
         return found | ensure_second(requests, found, settings.directory, settings.console)
 
+    def is_coming(self, name: str, entry: Entry) -> bool:
+        """Whether an engine takes memory that nothing has yet: of a part that comes, or a second one of what stays."""
+        there = self.staying.get(_base(name))
+        return there is None or (name != _base(name) and all(one.entry.path != entry.path for one in there.engines))
+
     @property
     def coming(self) -> list[Component]:
         """Those that run in no engine yet, or in one that does not serve."""
@@ -312,7 +317,7 @@ def _swap(pipe: Any, plan: _Plan) -> None:
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
-        memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if _base(name) in new})
+        memory.check_memory(plan.request, {name: one for name, one in entries.items() if plan.is_coming(name, one)})
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
         _open({**plan.staying, **new}, entries, scratch)

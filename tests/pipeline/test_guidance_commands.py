@@ -17,13 +17,14 @@ import torch
 import torch_engines
 from PIL import Image
 from test_guidance_interval import by_hand
+from test_memory import engine
 
 import sdtrt
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory
+from sdtrt.pipeline import all_engines, memory
 from sdtrt.pipeline.generate import generate
 from sdtrt.pipeline.images import read_metadata, read_parameters
 from sdtrt.pipeline.open import open_pipeline
@@ -34,8 +35,11 @@ from sdtrt.specs import (
     GenerateSpec,
     GuidanceInterval,
     ModelSpec,
+    Profile,
+    Range,
     RefinerSpec,
     Savings,
+    Sizes,
     UpscaleSpec,
     VerifySpec,
 )
@@ -251,6 +255,27 @@ def test_verify_holds_both_engines_against_pytorch_and_bench_times_both(spec, di
     assert "unet_prompt_rows" in asked["components_ms"]
     assert asked["component_share"] is None
     assert "unet_prompt_rows" not in baseline["components_ms"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"), [(Range.of(2), ["unet_prompt_rows"]), (Range(1, 2, 2), [])], ids=["fixed", "range"]
+)
+def test_an_engine_that_holds_weights_serves_both_where_its_range_has_the_rows(
+    spec, directory, monkeypatch, capsys, rows, found
+):
+    model = resolve_model(spec.model)
+    first = engine(1.0, 0.0, Profile(rows, Range.of(64), Range.of(64)))
+    wanted = factories.engines_wanted(model, "tensorrt", "fp16", Sizes(2, 64, 64), ("unet", "text_encoder"))
+    asked = []
+    monkeypatch.setattr(
+        all_engines, "ensure_engines", lambda request, *_, **__: asked.append(request) or {"unet": engine(1.0, 0.0)}
+    )
+    monkeypatch.setattr(all_engines, "find_engines", lambda request, _: dict.fromkeys(request.components))
+    second = {"unet": all_engines.for_prompt_rows(wanted, 1)}
+    assert list(all_engines.ensure_second(second, {"unet": first}, directory, Console())) == found
+    assert [(one.components, one.sizes.batch) for one in asked] == [(("unet",), 1)] * len(found)
+    said = "unet: steps without guidance are of 1 row, for which a second engine holds the weights a second time"
+    assert (said in capsys.readouterr().err) == bool(found)
 
 
 def test_the_memory_of_weights_that_are_shared_is_counted_once(spec, directory):

@@ -181,6 +181,8 @@ def _refuse(what: str, names: Sequence[str]) -> None:
 class Weights:
     """The weights of one session: tensors that stay where they are, while what is in them may change.
 
+    They take memory when they are first asked for: what is shared with another session by then takes none.
+
     Args:
         constants: what the package takes.
         fixed: the tensors that are no weights of a model, by name.
@@ -188,19 +190,28 @@ class Weights:
     """
 
     def __init__(self, constants: Sequence[Constant], fixed: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        self._constants = tuple(constants)
-        with torch.inference_mode(False):  # made in that mode, they could be written to in that mode alone
-            self.tensors = {one.name: one.new(device) for one in constants}
-            for one in constants:
-                if not one.sources:
-                    self._copy_fixed(one, fixed)
-            self._views = self._all_views()
+        self._constants, self._device = tuple(constants), device
+        own = [one.name for one in constants if not one.sources]
+        if lost := [name for name in own if name not in fixed]:
+            raise EngineError(f"the engine's own tensor {lost[0]} is missing from its entry", hint=REBUILD)
+        self._fixed = {name: fixed[name] for name in own}
+        self._tensors: dict[str, torch.Tensor] | None = None
+        self._views: dict[str, torch.Tensor] = {}
 
-    def _copy_fixed(self, one: Constant, fixed: Mapping[str, torch.Tensor]) -> None:
-        """Fill what is no weight of a model."""
-        if one.name not in fixed:
-            raise EngineError(f"the engine's own tensor {one.name} is missing from its entry", hint=REBUILD)
-        self.tensors[one.name].copy_(fixed[one.name])
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Each of them, by the package's names."""
+        return self._taken({}) if self._tensors is None else self._tensors
+
+    def _taken(self, there: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Take memory for all but those that are there already."""
+        with torch.inference_mode(False):  # made in that mode, they could be written to in that mode alone
+            own = {one.name: one.new(self._device) for one in self._constants if one.name not in there}
+            for name in own.keys() & self._fixed.keys():
+                own[name].copy_(self._fixed[name])
+            self._tensors = {**own, **there}
+            self._views = self._all_views(self._tensors)
+        return self._tensors
 
     @property
     def size_bytes(self) -> int:
@@ -209,13 +220,13 @@ class Weights:
 
     def views(self) -> Mapping[str, torch.Tensor]:
         """By its own name, where each tensor of the model lies: what is written there, the engine computes with."""
-        return self._views
+        return self._views if self.tensors else {}
 
-    def _all_views(self) -> dict[str, torch.Tensor]:
+    def _all_views(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
             name: part
             for one in self._constants
-            for name, part in zip(one.sources, one.parts(self.tensors[one.name]), strict=bool(one.sources))
+            for name, part in zip(one.sources, one.parts(tensors[one.name]), strict=bool(one.sources))
         }
 
     @torch.no_grad()
@@ -263,8 +274,8 @@ class Weights:
     def share(self, other: Weights) -> None:
         """Take another's tensors in the place of those that lie in the same way: there is one copy then."""
         theirs = {one: other.tensors[one.name] for one in other._constants if one.sources}
-        self.tensors |= {one.name: theirs[one] for one in self._constants if one in theirs}
-        self._views = self._all_views()
+        shared = {one.name: theirs[one] for one in self._constants if one in theirs}
+        self._taken({**(self._tensors or {}), **shared})
 
     def check(self) -> None:
         """Hold the tensors against what the package takes. Raises `EngineError`."""
