@@ -16,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.cache_options import CacheOptions
 from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
@@ -41,6 +42,7 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
+    Savings,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
+    cache: CacheOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -111,7 +114,7 @@ def txt2img(
         "refiner": refiner.spec(named),
         "controls": control.specs(),
     }
-    image |= {"upscale": upscale.spec()}
+    image |= {"upscale": upscale.spec(), "savings": Savings(caching=cache.caching())}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -135,6 +138,7 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
+    cache: CacheOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -144,6 +148,7 @@ def img2img(
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
     image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
+    image |= {"savings": Savings(caching=cache.caching())}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -165,13 +170,14 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
+    cache: CacheOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs()}
+    image |= {"controls": control.specs(), "savings": Savings(caching=cache.caching())}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -237,6 +243,7 @@ def build(
     model: ModelOptions,
     lora: LoraOptions,
     control: ControlNetOptions,
+    cache: CacheOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -247,6 +254,7 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
+    exports = replace(exports, caching=cache.caching())
     requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each

@@ -30,7 +30,7 @@ from sdtrt.live.accepted import (
     vae_in_pytorch,
 )
 from sdtrt.live.controlnets import groups_of, refuse_wanted
-from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
+from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, ensure_shallow, swapped_of
 from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
@@ -40,7 +40,19 @@ from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.watch import refuse_changes
-from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
+from sdtrt.specs import (
+    AUTO,
+    PRECISIONS,
+    BackendName,
+    Component,
+    DeepCaching,
+    Group,
+    Precision,
+    check_choice,
+    check_size,
+)
+from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
+from sdtrt.specs.savings import CacheSchedule
 
 PipeT = TypeVar("PipeT")
 Parts = Mapping[Component, Swapped]
@@ -60,6 +72,9 @@ def accelerate(
     components: Iterable[Component] | None = None,
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
+    cache_interval: int = 1,
+    cache_depth: int | None = None,
+    cache_schedule: CacheSchedule = "uniform",
     progress: bool = True,
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
@@ -81,6 +96,10 @@ def accelerate(
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
         on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
             hooks, too, which else are an `EngineError`), or raise an `error`.
+        cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
+            on from what it gave; 1 for none. Off in runs of fewer than 10 steps. docs/speed.md says what it costs.
+        cache_depth: how many layers those run on the way down and up; None for the architecture's own.
+        cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
         progress: say on stderr what is built.
 
     Raises:
@@ -94,7 +113,8 @@ def accelerate(
     """
     directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     parts = None if components is None else tuple(components)
-    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss)
+    caching = DeepCaching(cache_interval, cache_depth, cache_schedule)
+    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, caching)
     with _CHANGING, quiet_libraries():
         _swap(pipe, _plan(pipe, choices, Console(quiet=not progress)))
     return pipe
@@ -139,6 +159,7 @@ class _Choices:
     components: tuple[Component, ...] | None
     directory: EngineDirectory
     on_miss: OnMiss
+    caching: DeepCaching = DeepCaching()
 
     def __post_init__(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
@@ -168,6 +189,21 @@ class _Choices:
         images = self.batch_size
         sizes = unet_sizes(model, images, height, width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
+
+    def groups(self, pipe: Any, model: LiveModel) -> tuple[Group, ...]:
+        """The optional groups of inputs and outputs that a pipeline's UNet needs."""
+        return (*_groups(pipe), *self.deep_groups(model))
+
+    def deep_groups(self, model: LiveModel) -> tuple[Group, ...]:
+        """The group of a UNet that gives deep features to be kept."""
+        if self.caching.is_off:
+            return ()
+        if "unet" not in (self.components or ("unet",)) or "unet" not in model.modules:
+            raise UsageError(
+                f"cache_interval={self.caching.interval} needs an engine of the unet, and PyTorch is to run it",
+                hint="leave cache_interval out, or have an engine run the unet, as in components=['unet']",
+            )
+        return (whole_group(self.caching.depth or default_depth(model.config("unet"))),)
 
     def _size(self, model: LiveModel) -> tuple[int, int]:
         """Height and width of the images in pixels."""
@@ -200,10 +236,10 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     backend.check_precision(precision)
     modules = {part: ref(module) for part, module in model.modules.items()}
     fixed = (name, precision, choices.directory, device, choices.on_miss, console, threading.RLock())
-    settings = Settings(model.spec, model.stored, modules, *fixed)
+    settings = Settings(model.spec, model.stored, modules, *fixed, choices.caching, choices.deep_groups(model))
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
     wanted = _components(pipe, model, choices.components, there)
-    request = choices.request(model, name, precision, wanted, device, _groups(pipe))
+    request = choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
     for component in wanted:
         contract_of(model, component, precision, request.groups_of(component))
         backend.check_groups(request.groups_of(component))
@@ -229,7 +265,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device, _groups(pipe))
+        return choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")
@@ -270,13 +306,15 @@ def _swap(pipe: Any, plan: _Plan) -> None:
     with _closed_on_failure(new.values()):
         _park(new.values())
         entries = ensure_engines(plan.request, settings.directory, settings.console)
+        shallow = ensure_shallow(plan.request, settings)
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
-        memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if name in new})
+        coming: dict[str, Entry] = {name: entry for name, entry in entries.items() if name in new}
+        memory.check_memory(plan.request, coming if shallow is None else {**coming, "unet" + SHALLOW: shallow})
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
-        _open({**plan.staying, **new}, entries, scratch)
+        _open({**plan.staying, **new}, entries, scratch, shallow)
     for one in plan.staying.values():
         one.settings = settings
     for one in new.values():
@@ -292,11 +330,11 @@ def _park(parts: Iterable[Swapped]) -> None:
         memory.release()
 
 
-def _open(parts: Parts, entries: Mapping[Component, Entry], scratch: Scratch) -> None:
+def _open(parts: Parts, entries: Mapping[Component, Entry], scratch: Scratch, shallow: Entry | None) -> None:
     """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
     for name in memory.by_scratch(entries):
         with parts[name].settings.lock:
-            parts[name].open(entries[name], scratch)
+            parts[name].open(entries[name], scratch, shallow if name == "unet" else None)
 
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:

@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 from sdtrt.backends import registry
-from sdtrt.backends.open import open_session
+from sdtrt.backends.open import open_beside, open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
 from sdtrt.common.console import Console
@@ -33,12 +33,14 @@ from sdtrt.models.resolve import Model
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, pixels, preloaded, schedulers
 from sdtrt.pipeline.control_facade import ControlNetFacade, together
+from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.refusals import refuse_as_a_whole
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
+from sdtrt.specs.deep_features import SHALLOW
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def open_pipeline(
                 parts |= _load_parts(spec, running)
                 _check_weights(spec, running, directory, given=unet_engine)
             parts |= _facades(spec, running, parts.get("vae"))
+            _keep_deep_features(spec, parts, running, console)
             _give_image_prompts(spec, parts)
         # No name for the pipeline here: whoever drops it ends this generator, which closes the engines.
         yield OpenPipeline(_assemble(spec, parts, running), spec, running.entries, files)
@@ -176,17 +179,22 @@ def _open_engines(
     own = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     entries: dict[str, Entry] = dict(own.items())
     for name, request in spec.other_engines.items():
-        entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)["controlnet"]}
+        (component,) = request.components
+        entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)[component]}
     scratch = Scratch(memory.pool_bytes(spec, entries))  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
             check_memory(spec, entries, loaded)
             held = registry.get(spec.backend).weights_inside
             files = None if held else Sight(spec.model, map(part_of, spec.in_engines))
-            sessions = {
-                name: stack.enter_context(_open(spec, spec.source_of(name), entries[name], scratch))
-                for name in memory.by_scratch(entries)
-            }
+            sessions: dict[str, Session[torch.Tensor]] = {}
+            for name in sorted(memory.by_scratch(entries), key=_is_shallow):
+                first = sessions.get(name.removesuffix(SHALLOW))
+                sessions[name] = stack.enter_context(
+                    _open(spec, spec.source_of(name), entries[name], scratch)
+                    if first is None
+                    else open_beside(entries[name], spec.device, scratch, first)
+                )
         yield _Running(entries, sessions, files)
 
 
@@ -195,6 +203,11 @@ def _open(spec: PipelineSpec, model: Model, entry: Entry, scratch: Scratch) -> S
     if registry.get(spec.backend).weights_inside:
         return open_session(entry, spec.device, scratch)
     return open_session(entry, spec.device, scratch, model)
+
+
+def _is_shallow(name: str) -> bool:
+    """Whether an engine's name says that it runs steps that go on from a deep feature."""
+    return name.endswith(SHALLOW)
 
 
 def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
@@ -220,6 +233,8 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
     """What stands in for the parts that engines run; `vae` is PyTorch's, where a half of it has no engine."""
     facades: dict[str, torch.nn.Module] = {}
     for name, session in running.sessions.items():
+        if _is_shallow(name):
+            continue
         component = session.contract.component
         config = spec.source_of(name).config(part_of(component))
         if name == "unet":
@@ -232,6 +247,14 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
             decoder, encoder = (running.sessions.get(half) for half in VAE_HALVES)
             facades["vae"] = VaeFacade(config, spec.device, decoder=decoder, encoder=encoder, rest=vae)
     return facades
+
+
+def _keep_deep_features(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running, console: Console) -> None:
+    """Have the UNet's facade run each step by the program that deep caching says."""
+    shallow = running.sessions.get("unet" + SHALLOW)
+    if shallow is not None:
+        cache = DeepCache(lambda: spec.savings.caching, console)
+        parts["unet"].forward = CachedForward(running.sessions["unet"], shallow, spec.device, cache)
 
 
 def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
@@ -268,7 +291,7 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         pipe.vae.enable_tiling()
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
-        refuse_as_a_whole(pipe, [one.contract.component for one in running.sessions.values()])
+        refuse_as_a_whole(pipe, dict.fromkeys(one.contract.component for one in running.sessions.values()))
         if spec.device.type == "cuda":
             pixels.round_on_device(pipe.image_processor)
     return pipe

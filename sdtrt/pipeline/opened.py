@@ -25,13 +25,16 @@ from sdtrt.specs import (
     BackendName,
     Component,
     ControlSpec,
+    DeepCaching,
     GenerateSpec,
     ImagePromptSpec,
     ModelSpec,
     Precision,
+    Savings,
     SchedulerName,
     check_choice,
 )
+from sdtrt.specs.savings import CacheSchedule
 
 ATTRIBUTE = "_sdtrt_open"
 Task = Literal["txt2img", "img2img", "inpaint", "pix2pix"]
@@ -68,6 +71,9 @@ def load(
     components: Iterable[Component] | None = None,
     scheduler: SchedulerName | None = None,
     controlnet: str | Iterable[str] = (),
+    cache_interval: int = 1,
+    cache_depth: int | None = None,
+    cache_schedule: CacheSchedule = "uniform",
     engine_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Any:
@@ -85,6 +91,7 @@ def load(
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
         backend, precision, components, engine_dir, progress: as of `accelerate`; here the backend decides the device.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
+        cache_interval, cache_depth, cache_schedule: deep caching, as of `accelerate`.
         controlnet: a folder, a hub id or a file of a ControlNet, or several: each has an engine, and calls bring maps.
 
     Returns:
@@ -101,7 +108,9 @@ def load(
     console = Console(quiet=not progress)
     named = model if isinstance(model, ModelSpec) else ModelSpec(model)
     spec = _spec(named, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    spec = replace(spec, controls=_controls([controlnet] if isinstance(controlnet, str) else controlnet))
+    caching = DeepCaching(cache_interval, cache_depth, cache_schedule)
+    controls = _controls([controlnet] if isinstance(controlnet, str) else controlnet)
+    spec = replace(spec, controls=controls, savings=Savings(caching=caching))
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)

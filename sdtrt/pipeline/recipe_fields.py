@@ -257,6 +257,11 @@ def _noise_schedule(reading: _Reading, name: str) -> None:
         reading.left.append(f"{name}: {reading.text.fields[name]}")
 
 
+def _cache_schedule(reading: _Reading, name: str) -> None:
+    """Our own field, beside two numbers."""
+    reading.options["cache_schedule"] = reading.text.fields[name].strip()
+
+
 def _nothing(reading: _Reading, name: str) -> None:
     """Another function has it."""
 
@@ -282,6 +287,9 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "TI hashes": _embeddings,
     "Inpaint area": _area,
     "Noise Schedule": _noise_schedule,
+    "Cache interval": _number("cache_interval", int),
+    "Cache depth": _number("cache_depth", int),
+    "Cache schedule": _cache_schedule,
     "Sampler": _nothing,
     "RNG": _nothing,
 }

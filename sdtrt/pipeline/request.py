@@ -38,10 +38,13 @@ from sdtrt.specs import (
     Group,
     NoiseSpec,
     Precision,
+    Savings,
     SchedulerName,
     Sizes,
 )
 from sdtrt.specs.contract import DTYPES, embeds_guidance
+from sdtrt.specs.deep_features import SHALLOW, default_depth, shallow_groups, whole_group
+from sdtrt.specs.savings import few_steps
 
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
 
@@ -75,6 +78,12 @@ class EngineRequest:
         """The precision of a component's engine."""
         return registry.get(self.backend).precision_of(self.model, component, self.precision)
 
+    @property
+    def shallow(self) -> EngineRequest | None:
+        """The engine of the UNet's shallow steps; None where no deep feature is given."""
+        groups = shallow_groups(self.groups)
+        return replace(self, components=("unet",), groups=groups) if groups and "unet" in self.components else None
+
     def groups_of(self, component: Component) -> tuple[Group, ...]:
         """The optional groups of a component's inputs."""
         return self.groups if component == "unet" else ()
@@ -101,6 +110,7 @@ class PipelineSpec:
         vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
         others: the model with each further ControlNet in the place of its first one, by the names that their engines
             have among the pipeline's: `controlnet_2`, …
+        savings: what of a run's work is left out.
     """
 
     model: Model
@@ -121,6 +131,7 @@ class PipelineSpec:
     eta: float | None = None
     vae_tiling: bool = False
     others: Mapping[str, Model] = field(default_factory=dict)
+    savings: Savings = Savings()
 
     @property
     def has_engines(self) -> bool:
@@ -155,18 +166,28 @@ class PipelineSpec:
             self.in_engines,
             self.images,
             self.device,
-            (*groups_of(self.model), *self.model.groups),
+            (*groups_of(self.model), *self.model.groups, *self._deep_groups),
         )
 
     @property
+    def _deep_groups(self) -> tuple[Group, ...]:
+        """The group of the UNet's engine that gives a deep feature, where such are kept."""
+        caching = self.savings.caching
+        if caching.is_off or "unet" not in self.in_engines:
+            return ()
+        return (whole_group(caching.depth or default_depth(self.model.config("unet"))),)
+
+    @property
     def other_engines(self) -> dict[str, EngineRequest]:
-        """The engines of further ControlNets, by their names among the pipeline's."""
+        """The engines of further ControlNets and of the UNet's shallow steps, by their names among the pipeline's."""
         wanted = self.has_engines and (self.components is None or "controlnet" in self.components)
-        return {
+        found = {
             name: replace(self.engines, model=model, components=("controlnet",))
             for name, model in self.others.items()
             if wanted and "controlnet" in components_of(model)
         }
+        shallow = self.engines.shallow
+        return found if shallow is None else {**found, "unet" + SHALLOW: shallow}
 
     @property
     def is_union(self) -> bool:
@@ -240,7 +261,9 @@ def resolve_request(
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
         others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
+        savings=spec.savings,
     )
+    pipeline_spec = _cached(pipeline_spec, console)
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
     _note_pytorch(pipeline_spec, console)
@@ -345,6 +368,31 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
     elif spec.vae_tiling:
         size = f"{spec.sizes.width}x{spec.sizes.height}"
         console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
+
+
+def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A request with what deep caching comes to in a run of so many steps.
+
+    Raises:
+        UsageError: where no engine runs the UNet.
+    """
+    caching = spec.savings.caching
+    if caching.is_off:
+        return spec
+    if "unet" not in spec.in_engines:
+        why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
+        raise UsageError(
+            f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
+            hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
+        )
+    steps = spec.steps if spec.edit else int(spec.steps * spec.strength)
+    left = caching.over(steps)
+    depth = caching.depth or default_depth(spec.model.config("unet"))
+    if left.is_off:
+        console.note(few_steps(steps))
+    else:
+        console.note(f"deep caching: {caching.describe(depth)}")
+    return replace(spec, savings=replace(spec.savings, caching=left))
 
 
 def _note_pytorch(spec: PipelineSpec, console: Console) -> None:

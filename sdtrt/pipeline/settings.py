@@ -29,6 +29,7 @@ from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.sampler_names import eta_field, noise_schedule, sampler_name, schedule_type
 from sdtrt.pipeline.upscaling import title_of
 from sdtrt.specs import LANCZOS, LATENT, GenerateSpec, NoiseSpec
+from sdtrt.specs.deep_features import DEEP_OUT, depth_of
 
 
 def settings_of(
@@ -61,10 +62,26 @@ def settings_of(
         **_text_facts(opened, directory),
         **_noise_facts(spec),
         **({"vae_tiling": True} if spec.vae_tiling else {}),
+        **_caching_facts(opened),
         **{name: list(pair) for name, pair in spec.conditioning.given.items()},
         **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
+
+
+def _caching_facts(opened: OpenPipeline) -> dict[str, Any]:
+    """How deep features were kept. Other images say nothing of it."""
+    caching = opened.spec.savings.caching
+    depth = depth_of(opened.spec.engines.groups, DEEP_OUT)
+    if depth is None:
+        return {}
+    return {"deep_caching": {"interval": caching.interval, "depth": depth, "schedule": caching.schedule}}
+
+
+def _caching_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, a field each: no web UI has words for it."""
+    facts = settings.get("deep_caching", {})
+    return {f"Cache {name}": value for name, value in facts.items()}
 
 
 def refiner_facts(spec: GenerateSpec, refiner: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
@@ -319,6 +336,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Masked area padding": spec.padding_crop,
         **_control_fields(settings),
         **_image_prompt_fields(settings),
+        **_caching_fields(settings),
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
         eta_field(scheduler): None if spec.eta is None else float(spec.eta),
