@@ -9,22 +9,26 @@ from typer import Option
 
 from sdtrt.specs.savings import CACHE_SCHEDULES, CacheSchedule, DeepCaching
 
+CacheInterval = Annotated[
+    int,
+    Option(metavar="N", help="deep caching: 1 step in N runs the whole UNet, the others its outermost layers"),
+]
+CacheDepth = Annotated[
+    int | None,
+    Option(metavar="D", help="how many layers those steps run on the way down and up; by default the model's own"),
+]
+CacheScheduleName = Annotated[
+    str, Option(help=f"where the whole steps lie: {' or '.join(CACHE_SCHEDULES)}, closer in the run's middle")
+]
+
 
 @dataclass(frozen=True)
 class CacheOptions:
     """These options say at which steps the whole UNet runs; the steps between them go on from its deep features."""
 
-    cache_interval: Annotated[
-        int,
-        Option(metavar="N", help="deep caching: 1 step in N runs the whole UNet, the others its outermost layers"),
-    ] = 1
-    cache_depth: Annotated[
-        int | None,
-        Option(metavar="D", help="how many layers those steps run on the way down and up; by default the model's own"),
-    ] = None
-    cache_schedule: Annotated[
-        str, Option(help=f"where the whole steps lie: {' or '.join(CACHE_SCHEDULES)}, closer in the run's middle")
-    ] = "uniform"
+    cache_interval: CacheInterval = 1
+    cache_depth: CacheDepth = None
+    cache_schedule: CacheScheduleName = "uniform"
 
     def caching(self) -> DeepCaching:
         """The caching that is asked for."""

@@ -32,6 +32,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, Mod
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.saving_options import SavingOptions
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -42,7 +43,6 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
-    Savings,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
-    cache: CacheOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -114,7 +114,7 @@ def txt2img(
         "refiner": refiner.spec(named),
         "controls": control.specs(),
     }
-    image |= {"upscale": upscale.spec(), "savings": Savings(caching=cache.caching())}
+    image |= {"upscale": upscale.spec(), "savings": saving.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -138,7 +138,7 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
-    cache: CacheOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -147,8 +147,7 @@ def img2img(
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
-    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
-    image |= {"savings": Savings(caching=cache.caching())}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale, "savings": saving.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -170,14 +169,14 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
-    cache: CacheOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs(), "savings": Savings(caching=cache.caching())}
+    image |= {"controls": control.specs(), "savings": saving.spec()}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -269,6 +268,7 @@ def build(
 def verify(
     options: VerifyOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -276,7 +276,7 @@ def verify(
     output: OutputOptions,
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -290,6 +290,7 @@ def verify(
 def bench(
     options: BenchOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -297,7 +298,7 @@ def bench(
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

@@ -10,7 +10,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -40,6 +40,7 @@ from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
+from sdtrt.pipeline.guided_rows import GuidedRows
 from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -54,6 +55,7 @@ from sdtrt.specs import (
     ModelSpec,
     Precision,
     Profile,
+    Savings,
     Sizes,
 )
 
@@ -87,7 +89,7 @@ class Settings:
         precision: that is asked for; a component may have another (`Backend.precision_of`).
         on_miss: what happens at a call that no engine has the size of.
         lock: the parts' engines share memory, and run one at a time.
-        caching: at which steps the whole UNet runs.
+        savings: what of a run's work is left out.
         deep_groups: of the UNet's engine, where a deep feature is kept.
     """
 
@@ -101,7 +103,7 @@ class Settings:
     on_miss: OnMiss
     console: Console
     lock: threading.RLock
-    caching: DeepCaching = DeepCaching()
+    savings: Savings = field(default_factory=Savings)
     deep_groups: tuple[Group, ...] = ()
 
     @property
@@ -160,6 +162,7 @@ class Swapped:
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
+        self.rows = GuidedRows()
         self.left = Left(self._may_leave)
         self.cache = _deep_cache(ref(self), self.bound, settings.console)
         own = getattr(type(module), self.method)
@@ -201,6 +204,8 @@ class Swapped:
         A GPU computes on when its work is launched: what may take time comes after that.
         """
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
+        if self.component in STEPPING:
+            sizes = replace(sizes, batch=self.rows.look(self.settings.savings.guidance, args, kwargs))
         self.find_left(looks=looks)
         if is_first and states is not None and not self.left:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
@@ -214,7 +219,7 @@ class Swapped:
             if looks:
                 self._look()
         if opened is None or self.left:
-            result = self.in_pytorch(*args, **kwargs)
+            result = self.rows.run(self.in_pytorch, *args, **kwargs)
         if looks:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
@@ -316,14 +321,11 @@ class Swapped:
                 hint="sdtrt.accelerate(pipe, height=..., width=..., batch_size=...) opens one for another size;"
                 ' on_miss="build" builds it at the call, on_miss="torch" runs PyTorch',
             )
-        settings = self.settings
-        with torch.inference_mode(False), torch.no_grad():
-            request = settings.request(sizes, self.component, groups)
-            registry.get(settings.backend).check_groups(groups)
-            entries = ensure_engines(request, settings.directory, settings.console)
-            shallow = ensure_shallow(request, settings)
-        self.open(entries[self.component], shallow=shallow)
-        return self.engines[-1]
+        for rows in self.rows.counts or (sizes.batch,):  # with guidance in a part of a run it needs two
+            if self.fitting(one := replace(sizes, batch=rows), groups) is None:
+                entry, shallow = _ensure(self, one, groups)
+                self.open(entry, shallow=shallow)
+        return self.fitting(sizes, groups)
 
     def fitting(self, sizes: Sizes, groups: tuple[Group, ...] = ()) -> Opened | None:
         """The open engine that fits a size of the component's own call best, with inputs for all that it gives."""
@@ -450,19 +452,12 @@ class Swapped:
         return getattr, (self.module, self.method)  # what is read has the class's own by then
 
 
-def ensure_shallow(request: EngineRequest, settings: Settings) -> Entry | None:
-    """Find or build the engine of the UNet's shallow steps that a request's engine needs; None where it needs none."""
-    if (wanted := request.shallow) is None:
-        return None
-    return ensure_engines(wanted, settings.directory, settings.console)["unet"]
-
-
 def _deep_cache(swapped: ref[Swapped], bound: Bound | None, console: Console) -> DeepCache:
     """What decides which of a UNet's programs runs a step, as its settings are now; it keeps none of them alive."""
 
     def caching() -> DeepCaching:
         found = swapped()
-        return DeepCaching() if found is None else found.settings.caching
+        return DeepCaching() if found is None else found.settings.savings.caching
 
     return DeepCache(caching, console, lambda: 0 if bound is None else bound.changes)
 
@@ -497,6 +492,18 @@ def _take_image_prompts(swapped: Swapped) -> None:
     swapped.watch = _watch_over(swapped.module, swapped.component, swapped.bound, swapped.settings)
 
 
+def _ensure(swapped: Swapped, sizes: Sizes, groups: tuple[Group, ...]) -> tuple[Entry, Entry | None]:
+    """Find or build the engine of a size, and of groups of inputs; with it that of its shallow steps, if any."""
+    settings, component = swapped.settings, swapped.component
+    with torch.inference_mode(False), torch.no_grad():
+        request = settings.request(sizes, component, groups)
+        registry.get(settings.backend).check_groups(groups)
+        entry = ensure_engines(request, settings.directory, settings.console)[component]
+        if (shallow := request.shallow) is None:
+            return entry, None
+        return entry, ensure_engines(shallow, settings.directory, settings.console)[component]
+
+
 def _tile(swapped: Swapped, tile: torch.Tensor) -> torch.Tensor:
     """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
     sizes = _sizes_of_call(swapped.component, tile, None)
@@ -525,9 +532,9 @@ def _call_of(swapped: Swapped, session: Session[torch.Tensor], profiles: Sequenc
     """A module's method, by a session."""
     component, device, module = swapped.component, swapped.settings.device, swapped.module
     if component == "unet":
-        return UNetForward(session, session.contract, device, IN_PYTORCH)
+        return functools.partial(swapped.rows.run, UNetForward(session, session.contract, device, IN_PYTORCH))
     if component == "controlnet":
-        return ControlNetForward(session, device, IN_PYTORCH)
+        return functools.partial(swapped.rows.run, ControlNetForward(session, device, IN_PYTORCH))
     if component in TEXT_ENCODERS:
         return encodes(session, device, ref(module), profiles, IN_PYTORCH)
     config: Any = module.config

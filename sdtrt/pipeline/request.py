@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -46,7 +47,25 @@ from sdtrt.specs.contract import DTYPES, embeds_guidance
 from sdtrt.specs.deep_features import SHALLOW, default_depth, shallow_groups, whole_group
 from sdtrt.specs.savings import few_steps
 
+T = TypeVar("T")
+PROMPT_ROWS = "_prompt_rows"  # behind the name of an engine: a second one, for steps without guidance
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
+
+
+def first_of(name: str) -> str:
+    """The name of the engine beside which one serves fewer rows, or shallow steps; its own for a first one."""
+    return name.removesuffix(PROMPT_ROWS).removesuffix(SHALLOW)
+
+
+def shallow_beside(name: str, found: Mapping[str, T]) -> T | None:
+    """Of a pipeline's engines, by their names, the one of the shallow steps beside one of the UNet's.
+
+    Where it takes fewer rows as well, there is no other for them.
+    """
+    if first_of(name) != "unet":
+        return None
+    usual = "unet" + SHALLOW
+    return found.get(usual + PROMPT_ROWS if name.endswith(PROMPT_ROWS) else usual, found.get(usual))
 
 
 @dataclass(frozen=True)
@@ -131,7 +150,7 @@ class PipelineSpec:
     eta: float | None = None
     vae_tiling: bool = False
     others: Mapping[str, Model] = field(default_factory=dict)
-    savings: Savings = Savings()
+    savings: Savings = field(default_factory=Savings)
 
     @property
     def has_engines(self) -> bool:
@@ -190,13 +209,24 @@ class PipelineSpec:
         return found if shallow is None else {**found, "unet" + SHALLOW: shallow}
 
     @property
+    def prompt_rows(self) -> int | None:
+        """The rows of a UNet call in a step without guidance; None where all steps are guided, or none is."""
+        saves = not self.savings.guidance.is_whole and self.sizes.batch > self.images
+        return self.images if saves else None
+
+    def sizes_of(self, name: str, component: Component) -> Sizes:
+        """The sizes of one call of the engine of a name."""
+        sizes = self.engines.sizes_of(component)
+        return replace(sizes, batch=self.images) if name.endswith(PROMPT_ROWS) else sizes
+
+    @property
     def is_union(self) -> bool:
         """Whether its ControlNet is a union of several."""
         return CONTROLNET in self.model.parts and self.model.class_name(CONTROLNET) == UNION
 
     def source_of(self, name: str) -> Model:
         """The model that has what is called so among the pipeline's engines."""
-        return self.others.get(name, self.model)
+        return self.others.get(name.removesuffix(PROMPT_ROWS), self.model)
 
     @property
     def device(self) -> torch.device:
@@ -265,8 +295,7 @@ def resolve_request(
     )
     pipeline_spec = _cached(pipeline_spec, console)
     check_spec(pipeline_spec)
-    note_noise(spec.noise, model, console)
-    _note_pytorch(pipeline_spec, console)
+    _note(pipeline_spec, console)
     return pipeline_spec
 
 
@@ -360,6 +389,16 @@ def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
         console.note(f"noise: {said}")
 
 
+def warn_of_interval(spec: PipelineSpec, console: Console) -> None:
+    """Say where guidance in a part of the steps means nothing, as there is none or the UNet does it by itself."""
+    if spec.savings.guidance.is_whole or spec.prompt_rows is not None:
+        return
+    why = "guidance scales up to 1 are no guidance"
+    if "unet" in spec.model.parts and embeds_guidance(spec.model.config("unet")):
+        why = f"the unet of {spec.model.name} takes the guidance scale, and has one row an image in all steps"
+    console.warn(f"--guidance-interval {spec.savings.guidance} has no effect: {why}")
+
+
 def note_tiles(spec: PipelineSpec, console: Console) -> None:
     """Say what `--vae-tiling` comes to."""
     if spec.tile is not None:
@@ -395,8 +434,10 @@ def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
     return replace(spec, savings=replace(spec.savings, caching=left))
 
 
-def _note_pytorch(spec: PipelineSpec, console: Console) -> None:
-    """Say what PyTorch runs beside engines."""
+def _note(spec: PipelineSpec, console: Console) -> None:
+    """Say where the noise is another than the model's own, and what PyTorch runs beside engines."""
+    note_noise(spec.noise, spec.model, console)
+    warn_of_interval(spec, console)
     note_tiles(spec, console)
     if spec.text.in_pytorch and spec.has_engines:
         console.note(f"{', '.join(text_encoders_of(spec.model))}: in PyTorch, in fp32, for {spec.text.reasons}")

@@ -52,6 +52,7 @@ def settings_of(
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
         **({} if spec.eta is None else {"eta": spec.eta}),
+        **_savings_facts(spec),
         "strength": spec.strength if init is not None and not spec.edit else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
@@ -129,6 +130,12 @@ def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
     names = [one.name for one in fields(NoiseSpec) if one.name != "sources"]
     asked = {name: value for name in names if (value := getattr(spec.noise, name)) is not None}
     return {"noise": asked} if asked else {}
+
+
+def _savings_facts(spec: GenerateSpec) -> dict[str, Any]:
+    """What of a run's work was left out; empty for nothing."""
+    interval = spec.savings.guidance
+    return {} if interval.is_whole else {"guidance_interval": [interval.start, interval.stop]}
 
 
 def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
@@ -315,6 +322,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Sampler": sampler_name(scheduler),
         "Schedule type": schedule_type(scheduler, spec.noise.sigmas),
         "CFG scale": float(spec.guidance_scale),
+        "Guidance interval": ":".join(map(repr, _savings_facts(spec).get("guidance_interval", ()))) or None,
         "Seed": job.seed,
         "Size": f"{sizes.width}x{sizes.height}",
         "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,

@@ -151,7 +151,7 @@ class GenerateSpec:
         conditioning: what SDXL is told of the picture's size.
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
         controls: ControlNets, each with the picture that it goes by.
-        savings: what of a run's work is left out.
+        savings: what of a run's work is left out: guidance in a part of the steps, deep features that are kept.
     """
 
     prompts: tuple[str, ...]
