@@ -16,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.cache_options import CacheOptions
 from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
@@ -31,6 +32,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, Mod
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.saving_options import SavingOptions
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -99,6 +101,7 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -111,7 +114,7 @@ def txt2img(
         "refiner": refiner.spec(named),
         "controls": control.specs(),
     }
-    image |= {"upscale": upscale.spec()}
+    image |= {"upscale": upscale.spec(), "savings": saving.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -135,6 +138,7 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -143,7 +147,7 @@ def img2img(
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
-    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale, "savings": saving.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -165,13 +169,14 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs()}
+    image |= {"controls": control.specs(), "savings": saving.spec()}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -237,6 +242,7 @@ def build(
     model: ModelOptions,
     lora: LoraOptions,
     control: ControlNetOptions,
+    cache: CacheOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -247,6 +253,7 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
+    exports = replace(exports, caching=cache.caching())
     requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
@@ -261,6 +268,7 @@ def build(
 def verify(
     options: VerifyOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -268,7 +276,7 @@ def verify(
     output: OutputOptions,
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -282,6 +290,7 @@ def verify(
 def bench(
     options: BenchOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -289,7 +298,7 @@ def bench(
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

@@ -28,6 +28,7 @@ from sdtrt.specs import (
     ModelSpec,
     NoiseSpec,
     Precision,
+    Savings,
     SchedulerName,
     Thresholds,
     VerifySpec,
@@ -64,7 +65,7 @@ class VerifyOptions:
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
         """The comparison that is asked for. Raises `UsageError` for a random seed: who fails wants to see it again."""
         backend.check()
         if self.seed == RANDOM_SEED:
@@ -85,6 +86,7 @@ class VerifyOptions:
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
             noise=noise,
+            savings=savings,
         )
         thresholds = Thresholds(
             self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
@@ -122,7 +124,7 @@ class BenchOptions:
     overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> BenchSpec:
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
         return BenchSpec(
@@ -144,6 +146,7 @@ class BenchOptions:
             overwrite=self.overwrite,
             allow_build=not self.no_build,
             noise=noise,
+            savings=savings,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

@@ -27,6 +27,7 @@ from sdtrt.specs import (
     PromptSyntax,
     Recipe,
     RefinerSpec,
+    Savings,
     SchedulerName,
     SizeConditioning,
     UpscaleSpec,
@@ -80,6 +81,7 @@ class GenerateOptions(TypedDict, total=False):
     conditioning: SizeConditioning
     recipe: Recipe | None
     controls: tuple[ControlSpec, ...]
+    savings: Savings
 
 
 def generate(

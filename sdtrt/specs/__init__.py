@@ -65,6 +65,7 @@ from sdtrt.specs.report import (
     Thresholds,
     VerifySpec,
 )
+from sdtrt.specs.savings import DeepCaching, GuidanceInterval, Savings
 from sdtrt.specs.schedulers import SCHEDULERS, SIGMAS, SchedulerName, Sigmas, find_scheduler, find_sigmas
 from sdtrt.specs.sizes import (
     Profile,
@@ -132,12 +133,14 @@ __all__ = [
     "BuildSpec",
     "Component",
     "ControlSpec",
+    "DeepCaching",
     "EmbeddingSpec",
     "ExportRequest",
     "ExportSpec",
     "Exporter",
     "GenerateSpec",
     "Group",
+    "GuidanceInterval",
     "ImagePromptSpec",
     "LoraSpec",
     "ModelSpec",
@@ -152,6 +155,7 @@ __all__ = [
     "Range",
     "Recipe",
     "RefinerSpec",
+    "Savings",
     "SchedulerName",
     "Sigmas",
     "SizeConditioning",

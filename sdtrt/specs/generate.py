@@ -39,6 +39,7 @@ from sdtrt.specs.choices import (
 from sdtrt.specs.control import ControlSpec
 from sdtrt.specs.image_prompts import ImagePromptSpec
 from sdtrt.specs.recipe import Recipe
+from sdtrt.specs.savings import Savings
 from sdtrt.specs.schedulers import SIGMAS, SchedulerName, Sigmas, find_scheduler
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.stages import RefinerSpec, SizeConditioning, UpscaleSpec
@@ -150,6 +151,7 @@ class GenerateSpec:
         conditioning: what SDXL is told of the picture's size.
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
         controls: ControlNets, each with the picture that it goes by.
+        savings: what of a run's work is left out: guidance in a part of the steps, deep features that are kept.
     """
 
     prompts: tuple[str, ...]
@@ -190,6 +192,7 @@ class GenerateSpec:
     conditioning: SizeConditioning = field(default_factory=SizeConditioning)
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     controls: tuple[ControlSpec, ...] = ()
+    savings: Savings = Savings()
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
