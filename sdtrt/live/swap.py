@@ -376,8 +376,8 @@ class Swapped:
     def _open_shallow(self, opened: Opened, entry: Entry) -> None:
         """Open the engine of a UNet's shallow steps beside another one, and let the steps choose between them."""
         second = open_session(entry, self.settings.device, self.scratch)
-        call = CachedForward(opened.session, second, self.settings.device, self.cache, IN_PYTORCH)
-        self.engines[-1] = replace(opened, call=call, shallow=second)
+        forward = CachedForward(opened.session, second, self.settings.device, self.cache, IN_PYTORCH)
+        self.engines[-1] = replace(opened, call=functools.partial(self.rows.run, forward), shallow=second)
 
     def _follow(self, opened: Opened) -> None:
         """Have an engine that holds no weights compute with the module's."""

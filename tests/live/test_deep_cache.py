@@ -22,14 +22,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     T2IAdapter,
 )
+from peft import LoraConfig
 from test_controlnet import MAP, MASK, PICTURE, names, small_controlnet
+from test_guidance_interval import by_hand, rows_of
 
 import sdtrt
 from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
-from sdtrt.specs import DeepCaching
+from sdtrt.specs import DeepCaching, GuidanceInterval
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TOLERANCE = 1e-4  # of latents of unit variance in fp32 on the CPU
@@ -230,6 +232,34 @@ def test_what_is_kept_is_dropped_where_rows_the_prompt_or_adapters_change(make, 
         options = {**change(3, act), "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
         Reference(plain.unet, whole=lambda step: step % 3 == 0 or step == 4)
         assert differ(run(pipe, **options), run(plain, **options)) <= TOLERANCE, act
+
+
+@pytest.mark.slow
+def test_another_scale_of_a_lora_in_the_middle_of_a_run_drops_what_is_kept(make, accelerate):
+    def adapted(pipe):
+        with factories.seeded(5):
+            pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v", "conv1"]))
+        return pipe
+
+    def rescale(pipe, step, timestep, tensors):
+        if step == 3:
+            pipe.unet.set_adapters("default", 0.2)
+        return {}
+
+    plain, pipe = adapted(make()), adapted(accelerate(make()))
+    Reference(plain.unet, whole=lambda step: step % 3 == 0 or step == 4)
+    found, expected = (run(one, callback_on_step_end=rescale) for one in (pipe, plain))
+    assert differ(found, expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_guidance_in_a_part_of_the_run_and_deep_features_go_together(make, accelerate):
+    plain, pipe = make(), accelerate(make(), cache_interval=2, guidance_interval=GuidanceInterval(0.25, 0.75))
+    Reference(plain.unet, whole=lambda step: step % 2 == 0 or step in (3, 9))  # the rows are others there
+    by_hand(plain, guided=set(range(3, 9)))
+    rows = rows_of(pipe)
+    assert differ(run(pipe), run(plain)) <= TOLERANCE
+    assert rows == [1, 1, 2, 2, 2, 2, 1, 1], "of the whole steps"
 
 
 @pytest.mark.slow
