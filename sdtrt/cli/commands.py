@@ -29,6 +29,7 @@ from sdtrt.cli.image_options import (
 )
 from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
+from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
 from sdtrt.common import host
@@ -260,6 +261,7 @@ def build(
 @grouped
 def verify(
     options: VerifyOptions,
+    metrics: MetricsOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -267,8 +269,24 @@ def verify(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    """Hold an engine against the fp32 model, at each timestep of a run and in its final image; or savings against none.
+
+    --against exact makes the same pictures with and without what is saved, and says what that loses.
+    """
+    named = lora.into(model.spec())
+    if options.against != "fp32":
+        judged = metrics.spec(offline=named.offline)
+        savings = options.quality_spec(named, backend, noise.spec(), judged)
+        with quick_imports():
+            from sdtrt.reports.quality import verify_quality
+
+        loss = verify_quality(savings, directory.directory(), output.console())
+        show(loss, output)
+        loss.raise_on_failure()
+        return
+    for option in metrics.given:
+        raise UsageError(f"{option} is about savings", hint="add --against exact")
+    spec = options.spec(named, backend, noise.spec())
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -281,6 +299,7 @@ def verify(
 @grouped
 def bench(
     options: BenchOptions,
+    metrics: MetricsOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -288,8 +307,24 @@ def bench(
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    """Time whole pipeline calls and their parts, beside PyTorch in the same run.
+
+    --quality times choices of savings instead, and says what each loses on the same prompts.
+    """
+    named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
+    if options.quality is not None:
+        judged = metrics.spec(offline=named.offline)
+        choices = options.quality_spec(named, backend, noise.spec(), judged)
+        with quick_imports():
+            from sdtrt.reports.quality_bench import bench_quality
+
+        found = bench_quality(choices, directory.directory(), output.console(), command)
+        show(found, output)
+        found.check()
+        return
+    for option in metrics.given:
+        raise UsageError(f"{option} is about savings", hint="add --quality all")
+    spec = options.spec(named, backend, noise.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 
@@ -297,7 +332,7 @@ def bench(
         code = baselines_code(spec, output.console())
         render([f"# {title}\n{text}" for title, text in code.items()], code, output)
         return
-    report = run_bench(spec, directory.directory(), output.console(), command_line("sdtrt", *sys.argv[1:]))
+    report = run_bench(spec, directory.directory(), output.console(), command)
     show(report, output)
     report.check()
 
