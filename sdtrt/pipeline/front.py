@@ -25,12 +25,14 @@ from sdtrt.specs import (
     NoiseSpec,
     Precision,
     PromptSyntax,
+    QualityName,
     Recipe,
     RefinerSpec,
     SchedulerName,
     SizeConditioning,
     UpscaleSpec,
 )
+from sdtrt.specs.savings import Savings
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,8 @@ class GenerateOptions(TypedDict, total=False):
     conditioning: SizeConditioning
     recipe: Recipe | None
     controls: tuple[ControlSpec, ...]
+    savings: Savings
+    quality: QualityName | None
 
 
 def generate(
