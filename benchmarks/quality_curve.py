@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from pixel_checker import judge
 from tiny_score import Prompt, held_out_prompts, rates
+
+# isort: split
+from pixel_checker import judge
 
 from sdtrt.common import host
 from sdtrt.common.console import Console, quiet_libraries
@@ -120,7 +120,7 @@ def prompts_of(args: argparse.Namespace) -> list[Prompt]:
     """What is drawn; the scenes of the user's own prompts are not known, and none are asked for."""
     if args.prompts is not None:
         lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [Prompt(line, None, (0, 0)) for line in lines[: args.count]]  # type: ignore[arg-type]
+        return [Prompt(line, None, (0, 0)) for line in lines[: args.count]]
     if args.model != "tiny":
         raise SystemExit("error: --prompts FILE says what another model than tiny draws")
     return held_out_prompts(args.count, [(args.height or 128, args.width or 128)], SEED)

@@ -1,15 +1,16 @@
-"""`benchmarks/fid.py` on stand-ins: the miniature, a small CLIP, a network of features made by hand."""
+"""The scripts that judge many pictures, on stand-ins: the miniature, a small CLIP, a network made by hand."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from benchmark_scripts import module, run
+from benchmark_scripts import module
 from factories import clip_folder
 from PIL import Image
 
-fid = module("fid")
+fid, quality_curve = map(module, ("fid", "quality_curve"))
 
 
 class _Features(torch.nn.Module):
@@ -48,7 +49,11 @@ def real(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scores_of_a_file_of_captions(fid, tmp_path, real):
+def test_the_scores_of_a_file_of_captions(fid, tmp_path, real, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
+        fid.main()
+
     captions = tmp_path / "captions.tsv"
     texts = ("a red circle on a blue background", "a green star, white background", "a ring", "a yellow square")
     captions.write_text("id\tcaption\n" + "".join(f"{number}\t{text}\n" for number, text in enumerate(texts)))
@@ -59,7 +64,7 @@ def test_the_scores_of_a_file_of_captions(fid, tmp_path, real):
     common = ("--captions", captions, "--pictures", tmp_path / "made", "--inception", tmp_path / "features.pt")
     common += ("--clip-model", clip_folder(tmp_path / "clip"), "--count", 3, "--height", 64, "--width", 64)
     common += ("--backend", "torch", "--steps", 2, "--batch-size", 2, "--engine-dir", tmp_path / "engines")
-    run("fid.py", *common, "--statistics", tmp_path / "real.npz", "--output", tmp_path / "one.json")
+    run(*common, "--statistics", tmp_path / "real.npz", "--output", tmp_path / "one.json")
     report = json.loads((tmp_path / "one.json").read_text())
     made = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "made").iterdir())]
     assert [path.name for path in sorted((tmp_path / "made").iterdir())] == ["00000.png", "00001.png", "00002.png"]
@@ -70,7 +75,7 @@ def test_the_scores_of_a_file_of_captions(fid, tmp_path, real):
 
     kept = (tmp_path / "made" / "00000.png").stat().st_mtime_ns
     (tmp_path / "made" / "00001.png").unlink()
-    run("fid.py", *common, "--real", real, "--output", tmp_path / "two.json")  # goes on, and looks at pictures
+    run(*common, "--real", real, "--output", tmp_path / "two.json")  # goes on, and looks at pictures
     again = json.loads((tmp_path / "two.json").read_text())
     assert (tmp_path / "made" / "00000.png").stat().st_mtime_ns == kept
     assert again["fid"] == pytest.approx(report["fid"], rel=1e-6)
@@ -82,3 +87,32 @@ def test_captions_are_a_table_or_lines(fid, tmp_path):
     (tmp_path / "table.tsv").write_text("id\timage_id\tcaption\n1\t7\tA man, a plan.\n2\t8\ta star\n")
     assert fid.read_captions(tmp_path / "lines.txt") == ["a ring", "a star"]
     assert fid.read_captions(tmp_path / "table.tsv") == ["A man, a plan.", "a star"]
+
+
+@pytest.mark.slow
+def test_a_curve_goes_on_where_another_run_ended(quality_curve, tmp_path, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quality_curve.py", *map(str, arguments)])
+        quality_curve.main()
+        return json.loads((tmp_path / "curve.json").read_text())
+
+    common = ("--folder", tmp_path / "kept", "--output", tmp_path / "curve.json", "--backend", "torch", "--count", 2)
+    common += ("--steps", 3, "--height", 64, "--width", 64, "--repeats", 1)
+    first = run(*common, "--choices", "steps=2")
+    assert [row["choice"] for row in first["rows"]] == ["exact", "steps=2"]
+    assert set(first["rows"][1]["scores"]) == set(first["rows"][1]["scores_lost"]) >= {"kind", "colour", "all_right"}
+    assert first["rows"][0]["scores_lost"]["colour"] == 0
+    assert first["rows"][1]["mean"]["psnr_db"] < 200
+    second = run(*common, "--choices", "steps=2,steps=1")
+    assert second["rows"][:2] == first["rows"]  # with the times of the first run: nothing was made again
+    assert second["rows"][2]["mean"]["psnr_db"] < 200
+
+
+def test_another_model_needs_prompts_of_its_own(quality_curve, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a ring\n\na star\n")
+    words = ["quality_curve.py", "--folder", "x", "--output", "y", "--model", "other"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="--prompts FILE says what another model than tiny draws"):
+        quality_curve.prompts_of(quality_curve.parsed())
+    monkeypatch.setattr(sys, "argv", [*words, "--prompts", str(tmp_path / "prompts.txt"), "--count", "1"])
+    assert [one.text for one in quality_curve.prompts_of(quality_curve.parsed())] == ["a ring"]
