@@ -48,7 +48,7 @@ CHOICES = ",".join(
         *(f"guidance-interval={one}" for one in INTERVALS),
         *(f"cache-interval={one}" for one in CACHES),
         *(f"cache-interval={one}+cache-depth=2" for one in CACHES[:2]),
-        "cache-interval=3+cache-schedule=quadratic",
+        "cache-interval=3+cache-schedule=middle",
         *("high", "balanced", "fast"),
     )
 )

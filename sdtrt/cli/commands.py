@@ -16,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.cache_options import CacheOptions
 from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
@@ -32,6 +33,7 @@ from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.saving_options import PresetOptions, SavingOptions
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -100,6 +102,8 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -112,7 +116,7 @@ def txt2img(
         "refiner": refiner.spec(named),
         "controls": control.specs(),
     }
-    image |= {"upscale": upscale.spec()}
+    image |= {"upscale": upscale.spec(), **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -136,6 +140,8 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -144,7 +150,7 @@ def img2img(
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
-    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale, **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -166,13 +172,15 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs()}
+    image |= {"controls": control.specs(), **preset.fields(saving)}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -238,6 +246,7 @@ def build(
     model: ModelOptions,
     lora: LoraOptions,
     control: ControlNetOptions,
+    cache: CacheOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -248,6 +257,7 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
+    exports = replace(exports, caching=cache.caching())
     requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
@@ -263,6 +273,8 @@ def verify(
     options: VerifyOptions,
     metrics: MetricsOptions,
     noise: NoiseOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -276,7 +288,7 @@ def verify(
     named = lora.into(model.spec())
     if options.against != "fp32":
         judged = metrics.spec(offline=named.offline)
-        savings = options.quality_spec(named, backend, noise.spec(), judged)
+        savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
         with quick_imports():
             from sdtrt.reports.quality import verify_quality
 
@@ -286,7 +298,7 @@ def verify(
         return
     for option in metrics.given:
         raise UsageError(f"{option} is about savings", hint="add --against exact")
-    spec = options.spec(named, backend, noise.spec())
+    spec = options.spec(named, backend, noise.spec(), saving.spec(preset.quality))
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -301,6 +313,7 @@ def bench(
     options: BenchOptions,
     metrics: MetricsOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
@@ -313,6 +326,8 @@ def bench(
     """
     named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
     if options.quality is not None:
+        for option in saving.given:
+            raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
         judged = metrics.spec(offline=named.offline)
         choices = options.quality_spec(named, backend, noise.spec(), judged)
         with quick_imports():
@@ -324,7 +339,7 @@ def bench(
         return
     for option in metrics.given:
         raise UsageError(f"{option} is about savings", hint="add --quality all")
-    spec = options.spec(named, backend, noise.spec())
+    spec = options.spec(named, backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

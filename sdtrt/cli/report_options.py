@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from typer import Option
 
@@ -35,6 +35,7 @@ from sdtrt.specs import (
     Precision,
     QualityBenchSpec,
     QualitySpec,
+    Savings,
     SchedulerName,
     Thresholds,
     VerifySpec,
@@ -103,7 +104,7 @@ class VerifyOptions:
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
         """The comparison of an engine that is asked for. Raises `UsageError` for what is about savings alone."""
         self._refuse(
             "savings: add --against exact", {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
@@ -111,11 +112,16 @@ class VerifyOptions:
         own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
         usual = astuple(FIDELITY)
         thresholds = Thresholds(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
-        image = self._image(model, backend, noise)
+        image = replace(self._image(model, backend, noise), savings=savings)
         return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
 
     def quality_spec(
-        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        metrics: MetricsSpec,
+        saved: Mapping[str, Any],
     ) -> QualitySpec:
         """The comparison of savings that is asked for. Raises `UsageError` for what is about an engine alone."""
         check_choice("against", self.against, VERIFY_AGAINST)
@@ -124,7 +130,7 @@ class VerifyOptions:
         own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
         usual = astuple(LIMITS)
         limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
-        image = self._image(model, backend, noise)
+        image = replace(self._image(model, backend, noise), **saved)
         return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
 
     def _refuse(self, why: str, options: Mapping[str, object]) -> None:
@@ -234,7 +240,7 @@ class BenchOptions:
         choices = parse_choices(self.quality)
         return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> BenchSpec:
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
         if self.prompt or self.negative_prompt:
@@ -259,6 +265,7 @@ class BenchOptions:
             overwrite=self.overwrite,
             allow_build=not self.no_build,
             noise=noise,
+            savings=savings,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

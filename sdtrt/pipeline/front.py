@@ -28,11 +28,11 @@ from sdtrt.specs import (
     QualityName,
     Recipe,
     RefinerSpec,
+    Savings,
     SchedulerName,
     SizeConditioning,
     UpscaleSpec,
 )
-from sdtrt.specs.savings import Savings
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,8 @@ from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
-from sdtrt.pipeline.engines import build_command, ensure_engines
+from sdtrt.pipeline.all_engines import ensure_all
+from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, resolve_request
@@ -40,7 +41,7 @@ from sdtrt.reports.verify_runs import (
     start_of,
     strength_of,
 )
-from sdtrt.specs import Component, ExportSpec, GenerateSpec, VerifySpec
+from sdtrt.specs import ExportSpec, GenerateSpec, VerifySpec
 from sdtrt.specs.contract import Contract
 
 
@@ -90,7 +91,7 @@ def _require_extras() -> None:
 
 def _subject(
     spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
-) -> tuple[PipelineSpec, Mapping[Component, Entry]]:
+) -> tuple[PipelineSpec, Mapping[str, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
     image = asked_of(spec.image, model)
     start = start_of(image, model)
@@ -101,14 +102,14 @@ def _subject(
     else:
         entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start)
     # All that the image needs, before the long part begins.
-    return pipeline_spec, ensure_engines(
-        pipeline_spec.engines, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
+    return pipeline_spec, ensure_all(
+        pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
     )
 
 
-def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
+def _rebuild(spec: PipelineSpec, entries: Mapping[str, Entry], directory: EngineDirectory) -> str:
     """The command that builds the engines beside the UNet's again; empty where there are none."""
-    others = tuple(name for name in entries if name != "unet")
+    others = tuple(name for name in spec.in_engines if name in entries and name != "unet")
     if not others:
         return ""
     return f"{build_command(replace(spec.engines, components=others), directory)} --force"
@@ -178,6 +179,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "seed": seed_of(image),
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
+        **({} if image.savings.guidance.is_whole else {"guidance_interval": str(image.savings.guidance)}),
         "scheduler": image.scheduler,
         "noise": pipeline_spec.noise.over(pipeline_spec.model.stated).describe(),
         "height": pipeline_spec.sizes.height,

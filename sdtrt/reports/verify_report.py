@@ -15,7 +15,7 @@ from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
 from sdtrt.common.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, ssim
-from sdtrt.specs import Component, Thresholds
+from sdtrt.specs import Thresholds
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
 
@@ -77,7 +77,7 @@ class VerifyReport:
     image: ImageError
     failures: tuple[str, ...]
     files: Mapping[str, Path]
-    engines: Mapping[Component, Mapping[str, str]]
+    engines: Mapping[str, Mapping[str, str]]
     same_weights: bool | None
     rebuild: str
     removal: str

@@ -25,6 +25,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.guided_rows import computed_rows
 from sdtrt.pipeline.hooks import hooked
 from sdtrt.pipeline.images import InitImage
 from sdtrt.pipeline.memory import out_of_memory
@@ -39,7 +40,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of the UNet in the fp32 run, on the CPU: its inputs and its output `[B,C,H,W]`."""
+    """One call of the UNet in the fp32 run, on the CPU: its inputs and its output `[B,C,H,W]`.
+
+    In a step without guidance they are those of the rows that are computed.
+    """
 
     sample: torch.Tensor
     timestep: torch.Tensor
@@ -79,13 +83,12 @@ class _Recorder:
     def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one call of a diffusers pipeline: `unet(sample, timestep, encoder_hidden_states=…)`."""
         if self.count in self.wanted:
-            added = kwargs.get("added_cond_kwargs")
-            kept = None if added is None else {name: tensor.cpu() for name, tensor in added.items()}
-            states, guidance = kwargs["encoder_hidden_states"].cpu(), kwargs.get("timestep_cond")
-            own = None if guidance is None else guidance.cpu()
-            self.calls.append(
-                RecordedCall(args[0].cpu(), torch.as_tensor(args[1]).cpu(), states, kept, own, _numpy(output[0]))
-            )
+            rows, added = computed_rows(unet), kwargs.get("added_cond_kwargs")
+            kept = None if added is None else {name: rows(tensor).cpu() for name, tensor in added.items()}
+            states, guidance = rows(kwargs["encoder_hidden_states"]).cpu(), kwargs.get("timestep_cond")
+            own, timestep = None if guidance is None else guidance.cpu(), torch.as_tensor(args[1]).cpu()
+            sample, noise = rows(args[0]).cpu(), _numpy(rows(output[0]))
+            self.calls.append(RecordedCall(sample, timestep, states, kept, own, noise))
         self.count += 1
 
 

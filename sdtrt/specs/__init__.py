@@ -77,6 +77,7 @@ from sdtrt.specs.report import (
     Thresholds,
     VerifySpec,
 )
+from sdtrt.specs.savings import DeepCaching, GuidanceInterval, Savings
 from sdtrt.specs.schedulers import SCHEDULERS, SIGMAS, SchedulerName, Sigmas, find_scheduler, find_sigmas
 from sdtrt.specs.sizes import (
     Profile,
@@ -149,12 +150,14 @@ __all__ = [
     "Choice",
     "Component",
     "ControlSpec",
+    "DeepCaching",
     "EmbeddingSpec",
     "ExportRequest",
     "ExportSpec",
     "Exporter",
     "GenerateSpec",
     "Group",
+    "GuidanceInterval",
     "ImagePromptSpec",
     "LoraSpec",
     "LossLimits",
@@ -175,6 +178,7 @@ __all__ = [
     "Range",
     "Recipe",
     "RefinerSpec",
+    "Savings",
     "SchedulerName",
     "Sigmas",
     "SizeConditioning",

@@ -152,7 +152,7 @@ class GenerateSpec:
         conditioning: what SDXL is told of the picture's size.
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
         controls: ControlNets, each with the picture that it goes by.
-        savings: what of the run's work is saved, at a price in quality.
+        savings: what of a run's work is left out: guidance in a part of the steps, deep features that are kept.
         quality: the preset that the savings are of. Where they save nothing they become that preset's; others win.
     """
 

@@ -33,11 +33,11 @@ class Preset:
 # loses at most 1 percentage point of any score there, `balanced` at most 3.
 PRESETS: Mapping[QualityName, Preset] = {
     "exact": Preset(Savings(), "every step is whole and guided"),
-    "high": Preset(Savings(GuidanceInterval(0.0, 0.6)), "late steps draw details, and hardly need guidance"),
+    "high": Preset(Savings(GuidanceInterval(0.0, 0.5)), "late steps draw details, and hardly need guidance"),
     "balanced": Preset(
-        Savings(GuidanceInterval(0.0, 0.6), DeepCaching(2)), "deep features change little from one step to the next"
+        Savings(GuidanceInterval(0.0, 0.5), DeepCaching(3)), "deep features change little from one step to the next"
     ),
-    "fast": Preset(Savings(GuidanceInterval(0.0, 0.5), DeepCaching(3)), "as much of both as pictures bear; for drafts"),
+    "fast": Preset(Savings(GuidanceInterval(0.0, 0.4), DeepCaching(5)), "as much of both as pictures bear; for drafts"),
 }
 
 
@@ -81,5 +81,5 @@ def describe(savings: Savings) -> str:
     if not caching.is_off:
         depth = "" if caching.depth is None else f", depth {caching.depth}"
         schedule = "" if caching.schedule == "uniform" else f", {caching.schedule}"
-        words.append(f"one step in {caching.interval} whole{depth}{schedule}")
+        words.append(f"1 step in {caching.interval} whole{depth}{schedule}")
     return "; ".join(words) or "nothing"

@@ -42,8 +42,8 @@ def test_each_preset_saves_what_its_name_promises():
 
 def test_savings_are_told_in_words():
     assert describe(Savings()) == "nothing"
-    savings = Savings(GuidanceInterval(0.1, 0.5), DeepCaching(3, 2, "quadratic"))
-    assert describe(savings) == "guidance in 0.1:0.5 of the run; one step in 3 whole, depth 2, quadratic"
+    savings = Savings(GuidanceInterval(0.1, 0.5), DeepCaching(3, 2, "middle"))
+    assert describe(savings) == "guidance in 0.1:0.5 of the run; 1 step in 3 whole, depth 2, middle"
 
 
 def test_choices_are_presets_knobs_and_both():
