@@ -99,6 +99,7 @@ def _subject(
         entry = directory.named(spec.engine)
         pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start)
         _check_fits(entry, pipeline_spec)
+        _check_takes_all(entry, pipeline_spec)
     else:
         entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start)
     # All that the image needs, before the long part begins.
@@ -144,6 +145,16 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
         raise EngineError(
             f"{entry.name} does not take {spec.sizes}",
             hint=f"use --height {best.height} --width {best.width}{guidance}",
+        )
+
+
+def _check_takes_all(entry: Entry, spec: PipelineSpec) -> None:
+    """Refuse an engine that alone does not serve a run with steps without guidance."""
+    rows = spec.prompt_rows
+    if rows is not None and find.slack(entry.engine_key.profiles, replace(spec.sizes, batch=rows)) is None:
+        raise EngineError(
+            f"{entry.name} takes no call of {rows} row{'s' * (rows > 1)}, which steps without guidance are",
+            hint="leave --guidance-interval or --engine out",
         )
 
 
