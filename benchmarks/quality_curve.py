@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,17 +53,24 @@ CHOICES = ",".join(
         *("high", "balanced", "fast"),
     )
 )
+WARMUPS = 2
 SEED = 20  # of the held-out prompts, and of the first picture
 EXACT = Choice("exact", "exact", ())
 
 
 @dataclass(frozen=True)
 class Made:
-    """A choice's pictures: latents `[N,C,H,W]`, pixels `[N,H,W,3]` of 0 to 255, and the seconds of timed calls."""
+    """A choice's pictures: latents `[N,C,H,W]`, pixels `[N,H,W,3]` of 0 to 255.
+
+    Args:
+        seconds: of timed calls, by the clock.
+        cpu_seconds: that the process's threads worked for a call: other programs don't change it.
+    """
 
     latents: np.ndarray[Any, Any]
     pixels: np.ndarray[Any, Any]
-    seconds: np.ndarray[Any, Any]
+    seconds: tuple[float, ...]
+    cpu_seconds: float
 
     def pictures(self) -> list[Picture]:
         """Them, as they are judged: of the levels that a file has."""
@@ -146,20 +154,20 @@ def request(args: argparse.Namespace, prompts: Sequence[str]) -> GenerateSpec:
 def kept(
     image: GenerateSpec, name: str, model: Model, directory: EngineDirectory, args: argparse.Namespace, console: Console
 ) -> Made:
-    """A choice's pictures: those of an earlier run, or made and timed now."""
+    """A choice's pictures, which may be those of an earlier run; it is timed in any case."""
     words = (name, args.model, args.steps, args.count, args.guidance_scale, args.scheduler, image.savings)
     file = args.folder / f"{re.sub(r'[^0-9a-z.]+', '-', ' '.join(map(str, words)).lower())}.npz"
-    if file.exists():
-        with np.load(file) as found:
-            return Made(found["latents"], found["pixels"], found["seconds"])
     way = settle_way(image, model, directory, console)
     with opened_way(way, directory, console) as opened:
-        seconds = time_way(way, opened, args.repeats, 2).samples
-        pictures = make_pictures(way, opened, name, Console(quiet=True))
-    levels = [(np.clip(one.pixels, 0, 1) * 255).round().astype(np.uint8) for one in pictures]
-    made = Made(np.stack([one.latents for one in pictures]), np.stack(levels), np.asarray(seconds))
-    np.savez(file, latents=made.latents, pixels=made.pixels, seconds=made.seconds)
-    return made
+        began = time.process_time()
+        seconds = time_way(way, opened, args.repeats, WARMUPS).samples
+        cpu_seconds = (time.process_time() - began) / (args.repeats + WARMUPS)
+        if not file.exists():
+            pictures = make_pictures(way, opened, name, Console(quiet=True))
+            levels = [(np.clip(one.pixels, 0, 1) * 255).round().astype(np.uint8) for one in pictures]
+            np.savez(file, latents=np.stack([one.latents for one in pictures]), pixels=np.stack(levels))
+    with np.load(file) as found:
+        return Made(found["latents"], found["pixels"], seconds, cpu_seconds)
 
 
 def row_of(
@@ -181,8 +189,10 @@ def row_of(
         "choice": choice.text,
         "what": describe(image.savings),
         "savings": asdict(image.savings),
-        "latency_s": {"median": median, "samples": made.seconds.tolist()},
+        "latency_s": {"median": median, "samples": list(made.seconds)},
+        "cpu_s": made.cpu_seconds,
         "speedup": float(np.median(exact.seconds)) / median,
+        "cpu_speedup": exact.cpu_seconds / made.cpu_seconds,
         "mean": mean_loss(losses).to_json(),
         "scores": scores,
         "scores_lost": {name: round(usual[name] - value, 2) for name, value in scores.items()},

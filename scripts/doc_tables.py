@@ -280,11 +280,13 @@ def quality_of(report: Mapping[str, Any]) -> str:
         (key, title, form) for key, title, form in LOSSES if any(row["mean"].get(key) is not None for row in rows)
     ]
     scores = list(rows[0].get("scores", {}))
-    head = ["choice", "speed-up", *(title for _, title, _ in figures)]
+    by_cpu = not report["host"].get("gpus") and "cpu_speedup" in rows[0]
+    speed = "speed-up, in CPU seconds" if by_cpu else "speed-up"
+    head = ["choice", speed, *(title for _, title, _ in figures)]
     lines = [[*head, *(f"{name.replace('_', ' ').replace('all right', 'all')}, points lost" for name in scores)]]
     for row in rows:
         lost = [f"{row['scores_lost'][name]:.1f}" for name in scores]
-        faster = "–" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+        faster = number(row["cpu_speedup" if by_cpu else "speedup"], ".2f")
         losses = [number(row["mean"][key], form) for key, _, form in figures]
         lines.append([f"`{row['choice']}`", faster, *losses, *lost])
     size = f"{report['width']}×{report['height']}"

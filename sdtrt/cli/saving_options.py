@@ -56,7 +56,7 @@ class PresetOptions:
     ] = None
 
     def fields(self, saving: SavingOptions) -> dict[str, Any]:
-        """The fields of a `GenerateSpec` that say what is left out; who takes all of a preset back has the exact one."""
+        """The fields of a `GenerateSpec` for what is left out; who takes all of a preset back has the exact one."""
         savings = saving.spec(self.quality)
         named = None if self.quality is None else "exact" if savings == Savings() else self.quality
         return {"savings": savings, "quality": cast("QualityName | None", named)}

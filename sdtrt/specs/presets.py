@@ -49,29 +49,39 @@ def preset(name: str) -> Preset:
 
 def settle(
     quality: str | None,
-    *,
     guidance: GuidanceInterval | None = None,
     cache_interval: int | None = None,
     cache_depth: int | None = None,
     cache_schedule: CacheSchedule | None = None,
+    *,
+    guided: bool = True,
 ) -> Savings:
     """A preset's savings, with the numbers that are given for themselves in the place of its own.
 
     Args:
         quality: None for no preset.
         guidance, cache_interval, cache_depth, cache_schedule: None for the preset's.
+        guided: whether there is any guidance; a preset says nothing of it where there is none.
 
     Raises:
         UsageError: for an unknown preset, and numbers that mean nothing.
     """
     found = Savings() if quality is None else preset(quality).savings
-    own = found.caching
+    own, interval = found.caching, found.guidance if guided else GuidanceInterval()
     caching = DeepCaching(
         own.interval if cache_interval is None else cache_interval,
         own.depth if cache_depth is None else cache_depth,
         cache_schedule or own.schedule,
     )
-    return Savings(guidance or found.guidance, caching)
+    return Savings(guidance or interval, caching)
+
+
+def told(quality: str, savings: Savings) -> str:
+    """What is said of a preset: what it comes to, and which of its numbers gave way to those that were given."""
+    own, text = preset(quality).savings, f"quality {quality}: {describe(savings)}"
+    if savings == own:
+        return text if savings != Savings() else f"quality {quality}: nothing is saved"
+    return f"{text} (what was given beside it wins over its own: {describe(own)})"
 
 
 def describe(savings: Savings) -> str:
