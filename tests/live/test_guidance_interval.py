@@ -392,7 +392,8 @@ def test_two_ip_adapters_have_as_many_scales_as_there_are_rows(both, tmp_path):
     seen = rows_of(pipe)
     assert alike(latents(pipe, **given), expected)
     assert seen == [1, 2, 2, 1]
-    assert differ(latents(pipe, **given | {"ip_adapter_image": [MAP, NOISE]}), expected) > 100 * TOLERANCE
+    pipe.set_ip_adapter_scale([0.0, 0.0])
+    assert differ(latents(pipe, **given), expected) > 10 * TOLERANCE
 
 
 @SLOW
