@@ -31,6 +31,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, Mod
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ServeOptions, check_packages
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -300,6 +301,23 @@ def bench(
     report = run_bench(spec, directory.directory(), output.console(), command_line("sdtrt", *sys.argv[1:]))
     show(report, output)
     report.check()
+
+
+@app.command()
+@grouped
+def serve(
+    options: ServeOptions,
+    access: AccessOptions,
+    limits: LimitOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+) -> None:
+    """Serve warm engines over HTTP: OpenAI's interface, the web UIs', and jobs. Stdout gets the address."""
+    check_packages()
+    spec = options.spec(access, limits, backend, directory)
+    from sdtrt.serve.server import run
+
+    run(spec, quiet=options.quiet)
 
 
 @app.command()
