@@ -71,6 +71,12 @@ class Refusal(Exception):  # noqa: N818 (an answer like any other)
         return {"error": {"kind": self.kind, "message": self.message, "hint": self.hint}}
 
 
+def bug(request_id: str) -> Refusal:
+    """The answer to a request that nobody expected to fail."""
+    words = f"this request failed by a fault of the server (request {request_id})"
+    return Refusal(500, "ServerError", words, "its log says more")
+
+
 def in_words(hint: str) -> str:
     """A hint without the dashes of the command line: `use --steps 50` is `use steps 50`."""
     return hint.replace(" --", " ")

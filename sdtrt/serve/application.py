@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from sdtrt.common.errors import SdtrtError
 from sdtrt.common.version import __version__
 from sdtrt.serve import native, openai_api, webui_api
-from sdtrt.serve.answers import Answer, Refusal
+from sdtrt.serve.answers import Answer, Refusal, bug
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import ClientLeft
 from sdtrt.serve.guard import Guard
@@ -47,9 +48,11 @@ def build(dispatcher: Dispatcher) -> ASGIApp:
     _add_operations(app, dispatcher)
     _add_page_of_api(app)
     app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(SdtrtError, _mendable)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(ClientLeft, _left)
+    app.add_exception_handler(Exception, _bug)
     return _with_origins(Guard(app, spec, dispatcher.log, dispatcher.metrics), spec)
 
 
@@ -91,6 +94,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     return error.answer(request.url.path)
 
 
+async def _mendable(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SdtrtError)
+    return Refusal.of(error).answer(request.url.path)
+
+
 async def _malformed(request: Request, error: Exception) -> Response:
     """A body or a parameter of another form: where it is wrong, and how."""
     assert isinstance(error, RequestValidationError)
@@ -109,6 +117,11 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 async def _left(_request: Request, _error: Exception) -> Response:
     return Answer({}, CLIENT_LEFT)
+
+
+async def _bug(request: Request, _error: Exception) -> Response:
+    """A fault of the server, which the guard writes into its log."""
+    return bug(request.scope["state"]["request_id"]).answer(request.url.path)
 
 
 def _page(schema: Mapping[str, Any]) -> str:

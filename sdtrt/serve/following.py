@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from starlette.requests import Request
 
-from sdtrt.common.errors import SdtrtError
 from sdtrt.serve.answers import Refusal
 from sdtrt.serve.dispatch import Dispatcher, Ending
 from sdtrt.serve.fair_queue import QueueFull
@@ -30,11 +29,14 @@ def client_of(request: Request, said: str | None = None) -> str:
 
 
 async def submit(dispatcher: Dispatcher, asked: Callable[[], PictureRequest], client: str, interface: str) -> Job:
-    """A job of a request, whose pictures are looked at in a thread of their own. Raises `Refusal`."""
+    """A job of a request, whose pictures are looked at in a thread of their own.
+
+    Raises:
+        UsageError: for a request that is wrong by itself.
+        Refusal: where there is no room for it.
+    """
     try:
         return dispatcher.submit(await asyncio.to_thread(asked), client, interface)
-    except SdtrtError as error:
-        raise Refusal.of(error) from error
     except QueueFull:
         seconds = dispatcher.retry_after()
         raise Refusal(

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdtrt.serve.answers import Refusal
+from sdtrt.serve.answers import Refusal, bug
 from sdtrt.serve.log import Log
 from sdtrt.serve.metrics import Metrics
 from sdtrt.specs.serve import ServeSpec
@@ -151,9 +151,7 @@ class _Exchange:
             self._guard.note_bug(self._id)
             if self._status:
                 return  # an answer has begun: what is open is closed
-            words = f"this request failed by a fault of the server (request {self._id})"
-            bug = Refusal(500, "ServerError", words, "its log says more")
-            await bug.answer(self._scope["path"])(self._scope, receive, self._sending)
+            await bug(self._id).answer(self._scope["path"])(self._scope, receive, self._sending)
         finally:
             self._guard.note(self._scope, self._id, self._status, time.monotonic() - began)
 

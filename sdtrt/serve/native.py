@@ -239,6 +239,8 @@ async def _tokens(dispatcher: Dispatcher, body: TokensBody) -> dict[str, Any]:
     longest = max(map(len, body.texts), default=0)
     if longest > dispatcher.spec.limits.prompt:
         raise Refusal(400, "UsageError", f"a text of {longest} characters is too long", "send a shorter one")
+    if any("\ud800" <= letter <= "\udfff" for text in body.texts for letter in text):
+        raise Refusal(400, "UsageError", "a text must be valid UTF-8", "check its encoding")
     try:
         counts, limit = await dispatcher.count_tokens(body.model, body.texts)
     except WorkerGone:

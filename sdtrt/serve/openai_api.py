@@ -148,14 +148,11 @@ async def _files(form: FormData, pixels: int) -> dict[str, bytes]:
     """A form's picture and mask."""
     pictures = [one for name in ("image", "image[]") for one in form.getlist(name) if isinstance(one, UploadFile)]
     masks = [one for one in form.getlist("mask") if isinstance(one, UploadFile)]
-    try:
-        if len(pictures) != 1:
-            raise UsageError(f"one picture is edited at a time, got {len(pictures)}", hint="send one file as image")
-        files = {INIT: uploads.check(await pictures[0].read(), "image", pixels)}
-        if masks:
-            files[MASK] = uploads.mask_of_alpha(uploads.check(await masks[0].read(), "mask", pixels))
-    except UsageError as error:
-        raise Refusal.of(error) from error
+    if len(pictures) != 1:
+        raise UsageError(f"one picture is edited at a time, got {len(pictures)}", hint="send one file as image")
+    files = {INIT: uploads.check(await pictures[0].read(), "image", pixels)}
+    if masks:
+        files[MASK] = uploads.mask_of_alpha(uploads.check(await masks[0].read(), "mask", pixels))
     return files
 
 

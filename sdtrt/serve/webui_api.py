@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdtrt.common.errors import UsageError
 from sdtrt.pipeline import images
 from sdtrt.serve import uploads
-from sdtrt.serve.answers import Answer, Refusal
+from sdtrt.serve.answers import Answer
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import client_of, finish, submit
 from sdtrt.serve.jobs import Job
@@ -224,14 +224,11 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
     @router.post("/options")
     async def set_options(body: dict[str, Any]) -> Answer:
         """Choose the model of requests that name none."""
-        try:
-            for name in body:
-                check_choice("option", name, ("sd_model_checkpoint",))
-            chosen["model"] = _model_of(body.get("sd_model_checkpoint"), chosen["model"])
-            dispatcher.catalog.model(chosen["model"])
-        except UsageError as error:
-            chosen["model"] = dispatcher.catalog.default
-            raise Refusal.of(error) from error
+        for name in body:
+            check_choice("option", name, ("sd_model_checkpoint",))
+        model = _model_of(body.get("sd_model_checkpoint"), chosen["model"])
+        dispatcher.catalog.model(model)
+        chosen["model"] = model
         return Answer({})
 
     @router.get("/progress")
@@ -250,10 +247,7 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
     @router.post("/png-info")
     def png_info(body: ImageBody) -> Answer:
         """Read the settings in a picture."""
-        try:
-            return Answer(_png_info(uploads.decode(body.image, "image", limits.pixels)))
-        except UsageError as error:
-            raise Refusal.of(error) from error
+        return Answer(_png_info(uploads.decode(body.image, "image", limits.pixels)))
 
     return router
 
