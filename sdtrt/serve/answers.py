@@ -18,6 +18,7 @@ from sdtrt.serve.jobs import Failure
 STATUSES = {
     "UsageError": 400,
     "MemoryShortage": 503,
+    "DiskFull": 503,
     "ServerEnding": 503,
     "WorkerEnded": 503,
     "ServerError": 500,

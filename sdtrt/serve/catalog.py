@@ -52,7 +52,7 @@ def _by_name(what: str, given: list[tuple[str, NamedT]]) -> dict[str, NamedT]:
     for name, one in given:
         short = short_name(name)
         if short in found:
-            raise UsageError(f"two are the {what} {short}", hint="rename one of them: requests name them so")
+            raise UsageError(f"two {what}s are called {short}", hint="rename one of them: requests name them so")
         found[short] = one
     return found
 

@@ -1,4 +1,4 @@
-"""Brings pictures to workers and what comes of them back to their jobs; starts workers anew, has engines built.
+"""Brings pictures to workers and what comes of them back to their jobs, and starts workers anew.
 
 Knows the queue, the workers' frames and jobs. Knows no HTTP, no pipeline and no torch.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrt.common.errors import UsageError
+from sdtrt.serve.builds import Builds
 from sdtrt.serve.catalog import Catalog, without_paths
 from sdtrt.serve.fair_queue import FairQueue
 from sdtrt.serve.frames import Frame
@@ -22,15 +23,12 @@ from sdtrt.serve.jobs import Failure, Job, JobStore, Picture
 from sdtrt.serve.log import Log
 from sdtrt.serve.metrics import Metrics
 from sdtrt.serve.requests import PictureRequest
-from sdtrt.serve.worker_process import WorkerGone, WorkerProcess
+from sdtrt.serve.worker_process import PATIENCE_S, WorkerGone, WorkerProcess, failure_of, plain
 from sdtrt.specs.serve import ServeSpec
 
-PATIENCE_S = 600.0  # for a word of a worker: opening a large model takes a while
-BUILD_PATIENCE_S = 3600.0
 MOST_ATTEMPTS = 2  # to make a picture: whatever ends two workers would end a third
 LONGEST_PAUSE_S = 30.0  # before a worker that keeps ending is started again
 WARM_UP = "warm-up"  # the interface, and the client, of pictures that make sizes ready
-BUG = Failure("ServerError", "this picture failed by a fault of the server", "its log says more")
 
 
 class Ending(Exception):  # noqa: N818 (no failure: the server was asked to)
@@ -56,8 +54,7 @@ class Dispatcher:
         self._workers: list[WorkerProcess] = []  # those that are ready
         self._making: dict[str, WorkerProcess] = {}  # by the names of pictures
         self._tasks: set[asyncio.Task[None]] = set()
-        self._to_build: dict[str, list[Picture]] = {}
-        self._build_asked = asyncio.Event()
+        self.builds = Builds(lambda: self._worker(next(iter(spec.devices), None)), log, self.metrics, self._built)
         self._seconds = 1.0  # that a picture took lately
 
     # --- for the interfaces ------------------------------------------------------------------------------------------
@@ -112,7 +109,7 @@ class Dispatcher:
         """Start the workers; returns before they are ready."""
         for number, device in enumerate(self.spec.devices or (None,)):
             self._spawn(self._keep_working(number, device))
-        self._spawn(self._keep_building())
+        self._spawn(self.builds.run())
         self._spawn(self._warm_up())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -152,19 +149,25 @@ class Dispatcher:
             self.store.forget(job)
         self.warmed.set()
 
+    def _worker(self, device: int | None) -> WorkerProcess:
+        """A worker that is not started yet."""
+        return WorkerProcess(self.spec, self._folder / f"{next(self._numbers)}", device)
+
     # --- workers -----------------------------------------------------------------------------------------------------
 
     async def _keep_working(self, number: int, device: int | None) -> None:
         """Have one worker at any time."""
         pause = 0.0
         while True:
-            worker, began = WorkerProcess(self.spec, self._folder / f"{next(self._numbers)}", device), time.monotonic()
+            worker, began = self._worker(device), time.monotonic()
             try:
                 await worker.start()
                 await self._work_with(worker)
             except WorkerGone as gone:
                 self.metrics.restarts.inc()
                 self.log.error("worker ended", worker=number, reason=str(gone))
+                if not self._workers:  # nor any other one: this one did not even start
+                    self.fail_all(list(self.queue), Failure("WorkerEnded", "no worker starts", "its log says why"))
             finally:
                 if worker in self._workers:
                     self._workers.remove(worker)
@@ -216,7 +219,7 @@ class Dispatcher:
         self.metrics.batch.observe(len(batch))
         self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch])
         request = batch[0].job.request
-        data = {**_plain(request), "units": [one.id for one in batch]}
+        data = {**plain(request), "units": [one.id for one in batch]}
         data["jobs"] = [[one.drawn.prompt, one.drawn.seed] for one in batch]
         try:
             answers = await worker.ask("make", data, list(request.uploads.values()), PATIENCE_S)
@@ -245,55 +248,15 @@ class Dispatcher:
             again.append(picture)
         self.queue.put_back(again)
 
-    # --- engines that are missing ------------------------------------------------------------------------------------
-
-    def wait_for_engines(self, batch: Sequence[Picture]) -> None:
-        """Let pictures wait until their engines are built."""
-        waiting = [one for one in batch if not one.is_over]
-        for picture in waiting:
-            picture.job.settle(picture, "building")
-        self._to_build.setdefault(batch[0].key, []).extend(waiting)
-        self._build_asked.set()
-
-    async def _keep_building(self) -> None:
-        """Build what is missing, one request's engines after another's, each in a process of its own."""
-        while True:
-            await self._build_asked.wait()
-            self._build_asked.clear()
-            while self._to_build:
-                key, waiting = next(iter(self._to_build.items()))
-                wanted = next((one for one in waiting if not one.is_over), None)
-                failure = None if wanted is None else await self._build(wanted)
-                self.metrics.builds.labels("done" if failure is None else "failed").inc()
-                again = [one for one in self._to_build.pop(key) if not one.is_over]
-                for picture in again:
-                    if failure is not None:
-                        self._fail(picture, failure)
-                    else:
-                        picture.job.settle(picture, "queued")
-                self.queue.put_back([one for one in again if not one.is_over])
-
-    async def _build(self, picture: Picture) -> Failure | None:
-        """Build the engines of one picture; why not, where that fails."""
-        self.log.info("build", job=picture.job.id)
-        request = picture.job.request
-        worker = WorkerProcess(self.spec, self._folder / f"{next(self._numbers)}", next(iter(self.spec.devices), None))
-        try:
-            await worker.start()
-            about = await worker.about_itself(PATIENCE_S)
-            data = {**_plain(request), "units": [], "jobs": [[picture.drawn.prompt, picture.drawn.seed]]}
-            if about.kind != "ready":
-                raise WorkerGone(about.data.get("message", ""))
-            failure = None
-            async for frame in await worker.ask("build", data, list(request.uploads.values()), BUILD_PATIENCE_S):
-                if frame.kind == "log":
-                    self.log.info("build", text=frame.data["text"])
-                failure = failure or _failure(frame, self.log)
-            return failure
-        except WorkerGone as gone:
-            return Failure("BuildError", f"the process that built the engines ended ({gone})", "its log says more")
-        finally:
-            await worker.end()
+    def _built(self, pictures: Sequence[Picture], failure: Failure | None) -> None:
+        """Take back pictures whose engines are there now, or can't be."""
+        again = [one for one in pictures if not one.is_over]
+        for picture in again:
+            if failure is None:
+                picture.job.settle(picture, "queued")
+            else:
+                self._fail(picture, failure)
+        self.queue.put_back([one for one in again if not one.is_over])
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
@@ -340,12 +303,12 @@ class _Following:
         elif frame.kind == "picture":
             dispatcher.done(self._by_id[frame.data["unit"]], frame)
         elif frame.kind == "missing":
-            dispatcher.wait_for_engines(self._batch)
+            dispatcher.builds.ask(self._batch)
         elif frame.kind == "log" and frame.data["level"] == "warning":
             dispatcher.log.warn("worker", text=frame.data["text"])
         elif frame.kind == "done":
             dispatcher.metrics.note_memory(frame.data["memory"])
-        elif (failure := _failure(frame, dispatcher.log)) is not None:
+        elif (failure := failure_of(frame, dispatcher.log)) is not None:
             dispatcher.fail_all(self._batch, failure)
 
     def _step(self, frame: Frame) -> None:
@@ -364,22 +327,6 @@ class _Following:
             picture = self._by_id[name]
             picture.preview = data
             picture.job.tell("preview", {"index": picture.index, "step": frame.data["step"]})
-
-
-def _failure(frame: Frame, log: Log) -> Failure | None:
-    """What a frame says that went wrong; None where it says nothing of that kind."""
-    if frame.kind == "bug":
-        log.error("bug", text=frame.data["text"])
-        return BUG
-    if frame.kind != "error":
-        return None
-    log.warn("refused", kind=frame.data["error"], message=frame.data["message"], hint=frame.data["hint"])
-    return Failure(frame.data["error"], without_paths(frame.data["message"]), without_paths(frame.data["hint"]))
-
-
-def _plain(request: PictureRequest) -> dict[str, Any]:
-    """A request as frames have it; its uploads are blobs."""
-    return {"request": request.to_json(), "uploads": list(request.uploads)}
 
 
 async def _send_if_there(worker: WorkerProcess, frame: Frame) -> None:

@@ -94,6 +94,12 @@ class TokensBody(BaseModel):
 def routes(dispatcher: Dispatcher) -> APIRouter:
     """The routes under /api/v1."""
     router = APIRouter(prefix="/api/v1", tags=["native"])
+    _add_jobs(router, dispatcher)
+    _add_facts(router, dispatcher)
+    return router
+
+
+def _add_jobs(router: APIRouter, dispatcher: Dispatcher) -> None:
     limits = dispatcher.spec.limits
 
     @router.post("/jobs", status_code=202)
@@ -128,6 +134,8 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
         events = _events(dispatcher, _job(dispatcher, job_id), cancel_on_leave)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
+
+def _add_facts(router: APIRouter, dispatcher: Dispatcher) -> None:
     @router.get("/images/{image_id}", response_class=Response)
     async def get_image(image_id: str) -> Response:
         """Fetch a picture as PNG, with its settings in it."""
@@ -146,8 +154,6 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
     async def tokens(body: TokensBody) -> Answer:
         """Count the tokens of texts, as the model's text encoder does."""
         return Answer(await _tokens(dispatcher, body))
-
-    return router
 
 
 def told(job: Job) -> dict[str, Any]:

@@ -173,6 +173,14 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
     """The routes under /sdapi/v1."""
     router = APIRouter(prefix="/sdapi/v1", tags=["web UIs"])
     chosen = {"model": dispatcher.catalog.default}
+    _add_making(router, dispatcher, chosen)
+    _add_lists(router, dispatcher)
+    _add_options(router, dispatcher, chosen)
+    _add_state(router, dispatcher)
+    return router
+
+
+def _add_making(router: APIRouter, dispatcher: Dispatcher, chosen: dict[str, str]) -> None:
     limits = dispatcher.spec.limits
 
     @router.post("/txt2img")
@@ -189,6 +197,8 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
         job = await submit(dispatcher, lambda: body.request(chosen["model"], limits), client_of(request), INTERFACE)
         return Answer(_made(await finish(request, dispatcher, job), body))
 
+
+def _add_lists(router: APIRouter, dispatcher: Dispatcher) -> None:
     @router.get("/samplers")
     async def samplers() -> Answer:
         """List the samplers."""
@@ -216,6 +226,8 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
         """List the scripts: there are none."""
         return Answer({"txt2img": [], "img2img": []})
 
+
+def _add_options(router: APIRouter, dispatcher: Dispatcher, chosen: dict[str, str]) -> None:
     @router.get("/options")
     async def options() -> Answer:
         """Say which model requests get that name none."""
@@ -230,6 +242,10 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
         dispatcher.catalog.model(model)
         chosen["model"] = model
         return Answer({})
+
+
+def _add_state(router: APIRouter, dispatcher: Dispatcher) -> None:
+    limits = dispatcher.spec.limits
 
     @router.get("/progress")
     async def progress(skip_current_image: bool = False) -> Answer:
@@ -248,8 +264,6 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
     def png_info(body: ImageBody) -> Answer:
         """Read the settings in a picture."""
         return Answer(_png_info(uploads.decode(body.image, "image", limits.pixels)))
-
-    return router
 
 
 def _model_of(title: Any, usual: str) -> str:

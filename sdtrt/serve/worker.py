@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import SdtrtError
+from sdtrt.common.files import FULL
 from sdtrt.serve.catalog import Catalog
 from sdtrt.serve.frames import Frame, Pipe
 from sdtrt.serve.requests import PictureRequest
@@ -182,10 +183,17 @@ class Worker:
         except MissingEngines:
             self._pipe.write("missing", batch=batch)
         except SdtrtError as error:
-            kind = type(error).__name__
-            self._pipe.write("error", batch=batch, error=kind, message=error.message, hint=error.hint)
-        except Exception:
+            self._refuse(batch, type(error).__name__, error.message, error.hint)
+        except MemoryError:
+            self._refuse(batch, "MemoryShortage", "there is too little memory for this", "ask for a smaller picture")
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                self._refuse(batch, "DiskFull", "the server's disk is full", "free some space there")
+                return
             self._pipe.write("bug", batch=batch, text=traceback.format_exc())
+
+    def _refuse(self, batch: int, kind: str, message: str, hint: str) -> None:
+        self._pipe.write("error", batch=batch, error=kind, message=message, hint=hint)
 
     def _make(self, frame: Frame) -> None:
         batch = _batch(frame)

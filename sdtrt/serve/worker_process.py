@@ -15,9 +15,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtrt.serve.catalog import without_paths
 from sdtrt.serve.frames import Frame, read_frame
+from sdtrt.serve.jobs import Failure
+from sdtrt.serve.log import Log
+from sdtrt.serve.requests import PictureRequest
 from sdtrt.specs.serve import ServeSpec
 
+PATIENCE_S = 600.0  # for a word of a worker: opening a large model takes a while
+BUG = Failure("ServerError", "this picture failed by a fault of the server", "its log says more")
 LAST_S = 5.0  # from its last frame to its end
 CODE = "import sys; sys.path[:] = [p for p in sys.path if p]; from sdtrt.serve.worker import serve; serve()"
 
@@ -152,3 +158,20 @@ class Answers:
             yield frame
         finally:
             self._worker.forget(self.number)
+
+
+def plain(request: PictureRequest) -> dict[str, Any]:
+    """A request as frames have it; its uploads are blobs."""
+    return {"request": request.to_json(), "uploads": list(request.uploads)}
+
+
+def failure_of(frame: Frame, log: Log) -> Failure | None:
+    """What a frame says that went wrong, and is logged whole; None where it says nothing of that kind."""
+    if frame.kind == "bug":
+        log.error("bug", text=frame.data["text"])
+        return BUG
+    if frame.kind != "error":
+        return None
+    kind, message, hint = (frame.data[name] for name in ("error", "message", "hint"))
+    log.warn("refused", kind=kind, message=message, hint=hint)
+    return Failure(kind, without_paths(message), without_paths(hint))

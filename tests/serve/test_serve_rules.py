@@ -115,7 +115,7 @@ def test_models_have_short_names_and_no_two_the_same(tmp_path):
     assert catalog.model("sd").name == str(tmp_path / "one" / "sd")
     with pytest.raises(UsageError, match="unknown model"):
         catalog.model(str(tmp_path / "one" / "sd"))
-    with pytest.raises(UsageError, match="two are the model sd"):
+    with pytest.raises(UsageError, match="two models are called sd"):
         Catalog.of(ServeSpec(models=tuple(ModelSpec(str(tmp_path / name / "sd")) for name in ("one", "two"))))
 
 
