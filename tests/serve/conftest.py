@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -93,17 +94,31 @@ class Serving:
         return self.log.read().splitlines()
 
 
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory):
-    """A server of the built-in model in PyTorch, whose worker is a thread; its working folder is this process's."""
+@contextmanager
+def in_thread(folder, **options):
+    """A server of the built-in model, whose worker is a thread: its working folder is this process's."""
     from sdtrt.serve import dispatch
-    from sdtrt.specs.serve import Limits, ServeSpec
+    from sdtrt.specs.serve import ServeSpec
 
-    folder = tmp_path_factory.mktemp("serving")
-    limits = Limits(body_bytes=2**20, body_s=1.0, pixels=256 * 256, steps=20, images=4, prompt=500, waiting=12)
-    spec = ServeSpec(port=0, backend="torch", limits=limits, engine_dir=str(folder / "engines"), preview="own")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(dispatch, "WorkerProcess", ThreadWorker)
-        with Serving(spec, folder) as server:
+        with Serving(ServeSpec(port=0, engine_dir=str(folder / "engines"), **options), folder) as server:
             yield server
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    """A server in PyTorch, with small limits."""
+    from sdtrt.specs.serve import Limits
+
+    limits = Limits(body_bytes=2**20, body_s=1.0, pixels=256 * 256, steps=20, images=4, prompt=500, waiting=12)
+    with in_thread(tmp_path_factory.mktemp("serving"), backend="torch", limits=limits, preview="own") as server:
+        yield server
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start servers with other options; they end with the test."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(in_thread(tmp_path, **options))
