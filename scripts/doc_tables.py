@@ -27,7 +27,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- (?P<kind>table|rows|engine|recipe): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
+NAMES = {
+    "torch": "PyTorch",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 UNMEASURED = "Not measured yet.\n"
 # The rows of the README's comparison: title, report, and the baseline there; None is what sdtrt itself ran.
 FRONT = (
