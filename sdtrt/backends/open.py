@@ -55,17 +55,25 @@ def open_beside(
 
     Raises as of `open_session`.
     """
-    session: Any = open_session(entry, device, scratch)
-    if registry.get(str(entry.key.get("backend"))).weights_inside:
-        return session  # type: ignore[no-any-return]
-    other: Any = first
+    session = open_session(entry, device, scratch)
     try:
-        session.share_weights(other)
-        session.follow(other.weight_views())  # what lies otherwise in it is copied
+        if not registry.get(entry.engine_key.backend).weights_inside:
+            compute_with(session, first)
     except BaseException:
         session.close()
         raise
-    return session  # type: ignore[no-any-return]
+    return session
+
+
+def compute_with(session: Any, first: Any) -> None:
+    """Have a session compute with another one's weights, or with some of them; what lies otherwise in it is copied.
+
+    Args:
+        session, first: of one component, whose engines hold no weights.
+    """
+    session.share_weights(first)
+    views = session.weight_views()
+    session.follow({name: view for name, view in first.weight_views().items() if name in views})
 
 
 def _open(

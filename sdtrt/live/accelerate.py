@@ -39,7 +39,7 @@ from sdtrt.pipeline.all_engines import ensure_second, for_prompt_rows
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.guided_rows import check_is_guided, refuse_rows
-from sdtrt.pipeline.request import PROMPT_ROWS, EngineRequest, unet_sizes
+from sdtrt.pipeline.request import EngineRequest, first_of, shallow_beside, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.watch import refuse_changes
 from sdtrt.specs import (
@@ -50,10 +50,14 @@ from sdtrt.specs import (
     Group,
     GuidanceInterval,
     Precision,
+    QualityName,
     Savings,
     check_choice,
     check_size,
 )
+from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
+from sdtrt.specs.presets import settle
+from sdtrt.specs.savings import CacheSchedule
 
 PipeT = TypeVar("PipeT")
 Parts = Mapping[Component, Swapped]
@@ -74,6 +78,10 @@ def accelerate(
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
     guidance_interval: GuidanceInterval | None = None,
+    cache_interval: int | None = None,
+    cache_depth: int | None = None,
+    cache_schedule: CacheSchedule | None = None,
+    quality: QualityName | None = None,
     progress: bool = True,
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
@@ -94,6 +102,11 @@ def accelerate(
         on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
             hooks, too, which else are an `EngineError`), or raise an `error`.
         guidance_interval: the part of a run that is guided; in the other steps the UNet runs the prompt's rows alone.
+        cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
+            on from what it gave; None or 1 for none. Off in runs of fewer than 10 steps.
+        cache_depth: how many layers those run on the way down and up; None for the architecture's own.
+        cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
+        quality: a preset of these four, `exact`, `high`, `balanced` or `fast`; what is given beside it wins.
         progress: say on stderr what is built.
 
     Raises:
@@ -105,7 +118,9 @@ def accelerate(
         >>> pipe = sdtrt.accelerate(pipe, height=512, width=512)
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
-    parts, savings = None if components is None else tuple(components), Savings(guidance_interval or GuidanceInterval())
+    parts = None if components is None else tuple(components)
+    caching = (cache_interval, cache_depth, cache_schedule)
+    savings = settle(quality, guidance_interval, *caching, guided=guidance)
     directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, savings)
     with _CHANGING, quiet_libraries():
@@ -196,6 +211,22 @@ class _Choices:
         sizes = unet_sizes(model, images, height, width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
 
+    def groups(self, pipe: Any, model: LiveModel) -> tuple[Group, ...]:
+        """The optional groups of inputs and outputs that a pipeline's UNet needs."""
+        return (*_groups(pipe), *self.deep_groups(model))
+
+    def deep_groups(self, model: LiveModel) -> tuple[Group, ...]:
+        """The group of a UNet that gives deep features to be kept."""
+        caching = self.savings.caching
+        if caching.is_off:
+            return ()
+        if "unet" not in (self.components or ("unet",)) or "unet" not in model.modules:
+            raise UsageError(
+                f"cache_interval={caching.interval} needs an engine of the unet, and PyTorch is to run it",
+                hint="leave cache_interval out, or have an engine run the unet, as in components=['unet']",
+            )
+        return (whole_group(caching.depth or default_depth(model.config("unet"))),)
+
     def _size(self, model: LiveModel) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         height, width = model.default_size()
@@ -215,10 +246,15 @@ class _Plan:
         """Find or build all engines; those for steps without guidance have `PROMPT_ROWS` behind their names."""
         settings, request = self.settings, self.request
         found: dict[str, Entry] = dict(ensure_engines(request, settings.directory, settings.console).items())
+        shallow = request.shallow
+        if shallow is not None:
+            found["unet" + SHALLOW] = ensure_engines(shallow, settings.directory, settings.console)["unet"]
         if settings.savings.guidance.is_whole or request.sizes.batch == request.images:
             return found
         second = for_prompt_rows(request, request.images)
         requests: dict[str, EngineRequest] = dict.fromkeys(second.components, second)
+        if shallow is not None:
+            requests["unet" + SHALLOW] = for_prompt_rows(shallow, request.images)
         return found | ensure_second(requests, found, settings.directory, settings.console)
 
     def is_coming(self, name: str, entry: Entry) -> bool:
@@ -244,10 +280,10 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     backend.check_precision(precision)
     modules = {part: ref(module) for part, module in model.modules.items()}
     fixed = (name, precision, choices.directory, device, choices.on_miss, console, threading.RLock())
-    settings = Settings(model.spec, model.stored, modules, *fixed, choices.savings)
+    settings = Settings(model.spec, model.stored, modules, *fixed, choices.savings, choices.deep_groups(model))
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
     wanted = _components(pipe, model, choices.components, there)
-    request = choices.request(model, name, precision, wanted, device, _groups(pipe))
+    request = choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
     for component in wanted:
         contract_of(model, component, precision, request.groups_of(component))
         backend.check_groups(request.groups_of(component))
@@ -273,7 +309,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device, _groups(pipe))
+        return choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")
@@ -338,15 +374,15 @@ def _park(parts: Iterable[Swapped]) -> None:
 
 def _open(parts: Parts, entries: Mapping[str, Entry], scratch: Scratch) -> None:
     """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
-    for name in memory.by_scratch(entries):
+    for name in memory.by_scratch({name: one for name, one in entries.items() if SHALLOW not in name}):
         part = parts[_base(name)]
         with part.settings.lock:
-            part.open(entries[name], scratch)
+            part.open(entries[name], scratch, shallow_beside(name, entries))
 
 
 def _base(name: str) -> Component:
     """The component of an engine, by its name among all of a pipeline."""
-    return cast(Component, name.removesuffix(PROMPT_ROWS))
+    return cast(Component, first_of(name))
 
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:

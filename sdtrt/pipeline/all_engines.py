@@ -26,7 +26,8 @@ def ensure_all(
     allow_build: bool = True,
     unet_engine: Entry | None = None,
 ) -> dict[str, Entry]:
-    """Find or build all engines of a pipeline: of each further ControlNet as well, and for steps without guidance.
+    """Find or build all engines of a pipeline: of each further ControlNet as well, for shallow steps, and for steps
+    without guidance.
 
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
@@ -36,7 +37,8 @@ def ensure_all(
     own = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     entries: dict[str, Entry] = dict(own.items())
     for name, request in spec.other_engines.items():
-        entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)["controlnet"]}
+        (component,) = request.components
+        entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)[component]}
     if spec.prompt_rows is None:
         return entries
     requests = {name: spec.engines for name in own if name in STEPPING} | spec.other_engines

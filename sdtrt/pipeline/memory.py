@@ -19,7 +19,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
     sizes_of,
 )
-from sdtrt.pipeline.request import PROMPT_ROWS
+from sdtrt.pipeline.request import first_of
 from sdtrt.specs import (
     COMPONENTS,
     SIZE_MULTIPLE,
@@ -97,7 +97,7 @@ def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand
         if weights is not None and work is not None:
             backend = registry.get(entry.engine_key.backend)
             asks = backend.asks_for_scratch
-            if backend.weights_inside or not name.endswith(PROMPT_ROWS):
+            if backend.weights_inside or first_of(name) == name:
                 fixed += math.ceil(weights * PADDING) if asks else weights
             component = cast(Component, name) if name in COMPONENTS else entry.engine_key.component
             own = work * _share(entry, sizes_of(component, sizes, images))

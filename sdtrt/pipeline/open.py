@@ -35,12 +35,13 @@ from sdtrt.pipeline import memory, pixels, preloaded, schedulers
 from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.control_facade import ControlNetFacade, together
 from sdtrt.pipeline.control_forward import ControlNetForward
+from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.pipeline.forwards import UNetForward
 from sdtrt.pipeline.guided_rows import GuidedForward
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.refusals import refuse_as_a_whole
-from sdtrt.pipeline.request import PROMPT_ROWS, PipelineSpec
+from sdtrt.pipeline.request import PROMPT_ROWS, PipelineSpec, first_of, shallow_beside
 from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
 
 
@@ -93,7 +94,7 @@ def open_pipeline(
                 parts |= _load_parts(spec, running)
                 _check_weights(spec, running, directory, given=unet_engine)
             parts |= _facades(spec, running, parts.get("vae"))
-            _guide(spec, parts, running)
+            _choose_programs(spec, parts, running, DeepCache(lambda: spec.savings.caching, console))
             _give_image_prompts(spec, parts)
         # No name for the pipeline here: whoever drops it ends this generator, which closes the engines.
         yield OpenPipeline(_assemble(spec, parts, running), spec, running.entries, files)
@@ -186,7 +187,7 @@ def _open_engines(
             files = None if held else Sight(spec.model, map(part_of, spec.in_engines))
             sessions: dict[str, Session[torch.Tensor]] = {}
             for name in sorted(memory.by_scratch(entries), key=_is_second):
-                first = sessions.get(name.removesuffix(PROMPT_ROWS))
+                first = sessions[first_of(name)] if _is_second(name) else None
                 sessions[name] = stack.enter_context(
                     _open(spec, spec.source_of(name), entries[name], scratch)
                     if first is None
@@ -203,8 +204,8 @@ def _open(spec: PipelineSpec, model: Model, entry: Entry, scratch: Scratch) -> S
 
 
 def _is_second(name: str) -> bool:
-    """Whether an engine's name says that it serves fewer rows beside another one."""
-    return name.endswith(PROMPT_ROWS)
+    """Whether an engine's name says that it serves fewer rows, or shallow steps, beside another one."""
+    return first_of(name) != name
 
 
 def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
@@ -246,23 +247,29 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
     return facades
 
 
-def _guide(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -> None:
-    """Have the UNet, and the ControlNets that engines run, compute the prompt's rows alone in steps without guidance.
+def _choose_programs(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running, cache: DeepCache) -> None:
+    """Have the UNet, and the ControlNets that engines run, compute each step by the engine that it is for.
 
-    Other ControlNets are computed whole.
+    In steps without guidance they compute the prompt's rows alone; other ControlNets are computed whole.
     """
+    if "unet" in running.sessions:
+        parts["unet"].forward = _forward_of("unet", spec, running, cache)
     if spec.prompt_rows is None:
         return
     for name in ("unet", *(name for name in (PART, *spec.others) if name in running.sessions)):
-        module, second = parts[name], running.sessions.get(name + PROMPT_ROWS)
-        part = None if second is None else _forward_of(second, spec)
+        module, second = parts[name], name + PROMPT_ROWS
+        part = _forward_of(second, spec, running, cache) if second in running.sessions else None
         module.forward = GuidedForward(spec.savings.guidance, module.forward, part, spec.prompt_rows)
 
 
-def _forward_of(session: Session[torch.Tensor], spec: PipelineSpec) -> UNetForward | ControlNetForward:
-    """The forward of a facade, by another engine of its component."""
+def _forward_of(name: str, spec: PipelineSpec, running: _Running, cache: DeepCache) -> UNetForward | ControlNetForward:
+    """The forward of a facade, by an engine of its component."""
+    session = running.sessions[name]
     if session.contract.component == PART:
         return ControlNetForward(session, spec.device, "use --backend torch")
+    shallow = shallow_beside(name, running.sessions)
+    if shallow is not None:
+        return CachedForward(session, shallow, spec.device, cache)
     return UNetForward(session, session.contract, spec.device)
 
 

@@ -268,6 +268,15 @@ def _noise_schedule(reading: _Reading, name: str) -> None:
         reading.left.append(f"{name}: {reading.text.fields[name]}")
 
 
+def _word(option: str) -> Callable[[_Reading, str], None]:
+    """A reader of our own fields that are words."""
+
+    def read(reading: _Reading, name: str) -> None:
+        reading.options[option] = reading.text.fields[name].strip()
+
+    return read
+
+
 def _nothing(reading: _Reading, name: str) -> None:
     """Another function has it."""
 
@@ -294,6 +303,10 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "TI hashes": _embeddings,
     "Inpaint area": _area,
     "Noise Schedule": _noise_schedule,
+    "Cache interval": _number("cache_interval", int),
+    "Cache depth": _number("cache_depth", int),
+    "Cache schedule": _word("cache_schedule"),
+    "Quality preset": _word("quality"),
     "Sampler": _nothing,
     "RNG": _nothing,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -43,9 +44,29 @@ from sdtrt.specs import (
     Sizes,
 )
 from sdtrt.specs.contract import DTYPES, embeds_guidance
+from sdtrt.specs.deep_features import SHALLOW, default_depth, shallow_groups, whole_group
+from sdtrt.specs.presets import told
+from sdtrt.specs.savings import few_steps
 
+T = TypeVar("T")
 PROMPT_ROWS = "_prompt_rows"  # behind the name of an engine: a second one, for steps without guidance
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
+
+
+def first_of(name: str) -> str:
+    """The name of the engine beside which one serves fewer rows, or shallow steps; its own for a first one."""
+    return name.removesuffix(PROMPT_ROWS).removesuffix(SHALLOW)
+
+
+def shallow_beside(name: str, found: Mapping[str, T]) -> T | None:
+    """Of a pipeline's engines, by their names, the one of the shallow steps beside one of the UNet's.
+
+    Where it takes fewer rows as well, there is no other for them.
+    """
+    if first_of(name) != "unet":
+        return None
+    usual = "unet" + SHALLOW
+    return found.get(usual + PROMPT_ROWS if name.endswith(PROMPT_ROWS) else usual, found.get(usual))
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,12 @@ class EngineRequest:
     def precision_of(self, component: Component) -> Precision:
         """The precision of a component's engine."""
         return registry.get(self.backend).precision_of(self.model, component, self.precision)
+
+    @property
+    def shallow(self) -> EngineRequest | None:
+        """The engine of the UNet's shallow steps; None where no deep feature is given."""
+        groups = shallow_groups(self.groups)
+        return replace(self, components=("unet",), groups=groups) if groups and "unet" in self.components else None
 
     def groups_of(self, component: Component) -> tuple[Group, ...]:
         """The optional groups of a component's inputs."""
@@ -159,18 +186,28 @@ class PipelineSpec:
             self.in_engines,
             self.images,
             self.device,
-            (*groups_of(self.model), *self.model.groups),
+            (*groups_of(self.model), *self.model.groups, *self._deep_groups),
         )
 
     @property
+    def _deep_groups(self) -> tuple[Group, ...]:
+        """The group of the UNet's engine that gives a deep feature, where such are kept."""
+        caching = self.savings.caching
+        if caching.is_off or "unet" not in self.in_engines:
+            return ()
+        return (whole_group(caching.depth or default_depth(self.model.config("unet"))),)
+
+    @property
     def other_engines(self) -> dict[str, EngineRequest]:
-        """The engines of further ControlNets, by their names among the pipeline's."""
+        """The engines of further ControlNets and of the UNet's shallow steps, by their names among the pipeline's."""
         wanted = self.has_engines and (self.components is None or "controlnet" in self.components)
-        return {
+        found = {
             name: replace(self.engines, model=model, components=("controlnet",))
             for name, model in self.others.items()
             if wanted and "controlnet" in components_of(model)
         }
+        shallow = self.engines.shallow
+        return found if shallow is None else {**found, "unet" + SHALLOW: shallow}
 
     @property
     def prompt_rows(self) -> int | None:
@@ -229,6 +266,8 @@ def resolve_request(
         EngineError, ModelError, UsageError: for what can't run.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
+    if spec.quality is not None:
+        console.note(told(spec.quality, spec.savings))
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
@@ -257,6 +296,7 @@ def resolve_request(
         others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
         savings=spec.savings,
     )
+    pipeline_spec = _cached(pipeline_spec, console)
     check_spec(pipeline_spec)
     _note(pipeline_spec, console)
     return pipeline_spec
@@ -370,6 +410,31 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
     elif spec.vae_tiling:
         size = f"{spec.sizes.width}x{spec.sizes.height}"
         console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
+
+
+def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A request with what deep caching comes to in a run of so many steps.
+
+    Raises:
+        UsageError: where no engine runs the UNet.
+    """
+    caching = spec.savings.caching
+    if caching.is_off:
+        return spec
+    if "unet" not in spec.in_engines:
+        why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
+        raise UsageError(
+            f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
+            hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
+        )
+    steps = spec.steps if spec.edit else int(spec.steps * spec.strength)
+    left = caching.over(steps)
+    depth = caching.depth or default_depth(spec.model.config("unet"))
+    if left.is_off:
+        console.note(few_steps(steps))
+    else:
+        console.note(f"deep caching: {caching.describe(depth)}")
+    return replace(spec, savings=replace(spec.savings, caching=left))
 
 
 def _note(spec: PipelineSpec, console: Console) -> None:
