@@ -257,10 +257,18 @@ class _Plan:
             requests["unet" + SHALLOW] = for_prompt_rows(shallow, request.images)
         return found | ensure_second(requests, found, settings.directory, settings.console)
 
-    def is_coming(self, name: str, entry: Entry) -> bool:
-        """Whether an engine takes memory that nothing has yet: of a part that comes, or a second one of what stays."""
-        there = self.staying.get(_base(name))
-        return there is None or (name != _base(name) and all(one.entry.path != entry.path for one in there.engines))
+    def adding(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Of all engines those that take memory which nothing has yet: of parts that come, and second ones of others.
+
+        A shallow one is opened together with the one that it goes on from.
+        """
+
+        def is_new(name: str) -> bool:
+            base, there = _base(name), self.staying.get(_base(name))
+            with_it = entries.get(name.replace(SHALLOW, ""), entries[base])
+            return there is None or (base != name and all(one.entry.path != with_it.path for one in there.engines))
+
+        return {name: entry for name, entry in entries.items() if is_new(name)}
 
     @property
     def coming(self) -> list[Component]:
@@ -353,7 +361,7 @@ def _swap(pipe: Any, plan: _Plan) -> None:
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
-        memory.check_memory(plan.request, {name: one for name, one in entries.items() if plan.is_coming(name, one)})
+        memory.check_memory(plan.request, plan.adding(entries))
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
         _open({**plan.staying, **new}, entries, scratch)

@@ -74,11 +74,11 @@ def both(tokenizer, directory, monkeypatch):
     return made
 
 
-def again(pipe, interval=None):
+def again(pipe, interval=None, **options):
     """Accelerate a pipeline once more, with another interval."""
     directory = swapped_of(pipe)["unet"].settings.directory.path
     given = {"backend": "inductor", "components": ("unet",), "engine_dir": directory, "progress": False}
-    return sdtrt.accelerate(pipe, **SIZE, **given, guidance_interval=interval)
+    return sdtrt.accelerate(pipe, **SIZE, **given, guidance_interval=interval, **options)
 
 
 def by_hand(pipe, guided, copies=2, group=1):
@@ -209,9 +209,11 @@ def test_a_second_engine_of_a_unet_that_stays_is_counted_by_the_memory_check(bot
     _, pipe = both(guidance_interval=None)
     asked = []
     monkeypatch.setattr(memory, "check_memory", lambda _request, entries: asked.append(list(entries)))
-    for _ in range(2):
-        again(pipe, MIDDLE)
-    assert asked == [["unet_prompt_rows"], []]
+    for options in ({}, {"cache_interval": 2}):
+        for _ in range(2):
+            again(pipe, MIDDLE, **options)
+    shallow = {"unet_shallow", "unet_shallow_prompt_rows"}
+    assert [set(names) for names in asked] == [{"unet_prompt_rows"}, set(), {"unet_prompt_rows", *shallow}, set()]
 
 
 @SLOW
