@@ -256,6 +256,7 @@ def test_a_run_from_an_image_is_what_really_runs(both, cls, options, guided):
     assert seen == [1, 2, 2, 1]
 
 
+@SLOW
 def test_pipelines_of_the_same_modules_run_by_turns_and_each_counts_its_own_steps(both):
     plain, pipe = both()
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
@@ -418,6 +419,7 @@ def test_changed_weights_are_in_both_engines_and_pytorch_runs_no_more_rows(both)
     assert differ(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4)) > 100 * TOLERANCE
 
 
+@SLOW
 def test_a_call_of_another_size_has_both_its_engines_before_it_begins(both, directory):
     _, pipe = both()
     built, during = names(directory), []
@@ -426,6 +428,7 @@ def test_a_call_of_another_size_has_both_its_engines_before_it_begins(both, dire
     assert during == [len(built) + 2] * 4
 
 
+@SLOW
 def test_what_has_rows_of_another_meaning_is_refused_by_name(both):
     with pytest.raises(EngineError, match="which rows of StableDiffusionPAGPipeline are the prompt's") as caught:
         both(StableDiffusionPAGPipeline)

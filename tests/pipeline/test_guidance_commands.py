@@ -100,13 +100,19 @@ def test_a_picture_is_what_plain_diffusers_makes_by_hand_and_tells_how(spec, dir
     path = report.images[0].path
     assert read_metadata(path).details["guidance_interval"] == [0.25, 0.75]
     assert read_parameters(path).fields["Guidance interval"] == "0.25:0.75"
-    again = generate(replace(spec, backend="torch"), directory, QUIET)  # PyTorch does it, too
-    assert abs(pixels(again)[0] - pixels(report)[0]).max() <= LEVELS
     generate(replace(spec, savings=Savings(GuidanceInterval(0.4, 0.9))), directory, console)
     assert names(directory) == built
     assert "building" not in capsys.readouterr().err
 
 
+@SLOW
+def test_pytorch_does_it_too(spec, directory):
+    found, expected = (generate(replace(spec, backend=one), directory, QUIET) for one in ("torch", "inductor"))
+    assert abs(pixels(found)[0] - pixels(expected)[0]).max() <= LEVELS
+    assert found.engines == {}
+
+
+@SLOW
 def test_the_whole_run_is_nothing_at_all(spec, directory, tmp_path):
     own = EngineDirectory(tmp_path / "engines")
     plain, whole = (
@@ -156,6 +162,7 @@ def test_what_no_guidance_makes_of_it_is_said(spec, directory, run, capsys):
     assert "no effect" not in capsys.readouterr().err
 
 
+@SLOW
 def test_a_missing_engine_is_named_with_the_command_that_builds_it(spec, tmp_path):
     own, model = EngineDirectory(tmp_path / "engines"), str(spec.model.name)
     generate(replace(spec, savings=Savings()), own, QUIET)
@@ -165,6 +172,7 @@ def test_a_missing_engine_is_named_with_the_command_that_builds_it(spec, tmp_pat
     assert f"sdtrt build --model {model} {options}" in caught.value.hint
 
 
+@SLOW
 def test_loaded_pipelines_have_the_pair_and_say_so(spec, directory):
     given = {"height": 64, "width": 64, "backend": "inductor", "engine_dir": directory.path, "progress": False}
     pipe = sdtrt.load(spec.model, **given, scheduler="ddim", guidance_interval=MIDDLE.guidance)
@@ -278,6 +286,7 @@ def test_an_engine_that_holds_weights_serves_both_where_its_range_has_the_rows(
     assert (said in capsys.readouterr().err) == bool(found)
 
 
+@SLOW
 def test_the_memory_of_weights_that_are_shared_is_counted_once(spec, directory):
     with open_pipeline(resolve_request(spec, resolve_model(spec.model), QUIET), directory, QUIET) as opened:
         first = {name: one for name, one in opened.entries.items() if not name.endswith("_prompt_rows")}
