@@ -7,10 +7,12 @@ from typing import Annotated, cast
 
 from typer import Option
 
+from sdtrt.specs.presets import settle
 from sdtrt.specs.savings import CACHE_SCHEDULES, CacheSchedule, DeepCaching
 
+# None where nobody says anything: then it is a preset's, or no caching at all.
 CacheInterval = Annotated[
-    int,
+    int | None,
     Option(metavar="N", help="deep caching: 1 step in N runs the whole UNet, the others its outermost layers"),
 ]
 CacheDepth = Annotated[
@@ -18,7 +20,8 @@ CacheDepth = Annotated[
     Option(metavar="D", help="how many layers those steps run on the way down and up; by default the model's own"),
 ]
 CacheScheduleName = Annotated[
-    str, Option(help=f"where the whole steps lie: {' or '.join(CACHE_SCHEDULES)}, closer in the run's middle")
+    str | None,
+    Option(help=f"where the whole steps lie: {' or '.join(CACHE_SCHEDULES)}, closer in the run's middle"),
 ]
 
 
@@ -26,10 +29,13 @@ CacheScheduleName = Annotated[
 class CacheOptions:
     """These options say at which steps the whole UNet runs; the steps between them go on from its deep features."""
 
-    cache_interval: CacheInterval = 1
+    cache_interval: CacheInterval = None
     cache_depth: CacheDepth = None
-    cache_schedule: CacheScheduleName = "uniform"
+    cache_schedule: CacheScheduleName = None
 
     def caching(self) -> DeepCaching:
         """The caching that is asked for."""
-        return DeepCaching(self.cache_interval, self.cache_depth, cast(CacheSchedule, self.cache_schedule))
+        schedule = cast("CacheSchedule | None", self.cache_schedule)
+        return settle(
+            None, cache_interval=self.cache_interval, cache_depth=self.cache_depth, cache_schedule=schedule
+        ).caching

@@ -47,15 +47,16 @@ from sdtrt.specs import (
     PRECISIONS,
     BackendName,
     Component,
-    DeepCaching,
     Group,
     GuidanceInterval,
     Precision,
+    QualityName,
     Savings,
     check_choice,
     check_size,
 )
 from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
+from sdtrt.specs.presets import settle
 from sdtrt.specs.savings import CacheSchedule
 
 PipeT = TypeVar("PipeT")
@@ -77,9 +78,10 @@ def accelerate(
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
     guidance_interval: GuidanceInterval | None = None,
-    cache_interval: int = 1,
+    cache_interval: int | None = None,
     cache_depth: int | None = None,
-    cache_schedule: CacheSchedule = "uniform",
+    cache_schedule: CacheSchedule | None = None,
+    quality: QualityName | None = None,
     progress: bool = True,
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
@@ -101,9 +103,10 @@ def accelerate(
             hooks, too, which else are an `EngineError`), or raise an `error`.
         guidance_interval: the part of a run that is guided; in the other steps the UNet runs the prompt's rows alone.
         cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
-            on from what it gave; 1 for none. Off in runs of fewer than 10 steps. docs/speed.md says what it costs.
+            on from what it gave; None or 1 for none. Off in runs of fewer than 10 steps.
         cache_depth: how many layers those run on the way down and up; None for the architecture's own.
         cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
+        quality: a preset of these four, `exact`, `high`, `balanced` or `fast`; what is given beside it wins.
         progress: say on stderr what is built.
 
     Raises:
@@ -115,11 +118,9 @@ def accelerate(
         >>> pipe = sdtrt.accelerate(pipe, height=512, width=512)
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
-    parts, caching = (
-        None if components is None else tuple(components),
-        DeepCaching(cache_interval, cache_depth, cache_schedule),
-    )
-    savings = Savings(guidance_interval or GuidanceInterval(), caching)
+    parts = None if components is None else tuple(components)
+    caching = (cache_interval, cache_depth, cache_schedule)
+    savings = settle(quality, guidance_interval, *caching, guided=guidance)
     directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, savings)
     with _CHANGING, quiet_libraries():

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from sdtrt.backends import registry
 from sdtrt.common.console import QUIET, Console
-from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import slack
@@ -33,8 +32,7 @@ def ensure_all(
     Args:
         unet_engine: the UNet's engine, whatever weights it was built from; None to find or build the one that fits.
 
-    Raises:
-        EngineError: where that one does not take the rows of a step without guidance; else as of `ensure_engines`.
+    Raises as of `ensure_engines`.
     """
     own = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     entries: dict[str, Entry] = dict(own.items())
@@ -45,12 +43,6 @@ def ensure_all(
         return entries
     requests = {name: spec.engines for name in own if name in STEPPING} | spec.other_engines
     second = {name: for_prompt_rows(one, spec.prompt_rows) for name, one in requests.items()}
-    if unet_engine is not None and _lacks(unet_engine, second["unet"]):
-        raise EngineError(
-            f"{unet_engine.name} takes no call of {spec.prompt_rows} row{'s' * (spec.prompt_rows > 1)}, which steps"
-            " without guidance are",
-            hint="leave --guidance-interval or --engine out",
-        )
     return entries | ensure_second(second, entries, directory, console, allow_build=allow_build)
 
 

@@ -25,6 +25,7 @@ from sdtrt.specs import (
     NoiseSpec,
     Precision,
     PromptSyntax,
+    QualityName,
     Recipe,
     RefinerSpec,
     Savings,
@@ -82,6 +83,7 @@ class GenerateOptions(TypedDict, total=False):
     recipe: Recipe | None
     controls: tuple[ControlSpec, ...]
     savings: Savings
+    quality: QualityName | None
 
 
 def generate(

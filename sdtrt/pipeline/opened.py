@@ -26,16 +26,16 @@ from sdtrt.specs import (
     BackendName,
     Component,
     ControlSpec,
-    DeepCaching,
     GenerateSpec,
     GuidanceInterval,
     ImagePromptSpec,
     ModelSpec,
     Precision,
-    Savings,
+    QualityName,
     SchedulerName,
     check_choice,
 )
+from sdtrt.specs.presets import settle
 from sdtrt.specs.savings import CacheSchedule
 
 ATTRIBUTE = "_sdtrt_open"
@@ -73,11 +73,12 @@ def load(
     components: Iterable[Component] | None = None,
     scheduler: SchedulerName | None = None,
     controlnet: str | Iterable[str] = (),
-    cache_interval: int = 1,
+    cache_interval: int | None = None,
     cache_depth: int | None = None,
-    cache_schedule: CacheSchedule = "uniform",
+    cache_schedule: CacheSchedule | None = None,
     engine_dir: str | Path | None = None,
     guidance_interval: GuidanceInterval | None = None,
+    quality: QualityName | None = None,
     progress: bool = True,
 ) -> Any:
     """Open a diffusers pipeline without PyTorch's copy of the weights that engines have, as the commands do.
@@ -92,7 +93,7 @@ def load(
         task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder;
             `pix2pix` one that edits images as a text says.
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
-        backend, precision, components, engine_dir, guidance_interval, progress: as of `accelerate`.
+        backend, precision, components, engine_dir, guidance_interval, quality, progress: as of `accelerate`.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
         cache_interval, cache_depth, cache_schedule: deep caching, as of `accelerate`.
         controlnet: a folder, a hub id or a file of a ControlNet, or several: each has an engine, and calls bring maps.
@@ -110,8 +111,9 @@ def load(
     """
     console = Console(quiet=not progress)
     spec = _spec(model, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    caching = DeepCaching(cache_interval, cache_depth, cache_schedule)
-    spec = replace(spec, controls=_controls(controlnet), savings=_savings(guidance_interval, guidance, caching))
+    savings = settle(quality, guidance_interval, cache_interval, cache_depth, cache_schedule, guided=guidance)
+    check_is_guided(savings.guidance, guidance=guidance)
+    spec = replace(spec, controls=_controls(controlnet), savings=savings)
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
@@ -120,13 +122,6 @@ def load(
 def _controls(names: str | Iterable[str]) -> tuple[ControlSpec, ...]:
     """ControlNets whose maps come with the calls."""
     return tuple(ControlSpec(name, Path("image")) for name in ([names] if isinstance(names, str) else names))
-
-
-def _savings(interval: GuidanceInterval | None, guidance: bool, caching: DeepCaching) -> Savings:
-    """What calls leave out. Raises `UsageError` for a part of a run that is guided, where none is."""
-    savings = Savings(interval or GuidanceInterval(), caching)
-    check_is_guided(savings.guidance, guidance=guidance)
-    return savings
 
 
 def _spec(

@@ -268,9 +268,13 @@ def _noise_schedule(reading: _Reading, name: str) -> None:
         reading.left.append(f"{name}: {reading.text.fields[name]}")
 
 
-def _cache_schedule(reading: _Reading, name: str) -> None:
-    """Our own field, beside two numbers."""
-    reading.options["cache_schedule"] = reading.text.fields[name].strip()
+def _word(option: str) -> Callable[[_Reading, str], None]:
+    """A reader of our own fields that are words."""
+
+    def read(reading: _Reading, name: str) -> None:
+        reading.options[option] = reading.text.fields[name].strip()
+
+    return read
 
 
 def _nothing(reading: _Reading, name: str) -> None:
@@ -301,7 +305,8 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "Noise Schedule": _noise_schedule,
     "Cache interval": _number("cache_interval", int),
     "Cache depth": _number("cache_depth", int),
-    "Cache schedule": _cache_schedule,
+    "Cache schedule": _word("cache_schedule"),
+    "Quality preset": _word("quality"),
     "Sampler": _nothing,
     "RNG": _nothing,
 }

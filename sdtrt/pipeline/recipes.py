@@ -60,6 +60,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "upscale_steps": (("upscale", "steps"), (int,)),
     "upscale_strength": (("upscale", "strength"), (int, float)),
     "vae_tiling": (("vae_tiling",), (bool,)),
+    "quality": (("quality",), (str,)),
     "cache_interval": (("deep_caching", "interval"), (int,)),
     "cache_depth": (("deep_caching", "depth"), (int,)),
     "cache_schedule": (("deep_caching", "schedule"), (str,)),

@@ -45,6 +45,7 @@ from sdtrt.specs import (
 )
 from sdtrt.specs.contract import DTYPES, embeds_guidance
 from sdtrt.specs.deep_features import SHALLOW, default_depth, shallow_groups, whole_group
+from sdtrt.specs.presets import told
 from sdtrt.specs.savings import few_steps
 
 T = TypeVar("T")
@@ -265,6 +266,8 @@ def resolve_request(
         EngineError, ModelError, UsageError: for what can't run.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
+    if spec.quality is not None:
+        console.note(told(spec.quality, spec.savings))
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)

@@ -134,8 +134,8 @@ def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
 
 def _savings_facts(spec: GenerateSpec) -> dict[str, Any]:
     """What of a run's work was left out; empty for nothing."""
-    interval = spec.savings.guidance
-    return {} if interval.is_whole else {"guidance_interval": [interval.start, interval.stop]}
+    interval, named = spec.savings.guidance, {} if spec.quality is None else {"quality": spec.quality}
+    return named if interval.is_whole else {**named, "guidance_interval": [interval.start, interval.stop]}
 
 
 def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
@@ -322,6 +322,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Sampler": sampler_name(scheduler),
         "Schedule type": schedule_type(scheduler, spec.noise.sigmas),
         "CFG scale": float(spec.guidance_scale),
+        "Quality preset": spec.quality,
         "Guidance interval": ":".join(map(repr, _savings_facts(spec).get("guidance_interval", ()))) or None,
         "Seed": job.seed,
         "Size": f"{sizes.width}x{sizes.height}",

@@ -6,6 +6,7 @@ Most run in Inductor's engines that PyTorch runs here (no compiler): those of a 
 from __future__ import annotations
 
 import factories
+import ip_adapters
 import pytest
 import test_controlnet
 import torch
@@ -16,19 +17,23 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
 )
 from test_accelerate import NOISE, TOLERANCE, differ, latents
 from test_controlnet import MAP, MASK
 
 import sdtrt
+from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
 from sdtrt.specs import GuidanceInterval
@@ -36,8 +41,8 @@ from sdtrt.specs import GuidanceInterval
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 MIDDLE = GuidanceInterval(0.25, 0.75)
 SIZE = {"height": 64, "width": 64}
+SLOW = pytest.mark.slow
 PIX2PIX = {"in_channels": 8}
-LARGE = {"block_out_channels": (32, 64), "norm_num_groups": 8}
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +104,15 @@ def names(directory):
     return sorted(entry.name for entry in directory.entries("engine"))
 
 
+@pytest.mark.feature("Guidance in a part of a run (`guidance_interval`)", "sd1", "inductor")
 @pytest.mark.parametrize(
     ("scheduler", "guided", "rows"),
     [
         (DDIMScheduler, {1, 2}, [1, 2, 2, 1]),
-        (EulerAncestralDiscreteScheduler, {1, 2}, [1, 2, 2, 1]),
-        (DPMSolverMultistepScheduler, {1, 2}, [1, 2, 2, 1]),
-        (PNDMScheduler, {*range(4, 12)}, [1] * 4 + [2] * 8 + [1]),  # Runge-Kutta's evaluations
-        (HeunDiscreteScheduler, {2, 3, 4, 5}, [1, 1, 2, 2, 2, 2, 1]),
+        pytest.param(EulerAncestralDiscreteScheduler, {1, 2}, [1, 2, 2, 1], marks=SLOW),
+        pytest.param(DPMSolverMultistepScheduler, {1, 2}, [1, 2, 2, 1], marks=SLOW),
+        pytest.param(PNDMScheduler, {*range(4, 12)}, [1] * 4 + [2] * 8 + [1], marks=SLOW),  # with Runge-Kutta's steps
+        pytest.param(HeunDiscreteScheduler, {2, 3, 4, 5}, [1, 1, 2, 2, 2, 2, 1], marks=SLOW),
     ],
 )
 def test_steps_outside_run_the_prompts_rows_alone_with_any_scheduler(both, scheduler, guided, rows):
@@ -122,6 +128,19 @@ def test_steps_outside_run_the_prompts_rows_alone_with_any_scheduler(both, sched
     assert seen == rows * 2
 
 
+@SLOW
+@pytest.mark.feature("Guidance in a part of a run (`guidance_interval`)", "sd1", "onnxruntime")
+def test_an_engine_of_any_size_serves_both(both, engine_dir, capsys):
+    plain, pipe = both(backend="onnxruntime", engine_dir=engine_dir, progress=True)
+    assert "second engine" not in capsys.readouterr().err
+    seen = rows_of(pipe)
+    by_hand(plain, {1, 2})
+    assert alike(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4))
+    assert seen == [1, 2, 2, 1]
+    assert len(sdtrt.status(pipe)["unet"].engines) == 1
+
+
+@SLOW
 def test_it_is_what_a_callback_makes_that_turns_guidance_off(both):
     """diffusers' own way, for the end of a run; the engine for one row serves those steps, too."""
     plain, pipe = both(guidance_interval=GuidanceInterval(0, 0.5))
@@ -141,6 +160,7 @@ def test_it_is_what_a_callback_makes_that_turns_guidance_off(both):
     assert seen == [2, 2, 1, 1] * 2
 
 
+@SLOW
 def test_steps_inside_are_the_full_runs_as_long_as_their_inputs_are(both, tokenizer):
     _, pipe = both(guidance_interval=GuidanceInterval(0, 0.5))
     kept = {}
@@ -194,6 +214,7 @@ def test_the_pair_has_one_copy_of_the_weights_serves_no_guidance_and_other_inter
     assert alike(latents(pipe), latents(plain))
 
 
+@SLOW
 def test_the_whole_run_is_nothing_at_all_to_the_last_bit(both, directory):
     _, pipe = both(guidance_interval=None)
     before, built = latents(pipe), names(directory)
@@ -204,6 +225,7 @@ def test_the_whole_run_is_nothing_at_all_to_the_last_bit(both, directory):
     assert names(directory) == built
 
 
+@SLOW
 def test_two_prompts_at_once_are_each_alone(both):
     _, pipe = both(batch_size=2)
     seen, texts = rows_of(pipe), ["a red circle", "a blue star"]
@@ -220,7 +242,7 @@ def test_two_prompts_at_once_are_each_alone(both):
     ("cls", "options", "guided"),
     [
         (StableDiffusionImg2ImgPipeline, {"image": NOISE, "strength": 0.5, "num_inference_steps": 8}, {1, 2}),
-        (StableDiffusionInpaintPipeline, {"image": NOISE, "mask_image": MASK, **SIZE}, {1, 2}),
+        pytest.param(StableDiffusionInpaintPipeline, {"image": NOISE, "mask_image": MASK, **SIZE}, {1, 2}, marks=SLOW),
     ],
 )
 def test_a_run_from_an_image_is_what_really_runs(both, cls, options, guided):
@@ -249,8 +271,9 @@ def test_pipelines_of_the_same_modules_run_by_turns_and_each_counts_its_own_step
     assert alike(found, latents(plain, num_inference_steps=4))
 
 
+@SLOW
 def test_interrupted_runs_and_other_steps_each_time_are_told_apart(both):
-    plain, pipe = both()
+    _, pipe = both()
     seen = rows_of(pipe)
 
     def stop(one, step, _timestep, tensors):
@@ -264,6 +287,7 @@ def test_interrupted_runs_and_other_steps_each_time_are_told_apart(both):
     assert seen[-1] == 2
 
 
+@SLOW
 def test_guidance_rescale_and_embeddings_of_ones_own(both):
     plain, pipe = both()
     by_hand(plain, {1, 2})
@@ -273,6 +297,8 @@ def test_guidance_rescale_and_embeddings_of_ones_own(both):
     assert alike(one, other)
 
 
+@SLOW
+@pytest.mark.feature("Guidance in a part of a run (`guidance_interval`)", "sdxl", "inductor")
 def test_sdxl_and_the_schedule_that_a_refiner_shares(both):
     plain, pipe = both(StableDiffusionXLPipeline, "sdxl")
     by_hand(plain, {1, 2})  # of five steps, of which three run
@@ -286,6 +312,7 @@ def test_sdxl_and_the_schedule_that_a_refiner_shares(both):
     assert seen[3:] == [1, 1]
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("cls", "kind"),
     [
@@ -311,6 +338,7 @@ def controlled():
     return {"unet": unet, "controlnet": test_controlnet.small_controlnet(unet)}
 
 
+@SLOW
 @pytest.mark.parametrize("in_engine", [True, False])
 def test_a_controlnet_runs_the_prompts_rows_alone_in_an_engine_and_whole_in_pytorch(both, in_engine, directory):
     components = ("unet", "controlnet") if in_engine else ("unet",)
@@ -323,3 +351,107 @@ def test_a_controlnet_runs_the_prompts_rows_alone_in_an_engine_and_whole_in_pyto
         assert alike(latents(pipe, **given), latents(plain, **given)), options
     assert seen == [[1, 2, 2, 1] * 3] * len(components)
     assert names(directory) == built
+
+
+@SLOW
+def test_in_guess_mode_the_controlnet_has_the_prompts_rows_alone_in_all_steps(both):
+    plain, pipe = both(StableDiffusionControlNetPipeline, parts=controlled, components=("unet", "controlnet"))
+    by_hand(plain, {1, 2})
+    seen = rows_of(pipe, "controlnet")
+    given = {"image": MAP, "num_inference_steps": 4, "guess_mode": True, **SIZE}
+    assert alike(latents(pipe, **given), latents(plain, **given))
+    assert seen == [1, 1, 1, 1]
+
+
+def adapted():
+    with factories.seeded(5):
+        adapter = T2IAdapter(channels=[32, 64])
+    return {"adapter": adapter.eval().requires_grad_(False)}
+
+
+@SLOW
+def test_t2i_adapters_have_their_effect_in_all_steps(both):
+    plain, pipe = both(StableDiffusionAdapterPipeline, parts=adapted)
+    by_hand(plain, {1, 2})
+    seen, given = rows_of(pipe), {"image": MAP, "num_inference_steps": 4, **SIZE}
+    assert alike(latents(pipe, **given), latents(plain, **given))
+    assert differ(latents(pipe, **given, adapter_conditioning_scale=0.0), latents(plain, **given)) > 100 * TOLERANCE
+    assert seen == [1, 2, 2, 1] * 2
+
+
+@SLOW
+def test_two_ip_adapters_have_as_many_scales_as_there_are_rows(both, tmp_path):
+    plain, pipe = both()
+    files = [ip_adapters.write(tmp_path / str(seed), plain.unet, seed=seed) for seed in (0, 1)]
+    for one in (plain, pipe):
+        ip_adapters.load(one, *files, scale=[0.6, 0.3])
+    by_hand(plain, {1, 2})
+    given = {"ip_adapter_image": [NOISE, MAP], "num_inference_steps": 4}
+    expected = latents(plain, **given)
+    assert alike(latents(pipe, **given), expected)
+    seen = rows_of(pipe)
+    assert alike(latents(pipe, **given), expected)
+    assert seen == [1, 2, 2, 1]
+    pipe.set_ip_adapter_scale([0.0, 0.0])
+    assert differ(latents(pipe, **given), expected) > 10 * TOLERANCE
+
+
+@SLOW
+def test_changed_weights_are_in_both_engines_and_pytorch_runs_no_more_rows(both):
+    plain, pipe = both(on_miss="torch")
+    latents(pipe, num_inference_steps=4)
+    for one in (plain, pipe):
+        with torch.no_grad():
+            one.unet.conv_out.weight.mul_(1.5)
+            one.unet.conv_in.weight.data = one.unet.conv_in.weight.data * 0.5
+    by_hand(plain, {1, 2})
+    assert alike(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4))
+    seen = rows_of(pipe)
+    for one in (plain, pipe):
+        one.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)  # which PyTorch runs
+    by_hand(plain, {1, 2})
+    assert alike(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4))
+    assert seen == []
+    sdtrt.restore(pipe)
+    assert differ(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4)) > 100 * TOLERANCE
+
+
+def test_a_call_of_another_size_has_both_its_engines_before_it_begins(both, directory):
+    _, pipe = both()
+    built, during = names(directory), []
+    options = {"height": 72, "width": 64, "num_inference_steps": 4}
+    latents(pipe, **options, callback_on_step_end=lambda *_: during.append(len(names(directory))) or {})
+    assert during == [len(built) + 2] * 4
+
+
+def test_what_has_rows_of_another_meaning_is_refused_by_name(both):
+    with pytest.raises(EngineError, match="which rows of StableDiffusionPAGPipeline are the prompt's") as caught:
+        both(StableDiffusionPAGPipeline)
+    assert "leave it out for this pipeline" in caught.value.hint
+
+    class Own(StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    class Another(Own):
+        def __call__(self, *_args, **_kwargs):
+            return self.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 32))
+
+    _, pipe = both(Own)
+    seen = rows_of(pipe)
+    latents(pipe, num_inference_steps=2)
+    assert seen == [2, 1]  # int(0.25 * 2) is 0
+    with pytest.raises(EngineError, match="which rows of Another are the prompt's"):
+        Another(**pipe.components, requires_safety_checker=False)()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance": False}, "guidance_interval 0.25:0.75 is about guidance, and guidance=False"),
+        ({"components": ("text_encoder",)}, "guidance_interval 0.25:0.75 is about the unet, which is not among"),
+    ],
+)
+def test_an_interval_of_nothing_is_refused(both, options, words):
+    with pytest.raises(UsageError, match=words):
+        both(**options)
