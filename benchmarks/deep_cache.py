@@ -126,7 +126,7 @@ def eager(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
                 busy.append(time.process_time() - began)
-        found = {"architecture": "sd15", "sizes": str(sizes), "depth": depth, "precision": precision}
+        found: dict[str, Any] = {"architecture": "sd15", "sizes": str(sizes), "depth": depth, "precision": precision}
         found |= {"threads": torch.get_num_threads(), "processor_s": round(statistics.median(busy[1:]), 3)}
         yield {**found, "step_ms": round(1e3 * statistics.median(times[1:]), 2)}
 
