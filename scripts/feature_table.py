@@ -69,6 +69,7 @@ FEATURES = (
     "`encode_prompt` apart, in a pipeline without a UNet",
     "Saving and loading, `from_pipe`",
     "A picture anew (`--from FILE`)",
+    "Deep caching (`cache_interval`, `--cache-interval`)",
     "VAE tiling and slicing",
     "`--vae-tiling` (tiles in PyTorch)",
     "VAEs of other classes and factors",

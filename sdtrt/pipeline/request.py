@@ -413,20 +413,11 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
 
 
 def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
-    """A request with what deep caching comes to in a run of so many steps.
-
-    Raises:
-        UsageError: where no engine runs the UNet.
-    """
+    """A request with what deep caching comes to in a run of so many steps. Raises as of `check_spec`."""
     caching = spec.savings.caching
     if caching.is_off:
         return spec
-    if "unet" not in spec.in_engines:
-        why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
-        raise UsageError(
-            f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
-            hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
-        )
+    _check_cached(spec)
     steps = spec.steps if spec.edit else int(spec.steps * spec.strength)
     left = caching.over(steps)
     depth = caching.depth or default_depth(spec.model.config("unet"))
@@ -502,6 +493,18 @@ def _image_size(
     return height, width
 
 
+def _check_cached(spec: PipelineSpec) -> None:
+    """Refuse deep caching where no engine runs the UNet."""
+    caching = spec.savings.caching
+    if caching.is_off or "unet" in spec.in_engines:
+        return
+    why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
+    raise UsageError(
+        f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
+        hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
+    )
+
+
 def check_spec(spec: PipelineSpec) -> None:
     """Refuse what no engine can run, before anything is exported.
 
@@ -514,6 +517,7 @@ def check_spec(spec: PipelineSpec) -> None:
             f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
             hint="run: sdtrt doctor; or --backend auto",
         )
+    _check_cached(spec)
     if not spec.has_engines:
         return
     for component in spec.in_engines:

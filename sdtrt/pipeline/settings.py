@@ -63,17 +63,16 @@ def settings_of(
         **_text_facts(opened, directory),
         **_noise_facts(spec),
         **({"vae_tiling": True} if spec.vae_tiling else {}),
-        **_caching_facts(opened),
+        **caching_facts(pipeline_spec),
         **{name: list(pair) for name, pair in spec.conditioning.given.items()},
         **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
 
 
-def _caching_facts(opened: OpenPipeline) -> dict[str, Any]:
+def caching_facts(spec: PipelineSpec) -> dict[str, Any]:
     """How deep features were kept. Other images say nothing of it."""
-    caching = opened.spec.savings.caching
-    depth = depth_of(opened.spec.engines.groups, DEEP_OUT)
+    caching, depth = spec.savings.caching, depth_of(spec.engines.groups, DEEP_OUT)
     if depth is None:
         return {}
     return {"deep_caching": {"interval": caching.interval, "depth": depth, "schedule": caching.schedule}}

@@ -102,8 +102,12 @@ def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     precision = spec.precision or registry.get(backend).default_precision()
     same = {("fp32", NATIVE): BASELINES["torch-fp32"], ("fp16", NATIVE): BASELINES["torch-fp16"]}
     own = same.get((precision, backend))
-    interval = spec.savings.guidance
-    words = (own.variant if own is not None else None, None if interval.is_whole else f"guidance in {interval}")
+    interval, caching = spec.savings.guidance, spec.savings.caching
+    words = (
+        own.variant if own is not None else None,
+        None if interval.is_whole else f"guidance in {interval}",
+        None if caching.is_off else f"1 step in {caching.interval} whole ({caching.schedule})",
+    )
     asked = Runner(backend, precision, ", ".join(filter(None, words)) or None, own, asked=True)
     return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
 

@@ -28,6 +28,7 @@ from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, resolve_request
+from sdtrt.pipeline.settings import caching_facts
 from sdtrt.reports.verify_pictures import comparison, error_plot
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
 from sdtrt.reports.verify_runs import (
@@ -133,10 +134,14 @@ def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
 
 def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
     """Refuse an engine of another architecture, or one that does not take the run's sizes."""
-    if Contract.from_json(entry.info["contract"]) != contract_of(spec.model, "unet", spec.precision):
+    if Contract.from_json(entry.info["contract"]) != contract_of(
+        spec.model, "unet", spec.precision, spec.engines.groups
+    ):
         raise EngineError(
             f"{entry.name} takes other inputs than the unet of {spec.model.name}",
-            hint=f"it was built for {entry.info.get('model')}: give that as --model",
+            hint=f"it was built for {entry.info.get('model')}: give that as --model"
+            if spec.savings.caching.is_off
+            else "leave --cache-interval or --engine out: that takes an engine which gives a deep feature",
         )
     profiles = entry.engine_key.profiles
     if find.slack(profiles, spec.sizes) is None:
@@ -163,7 +168,7 @@ def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory)
     if entry is None:
         return None
     key = entry.engine_key
-    export = ExportSpec(model.spec, "unet", key.precision)
+    export = ExportSpec(model.spec, "unet", key.precision, groups=key.export.groups)
     own = source_key(model, export, directory.file_digest, weights=registry.get(key.backend).weights_inside)
     return key.export.fingerprint == own.fingerprint
 
@@ -191,6 +196,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
         **({} if image.savings.guidance.is_whole else {"guidance_interval": str(image.savings.guidance)}),
+        **caching_facts(pipeline_spec),
         "scheduler": image.scheduler,
         "noise": pipeline_spec.noise.over(pipeline_spec.model.stated).describe(),
         "height": pipeline_spec.sizes.height,

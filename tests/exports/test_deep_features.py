@@ -93,6 +93,12 @@ def test_groups_that_say_nothing_are_refused_and_shallow_ones_go_by_the_whole_on
         contracts({**odd, "in_channels": 4, "out_channels": 4}, 1)
 
 
+@pytest.mark.feature(
+    "Deep caching (`cache_interval`, `--cache-interval`)",
+    "sd1 sd2 sdxl",
+    "tensorrt86",
+    error="builds no engine whose unet",
+)
 def test_tensorrt_8_refuses_both_programs_with_the_way_out(monkeypatch):
     monkeypatch.setattr(libraries, "open_library", lambda backend: fake_library("tensorrt 8.6.1"))
     for group in ("deep_out:1", "deep_in:1"):
