@@ -21,6 +21,7 @@ from sdtrt.specs import (
     MAX_DIGITS,
     RANDOM_SEED,
     SAMPLE_PROMPT,
+    THRESHOLDS,
     BaselineName,
     BenchSpec,
     BenchTask,
@@ -32,6 +33,12 @@ from sdtrt.specs import (
     Thresholds,
     VerifySpec,
 )
+
+
+def _usual(name: str) -> str:
+    """A threshold's default, and that of precisions which have one of their own: `35 (int8: 30, fp8: 25)`."""
+    others = ", ".join(f"{precision}: {getattr(one, name):g}" for precision, one in THRESHOLDS.items())
+    return f"{getattr(Thresholds(), name):g} ({others})"
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,21 @@ class VerifyOptions:
     width: Width = None
     seed: Annotated[int, Option(help="of the image's noise")] = DEFAULT_VERIFY_SEED
     scheduler: Scheduler = None
-    min_cosine: Annotated[float | None, Option(help="least cosine at a timestep")] = Thresholds.min_cosine
+    min_cosine: Annotated[
+        float | None, Option(help=f"least cosine at a timestep; by default {_usual('min_cosine')}")
+    ] = None
     max_noise_ratio: Annotated[
-        float | None, Option(help="most relative L2 error, in multiples of PyTorch's own in half precision")
-    ] = Thresholds.max_noise_ratio
-    max_relative_l2: Annotated[float | None, Option(help="most relative L2 error at a timestep")] = (
-        Thresholds.max_relative_l2
-    )
-    min_psnr: Annotated[float | None, Option(help="least PSNR of the image, in dB")] = Thresholds.min_psnr_db
-    min_ssim: Annotated[float | None, Option(help="least structural similarity of the image")] = Thresholds.min_ssim
+        float | None,
+        Option(
+            help="most relative L2 error, in multiples of PyTorch's own in half precision;"
+            f" by default {_usual('max_noise_ratio')}"
+        ),
+    ] = None
+    max_relative_l2: Annotated[float | None, Option(help="most relative L2 error at a timestep")] = None
+    min_psnr: Annotated[
+        float | None, Option(help=f"least PSNR of the image, in dB; by default {_usual('min_psnr_db')}")
+    ] = None
+    min_ssim: Annotated[float | None, Option(help="least structural similarity of the image")] = None
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FOLDER", help="where the pictures go; by default this folder")
     ] = None
@@ -86,10 +99,18 @@ class VerifyOptions:
             allow_build=not self.no_build,
             noise=noise,
         )
-        thresholds = Thresholds(
-            self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
-        )
-        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+        return VerifySpec(image, self.engine, self.timesteps, None, self.output, self._limits())
+
+    def _limits(self) -> dict[str, float]:
+        """The thresholds that are given; others are the precision's."""
+        limits = {
+            "min_cosine": self.min_cosine,
+            "max_noise_ratio": self.max_noise_ratio,
+            "max_relative_l2": self.max_relative_l2,
+            "min_psnr_db": self.min_psnr,
+            "min_ssim": self.min_ssim,
+        }
+        return {name: value for name, value in limits.items() if value is not None}
 
 
 @dataclass(frozen=True)
