@@ -26,6 +26,7 @@ from sdtrt.specs.choices import (
     check_output,
 )
 from sdtrt.specs.generate import GenerateSpec, NoiseSpec, settle_scheduler
+from sdtrt.specs.savings import Savings
 from sdtrt.specs.schedulers import SchedulerName
 
 
@@ -45,6 +46,7 @@ class BenchSpec:
         output: a folder for the report as JSON and Markdown, and a chart.
         overwrite: replace such files of an earlier run.
         noise: as of `GenerateSpec`.
+        savings: of the backend that is asked for; baselines save nothing.
     """
 
     model: ModelSpec = ModelSpec()
@@ -65,6 +67,7 @@ class BenchSpec:
     output: Path | None = None
     overwrite: bool = False
     noise: NoiseSpec = NoiseSpec()
+    savings: Savings = Savings()
 
     def __post_init__(self) -> None:
         check_output(self.output)
@@ -97,6 +100,7 @@ class BenchSpec:
             init_image=Path("init.png") if task == "img2img" else None,
             strength=self.strength,
             noise=self.noise,
+            savings=self.savings,
         )
 
     def steps_run(self, task: BenchTask) -> int:
@@ -140,7 +144,7 @@ class Thresholds:
                 )
 
 
-# What 8 bits are held to: a wrong engine is far beyond, the built-in model's right ones keep a third of it. A cosine of
+# What 8 bits are held to: a wrong engine is far beyond, the built-in model's right ones keep within. A cosine of
 # four nines is not theirs: they are off by 0.01 to 0.04 (int8) and by 0.03 to 0.13 (fp8), most in the last steps.
 THRESHOLDS: Mapping[Precision, Thresholds] = {
     "int8": Thresholds(min_cosine=0.998, max_noise_ratio=3.0, min_psnr_db=30.0),

@@ -211,7 +211,7 @@ def test_what_runs_once_an_image_keeps_the_default_precision(model, directory, m
 # ----------------------------------------------------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch", "tensorrt", "tensorrt-rtx"])
 def test_other_backends_name_the_one_that_does(name):
     for precision in ("int8", "fp8"):
         with pytest.raises(UsageError, match=f"no engines in {precision}") as caught:
