@@ -134,7 +134,12 @@ def test_they_are_held_to_the_dtype_of_the_model_that_the_engine_is_of(dtype):
     weights = Weights(constants(dtype), {}, CPU)
     with pytest.raises(EngineError, match=r"to_k.weight: float32 \[16, 32\] instead of bfloat16 \[16, 32\]"):
         weights.fill(given() | {"a.to_k.weight": given()["a.to_k.weight"].float()})
-    weights.fill(given(dtype=torch.float32), casts=True)
+    weights.fill(given())
+    before = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    exact = {name: tensor.float() * (1 + 2**-10) for name, tensor in given().items()}  # what bf16 does not tell
+    weights.fill(exact, casts=True)
+    for name, tensor in weights.tensors.items():
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), "16 bits are what is rounded"
     assert weights.are_finite()
     for value in (torch.nan, torch.inf):
         weights.fill(given() | {"a.to_k.weight": torch.full((16, 32), value, dtype=torch.bfloat16)})

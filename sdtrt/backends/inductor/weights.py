@@ -233,6 +233,7 @@ class Weights:
     def _find_views(self) -> None:
         """Find where each tensor of the model lies, and the scales of its rows, where it has some."""
         self._views, self._scales = self._parts_of(scales=False), self._parts_of(scales=True)
+        self._given = {name: getattr(torch, one.given) for one in self._constants if one.scales for name in one.sources}
 
     def _parts_of(self, *, scales: bool) -> dict[str, torch.Tensor]:
         return {
@@ -243,12 +244,16 @@ class Weights:
         }
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor of the model to where it belongs; round its rows, where they are in 8 bits."""
+        """Copy a tensor of the model to where it belongs; round its rows, where they are in 8 bits.
+
+        What is rounded is the engine's 16 bits, whichever the model has: a file and a live module give the same then.
+        """
         place = self._views[name]
         if name not in self._scales:
             place.copy_(tensor, non_blocking=True)
             return
-        rows, scales = quantised_rows(tensor.to(place.device, non_blocking=True), place.dtype)
+        there = tensor.to(place.device, non_blocking=True).to(self._given[name])
+        rows, scales = quantised_rows(there, place.dtype)
         place.copy_(rows)
         self._scales[name].copy_(scales)
 
