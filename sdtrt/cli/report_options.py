@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -23,6 +23,7 @@ from sdtrt.specs import (
     QUALITIES,
     RANDOM_SEED,
     SAMPLE_PROMPT,
+    THRESHOLDS,
     VERIFY_AGAINST,
     BaselineName,
     BenchSpec,
@@ -43,7 +44,13 @@ from sdtrt.specs import (
 )
 from sdtrt.specs.quality import EVERYTHING, KNOBS, parse_choices
 
-FIDELITY, LIMITS = Thresholds(), LossLimits()
+LIMITS = LossLimits()
+
+
+def _usual(name: str) -> str:
+    """A threshold's default, and that of precisions which have one of their own: `35, int8 30, fp8 25`."""
+    others = (f"{precision} {getattr(one, name):g}" for precision, one in THRESHOLDS.items())
+    return ", ".join([f"{getattr(Thresholds(), name):g}", *others])
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,14 @@ class VerifyOptions:
     seed: Annotated[int, Option(help="of the (first) image's noise")] = DEFAULT_VERIFY_SEED
     scheduler: Scheduler = None
     min_cosine: Annotated[
-        float | None, Option(help=f"least cosine at a timestep ({FIDELITY.min_cosine:g}), or of the latents at the end")
+        float | None,
+        Option(help=f"least cosine at a timestep ({_usual('min_cosine')}), or of the latents at the end"),
     ] = None
     max_noise_ratio: Annotated[
         float | None,
         Option(
             help="most relative L2 error, in multiples of PyTorch's own in half precision"
-            f" ({FIDELITY.max_noise_ratio:g})"
+            f" ({_usual('max_noise_ratio')})"
         ),
     ] = None
     max_relative_l2: Annotated[
@@ -90,7 +98,7 @@ class VerifyOptions:
     ] = None
     min_psnr: Annotated[
         float | None,
-        Option(help=f"least PSNR of the image, in dB ({FIDELITY.min_psnr_db:g}; against exact {LIMITS.min_psnr_db:g})"),
+        Option(help=f"least PSNR of the image, in dB ({_usual('min_psnr_db')}; against exact {LIMITS.min_psnr_db:g})"),
     ] = None
     min_ssim: Annotated[
         float | None, Option(help=f"least structural similarity of the image (against exact {LIMITS.min_ssim:g})")
@@ -110,10 +118,10 @@ class VerifyOptions:
             "savings: add --against exact", {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
         )
         own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
-        usual = astuple(FIDELITY)
-        thresholds = Thresholds(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
+        names = (one.name for one in fields(Thresholds))
+        limits = {name: value for name, value in zip(names, own, strict=True) if value is not None}
         image = replace(self._image(model, backend, noise), savings=savings)
-        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+        return VerifySpec(image, self.engine, self.timesteps, output=self.output, limits=limits)
 
     def quality_spec(
         self,

@@ -72,13 +72,12 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     image = compare_images(pixels, reference.pixels)
     files = _draw(output.folder, errors, pixels, reference.pixels, pipeline_spec)
     settings = _settings(spec, pipeline_spec)
-    failures = judge(spec.thresholds, errors, image)
+    thresholds = spec.thresholds_of(pipeline_spec.precision)
+    failures = judge(thresholds, errors, image)
     facts = {name: engine_facts(one) for name, one in found.items()}
     rebuild = _rebuild(pipeline_spec, found, directory)
     removal = entry.removal if entry is not None else ""
-    return VerifyReport(
-        settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal
-    )
+    return VerifyReport(settings, thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal)
 
 
 def _require_extras() -> None:

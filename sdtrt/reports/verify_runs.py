@@ -34,6 +34,7 @@ from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import gradient, half
 from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, VerifySpec
+from sdtrt.specs.contract import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -113,8 +114,8 @@ def run_reference(
 
 
 def run_noise_floor(spec: PipelineSpec, reference: Reference, console: Console) -> list[Array]:
-    """PyTorch's own UNet in half precision (bf16 for an engine in bf16, else fp16) on the recorded inputs."""
-    precision: Precision = "bf16" if spec.precision == "bf16" else "fp16"
+    """PyTorch's own UNet in half precision (bf16 for an engine that takes it, else fp16) on the recorded inputs."""
+    precision: Precision = "bf16" if DTYPES[spec.precision] == DTYPES["bf16"] else "fp16"
     own = replace(spec, backend=NATIVE, precision=precision)
     try:
         unet = loading.load_unet(own.model, own.parts_dtype).to(own.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Source
+from sdtrt.backends.backend import Backend, BuildJob, Device, Source, refuse_quantised
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
@@ -63,6 +63,7 @@ class OpenVino(Backend):
                 f"{host.processor_name()} has no instructions for bf16 ({' or '.join(sorted(BF16_FLAGS))})",
                 hint="use --precision fp32",
             )
+        refuse_quantised(self.title, precision)
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
