@@ -31,6 +31,7 @@ from sdtrt.specs import (
     ImagePromptSpec,
     ModelSpec,
     Precision,
+    QualityName,
     SchedulerName,
     check_choice,
 )
