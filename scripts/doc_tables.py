@@ -30,7 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = "table|rows|engine|recipe|quality|presets"
 BLOCK = re.compile(rf"(<!-- (?P<kind>{KINDS}): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
+NAMES = {
+    "torch": "PyTorch",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 UNMEASURED = "Not measured yet.\n"
 # The rows of the README's comparison: title, report, and the baseline there; None is what sdtrt itself ran.
 FRONT = (

@@ -33,6 +33,7 @@ BLOCK = re.compile(r"(<!-- features -->\n).*?(<!-- /features -->)", re.DOTALL)
 KINDS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "XL"}
 BACKENDS = {
     "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
     "inductor": "Inductor",
     "tensorrt": "TensorRT 10, 11",
     "tensorrt86": "TensorRT 8.6",

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -201,6 +202,12 @@ def short_of_gpu_memory():
     return (*PAINT, "--component", "unet")
 
 
+def taken_port():
+    listening = socket.create_server(("127.0.0.1", 0))
+    held.append(listening)
+    return "serve", "--port", f"{listening.getsockname()[1]}"
+
+
 held: list[object] = []
 
 MAKERS = {
@@ -281,6 +288,11 @@ MAKERS = {
     "weights of another shape": other_shapes,
     "weights that are not finite": not_finite,
     "profile": (*BUILD, "-b", "tensorrt-rtx", "--profile", "depth=3"),
+    "server for others without a key": ("serve", "--host", "0.0.0.0"),
+    "server's key": ("serve", "--api-key", "short"),
+    "server's port": taken_port,
+    "server's sizes": ("serve", "--warm", "big"),
+    "server's models of one name": ("serve", *MODEL, *MODEL),
     "range": (*BUILD, "-b", "tensorrt-rtx", "--height", "1:2"),
     "range upside down": (*BUILD, "-b", "tensorrt-rtx", "--height", "512:256:128"),
     "compute capability": (*BUILD, "-b", "tensorrt-rtx", "--compute-capability", "x"),
