@@ -31,7 +31,7 @@ class SavingOptions:
         interval = self.guidance_interval
         return settle(
             quality,
-            guidance=None if interval is None else GuidanceInterval.parse(interval),
+            guidance_interval=None if interval is None else GuidanceInterval.parse(interval),
             cache_interval=self.cache_interval,
             cache_depth=self.cache_depth,
             cache_schedule=cast("CacheSchedule | None", self.cache_schedule),
