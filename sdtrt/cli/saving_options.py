@@ -55,6 +55,11 @@ class PresetOptions:
         ),
     ] = None
 
+    @property
+    def given(self) -> list[str]:
+        """The option, where it was typed."""
+        return [] if self.quality is None else ["--quality"]
+
     def fields(self, saving: SavingOptions) -> dict[str, Any]:
         """The fields of a `GenerateSpec` for what is left out; who takes all of a preset back has the exact one."""
         savings = saving.spec(self.quality)
