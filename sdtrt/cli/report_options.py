@@ -106,9 +106,8 @@ class VerifyOptions:
 
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
         """The comparison of an engine that is asked for. Raises `UsageError` for what is about savings alone."""
-        self._refuse(
-            "savings: add --against exact", {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
-        )
+        about = {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
+        self._refuse("savings", "add --against exact", about)
         own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
         usual = astuple(FIDELITY)
         thresholds = Thresholds(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
@@ -126,18 +125,17 @@ class VerifyOptions:
         """The comparison of savings that is asked for. Raises `UsageError` for what is about an engine alone."""
         check_choice("against", self.against, VERIFY_AGAINST)
         about = {"--engine": self.engine, "--timesteps": self.timesteps, "--max-noise-ratio": self.max_noise_ratio}
-        self._refuse(f"an engine: leave it out beside --against {self.against}", about)
+        self._refuse("an engine", f"leave it out beside --against {self.against}", about)
         own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
         usual = astuple(LIMITS)
         limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
         image = replace(self._image(model, backend, noise), **saved)
         return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
 
-    def _refuse(self, why: str, options: Mapping[str, object]) -> None:
+    def _refuse(self, about: str, mend: str, options: Mapping[str, object]) -> None:
         """Refuse options that the other comparison has."""
         for name, value in options.items():
             if value is not None:
-                about, _, mend = why.partition(": ")
                 raise UsageError(f"{name} {value} is about {about}", hint=mend)
 
     def _image(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> GenerateSpec:
