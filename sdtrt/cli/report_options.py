@@ -203,7 +203,7 @@ class BenchOptions:
         list[str] | None, Option("--prompt", "-p", help="with --quality: what is made; give it again for more")
     ] = None
     negative_prompt: NegativePrompt = ""
-    seed: Annotated[int, Option(help="with --quality: of the first image")] = DEFAULT_VERIFY_SEED
+    seed: Annotated[int | None, Option(help="with --quality: of the first image; else 0")] = None
 
     def quality_spec(
         self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
@@ -211,9 +211,17 @@ class BenchOptions:
         """The choices that are asked for. Raises `UsageError` for what is about other measurements."""
         backend.check()
         assert self.quality is not None
-        if self.baselines != "auto" or self.task not in ("both", "txt2img"):
-            other = f"--baselines {self.baselines}" if self.baselines != "auto" else f"--task {self.task}"
-            raise UsageError(f"{other} has no effect beside --quality", hint="leave it out, or --quality")
+        for option, given in (
+            (f"--baselines {self.baselines}", self.baselines != "auto"),
+            (f"--task {self.task}", self.task not in ("both", "txt2img")),
+            ("--show-baselines", self.show_baselines),
+        ):
+            if given:
+                raise UsageError(f"{option} has no effect beside --quality", hint="leave it out, or --quality")
+        if self.seed == RANDOM_SEED:
+            raise UsageError(
+                "--quality takes no random seed, got -1", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
+            )
         batches = _numbers("--batch-size", self.batch_size)
         if len(batches) > 1:
             raise UsageError(
@@ -229,7 +237,7 @@ class BenchOptions:
             guidance_scale=self.guidance_scale,
             height=self.height,
             width=self.width,
-            seed=self.seed,
+            seed=self.seed or DEFAULT_VERIFY_SEED,
             batch_size=batches[0],
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
@@ -241,9 +249,9 @@ class BenchOptions:
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
-        if self.prompt or self.negative_prompt:
-            what = "--prompt" if self.prompt else "--negative-prompt"
-            raise UsageError(f"{what} is about pictures that are judged", hint="add --quality all, or leave it out")
+        about = {"--prompt": self.prompt, "--negative-prompt": self.negative_prompt or None, "--seed": self.seed}
+        for option in (name for name, value in about.items() if value is not None):
+            raise UsageError(f"{option} is about pictures that are judged", hint="add --quality all, or leave it out")
         return BenchSpec(
             model=model,
             backend=backend.backend,
