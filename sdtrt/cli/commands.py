@@ -297,9 +297,9 @@ def verify(
         show(loss, output)
         loss.raise_on_failure()
         return
-    for option in metrics.given:
+    for option in (*metrics.given, *preset.given):
         raise UsageError(f"{option} is about savings", hint="add --against exact")
-    spec = options.spec(named, backend, noise.spec(), saving.spec(preset.quality))
+    spec = options.spec(named, backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.verify import verify
 

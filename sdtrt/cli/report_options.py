@@ -114,9 +114,8 @@ class VerifyOptions:
 
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
         """The comparison of an engine that is asked for. Raises `UsageError` for what is about savings alone."""
-        self._refuse(
-            "savings: add --against exact", {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
-        )
+        about = {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
+        self._refuse("savings", "add --against exact", about)
         own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
         names = (one.name for one in fields(Thresholds))
         limits = {name: value for name, value in zip(names, own, strict=True) if value is not None}
@@ -134,18 +133,17 @@ class VerifyOptions:
         """The comparison of savings that is asked for. Raises `UsageError` for what is about an engine alone."""
         check_choice("against", self.against, VERIFY_AGAINST)
         about = {"--engine": self.engine, "--timesteps": self.timesteps, "--max-noise-ratio": self.max_noise_ratio}
-        self._refuse(f"an engine: leave it out beside --against {self.against}", about)
+        self._refuse("an engine", f"leave it out beside --against {self.against}", about)
         own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
         usual = astuple(LIMITS)
         limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
         image = replace(self._image(model, backend, noise), **saved)
         return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
 
-    def _refuse(self, why: str, options: Mapping[str, object]) -> None:
+    def _refuse(self, about: str, mend: str, options: Mapping[str, object]) -> None:
         """Refuse options that the other comparison has."""
         for name, value in options.items():
             if value is not None:
-                about, _, mend = why.partition(": ")
                 raise UsageError(f"{name} {value} is about {about}", hint=mend)
 
     def _image(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> GenerateSpec:
@@ -213,7 +211,7 @@ class BenchOptions:
         list[str] | None, Option("--prompt", "-p", help="with --quality: what is made; give it again for more")
     ] = None
     negative_prompt: NegativePrompt = ""
-    seed: Annotated[int, Option(help="with --quality: of the first image")] = DEFAULT_VERIFY_SEED
+    seed: Annotated[int | None, Option(help="with --quality: of the first image; else 0")] = None
 
     def quality_spec(
         self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
@@ -221,9 +219,17 @@ class BenchOptions:
         """The choices that are asked for. Raises `UsageError` for what is about other measurements."""
         backend.check()
         assert self.quality is not None
-        if self.baselines != "auto" or self.task not in ("both", "txt2img"):
-            other = f"--baselines {self.baselines}" if self.baselines != "auto" else f"--task {self.task}"
-            raise UsageError(f"{other} has no effect beside --quality", hint="leave it out, or --quality")
+        for option, given in (
+            (f"--baselines {self.baselines}", self.baselines != "auto"),
+            (f"--task {self.task}", self.task not in ("both", "txt2img")),
+            ("--show-baselines", self.show_baselines),
+        ):
+            if given:
+                raise UsageError(f"{option} has no effect beside --quality", hint="leave it out, or --quality")
+        if self.seed == RANDOM_SEED:
+            raise UsageError(
+                "--quality takes no random seed, got -1", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
+            )
         batches = _numbers("--batch-size", self.batch_size)
         if len(batches) > 1:
             raise UsageError(
@@ -239,7 +245,7 @@ class BenchOptions:
             guidance_scale=self.guidance_scale,
             height=self.height,
             width=self.width,
-            seed=self.seed,
+            seed=self.seed or DEFAULT_VERIFY_SEED,
             batch_size=batches[0],
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
@@ -251,9 +257,9 @@ class BenchOptions:
     def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
-        if self.prompt or self.negative_prompt:
-            what = "--prompt" if self.prompt else "--negative-prompt"
-            raise UsageError(f"{what} is about pictures that are judged", hint="add --quality all, or leave it out")
+        about = {"--prompt": self.prompt, "--negative-prompt": self.negative_prompt or None, "--seed": self.seed}
+        for option in (name for name, value in about.items() if value is not None):
+            raise UsageError(f"{option} is about pictures that are judged", hint="add --quality all, or leave it out")
         return BenchSpec(
             model=model,
             backend=backend.backend,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 from weakref import ref
 
 import torch
@@ -48,16 +48,13 @@ from sdtrt.specs import (
     BackendName,
     Component,
     Group,
-    GuidanceInterval,
     Precision,
-    QualityName,
     Savings,
     check_choice,
     check_size,
 )
 from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
-from sdtrt.specs.presets import settle
-from sdtrt.specs.savings import CacheSchedule
+from sdtrt.specs.presets import SavingArguments, settle
 
 PipeT = TypeVar("PipeT")
 Parts = Mapping[Component, Swapped]
@@ -77,12 +74,8 @@ def accelerate(
     components: Iterable[Component] | None = None,
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
-    guidance_interval: GuidanceInterval | None = None,
-    cache_interval: int | None = None,
-    cache_depth: int | None = None,
-    cache_schedule: CacheSchedule | None = None,
-    quality: QualityName | None = None,
     progress: bool = True,
+    **saved: Unpack[SavingArguments],
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
 
@@ -98,16 +91,10 @@ def accelerate(
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet`; None for all that the pipeline calls.
-        engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
+        engine_dir, progress: as of `generate`.
         on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
             hooks, too, which else are an `EngineError`), or raise an `error`.
-        guidance_interval: the part of a run that is guided; in the other steps the UNet runs the prompt's rows alone.
-        cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
-            on from what it gave; None or 1 for none. Off in runs of fewer than 10 steps.
-        cache_depth: how many layers those run on the way down and up; None for the architecture's own.
-        cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
-        quality: a preset of these four, `exact`, `high`, `balanced` or `fast`; what is given beside it wins.
-        progress: say on stderr what is built.
+        saved: what calls leave out, as of `sdtrt.specs.presets.SavingArguments`; docs/quality.md has its price.
 
     Raises:
         UsageError: for a size, precision or component that there is not; for an interval without guidance.
@@ -119,8 +106,7 @@ def accelerate(
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
     parts = None if components is None else tuple(components)
-    caching = (cache_interval, cache_depth, cache_schedule)
-    savings = settle(quality, guidance_interval, *caching, guided=guidance)
+    savings = settle(**saved, guided=guidance)
     directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, savings)
     with _CHANGING, quiet_libraries():

@@ -263,7 +263,7 @@ class _Bench:
         Args:
             expected: the exact pictures; None where these are they.
         """
-        row = self._row(name, replace(way.image, precision=way.spec.precision))
+        row = self._row(name, replace(way.image, precision=way.spec.precision, savings=way.spec.savings))
         self.console.note(f"{name}: {row.what} ...")
         with opened_way(way, self.directory, self.console) as opened:
             latency = time_way(way, opened, self.spec.repeats, self.spec.warmups)
