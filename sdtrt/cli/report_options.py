@@ -1,4 +1,4 @@
-"""The options of `verify` and `bench`."""
+"""The options of `verify`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,20 @@ from sdtrt.specs import (
     Thresholds,
     VerifySpec,
 )
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """These options say how closely this machine is looked at."""
+
+    prove: Annotated[
+        bool,
+        Option(
+            "--prove",
+            help="build, verify and time the built-in model on every backend that runs here, in minutes, and print a"
+            " report to paste; leaves no engines",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

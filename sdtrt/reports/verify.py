@@ -50,7 +50,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
         UsageError, OutputError: for a wrong request, before any heavy work.
         SdtrtError: where scikit-image or matplotlib is missing, or the engine can't be had or run.
     """
-    _require_extras()
+    require_extras()
     output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,7 +78,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     )
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     """Say early what is missing: a run takes minutes."""
     require_ssim()
     try:
