@@ -63,6 +63,7 @@ FEATURES = (
     "A second, larger pass (`--upscale`)",
     "Latent consistency models",
     "Without guidance: one row an image (Turbo, Lightning)",
+    "Guidance in a part of a run (`guidance_interval`)",
     "Schedulers by diffusers' and web UIs' names, sigmas, eta",
     "Calls: batches, embeddings, callbacks, `interrupt`",
     "`encode_prompt` apart, in a pipeline without a UNet",

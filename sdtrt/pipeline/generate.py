@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -26,7 +26,7 @@ from sdtrt.pipeline.call import Control, PipelineCall, generators_of
 from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
-from sdtrt.pipeline.jobs import Job, Jobs, batch_name
+from sdtrt.pipeline.jobs import Job, JobList, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
@@ -122,7 +122,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         plan = _plan(spec, directory, console, init, [one.picture for one in controls])
-        start = _started(plan.spec, plan.first, init, mask)
+        start = started(plan.spec, plan.first, init, mask)
         fitted = _fitted(controls, plan.first, start, console)
         larger = _fitted(controls, plan.larger, None) if plan.larger is not None else ()
         tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
@@ -138,7 +138,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             stages.scale_adapters([one.scale for one in spec.ip_images])
             with _previewing(spec, stages.first, tiny, output, console) as preview:
                 shown = tuple(one.pixels for one in pictures)
-                run = _Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
+                run = Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
     return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
@@ -191,7 +191,7 @@ def _plan(
 
 
 @dataclass(frozen=True)
-class _Stages:
+class Stages:
     """A request's open pipelines."""
 
     first: OpenPipeline
@@ -236,7 +236,7 @@ class _Stages:
 
 
 @contextmanager
-def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[_Stages]:
+def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[Stages]:
     """Open a request's pipelines, one after the other."""
     build = plan.spec.allow_build
     with (
@@ -244,7 +244,7 @@ def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterat
         open_refiner(plan.spec, plan.refiner, directory, console) as refiner,
         open_upscaler(plan.spec, plan.larger, plan.enlarger, first, directory, console) as upscaler,
     ):
-        yield _Stages(first, refiner, upscaler)
+        yield Stages(first, refiner, upscaler)
 
 
 @contextmanager
@@ -259,7 +259,7 @@ def _previewing(
         yield load_preview(tiny, opened, lambda _step, pictures: file.show(pictures), spec.preview_every)
 
 
-def _started(
+def started(
     spec: GenerateSpec, pipeline_spec: PipelineSpec, init: images.InitImage | None, mask: masks.Mask | None
 ) -> Image.Image | masks.Inpainting | None:
     """What the images start from, in the size that the pipeline works at; None for text alone."""
@@ -288,17 +288,25 @@ def _fitted(
     )
 
 
+class Sink(Protocol):
+    """Where pictures go: a `saving.OutputPlan`, or what hands them on."""
+
+    def save(self, image: Image.Image, metadata: images.Metadata, *, prompt: str, seed: int) -> Path:
+        """Take one picture with the text that it carries, and say what it is called."""
+
+
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One request on its open pipelines.
 
     Args:
+        output: where each picture goes as soon as it is made.
         controls: what ControlNets go by; in a second pass `larger`, at its size.
     """
 
     spec: GenerateSpec
-    stages: _Stages
-    output: saving.OutputPlan
+    stages: Stages
+    output: Sink
     start: Image.Image | masks.Inpainting | None
     controls: tuple[Control, ...]
     console: Console
@@ -307,7 +315,7 @@ class _Run:
     pictures: tuple[Image.Image, ...] = ()
     larger: tuple[Control, ...] = ()
 
-    def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
+    def make_all(self, jobs: JobList) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
         made: list[GeneratedImage] = []
         size = self.stages.first.spec.images
@@ -321,7 +329,7 @@ class _Run:
             memory.release()  # here the failed call's tensors are gone: the exception had them
         return made
 
-    def make(self, jobs: Jobs, first: int, size: int) -> list[GeneratedImage]:
+    def make(self, jobs: JobList, first: int, size: int) -> list[GeneratedImage]:
         """Make the batch of `size` images that starts at the job `first`, and save its images."""
         start = time.perf_counter()
         batch = jobs.batch(first, size)
@@ -426,6 +434,6 @@ def _takes(opened: OpenPipeline, count: int) -> bool:
     spec = opened.spec
     fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
     return all(
-        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(entry.engine_key.component)) is not None
-        for entry in opened.entries.values()
+        find.slack(entry.engine_key.profiles, fewer.sizes_of(name, entry.engine_key.component)) is not None
+        for name, entry in opened.entries.items()
     )

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -201,6 +202,12 @@ def short_of_gpu_memory():
     return (*PAINT, "--component", "unet")
 
 
+def taken_port():
+    listening = socket.create_server(("127.0.0.1", 0))
+    held.append(listening)
+    return "serve", "--port", f"{listening.getsockname()[1]}"
+
+
 held: list[object] = []
 
 MAKERS = {
@@ -215,6 +222,8 @@ MAKERS = {
     "number of images": (*PAINT, "--num-images", "0"),
     "number of images beyond all": (*PAINT, "--num-images", "9" * 12),
     "guidance scale": (*PAINT, "--cfg-scale", "nan"),
+    "guidance interval": (*PAINT, "--guidance-interval", "0.7:0.1"),
+    "guidance interval that is none": (*PAINT, "--guidance-interval", "0.7"),
     "seed": (*PAINT, "--seed", "-2"),
     "scheduler": (*PAINT, "--scheduler", "eulr"),
     "sigmas of a scheduler": (*PAINT, "--scheduler", "DDIM Karras"),
@@ -279,6 +288,11 @@ MAKERS = {
     "weights of another shape": other_shapes,
     "weights that are not finite": not_finite,
     "profile": (*BUILD, "-b", "tensorrt-rtx", "--profile", "depth=3"),
+    "server for others without a key": ("serve", "--host", "0.0.0.0"),
+    "server's key": ("serve", "--api-key", "short"),
+    "server's port": taken_port,
+    "server's sizes": ("serve", "--warm", "big"),
+    "server's models of one name": ("serve", *MODEL, *MODEL),
     "range": (*BUILD, "-b", "tensorrt-rtx", "--height", "1:2"),
     "range upside down": (*BUILD, "-b", "tensorrt-rtx", "--height", "512:256:128"),
     "compute capability": (*BUILD, "-b", "tensorrt-rtx", "--compute-capability", "x"),
