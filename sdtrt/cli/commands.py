@@ -32,7 +32,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, Mod
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
-from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.report_options import BenchOptions, DoctorOptions, VerifyOptions
 from sdtrt.cli.saving_options import PresetOptions, SavingOptions
 from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ServeOptions, check_packages
 from sdtrt.common import host
@@ -400,8 +400,16 @@ def inspect(
 
 @app.command()
 @grouped
-def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
+def doctor(options: DoctorOptions, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Say what this machine can run, what is missing, and the command that mends it."""
+    if options.prove:
+        with quick_imports():
+            from sdtrt.reports.prove import prove
+
+        proofs = prove(output.console())
+        show(proofs, output)
+        proofs.raise_on_failure()
+        return
     from sdtrt.reports.doctor import diagnose
 
     diagnosis = diagnose(directory.directory())

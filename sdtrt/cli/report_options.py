@@ -1,4 +1,4 @@
-"""The options of `verify` and `bench`."""
+"""The options of `verify`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def _usual(name: str) -> str:
     """A threshold's default, and that of precisions which have one of their own: `35, int8 30, fp8 25`."""
     others = (f"{precision} {getattr(one, name):g}" for precision, one in THRESHOLDS.items())
     return ", ".join([f"{getattr(Thresholds(), name):g}", *others])
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """These options say how closely this machine is looked at."""
+
+    prove: Annotated[
+        bool,
+        Option(
+            "--prove",
+            help="build, verify and time the built-in model on every backend that runs here, in minutes, and print a"
+            " report to paste; leaves no engines",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

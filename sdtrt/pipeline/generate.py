@@ -33,6 +33,7 @@ from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
 from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec, check_modes
 from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.slow_cpu import note_slow_cpu
 from sdtrt.pipeline.upscaling import Upscaler, load_upscaler, open_upscaler, plan_upscale, without
 from sdtrt.specs import GenerateSpec
 
@@ -183,6 +184,7 @@ def _plan(
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
     first = resolve_fastest(spec, model, directory, console, init, maps)
+    note_slow_cpu(first, console)
     check_modes(spec, first)
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:

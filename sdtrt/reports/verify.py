@@ -53,7 +53,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
         UsageError, OutputError: for a wrong request, before any heavy work.
         SdtrtError: where scikit-image or matplotlib is missing, or the engine can't be had or run.
     """
-    _require_extras()
+    require_extras()
     output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,7 +80,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     return VerifyReport(settings, thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal)
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     """Say early what is missing: a run takes minutes."""
     require_ssim()
     try:

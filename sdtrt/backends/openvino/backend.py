@@ -54,9 +54,9 @@ class OpenVino(Backend):
         return precision if component in STEPPING else "fp32"
 
     def check_precision(self, precision: str) -> None:
-        if precision == "fp16":
+        if precision not in ("fp32", "bf16"):
             raise UsageError(
-                "OpenVINO computes in fp32 or bf16 on a CPU, not in fp16", hint="use --precision fp32 or bf16"
+                f"OpenVINO computes in fp32 or bf16 on a CPU, not in {precision}", hint="use --precision fp32 or bf16"
             )
         if precision == "bf16" and not host.processor_flags() & BF16_FLAGS:
             raise UsageError(

@@ -80,7 +80,7 @@ def _compile(source: Path, target: Path, contract: Contract, profile: Profile) -
     """
     import torch
 
-    settings = library.settings(contract.precision, torch.get_num_threads()) | library.WEIGHTS_APART
+    settings = library.settings(torch.get_num_threads()) | library.WEIGHTS_APART
     try:
         with tempfile.TemporaryDirectory(prefix=".plain-", dir=target.parent) as place:
             plain = Path(place) / "model.xml"
