@@ -119,9 +119,13 @@ class PictureRequest:
 
     @property
     def key(self) -> str:
-        """What requests have in common that can share a call: all but the prompt, the seed and the number."""
+        """What requests have in common that can share a call: all but the prompts, the seed and the number.
+
+        Those with a negative prompt, and those without one, are no company: SDXL has zeros for none.
+        """
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.uploads.items()}
-        common = replace(self, prompt="", seed=None, count=1, uploads={})
+        negative = "something" if self.negative_prompt else ""
+        common = replace(self, prompt="", negative_prompt=negative, seed=None, count=1, uploads={})
         return json.dumps([common.to_json(), digests], sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:

@@ -148,12 +148,12 @@ class WarmPipelines:
 
     def _of_one_length(self, batch: Batch) -> Iterator[tuple[Drawn, ...]]:
         """The jobs whose texts take as many chunks of tokens: padded to more, a picture would be another one."""
-        if batch.request.prompt_syntax == "plain" or len({job.prompt for job in batch.jobs}) == 1:
+        if batch.request.prompt_syntax == "plain":
             yield batch.jobs
             return
         lengths: dict[int, list[Drawn]] = {}
         for job in batch.jobs:
-            spec = batch.request.spec(self._catalog, self._serve, (job,))
+            spec = _of(batch.request, job).spec(self._catalog, self._serve, (job,))
             lengths.setdefault(plan_texts(spec, self._model(spec.model)).chunks, []).append(job)
         yield from map(tuple, lengths.values())
 
@@ -165,7 +165,7 @@ class WarmPipelines:
         mask: masks.Mask | None,
     ) -> tuple[GenerateSpec, PipelineSpec]:
         """The request of some jobs, and how one picture of it runs."""
-        spec = request.spec(self._catalog, self._serve, tuple(jobs), batch=len(jobs))
+        spec = _of(request, jobs[0]).spec(self._catalog, self._serve, tuple(jobs), batch=len(jobs))
         alone = replace(spec, batch_size=1)
         resolved = resolve_fastest(alone, self._model(spec.model), self._directory, self._console, init)
         return spec, resolved
@@ -201,7 +201,7 @@ class WarmPipelines:
         if resolved.has_engines:
             schedulers.keep_on_host(scheduler)
         opened.pipe.scheduler = scheduler
-        _check_words(opened)
+        _check_words(opened, jobs.jobs)
         stages = Stages(opened)
         settings = nameless(settings_of(spec, opened, init, mask, (), self._directory))
         stages.check_files()
@@ -326,13 +326,19 @@ def _bytes_of(resolved: PipelineSpec, found: Found) -> int:
     return engines + sum(path.stat().st_size for path in files)
 
 
-def _check_words(opened: OpenPipeline) -> None:
+def _of(request: PictureRequest, job: Drawn) -> PictureRequest:
+    """The request with a picture's own negative prompt."""
+    own = request.negative_prompt if job.negative_prompt is None else job.negative_prompt
+    return replace(request, negative_prompt=own)
+
+
+def _check_words(opened: OpenPipeline, jobs: Sequence[Drawn]) -> None:
     """Raise `ModelError` where a tokenizer makes tokens of the texts that its encoder has not."""
-    model = opened.spec.model
+    model, texts = opened.spec.model, {*opened.spec.texts, *(job.negative_prompt or "" for job in jobs)}
     for encoder in text_encoders_of(model):
         tokenizer = getattr(opened.pipe, encoder.replace("text_encoder", "tokenizer"))
         vocabulary = model.config(encoder).get("vocab_size", loading.CLIP_VOCABULARY)
-        loading.check_words(tokenizer, opened.spec.texts, vocabulary)
+        loading.check_words(tokenizer, texts, vocabulary)
 
 
 def nameless(settings: Any) -> Any:
