@@ -170,7 +170,8 @@ def build_all(request: BuildRequest, directory: EngineDirectory, console: Consol
         sizes = replace(sizes, batch=Range.of(rows))
     profiles = () if backend.takes_any_size else sizes.profiles(Sizes(rows, *model.default_size()))
     precision = request.precision or backend.default_precision()
-    exports = ExportRequest(replace(request.common.export, precision=precision), request.components)
+    common = replace(request.common.export, precision=precision)
+    exports = ExportRequest(common, request.components, request.caching)
     fitting = list(export_specs(model, exports, console, backend.precision_of))
     specs = engine_specs(request.common, fitting, backend, profiles, rows)
     return [build_engine(model, spec, directory, console) for spec in specs]

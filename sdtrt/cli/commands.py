@@ -16,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.cache_options import CacheOptions
 from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
@@ -29,8 +30,10 @@ from sdtrt.cli.image_options import (
 )
 from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
+from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.saving_options import PresetOptions, SavingOptions
 from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ServeOptions, check_packages
 from sdtrt.common import host
 from sdtrt.common.console import print_table
@@ -100,6 +103,8 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -112,7 +117,7 @@ def txt2img(
         "refiner": refiner.spec(named),
         "controls": control.specs(),
     }
-    image |= {"upscale": upscale.spec()}
+    image |= {"upscale": upscale.spec(), **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -136,6 +141,8 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -144,7 +151,7 @@ def img2img(
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
-    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale, **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -166,13 +173,15 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs()}
+    image |= {"controls": control.specs(), **preset.fields(saving)}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -238,6 +247,7 @@ def build(
     model: ModelOptions,
     lora: LoraOptions,
     control: ControlNetOptions,
+    cache: CacheOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -248,6 +258,7 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
+    exports = replace(exports, caching=cache.caching())
     requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
@@ -261,15 +272,34 @@ def build(
 @grouped
 def verify(
     options: VerifyOptions,
+    metrics: MetricsOptions,
     noise: NoiseOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    """Hold an engine against the fp32 model, at each timestep of a run and in its final image; or savings against none.
+
+    --against exact makes the same pictures with and without what is saved, and says what that loses.
+    """
+    named = lora.into(model.spec())
+    if options.against != "fp32":
+        judged = metrics.spec(offline=named.offline)
+        savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
+        with quick_imports():
+            from sdtrt.reports.quality import verify_quality
+
+        loss = verify_quality(savings, directory.directory(), output.console())
+        show(loss, output)
+        loss.raise_on_failure()
+        return
+    for option in metrics.given:
+        raise UsageError(f"{option} is about savings", hint="add --against exact")
+    spec = options.spec(named, backend, noise.spec(), saving.spec(preset.quality))
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -282,15 +312,35 @@ def verify(
 @grouped
 def bench(
     options: BenchOptions,
+    metrics: MetricsOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    """Time whole pipeline calls and their parts, beside PyTorch in the same run.
+
+    --quality times choices of savings instead, and says what each loses on the same prompts.
+    """
+    named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
+    if options.quality is not None:
+        for option in saving.given:
+            raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
+        judged = metrics.spec(offline=named.offline)
+        choices = options.quality_spec(named, backend, noise.spec(), judged)
+        with quick_imports():
+            from sdtrt.reports.quality_bench import bench_quality
+
+        found = bench_quality(choices, directory.directory(), output.console(), command)
+        show(found, output)
+        found.check()
+        return
+    for option in metrics.given:
+        raise UsageError(f"{option} is about savings", hint="add --quality all")
+    spec = options.spec(named, backend, noise.spec(), saving.spec())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 
@@ -298,7 +348,7 @@ def bench(
         code = baselines_code(spec, output.console())
         render([f"# {title}\n{text}" for title, text in code.items()], code, output)
         return
-    report = run_bench(spec, directory.directory(), output.console(), command_line("sdtrt", *sys.argv[1:]))
+    report = run_bench(spec, directory.directory(), output.console(), command)
     show(report, output)
     report.check()
 

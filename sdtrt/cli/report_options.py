@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from typer import Option
 
@@ -19,60 +20,135 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     DEFAULT_VERIFY_SEED,
     MAX_DIGITS,
+    QUALITIES,
     RANDOM_SEED,
     SAMPLE_PROMPT,
+    VERIFY_AGAINST,
     BaselineName,
     BenchSpec,
     BenchTask,
     GenerateSpec,
+    LossLimits,
+    MetricsSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
+    QualityBenchSpec,
+    QualitySpec,
+    Savings,
     SchedulerName,
     Thresholds,
     VerifySpec,
+    check_choice,
 )
+from sdtrt.specs.quality import EVERYTHING, KNOBS, parse_choices
+
+FIDELITY, LIMITS = Thresholds(), LossLimits()
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """These options say with what an engine is compared, and how close it must be."""
+    """These options say with what an engine is compared, and how close it must be.
 
+    Limits are None where the comparison's own are to hold: they differ.
+    """
+
+    against: Annotated[
+        str,
+        Option(
+            metavar="|".join(VERIFY_AGAINST),
+            help="fp32: the UNet's engine, by PyTorch; exact: savings, by the same request without any in the same"
+            " backend, or in PyTorch fp32",
+        ),
+    ] = "fp32"
     engine: Annotated[
         str | None, Option("--engine", "-e", help="an engine of the engine directory, by name; else the one in use")
     ] = None
     timesteps: Annotated[int | None, Option(help="compare so many timesteps, spread evenly; by default all")] = None
-    prompt: Annotated[str, Option("--prompt", "-p", help="of the image that is denoised")] = SAMPLE_PROMPT
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="of the image that is denoised; against exact: again for more")
+    ] = None
     negative_prompt: NegativePrompt = ""
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     height: Height = None
     width: Width = None
-    seed: Annotated[int, Option(help="of the image's noise")] = DEFAULT_VERIFY_SEED
+    seed: Annotated[int, Option(help="of the (first) image's noise")] = DEFAULT_VERIFY_SEED
     scheduler: Scheduler = None
-    min_cosine: Annotated[float | None, Option(help="least cosine at a timestep")] = Thresholds.min_cosine
+    min_cosine: Annotated[
+        float | None, Option(help=f"least cosine at a timestep ({FIDELITY.min_cosine:g}), or of the latents at the end")
+    ] = None
     max_noise_ratio: Annotated[
-        float | None, Option(help="most relative L2 error, in multiples of PyTorch's own in half precision")
-    ] = Thresholds.max_noise_ratio
-    max_relative_l2: Annotated[float | None, Option(help="most relative L2 error at a timestep")] = (
-        Thresholds.max_relative_l2
-    )
-    min_psnr: Annotated[float | None, Option(help="least PSNR of the image, in dB")] = Thresholds.min_psnr_db
-    min_ssim: Annotated[float | None, Option(help="least structural similarity of the image")] = Thresholds.min_ssim
+        float | None,
+        Option(
+            help="most relative L2 error, in multiples of PyTorch's own in half precision"
+            f" ({FIDELITY.max_noise_ratio:g})"
+        ),
+    ] = None
+    max_relative_l2: Annotated[
+        float | None, Option(help="most relative L2 error at a timestep, or of the latents at the end")
+    ] = None
+    min_psnr: Annotated[
+        float | None,
+        Option(help=f"least PSNR of the image, in dB ({FIDELITY.min_psnr_db:g}; against exact {LIMITS.min_psnr_db:g})"),
+    ] = None
+    min_ssim: Annotated[
+        float | None, Option(help=f"least structural similarity of the image (against exact {LIMITS.min_ssim:g})")
+    ] = None
+    max_lpips: Annotated[float | None, Option(help=f"against exact: most LPIPS ({LIMITS.max_lpips:g})")] = None
+    max_clip_loss: Annotated[
+        float | None, Option(help=f"against exact: most points of 100 that CLIP falls ({LIMITS.max_clip_loss:g})")
+    ] = None
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FOLDER", help="where the pictures go; by default this folder")
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
-        """The comparison that is asked for. Raises `UsageError` for a random seed: who fails wants to see it again."""
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
+        """The comparison of an engine that is asked for. Raises `UsageError` for what is about savings alone."""
+        self._refuse(
+            "savings: add --against exact", {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
+        )
+        own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
+        usual = astuple(FIDELITY)
+        thresholds = Thresholds(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
+        image = replace(self._image(model, backend, noise), savings=savings)
+        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+
+    def quality_spec(
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        metrics: MetricsSpec,
+        saved: Mapping[str, Any],
+    ) -> QualitySpec:
+        """The comparison of savings that is asked for. Raises `UsageError` for what is about an engine alone."""
+        check_choice("against", self.against, VERIFY_AGAINST)
+        about = {"--engine": self.engine, "--timesteps": self.timesteps, "--max-noise-ratio": self.max_noise_ratio}
+        self._refuse(f"an engine: leave it out beside --against {self.against}", about)
+        own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
+        usual = astuple(LIMITS)
+        limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
+        image = replace(self._image(model, backend, noise), **saved)
+        return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
+
+    def _refuse(self, why: str, options: Mapping[str, object]) -> None:
+        """Refuse options that the other comparison has."""
+        for name, value in options.items():
+            if value is not None:
+                about, _, mend = why.partition(": ")
+                raise UsageError(f"{name} {value} is about {about}", hint=mend)
+
+    def _image(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> GenerateSpec:
+        """What is made. Raises `UsageError` for a random seed: who fails wants to see it again."""
         backend.check()
         if self.seed == RANDOM_SEED:
             raise UsageError(
                 f"verify takes no random seed, got {self.seed}", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
             )
-        image = GenerateSpec(
-            prompts=(self.prompt,),
+        return GenerateSpec(
+            prompts=tuple(self.prompt or (SAMPLE_PROMPT,)),
             model=model,
             backend=backend.backend,
             precision=cast("Precision | None", backend.precision),
@@ -86,10 +162,6 @@ class VerifyOptions:
             allow_build=not self.no_build,
             noise=noise,
         )
-        thresholds = Thresholds(
-            self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
-        )
-        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
 
 
 @dataclass(frozen=True)
@@ -117,14 +189,63 @@ class BenchOptions:
     warmups: Annotated[int, Option(help="calls before them that are not timed")] = 2
     scheduler: Scheduler = None
     output: Annotated[
-        Path | None, Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here")
+        Path | None,
+        Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here (quality.…)"),
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
     no_build: NoBuild = False
+    quality: Annotated[
+        str | None,
+        Option(
+            metavar=f"{EVERYTHING}|NAME,KNOB=N+KNOB=N",
+            help=f"time and judge these side by side: {', '.join(QUALITIES[1:])}, or single knobs: {', '.join(KNOBS)}",
+        ),
+    ] = None
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="with --quality: what is made; give it again for more")
+    ] = None
+    negative_prompt: NegativePrompt = ""
+    seed: Annotated[int, Option(help="with --quality: of the first image")] = DEFAULT_VERIFY_SEED
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> BenchSpec:
+    def quality_spec(
+        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
+    ) -> QualityBenchSpec:
+        """The choices that are asked for. Raises `UsageError` for what is about other measurements."""
+        backend.check()
+        assert self.quality is not None
+        if self.baselines != "auto" or self.task not in ("both", "txt2img"):
+            other = f"--baselines {self.baselines}" if self.baselines != "auto" else f"--task {self.task}"
+            raise UsageError(f"{other} has no effect beside --quality", hint="leave it out, or --quality")
+        batches = _numbers("--batch-size", self.batch_size)
+        if len(batches) > 1:
+            raise UsageError(
+                f"--quality takes one batch size, got {self.batch_size}", hint=f"use --batch-size {batches[0]}"
+            )
+        image = GenerateSpec(
+            prompts=tuple(self.prompt or (SAMPLE_PROMPT,)),
+            model=model,
+            backend=backend.backend,
+            precision=cast("Precision | None", backend.precision),
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            batch_size=batches[0],
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            allow_build=not self.no_build,
+            noise=noise,
+        )
+        choices = parse_choices(self.quality)
+        return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)
+
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
+        if self.prompt or self.negative_prompt:
+            what = "--prompt" if self.prompt else "--negative-prompt"
+            raise UsageError(f"{what} is about pictures that are judged", hint="add --quality all, or leave it out")
         return BenchSpec(
             model=model,
             backend=backend.backend,
@@ -144,6 +265,7 @@ class BenchOptions:
             overwrite=self.overwrite,
             allow_build=not self.no_build,
             noise=noise,
+            savings=savings,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

@@ -13,7 +13,8 @@ from sdtrt.models.components import choose_components, groups_of, precision_of
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import Component, ExportRequest, ExportSpec, Precision
+from sdtrt.specs import Component, ExportRequest, ExportSpec, Group, Precision
+from sdtrt.specs.deep_features import default_depth, shallow_groups, whole_group
 
 Fitting = Callable[[ModelSource, Component, Precision], Precision]
 
@@ -37,8 +38,17 @@ def export_specs(
         own = fitting(model, name, asked)
         if own != asked:
             console.note(f"{name}: in {own}, as this model's VAE overflows in {asked} (force_upcast)")
-        groups = (request.common.groups or groups_of(model)) if name == "unet" else ()
-        yield replace(request.common, component=name, precision=own, groups=groups)
+        for groups in _groups(model, request) if name == "unet" else ((),):
+            yield replace(request.common, component=name, precision=own, groups=groups)
+
+
+def _groups(model: Model, request: ExportRequest) -> tuple[tuple[Group, ...], ...]:
+    """The optional groups of each of the UNet's programs: of one, or with deep caching of two."""
+    groups, caching = request.common.groups or groups_of(model), request.caching
+    if caching.is_off:
+        return (groups,)
+    whole = (*groups, whole_group(caching.depth or default_depth(model.config("unet"))))
+    return whole, shallow_groups(whole)
 
 
 def export_all(request: ExportRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:

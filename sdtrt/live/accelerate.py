@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import ref
 
 import torch
@@ -35,12 +35,29 @@ from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import memory, opened, pixels
+from sdtrt.pipeline.all_engines import ensure_second, for_prompt_rows
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
-from sdtrt.pipeline.request import EngineRequest, unet_sizes
+from sdtrt.pipeline.guided_rows import check_is_guided, refuse_rows
+from sdtrt.pipeline.request import EngineRequest, first_of, shallow_beside, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.watch import refuse_changes
-from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
+from sdtrt.specs import (
+    AUTO,
+    PRECISIONS,
+    BackendName,
+    Component,
+    Group,
+    GuidanceInterval,
+    Precision,
+    QualityName,
+    Savings,
+    check_choice,
+    check_size,
+)
+from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
+from sdtrt.specs.presets import settle
+from sdtrt.specs.savings import CacheSchedule
 
 PipeT = TypeVar("PipeT")
 Parts = Mapping[Component, Swapped]
@@ -60,15 +77,18 @@ def accelerate(
     components: Iterable[Component] | None = None,
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
+    guidance_interval: GuidanceInterval | None = None,
+    cache_interval: int | None = None,
+    cache_depth: int | None = None,
+    cache_schedule: CacheSchedule | None = None,
+    quality: QualityName | None = None,
     progress: bool = True,
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
 
-    Its modules stay diffusers' and transformers' own; what their `forward` (a VAE's `decode` and `encode`) runs is an
-    engine's. Saving and copies are of the modules. A second call adds engines for its size, or replaces them: for
-    another backend or precision, or changed weights. These raise an `EngineError` at the next picture; `inductor` takes
-    them, and adapters. Threads need schedulers and tokenizers of their own. On a GPU, weights that engines have are on
-    the CPU until `restore`, and the scheduler keeps its timesteps there.
+    Its modules stay diffusers' own; what their `forward` runs is an engine's. A second call adds engines for its size,
+    or replaces them: for another backend or precision, or changed weights. These raise an `EngineError` at the next
+    picture; `inductor` takes them. On a GPU, weights that engines have are on the CPU until `restore`.
 
     Args:
         pipe: one of Stable Diffusion 1.x, 2.x or XL; docs/features.md says which, and with what.
@@ -81,10 +101,16 @@ def accelerate(
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
         on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
             hooks, too, which else are an `EngineError`), or raise an `error`.
+        guidance_interval: the part of a run that is guided; in the other steps the UNet runs the prompt's rows alone.
+        cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
+            on from what it gave; None or 1 for none. Off in runs of fewer than 10 steps.
+        cache_depth: how many layers those run on the way down and up; None for the architecture's own.
+        cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
+        quality: a preset of these four, `exact`, `high`, `balanced` or `fast`; what is given beside it wins.
         progress: say on stderr what is built.
 
     Raises:
-        UsageError: for a size, precision or component that there is not.
+        UsageError: for a size, precision or component that there is not; for an interval without guidance.
         EngineError: for a pipeline that engines don't serve, by its name; where no backend runs where it is.
         ExportError, BuildError, CacheError: where an engine can't be had. The pipeline is as it was then.
 
@@ -92,9 +118,11 @@ def accelerate(
         >>> pipe = sdtrt.accelerate(pipe, height=512, width=512)
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
-    directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     parts = None if components is None else tuple(components)
-    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss)
+    caching = (cache_interval, cache_depth, cache_schedule)
+    savings = settle(quality, guidance_interval, *caching, guided=guidance)
+    directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
+    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, savings)
     with _CHANGING, quiet_libraries():
         _swap(pipe, _plan(pipe, choices, Console(quiet=not progress)))
     return pipe
@@ -139,6 +167,7 @@ class _Choices:
     components: tuple[Component, ...] | None
     directory: EngineDirectory
     on_miss: OnMiss
+    savings: Savings
 
     def __post_init__(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
@@ -153,6 +182,19 @@ class _Choices:
         if self.components == ():
             raise UsageError("components= names none", hint='name some, as in components=["unet"], or leave it out')
         registry.check_request(self.backend, self.precision)
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        """Refuse an interval of guidance where it could mean nothing."""
+        interval = self.savings.guidance
+        if interval.is_whole:
+            return
+        check_is_guided(interval, guidance=self.guidance)
+        if self.components is not None and "unet" not in self.components:
+            raise UsageError(
+                f"guidance_interval {interval} is about the unet, which is not among components=",
+                hint="add unet to components=, or leave guidance_interval out",
+            )
 
     def request(
         self,
@@ -169,6 +211,22 @@ class _Choices:
         sizes = unet_sizes(model, images, height, width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
 
+    def groups(self, pipe: Any, model: LiveModel) -> tuple[Group, ...]:
+        """The optional groups of inputs and outputs that a pipeline's UNet needs."""
+        return (*_groups(pipe), *self.deep_groups(model))
+
+    def deep_groups(self, model: LiveModel) -> tuple[Group, ...]:
+        """The group of a UNet that gives deep features to be kept."""
+        caching = self.savings.caching
+        if caching.is_off:
+            return ()
+        if "unet" not in (self.components or ("unet",)) or "unet" not in model.modules:
+            raise UsageError(
+                f"cache_interval={caching.interval} needs an engine of the unet, and PyTorch is to run it",
+                hint="leave cache_interval out, or have an engine run the unet, as in components=['unet']",
+            )
+        return (whole_group(caching.depth or default_depth(model.config("unet"))),)
+
     def _size(self, model: LiveModel) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         height, width = model.default_size()
@@ -184,6 +242,21 @@ class _Plan:
     settings: Settings
     staying: Parts
 
+    def ensure_engines(self) -> dict[str, Entry]:
+        """Find or build all engines; those for steps without guidance have `PROMPT_ROWS` behind their names."""
+        settings, request = self.settings, self.request
+        found: dict[str, Entry] = dict(ensure_engines(request, settings.directory, settings.console).items())
+        shallow = request.shallow
+        if shallow is not None:
+            found["unet" + SHALLOW] = ensure_engines(shallow, settings.directory, settings.console)["unet"]
+        if settings.savings.guidance.is_whole or request.sizes.batch == request.images:
+            return found
+        second = for_prompt_rows(request, request.images)
+        requests: dict[str, EngineRequest] = dict.fromkeys(second.components, second)
+        if shallow is not None:
+            requests["unet" + SHALLOW] = for_prompt_rows(shallow, request.images)
+        return found | ensure_second(requests, found, settings.directory, settings.console)
+
     @property
     def coming(self) -> list[Component]:
         """Those that run in no engine yet, or in one that does not serve."""
@@ -193,6 +266,8 @@ class _Plan:
 def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     """Settle everything before anything changes."""
     model = check_pipeline(pipe)
+    if not choices.savings.guidance.is_whole:
+        refuse_rows(pipe)
     device = next(_main_module(model).parameters()).device
     name = _backend(pipe, model, choices, device, console)
     backend = registry.get(name)
@@ -200,10 +275,10 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     backend.check_precision(precision)
     modules = {part: ref(module) for part, module in model.modules.items()}
     fixed = (name, precision, choices.directory, device, choices.on_miss, console, threading.RLock())
-    settings = Settings(model.spec, model.stored, modules, *fixed)
+    settings = Settings(model.spec, model.stored, modules, *fixed, choices.savings, choices.deep_groups(model))
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
     wanted = _components(pipe, model, choices.components, there)
-    request = choices.request(model, name, precision, wanted, device, _groups(pipe))
+    request = choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
     for component in wanted:
         contract_of(model, component, precision, request.groups_of(component))
         backend.check_groups(request.groups_of(component))
@@ -229,7 +304,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device, _groups(pipe))
+        return choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")
@@ -269,11 +344,11 @@ def _swap(pipe: Any, plan: _Plan) -> None:
     }
     with _closed_on_failure(new.values()):
         _park(new.values())
-        entries = ensure_engines(plan.request, settings.directory, settings.console)
+        entries = plan.ensure_engines()
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
-        memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if name in new})
+        memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if _base(name) in new})
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
         _open({**plan.staying, **new}, entries, scratch)
@@ -292,11 +367,17 @@ def _park(parts: Iterable[Swapped]) -> None:
         memory.release()
 
 
-def _open(parts: Parts, entries: Mapping[Component, Entry], scratch: Scratch) -> None:
+def _open(parts: Parts, entries: Mapping[str, Entry], scratch: Scratch) -> None:
     """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
-    for name in memory.by_scratch(entries):
-        with parts[name].settings.lock:
-            parts[name].open(entries[name], scratch)
+    for name in memory.by_scratch({name: one for name, one in entries.items() if SHALLOW not in name}):
+        part = parts[_base(name)]
+        with part.settings.lock:
+            part.open(entries[name], scratch, shallow_beside(name, entries))
+
+
+def _base(name: str) -> Component:
+    """The component of an engine, by its name among all of a pipeline."""
+    return cast(Component, first_of(name))
 
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:

@@ -16,9 +16,10 @@ from PIL import Image
 from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline import pixels
 from sdtrt.pipeline.open import OpenPipeline
-from sdtrt.pipeline.previews import Preview
 from sdtrt.pipeline.text_states import states_of
 from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning
+
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]  # diffusers' `callback_on_step_end`
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class PipelineCall:
         *,
         output_type: Literal["np", "pil", "latent"] = "np",
         advance: Callable[[], object] | None = None,
-        preview: Preview | None = None,
+        preview: StepEnd | None = None,
     ) -> Any:
         """Make the images.
 
@@ -203,7 +204,7 @@ def timesteps_until(timesteps: torch.Tensor, end: float, trained: int) -> int:
     return int((timesteps >= round(trained - end * trained)).sum())
 
 
-def _watching(pipe: Any, advance: Callable[[], object], preview: Preview | None) -> dict[str, Any]:
+def _watching(pipe: Any, advance: Callable[[], object], preview: StepEnd | None) -> dict[str, Any]:
     """The argument by which a pipeline's call says that a step was done; XL's for edits has the older one alone."""
     on_step_end = _calling(advance, preview)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
@@ -215,7 +216,7 @@ def _watching(pipe: Any, advance: Callable[[], object], preview: Preview | None)
     return {"callback": callback}
 
 
-def _calling(advance: Callable[[], object], preview: Preview | None) -> Callable[..., dict[str, Any]]:
+def _calling(advance: Callable[[], object], preview: StepEnd | None) -> Callable[..., dict[str, Any]]:
     """What diffusers calls after a step, and which changes none of its tensors."""
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sdtrt.models.components import contract_of, part_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
+from sdtrt.specs.deep_features import DEEP_IN, DEEP_OUT, depth_of
 from sdtrt.specs.image_prompts import token_counts
 
 
@@ -157,6 +158,8 @@ def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
         words += [f"--{name}", value] if value is not None else []
     words += [word for one in model.loras for word in ("--lora", str(one))]
     words += ["--controlnet", model.controlnet] if model.controlnet is not None else []
+    depth = depth_of(request.groups, DEEP_OUT) or depth_of(request.groups, DEEP_IN)
+    words += [] if depth is None else ["--cache-interval", "3", "--cache-depth", str(depth)]  # any interval
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 

@@ -25,8 +25,10 @@ from sdtrt.specs import (
     NoiseSpec,
     Precision,
     PromptSyntax,
+    QualityName,
     Recipe,
     RefinerSpec,
+    Savings,
     SchedulerName,
     SizeConditioning,
     UpscaleSpec,
@@ -80,6 +82,8 @@ class GenerateOptions(TypedDict, total=False):
     conditioning: SizeConditioning
     recipe: Recipe | None
     controls: tuple[ControlSpec, ...]
+    savings: Savings
+    quality: QualityName | None
 
 
 def generate(

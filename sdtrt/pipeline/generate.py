@@ -438,6 +438,6 @@ def _takes(opened: OpenPipeline, count: int) -> bool:
     spec = opened.spec
     fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
     return all(
-        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(entry.engine_key.component)) is not None
-        for entry in opened.entries.values()
+        find.slack(entry.engine_key.profiles, fewer.sizes_of(name, entry.engine_key.component)) is not None
+        for name, entry in opened.entries.items()
     )

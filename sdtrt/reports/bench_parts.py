@@ -12,6 +12,7 @@ from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import unet_call
 from sdtrt.models.components import contract_of
 from sdtrt.pipeline.open import OpenPipeline
+from sdtrt.pipeline.request import PROMPT_ROWS
 from sdtrt.reports.meters import Timing, synchronize, time_queued_calls
 from sdtrt.specs import SAMPLE_PROMPT
 
@@ -27,6 +28,7 @@ def parts_of(opened: OpenPipeline) -> dict[str, Callable[[], object]]:
     for name in feeds.keys() - {"timestep", "time_ids"}:
         feeds[name] = feeds[name].to(spec.parts_dtype)
     unet, latents = unet_call(pipe.unet, contract), feeds["sample"][:batch]
+    fewer = {name: tensor[: spec.prompt_rows] for name, tensor in feeds.items()}
     image = torch.rand(batch, 3, spec.sizes.height, spec.sizes.width, device=spec.device, dtype=spec.parts_dtype)
     guided = spec.sizes.batch > batch
 
@@ -49,6 +51,7 @@ def parts_of(opened: OpenPipeline) -> dict[str, Callable[[], object]]:
         "unet": lambda: unet(*feeds.values()),
         "vae_decoder": decode,
     }
+    parts |= {} if spec.prompt_rows is None else {f"unet{PROMPT_ROWS}": lambda: unet(*fewer.values())}
     return parts | ({"vae_encoder": encode} if spec.img2img else {})
 
 

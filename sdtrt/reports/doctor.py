@@ -21,6 +21,8 @@ from sdtrt.specs import GIB, BackendName
 
 State = Literal["ok", "optional", "missing"]
 
+BASE = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript")  # what every installation has
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -51,14 +53,14 @@ class Diagnosis:
 
 def diagnose(directory: EngineDirectory) -> Diagnosis:
     """Look at this machine and at the engine directory; changes nothing."""
-    backends = (*_gpu_backends(), _automatic(), _pycuda())
+    backends = (*_backends(), _automatic(), _pycuda())
     findings = (*_libraries(), _bytecode(), _gpu(), *backends, _directory(directory), _tiny())
     return Diagnosis(findings, tuple(backend.name for backend in registry.running_here()))
 
 
 def _libraries() -> Iterable[Finding]:
     """What the base installation brings."""
-    for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript"):
+    for name in BASE:
         version = host.library_version(name)
         if version is None:
             yield Finding(name, "missing", "not installed", f"pip install {name}")
@@ -107,9 +109,11 @@ def _gpu() -> Finding:
     return Finding("GPU", "ok", detail)
 
 
-def _gpu_backends() -> Iterable[Finding]:
-    """What builds engines for GPUs: installed or not, whole or not, and whether it serves this GPU."""
-    for backend in registry.with_engines_on_gpu():
+def _backends() -> Iterable[Finding]:
+    """What builds engines beside the base installation: there or not, whole or not, and whether it serves this GPU."""
+    for backend in registry.with_engines():
+        if backend.name in BASE:
+            continue
         try:
             version = backend.version()
         except SdtrtError as error:

@@ -23,23 +23,25 @@ from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
-from sdtrt.pipeline.engines import build_command, ensure_engines
+from sdtrt.pipeline.all_engines import ensure_all
+from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.images import InitImage
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, resolve_request
-from sdtrt.reports.verify_pictures import comparison, error_plot, gradient
+from sdtrt.reports.verify_pictures import comparison, error_plot
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
 from sdtrt.reports.verify_runs import (
     Array,
     RecordedCall,
+    asked_of,
     run_candidate,
     run_noise_floor,
     run_reference,
     seed_of,
+    start_of,
     strength_of,
 )
-from sdtrt.specs import Component, ExportSpec, GenerateSpec, VerifySpec
+from sdtrt.specs import ExportSpec, GenerateSpec, VerifySpec
 from sdtrt.specs.contract import Contract
 
 
@@ -89,41 +91,26 @@ def _require_extras() -> None:
 
 def _subject(
     spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
-) -> tuple[PipelineSpec, Mapping[Component, Entry]]:
+) -> tuple[PipelineSpec, Mapping[str, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
-    image = _asked(spec.image, model)
-    start = _start(image, model) if image.init_image is not None else None
+    image = asked_of(spec.image, model)
+    start = start_of(image, model)
     if spec.engine is not None:
         entry = directory.named(spec.engine)
         pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start)
         _check_fits(entry, pipeline_spec)
+        _check_takes_all(entry, pipeline_spec)
     else:
         entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start)
     # All that the image needs, before the long part begins.
-    return pipeline_spec, ensure_engines(
-        pipeline_spec.engines, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
+    return pipeline_spec, ensure_all(
+        pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
     )
 
 
-def _asked(image: GenerateSpec, model: Model) -> GenerateSpec:
-    """The image that a model makes: SDXL's refiner, and models for inpainting and edits, start from a picture."""
-    if model.is_editing:
-        return replace(image, init_image=Path("gradient"), edit=True)
-    if not model.is_refiner and not model.is_inpainting:
-        return image
-    mask = Path("half") if model.is_inpainting else None
-    return replace(image, init_image=Path("gradient"), mask=mask, strength=strength_of(image))
-
-
-def _start(image: GenerateSpec, model: Model) -> InitImage:
-    """What a model starts from that makes no image from text alone: always the same picture."""
-    own_height, own_width = model.default_size()
-    return InitImage(Path("gradient"), "", gradient(image.height or own_height, image.width or own_width))
-
-
-def _rebuild(spec: PipelineSpec, entries: Mapping[Component, Entry], directory: EngineDirectory) -> str:
+def _rebuild(spec: PipelineSpec, entries: Mapping[str, Entry], directory: EngineDirectory) -> str:
     """The command that builds the engines beside the UNet's again; empty where there are none."""
-    others = tuple(name for name in entries if name != "unet")
+    others = tuple(name for name in spec.in_engines if name in entries and name != "unet")
     if not others:
         return ""
     return f"{build_command(replace(spec.engines, components=others), directory)} --force"
@@ -161,6 +148,16 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
         )
 
 
+def _check_takes_all(entry: Entry, spec: PipelineSpec) -> None:
+    """Refuse an engine that alone does not serve a run with steps without guidance."""
+    rows = spec.prompt_rows
+    if rows is not None and find.slack(entry.engine_key.profiles, replace(spec.sizes, batch=rows)) is None:
+        raise EngineError(
+            f"{entry.name} takes no call of {rows} row{'s' * (rows > 1)}, which steps without guidance are",
+            hint="leave --guidance-interval or --engine out",
+        )
+
+
 def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory) -> bool | None:
     """Whether an engine was built from the model's own weights and configuration, or serves any of its architecture."""
     if entry is None:
@@ -193,6 +190,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "seed": seed_of(image),
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
+        **({} if image.savings.guidance.is_whole else {"guidance_interval": str(image.savings.guidance)}),
         "scheduler": image.scheduler,
         "noise": pipeline_spec.noise.over(pipeline_spec.model.stated).describe(),
         "height": pipeline_spec.sizes.height,

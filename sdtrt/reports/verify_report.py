@@ -15,7 +15,7 @@ from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
 from sdtrt.common.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, ssim
-from sdtrt.specs import Component, Thresholds
+from sdtrt.specs import Thresholds
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
 
@@ -77,7 +77,7 @@ class VerifyReport:
     image: ImageError
     failures: tuple[str, ...]
     files: Mapping[str, Path]
-    engines: Mapping[Component, Mapping[str, str]]
+    engines: Mapping[str, Mapping[str, str]]
     same_weights: bool | None
     rebuild: str
     removal: str
@@ -185,9 +185,14 @@ def compare_call(timestep: float, actual: Array, expected: Array, floor: Array) 
 
 def compare_images(actual: Array, expected: Array) -> ImageError:
     """PSNR and SSIM of two images of 0 to 1."""
+    return ImageError(picture_psnr(actual, expected), ssim(actual, expected, data_range=1.0))
+
+
+def picture_psnr(actual: Array, expected: Array) -> float:
+    """PSNR in dB of two images of 0 to 1, at most `MAX_PSNR_DB`; NaN for pixels that are not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         ratio = psnr(actual, expected, data_range=1.0)
-    return ImageError(ratio if math.isnan(ratio) else min(ratio, MAX_PSNR_DB), ssim(actual, expected, data_range=1.0))
+    return ratio if math.isnan(ratio) else min(ratio, MAX_PSNR_DB)
 
 
 def judge(thresholds: Thresholds, errors: Sequence[TimestepError], image: ImageError) -> tuple[str, ...]:

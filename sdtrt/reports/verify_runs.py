@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,11 @@ from sdtrt.common.metrics import count_non_finite
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
+from sdtrt.models.resolve import Model
 from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.guided_rows import computed_rows
 from sdtrt.pipeline.hooks import hooked
+from sdtrt.pipeline.images import InitImage
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
@@ -36,7 +40,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of the UNet in the fp32 run, on the CPU: its inputs and its output `[B,C,H,W]`."""
+    """One call of the UNet in the fp32 run, on the CPU: its inputs and its output `[B,C,H,W]`.
+
+    In a step without guidance they are those of the rows that are computed.
+    """
 
     sample: torch.Tensor
     timestep: torch.Tensor
@@ -76,13 +83,12 @@ class _Recorder:
     def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one call of a diffusers pipeline: `unet(sample, timestep, encoder_hidden_states=…)`."""
         if self.count in self.wanted:
-            added = kwargs.get("added_cond_kwargs")
-            kept = None if added is None else {name: tensor.cpu() for name, tensor in added.items()}
-            states, guidance = kwargs["encoder_hidden_states"].cpu(), kwargs.get("timestep_cond")
-            own = None if guidance is None else guidance.cpu()
-            self.calls.append(
-                RecordedCall(args[0].cpu(), torch.as_tensor(args[1]).cpu(), states, kept, own, _numpy(output[0]))
-            )
+            rows, added = computed_rows(unet), kwargs.get("added_cond_kwargs")
+            kept = None if added is None else {name: rows(tensor).cpu() for name, tensor in added.items()}
+            states, guidance = rows(kwargs["encoder_hidden_states"]).cpu(), kwargs.get("timestep_cond")
+            own, timestep = None if guidance is None else guidance.cpu(), torch.as_tensor(args[1]).cpu()
+            sample, noise = rows(args[0]).cpu(), _numpy(rows(output[0]))
+            self.calls.append(RecordedCall(sample, timestep, states, kept, own, noise))
         self.count += 1
 
 
@@ -157,16 +163,39 @@ def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Consol
 
 
 def _call(image: GenerateSpec, spec: PipelineSpec) -> PipelineCall:
-    """The call of a pipeline that makes the image, from noise or from a picture that is always the same."""
+    """The call of a pipeline that makes the image."""
+    return call_of(image, spec, image.prompts[:1], (seed_of(image),))
+
+
+def call_of(image: GenerateSpec, spec: PipelineSpec, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> PipelineCall:
+    """The call of a pipeline that makes pictures, from noise or from a picture that is always the same."""
     return PipelineCall(
-        prompts=image.prompts[:1],
-        seeds=(seed_of(image),),
+        prompts=prompts,
+        seeds=seeds,
         guidance_scale=image.guidance_scale,
         negative_prompt=image.negative_prompt,
         start=gradient(spec.sizes.height, spec.sizes.width) if spec.img2img else None,
         strength=strength_of(image),
         mask=half(spec.sizes.height, spec.sizes.width) if spec.inpaint else None,
     )
+
+
+def asked_of(image: GenerateSpec, model: Model) -> GenerateSpec:
+    """The image that a model makes: SDXL's refiner, and models for inpainting and edits, start from a picture."""
+    if model.is_editing:
+        return replace(image, init_image=Path("gradient"), edit=True)
+    if not model.is_refiner and not model.is_inpainting:
+        return image
+    mask = Path("half") if model.is_inpainting else None
+    return replace(image, init_image=Path("gradient"), mask=mask, strength=strength_of(image))
+
+
+def start_of(image: GenerateSpec, model: Model) -> InitImage | None:
+    """What a model starts from that makes no image from text alone: always the same picture; None for the others."""
+    if image.init_image is None:
+        return None
+    own_height, own_width = model.default_size()
+    return InitImage(Path("gradient"), "", gradient(image.height or own_height, image.width or own_width))
 
 
 def seed_of(image: GenerateSpec) -> int:

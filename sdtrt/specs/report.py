@@ -25,6 +25,7 @@ from sdtrt.specs.choices import (
     check_output,
 )
 from sdtrt.specs.generate import GenerateSpec, NoiseSpec, settle_scheduler
+from sdtrt.specs.savings import Savings
 from sdtrt.specs.schedulers import SchedulerName
 
 
@@ -44,6 +45,7 @@ class BenchSpec:
         output: a folder for the report as JSON and Markdown, and a chart.
         overwrite: replace such files of an earlier run.
         noise: as of `GenerateSpec`.
+        savings: of the backend that is asked for; baselines save nothing.
     """
 
     model: ModelSpec = ModelSpec()
@@ -64,6 +66,7 @@ class BenchSpec:
     output: Path | None = None
     overwrite: bool = False
     noise: NoiseSpec = NoiseSpec()
+    savings: Savings = Savings()
 
     def __post_init__(self) -> None:
         check_output(self.output)
@@ -96,6 +99,7 @@ class BenchSpec:
             init_image=Path("init.png") if task == "img2img" else None,
             strength=self.strength,
             noise=self.noise,
+            savings=self.savings,
         )
 
     def steps_run(self, task: BenchTask) -> int:

@@ -222,6 +222,8 @@ MAKERS = {
     "number of images": (*PAINT, "--num-images", "0"),
     "number of images beyond all": (*PAINT, "--num-images", "9" * 12),
     "guidance scale": (*PAINT, "--cfg-scale", "nan"),
+    "guidance interval": (*PAINT, "--guidance-interval", "0.7:0.1"),
+    "guidance interval that is none": (*PAINT, "--guidance-interval", "0.7"),
     "seed": (*PAINT, "--seed", "-2"),
     "scheduler": (*PAINT, "--scheduler", "eulr"),
     "sigmas of a scheduler": (*PAINT, "--scheduler", "DDIM Karras"),

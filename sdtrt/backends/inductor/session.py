@@ -20,6 +20,7 @@ from sdtrt.common.errors import EngineError
 from sdtrt.models.tensor_names import other_names, own_tensors
 from sdtrt.specs import Profile
 from sdtrt.specs.contract import Contract
+from sdtrt.specs.deep_features import taken_feature
 
 Given = torch.nn.Module | Mapping[str, torch.Tensor]  # what weights may come as
 
@@ -128,6 +129,8 @@ class InductorSession(Session[torch.Tensor]):
     def _fill(self, tensors: Mapping[str, torch.Tensor], *, casts: bool = False) -> None:
         self._opened()
         own, ignored = own_tensors(tensors), other_names(self.contract.component)
+        if taken_feature(self.contract) is not None:
+            ignored = ("",)  # of its component's layers it has some
         if self._gpu is None:
             self._weights.fill(own, ignored, casts=casts)
         else:
