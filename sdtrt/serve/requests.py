@@ -42,6 +42,7 @@ class PictureRequest:
         sigmas: spacing of noise levels, by any of its names.
         loras: names of the catalog, and how much each counts.
         edit: change the init image as the prompt says, by a model for that.
+        quality: a preset of what a run leaves out (`exact`, `high`, `balanced`, `fast`); None for nothing.
         uploads: the init image and the mask, as files.
     """
 
@@ -65,6 +66,7 @@ class PictureRequest:
     vae_tiling: bool = False
     edit: bool = False
     image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
+    quality: str | None = None
     loras: tuple[LoraSpec, ...] = ()
     uploads: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
@@ -115,6 +117,7 @@ class PictureRequest:
             vae_tiling=self.vae_tiling,
             edit=self.edit,
             image_guidance_scale=self.image_guidance_scale,
+            quality=self.quality,  # type: ignore[arg-type]  # it is checked there
         )
 
     @property

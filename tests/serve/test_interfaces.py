@@ -122,6 +122,18 @@ def test_a_picture_is_changed_where_a_mask_says(serving, tmp_path):
 
 
 @SLOW
+def test_a_preset_leaves_out_what_the_commands_leave_out(serving, tmp_path):
+    told = job(serving, seed=2, steps=4, count=3, quality="high")
+    expected = made(tmp_path, "a red circle", seed=2, steps=4, num_images=3, quality="high", **SIZE)
+    for one, own in zip(told["images"], expected, strict=True):
+        data = image(serving, one)
+        assert np.abs(pixels(data) - own).max() <= LEVELS
+    whole = made(tmp_path / "whole", "a red circle", seed=2, steps=4, **SIZE)[0]
+    assert np.abs(expected[0] - whole).max() > LEVELS
+    assert "guidance" in Image.open(io.BytesIO(data)).info["sdtrt"]
+
+
+@SLOW
 def test_the_openai_package_makes_and_changes_pictures(serving, tmp_path):
     import openai
 
