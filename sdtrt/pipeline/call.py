@@ -58,6 +58,7 @@ class PipelineCall:
         generators: that go on where another call left them; None for new ones of the seeds.
         controls: one for each ControlNet of the pipeline.
         image_guidance_scale: how closely an edit keeps to `start`.
+        negative_prompts: one for each image, where they have not all the same; all of them say something, or none.
     """
 
     prompts: tuple[str, ...]
@@ -74,6 +75,7 @@ class PipelineCall:
     generators: tuple[torch.Generator, ...] | None = None
     controls: tuple[Control, ...] = ()
     image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
+    negative_prompts: tuple[str, ...] = ()
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
@@ -172,13 +174,13 @@ class PipelineCall:
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""
         plan = opened.spec.text
+        negatives = list(self.negative_prompts) or [self.negative_prompt] * len(self.prompts)
         if plan.is_own:
             guided = self.guidance_scale > 1 and not opened.spec.model.embeds_guidance
-            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, guided)
+            return states_of(opened.pipe, plan, self.prompts, negatives, guided)
         if type(opened.pipe).__name__ in LCM_PIPELINES:  # it takes no negative prompt
             return {"prompt": list(self.prompts)}
-        negative = [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None
-        return {"prompt": list(self.prompts), "negative_prompt": negative}
+        return {"prompt": list(self.prompts), "negative_prompt": negatives if any(negatives) else None}
 
 
 def _scales_timesteps(pipe: Any) -> bool:

@@ -339,14 +339,14 @@ class Run:
         self.stages.check_weights()
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
-            metadata = metadata_of(self.spec, self.stages.first, self.settings, job, size)
+            own = replace(self.spec, negative_prompt=self._negative(job))
+            metadata = metadata_of(own, self.stages.first, self.settings, job, size)
             path = self.output.save(image, metadata, prompt=job.prompt, seed=job.seed)
             self.console.note(f"{batch_name([job], number, len(jobs))}: {path}")
             found.append((path, job, image))
         seconds = (time.perf_counter() - start) / len(batch)
-        negative = self.spec.negative_prompt
         return [
-            GeneratedImage(path, job.seed, job.prompt, negative, image.width, image.height, seconds)
+            GeneratedImage(path, job.seed, job.prompt, self._negative(job), image.width, image.height, seconds)
             for path, job, image in found
         ]
 
@@ -411,7 +411,11 @@ class Run:
             generators=generators_of([job.seed for job in batch]),
             controls=self.controls,
             image_guidance_scale=spec.image_guidance_scale,
+            negative_prompts=tuple(map(self._negative, batch)),
         )
+
+    def _negative(self, job: Job) -> str:
+        return self.spec.negative_prompt if job.negative_prompt is None else job.negative_prompt
 
     def _check_finite(self, bad: str | None, steps: int, opened: OpenPipeline) -> None:
         """Refuse an image that would come out black."""

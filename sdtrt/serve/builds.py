@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 from sdtrt.serve.jobs import Failure, Picture
 from sdtrt.serve.log import Log
@@ -68,7 +69,7 @@ class Builds:
     async def _built_by(self, worker: WorkerProcess, picture: Picture) -> Failure | None:
         """Follow a build. Raises `WorkerGone`."""
         request, failure = picture.job.request, None
-        data = {**plain(request), "units": [], "jobs": [[picture.drawn.prompt, picture.drawn.seed]]}
+        data = {**plain(request), "units": [], "jobs": [astuple(picture.drawn)]}
         async for frame in await worker.ask("build", data, list(request.uploads.values()), BUILD_PATIENCE_S):
             if frame.kind == "log":
                 self._log.info("build", job=picture.job.id, text=frame.data["text"])

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,7 @@ class Dispatcher:
         self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch])
         request = batch[0].job.request
         data = {**plain(request), "units": [one.id for one in batch]}
-        data["jobs"] = [[one.drawn.prompt, one.drawn.seed] for one in batch]
+        data["jobs"] = [astuple(one.drawn) for one in batch]
         try:
             answers = await worker.ask("make", data, list(request.uploads.values()), PATIENCE_S)
             following = _Following(self, batch)

@@ -90,7 +90,8 @@ class Job:
         """A job whose pictures have the prompt and the seeds that the commands would give them."""
         job, key = cls(request, client, interface), request.key
         drawn = Jobs.of(spec)
-        job.pictures = [Picture(job, number, one, key) for number, one in enumerate(drawn.batch(0, len(drawn)))]
+        own = [replace(one, negative_prompt=request.negative_prompt) for one in drawn.batch(0, len(drawn))]
+        job.pictures = [Picture(job, number, one, key) for number, one in enumerate(own)]
         return job
 
     @property

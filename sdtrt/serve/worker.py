@@ -227,7 +227,7 @@ def _batch(frame: Frame) -> Batch:
     for name, data in uploads.items():
         Path(name).write_bytes(data)
     request = PictureRequest.from_json(frame.data["request"], uploads)
-    return Batch(request, tuple(Drawn(prompt, seed) for prompt, seed in frame.data["jobs"]))
+    return Batch(request, tuple(Drawn(*one) for one in frame.data["jobs"]))
 
 
 def _memory() -> dict[str, int]:

@@ -79,6 +79,7 @@ def test_a_full_queue_takes_a_request_whole_or_not_at_all():
 def test_what_differs_in_anything_but_prompt_seed_and_number_shares_no_call():
     base = PictureRequest("x", seed=1)
     assert PictureRequest("y", seed=2, count=3).key == base.key
+    assert PictureRequest("x", negative_prompt="z").key == PictureRequest("x", negative_prompt="w").key
     for other in ({"steps": 9}, {"guidance_scale": 2.0}, {"negative_prompt": "z"}, {"uploads": {"init_image": b"1"}}):
         assert PictureRequest("x", **other).key != base.key
     loras = PictureRequest("x", loras=(LoraSpec("a", 0.5),), uploads={"init_image": b"1"})

@@ -128,7 +128,8 @@ def test_what_has_no_engine_is_built_while_the_rest_is_served(server):
         time.sleep(0.02)
     assert server.over(server.post("/api/v1/jobs", {"prompt": PROMPTS[1], **QUICK}))["state"] == "done"
     assert requests.get(server.url + from_image.headers["location"], timeout=30).json()["state"] == "building"
-    assert server.over(from_image)["state"] == "done"
+    told = server.over(from_image)
+    assert told["state"] == "done", told
 
 
 def asked(server, number, expected):
