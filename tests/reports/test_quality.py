@@ -264,6 +264,11 @@ def test_choices_are_timed_and_judged_side_by_side(image, directory, tmp_path):
     with Image.open(tmp_path / "out" / "quality.png") as grid:
         assert grid.size == (3 * 320, 2 * 320 + 24)  # a column a choice, a line a prompt
     report.check()
+    spoilt = replace(half, prompts=(half.prompts[0], replace(half.prompts[1], loss=Loss(psnr_db=math.nan))))
+    broken = replace(report, rows=(exact, fewer, spoilt))
+    assert "failed: precision=bf16: 1 of 2 pictures have values that are not finite" in broken.remarks()
+    with pytest.raises(EngineError, match="precision=bf16 spoils pictures: 1 of 2"):
+        broken.check()
 
 
 @pytest.mark.slow
