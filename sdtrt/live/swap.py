@@ -211,8 +211,9 @@ class Swapped:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
         opened, result = None, None
         own, cut, named = self.prompts.take(args, kwargs)
+        deep_groups = self.settings.deep_groups if self.component == "unet" else ()
         if not self.left:
-            opened = self._opened_for(sizes, (*_groups_of_call(self.component, cut, named), *own, *self._deep_groups))
+            opened = self._opened_for(sizes, (*_groups_of_call(self.component, cut, named), *own, *deep_groups))
         if opened is not None:
             with self.left.where_refused(UnservedCallError):
                 result = opened.call(*cut, **named)
@@ -244,11 +245,6 @@ class Swapped:
                 if self.settings.on_miss == "torch":
                     self.watch.look(self.module)
                 self.left.reason = ""
-
-    @property
-    def _deep_groups(self) -> tuple[Group, ...]:
-        """The group of inputs and outputs of engines that keep deep features."""
-        return self.settings.deep_groups if self.component == "unet" else ()
 
     def _look(self) -> None:
         """Look whether the weights are the engine's."""
@@ -369,25 +365,9 @@ class Swapped:
         session = open_session(entry, self.settings.device, self.scratch)
         self.engines.append(Opened(entry, session, _call_of(self, session, entry.engine_key.profiles)))
         if shallow is not None:
-            self._open_shallow(self.engines[-1], shallow)
+            self.engines[-1] = _with_shallow(self, self.engines[-1], shallow)
         if self.bound is not None:
-            self._follow(self.engines[-1])
-
-    def _open_shallow(self, opened: Opened, entry: Entry) -> None:
-        """Open the engine of a UNet's shallow steps beside another one, and let the steps choose between them."""
-        second = open_session(entry, self.settings.device, self.scratch)
-        forward = CachedForward(opened.session, second, self.settings.device, self.cache, IN_PYTORCH)
-        self.engines[-1] = replace(opened, call=functools.partial(self.rows.run, forward), shallow=second)
-
-    def _follow(self, opened: Opened) -> None:
-        """Have an engine that holds no weights compute with the module's."""
-        assert self.bound is not None
-        session: Any = opened.session
-        self.engines[-1] = replace(opened, call=self.bound.following(session, self._module, opened.call))
-        if (second := opened.shallow) is not None:
-            compute_with(second, session)
-            own, views = cast(Any, second).weight_views(), session.weight_views()
-            assert all(same_memory(one, views[name]) for name, one in own.items()), "weights would not be followed"
+            self.engines[-1] = _followed(self.bound, self.engines[-1], self._module)
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
@@ -460,6 +440,24 @@ def _deep_cache(swapped: ref[Swapped], bound: Bound | None, console: Console) ->
         return DeepCaching() if found is None else found.settings.savings.caching
 
     return DeepCache(caching, console, lambda: 0 if bound is None else bound.changes)
+
+
+def _with_shallow(swapped: Swapped, opened: Opened, entry: Entry) -> Opened:
+    """A UNet's engine with that of its shallow steps beside it, between which each step chooses."""
+    second = open_session(entry, swapped.settings.device, swapped.scratch)
+    forward = CachedForward(opened.session, second, swapped.settings.device, swapped.cache, IN_PYTORCH)
+    return replace(opened, call=functools.partial(swapped.rows.run, forward), shallow=second)
+
+
+def _followed(bound: Bound, opened: Opened, module: ref[torch.nn.Module]) -> Opened:
+    """An engine that holds no weights, computing with the module's; one of shallow steps reads them where it does."""
+    session: Any = opened.session
+    found = replace(opened, call=bound.following(session, module, opened.call))
+    if (second := opened.shallow) is not None:
+        compute_with(second, session)
+        own, views = cast(Any, second).weight_views(), session.weight_views()
+        assert all(same_memory(one, views[name]) for name, one in own.items()), "weights would not be followed"
+    return found
 
 
 def swapped_of(pipe: Any) -> dict[Component, Swapped]:

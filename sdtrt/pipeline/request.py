@@ -275,7 +275,7 @@ def resolve_request(
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
-    pipeline_spec = PipelineSpec(
+    planned = PipelineSpec(
         model,
         backend,
         spec.precision or registry.get(backend).default_precision(),
@@ -296,10 +296,15 @@ def resolve_request(
         others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
         savings=spec.savings,
     )
-    pipeline_spec = _cached(pipeline_spec, console)
-    check_spec(pipeline_spec)
-    _note(pipeline_spec, console)
-    return pipeline_spec
+    return _settled(planned, console)
+
+
+def _settled(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A request with what deep caching comes to in so many steps, checked; what is to be said of it is said."""
+    found = _cached(spec, console)
+    check_spec(found)
+    _note(found, console)
+    return found
 
 
 def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:

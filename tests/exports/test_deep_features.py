@@ -27,7 +27,10 @@ from sdtrt.specs.groups import residual_shapes, with_groups
 
 SIZES = Sizes(2, 72, 104)  # odd at every level
 PROFILE = Profile.of(Sizes(2, 128, 128))
-GROUPS = [(), ("controlnet",), ("ip_adapter:3+4",), ("controlnet", "ip_adapter:4")]
+GROUPS = [
+    ("controlnet", "ip_adapter:3+4"),
+    *(pytest.param(one, marks=pytest.mark.slow) for one in ((), ("controlnet",), ("ip_adapter:4",))),
+]
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
 
 
