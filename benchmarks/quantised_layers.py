@@ -4,7 +4,7 @@
     python benchmarks/quantised_layers.py --model FOLDER --height 512 --width 512 --output layers.json
 
 The inputs are those of a real denoising run in fp32, and all else is computed in fp32: what is left is the error of 8
-bits alone. No compiler runs, so that a CPU will do. A kind is a layer's name within its block (`attn2.to_kv`), spelled
+bits alone. No compiler runs, so that a CPU will do. A kind is a layer's name within its block (attn2.to_kv), spelled
 as engines spell it, with projections fused. `work` is a kind's share of the products of a step's candidates: what it
 could save at most. `kept` names the kinds that are the first to be kept in 16 bits: those with the most error for their
 work, one more in each row, beside the error of all the others together.
@@ -44,7 +44,7 @@ BLOCK = re.compile(r".*\.transformer_blocks\.\d+\.")  # what a layer's name begi
 
 
 def kind_of(layer: str) -> str:
-    """`down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_kv` → `attn2.to_kv`."""
+    """A layer's name within its block: attn2.to_kv, whichever block it is in."""
     return BLOCK.sub("", layer) if BLOCK.match(layer) else layer.rpartition(".")[2]
 
 

@@ -68,8 +68,9 @@ class QuantisedLinear(torch.nn.Module):
         narrow, of_rows = quantised_rows(rows, weight.dtype)
         if weight.dtype == torch.int8:
             return torch._int_mm(narrow, weight.t()).float() * of_rows * of_weight.t()
-        # Row by row, PyTorch gives this in bf16 alone.
-        return torch._scaled_mm(narrow, weight.t(), of_rows, of_weight.t(), out_dtype=torch.bfloat16)
+        # Row by row, PyTorch gives this in bf16 alone. GPUs that add with fewer bits are faster, and 8 bits have fewer.
+        scales = (of_rows, of_weight.t())
+        return torch._scaled_mm(narrow, weight.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=rows.is_cuda)
 
     def _are_few(self, rows: Tensor) -> bool:
         """Whether there are too few rows for a product of 8 bits; a range of sizes is taken to begin beyond them."""

@@ -22,6 +22,7 @@ from sdtrt.exports.quantised import LARGEST, QuantisedLinear, layers_to_quantise
 from sdtrt.models.components import components_of, contract_of, load_component
 from sdtrt.models.resolve import resolve_model
 from sdtrt.reports import doctor
+from sdtrt.reports.inspection import inspect_engine
 from sdtrt.specs import BuildRequest, BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Thresholds, VerifySpec
 
 BOTH = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
@@ -211,6 +212,17 @@ def test_what_runs_once_an_image_keeps_the_default_precision(model, directory, m
     precisions = {one.component: one.precision for one in built}
     assert precisions.pop("unet") == "fp8"
     assert set(precisions.values()) == {backend.default_precision()}
+
+
+def test_inspect_shows_which_layers_are_in_16_bits(model, directory, capsys):
+    for precision, kept in (("int8", KEPT["int8"]), ("bf16", ())):
+        contract = contract_of(model, "unet", precision).to_json()
+        entry = fake_engine(model, directory, precision, contract=contract)
+        report = inspect_engine(entry)
+        report.print()
+        assert report.kept == kept
+        assert (", ".join(kept) in capsys.readouterr().out) or not kept
+        assert {one.dtype for one in report.outputs} == {"bfloat16"}
 
 
 # ----------------------------------------------------------------------------------------------------------- refused
