@@ -55,9 +55,8 @@ def core() -> Any:
 def settings(threads: int) -> dict[str, str]:
     """What a model is compiled and opened with: a compiled model does not keep it.
 
-    The types in the model decide what it computes in: OpenVINO narrows nothing of its own accord. Told to compute in
-    bf16, it narrows the time embedding and all between two layers as well: at Stable Diffusion 1.5's size that has an
-    error of 0.040 where the same layers in an ONNX of bf16 have 0.012, as PyTorch has (`docs/cpu.md`).
+    The types in the model decide what it computes in. OpenVINO can narrow a model of fp32 itself, but at Stable
+    Diffusion 1.5's size that has an error of 0.040, where an ONNX in bf16 has 0.012, as PyTorch has (`docs/cpu.md`).
 
     One stream, as a pipeline runs one call after the other. Threads are not pinned to cores: PyTorch computes on the
     same ones between two runs, and other processes do, too.
