@@ -22,7 +22,7 @@ State = Literal["queued", "building", "running", "done", "error", "cancelled"]
 ENDS: tuple[State, ...] = ("done", "error", "cancelled")
 ID_BYTES = 16  # of a job's name, which nobody guesses
 MOST_EVENTS = 1000  # that a follower may be behind: then it is told the state, and no more each step
-MOST_JOBS = 10_000  # that are remembered
+MOST_JOBS = 2000  # that are remembered
 
 
 @dataclass(frozen=True)

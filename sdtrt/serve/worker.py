@@ -241,7 +241,8 @@ def _memory() -> dict[str, int]:
 
 def serve() -> None:
     """Be a worker: the first frame on stdin says of which server, and in which folder to work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the server
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the server, whose end is this process's
+        signal.signal(number, signal.SIG_IGN)
     pipe = Pipe(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # what libraries print is no frame
     hello = pipe.read()

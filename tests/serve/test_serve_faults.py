@@ -74,6 +74,19 @@ def test_a_full_disk_and_a_bug_end_one_job_in_words_and_the_next_is_made(start, 
 
 
 @SLOW
+def test_a_model_that_memory_has_no_room_for_is_not_loaded(start, monkeypatch):
+    from sdtrt.serve import host_memory
+
+    server = start(backend="torch")
+    with monkeypatch.context() as patch:
+        patch.setattr(host_memory, "available_bytes", lambda: 2**20)
+        answer = requests.post(f"{server.url}/v1/images/generations", json={"prompt": "x"}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "MemoryShortage")
+    assert answer.json()["error"]["message"].startswith("tiny takes 0.01 GiB of memory, and 0.00 are free")
+    assert over(server)["state"] == "done"
+
+
+@SLOW
 def test_loras_are_of_the_servers_list_and_their_pictures_the_commands(start, tmp_path):
     import torch
     from diffusers import StableDiffusionPipeline
