@@ -16,7 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
-from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
+from sdtrt.cli.control_options import BesideOptions, ControlNet, ControlOptions, ImagePromptOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import (
@@ -236,7 +236,7 @@ def build(
     backend: BackendOptions,
     model: ModelOptions,
     lora: LoraOptions,
-    control: ControlNetOptions,
+    beside: BesideOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -246,8 +246,8 @@ def build(
     """
     if backend.backend != ALL:
         backend.check()
-    exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
-    requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
+    exports = exporter.request(beside.into(lora.into(model.spec())), backend.precision or "fp16")
+    requests = [options.request(one, backend, sizes.request()) for one in beside.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
 
@@ -260,6 +260,8 @@ def build(
 @grouped
 def verify(
     options: VerifyOptions,
+    control: ControlOptions,
+    pictures: ImagePromptOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -268,7 +270,8 @@ def verify(
     output: OutputOptions,
 ) -> None:
     """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    named, image = pictures.into(lora.into(model.spec())), {"controls": control.specs(), "ip_images": pictures.specs()}
+    spec = options.spec(named, backend, noise.spec(), **image)
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -281,6 +284,7 @@ def verify(
 @grouped
 def bench(
     options: BenchOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -289,7 +293,7 @@ def bench(
     output: OutputOptions,
 ) -> None:
     """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec())
+    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), control.specs())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

@@ -1,4 +1,4 @@
-"""The options of ControlNets: those of pictures, and those of what is built or shown beside a model."""
+"""The options of ControlNets and IP-Adapters: those of pictures, and those of what is built or shown beside a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ from typing import Annotated
 
 from typer import Option
 
-from sdtrt.specs import PREPROCESSORS, ControlSpec, ExportRequest, controlnet_names
+from sdtrt.specs import (
+    PREPROCESSORS,
+    ControlSpec,
+    ExportRequest,
+    ImagePromptSpec,
+    ModelSpec,
+    controlnet_names,
+)
 
 ControlNet = Annotated[
     str | None, Option("--controlnet", metavar="ID|FOLDER|FILE", help="a ControlNet beside the model, too")
+]
+IpAdapter = Annotated[
+    list[str] | None,
+    Option("--ip-adapter", metavar="FILE|FOLDER|ID", help="an IP-Adapter, which takes a picture; again for more"),
+]
+IpImage = Annotated[
+    list[str] | None,
+    Option("--ip-image", metavar="FILE[:SCALE]", help="the picture for it, and how much it counts; one for each"),
 ]
 
 
@@ -52,8 +67,24 @@ class ControlOptions:
 
 
 @dataclass(frozen=True)
-class ControlNetOptions:
-    """These options name ControlNets that engines are built for."""
+class ImagePromptOptions:
+    """These options name IP-Adapters, and the pictures that they take."""
+
+    ip_adapter: IpAdapter = None
+    ip_image: IpImage = None
+
+    def into(self, model: ModelSpec) -> ModelSpec:
+        """The model with the adapters."""
+        return replace(model, ip_adapters=tuple(self.ip_adapter or ()))
+
+    def specs(self) -> tuple[ImagePromptSpec, ...]:
+        """The pictures that are asked for."""
+        return tuple(map(ImagePromptSpec.parse, self.ip_image or ()))
+
+
+@dataclass(frozen=True)
+class BesideOptions:
+    """These options name what is beside the model that engines are built for."""
 
     controlnet: Annotated[
         list[str] | None,
@@ -63,9 +94,17 @@ class ControlNetOptions:
             help="a ControlNet that the UNet serves; again for more",
         ),
     ] = None
+    ip_adapter: Annotated[
+        list[str] | None,
+        Option("--ip-adapter", metavar="FILE|FOLDER|ID", help="an IP-Adapter that the UNet serves; again for more"),
+    ] = None
+
+    def into(self, model: ModelSpec) -> ModelSpec:
+        """The model with the IP-Adapters; ControlNets come one by one (`beside`)."""
+        return replace(model, ip_adapters=tuple(self.ip_adapter or ()))
 
     def beside(self, exports: ExportRequest) -> list[ExportRequest]:
-        """What is to be exported with each of them: all for the first, for the next ones what is theirs alone."""
+        """What is to be exported with each ControlNet: all for the first, for the next ones what is theirs alone."""
         names = controlnet_names(self.controlnet or ())
         wanted = not exports.components or "controlnet" in exports.components
         first, *others = [_with(exports, name) for name in names] or [exports]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from typer import Option
 
@@ -24,6 +24,7 @@ from sdtrt.specs import (
     BaselineName,
     BenchSpec,
     BenchTask,
+    ControlSpec,
     GenerateSpec,
     ModelSpec,
     NoiseSpec,
@@ -64,14 +65,18 @@ class VerifyOptions:
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> VerifySpec:
-        """The comparison that is asked for. Raises `UsageError` for a random seed: who fails wants to see it again."""
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, **image: Any) -> VerifySpec:
+        """The comparison that is asked for; `image` holds ControlNets, and pictures for IP-Adapters.
+
+        Raises:
+            UsageError: for a random seed, as who fails wants to see it again.
+        """
         backend.check()
         if self.seed == RANDOM_SEED:
             raise UsageError(
                 f"verify takes no random seed, got {self.seed}", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
             )
-        image = GenerateSpec(
+        asked = GenerateSpec(
             prompts=(self.prompt,),
             model=model,
             backend=backend.backend,
@@ -85,11 +90,12 @@ class VerifyOptions:
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
             noise=noise,
+            **image,
         )
         thresholds = Thresholds(
             self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
         )
-        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+        return VerifySpec(asked, self.engine, self.timesteps, thresholds, self.output)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,9 @@ class BenchOptions:
     overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> BenchSpec:
+    def spec(
+        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, controls: tuple[ControlSpec, ...] = ()
+    ) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
         return BenchSpec(
@@ -144,6 +152,7 @@ class BenchOptions:
             overwrite=self.overwrite,
             allow_build=not self.no_build,
             noise=noise,
+            controls=controls,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

@@ -10,7 +10,7 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import choose_components, groups_of, precision_of
-from sdtrt.models.loading import check_loras
+from sdtrt.models.loading import check_ip_adapters, check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import Component, ExportRequest, ExportSpec, Precision
@@ -32,12 +32,13 @@ def export_specs(
     if model.missing and not request.components:
         console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
     check_loras(model)
+    check_ip_adapters(model)
     asked = request.common.precision
     for name in choose_components(model, request.components):
         own = fitting(model, name, asked)
         if own != asked:
             console.note(f"{name}: in {own}, as this model's VAE overflows in {asked} (force_upcast)")
-        groups = (request.common.groups or groups_of(model)) if name == "unet" else ()
+        groups = (request.common.groups or (*groups_of(model), *model.groups)) if name == "unet" else ()
         yield replace(request.common, component=name, precision=own, groups=groups)
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
 
 from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline import pixels
+from sdtrt.pipeline.control_images import ControlImage
+from sdtrt.pipeline.masks import Box
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.previews import Preview
 from sdtrt.pipeline.text_states import states_of
-from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning
+from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning, Sizes
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     mode: int | None = None
+
+    @classmethod
+    def of(cls, one: ControlImage, sizes: Sizes, box: Box | None = None) -> Self:
+        """What a ControlNet of a request goes by, at a pipeline's size; `box` is as of `ControlImage.fitted`."""
+        asked = one.spec
+        return cls(one.fitted(sizes.height, sizes.width, box), asked.scale, asked.start, asked.end, asked.mode)
 
 
 @dataclass(frozen=True)

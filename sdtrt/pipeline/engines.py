@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sdtrt.backends import registry
@@ -16,7 +17,6 @@ from sdtrt.models.components import contract_of, part_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
-from sdtrt.specs.image_prompts import token_counts
 
 
 def ensure_engines(
@@ -96,9 +96,7 @@ def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineErro
     return EngineError(
         f"no {request.backend} {request.precision} engine for the {names} of {request.model.spec.name} fits"
         f"{_describe(request)}",
-        hint=build_command(request, directory)
-        if not token_counts(request.groups)
-        else "leave --no-build out: engines with inputs for IP-Adapters are built on the spot",
+        hint=build_command(request, directory),
     )
 
 
@@ -145,8 +143,8 @@ def _note_loras(request: EngineRequest, component: Component, directory: EngineD
     )
 
 
-def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
-    """The command that builds the engines of a pipeline."""
+def build_command(request: EngineRequest, directory: EngineDirectory, further: Sequence[str] = ()) -> str:
+    """The command that builds the engines of a pipeline, and those of further ControlNets, by their names."""
     model = request.model.spec
     words = ["sdtrt", "build", "--model", model.name, "--backend", request.backend, "--precision", request.precision]
     words += [word for name in request.components for word in ("--component", name)]
@@ -156,7 +154,9 @@ def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += [word for one in model.loras for word in ("--lora", str(one))]
-    words += ["--controlnet", model.controlnet] if model.controlnet is not None else []
+    controlnets = () if model.controlnet is None else (model.controlnet, *further)
+    words += [word for name in controlnets for word in ("--controlnet", name)]
+    words += [word for name in model.ip_adapters for word in ("--ip-adapter", name)]
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 

@@ -183,7 +183,7 @@ def _plan(
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
     first = resolve_fastest(spec, model, directory, console, init, maps)
-    check_modes(spec, first)
+    check_modes(spec.controls, (first.model, *first.others.values()))
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:
         first = replace(first, components=without(first, "vae_decoder"))
@@ -282,10 +282,7 @@ def _fitted(
     sizes, box = pipeline_spec.sizes, start.box if isinstance(start, masks.Inpainting) else None
     if box is None:
         control_images.note_sizes(controls, sizes.height, sizes.width, console)
-    return tuple(
-        Control(one.fitted(sizes.height, sizes.width, box), one.spec.scale, one.spec.start, one.spec.end, one.spec.mode)
-        for one in controls
-    )
+    return tuple(Control.of(one, sizes, box) for one in controls)
 
 
 @dataclass(frozen=True)

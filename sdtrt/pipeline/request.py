@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,6 +34,7 @@ from sdtrt.specs import (
     SIZE_MULTIPLE,
     BackendName,
     Component,
+    ControlSpec,
     GenerateSpec,
     Group,
     NoiseSpec,
@@ -217,7 +218,7 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
-    model, *others = _controlled(spec, model, console)
+    model, *others = controlled(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
@@ -239,7 +240,7 @@ def resolve_request(
         strength=spec.strength if img2img else 1.0,
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
-        others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
+        others=named_others(others),
     )
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
@@ -254,10 +255,10 @@ def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
     if spec.conditioning.given and not model.is_sdxl:
         option = next(iter(spec.conditioning.given)).replace("_", "-")
         raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
-    _check_together(spec, model, img2img=img2img)
+    check_together(spec, model, img2img=img2img)
 
 
-def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
+def check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
     """Refuse what a model takes one by one, and no pipeline of diffusers takes at once."""
     if spec.controls and model.embeds_guidance and (img2img or spec.upscale is not None):
         where = "from an image" if img2img else "in a second pass"
@@ -273,7 +274,7 @@ def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
         )
 
 
-def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
+def controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
     """A model with each ControlNet of a request; the model itself where there is none."""
     if not spec.controls:
         yield model
@@ -281,16 +282,23 @@ def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[
         yield with_controlnet(model, one.name, console)
 
 
-def check_modes(spec: GenerateSpec, pipeline_spec: PipelineSpec) -> None:
+def named_others(models: Sequence[Model]) -> dict[str, Model]:
+    """The models with further ControlNets, by the names that their engines have among a pipeline's: `controlnet_2`."""
+    return {f"controlnet_{number}": model for number, model in enumerate(models, 2)}
+
+
+def check_modes(controls: Sequence[ControlSpec], models: Iterable[Model]) -> None:
     """Refuse a union of ControlNets without a mode that it has, or beside others, and a mode of what is no union.
+
+    Args:
+        models: with each of the ControlNets.
 
     Raises:
         UsageError: naming the ControlNet.
     """
-    models = (pipeline_spec.model, *pipeline_spec.others.values())
-    for one, model in zip(spec.controls, models, strict=False):
+    for one, model in zip(controls, models, strict=False):
         is_union, modes = model.class_name(CONTROLNET) == UNION, model.config(CONTROLNET).get("num_control_type", 6)
-        if is_union and len(spec.controls) > 1:
+        if is_union and len(controls) > 1:
             raise UsageError(f"{one.name} is a union of ControlNets: it runs alone", hint="leave the others out")
         if is_union and (one.mode is None or one.mode >= modes):
             what = "no mode says which of them" if one.mode is None else f"it has no mode {one.mode}"

@@ -15,7 +15,7 @@ from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
 from sdtrt.common.metrics import cosine, count_non_finite, max_abs, psnr, relative_l2, ssim
-from sdtrt.specs import Component, Thresholds
+from sdtrt.specs import Thresholds
 
 MAX_PSNR_DB = 200.0  # reported for equal images, whose PSNR is infinite: beyond what two unequal float32 images have
 
@@ -65,7 +65,7 @@ class VerifyReport:
         settings: what was run, as plain data.
         failures: what missed its threshold, in words.
         files: the pictures that were written.
-        engines: name and digest of the engine's entry, for each component that an engine ran.
+        engines: name and digest of the engine's entry, for each component that an engine ran (also `controlnet_2`).
         same_weights: whether the UNet's engine was built from this model's weights; None where there is no engine.
         rebuild: the command that builds the other components' engines again; empty where there are none.
         removal: the command that removes the UNet's engine; empty where there is none.
@@ -77,7 +77,7 @@ class VerifyReport:
     image: ImageError
     failures: tuple[str, ...]
     files: Mapping[str, Path]
-    engines: Mapping[Component, Mapping[str, str]]
+    engines: Mapping[str, Mapping[str, str]]
     same_weights: bool | None
     rebuild: str
     removal: str
