@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import ref
 
 import torch
@@ -40,10 +40,11 @@ from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.watch import refuse_changes
-from sdtrt.specs import AUTO, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
+from sdtrt.specs import AUTO, COMPONENTS, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
 
+CONTROLNET: Component = "controlnet"
 PipeT = TypeVar("PipeT")
-Parts = Mapping[Component, Swapped]
+Parts = Mapping[str, Swapped]
 
 _CHANGING = threading.RLock()  # pipelines may share modules, and builders want the GPU's memory to themselves
 
@@ -177,17 +178,35 @@ class _Choices:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to run in engines, which ones, and what runs in engines by now and stays."""
+    """What is to run in engines, which ones, and what runs in engines by now and stays.
 
-    model: LiveModel
+    Args:
+        others: the request of each further ControlNet, by its name, `controlnet_2`.
+    """
+
     request: EngineRequest
+    others: Mapping[str, EngineRequest]
     settings: Settings
     staying: Parts
 
     @property
-    def coming(self) -> list[Component]:
-        """Those that run in no engine yet, or in one that does not serve."""
-        return [name for name in self.request.components if name not in self.staying]
+    def coming(self) -> dict[str, Swapped]:
+        """What is to stand in the place of those that run in no engine yet, or in one that does not serve."""
+        names = (*self.request.components, *self.others)
+        return {name: self._swapped(name) for name in names if name not in self.staying}
+
+    def _swapped(self, name: str) -> Swapped:
+        settings = self.settings.of(name)
+        model, component = settings.model, _component_of(name)
+        return Swapped(model.modules[part_of(component)], component, settings, _digest(model, component, settings))
+
+    def engines(self) -> dict[str, Entry]:
+        """Find or build all engines."""
+        directory, console = self.settings.directory, self.settings.console
+        found: dict[str, Entry] = dict(ensure_engines(self.request, directory, console).items())
+        for name, request in self.others.items():
+            found[name] = ensure_engines(request, directory, console)[CONTROLNET]
+        return found
 
 
 def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
@@ -201,14 +220,24 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     modules = {part: ref(module) for part, module in model.modules.items()}
     fixed = (name, precision, choices.directory, device, choices.on_miss, console, threading.RLock())
     settings = Settings(model.spec, model.stored, modules, *fixed)
-    there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
+    there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, part, settings)}
     wanted = _components(pipe, model, choices.components, there)
     request = choices.request(model, name, precision, wanted, device, _groups(pipe))
+    further = model.others if CONTROLNET in wanted else {}
+    others = {part: replace(request, model=one, components=(CONTROLNET,)) for part, one in further.items()}
     for component in wanted:
-        contract_of(model, component, precision, request.groups_of(component))
-        backend.check_groups(request.groups_of(component))
-        refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
-    return _Plan(model, request, settings, {part: one for part, one in there.items() if part in wanted})
+        _check(model, component, request)
+    for one in further.values():
+        _check(one, CONTROLNET, request)
+    return _Plan(request, others, settings, {part: one for part, one in there.items() if part in (*wanted, *others)})
+
+
+def _check(model: LiveModel, component: Component, request: EngineRequest) -> None:
+    """Refuse a component that no engine can be made of, before any is."""
+    backend, groups = registry.get(request.backend), request.groups_of(component)
+    contract_of(model, component, request.precision, groups)
+    backend.check_groups(groups)
+    refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
 
 
 def _main_module(model: LiveModel) -> torch.nn.Module:
@@ -242,7 +271,7 @@ def _groups(pipe: Any) -> tuple[Group, ...]:
 
 
 def _components(
-    pipe: Any, model: LiveModel, names: tuple[Component, ...] | None, there: Iterable[Component]
+    pipe: Any, model: LiveModel, names: tuple[Component, ...] | None, there: Iterable[str]
 ) -> tuple[Component, ...]:
     """The components that engines are to run: those named, else all that the pipeline calls, and what runs in one."""
     if names is not None:
@@ -263,13 +292,11 @@ def _swap(pipe: Any, plan: _Plan) -> None:
     lock = next((one.settings.lock for one in plan.staying.values()), plan.settings.lock)
     settings = replace(plan.settings, lock=lock)
     leaving = [one for name, one in swapped_of(pipe).items() if name not in plan.staying]
-    new = {
-        name: Swapped(plan.model.modules[part_of(name)], name, settings, _digest(plan.model, name, settings))
-        for name in plan.coming
-    }
+    plan = replace(plan, settings=settings)
+    new = plan.coming
     with _closed_on_failure(new.values()):
         _park(new.values())
-        entries = ensure_engines(plan.request, settings.directory, settings.console)
+        entries = plan.engines()
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
@@ -277,8 +304,8 @@ def _swap(pipe: Any, plan: _Plan) -> None:
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
         _open({**plan.staying, **new}, entries, scratch)
-    for one in plan.staying.values():
-        one.settings = settings
+    for name, one in plan.staying.items():
+        one.settings = settings.of(name)
     for one in new.values():
         one.attach()
     if settings.device.type == "cuda":
@@ -292,7 +319,7 @@ def _park(parts: Iterable[Swapped]) -> None:
         memory.release()
 
 
-def _open(parts: Parts, entries: Mapping[Component, Entry], scratch: Scratch) -> None:
+def _open(parts: Parts, entries: Mapping[str, Entry], scratch: Scratch) -> None:
     """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
     for name in memory.by_scratch(entries):
         with parts[name].settings.lock:
@@ -307,8 +334,15 @@ def _digest(model: LiveModel, component: Component, settings: Settings) -> str:
     return model.digest(component, backend.precision_of(model, component, settings.precision))
 
 
-def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:
-    """Whether what runs a component already is of the backend, precision and directory asked for, and these weights."""
+def _component_of(name: str) -> Component:
+    """The component that a part is by its name: each further ControlNet is one as the first."""
+    return cast(Component, name) if name in COMPONENTS else CONTROLNET
+
+
+def _serves(one: Swapped, name: str, settings: Settings) -> bool:
+    """Whether what runs a part already is of the backend, precision and directory asked for, and of these weights."""
+    if (part_of(_component_of(name)) if name in COMPONENTS else name) not in settings.modules:
+        return False
     own = one.settings
     same = (own.backend, own.precision, own.directory.path, own.device) == (
         settings.backend,
@@ -317,7 +351,7 @@ def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:
         settings.device,
     )
     fits = one.table is None or one.table.fits(one.module)
-    return same and fits and one.watch.digest == _digest(model, one.component, settings)
+    return same and fits and one.watch.digest == _digest(settings.of(name).model, one.component, settings)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from sdtrt.live.live_text import LiveText, encodes, least_rows
 from sdtrt.live.steps import Steps
 from sdtrt.live.token_table import TokenTable
 from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of, sizes_of
-from sdtrt.models.live import LiveModel, component_tensors
+from sdtrt.models.live import LiveModel, component_tensors, controlnets_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import tiles
 from sdtrt.pipeline.control_forward import ControlNetForward
@@ -43,6 +43,7 @@ from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import (
+    COMPONENTS,
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
     BackendName,
@@ -102,6 +103,12 @@ class Settings:
         """The model as the pipeline has it now."""
         modules = {name: module for name, one in self.modules.items() if (module := one()) is not None}
         return LiveModel(self.spec, modules, self.stored)
+
+    def of(self, name: str) -> Settings:
+        """Those of one part: of a further ControlNet (`controlnet_2`) they have it in the place of the first one."""
+        if name in COMPONENTS:
+            return self
+        return replace(self, modules={**self.modules, "controlnet": self.modules[name]})
 
     def request(self, sizes: Sizes, component: Component, groups: tuple[Group, ...]) -> EngineRequest:
         """The engine for a call of one component; `sizes` are that call's."""
@@ -422,14 +429,17 @@ class Swapped:
         return getattr, (self.module, self.method)  # what is read has the class's own by then
 
 
-def swapped_of(pipe: Any) -> dict[Component, Swapped]:
-    """What engines run of a pipeline's modules, whichever pipeline they were accelerated through."""
-    found: dict[Component, Swapped] = {}
+def swapped_of(pipe: Any) -> dict[str, Swapped]:
+    """What engines run of a pipeline's modules, whichever pipeline they were accelerated through: by their components,
+    further ControlNets as `controlnet_2`, ….
+    """
+    found: dict[str, Swapped] = {}
     for component in METHODS:
-        module = getattr(pipe, part_of(component), None)
-        module = getattr(module, "_orig_mod", module)  # that of torch.compile
-        if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
-            found[component] = _SWAPPED[module][component]
+        part = {component: getattr(pipe, part_of(component), None)}
+        for name, module in (controlnets_of(pipe) if component == "controlnet" else part).items():
+            module = getattr(module, "_orig_mod", module)  # that of torch.compile
+            if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
+                found[name] = _SWAPPED[module][component]
     return found
 
 
