@@ -48,6 +48,7 @@ FEATURES = (
     "ControlNet, `--controlnet`",
     "ControlNet unions (in PyTorch, beside an engine)",
     "T2I-Adapter",
+    "T2I-Adapter, `--t2i-adapter`",
     "IP-Adapter, on a live pipeline",
     "IP-Adapter, `--ip-adapter`",
     "Edits by instruct-pix2pix models (`--edit`)",

@@ -16,7 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
-from sdtrt.cli.control_options import BesideOptions, ControlNet, ControlOptions, ImagePromptOptions
+from sdtrt.cli.control_options import AdapterOptions, BesideOptions, ControlNet, ControlOptions, ImagePromptOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import (
@@ -93,6 +93,7 @@ def root(
 def txt2img(
     generate: GenerateOptions,
     control: ControlOptions,
+    adapter: AdapterOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -110,6 +111,7 @@ def txt2img(
         "conditioning": sizes.spec(),
         "refiner": refiner.spec(named),
         "controls": control.specs(),
+        "adapters": adapter.specs(),
     }
     image |= {"upscale": upscale.spec()}
     _generate(generate.spec(named, backend, **image), directory, output)

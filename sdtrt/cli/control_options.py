@@ -10,6 +10,7 @@ from typer import Option
 
 from sdtrt.specs import (
     PREPROCESSORS,
+    AdapterSpec,
     ControlSpec,
     ExportRequest,
     ImagePromptSpec,
@@ -67,6 +68,24 @@ class ControlOptions:
 
 
 @dataclass(frozen=True)
+class AdapterOptions:
+    """These options name T2I-Adapters, and the pictures that they go by."""
+
+    t2i_adapter: Annotated[
+        list[str] | None,
+        Option("--t2i-adapter", metavar="ID|FOLDER[:SCALE]", help="a T2I-Adapter, and its scale; again for more"),
+    ] = None
+    t2i_image: Annotated[
+        list[Path] | None,
+        Option("--t2i-image", metavar="FILE", help="the picture that it goes by; one for each, in their order"),
+    ] = None
+
+    def specs(self) -> tuple[AdapterSpec, ...]:
+        """The T2I-Adapters that are asked for."""
+        return AdapterSpec.parse_all(self.t2i_adapter or (), [path.expanduser() for path in self.t2i_image or ()])
+
+
+@dataclass(frozen=True)
 class ImagePromptOptions:
     """These options name IP-Adapters, and the pictures that they take."""
 
@@ -98,10 +117,14 @@ class BesideOptions:
         list[str] | None,
         Option("--ip-adapter", metavar="FILE|FOLDER|ID", help="an IP-Adapter that the UNet serves; again for more"),
     ] = None
+    t2i_adapter: Annotated[
+        str | None,
+        Option("--t2i-adapter", metavar="ID|FOLDER", help="a T2I-Adapter that the UNet serves, with all others"),
+    ] = None
 
     def into(self, model: ModelSpec) -> ModelSpec:
-        """The model with the IP-Adapters; ControlNets come one by one (`beside`)."""
-        return replace(model, ip_adapters=tuple(self.ip_adapter or ()))
+        """The model with the adapters; ControlNets come one by one (`beside`)."""
+        return replace(model, ip_adapters=tuple(self.ip_adapter or ()), t2i_adapter=self.t2i_adapter)
 
     def beside(self, exports: ExportRequest) -> list[ExportRequest]:
         """What is to be exported with each ControlNet: all for the first, for the next ones what is theirs alone."""

@@ -25,6 +25,7 @@ _OF = {
     **dict.fromkeys(("timestep_spacing", "sigmas", "eta"), ("scheduler",)),
     **dict.fromkeys([f"control_{one}" for one in ("image", "start", "end", "preprocessor", "mode")], ("controlnet",)),
     "ip_image": ("ip_adapter",),
+    "t2i_image": ("t2i_adapter",),
 }
 
 

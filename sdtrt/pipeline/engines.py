@@ -157,6 +157,7 @@ def build_command(request: EngineRequest, directory: EngineDirectory, further: S
     controlnets = () if model.controlnet is None else (model.controlnet, *further)
     words += [word for name in controlnets for word in ("--controlnet", name)]
     words += [word for name in model.ip_adapters for word in ("--ip-adapter", name)]
+    words += ["--t2i-adapter", model.t2i_adapter] if model.t2i_adapter is not None else []
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 

@@ -21,7 +21,9 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import control_images, images, masks, memory, prompts, recipes, saving
+from sdtrt.models.t2i_adapters import PART as ADAPTER
+from sdtrt.pipeline import adapter_images, control_images, images, masks, memory, prompts, recipes, saving
+from sdtrt.pipeline.adapter_images import AdapterImage
 from sdtrt.pipeline.call import Control, PipelineCall, generators_of
 from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.fastest import resolve_fastest
@@ -32,7 +34,7 @@ from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
 from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec, check_modes
-from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.settings import adapter_facts, metadata_of, refiner_facts, settings_of, upscale_facts
 from sdtrt.pipeline.upscaling import Upscaler, load_upscaler, open_upscaler, plan_upscale, without
 from sdtrt.specs import GenerateSpec
 
@@ -118,10 +120,12 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
     controls = control_images.read_control_images(spec, init, console)
+    adapters = adapter_images.read_adapter_images(spec, console)
     _warn_of_texts(spec, console)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
-        plan = _plan(spec, directory, console, init, [one.picture for one in controls])
+        maps = [*(one.picture for one in controls), *(one.picture for one in adapters)]
+        plan = _plan(spec, directory, console, init, maps)
         start = _started(plan.spec, plan.first, init, mask)
         fitted = _fitted(controls, plan.first, start, console)
         larger = _fitted(controls, plan.larger, None) if plan.larger is not None else ()
@@ -131,14 +135,15 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 prompts.warn_truncated(stages.first.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
                 settings = settings_of(plan.spec, stages.first, init, mask, controls, directory, pictures)
-                settings |= plan.facts(directory)
+                settings |= {**adapter_facts(stages.first, adapters, directory), **plan.facts(directory)}
                 stages.check_files()  # so that they are of the weights that were loaded
             if spec.recipe is not None:
                 recipes.tell_differences(spec.recipe, settings, console)
             stages.scale_adapters([one.scale for one in spec.ip_images])
             with _previewing(spec, stages.first, tiny, output, console) as preview:
                 shown = tuple(one.pixels for one in pictures)
-                run = _Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
+                given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
+                run = _Run(*given, _adapted(adapters, plan.first, console))
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
     return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
@@ -285,12 +290,25 @@ def _fitted(
     return tuple(Control.of(one, sizes, box) for one in controls)
 
 
+def _adapted(
+    adapters: Sequence[AdapterImage], pipeline_spec: PipelineSpec, console: Console
+) -> tuple[tuple[Image.Image, float], ...]:
+    """What T2I-Adapters go by, in the size that the pipeline works at, and how much each counts."""
+    sizes, models = pipeline_spec.sizes, (pipeline_spec.model, *pipeline_spec.adapters)
+    control_images.note_sizes(adapters, sizes.height, sizes.width, console, adapter_images.WHAT)
+    return tuple(
+        (one.fitted(sizes.height, sizes.width, model.config(ADAPTER)), one.spec.scale)
+        for one, model in zip(adapters, models, strict=False)
+    )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One request on its open pipelines.
 
     Args:
         controls: what ControlNets go by; in a second pass `larger`, at its size.
+        adapters: what T2I-Adapters go by, and how much each counts.
     """
 
     spec: GenerateSpec
@@ -303,6 +321,7 @@ class _Run:
     preview: Preview | None = None
     pictures: tuple[Image.Image, ...] = ()
     larger: tuple[Control, ...] = ()
+    adapters: tuple[tuple[Image.Image, float], ...] = ()
 
     def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
@@ -354,7 +373,9 @@ class _Run:
         call, stages = self._call(self._filled(batch, size)), self.stages
         made = self._run(stages.first, call, name, size, leaves_latents=stages.passes_latents)
         if stages.refiner is not None:
-            after = replace(call, start=made, until=None, after=stages.refiner.start, pictures=(), controls=())
+            after = replace(
+                call, start=made, until=None, after=stages.refiner.start, pictures=(), controls=(), adapters=()
+            )
             made = self._run(stages.refiner.opened, after, "refiner", size)
         if stages.upscaler is not None:
             second = replace(stages.upscaler.second(call, made), controls=self.larger)
@@ -397,6 +418,7 @@ class _Run:
             until=None if self.stages.refiner is None else self.stages.refiner.start,
             generators=generators_of([job.seed for job in batch]),
             controls=self.controls,
+            adapters=self.adapters,
             image_guidance_scale=spec.image_guidance_scale,
         )
 

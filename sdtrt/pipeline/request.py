@@ -24,8 +24,9 @@ from sdtrt.models.components import (
 from sdtrt.models.controlnets import PART as CONTROLNET
 from sdtrt.models.controlnets import UNION
 from sdtrt.models.loading import check_ip_adapters, check_loras
-from sdtrt.models.resolve import Model, with_controlnet
+from sdtrt.models.resolve import Model, with_controlnet, with_t2i_adapter
 from sdtrt.models.source import ModelSource
+from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.pipeline import images
 from sdtrt.pipeline.text_states import TextPlan, plan_texts
 from sdtrt.pipeline.tiles import tile_side
@@ -102,6 +103,7 @@ class PipelineSpec:
         vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
         others: the model with each further ControlNet in the place of its first one, by the names that their engines
             have among the pipeline's: `controlnet_2`, …
+        adapters: the model with each further T2I-Adapter in the place of its first one.
     """
 
     model: Model
@@ -122,6 +124,7 @@ class PipelineSpec:
     eta: float | None = None
     vae_tiling: bool = False
     others: Mapping[str, Model] = field(default_factory=dict)
+    adapters: tuple[Model, ...] = ()
 
     @property
     def has_engines(self) -> bool:
@@ -219,6 +222,7 @@ def resolve_request(
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
     model, *others = controlled(spec, model, console)
+    model, *adapters = _adapted(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
@@ -241,7 +245,9 @@ def resolve_request(
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
         others=named_others(others),
+        adapters=tuple(adapters),
     )
+    _check_adapters(spec, pipeline_spec)
     check_spec(pipeline_spec)
     note_noise(spec.noise, model, console)
     _note_pytorch(pipeline_spec, console)
@@ -267,6 +273,12 @@ def check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
             f" give it {where}",
             hint=f"leave {'--controlnet' if img2img else '--upscale'} out, or use another model",
         )
+    others = {"--ip-adapter": model.ip_adapters, "--embedding": spec.embeddings}
+    for option in [name for name, given in others.items() if given] if spec.adapters and not model.is_sdxl else ():
+        raise UsageError(
+            f"{model.name} is no SDXL, and diffusers' pipeline for T2I-Adapters takes no {option} then",
+            hint=f"leave --t2i-adapter or {option} out",
+        )
     if spec.edit and model.is_sdxl and model.ip_adapters:
         raise UsageError(
             f"{model.name} is an SDXL that edits, and diffusers' pipeline for it takes no IP-Adapter",
@@ -280,6 +292,37 @@ def controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[M
         yield model
     for one in spec.controls:
         yield with_controlnet(model, one.name, console)
+
+
+def _adapted(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
+    """A model with each T2I-Adapter of a request; the model itself where there is none."""
+    if not spec.adapters:
+        yield model
+    for one in spec.adapters:
+        yield with_t2i_adapter(model, one.name, console)
+
+
+def _check_adapters(spec: GenerateSpec, pipeline_spec: PipelineSpec) -> None:
+    """Refuse a size that T2I-Adapters don't divide, and several that give other numbers of tensors.
+
+    Raises:
+        UsageError: naming the adapter.
+    """
+    models = (pipeline_spec.model, *pipeline_spec.adapters)
+    configs = [model.config(ADAPTER) for model in models if ADAPTER in model.parts]
+    counts = [len(config["channels"]) for config in configs]
+    if len(set(counts)) > 1:
+        raise UsageError(
+            f"{spec.adapters[0].name} gives {counts[0]} tensors, and another T2I-Adapter {counts[-1]}",
+            hint="use T2I-Adapters of one kind together",
+        )
+    for name, side in (("height", pipeline_spec.sizes.height), ("width", pipeline_spec.sizes.width)):
+        factor = configs[0]["downscale_factor"] if configs else 1
+        if side % factor:
+            raise UsageError(
+                f"{name} must be a multiple of {factor} for {spec.adapters[0].name}, got {side}",
+                hint=f"use --{name} {side // factor * factor or factor}",
+            )
 
 
 def named_others(models: Sequence[Model]) -> dict[str, Model]:

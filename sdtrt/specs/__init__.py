@@ -1,5 +1,6 @@
 """Every request, size and contract, and their validation. Names no backend's code, and imports nothing heavy."""
 
+from sdtrt.specs.adapters import AdapterSpec
 from sdtrt.specs.build import (
     DEFAULT_OPSETS,
     BuildRequest,
@@ -124,6 +125,7 @@ __all__ = [
     "SIGMAS",
     "SIZE_MULTIPLE",
     "TIMESTEP_SPACINGS",
+    "AdapterSpec",
     "BackendName",
     "BaselineName",
     "BenchSpec",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from sdtrt.common.errors import ModelError
-from sdtrt.specs.choices import Group, Precision
+from sdtrt.specs.choices import SIZE_MULTIPLE, Group, Precision
 from sdtrt.specs.contract import (
     BATCH,
     DTYPES,
@@ -37,6 +37,9 @@ _USUAL = {
     "layers_per_block": 2,
     "cross_attention_dim": 1280,
 }
+
+
+_USUAL_ADAPTER = {"channels": (320, 640, 1280, 1280), "downscale_factor": 8}
 
 
 def down_residual(index: int) -> str:
@@ -130,6 +133,22 @@ def adapter_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     last = len(blocks) - 1
     halved = (index + (name == "DownBlock2D" and index < last) for index, name in enumerate(blocks))
     return [*((channels[index], 2**times) for index, times in enumerate(halved)), (channels[-1], 2**last)]
+
+
+def adapter_mismatch(config: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """What a T2I-Adapter has otherwise than a UNet takes it: the fact, its own and the UNet's; None where it fits.
+
+    Args:
+        config: the adapter's.
+        unet: the UNet's.
+    """
+    wanted, config = adapter_shapes(unet), {**_USUAL_ADAPTER, **config}
+    channels = list(config["channels"])
+    facts = {
+        "list of channels": (channels, [one for one, _ in wanted][: len(channels)]),
+        "downscale_factor": (config["downscale_factor"], wanted[0][1] * SIZE_MULTIPLE),
+    }
+    return next(((fact, own, fitting) for fact, (own, fitting) in facts.items() if own != fitting), None)
 
 
 def _blocks_of(config: Mapping[str, Any]) -> tuple[list[int], list[str]]:
