@@ -114,39 +114,60 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
+    read = _read(spec, console)
+    _warn_of_texts(spec, console)
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
+        plan = _plan(spec, directory, console, read)
+        start = _started(plan.spec, plan.first, read.init, read.mask)
+        fitted = _fitted(read.controls, plan.first, start, console)
+        larger = _fitted(read.controls, plan.larger, None) if plan.larger is not None else ()
+        adapted = _adapted(read.adapters, plan.first, console)
+        tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
+        with _opened(plan, directory, console) as stages:
+            if spec.prompt_syntax == "plain":
+                prompts.warn_truncated(stages.first.pipe, spec, console)
+            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
+                settings = _settings(plan, stages.first, read, directory)
+                stages.check_files()  # so that they are of the weights that were loaded
+            if spec.recipe is not None:
+                recipes.tell_differences(spec.recipe, settings, console)
+            stages.scale_adapters([one.scale for one in spec.ip_images])
+            with _previewing(spec, stages.first, tiny, output, console) as preview:
+                shown = tuple(one.pixels for one in read.pictures)
+                given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger, adapted)
+                run = _Run(*given)
+                load_seconds = time.perf_counter() - began
+                made = run.make_all(jobs)
+    return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The pictures that a request goes by, as they were read; `pictures` are those of IP-Adapters."""
+
+    init: images.InitImage | None
+    mask: masks.Mask | None
+    controls: tuple[ControlImage, ...]
+    adapters: tuple[AdapterImage, ...]
+    pictures: tuple[images.InitImage, ...]
+
+
+def _read(spec: GenerateSpec, console: Console) -> _Read:
+    """Read all pictures of a request. Raises `UsageError` for what is none, or does not fit."""
     init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
     controls = control_images.read_control_images(spec, init, console)
-    adapters = adapter_images.read_adapter_images(spec, console)
-    _warn_of_texts(spec, console)
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
-        maps = [*(one.picture for one in controls), *(one.picture for one in adapters)]
-        plan = _plan(spec, directory, console, init, maps)
-        start = _started(plan.spec, plan.first, init, mask)
-        fitted = _fitted(controls, plan.first, start, console)
-        larger = _fitted(controls, plan.larger, None) if plan.larger is not None else ()
-        tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
-        with _opened(plan, directory, console) as stages:
-            if spec.prompt_syntax == "plain":
-                prompts.warn_truncated(stages.first.pipe, spec, console)
-            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(plan.spec, stages.first, init, mask, controls, directory, pictures)
-                settings |= {**adapter_facts(stages.first, adapters, directory), **plan.facts(directory)}
-                stages.check_files()  # so that they are of the weights that were loaded
-            if spec.recipe is not None:
-                recipes.tell_differences(spec.recipe, settings, console)
-            stages.scale_adapters([one.scale for one in spec.ip_images])
-            with _previewing(spec, stages.first, tiny, output, console) as preview:
-                shown = tuple(one.pixels for one in pictures)
-                given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
-                run = _Run(*given, _adapted(adapters, plan.first, console))
-                load_seconds = time.perf_counter() - began
-                made = run.make_all(jobs)
-    return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
+    return _Read(init, mask, controls, adapter_images.read_adapter_images(spec, console), pictures)
+
+
+def _settings(plan: _Plan, opened: OpenPipeline, read: _Read, directory: EngineDirectory) -> dict[str, Any]:
+    """What all images have in common, as plain data."""
+    settings = settings_of(plan.spec, opened, read.init, read.mask, read.controls, directory, read.pictures)
+    return settings | {**adapter_facts(opened, read.adapters, directory), **plan.facts(directory)}
 
 
 def _warn_of_texts(spec: GenerateSpec, console: Console) -> None:
@@ -179,15 +200,15 @@ def _plan(
     spec: GenerateSpec,
     directory: EngineDirectory,
     console: Console,
-    init: images.InitImage | None,
-    maps: Sequence[images.InitImage],
+    read: _Read,
 ) -> _Plan:
     """Settle everything before anything heavy is loaded."""
     model = resolve.resolve_model(spec.model, console)
     spec = recipes.settle(spec, model)
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
-    first = resolve_fastest(spec, model, directory, console, init, maps)
+    maps = [*(one.picture for one in read.controls), *(one.picture for one in read.adapters)]
+    first = resolve_fastest(spec, model, directory, console, read.init, maps)
     check_modes(spec.controls, (first.model, *first.others.values()))
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:

@@ -221,8 +221,7 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
-    model, *others = controlled(spec, model, console)
-    model, *adapters = _adapted(spec, model, console)
+    model, others, adapters = _with_beside(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
@@ -244,13 +243,11 @@ def resolve_request(
         strength=spec.strength if img2img else 1.0,
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
-        others=named_others(others),
-        adapters=tuple(adapters),
+        others=others,
+        adapters=adapters,
     )
-    _check_adapters(spec, pipeline_spec)
     check_spec(pipeline_spec)
-    note_noise(spec.noise, model, console)
-    _note_pytorch(pipeline_spec, console)
+    _note(pipeline_spec, console)
     return pipeline_spec
 
 
@@ -286,6 +283,15 @@ def check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
         )
 
 
+def _with_beside(
+    spec: GenerateSpec, model: Model, console: Console
+) -> tuple[Model, dict[str, Model], tuple[Model, ...]]:
+    """A model with the first ControlNet and T2I-Adapter of a request; with each further one of the two kinds."""
+    model, *others = controlled(spec, model, console)
+    model, *adapters = _adapted(spec, model, console)
+    return model, named_others(others), tuple(adapters)
+
+
 def controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
     """A model with each ControlNet of a request; the model itself where there is none."""
     if not spec.controls:
@@ -302,25 +308,24 @@ def _adapted(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Mod
         yield with_t2i_adapter(model, one.name, console)
 
 
-def _check_adapters(spec: GenerateSpec, pipeline_spec: PipelineSpec) -> None:
+def _check_adapters(spec: PipelineSpec) -> None:
     """Refuse a size that T2I-Adapters don't divide, and several that give other numbers of tensors.
 
     Raises:
         UsageError: naming the adapter.
     """
-    models = (pipeline_spec.model, *pipeline_spec.adapters)
-    configs = [model.config(ADAPTER) for model in models if ADAPTER in model.parts]
+    configs = [model.config(ADAPTER) for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
     counts = [len(config["channels"]) for config in configs]
     if len(set(counts)) > 1:
         raise UsageError(
-            f"{spec.adapters[0].name} gives {counts[0]} tensors, and another T2I-Adapter {counts[-1]}",
+            f"T2I-Adapter {spec.model.spec.t2i_adapter} gives {counts[0]} tensors, and another one {counts[-1]}",
             hint="use T2I-Adapters of one kind together",
         )
-    for name, side in (("height", pipeline_spec.sizes.height), ("width", pipeline_spec.sizes.width)):
+    for name, side in (("height", spec.sizes.height), ("width", spec.sizes.width)):
         factor = configs[0]["downscale_factor"] if configs else 1
         if side % factor:
             raise UsageError(
-                f"{name} must be a multiple of {factor} for {spec.adapters[0].name}, got {side}",
+                f"{name} must be a multiple of {factor} for {spec.model.spec.t2i_adapter}, got {side}",
                 hint=f"use --{name} {side // factor * factor or factor}",
             )
 
@@ -398,8 +403,9 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
         console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
 
 
-def _note_pytorch(spec: PipelineSpec, console: Console) -> None:
-    """Say what PyTorch runs beside engines."""
+def _note(spec: PipelineSpec, console: Console) -> None:
+    """Say where the scheduler does not go by the model's configuration, and what PyTorch runs beside engines."""
+    note_noise(spec.noise, spec.model, console)
     note_tiles(spec, console)
     if spec.text.in_pytorch and spec.has_engines:
         console.note(f"{', '.join(text_encoders_of(spec.model))}: in PyTorch, in fp32, for {spec.text.reasons}")
@@ -467,7 +473,9 @@ def check_spec(spec: PipelineSpec) -> None:
     Raises:
         EngineError: where the backend needs a GPU that PyTorch can't use.
         ModelError: for a model that engines don't serve.
+        UsageError: for a size that a T2I-Adapter does not take.
     """
+    _check_adapters(spec)
     if spec.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
             f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
