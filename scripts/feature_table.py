@@ -51,6 +51,7 @@ FEATURES = (
     "T2I-Adapter, `--t2i-adapter`",
     "IP-Adapter, on a live pipeline",
     "IP-Adapter, `--ip-adapter`",
+    "IP-Adapter, masks (`ip_adapter_masks`)",
     "Edits by instruct-pix2pix models (`--edit`)",
     "LoRA, on a live pipeline",
     "LoRA, `--lora`",

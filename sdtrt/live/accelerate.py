@@ -34,7 +34,7 @@ from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline import memory, opened, pixels
+from sdtrt.pipeline import free_u, memory, opened, pixels
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
 from sdtrt.pipeline.request import EngineRequest, unet_sizes
@@ -80,8 +80,8 @@ def accelerate(
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet`; None for all that the pipeline calls.
         engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
-        on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
-            hooks, too, which else are an `EngineError`), or raise an `error`.
+        on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights and hooks,
+            too, which else are an `EngineError`), or raise an `error`.
         progress: say on stderr what is built.
 
     Raises:
@@ -267,7 +267,8 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
 
 def _groups(pipe: Any) -> tuple[Group, ...]:
     """The optional groups of inputs that a pipeline gives its UNet."""
-    return (*groups_of(pipe), *(() if pipe.unet is None else image_prompts.groups_of(pipe.unet)))
+    own = () if pipe.unet is None else (*free_u.groups_of(pipe.unet), *image_prompts.groups_of(pipe.unet))
+    return (*groups_of(pipe), *own)
 
 
 def _components(

@@ -38,6 +38,7 @@ from sdtrt.pipeline.control_forward import ControlNetForward
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
+from sdtrt.pipeline.free_u import FreeU
 from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -156,6 +157,7 @@ class Swapped:
         self.table = TokenTable(module) if component in TEXT_ENCODERS else None
         self.prompts = ImagePrompts(self._module)
         self.prompts.look()
+        self.free_u = FreeU(self._module)
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
@@ -202,10 +204,12 @@ class Swapped:
         self.find_left(looks=looks)
         if is_first and states is not None and not self.left:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
-        opened, result = None, None
-        own, cut, named = self.prompts.take(args, kwargs)
+        opened, result, cut, named = None, None, args, kwargs
+        groups: tuple[Group, ...] = ()
+        with self.left.where_refused(UnservedCallError):
+            groups, cut, named = self._taken(args, kwargs)
         if not self.left:
-            opened = self._opened_for(sizes, (*_groups_of_call(self.component, cut, named), *own))
+            opened = self._opened_for(sizes, groups)
         if opened is not None:
             with self.left.where_refused(UnservedCallError):
                 result = opened.call(*cut, **named)
@@ -217,6 +221,14 @@ class Swapped:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
+
+    def _taken(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Group, ...], tuple[Any, ...], dict[str, Any]]:
+        """The optional groups of inputs that a call needs, and its arguments as an engine with them takes them."""
+        pictures, args, kwargs = self.prompts.take(args, kwargs)
+        freed, args, kwargs = self.free_u.take(args, kwargs) if self.component == "unet" else ((), args, kwargs)
+        return (*_groups_of_call(self.component, args, kwargs), *freed, *pictures), args, kwargs
 
     def find_left(self, *, looks: bool) -> None:
         """Find why no engine may run the component, if so. Raise that, but for `on_miss="torch"`.

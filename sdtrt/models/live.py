@@ -237,6 +237,8 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     if hasattr(made, "set_attn_processor"):
         plain_processors(made)
     drop_projection(made)
+    if hasattr(made, "disable_freeu"):  # whose numbers are an engine's input
+        made.disable_freeu()
     result: torch.nn.Module = made
     return result
 

@@ -42,7 +42,7 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "ip_adapter")
+GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "free_u", "ip_adapter")
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)

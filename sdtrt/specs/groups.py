@@ -27,6 +27,7 @@ from sdtrt.specs.image_prompts import with_image_prompts
 
 MID_RESIDUAL = "mid_residual"
 ADAPTER_RESIDUAL = "adapter_residual_"
+FREE_U = "free_u"  # the group, and its one input
 CONTROL_IMAGE, RESIDUAL_SCALES = "control_image", "residual_scales"  # of a ControlNet's inputs
 # Blocks that give a skip connection a layer, and one more where they halve the size: those of Stable Diffusion.
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -55,8 +56,8 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
         groups: `controlnet` adds `down_residual_00 [B,C,H,W]`, …, one a skip connection (12 for Stable Diffusion 1.x
             and 2.x, 9 for XL), and `mid_residual`: what ControlNets add, scaled already. Their sides are those of the
             latents, halved as often as there (`latent_height_2`), and rounded up. `t2i_adapter` adds
-            `adapter_residual_00`, …, one a block on the way down and one for the middle block. `ip_adapter:4` is
-            that of `with_image_prompts`.
+            `adapter_residual_00`, …, one a block on the way down and one for the middle block. `free_u` adds
+            FreeU's s1, s2, b1 and b2, `free_u [4]`. `ip_adapter:4` is that of `with_image_prompts`.
 
     Raises:
         ModelError: for a UNet of other blocks.
@@ -67,6 +68,8 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
     if "t2i_adapter" in groups:
         names = [f"{ADAPTER_RESIDUAL}{index:02}" for index in range(len(adapter_shapes(config)))]
         inputs += _named(names, adapter_shapes(config), dtype)
+    if FREE_U in groups:
+        inputs += (TensorSpec(FREE_U, "float32", (4,)),)
     return with_image_prompts(replace(contract, inputs=inputs), config, groups)
 
 

@@ -25,7 +25,6 @@ def made(tmp_path_factory, smallest):
     """A folder with models, adapters for them, one in grey, and pictures."""
     root = tmp_path_factory.mktemp("t2i")
     (root / "sd1").symlink_to(smallest)
-    factories.sdxl_folder(root / "sdxl", **{**factories.UNET_CONFIGS["sdxl"], **KINDS["sdxl"][1]})
     for name, kind, seed, config in (
         ("a", "sd1", 5, {}),
         ("b", "sd1", 6, {}),
@@ -39,6 +38,12 @@ def made(tmp_path_factory, smallest):
         Image.fromarray(pixels).save(root / f"{name}.png")
     (root / "file.safetensors").touch()
     return root
+
+
+@pytest.fixture(scope="module")
+def large(made):
+    """An SDXL model in that folder."""
+    return factories.sdxl_folder(made / "sdxl", **{**factories.UNET_CONFIGS["sdxl"], **KINDS["sdxl"][1]})
 
 
 @pytest.fixture
@@ -90,6 +95,7 @@ def pair(name, picture):
     return "--t2i-adapter", name, "--t2i-image", f"{picture}.png"
 
 
+@SLOW
 def test_a_picture_is_that_of_diffusers_and_says_what_it_was_made_of(paint, made):
     (path,) = paint(*pair("a:0.7", "one"))
     (expected,) = diffusers_own(made, "sd1", ["a"], ["one"], [0.7])
@@ -106,6 +112,7 @@ def test_a_picture_is_that_of_diffusers_and_says_what_it_was_made_of(paint, made
     ("kind", "names", "scales"), [("sd1", ["a", "b"], [0.7, 0.4]), ("sd1", ["grey"], [1.0]), ("sdxl", ["xl"], [0.8])]
 )
 @pytest.mark.feature("T2I-Adapter, `--t2i-adapter`", "sd1 sdxl", "onnxruntime")
+@pytest.mark.usefixtures("large")
 def test_engines_give_the_pictures_of_diffusers_and_nothing_that_is_turned_builds_one(kind, names, scales, paint, made):
     pictures, prompts = ["one", "other"][: len(names)], ("red", "a blue star")
     given = [
@@ -167,6 +174,8 @@ def test_what_is_wrong_is_said_in_two_lines(words, error, hint, paint):
     assert hint in found[1]
 
 
+@SLOW
+@pytest.mark.usefixtures("large")
 def test_a_size_that_an_adapter_does_not_divide_is_refused(paint):
     error, hint = paint(*pair("xl", "one"), "--width", "72", model="sdxl")
     assert "width must be a multiple of 16 for xl, got 72" in error

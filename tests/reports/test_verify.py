@@ -152,6 +152,7 @@ def controlled(smallest, tmp_path_factory):
     return {"model": ModelSpec(str(smallest)), "controls": (ControlSpec(str(folder / "net"), folder / "map.png"),)}
 
 
+@pytest.mark.slow
 def test_each_step_has_the_residuals_of_controlnets(spec, directory, controlled):
     image = replace(spec.image, backend="torch", steps=2, **controlled)
     report = verify(replace(spec, image=image), directory, QUIET)
