@@ -37,7 +37,7 @@ from sdtrt.models.components import load_component
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.request import resolve_request
 from sdtrt.reports.meters import tf32
-from sdtrt.reports.verify_runs import RecordedCall, run_reference
+from sdtrt.reports.verify_runs import RecordedCall, Shown, run_reference
 from sdtrt.specs import QUANTISED, SAMPLE_PROMPT, GenerateSpec, ModelSpec, VerifySpec
 
 BLOCK = re.compile(r".*\.transformer_blocks\.\d+\.")  # what a layer's name begins with, in a block
@@ -119,7 +119,7 @@ def subject_of(args: argparse.Namespace, console: Console) -> Subject:
     request = resolve_request(image, model, console)
     with tempfile.TemporaryDirectory(prefix="sdtrt-layers-") as folder:
         reference = run_reference(
-            VerifySpec(image, timesteps=args.timesteps), request, EngineDirectory(Path(folder)), console
+            VerifySpec(image, timesteps=args.timesteps), request, Shown(), EngineDirectory(Path(folder)), console
         )
     unet = load_component(model, "unet", torch.float32).eval()
     fuse_projections(unet)

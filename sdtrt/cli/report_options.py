@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -28,6 +28,7 @@ from sdtrt.specs import (
     BaselineName,
     BenchSpec,
     BenchTask,
+    ControlSpec,
     GenerateSpec,
     LossLimits,
     MetricsSpec,
@@ -126,15 +127,22 @@ class VerifyOptions:
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
-        """The comparison of an engine that is asked for. Raises `UsageError` for what is about savings alone."""
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, image: Mapping[str, Any]) -> VerifySpec:
+        """The comparison of an engine that is asked for.
+
+        Args:
+            image: of `GenerateSpec`: savings, ControlNets, pictures for IP-Adapters.
+
+        Raises:
+            UsageError: for what is about savings alone.
+        """
         about = {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
         self._refuse("savings", "add --against exact", about)
         own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
         names = (one.name for one in fields(Thresholds))
         limits = {name: value for name, value in zip(names, own, strict=True) if value is not None}
-        image = replace(self._image(model, backend, noise), savings=savings)
-        return VerifySpec(image, self.engine, self.timesteps, output=self.output, limits=limits)
+        asked = self._image(model, backend, noise, image)
+        return VerifySpec(asked, self.engine, self.timesteps, output=self.output, limits=limits)
 
     def quality_spec(
         self,
@@ -151,7 +159,7 @@ class VerifyOptions:
         own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
         usual = astuple(LIMITS)
         limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
-        image = replace(self._image(model, backend, noise), **saved)
+        image = self._image(model, backend, noise, saved)
         return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
 
     def _refuse(self, about: str, mend: str, options: Mapping[str, object]) -> None:
@@ -160,7 +168,9 @@ class VerifyOptions:
             if value is not None:
                 raise UsageError(f"{name} {value} is about {about}", hint=mend)
 
-    def _image(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> GenerateSpec:
+    def _image(
+        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, image: Mapping[str, Any]
+    ) -> GenerateSpec:
         """What is made. Raises `UsageError` for a random seed: who fails wants to see it again."""
         backend.check()
         if self.seed == RANDOM_SEED:
@@ -181,6 +191,7 @@ class VerifyOptions:
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
             noise=noise,
+            **image,
         )
 
 
@@ -268,7 +279,14 @@ class BenchOptions:
         choices = parse_choices(self.quality)
         return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
+    def spec(
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        savings: Savings,
+        controls: tuple[ControlSpec, ...] = (),
+    ) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
         about = {"--prompt": self.prompt, "--negative-prompt": self.negative_prompt or None, "--seed": self.seed}
@@ -294,6 +312,7 @@ class BenchOptions:
             allow_build=not self.no_build,
             noise=noise,
             savings=savings,
+            controls=controls,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

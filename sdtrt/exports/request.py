@@ -11,7 +11,7 @@ from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import choose_components, groups_of, precision_of
-from sdtrt.models.loading import check_loras
+from sdtrt.models.loading import check_ip_adapters, check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import QUANTISED, Component, ExportRequest, ExportSpec, Group, Precision
@@ -34,6 +34,7 @@ def export_specs(
     if model.missing and not request.components:
         console.note(f"{model.name} has no {' and no '.join(model.missing)}: nothing is made of that")
     check_loras(model)
+    check_ip_adapters(model)
     asked = request.common.precision
     for name in choose_components(model, request.components):
         own = fitting(model, name, asked)
@@ -45,7 +46,7 @@ def export_specs(
 
 def _groups(model: Model, request: ExportRequest) -> tuple[tuple[Group, ...], ...]:
     """The optional groups of each of the UNet's programs: of one, or with deep caching of two."""
-    groups, caching = request.common.groups or groups_of(model), request.caching
+    groups, caching = request.common.groups or (*groups_of(model), *model.groups), request.caching
     if caching.is_off:
         return (groups,)
     whole = (*groups, whole_group(caching.depth or default_depth(model.config("unet"))))

@@ -1,5 +1,6 @@
 """Every request, size and contract, and their validation. Names no backend's code, and imports nothing heavy."""
 
+from sdtrt.specs.adapters import AdapterSpec
 from sdtrt.specs.build import (
     DEFAULT_OPSETS,
     BuildRequest,
@@ -147,6 +148,7 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "VERIFY_AGAINST",
     "WHOLE",
+    "AdapterSpec",
     "BackendName",
     "BaselineName",
     "BenchSpec",

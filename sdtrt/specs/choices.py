@@ -46,7 +46,7 @@ WHOLE: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # those that all produc
 
 QUANTISED: tuple[Precision, ...] = ("int8", "fp8")  # products of 8 bits inside; the rest, inputs and outputs in bf16
 
-GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "ip_adapter", "deep_out", "deep_in")
+GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "free_u", "ip_adapter", "deep_out", "deep_in")
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)

@@ -25,6 +25,7 @@ from sdtrt.specs.choices import (
     check_choice,
     check_output,
 )
+from sdtrt.specs.control import ControlSpec
 from sdtrt.specs.generate import GenerateSpec, NoiseSpec, settle_scheduler
 from sdtrt.specs.savings import Savings
 from sdtrt.specs.schedulers import SchedulerName
@@ -45,7 +46,7 @@ class BenchSpec:
         allow_build: export and build a missing engine on the spot (not timed).
         output: a folder for the report as JSON and Markdown, and a chart.
         overwrite: replace such files of an earlier run.
-        noise: as of `GenerateSpec`.
+        noise, controls: as of `GenerateSpec`.
         savings: of the backend that is asked for; baselines save nothing.
     """
 
@@ -67,6 +68,7 @@ class BenchSpec:
     output: Path | None = None
     overwrite: bool = False
     noise: NoiseSpec = NoiseSpec()
+    controls: tuple[ControlSpec, ...] = ()
     savings: Savings = Savings()
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class BenchSpec:
             raise UsageError(f"repeats must be at least 1, got {self.repeats}", hint="use --repeats 5")
         if self.warmups < 1:  # the first compiles and fills caches, the second captures CUDA graphs
             raise UsageError(f"warmups must be at least 1, got {self.warmups}", hint="use --warmups 1")
+        if self.model.ip_adapters:
+            raise UsageError("bench times no IP-Adapters", hint="benchmarks/ip_adapter_step.py does")
         for task in self.tasks:
             self.request(task)  # what a generation would refuse, a benchmark refuses
 
@@ -100,6 +104,7 @@ class BenchSpec:
             init_image=Path("init.png") if task == "img2img" else None,
             strength=self.strength,
             noise=self.noise,
+            controls=self.controls,
             savings=self.savings,
         )
 

@@ -237,6 +237,24 @@ def test_a_controlnet_in_an_engine_follows_its_weights_and_its_scale(make, accel
     assert names(directory) == built
 
 
+@pytest.mark.feature("ControlNet, several", "sd1", "inductor")
+def test_several_controlnets_share_a_package_each_with_its_weights(make, accelerate, directory):
+    def two(unet):
+        return [test_controlnet.small_controlnet(unet, seed=seed) for seed in (7, 8)]
+
+    pipe, plain = (
+        StableDiffusionControlNetPipeline.from_pipe(one, vae=one.vae, controlnet=two(one.unet))
+        for one in (make(), make())
+    )
+    accelerate(pipe, components=("controlnet",))
+    built = names(directory)
+    for scales in ([1.0, 0.4], [0.3, 1.0]):
+        options = {"image": [test_controlnet.MAP, test_controlnet.OTHER_MAP], "controlnet_conditioning_scale": scales}
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+    assert len({one.name for one in sdtrt.status(pipe)["controlnet"].engines}) == 1
+    assert names(directory) == built
+
+
 def test_a_call_of_another_size_goes_by_on_miss(make, accelerate, pipe, capsys):
     accelerate(pipe, components=("unet",), on_miss="error")
     with pytest.raises(EngineError, match="no engine of the unet is open"):
