@@ -42,6 +42,7 @@ class Picture:
         id: by which it is fetched; nobody guesses it.
         key: what pictures have in common that can share a call.
         attempts: workers that have begun it.
+        was_built: whether engines were built for it already.
     """
 
     job: Job
@@ -52,6 +53,7 @@ class Picture:
     state: State = "queued"
     queued_at: float = field(default_factory=time.monotonic)
     attempts: int = 0
+    was_built: bool = False
     step: int = 0
     steps: int = 0
     data: bytes = b""

@@ -16,8 +16,12 @@ from PIL import Image
 
 import sdtrt
 from sdtrt.serve import dispatch
+from sdtrt.serve.builds import Builds
 from sdtrt.serve.catalog import Catalog
+from sdtrt.serve.frames import Frame
+from sdtrt.serve.jobs import Job
 from sdtrt.serve.log import Log
+from sdtrt.serve.metrics import Metrics
 from sdtrt.serve.requests import PictureRequest
 from sdtrt.serve.worker_process import WorkerGone
 from sdtrt.specs import GenerateSpec, LoraSpec, ModelSpec
@@ -126,6 +130,42 @@ def test_a_reader_who_leaves_cancels_where_it_says_so(start):
             next(line for line in stream.iter_lines() if line == b"event: step")
         with requests.get(events, stream=True, timeout=60) as stream:
             assert f"event: {end}".encode() in list(stream.iter_lines())
+
+
+def test_engines_are_built_for_a_picture_once(monkeypatch):
+    class Building:
+        async def start(self):
+            pass
+
+        async def about_itself(self, _):
+            return Frame("ready", {})
+
+        async def ask(self, *_):
+            async def answers():
+                yield Frame("done", {})
+
+            return answers()
+
+        async def end(self):
+            pass
+
+    async def asked():
+        back = []
+        request = PictureRequest("x", seed=1)
+        job = Job.of(request, request.spec(Catalog.of(ServeSpec()), ServeSpec()), "a", "native")
+        log, metrics = Log(io.StringIO()), Metrics(lambda: 0)
+        builds = Builds(Building, log, metrics, lambda pictures, failure: back.append((len(pictures), failure)))
+        building = asyncio.create_task(builds.run())
+        builds.ask(job.pictures)
+        while len(back) < 2:
+            await asyncio.sleep(0)
+        builds.ask(job.pictures)
+        building.cancel()
+        return back
+
+    nothing, built, again = asyncio.run(asked())
+    assert (nothing[0], built) == (0, (1, None))
+    assert again[1].message == "its engines were built, and none fits"
 
 
 def test_where_no_worker_starts_requests_end_in_words(tmp_path, monkeypatch):
