@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -41,6 +41,7 @@ class Gpu:
         return f"{self.name} (compute capability {major}.{minor}, {self.memory_bytes / 2**30:.0f} GiB)"
 
 
+@cache  # a server asks for them with each picture, and each look takes a millisecond
 def library_version(name: str) -> str | None:
     """The installed version of a distribution, None if it is not installed. Imports nothing."""
     try:

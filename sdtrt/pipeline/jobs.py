@@ -14,10 +14,11 @@ RANDOM_SEEDS = 2**32
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be made."""
+    """One image to be made; its negative prompt is its request's, where it has none of its own."""
 
     prompt: str
     seed: int
+    negative_prompt: str | None = None
 
 
 class JobList(Protocol):

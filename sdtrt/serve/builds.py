@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 from sdtrt.serve.jobs import Failure, Picture
 from sdtrt.serve.log import Log
@@ -14,6 +15,7 @@ from sdtrt.serve.metrics import Metrics
 from sdtrt.serve.worker_process import PATIENCE_S, WorkerGone, WorkerProcess, failure_of, plain
 
 BUILD_PATIENCE_S = 3600.0  # for a word of a build
+IN_VAIN = Failure("EngineError", "its engines were built, and none fits", "the server's log says which were built")
 
 Built = Callable[[Sequence[Picture], Failure | None], object]
 
@@ -32,12 +34,15 @@ class Builds:
         self._asked = asyncio.Event()
 
     def ask(self, batch: Sequence[Picture]) -> None:
-        """Let the pictures of a batch wait until their engines are built."""
+        """Let the pictures of a batch wait until their engines are built; what was built for in vain ends in words."""
+        self._built([one for one in batch if one.was_built], IN_VAIN)
         waiting = [one for one in batch if not one.is_over]
         for picture in waiting:
+            picture.attempts, picture.was_built = picture.attempts - 1, True  # it was not begun
             picture.job.settle(picture, "building")
-        self._waiting.setdefault(batch[0].key, []).extend(waiting)
-        self._asked.set()
+        if waiting:
+            self._waiting.setdefault(waiting[0].key, []).extend(waiting)
+            self._asked.set()
 
     async def run(self) -> None:
         """Build what is asked for, for ever."""
@@ -68,7 +73,7 @@ class Builds:
     async def _built_by(self, worker: WorkerProcess, picture: Picture) -> Failure | None:
         """Follow a build. Raises `WorkerGone`."""
         request, failure = picture.job.request, None
-        data = {**plain(request), "units": [], "jobs": [[picture.drawn.prompt, picture.drawn.seed]]}
+        data = {**plain(request), "units": [], "jobs": [astuple(picture.drawn)]}
         async for frame in await worker.ask("build", data, list(request.uploads.values()), BUILD_PATIENCE_S):
             if frame.kind == "log":
                 self._log.info("build", job=picture.job.id, text=frame.data["text"])

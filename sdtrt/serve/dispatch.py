@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sdtrt.specs.serve import ServeSpec
 
 MOST_ATTEMPTS = 2  # to make a picture: whatever ends two workers would end a third
 LONGEST_PAUSE_S = 30.0  # before a worker that keeps ending is started again
+WARM_UP_STEPS = 2  # as few as all schedulers take
 WARM_UP = "warm-up"  # the interface, and the client, of pictures that make sizes ready
 
 
@@ -93,10 +94,10 @@ class Dispatcher:
         self.catalog.model(model)
         if not self._workers:
             raise WorkerGone("no worker is ready")
-        name = model or self.catalog.default
-        answers = await self._workers[0].ask("tokens", {"model": name, "texts": list(texts)}, (), PATIENCE_S)
-        frame = await self._workers[0].answer(answers.number, PATIENCE_S)
-        self._workers[0].forget(answers.number)
+        name, worker = model or self.catalog.default, self._workers[0]
+        answers = await worker.ask("tokens", {"model": name, "texts": list(texts)}, (), PATIENCE_S)
+        frame = await worker.answer(answers.number, PATIENCE_S)
+        worker.forget(answers.number)
         if frame.kind != "tokens":
             raise UsageError(
                 without_paths(frame.data.get("message", "the tokens can't be counted")), hint="see the log"
@@ -139,9 +140,9 @@ class Dispatcher:
 
     async def _warm_up(self) -> None:
         """Make one picture of each size, so that its engines are there and open."""
-        sizes = [(name, width, height) for name in self.catalog.models for width, height in self.spec.warm]
-        for name, width, height in sizes:
-            request = PictureRequest("", name, steps=2, width=width, height=height, seed=0)
+        steps = min(WARM_UP_STEPS, self.spec.limits.steps)
+        for name, (width, height) in itertools.product(self.catalog.models, self.spec.warm):
+            request = PictureRequest("", name, steps=steps, width=width, height=height, seed=0)
             job = self.submit(request, WARM_UP, WARM_UP)
             await job.finished.wait()
             if job.failure is not None:
@@ -220,7 +221,7 @@ class Dispatcher:
         self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch])
         request = batch[0].job.request
         data = {**plain(request), "units": [one.id for one in batch]}
-        data["jobs"] = [[one.drawn.prompt, one.drawn.seed] for one in batch]
+        data["jobs"] = [astuple(one.drawn) for one in batch]
         try:
             answers = await worker.ask("make", data, list(request.uploads.values()), PATIENCE_S)
             following = _Following(self, batch)
@@ -262,8 +263,10 @@ class Dispatcher:
 
     def done(self, picture: Picture, frame: Frame) -> None:
         """Take a picture that is made."""
+        if picture.is_over:  # nobody waits for it any more
+            return
         picture.data, picture.width, picture.height = frame.blobs[0], frame.data["width"], frame.data["height"]
-        if not picture.is_over and self.store.job(picture.job.id) is not None:
+        if self.store.job(picture.job.id) is not None:
             self.store.keep(picture)
         self.metrics.picture.labels(picture.job.interface).observe(time.monotonic() - picture.queued_at)
         self._settle(picture, "done")

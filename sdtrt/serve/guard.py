@@ -86,7 +86,7 @@ class Guard:
         if origin is not None and ("*" in self._spec.origins or origin in self._spec.origins):
             return
         own = headers.get("host", "")
-        foreign = origin is not None and urlsplit(origin).netloc != own
+        foreign = origin is not None and not (own and origin in (f"http://{own}", f"https://{own}"))
         elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site") and path != "/"
         if foreign or elsewhere:
             raise Refusal(

@@ -22,7 +22,7 @@ State = Literal["queued", "building", "running", "done", "error", "cancelled"]
 ENDS: tuple[State, ...] = ("done", "error", "cancelled")
 ID_BYTES = 16  # of a job's name, which nobody guesses
 MOST_EVENTS = 1000  # that a follower may be behind: then it is told the state, and no more each step
-MOST_JOBS = 10_000  # that are remembered
+MOST_JOBS = 2000  # that are remembered
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Picture:
         id: by which it is fetched; nobody guesses it.
         key: what pictures have in common that can share a call.
         attempts: workers that have begun it.
+        was_built: whether engines were built for it already.
     """
 
     job: Job
@@ -52,6 +53,7 @@ class Picture:
     state: State = "queued"
     queued_at: float = field(default_factory=time.monotonic)
     attempts: int = 0
+    was_built: bool = False
     step: int = 0
     steps: int = 0
     data: bytes = b""
@@ -90,7 +92,8 @@ class Job:
         """A job whose pictures have the prompt and the seeds that the commands would give them."""
         job, key = cls(request, client, interface), request.key
         drawn = Jobs.of(spec)
-        job.pictures = [Picture(job, number, one, key) for number, one in enumerate(drawn.batch(0, len(drawn)))]
+        own = [replace(one, negative_prompt=request.negative_prompt) for one in drawn.batch(0, len(drawn))]
+        job.pictures = [Picture(job, number, one, key) for number, one in enumerate(own)]
         return job
 
     @property

@@ -72,6 +72,9 @@ class JobBody(BaseModel):
     prompt_syntax: Literal["plain", "webui"] = "plain"
     eta: float | None = None
     vae_tiling: bool = False
+    quality: Literal["exact", "high", "balanced", "fast"] | None = Field(
+        None, description="a preset of what a run leaves out; by default nothing"
+    )
     loras: list[LoraBody] = Field(default_factory=list, max_length=MOST_LORAS)
 
     def request(self, limits: Limits) -> PictureRequest:

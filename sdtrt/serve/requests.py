@@ -42,6 +42,7 @@ class PictureRequest:
         sigmas: spacing of noise levels, by any of its names.
         loras: names of the catalog, and how much each counts.
         edit: change the init image as the prompt says, by a model for that.
+        quality: a preset of what a run leaves out (`exact`, `high`, `balanced`, `fast`); None for nothing.
         uploads: the init image and the mask, as files.
     """
 
@@ -65,6 +66,7 @@ class PictureRequest:
     vae_tiling: bool = False
     edit: bool = False
     image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
+    quality: str | None = None
     loras: tuple[LoraSpec, ...] = ()
     uploads: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
@@ -115,13 +117,18 @@ class PictureRequest:
             vae_tiling=self.vae_tiling,
             edit=self.edit,
             image_guidance_scale=self.image_guidance_scale,
+            quality=self.quality,  # type: ignore[arg-type]  # it is checked there
         )
 
     @property
     def key(self) -> str:
-        """What requests have in common that can share a call: all but the prompt, the seed and the number."""
+        """What requests have in common that can share a call: all but the prompts, the seed and the number.
+
+        Those with a negative prompt, and those without one, are no company: SDXL has zeros for none.
+        """
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.uploads.items()}
-        common = replace(self, prompt="", seed=None, count=1, uploads={})
+        negative = "something" if self.negative_prompt else ""
+        common = replace(self, prompt="", negative_prompt=negative, seed=None, count=1, uploads={})
         return json.dumps([common.to_json(), digests], sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:

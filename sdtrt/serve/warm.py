@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdtrt.backends import registry
 from sdtrt.common.console import Console
-from sdtrt.common.errors import MemoryShortage, ModelChangedError
+from sdtrt.common.errors import EngineError, MemoryShortage, ModelChangedError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
@@ -25,7 +25,7 @@ from sdtrt.models.components import part_of, text_encoders_of
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import images, masks, memory, schedulers
-from sdtrt.pipeline.engines import ensure_engines, find_engines
+from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.generate import Run, Sink, Stages, started
 from sdtrt.pipeline.jobs import ChosenJobs
@@ -38,7 +38,7 @@ from sdtrt.pipeline.text_states import plan_texts
 from sdtrt.serve.catalog import Catalog, short_name
 from sdtrt.serve.host_memory import check_host_memory
 from sdtrt.serve.requests import INIT, MASK, PictureRequest
-from sdtrt.specs import GenerateSpec, ModelSpec
+from sdtrt.specs import GenerateSpec, ModelSpec, Savings
 from sdtrt.specs.serve import OWN_VAE, ServeSpec
 
 PREVIEW_EVERY = 2  # steps
@@ -103,9 +103,7 @@ class WarmPipelines:
     def build(self, batch: Batch) -> None:
         """Build the engines that one picture of a batch needs. Raises `SdtrtError` where they can't be built."""
         _, spec = self._resolve(batch.request, batch.jobs[:1], *self._read(batch.request))
-        ensure_engines(spec.engines, self._directory, self._console)
-        for request in spec.other_engines.values():
-            ensure_engines(request, self._directory, self._console)
+        ensure_all(spec, self._directory, self._console)
 
     def close(self) -> None:
         """Close all pipelines."""
@@ -148,12 +146,12 @@ class WarmPipelines:
 
     def _of_one_length(self, batch: Batch) -> Iterator[tuple[Drawn, ...]]:
         """The jobs whose texts take as many chunks of tokens: padded to more, a picture would be another one."""
-        if batch.request.prompt_syntax == "plain" or len({job.prompt for job in batch.jobs}) == 1:
+        if batch.request.prompt_syntax == "plain":
             yield batch.jobs
             return
         lengths: dict[int, list[Drawn]] = {}
         for job in batch.jobs:
-            spec = batch.request.spec(self._catalog, self._serve, (job,))
+            spec = _of(batch.request, job).spec(self._catalog, self._serve, (job,))
             lengths.setdefault(plan_texts(spec, self._model(spec.model)).chunks, []).append(job)
         yield from map(tuple, lengths.values())
 
@@ -165,7 +163,7 @@ class WarmPipelines:
         mask: masks.Mask | None,
     ) -> tuple[GenerateSpec, PipelineSpec]:
         """The request of some jobs, and how one picture of it runs."""
-        spec = request.spec(self._catalog, self._serve, tuple(jobs), batch=len(jobs))
+        spec = _of(request, jobs[0]).spec(self._catalog, self._serve, tuple(jobs), batch=len(jobs))
         alone = replace(spec, batch_size=1)
         resolved = resolve_fastest(alone, self._model(spec.model), self._directory, self._console, init)
         return spec, resolved
@@ -201,7 +199,7 @@ class WarmPipelines:
         if resolved.has_engines:
             schedulers.keep_on_host(scheduler)
         opened.pipe.scheduler = scheduler
-        _check_words(opened)
+        _check_words(opened, jobs.jobs)
         stages = Stages(opened)
         settings = nameless(settings_of(spec, opened, init, mask, (), self._directory))
         stages.check_files()
@@ -245,13 +243,13 @@ class WarmPipelines:
         if shortage is not None:
             raise shortage
         if not self._serve.allow_build:
-            ensure_engines(single.engines, self._directory, self._console, allow_build=False)
+            ensure_all(single, self._directory, self._console, allow_build=False)
         raise MissingEngines
 
     def _sizes(self, single: PipelineSpec, count: int) -> Iterator[int]:
         """Batches to look for: the smallest that holds all, then the larger ones, then those that hold fewer."""
         most = min(count, self._serve.max_batch)
-        if not single.in_engines or registry.get(single.backend).takes_any_size:
+        if (not single.in_engines or registry.get(single.backend).takes_any_size) and single.savings == Savings():
             yield most
             yield from (size for size in _ladder(most) if size < most)
             return
@@ -261,9 +259,10 @@ class WarmPipelines:
 
     def _find(self, resolved: PipelineSpec) -> Found | None:
         """The engines that it needs; None where any is missing."""
-        found = find_engines(resolved.engines, self._directory)
-        there = {str(name): entry for name, entry in found.items() if entry is not None}
-        return there if len(there) == len(found) else None
+        try:
+            return ensure_all(resolved, self._directory, self._console, allow_build=False)
+        except EngineError:
+            return None
 
     def _open_with(self, resolved: PipelineSpec, found: Found) -> _Warm:
         """The open pipeline of these engines, or a new one: others are closed where memory or their number asks so."""
@@ -311,10 +310,11 @@ def _key(resolved: PipelineSpec, found: Found) -> object:
     own = replace(resolved, steps=1, texts=(), strength=1.0, eta=None, scheduler=None, images=1)
     asks = backend.source is not None and backend.asks_for_scratch
     sizes = resolved.sizes if asks else None
+    saved = resolved.savings, resolved.prompt_rows
     task = (own.img2img, own.inpaint, own.edit, own.text.in_pytorch, own.text.clip_skip, own.tile)
     lcm = own.model.is_lcm and is_lcm(resolved, checked_scheduler(resolved))
     engines = tuple(sorted((name, entry.name) for name, entry in found.items()))
-    return own.model.spec, own.backend, own.precision, task, lcm, engines, sizes
+    return own.model.spec, own.backend, own.precision, task, saved, lcm, engines, sizes
 
 
 def _bytes_of(resolved: PipelineSpec, found: Found) -> int:
@@ -326,13 +326,19 @@ def _bytes_of(resolved: PipelineSpec, found: Found) -> int:
     return engines + sum(path.stat().st_size for path in files)
 
 
-def _check_words(opened: OpenPipeline) -> None:
+def _of(request: PictureRequest, job: Drawn) -> PictureRequest:
+    """The request with a picture's own negative prompt."""
+    own = request.negative_prompt if job.negative_prompt is None else job.negative_prompt
+    return replace(request, negative_prompt=own)
+
+
+def _check_words(opened: OpenPipeline, jobs: Sequence[Drawn]) -> None:
     """Raise `ModelError` where a tokenizer makes tokens of the texts that its encoder has not."""
-    model = opened.spec.model
+    model, texts = opened.spec.model, {*opened.spec.texts, *(job.negative_prompt or "" for job in jobs)}
     for encoder in text_encoders_of(model):
         tokenizer = getattr(opened.pipe, encoder.replace("text_encoder", "tokenizer"))
         vocabulary = model.config(encoder).get("vocab_size", loading.CLIP_VOCABULARY)
-        loading.check_words(tokenizer, opened.spec.texts, vocabulary)
+        loading.check_words(tokenizer, texts, vocabulary)
 
 
 def nameless(settings: Any) -> Any:

@@ -81,8 +81,8 @@ class _Watching:
         free = dict(self._left)
         self._current = []
         for job in jobs:
-            name = next(name for name, own in free.items() if own == job)
-            free.pop(name)
+            name = next((name for name, own in free.items() if own == job), "")  # none: it was saved before a retry
+            free.pop(name, None)
             self._current.append(name)
 
     def step(self, step: int, steps: int) -> None:
@@ -93,7 +93,8 @@ class _Watching:
 
     def show(self, step: int, pictures: Sequence[Image.Image]) -> None:
         """Send small pictures of what is being made."""
-        shown = [(name, one) for name, one in zip(self._current, pictures, strict=False) if name not in self._cancelled]
+        left = (name for name in self._current if name in self._left)  # of fewer at once, the first are saved already
+        shown = [(name, one) for name, one in zip(left, pictures, strict=False) if name not in self._cancelled]
         blobs = [_jpeg(picture) for _, picture in shown]
         self._pipe.write("preview", blobs, batch=self._batch, units=[name for name, _ in shown], step=step)
 
@@ -101,9 +102,8 @@ class _Watching:
         """Send a picture as the file that the commands write."""
         from sdtrt.pipeline.images import encode_image
 
-        name = next(name for name in self._current if name in self._left)
-        self._left.pop(name)
-        if name not in self._cancelled:
+        name = next((name for name in self._current if name in self._left), "")
+        if self._left.pop(name, None) is not None and name not in self._cancelled:
             data = encode_image(image, "PNG", metadata)
             self._pipe.write("picture", [data], batch=self._batch, unit=name, width=image.width, height=image.height)
         return Path(f"{name}.png")
@@ -227,7 +227,7 @@ def _batch(frame: Frame) -> Batch:
     for name, data in uploads.items():
         Path(name).write_bytes(data)
     request = PictureRequest.from_json(frame.data["request"], uploads)
-    return Batch(request, tuple(Drawn(prompt, seed) for prompt, seed in frame.data["jobs"]))
+    return Batch(request, tuple(Drawn(*one) for one in frame.data["jobs"]))
 
 
 def _memory() -> dict[str, int]:
@@ -241,7 +241,8 @@ def _memory() -> dict[str, int]:
 
 def serve() -> None:
     """Be a worker: the first frame on stdin says of which server, and in which folder to work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the server
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the server, whose end is this process's
+        signal.signal(number, signal.SIG_IGN)
     pipe = Pipe(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # what libraries print is no frame
     hello = pipe.read()

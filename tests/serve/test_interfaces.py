@@ -40,12 +40,18 @@ def made(tmp_path, *prompts, **options):
     return [pixels(one.path.read_bytes()) for one in report.images]
 
 
-def job(serving, **body):
-    """A job that is over, by sdtrt's own interface."""
+def submit(serving, **body):
+    """The id of a job, by sdtrt's own interface."""
     answer = requests.post(f"{serving.url}/api/v1/jobs", json={"prompt": "a red circle", **QUICK, **body}, timeout=30)
     assert answer.status_code == 202, answer.text
-    followed(serving, answer.json()["id"])
-    return requests.get(serving.url + answer.headers["location"], timeout=30).json()
+    return answer.json()["id"]
+
+
+def job(serving, **body):
+    """A job that is over."""
+    name = submit(serving, **body)
+    followed(serving, name)
+    return requests.get(f"{serving.url}/api/v1/jobs/{name}", timeout=30).json()
 
 
 def followed(serving, name):
@@ -83,14 +89,20 @@ def test_a_job_is_followed_and_its_picture_is_the_commands(serving, tmp_path):
 
 
 def test_requests_share_a_call_and_each_picture_is_as_made_alone(serving, tmp_path):
-    before, prompts = metric(serving, "sdtrt_batch_pictures_count"), ("a red circle", "a blue star")
-    bodies = [{"prompt": prompt, "seed": 9, **QUICK} for prompt in prompts]
-    names = [requests.post(f"{serving.url}/api/v1/jobs", json=body, timeout=30).json()["id"] for body in bodies]
-    for name, alone in zip(names, made(tmp_path, *prompts, seed=9, **QUICK), strict=True):
+    before, texts = (
+        metric(serving, "sdtrt_batch_pictures_count"),
+        (("a red circle", "blue"), ("a blue star", "a red one")),
+    )
+    submit(serving, steps=20, count=3)  # while this is made, the others come
+    names = [submit(serving, prompt=prompt, negative_prompt=negative, seed=9) for prompt, negative in texts]
+    for name, (prompt, negative) in zip(names, texts, strict=True):
         followed(serving, name)
         told = requests.get(f"{serving.url}/api/v1/jobs/{name}", timeout=30).json()
-        assert np.abs(pixels(image(serving, told["images"][0])) - alone).max() <= LEVELS
-    assert metric(serving, "sdtrt_batch_pictures_count") == before + 1
+        data = image(serving, told["images"][0])
+        alone = made(tmp_path / name, prompt, negative_prompt=negative, seed=9, **QUICK)[0]
+        assert np.abs(pixels(data) - alone).max() <= LEVELS
+        assert Image.open(io.BytesIO(data)).info["parameters"].startswith(f"{prompt}\nNegative prompt: {negative}\n")
+    assert metric(serving, "sdtrt_batch_pictures_count") == before + 2
 
 
 def metric(serving, name):
@@ -107,6 +119,18 @@ def test_a_picture_is_changed_where_a_mask_says(serving, tmp_path):
     files = {"init_image": tmp_path / "init.png", "mask": tmp_path / "mask.png"}
     alone = made(tmp_path / "out", "a red circle", seed=3, strength=0.6, steps=4, **SIZE, **files)[0]
     np.testing.assert_array_equal(pixels(image(serving, told["images"][0])), alone)
+
+
+@SLOW
+def test_a_preset_leaves_out_what_the_commands_leave_out(serving, tmp_path):
+    told = job(serving, seed=2, steps=4, count=3, quality="high")
+    expected = made(tmp_path, "a red circle", seed=2, steps=4, num_images=3, quality="high", **SIZE)
+    for one, own in zip(told["images"], expected, strict=True):
+        data = image(serving, one)
+        assert np.abs(pixels(data) - own).max() <= LEVELS
+    whole = made(tmp_path / "whole", "a red circle", seed=2, steps=4, **SIZE)[0]
+    assert np.abs(expected[0] - whole).max() > LEVELS
+    assert "guidance" in Image.open(io.BytesIO(data)).info["sdtrt"]
 
 
 @SLOW
@@ -164,8 +188,7 @@ def test_a_web_uis_client_makes_and_changes_pictures(serving, tmp_path):
 
 
 def test_a_job_is_cancelled_between_two_steps_and_its_neighbour_stays(serving):
-    bodies = [{"prompt": prompt, "seed": 1, **QUICK, "steps": 20} for prompt in ("a red circle", "a blue star")]
-    names = [requests.post(f"{serving.url}/api/v1/jobs", json=body, timeout=30).json()["id"] for body in bodies]
+    names = [submit(serving, prompt=prompt, seed=1, steps=20) for prompt in ("a red circle", "a blue star")]
     with requests.get(f"{serving.url}/api/v1/jobs/{names[0]}/events", stream=True, timeout=60) as stream:
         lines = stream.iter_lines()
         next(line for line in lines if line == b"event: step")

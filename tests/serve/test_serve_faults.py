@@ -16,8 +16,12 @@ from PIL import Image
 
 import sdtrt
 from sdtrt.serve import dispatch
+from sdtrt.serve.builds import Builds
 from sdtrt.serve.catalog import Catalog
+from sdtrt.serve.frames import Frame
+from sdtrt.serve.jobs import Job
 from sdtrt.serve.log import Log
+from sdtrt.serve.metrics import Metrics
 from sdtrt.serve.requests import PictureRequest
 from sdtrt.serve.worker_process import WorkerGone
 from sdtrt.specs import GenerateSpec, LoraSpec, ModelSpec
@@ -74,6 +78,19 @@ def test_a_full_disk_and_a_bug_end_one_job_in_words_and_the_next_is_made(start, 
 
 
 @SLOW
+def test_a_model_that_memory_has_no_room_for_is_not_loaded(start, monkeypatch):
+    from sdtrt.serve import host_memory
+
+    server = start(backend="torch")
+    with monkeypatch.context() as patch:
+        patch.setattr(host_memory, "available_bytes", lambda: 2**20)
+        answer = requests.post(f"{server.url}/v1/images/generations", json={"prompt": "x"}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "MemoryShortage")
+    assert answer.json()["error"]["message"].startswith("tiny takes 0.01 GiB of memory, and 0.00 are free")
+    assert over(server)["state"] == "done"
+
+
+@SLOW
 def test_loras_are_of_the_servers_list_and_their_pictures_the_commands(start, tmp_path):
     import torch
     from diffusers import StableDiffusionPipeline
@@ -113,6 +130,42 @@ def test_a_reader_who_leaves_cancels_where_it_says_so(start):
             next(line for line in stream.iter_lines() if line == b"event: step")
         with requests.get(events, stream=True, timeout=60) as stream:
             assert f"event: {end}".encode() in list(stream.iter_lines())
+
+
+def test_engines_are_built_for_a_picture_once(monkeypatch):
+    class Building:
+        async def start(self):
+            pass
+
+        async def about_itself(self, _):
+            return Frame("ready", {})
+
+        async def ask(self, *_):
+            async def answers():
+                yield Frame("done", {})
+
+            return answers()
+
+        async def end(self):
+            pass
+
+    async def asked():
+        back = []
+        request = PictureRequest("x", seed=1)
+        job = Job.of(request, request.spec(Catalog.of(ServeSpec()), ServeSpec()), "a", "native")
+        log, metrics = Log(io.StringIO()), Metrics(lambda: 0)
+        builds = Builds(Building, log, metrics, lambda pictures, failure: back.append((len(pictures), failure)))
+        building = asyncio.create_task(builds.run())
+        builds.ask(job.pictures)
+        while len(back) < 2:
+            await asyncio.sleep(0)
+        builds.ask(job.pictures)
+        building.cancel()
+        return back
+
+    nothing, built, again = asyncio.run(asked())
+    assert (nothing[0], built) == (0, (1, None))
+    assert again[1].message == "its engines were built, and none fits"
 
 
 def test_where_no_worker_starts_requests_end_in_words(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from sdtrt.cli import serve_command
 from sdtrt.common.errors import UsageError
 from sdtrt.serve import uploads
 from sdtrt.serve.catalog import Catalog, without_paths
@@ -79,6 +80,7 @@ def test_a_full_queue_takes_a_request_whole_or_not_at_all():
 def test_what_differs_in_anything_but_prompt_seed_and_number_shares_no_call():
     base = PictureRequest("x", seed=1)
     assert PictureRequest("y", seed=2, count=3).key == base.key
+    assert PictureRequest("x", negative_prompt="z").key == PictureRequest("x", negative_prompt="w").key
     for other in ({"steps": 9}, {"guidance_scale": 2.0}, {"negative_prompt": "z"}, {"uploads": {"init_image": b"1"}}):
         assert PictureRequest("x", **other).key != base.key
     loras = PictureRequest("x", loras=(LoraSpec("a", 0.5),), uploads={"init_image": b"1"})
@@ -202,6 +204,13 @@ def test_a_servers_request_for_its_workers_has_no_key():
     assert "x" * 32 not in str(data)
     again = ServeSpec.from_json(data)
     assert (again.warm, again.limits.steps, again.models) == (((64, 64), (128, 64)), 9, spec.models)
+
+
+def test_what_is_not_installed_is_said_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(serve_command, "PACKAGES", {"no_such_module": "no-such", "sys": "sys"})
+    with pytest.raises(UsageError, match="sdtrt serve needs no-such, which is not installed") as caught:
+        serve_command.check_packages()
+    assert caught.value.hint == 'pip install "sdtrt[serve]", or pip install no-such'
 
 
 def test_the_commands_load_nothing_of_a_server():

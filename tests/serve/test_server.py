@@ -85,7 +85,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     """A server whose first size is built and warm."""
-    server = Server(folder, "--warm", "64x64", "--max-steps", "20", "--max-pixels", "16384", "--max-waiting", "64")
+    server = Server(
+        folder,
+        "--warm",
+        "64x64",
+        "--max-steps",
+        "20",
+        "--max-pixels",
+        "16384",
+        "--max-waiting",
+        "64",
+        "--body-seconds",
+        "5",
+    )
     try:
         server.wait_until_ready()
         yield server
@@ -128,7 +140,8 @@ def test_what_has_no_engine_is_built_while_the_rest_is_served(server):
         time.sleep(0.02)
     assert server.over(server.post("/api/v1/jobs", {"prompt": PROMPTS[1], **QUICK}))["state"] == "done"
     assert requests.get(server.url + from_image.headers["location"], timeout=30).json()["state"] == "building"
-    assert server.over(from_image)["state"] == "done"
+    told = server.over(from_image)
+    assert told["state"] == "done", told
 
 
 def asked(server, number, expected):
@@ -221,6 +234,12 @@ def test_tricks_with_headers_are_answered_or_refused(server):
     assert b" 400 " in told_raw(server, b"GET /healthz HTTP/1.1\r\n\r\n")
     assert b" 421 " in told_raw(server, b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n")
     assert b" 200 " in told_raw(server, b"GET /healthz HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n")
+
+
+def test_a_header_that_does_not_come_is_waited_for_no_longer_than_a_body(server):
+    began = time.monotonic()
+    assert told_raw(server, b"GET /healthz HT") == b""
+    assert 3 < time.monotonic() - began < 25
 
 
 def test_it_ends_when_what_it_has_accepted_is_done(server, folder):
