@@ -356,6 +356,21 @@ def test_a_controlnet_runs_the_prompts_rows_alone_in_an_engine_and_whole_in_pyto
     assert names(directory) == built
 
 
+def several():
+    unet = factories.small_unet("sd1", **factories.SMALLEST["sd1"])
+    return {"unet": unet, "controlnet": [test_controlnet.small_controlnet(unet, seed) for seed in (7, 8)]}
+
+
+@SLOW
+def test_each_of_several_controlnets_runs_the_prompts_rows_alone(both):
+    plain, pipe = both(StableDiffusionControlNetPipeline, parts=several, components=("unet", "controlnet"))
+    by_hand(plain, {1, 2})
+    seen = [rows_of(pipe, part) for part in ("unet", "controlnet", "controlnet_2")]
+    given = {"image": [MAP, NOISE], "num_inference_steps": 4, **SIZE}
+    assert alike(latents(pipe, **given), latents(plain, **given))
+    assert seen == [[1, 2, 2, 1]] * 3
+
+
 @SLOW
 def test_in_guess_mode_the_controlnet_has_the_prompts_rows_alone_in_all_steps(both):
     plain, pipe = both(StableDiffusionControlNetPipeline, parts=controlled, components=("unet", "controlnet"))
