@@ -284,7 +284,7 @@ class BenchOptions:
         model: ModelSpec,
         backend: BackendOptions,
         noise: NoiseSpec,
-        savings: Savings,
+        savings: Savings = Savings(),
         controls: tuple[ControlSpec, ...] = (),
     ) -> BenchSpec:
         """The measurements that are asked for."""
