@@ -285,7 +285,8 @@ def quality_of(report: Mapping[str, Any]) -> str:
     figures = [
         (key, title, form) for key, title, form in LOSSES if any(row["mean"].get(key) is not None for row in rows)
     ]
-    scores = list(rows[0].get("scores", {}))
+    known = list(rows[0].get("scores", {}))
+    scores = [name for name in known if any(row["scores_lost"][name] for row in rows)]
     by_cpu = not report["host"].get("gpus") and "cpu_speedup" in rows[0]
     speed = "speed-up, in CPU seconds" if by_cpu else "speed-up"
     head = ["choice", speed, *(title for _, title, _ in figures)]
@@ -297,9 +298,11 @@ def quality_of(report: Mapping[str, Any]) -> str:
         lines.append([f"`{row['choice']}`", faster, *losses, *lost])
     size = f"{report['width']}×{report['height']}"
     what = f"{report['model']}, {report['backend']} {report['precision']}, {size}, {report['steps']} steps"
-    count = report["prompts"] if scores else len(rows[0]["prompts"])
+    count = report["prompts"] if known else len(rows[0]["prompts"])
     exact = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in rows[0].get("scores", {}).items())
     said = f" Right in the exact pictures, in percent: {exact}." if exact else ""
+    kept = [name.replace("_", " ") for name in known if name not in scores]
+    said += f" No choice lost anything of {', '.join(kept)}." if kept else ""
     return f"{markdown(lines)}\n{what}, {count} prompts.{said}\n"
 
 

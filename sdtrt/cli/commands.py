@@ -17,7 +17,7 @@ from typer import Option
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
 from sdtrt.cli.cache_options import CacheOptions
-from sdtrt.cli.control_options import ControlNet, ControlNetOptions, ControlOptions
+from sdtrt.cli.control_options import AdapterOptions, BesideOptions, ControlNet, ControlOptions, ImagePromptOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
 from sdtrt.cli.image_options import (
@@ -32,7 +32,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, Mod
 from sdtrt.cli.prewarm import quick_imports
 from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
-from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.report_options import BenchOptions, DoctorOptions, VerifyOptions
 from sdtrt.cli.saving_options import PresetOptions, SavingOptions
 from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ServeOptions, check_packages
 from sdtrt.common import host
@@ -45,6 +45,7 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
+    ModelSpec,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def root(
 def txt2img(
     generate: GenerateOptions,
     control: ControlOptions,
+    adapter: AdapterOptions,
     noise: NoiseOptions,
     model: ModelOptions,
     lora: LoraOptions,
@@ -116,6 +118,7 @@ def txt2img(
         "conditioning": sizes.spec(),
         "refiner": refiner.spec(named),
         "controls": control.specs(),
+        "adapters": adapter.specs(),
     }
     image |= {"upscale": upscale.spec(), **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
@@ -246,7 +249,7 @@ def build(
     backend: BackendOptions,
     model: ModelOptions,
     lora: LoraOptions,
-    control: ControlNetOptions,
+    beside: BesideOptions,
     cache: CacheOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -257,9 +260,9 @@ def build(
     """
     if backend.backend != ALL:
         backend.check()
-    exports = exporter.request(lora.into(model.spec()), backend.precision or "fp16")
+    exports = exporter.request(beside.into(lora.into(model.spec())), backend.precision or "fp16")
     exports = replace(exports, caching=cache.caching())
-    requests = [options.request(one, backend, sizes.request()) for one in control.beside(exports)]
+    requests = [options.request(one, backend, sizes.request()) for one in beside.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
 
@@ -268,11 +271,21 @@ def build(
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
+def _refuse_pictures(option: str, model: ModelSpec, control: ControlOptions) -> None:
+    """Refuse what goes by pictures beside a comparison of savings, which makes its pictures from text alone."""
+    given = {"--controlnet": control.specs(), "--ip-adapter": model.ip_adapters}
+    for name, found in given.items():
+        if found:
+            raise UsageError(f"{name} has no effect beside {option} yet", hint=f"leave {name} out, or {option}")
+
+
 @app.command()
 @grouped
 def verify(
     options: VerifyOptions,
     metrics: MetricsOptions,
+    control: ControlOptions,
+    pictures: ImagePromptOptions,
     noise: NoiseOptions,
     preset: PresetOptions,
     saving: SavingOptions,
@@ -286,8 +299,12 @@ def verify(
 
     --against exact makes the same pictures with and without what is saved, and says what that loses.
     """
-    named = lora.into(model.spec())
+    named, pictured = (
+        pictures.into(lora.into(model.spec())),
+        {"controls": control.specs(), "ip_images": pictures.specs()},
+    )
     if options.against != "fp32":
+        _refuse_pictures("--against exact", named, control)
         judged = metrics.spec(offline=named.offline)
         savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
         with quick_imports():
@@ -297,9 +314,9 @@ def verify(
         show(loss, output)
         loss.raise_on_failure()
         return
-    for option in metrics.given:
+    for option in (*metrics.given, *preset.given):
         raise UsageError(f"{option} is about savings", hint="add --against exact")
-    spec = options.spec(named, backend, noise.spec(), saving.spec(preset.quality))
+    spec = options.spec(named, backend, noise.spec(), {**pictured, "savings": saving.spec()})
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -313,6 +330,7 @@ def verify(
 def bench(
     options: BenchOptions,
     metrics: MetricsOptions,
+    control: ControlOptions,
     noise: NoiseOptions,
     saving: SavingOptions,
     model: ModelOptions,
@@ -327,6 +345,7 @@ def bench(
     """
     named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
     if options.quality is not None:
+        _refuse_pictures("--quality", named, control)
         for option in saving.given:
             raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
         judged = metrics.spec(offline=named.offline)
@@ -340,7 +359,7 @@ def bench(
         return
     for option in metrics.given:
         raise UsageError(f"{option} is about savings", hint="add --quality all")
-    spec = options.spec(named, backend, noise.spec(), saving.spec())
+    spec = options.spec(named, backend, noise.spec(), saving.spec(), control.specs())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 
@@ -400,8 +419,16 @@ def inspect(
 
 @app.command()
 @grouped
-def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
+def doctor(options: DoctorOptions, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Say what this machine can run, what is missing, and the command that mends it."""
+    if options.prove:
+        with quick_imports():
+            from sdtrt.reports.prove import prove
+
+        proofs = prove(output.console())
+        show(proofs, output)
+        proofs.raise_on_failure()
+        return
     from sdtrt.reports.doctor import diagnose
 
     diagnosis = diagnose(directory.directory())

@@ -27,6 +27,7 @@ _OF = {
     "ip_image": ("ip_adapter",),
     **dict.fromkeys(("cache_depth", "cache_schedule"), ("cache_interval", "quality")),
     **dict.fromkeys(("guidance_interval", "cache_interval"), ("quality",)),
+    "t2i_image": ("t2i_adapter",),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 
 from typer import Argument, Option
 
+from sdtrt.cli.control_options import IpAdapter, IpImage
 from sdtrt.cli.from_file import FromFile
 from sdtrt.cli.options import BackendOptions
 from sdtrt.specs import (
@@ -177,14 +178,8 @@ class GenerateOptions:
         list[str] | None,
         Option("--embedding", metavar="FILE[:TOKEN]", help="a textual inversion, and its word; again for more"),
     ] = None
-    ip_adapter: Annotated[
-        list[str] | None,
-        Option("--ip-adapter", metavar="FILE|FOLDER|ID", help="an IP-Adapter, which takes a picture; again for more"),
-    ] = None
-    ip_image: Annotated[
-        list[str] | None,
-        Option("--ip-image", metavar="FILE[:SCALE]", help="the picture for it, and how much it counts; one for each"),
-    ] = None
+    ip_adapter: IpAdapter = None
+    ip_image: IpImage = None
     clip_skip: Annotated[int, Option(help="last layers of the text encoder that are left out, as in diffusers")] = 0
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE

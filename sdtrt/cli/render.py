@@ -12,11 +12,12 @@ from sdtrt.engines.entry import Entry
 if TYPE_CHECKING:
     from sdtrt.reports.bench_report import BenchReport
     from sdtrt.reports.inspection import EngineReport, ModelReport
+    from sdtrt.reports.prove import ProofReport
     from sdtrt.reports.quality_bench import QualityBenchReport
     from sdtrt.reports.quality_report import QualityReport
     from sdtrt.reports.verify_report import VerifyReport
 
-    Report = EngineReport | ModelReport | VerifyReport | BenchReport | QualityReport | QualityBenchReport
+    Report = EngineReport | ModelReport | VerifyReport | BenchReport | ProofReport | QualityReport | QualityBenchReport
 
 
 def document(entries: Sequence[Entry]) -> dict[str, Any]:

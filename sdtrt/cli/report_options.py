@@ -1,9 +1,9 @@
-"""The options of `verify` and `bench`."""
+"""The options of `verify`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -23,10 +23,12 @@ from sdtrt.specs import (
     QUALITIES,
     RANDOM_SEED,
     SAMPLE_PROMPT,
+    THRESHOLDS,
     VERIFY_AGAINST,
     BaselineName,
     BenchSpec,
     BenchTask,
+    ControlSpec,
     GenerateSpec,
     LossLimits,
     MetricsSpec,
@@ -43,7 +45,27 @@ from sdtrt.specs import (
 )
 from sdtrt.specs.quality import EVERYTHING, KNOBS, parse_choices
 
-FIDELITY, LIMITS = Thresholds(), LossLimits()
+LIMITS = LossLimits()
+
+
+def _usual(name: str) -> str:
+    """A threshold's default, and that of precisions which have one of their own: `35, int8 30, fp8 25`."""
+    others = (f"{precision} {getattr(one, name):g}" for precision, one in THRESHOLDS.items())
+    return ", ".join([f"{getattr(Thresholds(), name):g}", *others])
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """These options say how closely this machine is looked at."""
+
+    prove: Annotated[
+        bool,
+        Option(
+            "--prove",
+            help="build, verify and time the built-in model on every backend that runs here, in minutes, and print a"
+            " report to paste; leaves no engines",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -76,13 +98,14 @@ class VerifyOptions:
     seed: Annotated[int, Option(help="of the (first) image's noise")] = DEFAULT_VERIFY_SEED
     scheduler: Scheduler = None
     min_cosine: Annotated[
-        float | None, Option(help=f"least cosine at a timestep ({FIDELITY.min_cosine:g}), or of the latents at the end")
+        float | None,
+        Option(help=f"least cosine at a timestep ({_usual('min_cosine')}), or of the latents at the end"),
     ] = None
     max_noise_ratio: Annotated[
         float | None,
         Option(
             help="most relative L2 error, in multiples of PyTorch's own in half precision"
-            f" ({FIDELITY.max_noise_ratio:g})"
+            f" ({_usual('max_noise_ratio')})"
         ),
     ] = None
     max_relative_l2: Annotated[
@@ -90,7 +113,7 @@ class VerifyOptions:
     ] = None
     min_psnr: Annotated[
         float | None,
-        Option(help=f"least PSNR of the image, in dB ({FIDELITY.min_psnr_db:g}; against exact {LIMITS.min_psnr_db:g})"),
+        Option(help=f"least PSNR of the image, in dB ({_usual('min_psnr_db')}; against exact {LIMITS.min_psnr_db:g})"),
     ] = None
     min_ssim: Annotated[
         float | None, Option(help=f"least structural similarity of the image (against exact {LIMITS.min_ssim:g})")
@@ -104,16 +127,22 @@ class VerifyOptions:
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> VerifySpec:
-        """The comparison of an engine that is asked for. Raises `UsageError` for what is about savings alone."""
-        self._refuse(
-            "savings: add --against exact", {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
-        )
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, image: Mapping[str, Any]) -> VerifySpec:
+        """The comparison of an engine that is asked for.
+
+        Args:
+            image: of `GenerateSpec`: savings, ControlNets, pictures for IP-Adapters.
+
+        Raises:
+            UsageError: for what is about savings alone.
+        """
+        about = {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
+        self._refuse("savings", "add --against exact", about)
         own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
-        usual = astuple(FIDELITY)
-        thresholds = Thresholds(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
-        image = replace(self._image(model, backend, noise), savings=savings)
-        return VerifySpec(image, self.engine, self.timesteps, thresholds, self.output)
+        names = (one.name for one in fields(Thresholds))
+        limits = {name: value for name, value in zip(names, own, strict=True) if value is not None}
+        asked = self._image(model, backend, noise, image)
+        return VerifySpec(asked, self.engine, self.timesteps, output=self.output, limits=limits)
 
     def quality_spec(
         self,
@@ -126,21 +155,22 @@ class VerifyOptions:
         """The comparison of savings that is asked for. Raises `UsageError` for what is about an engine alone."""
         check_choice("against", self.against, VERIFY_AGAINST)
         about = {"--engine": self.engine, "--timesteps": self.timesteps, "--max-noise-ratio": self.max_noise_ratio}
-        self._refuse(f"an engine: leave it out beside --against {self.against}", about)
+        self._refuse("an engine", f"leave it out beside --against {self.against}", about)
         own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
         usual = astuple(LIMITS)
         limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
-        image = replace(self._image(model, backend, noise), **saved)
+        image = self._image(model, backend, noise, saved)
         return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
 
-    def _refuse(self, why: str, options: Mapping[str, object]) -> None:
+    def _refuse(self, about: str, mend: str, options: Mapping[str, object]) -> None:
         """Refuse options that the other comparison has."""
         for name, value in options.items():
             if value is not None:
-                about, _, mend = why.partition(": ")
                 raise UsageError(f"{name} {value} is about {about}", hint=mend)
 
-    def _image(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec) -> GenerateSpec:
+    def _image(
+        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, image: Mapping[str, Any]
+    ) -> GenerateSpec:
         """What is made. Raises `UsageError` for a random seed: who fails wants to see it again."""
         backend.check()
         if self.seed == RANDOM_SEED:
@@ -161,6 +191,7 @@ class VerifyOptions:
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
             noise=noise,
+            **image,
         )
 
 
@@ -205,7 +236,7 @@ class BenchOptions:
         list[str] | None, Option("--prompt", "-p", help="with --quality: what is made; give it again for more")
     ] = None
     negative_prompt: NegativePrompt = ""
-    seed: Annotated[int, Option(help="with --quality: of the first image")] = DEFAULT_VERIFY_SEED
+    seed: Annotated[int | None, Option(help="with --quality: of the first image; else 0")] = None
 
     def quality_spec(
         self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
@@ -213,9 +244,17 @@ class BenchOptions:
         """The choices that are asked for. Raises `UsageError` for what is about other measurements."""
         backend.check()
         assert self.quality is not None
-        if self.baselines != "auto" or self.task not in ("both", "txt2img"):
-            other = f"--baselines {self.baselines}" if self.baselines != "auto" else f"--task {self.task}"
-            raise UsageError(f"{other} has no effect beside --quality", hint="leave it out, or --quality")
+        for option, given in (
+            (f"--baselines {self.baselines}", self.baselines != "auto"),
+            (f"--task {self.task}", self.task not in ("both", "txt2img")),
+            ("--show-baselines", self.show_baselines),
+        ):
+            if given:
+                raise UsageError(f"{option} has no effect beside --quality", hint="leave it out, or --quality")
+        if self.seed == RANDOM_SEED:
+            raise UsageError(
+                "--quality takes no random seed, got -1", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
+            )
         batches = _numbers("--batch-size", self.batch_size)
         if len(batches) > 1:
             raise UsageError(
@@ -231,7 +270,7 @@ class BenchOptions:
             guidance_scale=self.guidance_scale,
             height=self.height,
             width=self.width,
-            seed=self.seed,
+            seed=self.seed or DEFAULT_VERIFY_SEED,
             batch_size=batches[0],
             scheduler=cast("SchedulerName | None", self.scheduler),
             allow_build=not self.no_build,
@@ -240,12 +279,19 @@ class BenchOptions:
         choices = parse_choices(self.quality)
         return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, savings: Savings) -> BenchSpec:
+    def spec(
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        savings: Savings,
+        controls: tuple[ControlSpec, ...] = (),
+    ) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
-        if self.prompt or self.negative_prompt:
-            what = "--prompt" if self.prompt else "--negative-prompt"
-            raise UsageError(f"{what} is about pictures that are judged", hint="add --quality all, or leave it out")
+        about = {"--prompt": self.prompt, "--negative-prompt": self.negative_prompt or None, "--seed": self.seed}
+        for option in (name for name, value in about.items() if value is not None):
+            raise UsageError(f"{option} is about pictures that are judged", hint="add --quality all, or leave it out")
         return BenchSpec(
             model=model,
             backend=backend.backend,
@@ -266,6 +312,7 @@ class BenchOptions:
             allow_build=not self.no_build,
             noise=noise,
             savings=savings,
+            controls=controls,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

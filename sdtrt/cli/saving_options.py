@@ -31,7 +31,7 @@ class SavingOptions:
         interval = self.guidance_interval
         return settle(
             quality,
-            guidance=None if interval is None else GuidanceInterval.parse(interval),
+            guidance_interval=None if interval is None else GuidanceInterval.parse(interval),
             cache_interval=self.cache_interval,
             cache_depth=self.cache_depth,
             cache_schedule=cast("CacheSchedule | None", self.cache_schedule),
@@ -54,6 +54,11 @@ class PresetOptions:
             help="a preset of guidance interval and deep caching, the faster the lossier; numbers given beside it win",
         ),
     ] = None
+
+    @property
+    def given(self) -> list[str]:
+        """The option, where it was typed."""
+        return [] if self.quality is None else ["--quality"]
 
     def fields(self, saving: SavingOptions) -> dict[str, Any]:
         """The fields of a `GenerateSpec` for what is left out; who takes all of a preset back has the exact one."""

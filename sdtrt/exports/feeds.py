@@ -6,7 +6,9 @@ import torch
 
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import GUIDANCE_EMBEDDING, REFINER_TIME_IDS, Contract
+from sdtrt.specs.groups import FREE_U
 
+FREE_U_NUMBERS = (0.9, 0.2, 1.2, 1.4)  # what FreeU's authors advise for Stable Diffusion 1.4
 AESTHETIC_SCORE = 6.0  # what diffusers tells SDXL's refiner unless asked
 
 LATENT_DEVIATION = 1 / 0.18215  # Stable Diffusion's VAE; its latents are scaled by that to a deviation of 1
@@ -30,6 +32,8 @@ def seeded_feeds(contract: Contract, sizes: Sizes, seed: int = 0) -> dict[str, t
             if shape[1] == REFINER_TIME_IDS:
                 row[4:] = [AESTHETIC_SCORE]
             tensors[name] = torch.tensor(row, dtype=torch.float32).expand(shape).contiguous()
+        elif name == FREE_U:
+            tensors[name] = torch.tensor(FREE_U_NUMBERS)
         elif (below := bounds[name]) is not None:
             tensors[name] = _token_ids(shape, below, generator)
         elif name in ("image", GUIDANCE_EMBEDDING):

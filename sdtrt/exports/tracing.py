@@ -21,6 +21,7 @@ from sdtrt.common.errors import ExportError
 from sdtrt.exports.attributes import attribute
 from sdtrt.exports.deep_features import ShallowCall, WholeCall
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
+from sdtrt.exports.free_u import FreeUCall
 from sdtrt.exports.image_prompts import ImagePromptCall
 from sdtrt.models.components import VAE_HALVES
 from sdtrt.models.image_prompts import attentions_of
@@ -37,7 +38,7 @@ from sdtrt.specs.contract import (
     latent_sides,
 )
 from sdtrt.specs.deep_features import attends, given_feature, taken_feature
-from sdtrt.specs.groups import adapter_names, residual_names
+from sdtrt.specs.groups import FREE_U, adapter_names, residual_names
 from sdtrt.specs.image_prompts import image_prompt_names
 
 # Sizes to trace with: all different, so that no axis is taken for another; batch above 1, as `torch.export` makes a
@@ -144,21 +145,29 @@ def unet_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool =
     """A UNet with a contract's inputs and output as its signature.
 
     Args:
-        as_diffusers: compute IP-Adapters by diffusers' own processors, which can't be traced.
+        as_diffusers: compute IP-Adapters and FreeU by diffusers' own code, which can't be traced.
     """
     if pictures := image_prompt_names(contract):
         others = replace(contract, inputs=tuple(one for one in contract.inputs if one.name not in pictures))
-        return ImagePromptCall(_plain_call(unet, others), unet, contract, as_diffusers=as_diffusers)
+        inner = _freed_call(unet, others, as_diffusers=as_diffusers)
+        return ImagePromptCall(inner, unet, contract, as_diffusers=as_diffusers)
     if attentions_of(unet) and attends(contract):  # they would take the text's last tokens for an image's
         raise ExportError(
             "the unet has layers of IP-Adapters, and its contract no inputs for them",
             hint='as in ExportSpec(groups=("ip_adapter:4",)), the number of tokens of each adapter',
         )
-    return _plain_call(unet, contract)
+    return _freed_call(unet, contract, as_diffusers=as_diffusers)
+
+
+def _freed_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool) -> torch.nn.Module:
+    """A UNet with a contract's inputs and output as its signature, but for image prompts: FreeU's numbers are last."""
+    others = tuple(one for one in contract.inputs if one.name != FREE_U)
+    plain = _plain_call(unet, replace(contract, inputs=others))
+    return plain if others == contract.inputs else FreeUCall(plain, unet, as_diffusers=as_diffusers)
 
 
 def _plain_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
-    """A UNet with a contract's inputs and outputs as its signature, but for image prompts."""
+    """A UNet with a contract's inputs and outputs as its signature, but for image prompts and FreeU."""
     if taken_feature(contract):
         return ShallowCall(unet, contract)
     if given_feature(contract):

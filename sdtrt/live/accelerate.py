@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 from weakref import ref
 
 import torch
@@ -34,7 +34,7 @@ from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline import memory, opened, pixels
+from sdtrt.pipeline import free_u, memory, opened, pixels
 from sdtrt.pipeline.all_engines import ensure_second, for_prompt_rows
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
@@ -44,23 +44,22 @@ from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.watch import refuse_changes
 from sdtrt.specs import (
     AUTO,
+    COMPONENTS,
     PRECISIONS,
     BackendName,
     Component,
     Group,
-    GuidanceInterval,
     Precision,
-    QualityName,
     Savings,
     check_choice,
     check_size,
 )
 from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
-from sdtrt.specs.presets import settle
-from sdtrt.specs.savings import CacheSchedule
+from sdtrt.specs.presets import SavingArguments, settle
 
+CONTROLNET: Component = "controlnet"
 PipeT = TypeVar("PipeT")
-Parts = Mapping[Component, Swapped]
+Parts = Mapping[str, Swapped]
 
 _CHANGING = threading.RLock()  # pipelines may share modules, and builders want the GPU's memory to themselves
 
@@ -77,12 +76,8 @@ def accelerate(
     components: Iterable[Component] | None = None,
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
-    guidance_interval: GuidanceInterval | None = None,
-    cache_interval: int | None = None,
-    cache_depth: int | None = None,
-    cache_schedule: CacheSchedule | None = None,
-    quality: QualityName | None = None,
     progress: bool = True,
+    **saved: Unpack[SavingArguments],
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
 
@@ -98,16 +93,10 @@ def accelerate(
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet`; None for all that the pipeline calls.
-        engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
-        on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights, FreeU and
-            hooks, too, which else are an `EngineError`), or raise an `error`.
-        guidance_interval: the part of a run that is guided; in the other steps the UNet runs the prompt's rows alone.
-        cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
-            on from what it gave; None or 1 for none. Off in runs of fewer than 10 steps.
-        cache_depth: how many layers those run on the way down and up; None for the architecture's own.
-        cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
-        quality: a preset of these four, `exact`, `high`, `balanced` or `fast`; what is given beside it wins.
-        progress: say on stderr what is built.
+        engine_dir, progress: as of `generate`.
+        on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights and hooks,
+            too, which else are an `EngineError`), or raise an `error`.
+        saved: what calls leave out, as of `sdtrt.specs.presets.SavingArguments`; docs/quality.md has its price.
 
     Raises:
         UsageError: for a size, precision or component that there is not; for an interval without guidance.
@@ -119,8 +108,7 @@ def accelerate(
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
     parts = None if components is None else tuple(components)
-    caching = (cache_interval, cache_depth, cache_schedule)
-    savings = settle(quality, guidance_interval, *caching, guided=guidance)
+    savings = settle(**saved, guided=guidance)
     directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, savings)
     with _CHANGING, quiet_libraries():
@@ -235,10 +223,14 @@ class _Choices:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to run in engines, which ones, and what runs in engines by now and stays."""
+    """What is to run in engines, which ones, and what runs in engines by now and stays.
 
-    model: LiveModel
+    Args:
+        others: the request of each further ControlNet, by its name, `controlnet_2`.
+    """
+
     request: EngineRequest
+    others: Mapping[str, EngineRequest]
     settings: Settings
     staying: Parts
 
@@ -246,6 +238,8 @@ class _Plan:
         """Find or build all engines; those for steps without guidance have `PROMPT_ROWS` behind their names."""
         settings, request = self.settings, self.request
         found: dict[str, Entry] = dict(ensure_engines(request, settings.directory, settings.console).items())
+        for name, other in self.others.items():
+            found[name] = ensure_engines(other, settings.directory, settings.console)[CONTROLNET]
         shallow = request.shallow
         if shallow is not None:
             found["unet" + SHALLOW] = ensure_engines(shallow, settings.directory, settings.console)["unet"]
@@ -253,14 +247,35 @@ class _Plan:
             return found
         second = for_prompt_rows(request, request.images)
         requests: dict[str, EngineRequest] = dict.fromkeys(second.components, second)
+        requests |= {name: for_prompt_rows(other, request.images) for name, other in self.others.items()}
         if shallow is not None:
             requests["unet" + SHALLOW] = for_prompt_rows(shallow, request.images)
         return found | ensure_second(requests, found, settings.directory, settings.console)
 
+    def adding(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Of all engines those that take memory which nothing has yet: of parts that come, and second ones of others.
+
+        A shallow one is opened together with the one that it goes on from.
+        """
+
+        def is_new(name: str) -> bool:
+            base = first_of(name)
+            there = self.staying.get(base)
+            with_it = entries.get(name.replace(SHALLOW, ""), entries[base])
+            return there is None or (base != name and all(one.entry.path != with_it.path for one in there.engines))
+
+        return {name: entry for name, entry in entries.items() if is_new(name)}
+
     @property
-    def coming(self) -> list[Component]:
-        """Those that run in no engine yet, or in one that does not serve."""
-        return [name for name in self.request.components if name not in self.staying]
+    def coming(self) -> dict[str, Swapped]:
+        """What is to stand in the place of those that run in no engine yet, or in one that does not serve."""
+        names = (*self.request.components, *self.others)
+        return {name: self._swapped(name) for name in names if name not in self.staying}
+
+    def _swapped(self, name: str) -> Swapped:
+        settings = self.settings.of(name)
+        model, component = settings.model, _component_of(name)
+        return Swapped(model.modules[part_of(component)], component, settings, _digest(model, component, settings))
 
 
 def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
@@ -276,14 +291,24 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     modules = {part: ref(module) for part, module in model.modules.items()}
     fixed = (name, precision, choices.directory, device, choices.on_miss, console, threading.RLock())
     settings = Settings(model.spec, model.stored, modules, *fixed, choices.savings, choices.deep_groups(model))
-    there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, model, settings)}
+    there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, part, settings)}
     wanted = _components(pipe, model, choices.components, there)
     request = choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
+    further = model.others if CONTROLNET in wanted else {}
+    others = {part: replace(request, model=one, components=(CONTROLNET,)) for part, one in further.items()}
     for component in wanted:
-        contract_of(model, component, precision, request.groups_of(component))
-        backend.check_groups(request.groups_of(component))
-        refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
-    return _Plan(model, request, settings, {part: one for part, one in there.items() if part in wanted})
+        _check(model, component, request)
+    for one in further.values():
+        _check(one, CONTROLNET, request)
+    return _Plan(request, others, settings, {part: one for part, one in there.items() if part in (*wanted, *others)})
+
+
+def _check(model: LiveModel, component: Component, request: EngineRequest) -> None:
+    """Refuse a component that no engine can be made of, before any is."""
+    backend, groups = registry.get(request.backend), request.groups_of(component)
+    contract_of(model, component, request.precision, groups)
+    backend.check_groups(groups)
+    refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
 
 
 def _main_module(model: LiveModel) -> torch.nn.Module:
@@ -313,11 +338,12 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
 
 def _groups(pipe: Any) -> tuple[Group, ...]:
     """The optional groups of inputs that a pipeline gives its UNet."""
-    return (*groups_of(pipe), *(() if pipe.unet is None else image_prompts.groups_of(pipe.unet)))
+    own = () if pipe.unet is None else (*free_u.groups_of(pipe.unet), *image_prompts.groups_of(pipe.unet))
+    return (*groups_of(pipe), *own)
 
 
 def _components(
-    pipe: Any, model: LiveModel, names: tuple[Component, ...] | None, there: Iterable[Component]
+    pipe: Any, model: LiveModel, names: tuple[Component, ...] | None, there: Iterable[str]
 ) -> tuple[Component, ...]:
     """The components that engines are to run: those named, else all that the pipeline calls, and what runs in one."""
     if names is not None:
@@ -338,22 +364,20 @@ def _swap(pipe: Any, plan: _Plan) -> None:
     lock = next((one.settings.lock for one in plan.staying.values()), plan.settings.lock)
     settings = replace(plan.settings, lock=lock)
     leaving = [one for name, one in swapped_of(pipe).items() if name not in plan.staying]
-    new = {
-        name: Swapped(plan.model.modules[part_of(name)], name, settings, _digest(plan.model, name, settings))
-        for name in plan.coming
-    }
+    plan = replace(plan, settings=settings)
+    new = plan.coming
     with _closed_on_failure(new.values()):
         _park(new.values())
         entries = plan.ensure_engines()
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
-        memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if _base(name) in new})
+        memory.check_memory(plan.request, plan.adding(entries))
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
         _open({**plan.staying, **new}, entries, scratch)
-    for one in plan.staying.values():
-        one.settings = settings
+    for name, one in plan.staying.items():
+        one.settings = settings.of(name)
     for one in new.values():
         one.attach()
     if settings.device.type == "cuda":
@@ -370,14 +394,9 @@ def _park(parts: Iterable[Swapped]) -> None:
 def _open(parts: Parts, entries: Mapping[str, Entry], scratch: Scratch) -> None:
     """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
     for name in memory.by_scratch({name: one for name, one in entries.items() if SHALLOW not in name}):
-        part = parts[_base(name)]
+        part = parts[first_of(name)]
         with part.settings.lock:
             part.open(entries[name], scratch, shallow_beside(name, entries))
-
-
-def _base(name: str) -> Component:
-    """The component of an engine, by its name among all of a pipeline."""
-    return cast(Component, first_of(name))
 
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:
@@ -388,8 +407,15 @@ def _digest(model: LiveModel, component: Component, settings: Settings) -> str:
     return model.digest(component, backend.precision_of(model, component, settings.precision))
 
 
-def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:
-    """Whether what runs a component already is of the backend, precision and directory asked for, and these weights."""
+def _component_of(name: str) -> Component:
+    """The component that a part is by its name: each further ControlNet is one as the first."""
+    return cast(Component, name) if name in COMPONENTS else CONTROLNET
+
+
+def _serves(one: Swapped, name: str, settings: Settings) -> bool:
+    """Whether what runs a part already is of the backend, precision and directory asked for, and of these weights."""
+    if (part_of(_component_of(name)) if name in COMPONENTS else name) not in settings.modules:
+        return False
     own = one.settings
     same = (own.backend, own.precision, own.directory.path, own.device) == (
         settings.backend,
@@ -398,7 +424,7 @@ def _serves(one: Swapped, model: LiveModel, settings: Settings) -> bool:
         settings.device,
     )
     fits = one.table is None or one.table.fits(one.module)
-    return same and fits and one.watch.digest == _digest(model, one.component, settings)
+    return same and fits and one.watch.digest == _digest(settings.of(name).model, one.component, settings)
 
 
 @contextmanager

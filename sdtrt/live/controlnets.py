@@ -1,4 +1,4 @@
-"""The ControlNets of a pipeline: which they are, and whether they fit its UNet. One alone may run in an engine.
+"""The ControlNets of a pipeline: which they are, and whether they fit its UNet. Each may run in an engine.
 
 Knows diffusers' classes and their configurations. Knows no engine.
 """
@@ -9,16 +9,16 @@ from collections.abc import Container
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, MultiControlNetModel
-from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 
 from sdtrt.common.errors import EngineError
 from sdtrt.live.t2i_adapters import adapters_of
+from sdtrt.models import live
 from sdtrt.specs import Group
 from sdtrt.specs.groups import control_facts
 
 PART = "controlnet"
-IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine (one ControlNet alone has an engine)"
+IN_PYTORCH = "PyTorch runs it; what it gives are inputs of the unet's engine"
 
 
 def groups_of(pipe: Any) -> tuple[Group, ...]:
@@ -29,9 +29,7 @@ def groups_of(pipe: Any) -> tuple[Group, ...]:
 
 def controlnets_of(pipe: Any) -> list[torch.nn.Module]:
     """The ControlNets of a pipeline, of one that has several each; those that `torch.compile` wraps are unwrapped."""
-    found = getattr(pipe, PART, None)
-    nets = list(found.nets) if isinstance(found, (MultiControlNetModel, MultiControlNetUnionModel)) else [found]
-    return [getattr(one, "_orig_mod", one) for one in nets if one is not None]
+    return [getattr(one, "_orig_mod", one) for one in live.controlnets_of(pipe).values()]
 
 
 def check_controlnets(name: str, pipe: Any, hint: str) -> None:
@@ -71,7 +69,7 @@ def refuse_wanted(pipe: Any, there: Container[str], names: Container[str]) -> No
     """
     if PART in names and PART not in there and controlnets_of(pipe):
         raise EngineError(
-            f"no engine runs the controlnet of {type(pipe).__name__}: it is several, a union, compiled or quantised,"
-            " or pools its residuals",
+            f"no engine runs the controlnet of {type(pipe).__name__}: it, or one of several, is a union, compiled or"
+            " quantised, or pools its residuals",
             hint="leave controlnet out of components=: PyTorch runs it, beside engines of the other parts",
         )

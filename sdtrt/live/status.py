@@ -91,9 +91,9 @@ def status(pipe: Any) -> Status:
     Example:
         >>> print(sdtrt.status(pipe))
     """
-    swapped = swapped_of(pipe)
-    engines = {name: tuple(_engine_status(one.entry) for one in part.engines) for name, part in swapped.items()}
-    for entry in opened.entries(pipe).values():  # several ControlNets have one each
+    entries = [one.entry for part in swapped_of(pipe).values() for one in part.engines]
+    engines: dict[Component, tuple[EngineStatus, ...]] = {}
+    for entry in (*entries, *opened.entries(pipe).values()):  # several ControlNets have one each
         component = entry.engine_key.component
         engines[component] = (*engines.get(component, ()), _engine_status(entry))
     parts = [name for name in METHODS if getattr(pipe, part_of(name), None) is not None]
@@ -127,7 +127,7 @@ def _engine_status(entry: Entry) -> EngineStatus:
 def _part_status(pipe: Any, component: Component, engines: tuple[EngineStatus, ...], refusal: str) -> PartStatus:
     if not engines:
         return PartStatus(component, (), _reason(pipe, component, refusal))
-    left = _why_left(swapped_of(pipe).get(component))
+    left = next(filter(None, (_why_left(one) for one in swapped_of(pipe).values() if one.component == component)), "")
     return PartStatus(component, engines, left or _tiles(pipe, component), bool(left))
 
 
@@ -144,10 +144,8 @@ def _reason(pipe: Any, component: Component, refusal: str) -> str:
     return "not among the components of sdtrt.accelerate" if swapped_of(pipe) else "sdtrt.accelerate was not called"
 
 
-def _why_left(swapped: Swapped | None) -> str:
+def _why_left(swapped: Swapped) -> str:
     """Why PyTorch runs what has engines; what would be an error at the next call is not looked at."""
-    if swapped is None:
-        return ""
     with swapped.settings.lock:
         with contextlib.suppress(SdtrtError):
             swapped.find_left(looks=True)

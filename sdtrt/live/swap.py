@@ -32,7 +32,7 @@ from sdtrt.live.live_text import LiveText, encodes, least_rows
 from sdtrt.live.steps import Steps
 from sdtrt.live.token_table import TokenTable
 from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of, sizes_of
-from sdtrt.models.live import LiveModel, component_tensors
+from sdtrt.models.live import LiveModel, component_tensors, controlnets_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import tiles
 from sdtrt.pipeline.control_forward import ControlNetForward
@@ -40,12 +40,14 @@ from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
+from sdtrt.pipeline.free_u import FreeU
 from sdtrt.pipeline.guided_rows import GuidedRows
 from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import (
+    COMPONENTS,
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
     BackendName,
@@ -112,6 +114,12 @@ class Settings:
         modules = {name: module for name, one in self.modules.items() if (module := one()) is not None}
         return LiveModel(self.spec, modules, self.stored)
 
+    def of(self, name: str) -> Settings:
+        """Those of one part: of a further ControlNet (`controlnet_2`) they have it in the place of the first one."""
+        if name in COMPONENTS:
+            return self
+        return replace(self, modules={**self.modules, "controlnet": self.modules[name]})
+
     def request(self, sizes: Sizes, component: Component, groups: tuple[Group, ...]) -> EngineRequest:
         """The engine for a call of one component; `sizes` are that call's."""
         images = sizes.batch
@@ -159,6 +167,7 @@ class Swapped:
         self.table = TokenTable(module) if component in TEXT_ENCODERS else None
         self.prompts = ImagePrompts(self._module)
         self.prompts.look()
+        self.free_u = FreeU(self._module)
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
@@ -209,10 +218,12 @@ class Swapped:
         self.find_left(looks=looks)
         if is_first and states is not None and not self.left:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
-        opened, result = None, None
-        own, cut, named = self.prompts.take(args, kwargs)
+        opened, result, cut, named = None, None, args, kwargs
+        groups: tuple[Group, ...] = ()
+        with self.left.where_refused(UnservedCallError):
+            groups, cut, named = self._taken(args, kwargs)
         if not self.left:
-            opened = self._opened_for(sizes, (*_groups_of_call(self.component, cut, named), *own, *self._deep_groups))
+            opened = self._opened_for(sizes, groups)
         if opened is not None:
             with self.left.where_refused(UnservedCallError):
                 result = opened.call(*cut, **named)
@@ -224,6 +235,15 @@ class Swapped:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
+
+    def _taken(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Group, ...], tuple[Any, ...], dict[str, Any]]:
+        """The optional groups of inputs that a call needs, and its arguments as an engine with them takes them."""
+        pictures, args, kwargs = self.prompts.take(args, kwargs)
+        freed, args, kwargs = self.free_u.take(args, kwargs) if self.component == "unet" else ((), args, kwargs)
+        deep = self.settings.deep_groups if self.component == "unet" else ()
+        return (*_groups_of_call(self.component, args, kwargs), *freed, *pictures, *deep), args, kwargs
 
     def find_left(self, *, looks: bool) -> None:
         """Find why no engine may run the component, if so. Raise that, but for `on_miss="torch"`.
@@ -244,11 +264,6 @@ class Swapped:
                 if self.settings.on_miss == "torch":
                     self.watch.look(self.module)
                 self.left.reason = ""
-
-    @property
-    def _deep_groups(self) -> tuple[Group, ...]:
-        """The group of inputs and outputs of engines that keep deep features."""
-        return self.settings.deep_groups if self.component == "unet" else ()
 
     def _look(self) -> None:
         """Look whether the weights are the engine's."""
@@ -369,25 +384,9 @@ class Swapped:
         session = open_session(entry, self.settings.device, self.scratch)
         self.engines.append(Opened(entry, session, _call_of(self, session, entry.engine_key.profiles)))
         if shallow is not None:
-            self._open_shallow(self.engines[-1], shallow)
+            self.engines[-1] = _with_shallow(self, self.engines[-1], shallow)
         if self.bound is not None:
-            self._follow(self.engines[-1])
-
-    def _open_shallow(self, opened: Opened, entry: Entry) -> None:
-        """Open the engine of a UNet's shallow steps beside another one, and let the steps choose between them."""
-        second = open_session(entry, self.settings.device, self.scratch)
-        forward = CachedForward(opened.session, second, self.settings.device, self.cache, IN_PYTORCH)
-        self.engines[-1] = replace(opened, call=functools.partial(self.rows.run, forward), shallow=second)
-
-    def _follow(self, opened: Opened) -> None:
-        """Have an engine that holds no weights compute with the module's."""
-        assert self.bound is not None
-        session: Any = opened.session
-        self.engines[-1] = replace(opened, call=self.bound.following(session, self._module, opened.call))
-        if (second := opened.shallow) is not None:
-            compute_with(second, session)
-            own, views = cast(Any, second).weight_views(), session.weight_views()
-            assert all(same_memory(one, views[name]) for name, one in own.items()), "weights would not be followed"
+            self.engines[-1] = _followed(self.bound, self.engines[-1], self._module)
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
@@ -462,14 +461,35 @@ def _deep_cache(swapped: ref[Swapped], bound: Bound | None, console: Console) ->
     return DeepCache(caching, console, lambda: 0 if bound is None else bound.changes)
 
 
-def swapped_of(pipe: Any) -> dict[Component, Swapped]:
-    """What engines run of a pipeline's modules, whichever pipeline they were accelerated through."""
-    found: dict[Component, Swapped] = {}
+def _with_shallow(swapped: Swapped, opened: Opened, entry: Entry) -> Opened:
+    """A UNet's engine with that of its shallow steps beside it, between which each step chooses."""
+    second = open_session(entry, swapped.settings.device, swapped.scratch)
+    forward = CachedForward(opened.session, second, swapped.settings.device, swapped.cache, IN_PYTORCH)
+    return replace(opened, call=functools.partial(swapped.rows.run, forward), shallow=second)
+
+
+def _followed(bound: Bound, opened: Opened, module: ref[torch.nn.Module]) -> Opened:
+    """An engine that holds no weights, computing with the module's; one of shallow steps reads them where it does."""
+    session: Any = opened.session
+    found = replace(opened, call=bound.following(session, module, opened.call))
+    if (second := opened.shallow) is not None:
+        compute_with(second, session)
+        own, views = cast(Any, second).weight_views(), session.weight_views()
+        assert all(same_memory(one, views[name]) for name, one in own.items()), "weights would not be followed"
+    return found
+
+
+def swapped_of(pipe: Any) -> dict[str, Swapped]:
+    """What engines run of a pipeline's modules, whichever pipeline they were accelerated through: by their components,
+    further ControlNets as `controlnet_2`, ….
+    """
+    found: dict[str, Swapped] = {}
     for component in METHODS:
-        module = getattr(pipe, part_of(component), None)
-        module = getattr(module, "_orig_mod", module)  # that of torch.compile
-        if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
-            found[component] = _SWAPPED[module][component]
+        part = {component: getattr(pipe, part_of(component), None)}
+        for name, module in (controlnets_of(pipe) if component == "controlnet" else part).items():
+            module = getattr(module, "_orig_mod", module)  # that of torch.compile
+            if isinstance(module, torch.nn.Module) and component in _SWAPPED.get(module, {}):
+                found[name] = _SWAPPED[module][component]
     return found
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from diffusers import MultiAdapter, T2IAdapter
 
 from sdtrt.common.errors import EngineError
-from sdtrt.specs import SIZE_MULTIPLE
-from sdtrt.specs.groups import adapter_shapes
+from sdtrt.specs.groups import adapter_mismatch
 
 PART = "adapter"
 
@@ -32,18 +31,10 @@ def check_adapters(name: str, pipe: Any) -> None:
     Raises:
         EngineError: naming what does not fit.
     """
-    wanted = adapter_shapes(pipe.unet.config) if adapters_of(pipe) else []
     for one in adapters_of(pipe):
-        own, fitting = list(one.config.channels), [channels for channels, _ in wanted]
-        factor = wanted[0][1] * SIZE_MULTIPLE
-        facts = {
-            "list of channels": (own, fitting[: len(own)]),
-            "downscale_factor": (one.config.downscale_factor, factor),
-        }
-        for fact, (found, expected) in facts.items():
-            if found != expected:
-                raise EngineError(
-                    f"the adapter of {name} is for another model: its {fact} is {found}, where the unet takes"
-                    f" {expected}",
-                    hint="use a T2I-Adapter for this model (SD 1.x, 2.x and XL have ones of their own)",
-                )
+        if (differing := adapter_mismatch(one.config, pipe.unet.config)) is not None:
+            fact, found, expected = differing
+            raise EngineError(
+                f"the adapter of {name} is for another model: its {fact} is {found}, where the unet takes {expected}",
+                hint="use a T2I-Adapter for this model (SD 1.x, 2.x and XL have ones of their own)",
+            )

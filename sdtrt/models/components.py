@@ -55,8 +55,9 @@ def _is_pytorchs(model: ModelSource) -> bool:
 
 
 def groups_of(model: ModelSource) -> tuple[Group, ...]:
-    """The optional groups of inputs that a model's UNet gets: what the ControlNet beside it gives."""
-    return ("controlnet",) if "controlnet" in model.parts else ()
+    """The optional groups of inputs that a model's UNet gets: what a ControlNet or T2I-Adapter beside it gives."""
+    groups = {"controlnet": "controlnet", "adapter": "t2i_adapter"}
+    return tuple(group for part, group in groups.items() if part in model.parts)
 
 
 def text_encoders_of(model: ModelSource) -> tuple[Component, ...]:

@@ -108,6 +108,7 @@ _WHERE_GIVEN: dict[str, dict[str, _Rule]] = {
         "addition_embed_type": _one_of(None, "text_time"),
         "encoder_hid_dim_type": _NOTHING,
     },
+    "adapter": {"in_channels": _COUNT, "channels": _WIDTHS, "downscale_factor": _COUNT},
     "text_encoder": {
         "hidden_size": _COUNT,
         "max_position_embeddings": (lambda value: _is_count(value) and value >= _MIN_TOKENS, "a number of tokens"),

@@ -65,7 +65,7 @@ class LiveModel:
 
     Args:
         spec: its name alone: what the pipeline was loaded from, or its class.
-        modules: by the names of their parts, `unet`.
+        modules: by the names of their parts, `unet`; of several ControlNets `controlnet`, `controlnet_2`, ….
         stored: the model that its name leads to on this machine; its weights may be others by now.
     """
 
@@ -80,8 +80,8 @@ class LiveModel:
         modules = {name: module for name in MODULES if (module := getattr(pipe, name, None)) is not None}
         if "vae" in modules and not _is_usual_vae(modules["vae"]):
             del modules["vae"]
-        if _is_controlnet(control := getattr(pipe, CONTROLNET, None)):
-            modules[CONTROLNET] = control
+        nets = controlnets_of(pipe)
+        modules |= nets if all(map(_is_controlnet, nets.values())) else {}
         name = str(getattr(pipe, "name_or_path", None) or "")
         return cls(ModelSpec(name or type(pipe).__name__), modules, _stored(name) if name else None)
 
@@ -94,6 +94,13 @@ class LiveModel:
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that the pipeline has."""
         return tuple(self.modules)
+
+    @property
+    def others(self) -> dict[str, LiveModel]:
+        """The model with each further ControlNet in the place of the first one, by their names, `controlnet_2`."""
+        further = [name for name in self.modules if name.startswith(f"{CONTROLNET}_")]
+        usual = {name: module for name, module in self.modules.items() if name not in further}
+        return {name: LiveModel(self.spec, {**usual, CONTROLNET: self.modules[name]}, self.stored) for name in further}
 
     @property
     def is_sdxl(self) -> bool:
@@ -173,6 +180,16 @@ def _is_usual_vae(module: Any) -> bool:
     return any(base.__name__ in VAE_CLASSES for base in type(module).__mro__)
 
 
+def controlnets_of(pipe: Any) -> dict[str, Any]:
+    """The ControlNets of a pipeline, each once: `controlnet`, and of one that has several `controlnet_2`, ….
+
+    Those that `torch.compile` wraps are as they are.
+    """
+    found = getattr(pipe, CONTROLNET, None)
+    nets = dict.fromkeys(one for one in getattr(found, "nets", [found]) if one is not None)
+    return {CONTROLNET if number == 1 else f"{CONTROLNET}_{number}": one for number, one in enumerate(nets, 1)}
+
+
 def _is_controlnet(module: Any) -> bool:
     """Whether a module is one ControlNet of diffusers' own that an engine may run: others are left to PyTorch.
 
@@ -220,6 +237,8 @@ def _cpu_copy(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     if hasattr(made, "set_attn_processor"):
         plain_processors(made)
     drop_projection(made)
+    if hasattr(made, "disable_freeu"):  # whose numbers are an engine's input
+        made.disable_freeu()
     result: torch.nn.Module = made
     return result
 

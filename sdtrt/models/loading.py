@@ -392,6 +392,8 @@ def _mend(model: Model, part: str, what: str) -> str:
         return "use a version of it in fp16, bf16 or fp32"
     if part == "controlnet":
         return "use the ControlNet's folder, with its config.json, or one for this model"
+    if part == "adapter":
+        return "use another T2I-Adapter, or download it again"
     if part == "vae" and model.spec.vae is not None:
         return "use a VAE of the model's kind as --vae, best its folder with its configuration"
     single = "pass the configuration of its kind of model as --config, or " * (origin.layout == "single-file")

@@ -1,4 +1,4 @@
-"""What a VAE and a ControlNet that a user names have in common: the folder of one. Reads no tensor."""
+"""What a VAE, a ControlNet and a T2I-Adapter that a user names have in common: the folder of one. Reads no tensor."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class NamedPart:
         wanted: these, for the reader.
         hint: what to pass.
         unnamed: the class of a configuration that does not say it.
+        takes_files: whether one file of it is enough.
     """
 
     part: str
@@ -32,6 +33,7 @@ class NamedPart:
     wanted: str
     hint: str
     unnamed: str = "model without a class"
+    takes_files: bool = True
 
     def class_of(self, config_file: Path) -> str:
         """The class that a configuration is of."""
@@ -47,5 +49,7 @@ class NamedPart:
         files = sorted(path.name for path in root.glob("*.safetensors"))
         if own.is_file():
             raise ModelError(f"{spec.name} is a {self.class_of(own)}, not {self.wanted}", hint=self.hint)
-        example = f"pass the file, as in --{self.part} {quote(str(Path(spec.name) / files[0]))}" if files else self.hint
-        raise ModelError(f"{spec.name} is no {self.what}'s folder: it has no config.json", hint=example)
+        hint = self.hint
+        if files and self.takes_files:
+            hint = f"pass the file, as in --{self.part} {quote(str(Path(spec.name) / files[0]))}"
+        raise ModelError(f"{spec.name} is no {self.what}'s folder: it has no config.json", hint=hint)

@@ -33,6 +33,8 @@ from sdtrt.models.origins import (
     read_checkpoint_infos,
 )
 from sdtrt.models.prediction import foreign_noise, header_texts, stated_noise
+from sdtrt.models.t2i_adapters import PART as ADAPTER
+from sdtrt.models.t2i_adapters import find_t2i_adapter
 from sdtrt.models.vaes import with_vae
 from sdtrt.models.weights import WEIGHT_NAMES, TensorInfo, check_headers, read_json
 from sdtrt.specs import DEFAULT_MODEL, Group, ModelSpec, NoiseSpec
@@ -282,7 +284,29 @@ def resolve_model(spec: ModelSpec, console: Console = QUIET) -> Model:
     if spec.ip_adapters:
         adapters = find_ip_adapters(spec, model.config("unet"), model.is_sdxl, console)
         model = replace(model, ip_adapters=adapters)
-    return model if spec.controlnet is None else with_controlnet(model, spec.controlnet, console)
+    model = model if spec.controlnet is None else with_controlnet(model, spec.controlnet, console)
+    return model if spec.t2i_adapter is None else with_t2i_adapter(model, spec.t2i_adapter, console)
+
+
+def with_t2i_adapter(model: Model, name: str, console: Console = QUIET) -> Model:
+    """A model with a T2I-Adapter as its part `adapter`; its weights are read when parts are loaded.
+
+    Args:
+        name: the T2I-Adapter's folder or hub id.
+
+    Raises:
+        UsageError, ModelError: where there is no such T2I-Adapter, or it is for another kind of model.
+    """
+    spec = replace(model.spec, t2i_adapter=name)
+    return _with_part(model, spec, ADAPTER, find_t2i_adapter(spec, model.config("unet"), console))
+
+
+def _with_part(model: Model, spec: ModelSpec, part: str, origin: Origin) -> Model:
+    """A model with a further part, whose configuration is checked."""
+    parts = tuple(dict.fromkeys((*model.parts, part)))
+    found = replace(model, spec=spec, parts=parts, origins={**model.origins, part: origin})
+    found.config(part)
+    return found
 
 
 def with_controlnet(model: Model, name: str, console: Console = QUIET) -> Model:
@@ -295,11 +319,7 @@ def with_controlnet(model: Model, name: str, console: Console = QUIET) -> Model:
         UsageError, ModelError: where there is no such ControlNet, or it is for another kind of model.
     """
     spec = replace(model.spec, controlnet=name)
-    origin = find_controlnet(spec, model.config("unet"), console)
-    parts = tuple(dict.fromkeys((*model.parts, CONTROLNET)))
-    found = replace(model, spec=spec, parts=parts, origins={**model.origins, CONTROLNET: origin})
-    found.config(CONTROLNET)  # it is checked
-    return found
+    return _with_part(model, spec, CONTROLNET, find_controlnet(spec, model.config("unet"), console))
 
 
 def _resolve(spec: ModelSpec, console: Console) -> Model:

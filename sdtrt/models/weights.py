@@ -32,6 +32,7 @@ WEIGHT_NAMES = {  # part → the stem of its weight files: (safetensors, pickle)
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
     "controlnet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "adapter": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
 
 MAX_JSON_BYTES = 4 << 20  # of one configuration file; the largest known, an index of shards, has a tenth

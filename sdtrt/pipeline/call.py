@@ -8,16 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
 
 from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline import pixels
+from sdtrt.pipeline.control_images import ControlImage
+from sdtrt.pipeline.masks import Box
 from sdtrt.pipeline.open import OpenPipeline
 from sdtrt.pipeline.text_states import states_of
-from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning
+from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning, Sizes
 
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]  # diffusers' `callback_on_step_end`
 
@@ -36,6 +38,12 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     mode: int | None = None
+
+    @classmethod
+    def of(cls, one: ControlImage, sizes: Sizes, box: Box | None = None) -> Self:
+        """What a ControlNet of a request goes by, at a pipeline's size; `box` is as of `ControlImage.fitted`."""
+        asked = one.spec
+        return cls(one.fitted(sizes.height, sizes.width, box), asked.scale, asked.start, asked.end, asked.mode)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class PipelineCall:
         after: the share of the noise schedule that is done when it takes over; `start` is latents then.
         generators: that go on where another call left them; None for new ones of the seeds.
         controls: one for each ControlNet of the pipeline.
+        adapters: one for each T2I-Adapter of the pipeline: its picture, in the images' size, and its scale.
         image_guidance_scale: how closely an edit keeps to `start`.
         negative_prompts: one for each image, where they have not all the same; all of them say something, or none.
     """
@@ -74,6 +83,7 @@ class PipelineCall:
     after: float | None = None
     generators: tuple[torch.Generator, ...] | None = None
     controls: tuple[Control, ...] = ()
+    adapters: tuple[tuple[Image.Image, float], ...] = ()
     image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
     negative_prompts: tuple[str, ...] = ()
 
@@ -110,6 +120,8 @@ class PipelineCall:
         watched = {} if advance is None else _watching(opened.pipe, advance, preview)
         given = {"pil": "pt"}.get(output_type, output_type)
         made = opened.pipe(**self._arguments(opened), **watched, output_type=given).images
+        if given == "pt" and not isinstance(made, torch.Tensor):  # SD's pipeline for T2I-Adapters makes arrays alone
+            made = torch.from_numpy(made).permute(0, 3, 1, 2)
         return pixels.to_pictures(made) if output_type == "pil" else made
 
     def _arguments(self, opened: OpenPipeline) -> dict[str, Any]:
@@ -121,6 +133,7 @@ class PipelineCall:
             **({} if spec.eta is None else {"eta": spec.eta}),
             **self._texts(opened),
             **self._controls(),
+            **self._adapters(),
             "num_inference_steps": spec.steps,
             "guidance_scale": self.guidance_scale,
             "generator": list(self.generators or generators_of(self.seeds)),
@@ -170,6 +183,18 @@ class PipelineCall:
             return found
         found.pop("image", None)  # a union's pipelines call it like the others' for images
         return {**found, "control_image": [first.image], "control_mode": [first.mode]}
+
+    def _adapters(self) -> dict[str, Any]:
+        """What T2I-Adapters go by, each picture once an image: of fewer, diffusers makes tensors that fit no batch."""
+        if not self.adapters:
+            return {}
+        pictures = [[picture] * len(self.prompts) for picture, _ in self.adapters]
+        scales = [scale for _, scale in self.adapters]
+        several = len(scales) > 1
+        return {
+            "image": pictures if several else pictures[0],
+            "adapter_conditioning_scale": scales if several else scales[0],
+        }
 
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""

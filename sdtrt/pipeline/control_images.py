@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -72,13 +72,21 @@ def read_control_images(
     return found
 
 
-def note_sizes(found: Sequence[ControlImage], height: int, width: int, console: Console) -> None:
+class _Shown(Protocol):
+    """What goes by a picture: a ControlNet, a T2I-Adapter."""
+
+    @property
+    def picture(self) -> InitImage:
+        """The picture as it was read."""
+
+
+def note_sizes(found: Sequence[_Shown], height: int, width: int, console: Console, what: str = WHAT) -> None:
     """Say which pictures are resized, as diffusers would do it: the proportions change where the size's do."""
     for one in found:
         own_width, own_height = one.picture.pixels.size
         if (own_width, own_height) == (width, height):
             continue
-        text = f"control image {one.picture.path}: resized from {own_width}x{own_height} to {width}x{height} (Lanczos)"
+        text = f"{what} {one.picture.path}: resized from {own_width}x{own_height} to {width}x{height} (Lanczos)"
         if abs(own_width * height - own_height * width) > own_width * own_height // 16:
             console.warn(f"{text}: its proportions change, and with them what the picture shows")
         else:

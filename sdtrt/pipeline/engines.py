@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sdtrt.backends import registry
@@ -17,7 +18,6 @@ from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
 from sdtrt.specs.deep_features import DEEP_IN, DEEP_OUT, depth_of
-from sdtrt.specs.image_prompts import token_counts
 
 
 def ensure_engines(
@@ -97,9 +97,7 @@ def _none_fits(request: EngineRequest, directory: EngineDirectory) -> EngineErro
     return EngineError(
         f"no {request.backend} {request.precision} engine for the {names} of {request.model.spec.name} fits"
         f"{_describe(request)}",
-        hint=build_command(request, directory)
-        if not token_counts(request.groups)
-        else "leave --no-build out: engines with inputs for IP-Adapters are built on the spot",
+        hint=build_command(request, directory),
     )
 
 
@@ -146,8 +144,8 @@ def _note_loras(request: EngineRequest, component: Component, directory: EngineD
     )
 
 
-def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
-    """The command that builds the engines of a pipeline."""
+def build_command(request: EngineRequest, directory: EngineDirectory, further: Sequence[str] = ()) -> str:
+    """The command that builds the engines of a pipeline, and those of further ControlNets, by their names."""
     model = request.model.spec
     words = ["sdtrt", "build", "--model", model.name, "--backend", request.backend, "--precision", request.precision]
     words += [word for name in request.components for word in ("--component", name)]
@@ -157,7 +155,10 @@ def build_command(request: EngineRequest, directory: EngineDirectory) -> str:
     for name, value in zip(("revision", "variant", "config", "allow-pickle", "vae"), options, strict=True):
         words += [f"--{name}", value] if value is not None else []
     words += [word for one in model.loras for word in ("--lora", str(one))]
-    words += ["--controlnet", model.controlnet] if model.controlnet is not None else []
+    controlnets = () if model.controlnet is None else (model.controlnet, *further)
+    words += [word for name in controlnets for word in ("--controlnet", name)]
+    words += [word for name in model.ip_adapters for word in ("--ip-adapter", name)]
+    words += ["--t2i-adapter", model.t2i_adapter] if model.t2i_adapter is not None else []
     depth = depth_of(request.groups, DEEP_OUT) or depth_of(request.groups, DEEP_IN)
     words += [] if depth is None else ["--cache-interval", "3", "--cache-depth", str(depth)]  # any interval
     words += ["--offline"] if model.offline else []

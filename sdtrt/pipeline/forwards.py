@@ -18,7 +18,7 @@ from sdtrt.backends.unchanged import TensorSnapshot
 from sdtrt.common.errors import EngineError, NotInEngineError, UnservedCallError
 from sdtrt.pipeline.residuals import adapter_feeds, residual_feeds
 from sdtrt.specs.contract import ADDED_CONDITIONING, CONDITIONING, GUIDANCE_EMBEDDING, Contract
-from sdtrt.specs.groups import adapter_names, residual_names
+from sdtrt.specs.groups import FREE_U, adapter_names, residual_names
 from sdtrt.specs.image_prompts import image_prompt_names
 
 ADAPTER = "down_intrablock_additional_residuals"  # what diffusers passes T2I-Adapters' tensors as
@@ -105,8 +105,9 @@ class UNetForward:
             self.contract, sample, down_block_additional_residuals, mid_block_additional_residual
         )
         residuals |= adapter_feeds(self.contract, sample, down_intrablock_additional_residuals)
-        more = {**residuals, **self._guidance(timestep_cond, sample)}
-        feeds = self.feeds(sample, timestep, encoder_hidden_states, added_cond_kwargs or {}, more)
+        added = dict(added_cond_kwargs or {})
+        more = {**residuals, **self._guidance(timestep_cond, sample), **self._free_u(added.pop(FREE_U, None), sample)}
+        feeds = self.feeds(sample, timestep, encoder_hidden_states, added, more)
         noise = self.evaluate(feeds, timestep, encoder_hidden_states).to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
@@ -171,6 +172,13 @@ class UNetForward:
         if given is None:
             return {spec.name: sample.new_zeros((rows, int(spec.dims[1])))}
         return {spec.name: given if given.shape[0] == rows else given.expand(rows, -1)}
+
+    def _free_u(self, given: torch.Tensor | None, sample: torch.Tensor) -> dict[str, torch.Tensor]:
+        """FreeU's numbers as the engine takes them; ones, which change nothing, where a call has none."""
+        if FREE_U not in self._dtypes:
+            self.refuse(free_u=given)
+            return {}
+        return {FREE_U: sample.new_ones(4) if given is None else given}
 
     def _added(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The added conditioning that the engine takes; refuse any other, and a missing one."""

@@ -13,6 +13,7 @@ from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import (
+    AdapterSpec,
     BackendName,
     BuildSpec,
     Component,
@@ -82,6 +83,7 @@ class GenerateOptions(TypedDict, total=False):
     conditioning: SizeConditioning
     recipe: Recipe | None
     controls: tuple[ControlSpec, ...]
+    adapters: tuple[AdapterSpec, ...]
     savings: Savings
     quality: QualityName | None
 

@@ -21,7 +21,9 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import control_images, images, masks, memory, prompts, recipes, saving
+from sdtrt.models.t2i_adapters import PART as ADAPTER
+from sdtrt.pipeline import adapter_images, control_images, images, masks, memory, prompts, recipes, saving
+from sdtrt.pipeline.adapter_images import AdapterImage
 from sdtrt.pipeline.call import Control, PipelineCall, generators_of
 from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.fastest import resolve_fastest
@@ -32,7 +34,8 @@ from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
 from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec, check_modes
-from sdtrt.pipeline.settings import metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.settings import adapter_facts, metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.slow_cpu import note_slow_cpu
 from sdtrt.pipeline.upscaling import Upscaler, load_upscaler, open_upscaler, plan_upscale, without
 from sdtrt.specs import GenerateSpec
 
@@ -112,36 +115,60 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
+    read = _read(spec, console)
+    _warn_of_texts(spec, console)
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
+        plan = _plan(spec, directory, console, read)
+        start = started(plan.spec, plan.first, read.init, read.mask)
+        fitted = _fitted(read.controls, plan.first, start, console)
+        larger = _fitted(read.controls, plan.larger, None) if plan.larger is not None else ()
+        adapted = _adapted(read.adapters, plan.first, console)
+        tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
+        with _opened(plan, directory, console) as stages:
+            if spec.prompt_syntax == "plain":
+                prompts.warn_truncated(stages.first.pipe, spec, console)
+            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
+                settings = _settings(plan, stages.first, read, directory)
+                stages.check_files()  # so that they are of the weights that were loaded
+            if spec.recipe is not None:
+                recipes.tell_differences(spec.recipe, settings, console)
+            stages.scale_adapters([one.scale for one in spec.ip_images])
+            with _previewing(spec, stages.first, tiny, output, console) as preview:
+                shown = tuple(one.pixels for one in read.pictures)
+                given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger, adapted)
+                run = Run(*given)
+                load_seconds = time.perf_counter() - began
+                made = run.make_all(jobs)
+    return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The pictures that a request goes by, as they were read; `pictures` are those of IP-Adapters."""
+
+    init: images.InitImage | None
+    mask: masks.Mask | None
+    controls: tuple[ControlImage, ...]
+    adapters: tuple[AdapterImage, ...]
+    pictures: tuple[images.InitImage, ...]
+
+
+def _read(spec: GenerateSpec, console: Console) -> _Read:
+    """Read all pictures of a request. Raises `UsageError` for what is none, or does not fit."""
     init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
     controls = control_images.read_control_images(spec, init, console)
-    _warn_of_texts(spec, console)
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
-        plan = _plan(spec, directory, console, init, [one.picture for one in controls])
-        start = started(plan.spec, plan.first, init, mask)
-        fitted = _fitted(controls, plan.first, start, console)
-        larger = _fitted(controls, plan.larger, None) if plan.larger is not None else ()
-        tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
-        with _opened(plan, directory, console) as stages:
-            if spec.prompt_syntax == "plain":
-                prompts.warn_truncated(stages.first.pipe, spec, console)
-            with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = settings_of(plan.spec, stages.first, init, mask, controls, directory, pictures)
-                settings |= plan.facts(directory)
-                stages.check_files()  # so that they are of the weights that were loaded
-            if spec.recipe is not None:
-                recipes.tell_differences(spec.recipe, settings, console)
-            stages.scale_adapters([one.scale for one in spec.ip_images])
-            with _previewing(spec, stages.first, tiny, output, console) as preview:
-                shown = tuple(one.pixels for one in pictures)
-                run = Run(plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger)
-                load_seconds = time.perf_counter() - began
-                made = run.make_all(jobs)
-    return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
+    return _Read(init, mask, controls, adapter_images.read_adapter_images(spec, console), pictures)
+
+
+def _settings(plan: _Plan, opened: OpenPipeline, read: _Read, directory: EngineDirectory) -> dict[str, Any]:
+    """What all images have in common, as plain data."""
+    settings = settings_of(plan.spec, opened, read.init, read.mask, read.controls, directory, read.pictures)
+    return settings | {**adapter_facts(opened, read.adapters, directory), **plan.facts(directory)}
 
 
 def _warn_of_texts(spec: GenerateSpec, console: Console) -> None:
@@ -174,16 +201,17 @@ def _plan(
     spec: GenerateSpec,
     directory: EngineDirectory,
     console: Console,
-    init: images.InitImage | None,
-    maps: Sequence[images.InitImage],
+    read: _Read,
 ) -> _Plan:
     """Settle everything before anything heavy is loaded."""
     model = resolve.resolve_model(spec.model, console)
     spec = recipes.settle(spec, model)
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
-    first = resolve_fastest(spec, model, directory, console, init, maps)
-    check_modes(spec, first)
+    maps = [*(one.picture for one in read.controls), *(one.picture for one in read.adapters)]
+    first = resolve_fastest(spec, model, directory, console, read.init, maps)
+    note_slow_cpu(first, console)
+    check_modes(spec.controls, (first.model, *first.others.values()))
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:
         first = replace(first, components=without(first, "vae_decoder"))
@@ -282,9 +310,18 @@ def _fitted(
     sizes, box = pipeline_spec.sizes, start.box if isinstance(start, masks.Inpainting) else None
     if box is None:
         control_images.note_sizes(controls, sizes.height, sizes.width, console)
+    return tuple(Control.of(one, sizes, box) for one in controls)
+
+
+def _adapted(
+    adapters: Sequence[AdapterImage], pipeline_spec: PipelineSpec, console: Console
+) -> tuple[tuple[Image.Image, float], ...]:
+    """What T2I-Adapters go by, in the size that the pipeline works at, and how much each counts."""
+    sizes, models = pipeline_spec.sizes, (pipeline_spec.model, *pipeline_spec.adapters)
+    control_images.note_sizes(adapters, sizes.height, sizes.width, console, adapter_images.WHAT)
     return tuple(
-        Control(one.fitted(sizes.height, sizes.width, box), one.spec.scale, one.spec.start, one.spec.end, one.spec.mode)
-        for one in controls
+        (one.fitted(sizes.height, sizes.width, model.config(ADAPTER)), one.spec.scale)
+        for one, model in zip(adapters, models, strict=False)
     )
 
 
@@ -302,6 +339,7 @@ class Run:
     Args:
         output: where each picture goes as soon as it is made.
         controls: what ControlNets go by; in a second pass `larger`, at its size.
+        adapters: what T2I-Adapters go by, and how much each counts.
     """
 
     spec: GenerateSpec
@@ -314,6 +352,7 @@ class Run:
     preview: Preview | None = None
     pictures: tuple[Image.Image, ...] = ()
     larger: tuple[Control, ...] = ()
+    adapters: tuple[tuple[Image.Image, float], ...] = ()
 
     def make_all(self, jobs: JobList) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
@@ -365,7 +404,9 @@ class Run:
         call, stages = self._call(self._filled(batch, size)), self.stages
         made = self._run(stages.first, call, name, size, leaves_latents=stages.passes_latents)
         if stages.refiner is not None:
-            after = replace(call, start=made, until=None, after=stages.refiner.start, pictures=(), controls=())
+            after = replace(
+                call, start=made, until=None, after=stages.refiner.start, pictures=(), controls=(), adapters=()
+            )
             made = self._run(stages.refiner.opened, after, "refiner", size)
         if stages.upscaler is not None:
             second = replace(stages.upscaler.second(call, made), controls=self.larger)
@@ -408,6 +449,7 @@ class Run:
             until=None if self.stages.refiner is None else self.stages.refiner.start,
             generators=generators_of([job.seed for job in batch]),
             controls=self.controls,
+            adapters=self.adapters,
             image_guidance_scale=spec.image_guidance_scale,
             negative_prompts=tuple(map(self._negative, batch)),
         )

@@ -17,6 +17,7 @@ from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.pipeline.calling import calling_pipeline
 from sdtrt.pipeline.run_steps import RunSteps
 from sdtrt.specs import GuidanceInterval
+from sdtrt.specs.groups import FREE_U
 from sdtrt.specs.image_prompts import SCALE
 
 _PIPELINES = "diffusers.pipelines."
@@ -41,6 +42,7 @@ ROWS: Mapping[str, tuple[int, int]] = {
 # What all steps of a run have in common: a slice of it is kept, so that what is made of it is made once.
 _KEPT = ("encoder_hidden_states", "added_cond_kwargs", "controlnet_cond")
 _PLACES = ("sample", "timestep", "encoder_hidden_states")  # of the first arguments
+_NUMBERS = (SCALE, FREE_U)  # among the added conditioning, and for all rows alike
 _WHOLE = ("cross_attention_kwargs", "conditioning_scale")  # which have no rows
 
 
@@ -135,7 +137,7 @@ class GuidedRows:
         if name in _WHOLE:
             return value
         if isinstance(value, Mapping):
-            return {key: one if key == SCALE else self._cut(one, name, kept) for key, one in value.items()}
+            return {key: one if key in _NUMBERS else self._cut(one, name, kept) for key, one in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self._cut(one, name, kept) for one in value)
         if not isinstance(value, torch.Tensor):

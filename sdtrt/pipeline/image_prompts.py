@@ -14,7 +14,7 @@ import torch
 
 from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.unchanged import TensorSnapshot
-from sdtrt.common.errors import EngineError
+from sdtrt.common.errors import EngineError, UnservedCallError
 from sdtrt.models.image_prompts import is_image_prompt, projection_of
 from sdtrt.pipeline.watch import place_of
 from sdtrt.specs import Group
@@ -138,7 +138,7 @@ class PromptedForward:
 
 def _number(scale: object) -> float:
     if not isinstance(scale, (int, float)):
-        raise EngineError(
+        raise UnservedCallError(
             f"the scale of an IP-Adapter is {scale!r}: one for each picture goes with masks, which no engine takes",
             hint="pipe.set_ip_adapter_scale(0.6), a number an adapter or block; or sdtrt.restore(pipe) for masks",
         )
@@ -147,7 +147,7 @@ def _number(scale: object) -> float:
 
 def _refuse_masks(given: Mapping[str, Any] | None) -> None:
     if given and given.get(MASKS) is not None:
-        raise EngineError(
+        raise UnservedCallError(
             "the engine of the unet has no input for ip_adapter_masks",
             hint="leave cross_attention_kwargs out, or sdtrt.restore(pipe): PyTorch takes masks",
         )

@@ -30,6 +30,7 @@ from sdtrt.models.components import (
 from sdtrt.models.controlnets import PART
 from sdtrt.models.embeddings import put_into
 from sdtrt.models.resolve import Model
+from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, pixels, preloaded, schedulers
 from sdtrt.pipeline.all_engines import ensure_all
@@ -222,9 +223,20 @@ def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
         if name not in running.sessions:
             parts[name] = loading.load_parts(model, (PART,), spec.parts_dtype)[PART]
             modules.append(name)
+    parts |= _adapters(spec)
+    modules += [ADAPTER] if ADAPTER in parts else []
     for name in modules:
         parts[name].to(spec.device).eval()
     return parts
+
+
+def _adapters(spec: PipelineSpec) -> dict[str, Any]:
+    """The T2I-Adapters, several as the one part that diffusers has for them; PyTorch runs them, once a picture."""
+    models = [model for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
+    found = [loading.load_parts(model, (ADAPTER,), spec.parts_dtype)[ADAPTER] for model in models]
+    if not found:
+        return {}
+    return {ADAPTER: diffusers.MultiAdapter(found) if len(found) > 1 else found[0]}
 
 
 def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch.nn.Module]:
@@ -293,7 +305,8 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
     parts = {name: part for name, part in parts.items() if name not in spec.others}
     if spec.model.is_sdxl:
         zeros = spec.model.pipeline_options.get("force_zeros_for_empty_prompt", True)
-        options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        options = {"force_zeros_for_empty_prompt": zeros}
+        options |= {} if ADAPTER in parts else {"add_watermarker": False}  # diffusers' for T2I-Adapters has none
         options |= {name: None for name in ("tokenizer", "text_encoder") if name not in parts}
         options |= {"requires_aesthetics_score": True} if spec.model.is_refiner else {}
     else:
@@ -314,9 +327,9 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
 
 
 def is_lcm(spec: PipelineSpec, scheduler: Any) -> bool:
-    """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, no mask and no
-    ControlNet."""
-    other = spec.inpaint or spec.edit or PART in spec.model.parts
+    """Whether diffusers' pipeline of latent consistency models runs a request: it knows one scheduler, no mask, no
+    ControlNet and no T2I-Adapter."""
+    other = spec.inpaint or spec.edit or PART in spec.model.parts or ADAPTER in spec.model.parts
     return spec.model.is_lcm and not other and isinstance(scheduler, diffusers.LCMScheduler)
 
 
@@ -342,6 +355,7 @@ def _together(spec: PipelineSpec, parts: Mapping[str, Any]) -> dict[str, Any]:
 def _pipeline_class(spec: PipelineSpec, scheduler: Any) -> Any:
     """diffusers' own pipeline for a task. diffusers loads it now, and no other."""
     control = "ControlNet" * (PART in spec.model.parts) + "Union" * spec.is_union
+    control += "Adapter" * (ADAPTER in spec.model.parts)
     task = "InstructPix2Pix" if spec.edit else "Inpaint" if spec.inpaint else "Img2Img" if spec.img2img else ""
     if is_lcm(spec, scheduler):
         return getattr(diffusers, f"LatentConsistencyModel{task}Pipeline")

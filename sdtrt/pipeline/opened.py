@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError
@@ -27,16 +27,14 @@ from sdtrt.specs import (
     Component,
     ControlSpec,
     GenerateSpec,
-    GuidanceInterval,
     ImagePromptSpec,
     ModelSpec,
     Precision,
-    QualityName,
+    Savings,
     SchedulerName,
     check_choice,
 )
-from sdtrt.specs.presets import settle
-from sdtrt.specs.savings import CacheSchedule
+from sdtrt.specs.presets import SavingArguments, settle
 
 ATTRIBUTE = "_sdtrt_open"
 Task = Literal["txt2img", "img2img", "inpaint", "pix2pix"]
@@ -73,13 +71,9 @@ def load(
     components: Iterable[Component] | None = None,
     scheduler: SchedulerName | None = None,
     controlnet: str | Iterable[str] = (),
-    cache_interval: int | None = None,
-    cache_depth: int | None = None,
-    cache_schedule: CacheSchedule | None = None,
     engine_dir: str | Path | None = None,
-    guidance_interval: GuidanceInterval | None = None,
-    quality: QualityName | None = None,
     progress: bool = True,
+    **saved: Unpack[SavingArguments],
 ) -> Any:
     """Open a diffusers pipeline without PyTorch's copy of the weights that engines have, as the commands do.
 
@@ -93,9 +87,8 @@ def load(
         task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder;
             `pix2pix` one that edits images as a text says.
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
-        backend, precision, components, engine_dir, guidance_interval, quality, progress: as of `accelerate`.
+        backend, precision, components, engine_dir, progress, saved: as of `accelerate`.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
-        cache_interval, cache_depth, cache_schedule: deep caching, as of `accelerate`.
         controlnet: a folder, a hub id or a file of a ControlNet, or several: each has an engine, and calls bring maps.
 
     Returns:
@@ -111,9 +104,7 @@ def load(
     """
     console = Console(quiet=not progress)
     spec = _spec(model, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    savings = settle(quality, guidance_interval, cache_interval, cache_depth, cache_schedule, guided=guidance)
-    check_is_guided(savings.guidance, guidance=guidance)
-    spec = replace(spec, controls=_controls(controlnet), savings=savings)
+    spec = replace(spec, controls=_controls(controlnet), savings=_savings(saved, guidance))
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
@@ -122,6 +113,13 @@ def load(
 def _controls(names: str | Iterable[str]) -> tuple[ControlSpec, ...]:
     """ControlNets whose maps come with the calls."""
     return tuple(ControlSpec(name, Path("image")) for name in ([names] if isinstance(names, str) else names))
+
+
+def _savings(saved: SavingArguments, guidance: bool) -> Savings:
+    """What calls leave out. Raises `UsageError` for a part of a run that is guided, where none is."""
+    savings = settle(**saved, guided=guidance)
+    check_is_guided(savings.guidance, guidance=guidance)
+    return savings
 
 
 def _spec(

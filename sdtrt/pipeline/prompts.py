@@ -63,7 +63,8 @@ def _named(spec: GenerateSpec) -> dict[str, str]:
 def _warn_truncated(pipe: Any, text: str, name: str, console: Console) -> None:
     """Say which end of a prompt the text encoder won't see."""
     tokenizer = pipe.tokenizer or pipe.tokenizer_2
-    ids = tokenizer(pipe.maybe_convert_prompt(text, tokenizer), truncation=False).input_ids
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # SD's pipeline for T2I-Adapters takes texts as they are
+    ids = tokenizer(text if convert is None else convert(text, tokenizer), truncation=False).input_ids
     limit = tokenizer.model_max_length
     if len(ids) > limit:
         dropped = tokenizer.decode(ids[limit - 1 : limit - 1 + SHOWN_TOKENS][: len(ids) - limit]).strip()

@@ -1,4 +1,4 @@
-"""Reads which ControlNets and IP-Adapters a picture had, and what these went by: from our JSON, from a web UI's text.
+"""Reads which ControlNets and adapters a picture had, and what these went by: from our JSON, from a web UI's text.
 
 Reads no picture but to know it by its digest, and no weights.
 """
@@ -14,6 +14,7 @@ from sdtrt.pipeline.control_images import CANNY_HIGH, CANNY_LOW
 from sdtrt.pipeline.recipe_files import WEIGHTS, Finder
 
 UNIT = re.compile(r"ControlNet \d+")  # sd-webui-controlnet's fields, which has IP-Adapters, too
+T2I = re.compile(r"t2i-?_?adapter", re.IGNORECASE)  # what the names of such files begin with
 _PARTS = {"start": 0.0, "end": 1.0}
 _USUAL = {"Resize Mode": "Just Resize", "Control Mode": "Balanced"}
 _CANNY = {"Threshold A": CANNY_LOW, "Threshold B": CANNY_HIGH}
@@ -44,6 +45,18 @@ def image_prompts_of_ours(facts: Sequence[object], files: Finder) -> dict[str, A
     return options
 
 
+def adapters_of_ours(facts: Sequence[object], files: Finder) -> dict[str, Any]:
+    """The options for what a JSON of ours says of T2I-Adapters."""
+    known = [one for one in facts if isinstance(one, dict) and _are_numbers(one, "scale")]
+    files.missing += [f"T2I-Adapter {one!r}: not understood" for one in facts if one not in known]
+    named = [(files.named("T2I-Adapter", one, (), "--t2i-adapter ID:SCALE"), one) for one in known]
+    rows = [(name, one, files.picture("t2i_image", one.get("image"))) for name, one in named if name]
+    options: dict[str, Any] = {"t2i_adapter": [f"{name}:{one['scale']}" for name, one, _ in rows]} if rows else {}
+    if rows and all(picture for *_, picture in rows):
+        options["t2i_image"] = [picture["t2i_image"] for *_, picture in rows]
+    return options
+
+
 def controls_of_web_ui(units: Mapping[str, str], files: Finder) -> dict[str, Any]:
     """The options for a web UI's units: of ControlNets whose files are found. Their pictures no text names."""
     rows = [row for name, text in units.items() if (row := _unit(name, text, files))]
@@ -62,8 +75,10 @@ def _unit(name: str, text: str, files: Finder) -> dict[str, Any] | None:
     numbers = [
         _number(said.get(one, usual)) for one, usual in (("Weight", 1), ("Guidance Start", 0), ("Guidance End", 1))
     ]
-    if module.startswith("ip-adapter") or "None" in (title, *map(str, numbers)):
-        option = "--ip-adapter ID --ip-image FILE:SCALE" if module.startswith("ip-adapter") else "--controlnet ID:SCALE"
+    is_image, is_t2i = module.startswith("ip-adapter"), bool(T2I.match(title))
+    if is_image or is_t2i or "None" in (title, *map(str, numbers)):
+        option = "--t2i-adapter ID:SCALE --t2i-image FILE" if is_t2i else "--controlnet ID:SCALE"
+        option = "--ip-adapter ID --ip-image FILE:SCALE" if is_image else option
         files.missing.append(f"{name}: {text} (give {option})")
         return None
     path = files.wanted(name, title, WEIGHTS, "--controlnet FILE:SCALE")

@@ -19,7 +19,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import UsageError
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import images
-from sdtrt.pipeline.recipe_controls import controls_of_ours, image_prompts_of_ours
+from sdtrt.pipeline.recipe_controls import adapters_of_ours, controls_of_ours, image_prompts_of_ours
 from sdtrt.pipeline.recipe_fields import from_web_ui
 from sdtrt.pipeline.recipe_files import Finder
 from sdtrt.specs import AUTO, BackendName, GenerateSpec, Recipe
@@ -28,6 +28,7 @@ from sdtrt.specs import AUTO, BackendName, GenerateSpec, Recipe
 _LISTED = {
     "controlnets": ("ControlNet", "fingerprint", "control image"),
     "ip_adapters": ("IP-Adapter", "sha256", "ip image"),
+    "t2i_adapters": ("T2I-Adapter", "fingerprint", "t2i image"),
 }
 MAX_TEXT_BYTES = 4 << 20
 FORMATS_HINT = "name a picture of sdtrt or of a web UI (AUTOMATIC1111, Forge), its JSON, or its text as .txt"
@@ -71,7 +72,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
 _TOLD = {
     *("prompt", "seed", "width", "height", "images", "model", "backend", "device", "precision", "scheduler", "noise"),
     *("init_image", "mask", "batch_size", "tokens", "embeddings", "versions", "engine", "engines", "seconds"),
-    *("original_size", "crop", "target_size", "controlnets", "ip_adapters", "guidance_interval"),
+    *("original_size", "crop", "target_size", "controlnets", "ip_adapters", "t2i_adapters", "guidance_interval"),
 }
 
 
@@ -164,6 +165,7 @@ def _of_ours(path: Path, details: Mapping[str, Any]) -> Recipe:
     options |= {"embedding": embeddings} if embeddings else {}
     options |= controls_of_ours(_at(details, ("controlnets",), (list,), []), files)
     options |= image_prompts_of_ours(_at(details, ("ip_adapters",), (list,), []), files)
+    options |= adapters_of_ours(_at(details, ("t2i_adapters",), (list,), []), files)
     for name in ("init_image", "mask"):
         options |= files.picture(name, details.get(name))
     machine, problems = _machine(details)

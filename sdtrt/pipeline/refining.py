@@ -67,6 +67,7 @@ def plan_refiner(spec: GenerateSpec, base: PipelineSpec, console: Console) -> Pi
         components=tuple(name for name in components_of(model) if name in wanted and name != "vae_encoder"),
         text=text,
         others={},
+        adapters=(),
         savings=replace(base.savings, caching=DeepCaching()),  # its few steps are the picture's details
     )
     check_spec(planned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -25,8 +25,9 @@ from sdtrt.models.components import (
 from sdtrt.models.controlnets import PART as CONTROLNET
 from sdtrt.models.controlnets import UNION
 from sdtrt.models.loading import check_ip_adapters, check_loras
-from sdtrt.models.resolve import Model, with_controlnet
+from sdtrt.models.resolve import Model, with_controlnet, with_t2i_adapter
 from sdtrt.models.source import ModelSource
+from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.pipeline import images
 from sdtrt.pipeline.text_states import TextPlan, plan_texts
 from sdtrt.pipeline.tiles import tile_side
@@ -35,6 +36,7 @@ from sdtrt.specs import (
     SIZE_MULTIPLE,
     BackendName,
     Component,
+    ControlSpec,
     GenerateSpec,
     Group,
     NoiseSpec,
@@ -130,6 +132,7 @@ class PipelineSpec:
         vae_tiling: whether what is larger than a tile of the VAE's is cut into such.
         others: the model with each further ControlNet in the place of its first one, by the names that their engines
             have among the pipeline's: `controlnet_2`, …
+        adapters: the model with each further T2I-Adapter in the place of its first one.
         savings: what of a run's work is left out.
     """
 
@@ -151,6 +154,7 @@ class PipelineSpec:
     eta: float | None = None
     vae_tiling: bool = False
     others: Mapping[str, Model] = field(default_factory=dict)
+    adapters: tuple[Model, ...] = ()
     savings: Savings = field(default_factory=Savings)
 
     @property
@@ -271,11 +275,11 @@ def resolve_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
-    model, *others = _controlled(spec, model, console)
+    model, others, adapters = _with_beside(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
-    pipeline_spec = PipelineSpec(
+    planned = PipelineSpec(
         model,
         backend,
         spec.precision or registry.get(backend).default_precision(),
@@ -293,13 +297,19 @@ def resolve_request(
         strength=spec.strength if img2img else 1.0,
         eta=spec.eta,
         vae_tiling=spec.vae_tiling,
-        others={f"controlnet_{number}": other for number, other in enumerate(others, 2)},
+        others=others,
+        adapters=adapters,
         savings=spec.savings,
     )
-    pipeline_spec = _cached(pipeline_spec, console)
-    check_spec(pipeline_spec)
-    _note(pipeline_spec, console)
-    return pipeline_spec
+    return _settled(planned, console)
+
+
+def _settled(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A request with what deep caching comes to in so many steps, checked; what is to be said of it is said."""
+    found = _cached(spec, console)
+    check_spec(found)
+    _note(found, console)
+    return found
 
 
 def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
@@ -309,10 +319,10 @@ def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
     if spec.conditioning.given and not model.is_sdxl:
         option = next(iter(spec.conditioning.given)).replace("_", "-")
         raise UsageError(f"{model.name} is no SDXL, and is not told of sizes", hint=f"leave --{option} out")
-    _check_together(spec, model, img2img=img2img)
+    check_together(spec, model, img2img=img2img)
 
 
-def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
+def check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
     """Refuse what a model takes one by one, and no pipeline of diffusers takes at once."""
     if spec.controls and model.embeds_guidance and (img2img or spec.upscale is not None):
         where = "from an image" if img2img else "in a second pass"
@@ -321,6 +331,12 @@ def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
             f" give it {where}",
             hint=f"leave {'--controlnet' if img2img else '--upscale'} out, or use another model",
         )
+    others = {"--ip-adapter": model.ip_adapters, "--embedding": spec.embeddings}
+    for option in [name for name, given in others.items() if given] if spec.adapters and not model.is_sdxl else ():
+        raise UsageError(
+            f"{model.name} is no SDXL, and diffusers' pipeline for T2I-Adapters takes no {option} then",
+            hint=f"leave --t2i-adapter or {option} out",
+        )
     if spec.edit and model.is_sdxl and model.ip_adapters:
         raise UsageError(
             f"{model.name} is an SDXL that edits, and diffusers' pipeline for it takes no IP-Adapter",
@@ -328,7 +344,16 @@ def _check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
         )
 
 
-def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
+def _with_beside(
+    spec: GenerateSpec, model: Model, console: Console
+) -> tuple[Model, dict[str, Model], tuple[Model, ...]]:
+    """A model with the first ControlNet and T2I-Adapter of a request; with each further one of the two kinds."""
+    model, *others = controlled(spec, model, console)
+    model, *adapters = _adapted(spec, model, console)
+    return model, named_others(others), tuple(adapters)
+
+
+def controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
     """A model with each ControlNet of a request; the model itself where there is none."""
     if not spec.controls:
         yield model
@@ -336,16 +361,53 @@ def _controlled(spec: GenerateSpec, model: Model, console: Console) -> Iterator[
         yield with_controlnet(model, one.name, console)
 
 
-def check_modes(spec: GenerateSpec, pipeline_spec: PipelineSpec) -> None:
+def _adapted(spec: GenerateSpec, model: Model, console: Console) -> Iterator[Model]:
+    """A model with each T2I-Adapter of a request; the model itself where there is none."""
+    if not spec.adapters:
+        yield model
+    for one in spec.adapters:
+        yield with_t2i_adapter(model, one.name, console)
+
+
+def _check_adapters(spec: PipelineSpec) -> None:
+    """Refuse a size that T2I-Adapters don't divide, and several that give other numbers of tensors.
+
+    Raises:
+        UsageError: naming the adapter.
+    """
+    configs = [model.config(ADAPTER) for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
+    counts = [len(config["channels"]) for config in configs]
+    if len(set(counts)) > 1:
+        raise UsageError(
+            f"T2I-Adapter {spec.model.spec.t2i_adapter} gives {counts[0]} tensors, and another one {counts[-1]}",
+            hint="use T2I-Adapters of one kind together",
+        )
+    for name, side in (("height", spec.sizes.height), ("width", spec.sizes.width)):
+        factor = configs[0]["downscale_factor"] if configs else 1
+        if side % factor:
+            raise UsageError(
+                f"{name} must be a multiple of {factor} for {spec.model.spec.t2i_adapter}, got {side}",
+                hint=f"use --{name} {side // factor * factor or factor}",
+            )
+
+
+def named_others(models: Sequence[Model]) -> dict[str, Model]:
+    """The models with further ControlNets, by the names that their engines have among a pipeline's: `controlnet_2`."""
+    return {f"controlnet_{number}": model for number, model in enumerate(models, 2)}
+
+
+def check_modes(controls: Sequence[ControlSpec], models: Iterable[Model]) -> None:
     """Refuse a union of ControlNets without a mode that it has, or beside others, and a mode of what is no union.
+
+    Args:
+        models: with each of the ControlNets.
 
     Raises:
         UsageError: naming the ControlNet.
     """
-    models = (pipeline_spec.model, *pipeline_spec.others.values())
-    for one, model in zip(spec.controls, models, strict=False):
+    for one, model in zip(controls, models, strict=False):
         is_union, modes = model.class_name(CONTROLNET) == UNION, model.config(CONTROLNET).get("num_control_type", 6)
-        if is_union and len(spec.controls) > 1:
+        if is_union and len(controls) > 1:
             raise UsageError(f"{one.name} is a union of ControlNets: it runs alone", hint="leave the others out")
         if is_union and (one.mode is None or one.mode >= modes):
             what = "no mode says which of them" if one.mode is None else f"it has no mode {one.mode}"
@@ -413,20 +475,11 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
 
 
 def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
-    """A request with what deep caching comes to in a run of so many steps.
-
-    Raises:
-        UsageError: where no engine runs the UNet.
-    """
+    """A request with what deep caching comes to in a run of so many steps. Raises as of `check_spec`."""
     caching = spec.savings.caching
     if caching.is_off:
         return spec
-    if "unet" not in spec.in_engines:
-        why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
-        raise UsageError(
-            f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
-            hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
-        )
+    _check_cached(spec)
     steps = spec.steps if spec.edit else int(spec.steps * spec.strength)
     left = caching.over(steps)
     depth = caching.depth or default_depth(spec.model.config("unet"))
@@ -438,7 +491,7 @@ def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
 
 
 def _note(spec: PipelineSpec, console: Console) -> None:
-    """Say where the noise is another than the model's own, and what PyTorch runs beside engines."""
+    """Say where the scheduler does not go by the model's configuration, and what PyTorch runs beside engines."""
     note_noise(spec.noise, spec.model, console)
     warn_of_interval(spec, console)
     note_tiles(spec, console)
@@ -502,18 +555,33 @@ def _image_size(
     return height, width
 
 
+def _check_cached(spec: PipelineSpec) -> None:
+    """Refuse deep caching where no engine runs the UNet."""
+    caching = spec.savings.caching
+    if caching.is_off or "unet" in spec.in_engines:
+        return
+    why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
+    raise UsageError(
+        f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
+        hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
+    )
+
+
 def check_spec(spec: PipelineSpec) -> None:
     """Refuse what no engine can run, before anything is exported.
 
     Raises:
         EngineError: where the backend needs a GPU that PyTorch can't use.
         ModelError: for a model that engines don't serve.
+        UsageError: for a size that a T2I-Adapter does not take.
     """
+    _check_adapters(spec)
     if spec.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
             f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
             hint="run: sdtrt doctor; or --backend auto",
         )
+    _check_cached(spec)
     if not spec.has_engines:
         return
     for component in spec.in_engines:

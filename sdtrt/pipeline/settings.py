@@ -20,7 +20,9 @@ from sdtrt.models.controlnets import PART
 from sdtrt.models.loras import Lora, web_ui_hash
 from sdtrt.models.origins import has_weight_suffix
 from sdtrt.models.resolve import Model
+from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.pipeline import images
+from sdtrt.pipeline.adapter_images import AdapterImage
 from sdtrt.pipeline.control_images import CANNY_HIGH, CANNY_LOW, ControlImage
 from sdtrt.pipeline.jobs import Job
 from sdtrt.pipeline.masks import Mask
@@ -63,17 +65,16 @@ def settings_of(
         **_text_facts(opened, directory),
         **_noise_facts(spec),
         **({"vae_tiling": True} if spec.vae_tiling else {}),
-        **_caching_facts(opened),
+        **caching_facts(pipeline_spec),
         **{name: list(pair) for name, pair in spec.conditioning.given.items()},
         **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
 
 
-def _caching_facts(opened: OpenPipeline) -> dict[str, Any]:
+def caching_facts(spec: PipelineSpec) -> dict[str, Any]:
     """How deep features were kept. Other images say nothing of it."""
-    caching = opened.spec.savings.caching
-    depth = depth_of(opened.spec.engines.groups, DEEP_OUT)
+    caching, depth = spec.savings.caching, depth_of(spec.engines.groups, DEEP_OUT)
     if depth is None:
         return {}
     return {"deep_caching": {"interval": caching.interval, "depth": depth, "schedule": caching.schedule}}
@@ -166,11 +167,12 @@ def _image_prompt_facts(
 
 def _image_prompt_fields(settings: Mapping[str, Any]) -> dict[str, str]:
     """IP-Adapters by the name under which web UIs have them: units of their ControlNet extension,
-    behind those of ControlNets."""
+    behind those of ControlNets and T2I-Adapters."""
+    before = sum(len(settings.get(name, ())) for name in ("controlnets", "t2i_adapters"))
     return {
         f"ControlNet {number}": f"Module: ip-adapter-auto, Model: {one['name']} [{one['sha256'][:8]}],"
         f" Weight: {one['scale']:g}, Guidance Start: 0.0, Guidance End: 1.0"
-        for number, one in enumerate(settings.get("ip_adapters", ()), len(settings.get("controlnets", ())))
+        for number, one in enumerate(settings.get("ip_adapters", ()), before)
     }
 
 
@@ -193,6 +195,30 @@ def _control_facts(
         for one, model in zip(controls, models, strict=False)
     ]
     return {"controlnets": facts} if facts else {}
+
+
+def adapter_facts(opened: OpenPipeline, adapters: Sequence[AdapterImage], directory: EngineDirectory) -> dict[str, Any]:
+    """Which T2I-Adapters there were, and what each went by. Other images say nothing of them."""
+    models = (opened.spec.model, *opened.spec.adapters)
+    facts = [
+        {
+            "name": one.spec.name,
+            "fingerprint": model.fingerprint(ADAPTER, directory.file_digest),
+            "image": {"name": one.picture.path.name, "sha256": one.picture.sha256},
+            "scale": one.spec.scale,
+        }
+        for one, model in zip(adapters, models, strict=False)
+    ]
+    return {"t2i_adapters": facts} if facts else {}
+
+
+def _adapter_fields(settings: Mapping[str, Any]) -> dict[str, str]:
+    """T2I-Adapters as web UIs have them: units of their ControlNet extension; no ControlNet is beside them."""
+    return {
+        f"ControlNet {number}": f"Module: none, Model: {_control_title(one['name'])}, Weight: {one['scale']},"
+        " Resize Mode: Just Resize, Guidance Start: 0.0, Guidance End: 1.0"
+        for number, one in enumerate(settings.get("t2i_adapters", ()))
+    }
 
 
 def _control_fields(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -344,6 +370,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Inpaint area": None if spec.padding_crop is None else "Only masked",
         "Masked area padding": spec.padding_crop,
         **_control_fields(settings),
+        **_adapter_fields(settings),
         **_image_prompt_fields(settings),
         **_caching_fields(settings),
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise

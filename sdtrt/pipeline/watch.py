@@ -16,6 +16,7 @@ from sdtrt.common.errors import EngineError
 from sdtrt.models.adapters import foreign_layer, layers_of
 from sdtrt.models.image_prompts import PROCESSORS
 from sdtrt.models.live import HALVES, is_of_transformers, weights_digest
+from sdtrt.pipeline.fused import FUSED_PROCESSOR, is_as_unfused
 from sdtrt.pipeline.parked import ComesBack
 from sdtrt.pipeline.reading import Reading, block_sums, flat_memory, is_dense
 from sdtrt.specs import Component, Precision
@@ -28,8 +29,7 @@ WAY_OUT = (
 # What attention processors of diffusers compute is the same; others change the result, or keep it for themselves.
 # Those of IP-Adapters are in engines (`image_prompts`).
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", *PROCESSORS)
-_FREE_U = ("s1", "s2", "b1", "b2")
-_MARKS = frozenset({"_hf_hook", "_diffusers_hook", "processor", *_FREE_U})
+_MARKS = frozenset({"_hf_hook", "_diffusers_hook", "processor"})
 
 Place = tuple[int, int, int, torch.dtype, torch.device]  # object, address, version, dtype, device
 
@@ -211,12 +211,17 @@ def _refuse_marks(layer: torch.nn.Module, component: Component) -> None:
             hint="sdtrt.restore(pipe) goes back to PyTorch; or load the pipeline without them",
         )
     processor = own.get("processor") or own["_modules"].get("processor")
-    if processor is not None and type(processor).__name__ not in PLAIN_PROCESSORS:
-        name = type(processor).__name__
+    name = type(processor).__name__
+    if name == FUSED_PROCESSOR and is_as_unfused(layer) and not _has_adapters(layer):
+        return  # it computes what the layers do that are fused
+    if processor is not None and name not in PLAIN_PROCESSORS:
         mend = "pipe.unfuse_qkv_projections()" if name.startswith("Fused") else "set_attn_processor"
         raise _refusal(component, f"the attention processor {name}", mend)
-    if any(own.get(word) is not None for word in _FREE_U):
-        raise _refusal(component, "FreeU", "pipe.disable_freeu()")
+
+
+def _has_adapters(layer: torch.nn.Module) -> bool:
+    """Whether layers of an attention have adapters, which its fused ones know nothing of."""
+    return bool(layers_of(layer)[1])
 
 
 def _refuse_hooks(layer: torch.nn.Module, module: torch.nn.Module, component: Component) -> None:

@@ -6,9 +6,9 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -29,10 +29,22 @@ from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
 from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.call import Control, PipelineCall
+from sdtrt.pipeline.control_images import ControlImage, read_control_images
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec, check_spec, check_task, note_noise, unet_sizes, warn_of_interval
+from sdtrt.pipeline.request import (
+    PipelineSpec,
+    check_modes,
+    check_spec,
+    check_task,
+    check_together,
+    controlled,
+    named_others,
+    note_noise,
+    unet_sizes,
+    warn_of_interval,
+)
 from sdtrt.pipeline.settings import device_name
 from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
@@ -57,19 +69,19 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     Raises:
         UsageError, OutputError, ModelError: for a wrong request, before anything is timed.
     """
-    if spec.model.ip_adapters:
-        raise UsageError("bench times no IP-Adapters", hint="benchmarks/ip_adapter_step.py does")
     if spec.output is not None:
         saving.check_files(spec.output, FILES, overwrite=spec.overwrite)
     facts = host.facts() | _state()
+    maps = read_control_images(spec.request(spec.tasks[0]), None, console)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
         check_loras(model)
         tasks = _tasks(spec, model, console)
+        model, *others = _controlled(spec, tasks, model, console)
         note_noise(spec.noise, model, console)
         runners = _runners(spec, console)
-        bench = _Bench(spec, model, directory, console)
+        bench = _Bench(spec, model, directory, console, maps, named_others(others))
         rows = [
             row
             for task in tasks
@@ -95,6 +107,16 @@ def _tasks(spec: BenchSpec, model: Model, console: Console) -> tuple[BenchTask, 
     return tasks
 
 
+def _controlled(spec: BenchSpec, tasks: Sequence[BenchTask], model: Model, console: Console) -> list[Model]:
+    """The model with each ControlNet, which fit it, and which it takes in all tasks."""
+    for task in tasks:
+        check_together(spec.request(task), model, img2img=task == "img2img")
+    request = spec.request(spec.tasks[0])
+    models = list(controlled(request, model, console))
+    check_modes(request.controls, models)
+    return models
+
+
 def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     """The backend that was asked for, then the baselines."""
     registry.check_request(spec.backend, spec.precision)
@@ -102,8 +124,12 @@ def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     precision = spec.precision or registry.get(backend).default_precision()
     same = {("fp32", NATIVE): BASELINES["torch-fp32"], ("fp16", NATIVE): BASELINES["torch-fp16"]}
     own = same.get((precision, backend))
-    interval = spec.savings.guidance
-    words = (own.variant if own is not None else None, None if interval.is_whole else f"guidance in {interval}")
+    interval, caching = spec.savings.guidance, spec.savings.caching
+    words = (
+        own.variant if own is not None else None,
+        None if interval.is_whole else f"guidance in {interval}",
+        None if caching.is_off else f"1 step in {caching.interval} whole ({caching.schedule})",
+    )
     asked = Runner(backend, precision, ", ".join(filter(None, words)) or None, own, asked=True)
     return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
 
@@ -180,12 +206,14 @@ def _files(report: BenchReport) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class _Bench:
-    """One run's request, on one model."""
+    """One run's request, on one model; what its ControlNets go by, and the model with each further one of these."""
 
     spec: BenchSpec
     model: Model
     directory: EngineDirectory
     console: Console
+    maps: tuple[ControlImage, ...] = ()
+    others: Mapping[str, Model] = field(default_factory=dict)
 
     def row(self, task: BenchTask, runner: Runner, batch: int) -> Row:
         """Measure one row, or say why it can't be."""
@@ -224,6 +252,7 @@ class _Bench:
             images=batch,
             noise=spec.noise,
             strength=spec.strength if task == "img2img" else 1.0,
+            others=self.others,
             savings=spec.savings if runner.asked else Savings(),
         )
 
@@ -279,4 +308,5 @@ class _Bench:
             guidance_scale=spec.guidance_scale,
             start=image,
             strength=spec.strength,
+            controls=tuple(Control.of(one, sizes) for one in self.maps),
         )

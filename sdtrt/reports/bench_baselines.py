@@ -6,7 +6,7 @@ What they do to a UNet is done on its one instance; diffusers itself stays as it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,16 +146,20 @@ class GraphedForward:
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """What `UNet2DConditionModel.forward` takes from a plain text-to-image pipeline."""
+        """What `UNet2DConditionModel.forward` takes from a text-to-image pipeline, with and without ControlNets."""
         used = [name for name, value in others.items() if value is not None and value != {}]
         assert not used, f"no graph is captured with {used}"
         assert not return_dict, "diffusers' pipelines ask for a tuple"
         moment = torch.as_tensor(timestep, device=sample.device).float().reshape(-1).expand(sample.shape[0])
         names = tuple(added_cond_kwargs or ())
-        given = (sample, moment, encoder_hidden_states, *(added_cond_kwargs or {}).values())
+        middle = () if mid_block_additional_residual is None else (mid_block_additional_residual,)
+        residuals = (*(down_block_additional_residuals or ()), *middle)
+        given = (sample, moment, encoder_hidden_states, *(added_cond_kwargs or {}).values(), *residuals)
         shapes = tuple(tuple(tensor.shape) for tensor in given)
         if self._replay is None or shapes != self._shapes:
             self._record(given, names)
@@ -167,16 +171,17 @@ class GraphedForward:
         return (self._output.clone(),)
 
     def _record(self, given: tuple[torch.Tensor, ...], names: tuple[str, ...]) -> None:
-        """Capture a call on buffers like these."""
+        """Capture a call on buffers like these: `names` are of the added conditioning; residuals come last."""
         self._replay = None  # a graph that leaves gives its memory back before the next one takes its own
         self._inputs = tuple(_buffer(tensor) for tensor in given)
-        sample, moment, states, *added = self._inputs
+        sample, moment, states, *others = self._inputs
+        added, (*down, middle) = others[: len(names)], others[len(names) :] or (None,)
+        conditions: dict[str, Any] = {"added_cond_kwargs": dict(zip(names, added, strict=True)) or None}
+        if middle is not None:
+            conditions |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
         def call() -> torch.Tensor:
-            conditions = dict(zip(names, added, strict=True)) or None
-            output: torch.Tensor = self._forward(
-                sample, moment, states, added_cond_kwargs=conditions, return_dict=False
-            )[0]
+            output: torch.Tensor = self._forward(sample, moment, states, **conditions, return_dict=False)[0]
             return output
 
         self._replay, self._output = self._capture(call)
@@ -210,9 +215,11 @@ def _open_onnxruntime(spec: PipelineSpec, directory: EngineDirectory, console: C
     Attentions are that library's operator, as in its engines for a CPU. Its optimiser for Stable Diffusion
     (`onnxruntime.transformers`) fuses more, but only in graphs as older PyTorch wrote them.
     """
-    contract = contract_of(spec.model, "unet", spec.precision)
+    groups = spec.engines.groups_of("unet")
+    contract = contract_of(spec.model, "unet", spec.precision, groups)
     require_provider(CUDA_PROVIDER)
-    entry = export_component(spec.model, ExportSpec(spec.model.spec, precision=spec.precision), directory, console)
+    export = ExportSpec(spec.model.spec, precision=spec.precision, groups=groups)
+    entry = export_component(spec.model, export, directory, console)
     with open_pipeline(spec, directory, console) as opened:
         opened.pipe.unet.to("meta")  # PyTorch's copy of the weights is no part of what is measured
         with temporary_folder() as place:

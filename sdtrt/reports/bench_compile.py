@@ -51,7 +51,7 @@ def compiled_by_blocks(pipe: Any, graphed: Graphed) -> None:
 
 
 def compile_others(pipe: Any) -> None:
-    """Compile the VAE and the text encoders, whose calls are few: no graph of theirs would pay."""
+    """Compile the VAE and the text encoders, whose calls are few (no graph of theirs would pay), and ControlNets."""
     pipe.vae.to(memory_format=torch.channels_last)
     pipe.vae.fuse_qkv_projections()
     for half in (pipe.vae.encoder, pipe.vae.decoder):
@@ -59,6 +59,11 @@ def compile_others(pipe: Any) -> None:
     for name in ("text_encoder", "text_encoder_2"):
         if (encoder := getattr(pipe, name, None)) is not None:
             encoder.forward = torch.compile(encoder.forward, dynamic=False)
+    control = getattr(pipe, "controlnet", None)
+    for net in [] if control is None else getattr(control, "nets", [control]):
+        net.to(memory_format=torch.channels_last)
+        net.fuse_qkv_projections()
+        net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
 
 
 def compiled_unet(pipe: Any, graphed: Graphed) -> None:

@@ -114,7 +114,8 @@ class Row:
         if self.measured is None or f"unet{PROMPT_ROWS}" in self.measured.components:
             return None
         parts = {name: timing.median for name, timing in self.measured.components.items()}
-        return (sum(parts.values()) + parts["unet"] * (self.measured.unet_calls - 1)) / self.measured.latency.median
+        steps = sum(median for name, median in parts.items() if name == "unet" or name.startswith("controlnet"))
+        return (sum(parts.values()) + steps * (self.measured.unet_calls - 1)) / self.measured.latency.median
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; figures that there are not are None."""

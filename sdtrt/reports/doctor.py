@@ -17,7 +17,9 @@ from sdtrt.common.errors import SdtrtError, command_line
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.trust import mend_of
 from sdtrt.models.resolve import TINY
-from sdtrt.specs import GIB, BackendName
+from sdtrt.specs import GIB, QUANTISED, BackendName
+
+VNNI = {"avx512_vnni", "amx_tile"}  # instructions for products of int8
 
 State = Literal["ok", "optional", "missing"]
 
@@ -53,7 +55,7 @@ class Diagnosis:
 
 def diagnose(directory: EngineDirectory) -> Diagnosis:
     """Look at this machine and at the engine directory; changes nothing."""
-    backends = (*_backends(), _automatic(), _pycuda())
+    backends = (*_backends(), _automatic(), _quantised(), _pycuda())
     findings = (*_libraries(), _bytecode(), _gpu(), *backends, _directory(directory), _tiny())
     return Diagnosis(findings, tuple(backend.name for backend in registry.running_here()))
 
@@ -130,6 +132,25 @@ def _automatic() -> Finding:
     """What `--backend auto` has built here, and why."""
     name, reason = registry.expected()
     return Finding("auto", "ok", f"{name} where no engines are there: {reason}")
+
+
+def _quantised() -> Finding:
+    """Which precisions of 8 bits engines can compute in here."""
+    backend = registry.get("inductor")
+    if problem := backend.why_not():
+        return Finding("8 bits", "optional", f"no engines in {' or '.join(QUANTISED)}: {problem.message}", problem.hint)
+    lacking = {}
+    for precision in QUANTISED:
+        try:
+            backend.check_precision(precision)
+        except SdtrtError as error:
+            lacking[precision] = error
+    words = [*(one for one in QUANTISED if one not in lacking), *(error.message for error in lacking.values())]
+    if backend.device() == "cpu":
+        fast = "int8" if VNNI & set(host.instruction_sets()) else "neither"
+        words.append(f"of these the processor has instructions for {fast}; sdtrt build says what is gained")
+    hint = next((error.hint for error in lacking.values()), "")
+    return Finding("8 bits", "optional" if lacking else "ok", "; ".join(words), hint)
 
 
 def _pycuda() -> Finding:

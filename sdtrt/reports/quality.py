@@ -17,6 +17,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
+from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.reports.losses import Judges, Picture, find_judges
 from sdtrt.reports.quality_report import Compared, QualityReport, judge_loss
@@ -45,6 +46,8 @@ def verify_quality(spec: QualitySpec, directory: EngineDirectory, console: Conso
         exact = exact_way(way, model, directory, console)
         exact = exact.in_fp32() if spec.in_fp32 else exact
         judges = find_judges(spec.metrics, (way.spec.sizes.height, way.spec.sizes.width), console)
+        for one in (exact, way):  # all that the pictures need, before the long part begins
+            ensure_all(one.spec, directory, console, allow_build=spec.image.allow_build)
         expected = exact_pictures(exact, directory, console)
         with opened_way(way, directory, console) as opened:
             made = make_pictures(way, opened, "with savings", console)
@@ -53,7 +56,7 @@ def verify_quality(spec: QualitySpec, directory: EngineDirectory, console: Conso
     failures = tuple(judge_loss(spec.limits, compared))
     against = f"{exact.spec.backend} {exact.spec.precision}, exact"
     pairs = [(one.pixels, other.pixels) for one, other in zip(expected, made, strict=True)][:MOST_ROWS]
-    picture = differences(pairs, against, describe(way.image.savings))
+    picture = differences(pairs, against, described(way))
     files = {"grid": saving.save_new(picture, output.folder, f"verify-{way.spec.backend}-{way.spec.precision}-loss")}
     settings = {**settings_of(way), "against": against}
     return QualityReport(settings, spec.limits, compared, failures, judges.left_out, files, engines)
@@ -108,11 +111,11 @@ def settings_of(way: Way) -> dict[str, Any]:
         "width": spec.sizes.width,
         "batch_size": spec.images,
         "quality": image.quality,
-        "savings": {**asdict(image.savings), "described": described(way)},
+        "savings": {**asdict(spec.savings), "described": described(way)},
     }
 
 
 def described(way: Way) -> str:
-    """What a request saves, in a few words: of its steps, or by its precision alone."""
-    words = describe(way.image.savings)
+    """What a request comes to save, in a few words: of its steps, or by its precision alone."""
+    words = describe(way.spec.savings)  # of few steps less than was asked for
     return words if words != "nothing" else f"{way.spec.backend} {way.spec.precision}"

@@ -62,6 +62,12 @@ class ChoiceRow:
         """Over the prompts."""
         return mean_loss([one.loss for one in self.prompts]) if self.prompts else Loss()
 
+    @property
+    def broken(self) -> str | None:
+        """How many pictures have values that are not finite, in words; None for none."""
+        count = sum(not one.loss.is_finite for one in self.prompts)
+        return f"{count} of {len(self.prompts)} pictures have values that are not finite" if count else None
+
     def speedup(self, exact: ChoiceRow) -> float | None:
         """How many times as fast as without any saving."""
         if self.latency is None or exact.latency is None:
@@ -120,7 +126,7 @@ class QualityBenchReport:
     def remarks(self) -> list[str]:
         """What the table does not show."""
         lines = [f"{name} is left out: {why}" for name, why in self.left_out.items()]
-        return lines + [f"failed: {row.choice}: {row.error}" for row in self.rows if row.error is not None]
+        return lines + [f"failed: {row.choice}: {why}" for row in self.rows if (why := row.error or row.broken)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -160,13 +166,15 @@ class QualityBenchReport:
             print(line)
 
     def check(self) -> None:
-        """Raise `EngineError` unless all choices were measured."""
+        """Raise `EngineError` unless all choices were measured, and gave pictures."""
         for row in self.rows:
             if row.error is not None:
                 raise EngineError(
                     f"{row.choice} was not measured: {row.error}",
                     hint=row.hint or "run: sdtrt doctor; or try a smaller size or batch",
                 )
+            if row.broken is not None:
+                raise EngineError(f"{row.choice} spoils pictures: {row.broken}", hint="leave it out; or save less")
 
 
 def bench_quality(
@@ -263,7 +271,7 @@ class _Bench:
         Args:
             expected: the exact pictures; None where these are they.
         """
-        row = self._row(name, replace(way.image, precision=way.spec.precision))
+        row = self._row(name, replace(way.image, precision=way.spec.precision, savings=way.spec.savings))
         self.console.note(f"{name}: {row.what} ...")
         with opened_way(way, self.directory, self.console) as opened:
             latency = time_way(way, opened, self.spec.repeats, self.spec.warmups)

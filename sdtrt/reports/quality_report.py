@@ -16,7 +16,7 @@ from sdtrt.specs import LossLimits
 
 @dataclass(frozen=True)
 class Figure:
-    """A column of a table: what it is called, where it is found, how it is written, and the name of its limit."""
+    """A column of a table: what it is called, where it is found, and how it is written."""
 
     title: str
     of: Callable[[Loss], float | None]

@@ -24,15 +24,19 @@ from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
 from sdtrt.pipeline.all_engines import ensure_all
+from sdtrt.pipeline.control_images import read_control_images
 from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
+from sdtrt.pipeline.images import read_init_image
 from sdtrt.pipeline.open import engine_facts
-from sdtrt.pipeline.request import PipelineSpec, resolve_request
+from sdtrt.pipeline.request import PipelineSpec, check_modes, resolve_request
+from sdtrt.pipeline.settings import caching_facts
 from sdtrt.reports.verify_pictures import comparison, error_plot
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
 from sdtrt.reports.verify_runs import (
     Array,
     RecordedCall,
+    Shown,
     asked_of,
     run_candidate,
     run_noise_floor,
@@ -52,35 +56,35 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
         UsageError, OutputError: for a wrong request, before any heavy work.
         SdtrtError: where scikit-image or matplotlib is missing, or the engine can't be had or run.
     """
-    _require_extras()
+    require_extras()
     output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        shown = _shown(spec.image, console)
         model = resolve.resolve_model(spec.image.model, console)
-        pipeline_spec, found = _subject(spec, model, directory, console)
+        pipeline_spec, found = _subject(spec, model, shown, directory, console)
         entry = found.get("unet")
         sight = Sight(model, ["unet"])
         same_weights = _same_weights(model, entry, directory)
         if same_weights is False and entry is not None:
             console.note(f"{entry.name} was built from other weights than those of {model.name}")
-        reference = run_reference(spec, pipeline_spec, directory, console)
-        floor = run_noise_floor(pipeline_spec, reference, console)
-        outputs, pixels = run_candidate(spec, pipeline_spec, entry, reference, directory, console)
+        reference = run_reference(spec, pipeline_spec, shown, directory, console)
+        floor = run_noise_floor(pipeline_spec, reference, shown, console)
+        outputs, pixels = run_candidate(spec, pipeline_spec, entry, reference, shown, directory, console)
         sight.check()
     errors = _compare(reference.calls, floor, outputs)
     image = compare_images(pixels, reference.pixels)
     files = _draw(output.folder, errors, pixels, reference.pixels, pipeline_spec)
     settings = _settings(spec, pipeline_spec)
-    failures = judge(spec.thresholds, errors, image)
+    thresholds = spec.thresholds_of(pipeline_spec.precision)
+    failures = judge(thresholds, errors, image)
     facts = {name: engine_facts(one) for name, one in found.items()}
     rebuild = _rebuild(pipeline_spec, found, directory)
     removal = entry.removal if entry is not None else ""
-    return VerifyReport(
-        settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal
-    )
+    return VerifyReport(settings, thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal)
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     """Say early what is missing: a run takes minutes."""
     require_ssim()
     try:
@@ -89,19 +93,28 @@ def _require_extras() -> None:
         raise SdtrtError("the plot of verify needs matplotlib", hint="pip install matplotlib") from error
 
 
+def _shown(image: GenerateSpec, console: Console) -> Shown:
+    """The pictures that ControlNets and IP-Adapters go by, read as generations read them."""
+    controls = read_control_images(image, None, console)
+    pictures = tuple(read_init_image(one.image, console, "ip image").pixels for one in image.ip_images)
+    return Shown(controls, pictures, tuple(one.scale for one in image.ip_images))
+
+
 def _subject(
-    spec: VerifySpec, model: Model, directory: EngineDirectory, console: Console
+    spec: VerifySpec, model: Model, shown: Shown, directory: EngineDirectory, console: Console
 ) -> tuple[PipelineSpec, Mapping[str, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
     image = asked_of(spec.image, model)
     start = start_of(image, model)
+    maps = [one.picture for one in shown.controls]
     if spec.engine is not None:
         entry = directory.named(spec.engine)
-        pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start)
+        pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start, maps)
         _check_fits(entry, pipeline_spec)
         _check_takes_all(entry, pipeline_spec)
     else:
-        entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start)
+        entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start, maps)
+    check_modes(image.controls, (pipeline_spec.model, *pipeline_spec.others.values()))
     # All that the image needs, before the long part begins.
     return pipeline_spec, ensure_all(
         pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
@@ -113,7 +126,8 @@ def _rebuild(spec: PipelineSpec, entries: Mapping[str, Entry], directory: Engine
     others = tuple(name for name in spec.in_engines if name in entries and name != "unet")
     if not others:
         return ""
-    return f"{build_command(replace(spec.engines, components=others), directory)} --force"
+    further = [request.model.spec.controlnet or "" for request in spec.other_engines.values()]
+    return f"{build_command(replace(spec.engines, components=others), directory, further)} --force"
 
 
 def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
@@ -133,10 +147,14 @@ def _as_engine(image: GenerateSpec, entry: Entry) -> GenerateSpec:
 
 def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
     """Refuse an engine of another architecture, or one that does not take the run's sizes."""
-    if Contract.from_json(entry.info["contract"]) != contract_of(spec.model, "unet", spec.precision):
+    groups = spec.engines.groups_of("unet")
+    if Contract.from_json(entry.info["contract"]) != contract_of(spec.model, "unet", spec.precision, groups):
+        same = set(groups) == set(entry.engine_key.export.groups)
+        model = f"it was built for {entry.info.get('model')}: give that as --model"
+        with_groups = " with inputs for ".join(("unet", *groups))
         raise EngineError(
-            f"{entry.name} takes other inputs than the unet of {spec.model.name}",
-            hint=f"it was built for {entry.info.get('model')}: give that as --model",
+            f"{entry.name} takes other inputs than the {with_groups} of {spec.model.name}",
+            hint=model if same else "leave --engine out: the engine of such a run is found, or built",
         )
     profiles = entry.engine_key.profiles
     if find.slack(profiles, spec.sizes) is None:
@@ -163,7 +181,7 @@ def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory)
     if entry is None:
         return None
     key = entry.engine_key
-    export = ExportSpec(model.spec, "unet", key.precision)
+    export = ExportSpec(model.spec, "unet", key.precision, groups=key.export.groups)
     own = source_key(model, export, directory.file_digest, weights=registry.get(key.backend).weights_inside)
     return key.export.fingerprint == own.fingerprint
 
@@ -191,6 +209,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
         **({} if image.savings.guidance.is_whole else {"guidance_interval": str(image.savings.guidance)}),
+        **caching_facts(pipeline_spec),
         "scheduler": image.scheduler,
         "noise": pipeline_spec.noise.over(pipeline_spec.model.stated).describe(),
         "height": pipeline_spec.sizes.height,
@@ -198,7 +217,23 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         **({"strength": strength_of(image)} if pipeline_spec.img2img else {}),
         **({"vae": image.model.vae} if image.model.vae is not None else {}),
         **({"loras": [str(one) for one in image.model.loras]} if image.model.loras else {}),
+        **({"controlnets": _controls(image)} if image.controls else {}),
+        **({"ip_adapters": _ip_adapters(image)} if image.ip_images else {}),
     }
+
+
+def _controls(image: GenerateSpec) -> list[dict[str, Any]]:
+    """The ControlNets of a run, as plain data."""
+    return [
+        {"name": one.name, "image": str(one.image), "scale": one.scale, "start": one.start, "end": one.end}
+        for one in image.controls
+    ]
+
+
+def _ip_adapters(image: GenerateSpec) -> list[dict[str, Any]]:
+    """The IP-Adapters of a run, as plain data."""
+    pairs = zip(image.model.ip_adapters, image.ip_images, strict=True)
+    return [{"name": name, "image": str(one.image), "scale": one.scale} for name, one in pairs]
 
 
 def _draw(

@@ -65,7 +65,7 @@ class VerifyReport:
         settings: what was run, as plain data.
         failures: what missed its threshold, in words.
         files: the pictures that were written.
-        engines: name and digest of the engine's entry, for each component that an engine ran.
+        engines: name and digest of the engine's entry, for each component that an engine ran (also `controlnet_2`).
         same_weights: whether the UNet's engine was built from this model's weights; None where there is no engine.
         rebuild: the command that builds the other components' engines again; empty where there are none.
         removal: the command that removes the UNet's engine; empty where there is none.

@@ -7,7 +7,7 @@ recorded inputs, and the whole pipeline with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console
@@ -23,8 +24,10 @@ from sdtrt.common.metrics import count_non_finite
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
+from sdtrt.models.image_prompts import attentions_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline.call import PipelineCall
+from sdtrt.pipeline.call import Control, PipelineCall
+from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.guided_rows import computed_rows
 from sdtrt.pipeline.hooks import hooked
 from sdtrt.pipeline.images import InitImage
@@ -34,6 +37,7 @@ from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import gradient, half
 from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, VerifySpec
+from sdtrt.specs.contract import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -43,25 +47,30 @@ class RecordedCall:
     """One call of the UNet in the fp32 run, on the CPU: its inputs and its output `[B,C,H,W]`.
 
     In a step without guidance they are those of the rows that are computed.
+
+    Args:
+        more: its other arguments by diffusers' names: the text's states, added conditioning, a guidance embedding, the
+            residuals of ControlNets, the embeddings of pictures for IP-Adapters.
     """
 
     sample: torch.Tensor
     timestep: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-    added: Mapping[str, torch.Tensor] | None
-    guidance: torch.Tensor | None
+    more: Mapping[str, Any]
     output: Array
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """The inputs as a UNet takes them; the timestep keeps its dtype."""
-        added = None if self.added is None else {name: t.to(device, dtype) for name, t in self.added.items()}
-        return {
-            "sample": self.sample.to(device, dtype),
-            "timestep": self.timestep.to(device),
-            "encoder_hidden_states": self.encoder_hidden_states.to(device, dtype),
-            "added_cond_kwargs": added,
-            "timestep_cond": None if self.guidance is None else self.guidance.to(device, dtype),
-        }
+        more: dict[str, Any] = _mapped(self.more, lambda tensor: tensor.to(device, dtype))
+        return {"sample": self.sample.to(device, dtype), "timestep": self.timestep.to(device), **more}
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A value with each tensor in it changed, whatever lists and mappings it is in."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(one, change) for name, one in value.items()}
+    return [_mapped(one, change) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,20 @@ class Reference:
 
     calls: tuple[RecordedCall, ...]
     pixels: Array
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures that a run goes by, as they were read.
+
+    Args:
+        controls: of ControlNets.
+        pictures: of IP-Adapters, which count as much as `scales` says.
+    """
+
+    controls: tuple[ControlImage, ...] = ()
+    pictures: tuple[Image.Image, ...] = ()
+    scales: tuple[float, ...] = ()
 
 
 class _Recorder:
@@ -83,24 +106,31 @@ class _Recorder:
     def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one call of a diffusers pipeline: `unet(sample, timestep, encoder_hidden_states=…)`."""
         if self.count in self.wanted:
-            rows, added = computed_rows(unet), kwargs.get("added_cond_kwargs")
-            kept = None if added is None else {name: rows(tensor).cpu() for name, tensor in added.items()}
-            states, guidance = rows(kwargs["encoder_hidden_states"]).cpu(), kwargs.get("timestep_cond")
-            own, timestep = None if guidance is None else guidance.cpu(), torch.as_tensor(args[1]).cpu()
-            sample, noise = rows(args[0]).cpu(), _numpy(rows(output[0]))
-            self.calls.append(RecordedCall(sample, timestep, states, kept, own, noise))
+            rows = computed_rows(unet)
+            more = {
+                name: _mapped(value, lambda one: rows(one).cpu())
+                for name, value in kwargs.items()
+                if name != "return_dict"
+            }
+            timestep = torch.as_tensor(args[1]).cpu()
+            self.calls.append(RecordedCall(rows(args[0]).cpu(), timestep, more, _numpy(rows(output[0]))))
         self.count += 1
 
 
+def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu()
+
+
 def run_reference(
-    spec: VerifySpec, pipeline_spec: PipelineSpec, directory: EngineDirectory, console: Console
+    spec: VerifySpec, pipeline_spec: PipelineSpec, shown: Shown, directory: EngineDirectory, console: Console
 ) -> Reference:
     """Run the whole pipeline in PyTorch, in fp32 without TF32."""
     pipeline_spec = replace(pipeline_spec, backend=NATIVE, precision="fp32")
     with tf32(False), open_pipeline(pipeline_spec, directory, console) as opened:
-        recorder = _Recorder(spread(_call(spec.image, opened.spec).count_unet_calls(opened), spec.timesteps))
+        call = _call(spec.image, opened.spec, shown)
+        recorder = _Recorder(spread(call.count_unet_calls(opened), spec.timesteps))
         with hooked(opened.pipe.unet, recorder):
-            pixels = _image(spec.image, opened, "fp32 reference", console)
+            pixels = _image(call, shown, opened, "fp32 reference", console)
     del opened  # or its UNet would stay where it is
     release_memory(pipeline_spec.device)
     reference = Reference(tuple(recorder.calls), pixels)
@@ -112,15 +142,17 @@ def run_reference(
     return reference
 
 
-def run_noise_floor(spec: PipelineSpec, reference: Reference, console: Console) -> list[Array]:
-    """PyTorch's own UNet in half precision (bf16 for an engine in bf16, else fp16) on the recorded inputs."""
-    precision: Precision = "bf16" if spec.precision == "bf16" else "fp16"
+def run_noise_floor(spec: PipelineSpec, reference: Reference, shown: Shown, console: Console) -> list[Array]:
+    """PyTorch's own UNet in half precision (bf16 for an engine that takes it, else fp16) on the recorded inputs."""
+    precision: Precision = "bf16" if DTYPES[spec.precision] == DTYPES["bf16"] else "fp16"
     own = replace(spec, backend=NATIVE, precision=precision)
     try:
         unet = loading.load_unet(own.model, own.parts_dtype).to(own.device)
     except SdtrtError as error:  # weights that don't fit into fp16: then there is no floor
         console.warn(f"no noise floor: {error.message}")
         return [np.full_like(call.output, np.nan) for call in reference.calls]
+    for attention in attentions_of(unet) if shown.scales else ():
+        attention.processor.scale = list(shown.scales)
     outputs = _replay(unet, reference, own, f"{precision} noise floor", console)
     del unet
     release_memory(spec.device)
@@ -132,6 +164,7 @@ def run_candidate(
     pipeline_spec: PipelineSpec,
     entry: Entry | None,
     reference: Reference,
+    shown: Shown,
     directory: EngineDirectory,
     console: Console,
 ) -> tuple[list[Array], Array]:
@@ -139,8 +172,9 @@ def run_candidate(
     allow_build = spec.image.allow_build
     with open_pipeline(pipeline_spec, directory, console, allow_build=allow_build, unet_engine=entry) as opened:
         name = "engine" if entry is not None else f"{pipeline_spec.backend} {pipeline_spec.precision}"
+        _scale_adapters(opened, shown)
         outputs = _replay(opened.pipe.unet, reference, pipeline_spec, name, console)
-        return outputs, _image(spec.image, opened, f"image with {name}", console)
+        return outputs, _image(_call(spec.image, opened.spec, shown), shown, opened, f"image with {name}", console)
 
 
 def _replay(unet: Any, reference: Reference, spec: PipelineSpec, name: str, console: Console) -> list[Array]:
@@ -153,22 +187,35 @@ def _replay(unet: Any, reference: Reference, spec: PipelineSpec, name: str, cons
     return outputs
 
 
-def _image(image: GenerateSpec, opened: OpenPipeline, name: str, console: Console) -> Array:
+def _scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
+    """Have IP-Adapters count as much as is asked for."""
+    if shown.scales:
+        opened.pipe.set_ip_adapter_scale(list(shown.scales))
+
+
+def _image(call: PipelineCall, shown: Shown, opened: OpenPipeline, name: str, console: Console) -> Array:
     """One call of a pipeline: pixels `[H,W,3]`, finite or not."""
-    call = _call(image, opened.spec)
+    _scale_adapters(opened, shown)
     with console.bar(name, call.count_unet_calls(opened)) as advance, out_of_memory(opened.spec):
         pixels = call.run(opened, advance=advance)
     array: Array = np.asarray(pixels[0])
     return array
 
 
-def _call(image: GenerateSpec, spec: PipelineSpec) -> PipelineCall:
+def _call(image: GenerateSpec, spec: PipelineSpec, shown: Shown) -> PipelineCall:
     """The call of a pipeline that makes the image."""
-    return call_of(image, spec, image.prompts[:1], (seed_of(image),))
+    return call_of(image, spec, image.prompts[:1], (seed_of(image),), shown)
 
 
-def call_of(image: GenerateSpec, spec: PipelineSpec, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> PipelineCall:
+def call_of(
+    image: GenerateSpec,
+    spec: PipelineSpec,
+    prompts: tuple[str, ...],
+    seeds: tuple[int, ...],
+    shown: Shown | None = None,
+) -> PipelineCall:
     """The call of a pipeline that makes pictures, from noise or from a picture that is always the same."""
+    shown = shown or Shown()
     return PipelineCall(
         prompts=prompts,
         seeds=seeds,
@@ -177,6 +224,8 @@ def call_of(image: GenerateSpec, spec: PipelineSpec, prompts: tuple[str, ...], s
         start=gradient(spec.sizes.height, spec.sizes.width) if spec.img2img else None,
         strength=strength_of(image),
         mask=half(spec.sizes.height, spec.sizes.width) if spec.inpaint else None,
+        pictures=shown.pictures,
+        controls=tuple(Control.of(one, spec.sizes) for one in shown.controls),
     )
 
 

@@ -1,5 +1,6 @@
 """Every request, size and contract, and their validation. Names no backend's code, and imports nothing heavy."""
 
+from sdtrt.specs.adapters import AdapterSpec
 from sdtrt.specs.build import (
     DEFAULT_OPSETS,
     BuildRequest,
@@ -35,10 +36,12 @@ from sdtrt.specs.choices import (
     MOST_STEPS,
     PRECISIONS,
     PREDICTION_TYPES,
+    QUANTISED,
     RANDOM_SEED,
     SAMPLE_PROMPT,
     SIZE_MULTIPLE,
     TIMESTEP_SPACINGS,
+    WHOLE,
     BackendName,
     BaselineName,
     BenchTask,
@@ -72,6 +75,7 @@ from sdtrt.specs.quality import (
 )
 from sdtrt.specs.recipe import Recipe
 from sdtrt.specs.report import (
+    THRESHOLDS,
     BenchSpec,
     PruneSpec,
     Thresholds,
@@ -134,13 +138,17 @@ __all__ = [
     "PRESETS",
     "PROMPT_SYNTAXES",
     "QUALITIES",
+    "QUANTISED",
     "RANDOM_SEED",
     "SAMPLE_PROMPT",
     "SCHEDULERS",
     "SIGMAS",
     "SIZE_MULTIPLE",
+    "THRESHOLDS",
     "TIMESTEP_SPACINGS",
     "VERIFY_AGAINST",
+    "WHOLE",
+    "AdapterSpec",
     "BackendName",
     "BaselineName",
     "BenchSpec",

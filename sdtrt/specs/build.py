@@ -81,6 +81,7 @@ class ModelSpec:
         loras: that are merged into the model's weights.
         ip_adapters: that are put into its UNet, each a file, its folder, or a hub id.
         controlnet: a ControlNet beside the model: its folder, a hub id, or a file.
+        t2i_adapter: a T2I-Adapter beside the model: its folder or a hub id.
     """
 
     name: str = DEFAULT_MODEL
@@ -93,6 +94,7 @@ class ModelSpec:
     loras: tuple[LoraSpec, ...] = ()
     ip_adapters: tuple[str, ...] = ()
     controlnet: str | None = None
+    t2i_adapter: str | None = None
 
     def __post_init__(self) -> None:
         if wrong := [one for one in self.loras if not isinstance(one, LoraSpec)]:

@@ -10,7 +10,7 @@ from sdtrt.common.errors import UsageError
 
 Component = Literal["text_encoder", "text_encoder_2", "controlnet", "unet", "vae_decoder", "vae_encoder"]
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 Group = str  # of a UNet's inputs, beside those that each has: one of `GROUPS`, and what it is of (`ip_adapter:4`)
 
@@ -42,7 +42,11 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "ip_adapter", "deep_out", "deep_in")
+WHOLE: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # those that all products are computed in
+
+QUANTISED: tuple[Precision, ...] = ("int8", "fp8")  # products of 8 bits inside; the rest, inputs and outputs in bf16
+
+GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "free_u", "ip_adapter", "deep_out", "deep_in")
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)

@@ -85,7 +85,7 @@ class ControlSpec:
                     f"--control-{option} is about a ControlNet, and there is none", hint="use --controlnet ID"
                 )
         rows = zip(
-            map(_parse, names),
+            map(name_and_scale, names),
             pictures,
             _for_each("start", starts, len(names), 0.0),
             _for_each("end", ends, len(names), 1.0),
@@ -114,8 +114,8 @@ def _check_pairs(names: Sequence[str], pictures: Sequence[Path]) -> None:
     )
 
 
-def _parse(text: str) -> tuple[str, float]:
-    """`NAME` or `NAME:SCALE`."""
+def name_and_scale(text: str) -> tuple[str, float]:
+    """Read `NAME` or `NAME:SCALE`."""
     name, colon, scale = text.rpartition(":")
     try:
         return (name, float(scale)) if colon and name else (text, 1.0)
@@ -137,4 +137,4 @@ def _for_each(option: str, values: Sequence[T], count: int, usual: T | None) -> 
 
 def controlnet_names(controls: Sequence[str]) -> tuple[str, ...]:
     """The ControlNets that options name, without their scales: an engine takes any."""
-    return tuple(_parse(one)[0] for one in controls)
+    return tuple(name_and_scale(one)[0] for one in controls)

@@ -113,9 +113,10 @@ def _feature(contract: Contract, config: Mapping[str, Any], depth: int) -> Tenso
     _check_blocks(config)
     skips = residual_shapes(config)[:-1]
     if not 1 <= depth < len(skips):
+        most = len(skips) - 1
         raise UsageError(
             f"cache-depth {depth} is none of this model: its unet has {len(skips)} skip connections",
-            hint=f"use --cache-depth 1 to {len(skips) - 1}, or leave it out",
+            hint=f"use --cache-depth {'1' if most == 1 else f'1 to {most}'}, or leave it out",
         )
     factor, channels = skips[depth - 1][1], _given_from_below(config, depth)
     sides = (scaled(LATENT_HEIGHT, factor), scaled(LATENT_WIDTH, factor))

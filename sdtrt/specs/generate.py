@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sdtrt.common.errors import UsageError
+from sdtrt.specs.adapters import AdapterSpec
 from sdtrt.specs.build import ModelSpec
 from sdtrt.specs.choices import (
     AUTO,
@@ -152,6 +153,7 @@ class GenerateSpec:
         conditioning: what SDXL is told of the picture's size.
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
         controls: ControlNets, each with the picture that it goes by.
+        adapters: T2I-Adapters, each with the picture that it goes by; for images from text alone.
         savings: what of a run's work is left out: guidance in a part of the steps, deep features that are kept.
         quality: the preset that the savings are of. Where they save nothing they become that preset's; others win.
     """
@@ -194,6 +196,7 @@ class GenerateSpec:
     conditioning: SizeConditioning = field(default_factory=SizeConditioning)
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     controls: tuple[ControlSpec, ...] = ()
+    adapters: tuple[AdapterSpec, ...] = ()
     savings: Savings = Savings()
     quality: QualityName | None = None
 
@@ -224,15 +227,32 @@ class GenerateSpec:
         self._check_upscale()
         self._check_refiner()
         self._check_edit()
+        self._check_beside()
+        for name in ("height", "width"):
+            pixels = getattr(self, name)
+            if pixels is not None:
+                check_size(name, pixels)
+
+    def _check_beside(self) -> None:
+        """Refuse what is beside a model without a picture, and what diffusers has no pipeline for."""
         if self.model.controlnet is not None:
             raise UsageError(
                 f"the ControlNet {self.model.controlnet} of a ModelSpec goes by no picture",
                 hint="name both in controls=(ControlSpec(name, image),)",
             )
-        for name in ("height", "width"):
-            pixels = getattr(self, name)
-            if pixels is not None:
-                check_size(name, pixels)
+        if self.model.t2i_adapter is not None:
+            raise UsageError(
+                f"the T2I-Adapter {self.model.t2i_adapter} of a ModelSpec goes by no picture",
+                hint="name both in adapters=(AdapterSpec(name, image),)",
+            )
+        given = {"--init-image": self.init_image, "--controlnet": self.controls, "--upscale": self.upscale}
+        for option, value in given.items() if self.adapters else ():
+            if value:
+                raise UsageError(
+                    f"T2I-Adapter {self.adapters[0].name} and {option} don't go together: diffusers has no such"
+                    " pipeline",
+                    hint=f"leave {option} or --t2i-adapter out",
+                )
 
     def _check_prompts(self) -> None:
         if not self.prompts:

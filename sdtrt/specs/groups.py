@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from sdtrt.common.errors import ModelError
-from sdtrt.specs.choices import Group, Precision
+from sdtrt.specs.choices import SIZE_MULTIPLE, Group, Precision
 from sdtrt.specs.contract import (
     BATCH,
     DTYPES,
@@ -27,6 +27,7 @@ from sdtrt.specs.image_prompts import with_image_prompts
 
 MID_RESIDUAL = "mid_residual"
 ADAPTER_RESIDUAL = "adapter_residual_"
+FREE_U = "free_u"  # the group, and its one input
 CONTROL_IMAGE, RESIDUAL_SCALES = "control_image", "residual_scales"  # of a ControlNet's inputs
 # Blocks that give a skip connection a layer, and one more where they halve the size: those of Stable Diffusion.
 BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -37,6 +38,9 @@ _USUAL = {
     "layers_per_block": 2,
     "cross_attention_dim": 1280,
 }
+
+
+_USUAL_ADAPTER = {"channels": (320, 640, 1280, 1280), "downscale_factor": 8}
 
 
 def down_residual(index: int) -> str:
@@ -52,8 +56,8 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
         groups: `controlnet` adds `down_residual_00 [B,C,H,W]`, …, one a skip connection (12 for Stable Diffusion 1.x
             and 2.x, 9 for XL), and `mid_residual`: what ControlNets add, scaled already. Their sides are those of the
             latents, halved as often as there (`latent_height_2`), and rounded up. `t2i_adapter` adds
-            `adapter_residual_00`, …, one a block on the way down and one for the middle block. `ip_adapter:4` is
-            that of `with_image_prompts`.
+            `adapter_residual_00`, …, one a block on the way down and one for the middle block. `free_u` adds
+            FreeU's s1, s2, b1 and b2, `free_u [4]`. `ip_adapter:4` is that of `with_image_prompts`.
 
     Raises:
         ModelError: for a UNet of other blocks.
@@ -64,6 +68,8 @@ def with_groups(contract: Contract, config: Mapping[str, Any], groups: Sequence[
     if "t2i_adapter" in groups:
         names = [f"{ADAPTER_RESIDUAL}{index:02}" for index in range(len(adapter_shapes(config)))]
         inputs += _named(names, adapter_shapes(config), dtype)
+    if FREE_U in groups:
+        inputs += (TensorSpec(FREE_U, "float32", (4,)),)
     return with_image_prompts(replace(contract, inputs=inputs), config, groups)
 
 
@@ -130,6 +136,22 @@ def adapter_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     last = len(blocks) - 1
     halved = (index + (name == "DownBlock2D" and index < last) for index, name in enumerate(blocks))
     return [*((channels[index], 2**times) for index, times in enumerate(halved)), (channels[-1], 2**last)]
+
+
+def adapter_mismatch(config: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """What a T2I-Adapter has otherwise than a UNet takes it: the fact, its own and the UNet's; None where it fits.
+
+    Args:
+        config: the adapter's.
+        unet: the UNet's.
+    """
+    wanted, config = adapter_shapes(unet), {**_USUAL_ADAPTER, **config}
+    channels = list(config["channels"])
+    facts = {
+        "list of channels": (channels, [one for one, _ in wanted][: len(channels)]),
+        "downscale_factor": (config["downscale_factor"], wanted[0][1] * SIZE_MULTIPLE),
+    }
+    return next(((fact, own, fitting) for fact, (own, fitting) in facts.items() if own != fitting), None)
 
 
 def _blocks_of(config: Mapping[str, Any]) -> tuple[list[int], list[str]]:

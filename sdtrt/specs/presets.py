@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from sdtrt.specs.choices import check_choice
 from sdtrt.specs.savings import CacheSchedule, DeepCaching, GuidanceInterval, Savings
@@ -47,9 +47,28 @@ def preset(name: str) -> Preset:
     return PRESETS[name]  # type: ignore[index]
 
 
+class SavingArguments(TypedDict, total=False):
+    """What `accelerate` and `load` take of what calls leave out; None for what a preset says, or for nothing.
+
+    Args:
+        guidance_interval: the part of a run that is guided; in the other steps the UNet runs the prompt's rows alone.
+        cache_interval: deep caching: 1 step in so many runs the whole UNet, the others its outermost layers, which go
+            on from what it gave; 1 for none. Off in runs of fewer than 10 steps.
+        cache_depth: how many layers those run on the way down and up; None for the architecture's own.
+        cache_schedule: where the whole steps lie: `uniform`, or `middle`, closer to each other in the run's middle.
+        quality: a preset of these four: `exact`, `high`, `balanced` or `fast`; what is given beside it wins.
+    """
+
+    guidance_interval: GuidanceInterval | None
+    cache_interval: int | None
+    cache_depth: int | None
+    cache_schedule: CacheSchedule | None
+    quality: QualityName | None
+
+
 def settle(
-    quality: str | None,
-    guidance: GuidanceInterval | None = None,
+    quality: str | None = None,
+    guidance_interval: GuidanceInterval | None = None,
     cache_interval: int | None = None,
     cache_depth: int | None = None,
     cache_schedule: CacheSchedule | None = None,
@@ -60,7 +79,7 @@ def settle(
 
     Args:
         quality: None for no preset.
-        guidance, cache_interval, cache_depth, cache_schedule: None for the preset's.
+        guidance_interval, cache_interval, cache_depth, cache_schedule: None for the preset's.
         guided: whether there is any guidance; a preset says nothing of it where there is none.
 
     Raises:
@@ -73,7 +92,7 @@ def settle(
         own.depth if cache_depth is None else cache_depth,
         cache_schedule or own.schedule,
     )
-    return Savings(guidance or interval, caching)
+    return Savings(guidance_interval or interval, caching)
 
 
 def told(quality: str, savings: Savings) -> str:

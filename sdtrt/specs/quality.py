@@ -81,7 +81,7 @@ class Choice:
         guidance = knobs.get("guidance-interval")
         return settle(
             self.quality,
-            guidance=None if guidance is None else GuidanceInterval.parse(guidance),
+            guidance_interval=None if guidance is None else GuidanceInterval.parse(guidance),
             cache_interval=self._number("cache-interval"),
             cache_depth=self._number("cache-depth"),
             cache_schedule=cast("CacheSchedule | None", knobs.get("cache-schedule")),

@@ -27,7 +27,10 @@ from sdtrt.specs.groups import residual_shapes, with_groups
 
 SIZES = Sizes(2, 72, 104)  # odd at every level
 PROFILE = Profile.of(Sizes(2, 128, 128))
-GROUPS = [(), ("controlnet",), ("ip_adapter:3+4",), ("controlnet", "ip_adapter:4")]
+GROUPS = [
+    ("controlnet", "ip_adapter:3+4"),
+    *(pytest.param(one, marks=pytest.mark.slow) for one in ((), ("controlnet",), ("ip_adapter:4",))),
+]
 NO_RTX = importlib.util.find_spec("tensorrt_rtx") is None
 
 
@@ -93,6 +96,12 @@ def test_groups_that_say_nothing_are_refused_and_shallow_ones_go_by_the_whole_on
         contracts({**odd, "in_channels": 4, "out_channels": 4}, 1)
 
 
+@pytest.mark.feature(
+    "Deep caching (`cache_interval`, `--cache-interval`)",
+    "sd1 sd2 sdxl",
+    "tensorrt86",
+    error="builds no engine whose unet",
+)
 def test_tensorrt_8_refuses_both_programs_with_the_way_out(monkeypatch):
     monkeypatch.setattr(libraries, "open_library", lambda backend: fake_library("tensorrt 8.6.1"))
     for group in ("deep_out:1", "deep_in:1"):

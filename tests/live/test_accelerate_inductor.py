@@ -5,6 +5,7 @@ from __future__ import annotations
 import factories
 import pytest
 import test_controlnet
+import test_deep_cache
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -18,6 +19,7 @@ from test_guidance_interval import by_hand
 
 import sdtrt
 from sdtrt.backends import registry
+from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
@@ -83,6 +85,29 @@ def differ(found, expected):
 
 def names(directory):
     return {entry.name for entry in directory.entries("engine")}
+
+
+@pytest.mark.feature("Deep caching (`cache_interval`, `--cache-interval`)", "sd1", "inductor")
+def test_deep_caching_runs_two_packages_over_one_copy_of_the_weights(make, accelerate, directory):
+    """Held against diffusers' modules, one layer of which takes what an earlier step gave it."""
+    plain, pipe = make(), accelerate(make(), components=("unet",), cache_interval=3)
+    built = names(directory)
+    (opened,) = swapped_of(pipe)["unet"].engines
+    views = opened.session.weight_views()
+    assert all(same_memory(tensor, views[name]) for name, tensor in opened.shallow.weight_views().items())
+    assert opened.shallow.weights_bytes < opened.session.weights_bytes / 2
+    given = {"num_inference_steps": 12, "guidance_scale": 2.0}
+    for scale in (1.0, 1.5):
+        for one in (pipe, plain):
+            with torch.no_grad():
+                one.unet.up_blocks[-1].resnets[-1].conv1.weight.mul_(scale)
+                one.unet.mid_block.resnets[0].conv1.weight.mul_(scale)
+        reference = test_deep_cache.Reference(plain.unet)
+        expected = latents(plain, **given)
+        reference.remove()
+        assert test_deep_cache.differ(latents(pipe, **given), expected) <= TOLERANCE
+    accelerate(pipe, components=("unet",), cache_interval=5, cache_schedule="middle")
+    assert names(directory) == built
 
 
 @pytest.mark.feature("Text to image", "sd1", "inductor")
@@ -209,6 +234,24 @@ def test_a_controlnet_in_an_engine_follows_its_weights_and_its_scale(make, accel
             one.controlnet.controlnet_down_blocks[0].bias.data.add_(gain - 1)
         assert differ(latents(both[0], **options), latents(both[1], **options)) <= TOLERANCE
     assert sdtrt.status(both[0])["controlnet"].is_in_engine
+    assert names(directory) == built
+
+
+@pytest.mark.feature("ControlNet, several", "sd1", "inductor")
+def test_several_controlnets_share_a_package_each_with_its_weights(make, accelerate, directory):
+    def two(unet):
+        return [test_controlnet.small_controlnet(unet, seed=seed) for seed in (7, 8)]
+
+    pipe, plain = (
+        StableDiffusionControlNetPipeline.from_pipe(one, vae=one.vae, controlnet=two(one.unet))
+        for one in (make(), make())
+    )
+    accelerate(pipe, components=("controlnet",))
+    built = names(directory)
+    for scales in ([1.0, 0.4], [0.3, 1.0]):
+        options = {"image": [test_controlnet.MAP, test_controlnet.OTHER_MAP], "controlnet_conditioning_scale": scales}
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE
+    assert len({one.name for one in sdtrt.status(pipe)["controlnet"].engines}) == 1
     assert names(directory) == built
 
 

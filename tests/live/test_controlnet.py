@@ -10,6 +10,7 @@ import factories
 import numpy as np
 import pytest
 import torch
+import torch_engines
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
@@ -30,6 +31,7 @@ from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.keys import ExportKey, export_key
+from sdtrt.live.swap import swapped_of
 from sdtrt.models.resolve import resolve_model
 from sdtrt.specs import ExportSpec, ModelSpec, Profile, Sizes
 
@@ -157,6 +159,61 @@ def test_several_controlnets_are_summed_before_the_engine(make, accelerate, dire
     pipe.controlnet = plain.controlnet = small_controlnet(plain.unet, seed=9)
     assert differ(latents(pipe), latents(plain)) <= TOLERANCE
     assert names(directory) == built
+
+
+def several(unet):
+    """Three ControlNets, one of them twice."""
+    first, second = small_controlnet(unet), small_controlnet(unet, seed=8)
+    return [first, second, first]
+
+
+MAPS = {"image": [MAP, OTHER_MAP, PICTURE]}
+
+
+@pytest.mark.parametrize("backend", ["inductor", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.feature("ControlNet, several", "sd1", "onnxruntime inductor")
+def test_each_of_several_controlnets_runs_in_an_engine(make, accelerate, directory, monkeypatch, backend):
+    if backend == "inductor":
+        torch_engines.instead_of_inductor(monkeypatch)
+    chosen = {"components": ("unet", "controlnet"), "backend": backend}
+    plain, pipe = make(control=several), accelerate(make(control=several), **chosen)
+    before = swapped_of(pipe)
+    built, one = names(directory), sdtrt.status(pipe)["controlnet"]
+    assert (one.is_in_engine, len(one.engines)) == (True, 2)
+    assert len({engine.name for engine in one.engines}) == (1 if backend == "inductor" else 2), "weights apart or not"
+    for options in (
+        {"controlnet_conditioning_scale": [1.0, 0.5, 0.2]},
+        {"controlnet_conditioning_scale": [0.2, 0.9, 0.0], "control_guidance_end": [0.5, 1.0, 1.0]},
+        {"controlnet_conditioning_scale": [1.0, 1.0, 0.3], "control_guidance_start": [0.0, 0.5, 0.0]},
+        {"controlnet_conditioning_scale": [0.5, 0.5, 0.5], "guess_mode": backend == "onnxruntime"},  # half the rows
+    ):
+        options = {**MAPS, **options}
+        assert differ(latents(pipe, **options), latents(plain, **options)) <= TOLERANCE, options
+    assert [*before] == ["unet", "controlnet", "controlnet_2"]
+    assert swapped_of(accelerate(pipe, **chosen)) == before, "they stay"
+    assert names(directory) == built
+    for pipeline in (pipe, plain):
+        pipeline.controlnet.nets[1].controlnet_mid_block.weight.data.mul_(1.5)
+    turned = {**MAPS, "controlnet_conditioning_scale": [1.0, 1.0, 0.3]}
+    if backend == "inductor":
+        assert differ(latents(pipe, **turned), latents(plain, **turned)) <= TOLERANCE
+    else:
+        with pytest.raises(EngineError, match="the controlnet has other weights than its engine"):
+            latents(pipe, **turned)
+    sdtrt.restore(pipe)
+    assert not swapped_of(pipe)
+    assert torch.equal(latents(pipe, **turned), latents(plain, **turned))
+
+
+def test_of_several_controlnets_one_that_pools_leaves_all_to_pytorch(make, accelerate):
+    def one_pools(unet):
+        nets = several(unet)
+        nets[1].register_to_config(global_pool_conditions=True)
+        return nets
+
+    pipe = make(control=one_pools)
+    with pytest.raises(EngineError, match="it, or one of several, is a union, compiled or quantised, or pools"):
+        accelerate(pipe, components=("unet", "controlnet"))
 
 
 def test_pooled_residuals_are_widened(make, accelerate):

@@ -24,10 +24,13 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from diffusers.utils import is_accelerate_available
 from test_accelerate import NOISE, differ, latents
+from trt_fakes import fake_library
 
 import sdtrt
 from sdtrt.backends import registry
-from sdtrt.common.errors import EngineError, UnservedCallError
+from sdtrt.backends.tensorrt.versions import libraries
+from sdtrt.common.errors import EngineError, UnservedCallError, UsageError
+from sdtrt.specs import ExportSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
@@ -86,42 +89,89 @@ def why(pipe, part="unet"):
 # What changes results and no tensor
 
 
-@pytest.mark.feature("FreeU (`enable_freeu`)", "sd1 sd2 sdxl", "onnxruntime inductor", pytorch="the unet has FreeU")
+@pytest.mark.feature("FreeU (`enable_freeu`)", "sd1 sd2 sdxl", "onnxruntime inductor")
 @by_backend
 @pytest.mark.parametrize("kind", KINDS)
-def test_freeu_is_seen_and_gone_again(both, backend, kind, capsys):
-    plain, pipe = both(backend, kind, components=("unet",))
+def test_freeu_is_an_input_of_an_engine_of_its_own_and_gone_again(both, backend, kind):
+    plain, pipe = both(backend, kind, components=("unet",), on_miss="build")
     before = same(plain, pipe)
-    for one in (plain, pipe):
-        one.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
-    assert why(pipe) == "the unet has FreeU"
-    assert differ(same(plain, pipe), before) > 100 * TOLERANCE
-    same(plain, pipe)
-    assert capsys.readouterr().err.count("unet: PyTorch runs it: the unet has FreeU") == 1
+    built = []
+    for given in ({"s1": 0.9, "s2": 0.2, "b1": 1.4, "b2": 1.6}, {"s1": 0.2, "s2": 1, "b1": 1, "b2": 2}):
+        for one in (plain, pipe):
+            one.enable_freeu(**given)
+        assert differ(same(plain, pipe), before) > 100 * TOLERANCE
+        built.append({one.name for one in sdtrt.status(pipe)["unet"].engines})
+        assert why(pipe) == ""
+    assert built[0] == built[1], "other numbers build none"
+    assert len(sdtrt.status(pipe)["unet"].engines) == 2
     for one in (plain, pipe):
         one.disable_freeu()
-    assert why(pipe) == ""
     assert torch.equal(latents(pipe), before)
-    assert "FreeU" not in str(sdtrt.status(pipe))
+    _, freed = both(backend, kind, components=("unet",), on_miss="error")
+    freed.enable_freeu(**given)
+    with pytest.raises(EngineError, match="no engine of the unet with inputs for free_u is open"):
+        latents(freed)
 
 
 @pytest.mark.feature(
-    "Fused projections (`fuse_qkv_projections`)",
-    "sd1 sd2 sdxl",
-    "onnxruntime inductor",
-    pytorch="the unet has the attention processor FusedAttnProcessor2_0",
+    "FreeU (`enable_freeu`)", "sd1 sd2 sdxl", "tensorrt86", error="no engine whose unet has inputs for free_u"
 )
+def test_tensorrt_86_refuses_freeu_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(libraries, "open_library", lambda _: fake_library("tensorrt 8.6.1"))
+    with pytest.raises(UsageError, match="no engine whose unet has inputs for free_u") as caught:
+        factories.checked_spec(ExportSpec(groups=("free_u",)), "tensorrt", (Profile.of(Sizes(2, 512, 512)),))
+    assert "inductor" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_freeu_gets_such_an_engine_at_once(both, directory):
+    plain, pipe = both()
+    sdtrt.restore(pipe)
+    for one in (plain, pipe):
+        one.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    sdtrt.accelerate(pipe, **GIVEN, engine_dir=directory, components=("unet",), on_miss="error")
+    same(plain, pipe)
+    for one in (plain, pipe):
+        one.disable_freeu()
+    same(plain, pipe)  # it gets ones
+    pipe.unet.up_blocks[0].s1 = "much"
+    pipe.unet.up_blocks[0].s2 = pipe.unet.up_blocks[0].b1 = pipe.unet.up_blocks[0].b2 = 1.0
+    with pytest.raises(EngineError, match="FreeU with 'much', which is no number"):
+        latents(pipe)
+
+
+@pytest.mark.slow
+def test_a_call_with_freeu_is_pytorchs_where_no_engine_is_open_for_it(both, capsys):
+    plain, pipe = both(components=("unet",))
+    for one in (plain, pipe):
+        one.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    same(plain, pipe)
+    same(plain, pipe)
+    assert capsys.readouterr().err.count("no engine of the unet with inputs for free_u is open") == 1
+
+
+def fused(pipe):
+    """A layer that diffusers makes of three others."""
+    return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_qkv
+
+
+@pytest.mark.feature("Fused projections (`fuse_qkv_projections`)", "sd1 sd2 sdxl", "onnxruntime inductor")
 @by_backend
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
-def test_projections_are_fused_and_engines_run_again_once_they_are_not(both, backend, kind):
+def test_fused_projections_are_those_of_the_engine_until_they_are_changed(both, backend, kind):
     plain, pipe = both(backend, kind, parts=with_a_vae)
     before = same(plain, pipe)
     for one in (plain, pipe):
         one.fuse_qkv_projections()
-    assert why(pipe) == "the unet has the attention processor FusedAttnProcessor2_0"
-    assert why(pipe, "vae_decoder")
     same(plain, pipe)
+    assert why(pipe) == why(pipe, "vae_decoder") == ""
+    assert torch.equal(latents(pipe), before)
+    with torch.no_grad():
+        for one in (plain, pipe):
+            fused(one).weight.mul_(-50)
+    assert why(pipe) == "the unet has the attention processor FusedAttnProcessor2_0"
+    assert differ(same(plain, pipe), before) > 10 * TOLERANCE
     for one in (plain, pipe):
         one.unfuse_qkv_projections()
     assert why(pipe) == why(pipe, "vae_decoder") == ""
@@ -135,6 +185,9 @@ def test_what_is_left_of_fused_projections_is_not_refused_and_the_way_out_works(
     """diffusers leaves the fused layers where they are, with nothing that runs them."""
     plain, pipe = both(components=("unet",), on_miss="error")
     pipe.unet.fuse_qkv_projections()
+    same(plain, pipe)
+    fused(pipe).weight.data.mul_(2)
+    fused(pipe).weight.data = fused(pipe).weight.data.clone()
     with pytest.raises(EngineError, match="FusedAttnProcessor2_0") as caught:
         latents(pipe)
     assert "pipe.unfuse_qkv_projections()" in caught.value.hint

@@ -36,6 +36,7 @@ import sdtrt
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
+from sdtrt.pipeline import memory
 from sdtrt.specs import GuidanceInterval
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -71,6 +72,13 @@ def both(tokenizer, directory, monkeypatch):
         return plain, sdtrt.accelerate(pipe, **{**given, **options})
 
     return made
+
+
+def again(pipe, interval=None, **options):
+    """Accelerate a pipeline once more, with another interval."""
+    directory = swapped_of(pipe)["unet"].settings.directory.path
+    given = {"backend": "inductor", "components": ("unet",), "engine_dir": directory, "progress": False}
+    return sdtrt.accelerate(pipe, **SIZE, **given, guidance_interval=interval, **options)
 
 
 def by_hand(pipe, guided, copies=2, group=1):
@@ -173,15 +181,7 @@ def test_steps_inside_are_the_full_runs_as_long_as_their_inputs_are(both, tokeni
         }
 
     latents(pipe, num_inference_steps=4, **keep("part"))
-    sdtrt.accelerate(
-        pipe,
-        backend="inductor",
-        height=64,
-        width=64,
-        components=("unet",),
-        progress=False,
-        engine_dir=swapped_of(pipe)["unet"].settings.directory.path,
-    )
+    again(pipe)
     latents(pipe, num_inference_steps=4, **keep("whole"))
     same = [torch.equal(kept["part", step], kept["whole", step]) for step in range(4)]
     assert same == [True, True, False, False]
@@ -198,20 +198,22 @@ def test_the_pair_has_one_copy_of_the_weights_serves_no_guidance_and_other_inter
     built = names(directory)
     assert alike(latents(pipe, guidance_scale=1.0), latents(plain, guidance_scale=1.0))
     for start, stop in ((0, 0.5), (0.5, 1), (0.1, 0.9), (0, 1)):
-        interval = GuidanceInterval(start, stop)
-        sdtrt.accelerate(
-            pipe,
-            height=64,
-            width=64,
-            components=("unet",),
-            backend="inductor",
-            progress=False,
-            engine_dir=directory.path,
-            guidance_interval=interval,
-        )
+        again(pipe, GuidanceInterval(start, stop))
         latents(pipe, num_inference_steps=3)
     assert names(directory) == built
     assert alike(latents(pipe), latents(plain))
+
+
+@SLOW
+def test_a_second_engine_of_a_unet_that_stays_is_counted_by_the_memory_check(both, monkeypatch):
+    _, pipe = both(guidance_interval=None)
+    asked = []
+    monkeypatch.setattr(memory, "check_memory", lambda _request, entries: asked.append(list(entries)))
+    for options in ({}, {"cache_interval": 2}):
+        for _ in range(2):
+            again(pipe, MIDDLE, **options)
+    shallow = {"unet_shallow", "unet_shallow_prompt_rows"}
+    assert [set(names) for names in asked] == [{"unet_prompt_rows"}, set(), {"unet_prompt_rows", *shallow}, set()]
 
 
 @SLOW
@@ -254,6 +256,7 @@ def test_a_run_from_an_image_is_what_really_runs(both, cls, options, guided):
     assert seen == [1, 2, 2, 1]
 
 
+@SLOW
 def test_pipelines_of_the_same_modules_run_by_turns_and_each_counts_its_own_steps(both):
     plain, pipe = both()
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
@@ -416,6 +419,7 @@ def test_changed_weights_are_in_both_engines_and_pytorch_runs_no_more_rows(both)
     assert differ(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4)) > 100 * TOLERANCE
 
 
+@SLOW
 def test_a_call_of_another_size_has_both_its_engines_before_it_begins(both, directory):
     _, pipe = both()
     built, during = names(directory), []
@@ -424,6 +428,7 @@ def test_a_call_of_another_size_has_both_its_engines_before_it_begins(both, dire
     assert during == [len(built) + 2] * 4
 
 
+@SLOW
 def test_what_has_rows_of_another_meaning_is_refused_by_name(both):
     with pytest.raises(EngineError, match="which rows of StableDiffusionPAGPipeline are the prompt's") as caught:
         both(StableDiffusionPAGPipeline)

@@ -18,7 +18,7 @@ from test_controlnet import small_controlnet, union_of
 
 import sdtrt
 from sdtrt.backends import registry
-from sdtrt.cli.control_options import ControlNetOptions, ControlOptions
+from sdtrt.cli.control_options import BesideOptions, ControlOptions
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
@@ -374,10 +374,10 @@ def test_options_are_paired_by_their_order():
     assert second == ControlSpec("c.safetensors", Path("2.png"), 1.0, 0.1, 0.9, "canny")
     assert ControlOptions().specs() == ()
     exports = ExportRequest(ExportSpec())
-    both = ControlNetOptions(["a/b:0.5", "c"]).beside(exports)
+    both = BesideOptions(["a/b:0.5", "c"]).beside(exports)
     assert [one.common.model.controlnet for one in both] == ["a/b", "c"]
     assert [one.components for one in both] == [(), ("controlnet",)]
-    assert ControlNetOptions().beside(exports) == [exports]
+    assert BesideOptions().beside(exports) == [exports]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,8 @@ from sdtrt.pipeline.recipes import read_recipe
 from sdtrt.pipeline.request import resolve_request
 from sdtrt.specs import DeepCaching, GenerateSpec, ModelSpec, Savings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "repository"), str(ROOT / "scripts")]
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 SIZE = ("--height", "64", "--width", "64", "--steps", "12", "--seed", "5")
@@ -36,6 +38,12 @@ def smallest(tmp_path_factory):
     """A model in fp32, as the engines that PyTorch runs here take no other weights."""
     path = tmp_path_factory.mktemp("models") / "fp32"
     return factories.sd1_folder(path, dtype=torch.float32, **factories.SMALLEST["sd1"])
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory):
+    """The folder of the built-in model's engines, which are built once."""
+    return tmp_path_factory.mktemp("built-in")
 
 
 @pytest.fixture
@@ -143,7 +151,8 @@ def test_what_can_not_be_is_refused_before_anything_is_built(smallest, options, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sdxl"])
+@pytest.mark.feature("Deep caching (`cache_interval`, `--cache-interval`)", "sdxl", "onnxruntime")
 def test_a_pipeline_that_load_opened_keeps_features_in_onnx_runtime(tmp_path, kind):
     """Against the same engines with every step whole: the first two evaluations are alike, as the first is whole."""
     write = factories.sdxl_folder if kind == "sdxl" else factories.sd1_folder
@@ -170,13 +179,33 @@ def test_a_pipeline_that_load_opened_keeps_features_in_onnx_runtime(tmp_path, ki
     assert 1e-4 < error < 0.5
 
 
+def blocks_of_docs():
+    """What the pages show, which their own tests don't run."""
+    import pages
+
+    return [one for one in pages.blocks() if "cache-interval" in one.text or "cache_interval" in one.text]
+
+
 @pytest.mark.slow
-def test_the_built_in_model_keeps_passing_the_pixel_checker(tmp_path):
+def test_what_the_pages_show_runs(run, built_in, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDTRT_ENGINE_DIR", str(built_in))
+    shell, python = sorted(blocks_of_docs(), key=lambda block: block.language, reverse=True)
+    (words,) = shell.text.splitlines()
+    code, _, err = run(*shlex.split(words)[1:])
+    assert code == 0, err
+    assert (tmp_path / "cached.png").exists()
+    exec(compile(python.text, python.name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.feature("Deep caching (`cache_interval`, `--cache-interval`)", "sd1", "onnxruntime")
+def test_the_built_in_model_keeps_passing_the_pixel_checker(built_in):
     from tiny_score import held_out_prompts, rates, score_prompts
 
     prompts = held_out_prompts(12, [(128, 128)], seed=1)
     for interval in (2, 3):
-        given = {"height": 128, "width": 128, "backend": "onnxruntime", "engine_dir": tmp_path, "progress": False}
+        given = {"height": 128, "width": 128, "backend": "onnxruntime", "engine_dir": built_in, "progress": False}
         with closing(sdtrt.load("tiny", cache_interval=interval, **given)) as pipe:
             pipe.set_progress_bar_config(disable=True)
             scores = rates(score_prompts(pipe, prompts, steps=20).verdicts, prompts)

@@ -17,13 +17,14 @@ import torch
 import torch_engines
 from PIL import Image
 from test_guidance_interval import by_hand
+from test_memory import engine
 
 import sdtrt
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory
+from sdtrt.pipeline import all_engines, memory
 from sdtrt.pipeline.generate import generate
 from sdtrt.pipeline.images import read_metadata, read_parameters
 from sdtrt.pipeline.open import open_pipeline
@@ -34,8 +35,11 @@ from sdtrt.specs import (
     GenerateSpec,
     GuidanceInterval,
     ModelSpec,
+    Profile,
+    Range,
     RefinerSpec,
     Savings,
+    Sizes,
     UpscaleSpec,
     VerifySpec,
 )
@@ -96,13 +100,19 @@ def test_a_picture_is_what_plain_diffusers_makes_by_hand_and_tells_how(spec, dir
     path = report.images[0].path
     assert read_metadata(path).details["guidance_interval"] == [0.25, 0.75]
     assert read_parameters(path).fields["Guidance interval"] == "0.25:0.75"
-    again = generate(replace(spec, backend="torch"), directory, QUIET)  # PyTorch does it, too
-    assert abs(pixels(again)[0] - pixels(report)[0]).max() <= LEVELS
     generate(replace(spec, savings=Savings(GuidanceInterval(0.4, 0.9))), directory, console)
     assert names(directory) == built
     assert "building" not in capsys.readouterr().err
 
 
+@SLOW
+def test_pytorch_does_it_too(spec, directory):
+    found, expected = (generate(replace(spec, backend=one), directory, QUIET) for one in ("torch", "inductor"))
+    assert abs(pixels(found)[0] - pixels(expected)[0]).max() <= LEVELS
+    assert found.engines == {}
+
+
+@SLOW
 def test_the_whole_run_is_nothing_at_all(spec, directory, tmp_path):
     own = EngineDirectory(tmp_path / "engines")
     plain, whole = (
@@ -152,6 +162,7 @@ def test_what_no_guidance_makes_of_it_is_said(spec, directory, run, capsys):
     assert "no effect" not in capsys.readouterr().err
 
 
+@SLOW
 def test_a_missing_engine_is_named_with_the_command_that_builds_it(spec, tmp_path):
     own, model = EngineDirectory(tmp_path / "engines"), str(spec.model.name)
     generate(replace(spec, savings=Savings()), own, QUIET)
@@ -161,6 +172,7 @@ def test_a_missing_engine_is_named_with_the_command_that_builds_it(spec, tmp_pat
     assert f"sdtrt build --model {model} {options}" in caught.value.hint
 
 
+@SLOW
 def test_loaded_pipelines_have_the_pair_and_say_so(spec, directory):
     given = {"height": 64, "width": 64, "backend": "inductor", "engine_dir": directory.path, "progress": False}
     pipe = sdtrt.load(spec.model, **given, scheduler="ddim", guidance_interval=MIDDLE.guidance)
@@ -253,6 +265,28 @@ def test_verify_holds_both_engines_against_pytorch_and_bench_times_both(spec, di
     assert "unet_prompt_rows" not in baseline["components_ms"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "found"), [(Range.of(2), ["unet_prompt_rows"]), (Range(1, 2, 2), [])], ids=["fixed", "range"]
+)
+def test_an_engine_that_holds_weights_serves_both_where_its_range_has_the_rows(
+    spec, directory, monkeypatch, capsys, rows, found
+):
+    model = resolve_model(spec.model)
+    first = engine(1.0, 0.0, Profile(rows, Range.of(64), Range.of(64)))
+    wanted = factories.engines_wanted(model, "tensorrt", "fp16", Sizes(2, 64, 64), ("unet", "text_encoder"))
+    asked = []
+    monkeypatch.setattr(
+        all_engines, "ensure_engines", lambda request, *_, **__: asked.append(request) or {"unet": engine(1.0, 0.0)}
+    )
+    monkeypatch.setattr(all_engines, "find_engines", lambda request, _: dict.fromkeys(request.components))
+    second = {"unet": all_engines.for_prompt_rows(wanted, 1)}
+    assert list(all_engines.ensure_second(second, {"unet": first}, directory, Console())) == found
+    assert [(one.components, one.sizes.batch) for one in asked] == [(("unet",), 1)] * len(found)
+    said = "unet: steps without guidance are of 1 row, for which a second engine holds the weights a second time"
+    assert (said in capsys.readouterr().err) == bool(found)
+
+
+@SLOW
 def test_the_memory_of_weights_that_are_shared_is_counted_once(spec, directory):
     with open_pipeline(resolve_request(spec, resolve_model(spec.model), QUIET), directory, QUIET) as opened:
         first = {name: one for name, one in opened.entries.items() if not name.endswith("_prompt_rows")}

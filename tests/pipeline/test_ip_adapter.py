@@ -179,6 +179,27 @@ def test_adapters_come_change_and_go_on_a_live_pipeline(make, accelerate, tmp_pa
     assert names(EngineDirectory(tmp_path)) == built
 
 
+@pytest.mark.feature(
+    "IP-Adapter, masks (`ip_adapter_masks`)", "sd1", "inductor", pytorch="no input for ip_adapter_masks"
+)
+@pytest.mark.slow
+def test_masks_are_pytorchs_or_an_error_with_the_way_out(make, accelerate, tmp_path, written, monkeypatch, capsys):
+    torch_engines.instead_of_inductor(monkeypatch)
+    plain, pipe = (ip_adapters.load(make(), written(), scale=1.2) for _ in range(2))
+    accelerate(pipe, backend="inductor", engine_dir=tmp_path, on_miss="torch", progress=True)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    masked = {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
+    whole = latents(pipe)
+    assert differ(latents(pipe, **masked), latents(plain, **masked)) <= TOLERANCE
+    assert differ(latents(plain, **masked), whole) > 10 * TOLERANCE
+    assert capsys.readouterr().err.count("has no input for ip_adapter_masks") == 1
+    assert torch.equal(latents(pipe), whole), "the engine's again"
+    accelerate(pipe, backend="inductor", engine_dir=tmp_path, on_miss="build")
+    with pytest.raises(EngineError, match="no input for ip_adapter_masks"):
+        latents(pipe, **masked)
+
+
 @pytest.mark.parametrize("backend", SLOW[1:])
 def test_another_adapter_needs_no_other_engine_where_weights_are_outside(make, accelerate, directory, written, backend):
     plain, pipe = (ip_adapters.load(make(), written()) for _ in range(2))

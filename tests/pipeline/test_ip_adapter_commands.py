@@ -124,6 +124,27 @@ def test_a_picture_is_that_of_plain_diffusers_and_says_what_it_was_made_of(folde
 
 
 @pytest.mark.slow
+def test_engines_for_an_adapter_are_built_ahead_and_verified(folder, base, tmp_path, engine_dir, run):
+    given = ("--model", str(folder / "model"), "--ip-adapter", str(base), "--backend", "onnxruntime")
+    given += ("--precision", "fp32", "--engine-dir", str(tmp_path / "engines"))
+    code, out, _ = run("build", *given)
+    assert (code, len(out.split())) == (0, 4)
+    shown = ("--ip-image", f"{folder / 'one.png'}:0.6", "--no-build", "--steps", "2", "--width", "64", "--height", "64")
+    code, out, _ = run("verify", *given, *shown, "--output", str(tmp_path), "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert set(report["engines"]) == {"text_encoder", "unet", "vae_decoder"}
+    assert report["ip_adapters"][0]["scale"] == 0.6
+    assert all(1e-5 < error["reference_relative_l2"] < 1e-2 for error in report["timesteps"])
+    assert all(error["relative_l2"] < 1e-5 for error in report["timesteps"])
+    code, out, _ = run("txt2img", "a star", *given, *shown, "--output", str(tmp_path / "star.png"))
+    assert (code, out.strip()) == (0, str(tmp_path / "star.png"))
+    code, _, err = run("txt2img", "a star", *given[:-1], str(tmp_path / "none"), *shown)
+    assert code == 1
+    assert f"--ip-adapter {base}" in err
+
+
+@pytest.mark.slow
 @pytest.mark.feature("IP-Adapter, `--ip-adapter`", "sd1", "onnxruntime")
 def test_several_adapters_start_from_an_image(folder, base, plus, tmp_path, run):
     one, other = str(folder / "one.png"), str(folder / "other.png")

@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from factories import SMALL, engines_wanted, sd1_folder, sdxl_folder, small_unet
 from PIL import Image
+from test_controlnet import small_controlnet
 
 from sdtrt.backends import registry
 from sdtrt.backends.onnxruntime.fused_attention import fuse
@@ -48,6 +49,7 @@ from sdtrt.reports.meters import MemoryMeter, Timing, time_calls
 from sdtrt.specs import BASELINES as BASELINE_NAMES
 from sdtrt.specs import BenchSpec, ExportSpec, ModelSpec, NoiseSpec, Sizes
 from sdtrt.specs.contract import Contract
+from sdtrt.specs.groups import residual_shapes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 ROW_KEYS = {
@@ -95,6 +97,26 @@ def spec(small):
 
 
 # Reports
+
+
+@pytest.mark.slow
+def test_a_controlnet_is_timed_with_the_pipeline_and_by_itself(small, tmp_path, engine_dir, run):
+    net, picture = tmp_path / "net", tmp_path / "map.png"
+    small_controlnet(small_unet("sd1", **SMALL)).save_pretrained(net)
+    Image.effect_noise((64, 64), 90).point(lambda level: 255 * (level > 128)).save(picture)
+    given = ("--controlnet", f"{net}:0.5", "--control-image", str(picture))
+    words = ("--model", str(small), "--task", "txt2img", "--steps", "2", "--repeats", "1", "--warmups", "1")
+    words += ("--backend", "onnxruntime", "--baselines", "torch-fp32", "--engine-dir", str(engine_dir), "--json")
+    code, out, _ = run(*words, *given, *given)
+    assert code == 0
+    for row in json.loads(out)["rows"]:
+        parts = {name: timing["median"] / 1000 for name, timing in row["components_ms"].items()}
+        assert set(parts) == {"text_encoder", "unet", "controlnet", "controlnet_2", "vae_decoder"}
+        steps = row["unet_calls"] * sum(parts[name] for name in ("unet", "controlnet", "controlnet_2"))
+        once = parts["text_encoder"] + parts["vae_decoder"]
+        assert row["component_share"] == pytest.approx((once + steps) / row["latency_s"]["median"])
+    code, _, err = run(*words, "--controlnet", str(net))
+    assert (code, "1 ControlNet and 0 control images were given" in err) == (2, True)
 
 
 def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
@@ -422,9 +444,18 @@ class FakeGraph:
         return (lambda: output.copy_(call())), output
 
 
+def residuals(unet, rows, side, generator):
+    """What ControlNets would give a UNet, by its arguments' names."""
+    *down, middle = (
+        torch.randn(rows, channels, side // factor, side // factor, generator=generator)
+        for channels, factor in residual_shapes(unet.config)
+    )
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_a_graphed_unet_computes_what_the_plain_one_does(kind):
+@pytest.mark.parametrize(("kind", "controlled"), [("sd1", False), ("sdxl", False), ("sdxl", True)])
+def test_a_graphed_unet_computes_what_the_plain_one_does(kind, controlled):
     plain, graphed, capture = small_unet(kind), small_unet(kind), FakeGraph()
     graphed.to(memory_format=torch.channels_last)
     graphed.forward = GraphedForward(graphed.forward, capture)
@@ -438,6 +469,7 @@ def test_a_graphed_unet_computes_what_the_plain_one_does(kind):
         conditions = added if kind == "sdxl" else None
         moment = torch.tensor(900 - 100 * seed)
         arguments = {"added_cond_kwargs": conditions, "timestep_cond": None, "cross_attention_kwargs": None}
+        arguments |= residuals(plain, rows, side, generator) if controlled else {}
         expected = plain(sample, moment, encoder_hidden_states=states, return_dict=False, **arguments)[0]
         result = graphed(sample, moment, encoder_hidden_states=states, return_dict=False, **arguments)[0]
         torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)

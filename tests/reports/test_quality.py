@@ -12,6 +12,7 @@ import torch
 from factories import alexnet_file, clip_folder
 from PIL import Image
 
+from sdtrt.cli.saving_options import PresetOptions, SavingOptions
 from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, ModelError, SdtrtError, UsageError
 from sdtrt.reports import clip_score, lpips
@@ -21,7 +22,19 @@ from sdtrt.reports.lpips import load_lpips
 from sdtrt.reports.quality import verify_quality
 from sdtrt.reports.quality_bench import bench_quality
 from sdtrt.reports.quality_report import Compared, judge_loss
-from sdtrt.specs import GenerateSpec, LossLimits, MetricsSpec, ModelSpec, QualityBenchSpec, QualitySpec
+from sdtrt.specs import (
+    PRESETS,
+    DeepCaching,
+    GenerateSpec,
+    GuidanceInterval,
+    LossLimits,
+    MetricsSpec,
+    ModelSpec,
+    QualityBenchSpec,
+    QualitySpec,
+    Savings,
+)
+from sdtrt.specs.presets import settle, told
 from sdtrt.specs.quality import parse_choices
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -211,6 +224,18 @@ def test_half_precision_beside_the_exact_run_in_fp32(image, directory, tmp_path)
     assert "--quality high" in caught.value.hint
 
 
+def test_guidance_in_a_part_of_the_run_is_held_against_all_of_it(image, directory, tmp_path):
+    spec = QualitySpec(replace(image, prompts=PROMPTS[:1], quality="high"), metrics=PLAIN, output=tmp_path)
+    report = verify_quality(spec, directory, QUIET)
+    assert report.mean.relative_l2 > 1e-4  # random weights hardly heed a prompt
+    assert report.mean.psnr_db < 100
+    data = report.to_json()
+    assert data["against"] == "torch fp32, exact"
+    assert (data["quality"], data["savings"]["guidance"]["stop"]) == ("high", spec.image.savings.guidance.stop)
+    plain = QualitySpec(replace(image, prompts=PROMPTS[:1]), in_fp32=True, metrics=PLAIN, output=tmp_path)
+    assert verify_quality(plain, directory, QUIET).mean.psnr_db == 200  # the loss is the savings' alone
+
+
 @pytest.mark.slow
 def test_the_same_picture_loses_nothing_and_the_last_batch_is_filled_up(image, directory, tmp_path):
     three = replace(image, prompts=(*PROMPTS, "a ring"), batch_size=2)
@@ -239,12 +264,21 @@ def test_choices_are_timed_and_judged_side_by_side(image, directory, tmp_path):
     with Image.open(tmp_path / "out" / "quality.png") as grid:
         assert grid.size == (3 * 320, 2 * 320 + 24)  # a column a choice, a line a prompt
     report.check()
+    spoilt = replace(half, prompts=(half.prompts[0], replace(half.prompts[1], loss=Loss(psnr_db=math.nan))))
+    broken = replace(report, rows=(exact, fewer, spoilt))
+    assert "failed: precision=bf16: 1 of 2 pictures have values that are not finite" in broken.remarks()
+    with pytest.raises(EngineError, match="precision=bf16 spoils pictures: 1 of 2"):
+        broken.check()
 
 
 @pytest.mark.slow
 def test_a_choice_that_can_not_run_is_a_row_with_the_reason(image, directory):
     own = replace(image, backend="onnxruntime", prompts=PROMPTS[:1])
-    bench_quality(QualityBenchSpec(own, parse_choices("steps=1"), PLAIN, 1, 1), directory, QUIET, "builds them").check()
+    twelve = QualityBenchSpec(replace(own, steps=12), parse_choices("balanced,steps=12"), PLAIN, 1, 1)
+    built = bench_quality(twelve, directory, QUIET, "builds them")
+    built.check()
+    assert built.rows[1].savings["caching"]["interval"] == PRESETS["balanced"].savings.caching.interval
+    assert built.rows[1].mean.psnr_db < built.rows[2].mean.psnr_db == 200
     spec = QualityBenchSpec(replace(own, allow_build=False), parse_choices("precision=fp16,steps=1"), PLAIN, 1, 1)
     report = bench_quality(spec, directory, QUIET, "has those in fp32 alone")
     exact, half, fewer = report.rows
@@ -288,12 +322,22 @@ def test_the_command_compares_savings_and_prints_json(run, folder, smallest):
         (("verify", "--against", "exact-fp32", "--timesteps", "3"), "--timesteps 3 is about an engine"),
         (("verify", "--max-lpips", "0.3"), "--max-lpips 0.3 is about savings"),
         (("verify", "--metrics", "psnr"), "--metrics is about savings"),
+        (("verify", "--quality", "high"), "--quality is about savings"),
         (("bench", "--metrics", "psnr"), "--metrics is about savings"),
         (("bench", "--prompt", "x"), "--prompt is about pictures that are judged"),
+        (("bench", "--seed", "1"), "--seed is about pictures that are judged"),
+        (("bench", "--quality", "high", "--seed", "-1"), "--quality takes no random seed"),
+        (("bench", "--quality", "high", "--show-baselines"), "--show-baselines has no effect beside --quality"),
         (("bench", "--quality", "high", "--task", "img2img"), "--task img2img has no effect beside --quality"),
         (("bench", "--quality", "high", "--baselines", "all"), "--baselines all has no effect beside --quality"),
         (("bench", "--quality", "high", "--batch-size", "1,2"), "--quality takes one batch size, got 1,2"),
         (("bench", "--quality", "low"), "unknown quality: 'low'"),
+        (
+            ("bench", "--quality", "high", "--guidance-interval", "0:0.5"),
+            "--guidance-interval has no effect beside --quality",
+        ),
+        (("verify", "--against", "exact", "--quality", "exact"), "the request saves nothing"),
+        (("txt2img", "x", "--quality", "hihg"), "unknown quality: 'hihg'"),
         (("bench", "--quality", "high", "--metrics", "fid"), "unknown metric: 'fid'"),
     ],
 )
@@ -301,3 +345,40 @@ def test_the_commands_wrong_input_is_told(run, folder, words, message):
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {message}")
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_is_told_kept_in_the_picture_and_taken_from_it(run, folder, smallest):
+    quick = ("-m", str(smallest), "--steps", "4", "-H", "64", "-W", "64", "--backend", "torch", "--seed", "1", "--json")
+    code, out, err = run("txt2img", "x", *quick, "--quality", "high", "-o", "one.png")
+    assert code == 0
+    stop = PRESETS["high"].savings.guidance.stop
+    assert f"quality high: guidance in 0:{stop:g} of the run" in err
+    said = json.loads(out)
+    assert (said["quality"], said["guidance_interval"]) == ("high", [0.0, stop])
+    with Image.open("one.png") as picture:
+        assert "Quality preset: high" in picture.text["parameters"]
+        pixels = np.asarray(picture)
+    again = json.loads(run("txt2img", "--from", "one.png", "--backend", "torch", "--json", "-o", "two.png")[1])
+    assert (again["quality"], again["guidance_interval"]) == ("high", [0.0, stop])
+    with Image.open("two.png") as picture:
+        assert np.array_equal(np.asarray(picture), pixels)
+    code, out, err = run("txt2img", "--from", "one.png", "--quality", "exact", "--json", "-o", "three.png")
+    assert "guidance_interval" not in json.loads(out)  # what the file says of its own preset gave way
+    assert "quality exact: nothing is saved" in err
+
+
+def test_a_number_beside_a_preset_wins_and_that_is_said():
+    savings = settle("high", GuidanceInterval(0.1, 0.9))
+    text = told("high", savings)
+    assert text.startswith("quality high: guidance in 0.1:0.9 of the run (what was given beside it wins over its own:")
+    saving = SavingOptions(guidance_interval="0:1")
+    assert PresetOptions("high").fields(saving) == {"savings": Savings(), "quality": "exact"}
+    assert PresetOptions("high").fields(SavingOptions())["quality"] == "high"
+    assert PresetOptions().fields(SavingOptions(cache_interval=3)) == {
+        "savings": Savings(caching=DeepCaching(3)),
+        "quality": None,
+    }
+    assert settle("fast", guided=False) == Savings(caching=PRESETS["fast"].savings.caching)

@@ -14,8 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import SMALLEST, TEN_PROMPTS, engines_wanted, sd1_folder, sdxl_folder, tampered_engine, unet_engine
+from factories import (
+    SMALLEST,
+    TEN_PROMPTS,
+    engines_wanted,
+    sd1_folder,
+    sdxl_folder,
+    small_unet,
+    tampered_engine,
+    unet_engine,
+)
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_controlnet import small_controlnet
 
 from sdtrt.backends import open as backend_open
 from sdtrt.common.console import QUIET
@@ -28,7 +39,7 @@ from sdtrt.pipeline import open as pipeline_open
 from sdtrt.reports.verify import verify
 from sdtrt.reports.verify_report import ImageError, TimestepError, compare_call, judge
 from sdtrt.reports.verify_runs import spread
-from sdtrt.specs import GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
+from sdtrt.specs import ControlSpec, GenerateSpec, ModelSpec, Sizes, Thresholds, VerifySpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PROMPT = "a red circle on a blue background"
@@ -130,6 +141,48 @@ def test_pytorch_itself_is_verified_as_any_backend(spec, directory):
     ) as caught:
         worse.raise_on_failure()
     assert caught.value.hint == "the model's weights may be damaged"  # no engine to be suspected
+
+
+@pytest.fixture(scope="module")
+def controlled(smallest, tmp_path_factory):
+    """The options for the smallest model with a ControlNet: its folder, and a map."""
+    folder = tmp_path_factory.mktemp("controlled")
+    small_controlnet(small_unet("sd1", **SMALLEST["sd1"])).save_pretrained(folder / "net")
+    Image.effect_noise((64, 64), 90).point(lambda level: 255 * (level > 128)).save(folder / "map.png")
+    return {"model": ModelSpec(str(smallest)), "controls": (ControlSpec(str(folder / "net"), folder / "map.png"),)}
+
+
+@pytest.mark.slow
+def test_each_step_has_the_residuals_of_controlnets(spec, directory, controlled):
+    image = replace(spec.image, backend="torch", steps=2, **controlled)
+    report = verify(replace(spec, image=image), directory, QUIET)
+    assert report.passed
+    assert report.image.psnr_db == 200
+    for error in report.timesteps:
+        assert error.relative_l2 == 0
+        assert 1e-4 < error.reference_relative_l2 < 1e-2  # without residuals it would be some tenths
+    (told,) = report.to_json()["controlnets"]
+    assert (Path(told["name"]).name, Path(told["image"]).name, told["scale"]) == ("net", "map.png", 1.0)
+
+
+@pytest.mark.slow
+def test_an_engine_without_inputs_for_residuals_is_refused(spec, directory, controlled, smallest):
+    image = replace(spec.image, model=ModelSpec(str(smallest)))
+    engine = own_engine(replace(spec, image=image), directory).name
+    with pytest.raises(EngineError, match="takes other inputs than the unet with inputs for controlnet") as caught:
+        verify(replace(spec, image=replace(image, **controlled), engine=engine), directory, QUIET)
+    assert "leave --engine out" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_engines_with_controlnets_are_faithful_at_every_timestep(spec, directory, controlled):
+    image = replace(spec.image, **{**controlled, "controls": controlled["controls"] * 2})
+    report = verify(replace(spec, image=image, timesteps=None), directory, QUIET)
+    assert report.passed, report.failures
+    assert set(report.engines) == {"text_encoder", "unet", "controlnet", "controlnet_2", "vae_decoder"}
+    assert max(error.noise_ratio for error in report.timesteps) <= 1e-2
+    assert report.image.psnr_db >= 90
+    assert report.rebuild.count("--controlnet") == 2
 
 
 def test_an_sdxl_model_in_half_precision_is_its_own_noise_floor(spec, directory, tmp_path):

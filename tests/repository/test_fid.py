@@ -2,13 +2,16 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from benchmark_scripts import module
+from benchmark_scripts import ROOT, module
 from factories import clip_folder
 from PIL import Image
+
+from sdtrt.specs import PRESETS
 
 fid, quality_curve = map(module, ("fid", "quality_curve"))
 
@@ -119,3 +122,14 @@ def test_another_model_needs_prompts_of_its_own(quality_curve, tmp_path, monkeyp
         quality_curve.prompts_of(quality_curve.parsed())
     monkeypatch.setattr(sys, "argv", [*words, "--prompts", str(tmp_path / "prompts.txt"), "--count", "1"])
     assert [one.text for one in quality_curve.prompts_of(quality_curve.parsed())] == ["a ring"]
+
+
+def test_presets_lose_no_more_than_is_said():
+    """As they were measured (docs/quality.md): the figures are of the numbers that the presets have now."""
+    report = json.loads((ROOT / "benchmarks" / "quality-tiny-cpu.json").read_text())
+    rows = {row["choice"]: row for row in report["rows"]}
+    assert report["prompts"] >= 100
+    for name, most in (("high", 1), ("balanced", 3)):
+        assert rows[name]["savings"] == asdict(PRESETS[name].savings)
+        assert max(rows[name]["scores_lost"].values()) <= most
+    assert rows["exact"]["cpu_s"] > rows["high"]["cpu_s"] > rows["balanced"]["cpu_s"]

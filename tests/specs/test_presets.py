@@ -23,7 +23,7 @@ def test_a_preset_is_a_request_s_savings_and_own_numbers_win():
     assert GenerateSpec(("x",), quality="balanced", savings=own).savings == own
     assert settle("balanced", cache_interval=5).guidance == balanced.guidance
     assert settle("balanced", cache_interval=5).caching.interval == 5
-    assert settle("balanced", cache_interval=1, guidance=GuidanceInterval()) == Savings()
+    assert settle("balanced", cache_interval=1, guidance_interval=GuidanceInterval()) == Savings()
     assert settle(None, cache_depth=2).caching == DeepCaching(depth=2)
     with pytest.raises(UsageError, match="unknown quality: 'hihg'") as caught:
         GenerateSpec(("x",), quality="hihg")

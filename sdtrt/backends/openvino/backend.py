@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Source
+from sdtrt.backends.backend import Backend, BuildJob, Device, Source, refuse_quantised
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
@@ -54,15 +54,16 @@ class OpenVino(Backend):
         return precision if component in STEPPING else "fp32"
 
     def check_precision(self, precision: str) -> None:
-        if precision == "fp16":
+        if precision not in ("fp32", "bf16"):
             raise UsageError(
-                "OpenVINO computes in fp32 or bf16 on a CPU, not in fp16", hint="use --precision fp32 or bf16"
+                f"OpenVINO computes in fp32 or bf16 on a CPU, not in {precision}", hint="use --precision fp32 or bf16"
             )
         if precision == "bf16" and not host.processor_flags() & BF16_FLAGS:
             raise UsageError(
                 f"{host.processor_name()} has no instructions for bf16 ({' or '.join(sorted(BF16_FLAGS))})",
                 hint="use --precision fp32",
             )
+        refuse_quantised(self.title, precision)
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)

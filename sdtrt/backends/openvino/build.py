@@ -49,7 +49,7 @@ def build(source: Path, folder: Path, contract: Contract, profile: Profile, cons
     target = folder / OPENVINO_FILE
     try:
         with console.stage(f"compiling with OpenVINO for {contract.describe(profile)}"):
-            _compile(source, target, contract, profile)
+            compile_model(source, target, contract, profile)
         with console.stage("checking the engine against its ONNX"):
             return _check(source, target, contract, profile)
     except MemoryError as error:
@@ -69,7 +69,7 @@ def require_room(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _compile(source: Path, target: Path, contract: Contract, profile: Profile) -> None:
+def compile_model(source: Path, target: Path, contract: Contract, profile: Profile) -> None:
     """Compile a model for a range of sizes and save it, its weights in a file beside it.
 
     Those stay as they are: OpenVINO maps that file when it opens the model. It maps a compiled model's own file as
@@ -80,7 +80,7 @@ def _compile(source: Path, target: Path, contract: Contract, profile: Profile) -
     """
     import torch
 
-    settings = library.settings(contract.precision, torch.get_num_threads()) | library.WEIGHTS_APART
+    settings = library.settings(torch.get_num_threads()) | library.WEIGHTS_APART
     try:
         with tempfile.TemporaryDirectory(prefix=".plain-", dir=target.parent) as place:
             plain = Path(place) / "model.xml"

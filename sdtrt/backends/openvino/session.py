@@ -33,7 +33,7 @@ class OpenVinoSession(Session[torch.Tensor]):
     def __init__(self, model: Path, contract: Contract, *, threads: int | None = None) -> None:
         self.contract = contract
         self._model = model
-        settings = library.settings(contract.precision, threads or torch.get_num_threads())
+        settings = library.settings(threads or torch.get_num_threads())
         self._request: Any = _open(model, settings)
         ports = self._request.model_inputs
         self._ports = {spec.name: _port(ports, spec) for spec in contract.inputs}
