@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What features cost on a GPU, with Inductor's engines and random weights: LoRA, ControlNet, IP-Adapter, few steps, refiner
-# and second pass. Each script runs twice: all side by side first, which builds the engines, and whose figures are thrown
+# and second pass, guidance in a part of the steps. Each script runs twice: all side by side first, which builds the engines, and whose figures are thrown
 # away; then one after the other.
 #
-#     PYTHON=python bash benchmarks/features_on_gpu.sh FOLDER [lora controlnet ip-adapter few-steps stages]
+#     PYTHON=python bash benchmarks/features_on_gpu.sh FOLDER [lora controlnet ip-adapter few-steps stages interval]
 #
 # Models, engines, reports and logs go to FOLDER. To try it elsewhere: SMALL=1, with the built-in model.
 set -uo pipefail
@@ -13,7 +13,7 @@ mkdir -p "$1"/{models,logs}
 out=$(cd "$1" && pwd) python=${PYTHON:-python} failed=0
 shift
 names=("${@:-lora}")
-[ $# -gt 0 ] || names=(lora controlnet ip-adapter few-steps stages)
+[ $# -gt 0 ] || names=(lora controlnet ip-adapter few-steps stages interval)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 model=$out/models/sd15 size=(--height 512 --width 512) few=()
 [ -z "${SMALL:-}" ] || { model=tiny size=(--height 64 --width 64 --steps 2 --repeats 1) few=(--small); }
@@ -29,6 +29,11 @@ run() { # NAME OUTPUT
     few-steps) "$python" benchmarks/few_steps.py "${few[@]}" --folder "$out" --output "$2" ;;
     stages)
         "$python" benchmarks/stages.py --model "$model" --size "${size[1]}" --engine-dir "$out/engines" --output "$2"
+        ;;
+    interval)
+        interval=(--model "$model" --backend inductor --guidance-interval 0.1:0.7 --engine-dir "$out/engines")
+        "$python" -m sdtrt verify "${interval[@]}" "${size[@]:0:4}" --timesteps 6 --output "$out/pictures" &&
+            "$python" -m sdtrt bench "${interval[@]}" "${size[@]}" --task txt2img --baselines none --json >"$2"
         ;;
     *) echo "there is no $1" >&2 && return 2 ;;
     esac

@@ -51,11 +51,12 @@ built() { # wait for all that is being built
 
 parts="--component text_encoder --component vae_decoder"
 
-fixed() { # NAME MODEL SIDE BATCHES OPTION...: the engines of a picture, or of several at once
-    local name=$1 model=$2 side=$3 images
-    for images in ${4//,/ }; do
-        build "build-$name-$images" "$model" --batch $((2 * images)) --height "$side" --width "$side" \
-            --component unet $parts "${@:5}"
+fixed() { # NAME MODEL SIDE BATCHES OPTION...: the engines of a picture, or of several at once; UNets take longest
+    local name=$1 model=$2 side=$3 batches=${4//,/ } images size
+    size="--height $side --width $side"
+    for images in $batches; do build "build-$name-$images" "$model" --batch $((2 * images)) $size --component unet; done
+    for images in $batches; do
+        build "build-$name-$images-parts" "$model" --batch $((2 * images)) $size $parts "${@:5}"
     done
 }
 
@@ -83,8 +84,8 @@ stage() {
         ;;
     build-sd15)
         fixed sd15 "$sd15" "$side15" "$batches"
-        build build-sd15-wide "$sd15" --batch 2 --height "$side15" --width "$wide15" --component unet $parts \
-            --component vae_encoder
+        build build-sd15-wide "$sd15" --batch 2 --height "$side15" --width "$wide15" --component unet
+        build build-sd15-wide-parts "$sd15" --batch 2 --height "$side15" --width "$wide15" $parts --component vae_encoder
         build build-sd15-batch "$sd15" --batch 2:2:8 --height "$side15" --width "$side15" --component unet
         build build-sd15-sizes "$sd15" --batch 2 --height "$side15:$side15:$wide15" \
             --width "$side15:$side15:$wide15" --component unet

@@ -12,6 +12,8 @@ A block is what lies between `<!-- KIND: NAME -->` and `<!-- /table -->`. Its so
 - `rows`: such reports, several where several names are given; one line for all that is known of a row.
 - `engine`: what `benchmarks/packages.py` writes: figures of an engine, and the steps of several.
 - `recipe`: what `benchmarks/inductor_recipe.py` writes: variants of one engine.
+- `quality`: what `benchmarks/quality_curve.py` and `sdtrt bench --quality` write: choices of savings, and their losses.
+- `presets`: what `--quality` means; its source is `sdtrt/specs/presets.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(<!-- (?P<kind>table|rows|engine|recipe): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-NAMES = {"torch": "PyTorch", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
+KINDS = "table|rows|engine|recipe|quality|presets"
+BLOCK = re.compile(rf"(<!-- (?P<kind>{KINDS}): (?P<name>[\w -]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+NAMES = {
+    "torch": "PyTorch",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 UNMEASURED = "Not measured yet.\n"
 # The rows of the README's comparison: title, report, and the baseline there; None is what sdtrt itself ran.
 FRONT = (
@@ -37,6 +46,14 @@ FRONT = (
     ("**sdtrt**, TensorRT 8.6, fp16 (another run)", "bench-h200", None),
 )
 RECIPE_COLUMNS = {"step_ms": ".2f", "of_pytorch": ".2f", "build_s": ".0f"}
+# Figures of a loss: their names in a report, in a table, and how they are written.
+LOSSES = (
+    ("relative_l2", "latents' rel. L2", ".3f"),
+    ("psnr_db", "PSNR, dB", ".1f"),
+    ("ssim", "SSIM", ".3f"),
+    ("lpips", "LPIPS", ".3f"),
+    ("clip_loss", "CLIP lost", "+.2f"),
+)
 FAILURE = re.compile(r"\| ([^|]+) \| \d+ \| (`.+?`) \| (`.+?`) \|")
 
 Row = Mapping[str, Any]
@@ -262,6 +279,42 @@ def recipe_of(report: Mapping[str, Any]) -> str:
     return markdown([[what, "step, ms", "error / PyTorch's", "built, s"], *lines])
 
 
+def quality_of(report: Mapping[str, Any]) -> str:
+    """Choices of savings: what each saves, how much faster it is, and what it loses in figures and in scores."""
+    rows = report["rows"]
+    figures = [
+        (key, title, form) for key, title, form in LOSSES if any(row["mean"].get(key) is not None for row in rows)
+    ]
+    known = list(rows[0].get("scores", {}))
+    scores = [name for name in known if any(row["scores_lost"][name] for row in rows)]
+    by_cpu = not report["host"].get("gpus") and "cpu_speedup" in rows[0]
+    speed = "speed-up, in CPU seconds" if by_cpu else "speed-up"
+    head = ["choice", speed, *(title for _, title, _ in figures)]
+    lines = [[*head, *(f"{name.replace('_', ' ').replace('all right', 'all')}, points lost" for name in scores)]]
+    for row in rows:
+        lost = [f"{row['scores_lost'][name]:.1f}" for name in scores]
+        faster = number(row["cpu_speedup" if by_cpu else "speedup"], ".2f")
+        losses = [number(row["mean"][key], form) for key, _, form in figures]
+        lines.append([f"`{row['choice']}`", faster, *losses, *lost])
+    size = f"{report['width']}×{report['height']}"
+    what = f"{report['model']}, {report['backend']} {report['precision']}, {size}, {report['steps']} steps"
+    count = report["prompts"] if known else len(rows[0]["prompts"])
+    exact = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in rows[0].get("scores", {}).items())
+    said = f" Right in the exact pictures, in percent: {exact}." if exact else ""
+    kept = [name.replace("_", " ") for name in known if name not in scores]
+    said += f" No choice lost anything of {', '.join(kept)}." if kept else ""
+    return f"{markdown(lines)}\n{what}, {count} prompts.{said}\n"
+
+
+def presets_listed() -> str:
+    """What each preset saves, and why."""
+    from sdtrt.specs.presets import PRESETS, describe
+
+    lines = [["`--quality`", "what it saves", "why"]]
+    lines += [[f"`{name}`", describe(one.savings), one.why] for name, one in PRESETS.items()]
+    return f"\n{markdown(lines)}\n"
+
+
 def single(name: str, page: Path, root: Path, tables: Callable[[Mapping[str, Any]], str]) -> str:
     """What a report in `benchmarks/` says, and where its figures are from."""
     path = root / "benchmarks" / f"{name}.json"
@@ -271,13 +324,15 @@ def single(name: str, page: Path, root: Path, tables: Callable[[Mapping[str, Any
     return f"\n{tables(report)}\n{origin(report, os.path.relpath(path, page.parent))}\n"
 
 
-SINGLE = {"table": table_of, "engine": engine_of, "recipe": recipe_of}
+SINGLE = {"table": table_of, "engine": engine_of, "recipe": recipe_of, "quality": quality_of}
 
 
 def block(kind: str, name: str, page: Path, root: Path) -> str:
     """What a block of a page must hold."""
     if kind == "rows":
         return rows_of(name.split(), page, root)
+    if kind == "presets":
+        return presets_listed()
     if name == "front":
         return front_comparison(root)
     if name == "failures":

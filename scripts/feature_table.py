@@ -33,6 +33,7 @@ BLOCK = re.compile(r"(<!-- features -->\n).*?(<!-- /features -->)", re.DOTALL)
 KINDS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "XL"}
 BACKENDS = {
     "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
     "inductor": "Inductor",
     "tensorrt": "TensorRT 10, 11",
     "tensorrt86": "TensorRT 8.6",
@@ -64,11 +65,13 @@ FEATURES = (
     "A second, larger pass (`--upscale`)",
     "Latent consistency models",
     "Without guidance: one row an image (Turbo, Lightning)",
+    "Guidance in a part of a run (`guidance_interval`)",
     "Schedulers by diffusers' and web UIs' names, sigmas, eta",
     "Calls: batches, embeddings, callbacks, `interrupt`",
     "`encode_prompt` apart, in a pipeline without a UNet",
     "Saving and loading, `from_pipe`",
     "A picture anew (`--from FILE`)",
+    "Deep caching (`cache_interval`, `--cache-interval`)",
     "VAE tiling and slicing",
     "`--vae-tiling` (tiles in PyTorch)",
     "VAEs of other classes and factors",

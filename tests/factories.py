@@ -621,3 +621,34 @@ def engines_wanted(
     """A request for engines of these components."""
     device = torch.device(registry.get(backend).device())
     return EngineRequest(model, backend, precision, sizes, components, images, device)
+
+
+def clip_folder(path: Path, *, seed: int = 0) -> Path:
+    """A CLIP model of texts and pictures, with its processor, as transformers writes them: 32x32 pixels."""
+    tokenizer = write_tokenizer(path)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.CLIPConfig(
+        text_config={**small, **marks, "vocab_size": len(tokenizer), "max_position_embeddings": 77},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=12,
+    )
+    with seeded(seed), _quietly():
+        transformers.CLIPModel(config).save_pretrained(path)
+        sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        pictures = transformers.CLIPImageProcessor(**sides)
+        transformers.CLIPProcessor(pictures, tokenizer).save_pretrained(path)
+    return path
+
+
+def alexnet_file(path: Path, *, seed: int = 0) -> Path:
+    """The layers of torchvision's AlexNet that LPIPS looks at, under its names, with random weights."""
+    from sdtrt.reports.lpips import alexnet_features
+
+    with seeded(seed):
+        tensors = {f"features.{name}": value for name, value in alexnet_features().state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return path

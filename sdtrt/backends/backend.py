@@ -20,7 +20,7 @@ from sdtrt.engines.keys import EngineKey
 from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import precision_of
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import BuildSpec, Component, ExportSpec, Group, Precision
+from sdtrt.specs import QUANTISED, BuildSpec, Component, ExportSpec, Group, Precision
 from sdtrt.specs.choices import MAX_DIGITS
 from sdtrt.specs.contract import Contract
 
@@ -197,6 +197,14 @@ class Backend(ABC):
             return (key.format, key.backend, key.host) == wanted and _runs_in(version, key)
 
         return runs
+
+
+def refuse_quantised(title: str, precision: str) -> None:
+    """Raise `UsageError` for a precision of 8 bits, which one backend alone has engines in."""
+    if precision in QUANTISED:
+        raise UsageError(
+            f"{title} has no engines in {precision}", hint=f"use --backend inductor --precision {precision}"
+        )
 
 
 def _runs_in(version: str, key: EngineKey) -> bool:

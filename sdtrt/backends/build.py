@@ -23,7 +23,18 @@ from sdtrt.models.components import contract_of, part_of, profiles_of, unet_batc
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import BuildRequest, BuildSpec, ExportRequest, ExportSpec, Profile, ProfileRequest, Range, Sizes
+from sdtrt.specs import (
+    QUANTISED,
+    WHOLE,
+    BuildRequest,
+    BuildSpec,
+    ExportRequest,
+    ExportSpec,
+    Profile,
+    ProfileRequest,
+    Range,
+    Sizes,
+)
 
 
 def engine_key(model: ModelSource, spec: BuildSpec, directory: EngineDirectory) -> EngineKey:
@@ -67,9 +78,12 @@ def build_engine(model: ModelSource, spec: BuildSpec, directory: EngineDirectory
     """
     key = engine_key(model, spec, directory).to_json()
     if not spec.force and (entry := directory.find("engine", key)) is not None:
+        _say_gain(model, spec, entry, directory, console)
         return entry
     if registry.get(spec.backend).source == "program":
-        return steadily(partial(_build_of_model, model, spec, directory, console), console)
+        entry = steadily(partial(_build_of_model, model, spec, directory, console), console)
+        _say_gain(model, spec, entry, directory, console)
+        return entry
     from sdtrt.exports.component import export_component
 
     onnx = export_component(model, spec.export, directory, console)
@@ -95,6 +109,41 @@ def _build_of_model(model: ModelSource, spec: BuildSpec, directory: EngineDirect
         return {**facts, "seconds": round(time.perf_counter() - start, 3), **measured}
 
     return directory.obtain("engine", engine_key(model, spec, directory).to_json(), make, console, force=spec.force)
+
+
+def _say_gain(model: ModelSource, spec: BuildSpec, entry: Entry, directory: EngineDirectory, console: Console) -> None:
+    """Say of a quantised engine how its step compares with that of other precisions, and warn where it is slower.
+
+    Those are the engines that are there of the same request; where none is, PyTorch's own step as the build timed it.
+    """
+    step = entry.info.get("step_ms")
+    if spec.export.precision not in QUANTISED or not isinstance(step, float | int):
+        return
+    others = _steps_in_others(model, spec, entry, directory)
+    if not others:
+        own = entry.info.get("torch_step_ms")
+        others = {"PyTorch's own bf16, not compiled": own} if isinstance(own, float | int) else {}
+    if not others:
+        return
+    error = max((float(one["relative_l2"]) for one in entry.info.get("parity", ())), default=math.nan)
+    texts = ", ".join(f"{name} {ms:.2f}" for name, ms in others.items())
+    words = f"{entry.name}: {step:.2f} ms a step ({texts}), relative error {error:.2e} against fp32"
+    name, best = min(others.items(), key=lambda one: one[1])
+    if step >= best:
+        console.warn(f"{words}: {spec.export.precision} is slower here than {name}, which is to be preferred")
+    else:
+        console.note(f"{words}: {best / step:.2f} times as fast as {name}")
+
+
+def _steps_in_others(model: ModelSource, spec: BuildSpec, entry: Entry, directory: EngineDirectory) -> dict[str, float]:
+    """The times of a step, in ms, of engines of the same request in the precisions that are not quantised."""
+    found = {}
+    for precision in WHOLE:
+        other = replace(spec, export=replace(spec.export, precision=precision))
+        key = engine_key(model, other, directory).to_json()
+        if (there := directory.find("engine", key)) is not None and there.step_sizes == entry.step_sizes:
+            found[precision] = there.info.get("step_ms")
+    return {name: float(ms) for name, ms in found.items() if isinstance(ms, float | int)}
 
 
 def _make(
@@ -170,7 +219,8 @@ def build_all(request: BuildRequest, directory: EngineDirectory, console: Consol
         sizes = replace(sizes, batch=Range.of(rows))
     profiles = () if backend.takes_any_size else sizes.profiles(Sizes(rows, *model.default_size()))
     precision = request.precision or backend.default_precision()
-    exports = ExportRequest(replace(request.common.export, precision=precision), request.components)
+    common = replace(request.common.export, precision=precision)
+    exports = ExportRequest(common, request.components, request.caching)
     fitting = list(export_specs(model, exports, console, backend.precision_of))
     specs = engine_specs(request.common, fitting, backend, profiles, rows)
     return [build_engine(model, spec, directory, console) for spec in specs]

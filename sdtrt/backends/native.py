@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device
+from sdtrt.backends.backend import Backend, BuildJob, Device, refuse_quantised
 from sdtrt.common import host
 from sdtrt.common.errors import EngineError
 from sdtrt.specs import Precision
@@ -37,6 +37,9 @@ class Native(Backend):
 
     def default_precision(self) -> Precision:
         return "fp16" if host.torch_sees_gpu() else "fp32"
+
+    def check_precision(self, precision: str) -> None:
+        refuse_quantised(self.title, precision)
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         raise AssertionError("`check` refuses it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdtrt.backends import registry
 from sdtrt.backends.session import Session
@@ -46,6 +46,34 @@ def open_session(
         raise
     session.keep(hold)
     return session
+
+
+def open_beside(
+    entry: Entry, device: torch.device, scratch: Scratch | None, first: Session[torch.Tensor]
+) -> Session[torch.Tensor]:
+    """Open a second engine of a component; one that holds no weights computes with those of the first one's session.
+
+    Raises as of `open_session`.
+    """
+    session = open_session(entry, device, scratch)
+    try:
+        if not registry.get(entry.engine_key.backend).weights_inside:
+            compute_with(session, first)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def compute_with(session: Any, first: Any) -> None:
+    """Have a session compute with another one's weights, or with some of them; what lies otherwise in it is copied.
+
+    Args:
+        session, first: of one component, whose engines hold no weights.
+    """
+    session.share_weights(first)
+    views = session.weight_views()
+    session.follow({name: view for name, view in first.weight_views().items() if name in views})
 
 
 def _open(

@@ -8,6 +8,7 @@ from sdtrt.backends.backend import Backend
 from sdtrt.backends.inductor.backend import Inductor
 from sdtrt.backends.native import NATIVE, Native
 from sdtrt.backends.onnxruntime.backend import OnnxRuntime
+from sdtrt.backends.openvino.backend import OpenVino
 from sdtrt.backends.tensorrt86.backend import TensorRT86
 from sdtrt.common import host
 from sdtrt.common.console import QUIET, Console
@@ -26,6 +27,7 @@ _BACKENDS: tuple[Backend, ...] = (
     TensorRT86("tensorrt"),
     TensorRT86("tensorrt-rtx"),
     OnnxRuntime("onnxruntime"),
+    OpenVino("openvino"),
     Native(NATIVE),
 )
 _BY_NAME = {backend.name: backend for backend in _BACKENDS}
@@ -47,9 +49,14 @@ def candidates(choice: BackendName) -> tuple[Backend, ...]:
     return _BACKENDS if choice == AUTO else (get(choice),)
 
 
+def with_engines() -> Iterator[Backend]:
+    """The backends that have engines."""
+    return (backend for backend in _BACKENDS if backend.source)
+
+
 def with_engines_on_gpu() -> Iterator[Backend]:
     """The backends that have engines for GPUs (some of them for processors, too)."""
-    return (backend for backend in _BACKENDS if backend.source and "cuda" in backend.devices)
+    return (backend for backend in with_engines() if "cuda" in backend.devices)
 
 
 def running_here() -> Iterator[Backend]:

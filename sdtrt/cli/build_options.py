@@ -135,7 +135,8 @@ class BuildOptions:
             channels_last=self.channels_last,
             force=exports.common.force,
         )
-        return BuildRequest(common, exports.components, cast("Precision | None", backend.precision), sizes)
+        precision = cast("Precision | None", backend.precision)
+        return BuildRequest(common, exports.components, precision, sizes, exports.caching)
 
     def _capability(self) -> tuple[int, int] | None:
         """`8.9` → (8, 9)."""

@@ -16,6 +16,7 @@ from typer import Option
 
 from sdtrt.backends import registry
 from sdtrt.cli.build_options import BuildOptions, ExporterOptions, ProfileOptions
+from sdtrt.cli.cache_options import CacheOptions
 from sdtrt.cli.control_options import AdapterOptions, BesideOptions, ControlNet, ControlOptions, ImagePromptOptions
 from sdtrt.cli.engine_commands import engines_app
 from sdtrt.cli.groups import grouped
@@ -29,8 +30,11 @@ from sdtrt.cli.image_options import (
 )
 from sdtrt.cli.options import BackendOptions, DirectoryOptions, LoraOptions, ModelOptions, OutputOptions
 from sdtrt.cli.prewarm import quick_imports
+from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
-from sdtrt.cli.report_options import BenchOptions, VerifyOptions
+from sdtrt.cli.report_options import BenchOptions, DoctorOptions, VerifyOptions
+from sdtrt.cli.saving_options import PresetOptions, SavingOptions
+from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ServeOptions, check_packages
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -41,6 +45,7 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
+    ModelSpec,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +105,8 @@ def txt2img(
     sizes: SizeOptions,
     refiner: RefinerOptions,
     upscale: UpscaleOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -113,7 +120,7 @@ def txt2img(
         "controls": control.specs(),
         "adapters": adapter.specs(),
     }
-    image |= {"upscale": upscale.spec()}
+    image |= {"upscale": upscale.spec(), **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -137,6 +144,8 @@ def img2img(
     lora: LoraOptions,
     sizes: SizeOptions,
     refiner: RefinerOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
@@ -145,7 +154,7 @@ def img2img(
     named = lora.into(model.spec())
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec()}
     image |= {"conditioning": sizes.spec(), "refiner": refiner.spec(named), "controls": control.specs()}
-    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale}
+    image |= {"edit": edit, "image_guidance_scale": image_guidance_scale, **preset.fields(saving)}
     _generate(generate.spec(named, backend, **image), directory, output)
 
 
@@ -167,13 +176,15 @@ def inpaint(
     model: ModelOptions,
     lora: LoraOptions,
     sizes: SizeOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
     """Make anew what a mask covers of an image."""
     image = {"init_image": init_image, "strength": strength, "noise": noise.spec(), "conditioning": sizes.spec()}
-    image |= {"controls": control.specs()}
+    image |= {"controls": control.specs(), **preset.fields(saving)}
     image |= {"mask": mask, "mask_blur": mask_blur, "padding_crop": padding_crop}
     _generate(generate.spec(lora.into(model.spec()), backend, **image), directory, output)
 
@@ -239,6 +250,7 @@ def build(
     model: ModelOptions,
     lora: LoraOptions,
     beside: BesideOptions,
+    cache: CacheOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
@@ -249,6 +261,7 @@ def build(
     if backend.backend != ALL:
         backend.check()
     exports = exporter.request(beside.into(lora.into(model.spec())), backend.precision or "fp16")
+    exports = replace(exports, caching=cache.caching())
     requests = [options.request(one, backend, sizes.request()) for one in beside.beside(exports)]
     engines, console = directory.directory(), output.console()
     from sdtrt.backends.build import build_all, build_each
@@ -258,22 +271,52 @@ def build(
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
+def _refuse_pictures(option: str, model: ModelSpec, control: ControlOptions) -> None:
+    """Refuse what goes by pictures beside a comparison of savings, which makes its pictures from text alone."""
+    given = {"--controlnet": control.specs(), "--ip-adapter": model.ip_adapters}
+    for name, found in given.items():
+        if found:
+            raise UsageError(f"{name} has no effect beside {option} yet", hint=f"leave {name} out, or {option}")
+
+
 @app.command()
 @grouped
 def verify(
     options: VerifyOptions,
+    metrics: MetricsOptions,
     control: ControlOptions,
     pictures: ImagePromptOptions,
     noise: NoiseOptions,
+    preset: PresetOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Hold an engine against the fp32 model: at each timestep of a denoising run, and in its final image."""
-    named, image = pictures.into(lora.into(model.spec())), {"controls": control.specs(), "ip_images": pictures.specs()}
-    spec = options.spec(named, backend, noise.spec(), **image)
+    """Hold an engine against the fp32 model, at each timestep of a run and in its final image; or savings against none.
+
+    --against exact makes the same pictures with and without what is saved, and says what that loses.
+    """
+    named, pictured = (
+        pictures.into(lora.into(model.spec())),
+        {"controls": control.specs(), "ip_images": pictures.specs()},
+    )
+    if options.against != "fp32":
+        _refuse_pictures("--against exact", named, control)
+        judged = metrics.spec(offline=named.offline)
+        savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
+        with quick_imports():
+            from sdtrt.reports.quality import verify_quality
+
+        loss = verify_quality(savings, directory.directory(), output.console())
+        show(loss, output)
+        loss.raise_on_failure()
+        return
+    for option in (*metrics.given, *preset.given):
+        raise UsageError(f"{option} is about savings", hint="add --against exact")
+    spec = options.spec(named, backend, noise.spec(), {**pictured, "savings": saving.spec()})
     with quick_imports():
         from sdtrt.reports.verify import verify
 
@@ -286,16 +329,37 @@ def verify(
 @grouped
 def bench(
     options: BenchOptions,
+    metrics: MetricsOptions,
     control: ControlOptions,
     noise: NoiseOptions,
+    saving: SavingOptions,
     model: ModelOptions,
     lora: LoraOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
     output: OutputOptions,
 ) -> None:
-    """Time whole pipeline calls and their parts, beside PyTorch in the same run."""
-    spec = options.spec(lora.into(model.spec()), backend, noise.spec(), control.specs())
+    """Time whole pipeline calls and their parts, beside PyTorch in the same run.
+
+    --quality times choices of savings instead, and says what each loses on the same prompts.
+    """
+    named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
+    if options.quality is not None:
+        _refuse_pictures("--quality", named, control)
+        for option in saving.given:
+            raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
+        judged = metrics.spec(offline=named.offline)
+        choices = options.quality_spec(named, backend, noise.spec(), judged)
+        with quick_imports():
+            from sdtrt.reports.quality_bench import bench_quality
+
+        found = bench_quality(choices, directory.directory(), output.console(), command)
+        show(found, output)
+        found.check()
+        return
+    for option in metrics.given:
+        raise UsageError(f"{option} is about savings", hint="add --quality all")
+    spec = options.spec(named, backend, noise.spec(), saving.spec(), control.specs())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 
@@ -303,9 +367,26 @@ def bench(
         code = baselines_code(spec, output.console())
         render([f"# {title}\n{text}" for title, text in code.items()], code, output)
         return
-    report = run_bench(spec, directory.directory(), output.console(), command_line("sdtrt", *sys.argv[1:]))
+    report = run_bench(spec, directory.directory(), output.console(), command)
     show(report, output)
     report.check()
+
+
+@app.command()
+@grouped
+def serve(
+    options: ServeOptions,
+    access: AccessOptions,
+    limits: LimitOptions,
+    backend: BackendOptions,
+    directory: DirectoryOptions,
+) -> None:
+    """Serve warm engines over HTTP: OpenAI's interface, the web UIs', and jobs. Stdout gets the address."""
+    check_packages()
+    spec = options.spec(access, limits, backend, directory)
+    from sdtrt.serve.server import run
+
+    run(spec, quiet=options.quiet)
 
 
 @app.command()
@@ -338,8 +419,16 @@ def inspect(
 
 @app.command()
 @grouped
-def doctor(directory: DirectoryOptions, output: OutputOptions) -> None:
+def doctor(options: DoctorOptions, directory: DirectoryOptions, output: OutputOptions) -> None:
     """Say what this machine can run, what is missing, and the command that mends it."""
+    if options.prove:
+        with quick_imports():
+            from sdtrt.reports.prove import prove
+
+        proofs = prove(output.console())
+        show(proofs, output)
+        proofs.raise_on_failure()
+        return
     from sdtrt.reports.doctor import diagnose
 
     diagnosis = diagnose(directory.directory())

@@ -25,6 +25,8 @@ _OF = {
     **dict.fromkeys(("timestep_spacing", "sigmas", "eta"), ("scheduler",)),
     **dict.fromkeys([f"control_{one}" for one in ("image", "start", "end", "preprocessor", "mode")], ("controlnet",)),
     "ip_image": ("ip_adapter",),
+    **dict.fromkeys(("cache_depth", "cache_schedule"), ("cache_interval", "quality")),
+    **dict.fromkeys(("guidance_interval", "cache_interval"), ("quality",)),
     "t2i_image": ("t2i_adapter",),
 }
 

@@ -85,6 +85,7 @@ def _may_serve(key: EngineKey, spec: GenerateSpec, precision: Precision) -> bool
     called = called and not (name in TEXT_ENCODERS and (spec.clip_skip or spec.embeddings))  # PyTorch's then
     called = called and not (name in VAE_HALVES and spec.vae_tiling)  # PyTorch's, where the image is large
     called = called and not (name == "unet" and (spec.controls or spec.adapters))  # it has inputs for residuals then
+    called = called and not (name == "unet" and not spec.savings.caching.is_off)  # which gives deep features then
     called = called and (name != "controlnet" or bool(spec.controls))
     return fitting and called and any(_known_sizes(name, spec, one) in one for one in key.profiles)
 

@@ -12,7 +12,12 @@ from sdtrt.engines.entry import Entry
 if TYPE_CHECKING:
     from sdtrt.reports.bench_report import BenchReport
     from sdtrt.reports.inspection import EngineReport, ModelReport
+    from sdtrt.reports.prove import ProofReport
+    from sdtrt.reports.quality_bench import QualityBenchReport
+    from sdtrt.reports.quality_report import QualityReport
     from sdtrt.reports.verify_report import VerifyReport
+
+    Report = EngineReport | ModelReport | VerifyReport | BenchReport | ProofReport | QualityReport | QualityBenchReport
 
 
 def document(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -21,7 +26,7 @@ def document(entries: Sequence[Entry]) -> dict[str, Any]:
     return documents[0] if len(documents) == 1 else {"entries": documents}
 
 
-def show(report: EngineReport | ModelReport | VerifyReport | BenchReport, output: OutputOptions) -> None:
+def show(report: Report, output: OutputOptions) -> None:
     """Print a report on stdout: as a table, or as one JSON document."""
     if output.as_json:
         print(json.dumps(report.to_json(), indent=2))

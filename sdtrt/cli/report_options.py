@@ -1,8 +1,9 @@
-"""The options of `verify` and `bench`."""
+"""The options of `verify`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -19,65 +20,165 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     DEFAULT_VERIFY_SEED,
     MAX_DIGITS,
+    QUALITIES,
     RANDOM_SEED,
     SAMPLE_PROMPT,
+    THRESHOLDS,
+    VERIFY_AGAINST,
     BaselineName,
     BenchSpec,
     BenchTask,
     ControlSpec,
     GenerateSpec,
+    LossLimits,
+    MetricsSpec,
     ModelSpec,
     NoiseSpec,
     Precision,
+    QualityBenchSpec,
+    QualitySpec,
+    Savings,
     SchedulerName,
     Thresholds,
     VerifySpec,
+    check_choice,
 )
+from sdtrt.specs.quality import EVERYTHING, KNOBS, parse_choices
+
+LIMITS = LossLimits()
+
+
+def _usual(name: str) -> str:
+    """A threshold's default, and that of precisions which have one of their own: `35, int8 30, fp8 25`."""
+    others = (f"{precision} {getattr(one, name):g}" for precision, one in THRESHOLDS.items())
+    return ", ".join([f"{getattr(Thresholds(), name):g}", *others])
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """These options say how closely this machine is looked at."""
+
+    prove: Annotated[
+        bool,
+        Option(
+            "--prove",
+            help="build, verify and time the built-in model on every backend that runs here, in minutes, and print a"
+            " report to paste; leaves no engines",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """These options say with what an engine is compared, and how close it must be."""
+    """These options say with what an engine is compared, and how close it must be.
 
+    Limits are None where the comparison's own are to hold: they differ.
+    """
+
+    against: Annotated[
+        str,
+        Option(
+            metavar="|".join(VERIFY_AGAINST),
+            help="fp32: the UNet's engine, by PyTorch; exact: savings, by the same request without any in the same"
+            " backend, or in PyTorch fp32",
+        ),
+    ] = "fp32"
     engine: Annotated[
         str | None, Option("--engine", "-e", help="an engine of the engine directory, by name; else the one in use")
     ] = None
     timesteps: Annotated[int | None, Option(help="compare so many timesteps, spread evenly; by default all")] = None
-    prompt: Annotated[str, Option("--prompt", "-p", help="of the image that is denoised")] = SAMPLE_PROMPT
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="of the image that is denoised; against exact: again for more")
+    ] = None
     negative_prompt: NegativePrompt = ""
     steps: Steps = DEFAULT_STEPS
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     height: Height = None
     width: Width = None
-    seed: Annotated[int, Option(help="of the image's noise")] = DEFAULT_VERIFY_SEED
+    seed: Annotated[int, Option(help="of the (first) image's noise")] = DEFAULT_VERIFY_SEED
     scheduler: Scheduler = None
-    min_cosine: Annotated[float | None, Option(help="least cosine at a timestep")] = Thresholds.min_cosine
+    min_cosine: Annotated[
+        float | None,
+        Option(help=f"least cosine at a timestep ({_usual('min_cosine')}), or of the latents at the end"),
+    ] = None
     max_noise_ratio: Annotated[
-        float | None, Option(help="most relative L2 error, in multiples of PyTorch's own in half precision")
-    ] = Thresholds.max_noise_ratio
-    max_relative_l2: Annotated[float | None, Option(help="most relative L2 error at a timestep")] = (
-        Thresholds.max_relative_l2
-    )
-    min_psnr: Annotated[float | None, Option(help="least PSNR of the image, in dB")] = Thresholds.min_psnr_db
-    min_ssim: Annotated[float | None, Option(help="least structural similarity of the image")] = Thresholds.min_ssim
+        float | None,
+        Option(
+            help="most relative L2 error, in multiples of PyTorch's own in half precision"
+            f" ({_usual('max_noise_ratio')})"
+        ),
+    ] = None
+    max_relative_l2: Annotated[
+        float | None, Option(help="most relative L2 error at a timestep, or of the latents at the end")
+    ] = None
+    min_psnr: Annotated[
+        float | None,
+        Option(help=f"least PSNR of the image, in dB ({_usual('min_psnr_db')}; against exact {LIMITS.min_psnr_db:g})"),
+    ] = None
+    min_ssim: Annotated[
+        float | None, Option(help=f"least structural similarity of the image (against exact {LIMITS.min_ssim:g})")
+    ] = None
+    max_lpips: Annotated[float | None, Option(help=f"against exact: most LPIPS ({LIMITS.max_lpips:g})")] = None
+    max_clip_loss: Annotated[
+        float | None, Option(help=f"against exact: most points of 100 that CLIP falls ({LIMITS.max_clip_loss:g})")
+    ] = None
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FOLDER", help="where the pictures go; by default this folder")
     ] = None
     no_build: NoBuild = False
 
-    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, **image: Any) -> VerifySpec:
-        """The comparison that is asked for; `image` holds ControlNets, and pictures for IP-Adapters.
+    def spec(self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, image: Mapping[str, Any]) -> VerifySpec:
+        """The comparison of an engine that is asked for.
+
+        Args:
+            image: of `GenerateSpec`: savings, ControlNets, pictures for IP-Adapters.
 
         Raises:
-            UsageError: for a random seed, as who fails wants to see it again.
+            UsageError: for what is about savings alone.
         """
+        about = {"--max-lpips": self.max_lpips, "--max-clip-loss": self.max_clip_loss}
+        self._refuse("savings", "add --against exact", about)
+        own = (self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim)
+        names = (one.name for one in fields(Thresholds))
+        limits = {name: value for name, value in zip(names, own, strict=True) if value is not None}
+        asked = self._image(model, backend, noise, image)
+        return VerifySpec(asked, self.engine, self.timesteps, output=self.output, limits=limits)
+
+    def quality_spec(
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        metrics: MetricsSpec,
+        saved: Mapping[str, Any],
+    ) -> QualitySpec:
+        """The comparison of savings that is asked for. Raises `UsageError` for what is about an engine alone."""
+        check_choice("against", self.against, VERIFY_AGAINST)
+        about = {"--engine": self.engine, "--timesteps": self.timesteps, "--max-noise-ratio": self.max_noise_ratio}
+        self._refuse("an engine", f"leave it out beside --against {self.against}", about)
+        own = (self.min_cosine, self.max_relative_l2, self.min_psnr, self.min_ssim, self.max_lpips, self.max_clip_loss)
+        usual = astuple(LIMITS)
+        limits = LossLimits(*(one if one is not None else other for one, other in zip(own, usual, strict=True)))
+        image = self._image(model, backend, noise, saved)
+        return QualitySpec(image, self.against == "exact-fp32", metrics, limits, self.output)
+
+    def _refuse(self, about: str, mend: str, options: Mapping[str, object]) -> None:
+        """Refuse options that the other comparison has."""
+        for name, value in options.items():
+            if value is not None:
+                raise UsageError(f"{name} {value} is about {about}", hint=mend)
+
+    def _image(
+        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, image: Mapping[str, Any]
+    ) -> GenerateSpec:
+        """What is made. Raises `UsageError` for a random seed: who fails wants to see it again."""
         backend.check()
         if self.seed == RANDOM_SEED:
             raise UsageError(
                 f"verify takes no random seed, got {self.seed}", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
             )
-        asked = GenerateSpec(
-            prompts=(self.prompt,),
+        return GenerateSpec(
+            prompts=tuple(self.prompt or (SAMPLE_PROMPT,)),
             model=model,
             backend=backend.backend,
             precision=cast("Precision | None", backend.precision),
@@ -92,10 +193,6 @@ class VerifyOptions:
             noise=noise,
             **image,
         )
-        thresholds = Thresholds(
-            self.min_cosine, self.max_noise_ratio, self.max_relative_l2, self.min_psnr, self.min_ssim
-        )
-        return VerifySpec(asked, self.engine, self.timesteps, thresholds, self.output)
 
 
 @dataclass(frozen=True)
@@ -123,16 +220,78 @@ class BenchOptions:
     warmups: Annotated[int, Option(help="calls before them that are not timed")] = 2
     scheduler: Scheduler = None
     output: Annotated[
-        Path | None, Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here")
+        Path | None,
+        Option("--output", "-o", metavar="FOLDER", help="write bench.json, bench.md and bench.png here (quality.…)"),
     ] = None
     overwrite: Annotated[bool, Option("--overwrite", help="replace such files of an earlier run")] = False
     no_build: NoBuild = False
+    quality: Annotated[
+        str | None,
+        Option(
+            metavar=f"{EVERYTHING}|NAME,KNOB=N+KNOB=N",
+            help=f"time and judge these side by side: {', '.join(QUALITIES[1:])}, or single knobs: {', '.join(KNOBS)}",
+        ),
+    ] = None
+    prompt: Annotated[
+        list[str] | None, Option("--prompt", "-p", help="with --quality: what is made; give it again for more")
+    ] = None
+    negative_prompt: NegativePrompt = ""
+    seed: Annotated[int | None, Option(help="with --quality: of the first image; else 0")] = None
+
+    def quality_spec(
+        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
+    ) -> QualityBenchSpec:
+        """The choices that are asked for. Raises `UsageError` for what is about other measurements."""
+        backend.check()
+        assert self.quality is not None
+        for option, given in (
+            (f"--baselines {self.baselines}", self.baselines != "auto"),
+            (f"--task {self.task}", self.task not in ("both", "txt2img")),
+            ("--show-baselines", self.show_baselines),
+        ):
+            if given:
+                raise UsageError(f"{option} has no effect beside --quality", hint="leave it out, or --quality")
+        if self.seed == RANDOM_SEED:
+            raise UsageError(
+                "--quality takes no random seed, got -1", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
+            )
+        batches = _numbers("--batch-size", self.batch_size)
+        if len(batches) > 1:
+            raise UsageError(
+                f"--quality takes one batch size, got {self.batch_size}", hint=f"use --batch-size {batches[0]}"
+            )
+        image = GenerateSpec(
+            prompts=tuple(self.prompt or (SAMPLE_PROMPT,)),
+            model=model,
+            backend=backend.backend,
+            precision=cast("Precision | None", backend.precision),
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            seed=self.seed or DEFAULT_VERIFY_SEED,
+            batch_size=batches[0],
+            scheduler=cast("SchedulerName | None", self.scheduler),
+            allow_build=not self.no_build,
+            noise=noise,
+        )
+        choices = parse_choices(self.quality)
+        return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)
 
     def spec(
-        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, controls: tuple[ControlSpec, ...] = ()
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        savings: Savings,
+        controls: tuple[ControlSpec, ...] = (),
     ) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
+        about = {"--prompt": self.prompt, "--negative-prompt": self.negative_prompt or None, "--seed": self.seed}
+        for option in (name for name, value in about.items() if value is not None):
+            raise UsageError(f"{option} is about pictures that are judged", hint="add --quality all, or leave it out")
         return BenchSpec(
             model=model,
             backend=backend.backend,
@@ -152,6 +311,7 @@ class BenchOptions:
             overwrite=self.overwrite,
             allow_build=not self.no_build,
             noise=noise,
+            savings=savings,
             controls=controls,
         )
 

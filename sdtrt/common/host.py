@@ -6,11 +6,22 @@ import ctypes
 import os
 import platform
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from typing import Any
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "pycuda", "numpy")
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "pycuda",
+    "numpy",
+)
 VECTOR_FLAGS = frozenset({"avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "asimd", "sve"})
 CUDA_SUCCESS = 0
 MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*: stable driver ABI
@@ -30,6 +41,7 @@ class Gpu:
         return f"{self.name} (compute capability {major}.{minor}, {self.memory_bytes / 2**30:.0f} GiB)"
 
 
+@cache  # a server asks for them with each picture, and each look takes a millisecond
 def library_version(name: str) -> str | None:
     """The installed version of a distribution, None if it is not installed. Imports nothing."""
     try:
@@ -60,8 +72,12 @@ def processor_name() -> str:
 
 def instruction_sets() -> tuple[str, ...]:
     """The vector instructions that models are laid out for; a virtual machine's processor name does not tell them."""
-    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return (platform.machine(), *sorted(flags & VECTOR_FLAGS))
+    return (platform.machine(), *sorted(processor_flags() & VECTOR_FLAGS))
+
+
+def processor_flags() -> frozenset[str]:
+    """All that the processor says it can, in Linux's words; empty where the system does not tell."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 
 def _cpuinfo(field: str) -> str:

@@ -35,20 +35,19 @@ class ImagePromptCall(torch.nn.Module):
         self, inner: torch.nn.Module, unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool
     ) -> None:
         super().__init__()
-        self.unet = unet
-        self._inner = (inner,)  # no submodule: the UNet's tensors have one name each
+        self.unet = inner.unet  # of the shallow program some layers
+        self._inner, self._whole = (inner,), (unet,)  # no submodules: the UNet's tensors have one name each
         self._count, self._as_diffusers = len(image_prompt_names(contract)), as_diffusers
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """What the inner call takes, each adapter's tokens [B,T,D], the scales [adapters, layers] → out_sample."""
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the inner call takes, each adapter's tokens [B,T,D], the scales [adapters, layers] → what that gives."""
         usual, (*tokens, scales) = inputs[: -self._count], inputs[-self._count :]
         with ExitStack() as stack:
             # diffusers makes this pair of the text and the images' tokens, and processors take it apart
-            stack.enter_context(attribute(self.unet, "process_encoder_hidden_states", partial(_pair, tokens)))
-            for index, attention in enumerate(attentions_of(self.unet)):
+            stack.enter_context(attribute(self._whole[0], "process_encoder_hidden_states", partial(_pair, tokens)))
+            for index, attention in enumerate(attentions_of(self._whole[0])):
                 stack.enter_context(self._scaled(attention, scales[:, index]))
-            output: Tensor = self._inner[0].forward(*usual)
-            return output
+            return self._inner[0].forward(*usual)
 
     def _scaled(self, attention: Any, scales: Tensor) -> Any:
         """What has an attention count its adapters by so much, while it is entered."""

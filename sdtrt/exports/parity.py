@@ -110,8 +110,8 @@ def check_onnx(
         _check_format(path, contract)
         inputs = [seeded_feeds(contract, size, seed) for seed, size in enumerate(sizes)]
         expected = _reference(module, contract, inputs)
-        with _runnable(path, contract) as (runnable, dtypes):
-            session = _open(runnable)
+        with runnable(path, contract) as (graph, dtypes):
+            session = _open(graph)
             checks = tuple(
                 _compare(_run(session, arrays, dtypes), wanted, size)
                 for arrays, wanted, size in zip(inputs, expected, sizes, strict=True)
@@ -159,7 +159,7 @@ def _reference(
 
 
 @contextmanager
-def _runnable(path: Path, contract: Contract) -> Iterator[tuple[Path, dict[str, str]]]:
+def runnable(path: Path, contract: Contract) -> Iterator[tuple[Path, dict[str, str]]]:
     """A graph that ONNX Runtime runs on CPUs, and its inputs' dtypes: the graph itself, or fp32 in bf16's place."""
     dtypes = {spec.name: spec.dtype for spec in contract.inputs}
     if contract.precision != "bf16":

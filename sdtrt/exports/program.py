@@ -6,7 +6,7 @@ Knows diffusers' and transformers' modules. Knows no compiler, and not where pro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 
 from sdtrt.common.errors import ExportError
 from sdtrt.exports.feeds import seeded_feeds
+from sdtrt.exports.quantised import SCALES, layers_to_quantise, quantise
 from sdtrt.exports.scaled_vae import scaled_stream
 from sdtrt.exports.split_norms import split_norms
 from sdtrt.exports.tracing import component_call, traceable
@@ -42,12 +43,17 @@ class Recipe:
         channels_last: the weights of convolutions lie channels last in memory, and so do their results.
         split_norms: statistics of group norms are taken in two stages (`split_norms`).
         stream_scale: what the residual stream of half an `AutoencoderKL` is divided by (`scaled_vae`); 1 for nothing.
+        quantised: what linear layers of transformers compute in, `int8` or `fp8` (`quantised`); empty for what the rest
+            computes in.
+        kept: patterns of the names of those that don't.
     """
 
     fused_projections: bool = True
     channels_last: bool = True
     split_norms: bool = False
     stream_scale: int = 1
+    quantised: str = ""
+    kept: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,15 @@ class Program:
         sources: by the name of each weight in the program: the tensors of the model's part that it is joined from along
             its first axis, by their own names (`tensor_names`).
         fixed: what is no weight of the model but belongs to the program, by name: a causal mask.
+        rows, scales: names of those weights that are a weight's rows in 8 bits, and of those that are the rows' scales
+            (`quantised_rows`).
     """
 
     exported: torch.export.ExportedProgram
     sources: Mapping[str, tuple[str, ...]]
     fixed: Mapping[str, Tensor]
+    rows: frozenset[str] = frozenset()
+    scales: frozenset[str] = frozenset()
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -92,9 +102,11 @@ def export_program(
     recipe = recipe or Recipe()
     torch.nn.Module.to(module, device)  # diffusers' own `to` warns
     if recipe.fused_projections:
-        _fuse_projections(module)
+        fuse_projections(module)
     if recipe.channels_last:
         _lay_channels_last(module)
+    if recipe.quantised:
+        quantise(module, layers_to_quantise(module, recipe.kept), recipe.quantised)
     call = component_call(module, contract).eval().requires_grad_(False)
     _move_loose_tensors(call, device)
     with ExitStack() as stack:
@@ -105,11 +117,16 @@ def export_program(
             stack.enter_context(split_norms(module))
         exported = _export(call, module, contract, profile, device)
     _keep_names(exported)
-    sources = {name: _sources(contract.component, name) for name in exported.state_dict}
-    return Program(exported, sources, _fixed(exported))
+    scales = frozenset(name for name in exported.state_dict if name.endswith(f".weight{SCALES}"))
+    sources = {
+        name: _sources(contract.component, name.removesuffix(SCALES) if name in scales else name)
+        for name in exported.state_dict
+    }
+    rows = frozenset(name.removesuffix(SCALES) for name in scales)
+    return Program(exported, sources, _fixed(exported), rows, scales)
 
 
-def _fuse_projections(module: torch.nn.Module) -> None:
+def fuse_projections(module: torch.nn.Module) -> None:
     """Join the projections of each attention, and drop what they were joined from.
 
     diffusers' own `fuse_qkv_projections` leaves the originals beside the joined ones, as weights that nothing uses.

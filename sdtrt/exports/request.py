@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdtrt.common.console import QUIET, Console
+from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import choose_components, groups_of, precision_of
 from sdtrt.models.loading import check_ip_adapters, check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import Component, ExportRequest, ExportSpec, Precision
+from sdtrt.specs import QUANTISED, Component, ExportRequest, ExportSpec, Group, Precision
+from sdtrt.specs.deep_features import default_depth, shallow_groups, whole_group
 
 Fitting = Callable[[ModelSource, Component, Precision], Precision]
 
@@ -37,15 +39,41 @@ def export_specs(
     for name in choose_components(model, request.components):
         own = fitting(model, name, asked)
         if own != asked:
-            console.note(f"{name}: in {own}, as this model's VAE overflows in {asked} (force_upcast)")
-        groups = (request.common.groups or (*groups_of(model), *model.groups)) if name == "unet" else ()
-        yield replace(request.common, component=name, precision=own, groups=groups)
+            console.note(f"{name}: in {own}, as {_why_not(asked)}")
+        for groups in _groups(model, request) if name == "unet" else ((),):
+            yield replace(request.common, component=name, precision=own, groups=groups)
+
+
+def _groups(model: Model, request: ExportRequest) -> tuple[tuple[Group, ...], ...]:
+    """The optional groups of each of the UNet's programs: of one, or with deep caching of two."""
+    groups, caching = request.common.groups or (*groups_of(model), *model.groups), request.caching
+    if caching.is_off:
+        return (groups,)
+    whole = (*groups, whole_group(caching.depth or default_depth(model.config("unet"))))
+    return whole, shallow_groups(whole)
+
+
+def _why_not(asked: Precision) -> str:
+    """Why a component is not made in the precision that is asked for."""
+    if asked in QUANTISED:
+        return f"only what runs at each step gains by {asked}"
+    return f"this model's VAE overflows in {asked} (force_upcast)"
+
+
+def _check_onnx(precision: Precision) -> None:
+    """Raise `UsageError` for a precision that no ONNX graph is written in."""
+    if precision in QUANTISED:
+        raise UsageError(
+            f"no ONNX graph is written in {precision}",
+            hint=f"export in fp16; sdtrt build --backend inductor --precision {precision} needs no ONNX",
+        )
 
 
 def export_all(request: ExportRequest, directory: EngineDirectory, console: Console = QUIET) -> list[Entry]:
     """Find or make the exports of a request in the engine directory. Raises as `export_component`."""
     from sdtrt.exports.component import export_component
 
+    _check_onnx(request.common.precision)
     model = resolve_model(request.common.model, console)
     specs = list(export_specs(model, request, console))
     return [export_component(model, spec, directory, console) for spec in specs]
@@ -59,6 +87,7 @@ def export_to_file(request: ExportRequest, console: Console = QUIET) -> tuple[Pa
     """
     from sdtrt.exports.to_file import export_file
 
+    _check_onnx(request.common.precision)
     model = resolve_model(request.common.model, console)
     (spec,) = export_specs(model, request, console)
     return export_file(model, spec, console), spec

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from sdtrt.common.errors import ExportError
 from sdtrt.exports.attributes import attribute
+from sdtrt.exports.deep_features import ShallowCall, WholeCall
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS, convolve_in_fp32, wide_convolutions
 from sdtrt.exports.free_u import FreeUCall
 from sdtrt.exports.image_prompts import ImagePromptCall
@@ -36,6 +37,7 @@ from sdtrt.specs.contract import (
     Contract,
     latent_sides,
 )
+from sdtrt.specs.deep_features import attends, given_feature, taken_feature
 from sdtrt.specs.groups import FREE_U, adapter_names, residual_names
 from sdtrt.specs.image_prompts import image_prompt_names
 
@@ -149,7 +151,7 @@ def unet_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool =
         others = replace(contract, inputs=tuple(one for one in contract.inputs if one.name not in pictures))
         inner = _freed_call(unet, others, as_diffusers=as_diffusers)
         return ImagePromptCall(inner, unet, contract, as_diffusers=as_diffusers)
-    if attentions_of(unet):  # they would take the text's last tokens for an image's
+    if attentions_of(unet) and attends(contract):  # they would take the text's last tokens for an image's
         raise ExportError(
             "the unet has layers of IP-Adapters, and its contract no inputs for them",
             hint='as in ExportSpec(groups=("ip_adapter:4",)), the number of tokens of each adapter',
@@ -165,7 +167,11 @@ def _freed_call(unet: torch.nn.Module, contract: Contract, *, as_diffusers: bool
 
 
 def _plain_call(unet: torch.nn.Module, contract: Contract) -> torch.nn.Module:
-    """A UNet with a contract's inputs and output as its signature, but for image prompts and FreeU."""
+    """A UNet with a contract's inputs and outputs as its signature, but for image prompts and FreeU."""
+    if taken_feature(contract):
+        return ShallowCall(unet, contract)
+    if given_feature(contract):
+        return WholeCall(_plain_call(unet, replace(contract, outputs=contract.outputs[:1])), unet, contract)
     is_usual = [spec.name for spec in contract.inputs] in (USUAL_INPUTS, [*USUAL_INPUTS, *ADDED_CONDITIONING])
     return UNetCall(unet) if is_usual else NamedUNetCall(unet, contract)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 from weakref import ref
 
 import torch
@@ -35,12 +35,27 @@ from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline import free_u, memory, opened, pixels
+from sdtrt.pipeline.all_engines import ensure_second, for_prompt_rows
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.fastest import faster
-from sdtrt.pipeline.request import EngineRequest, unet_sizes
+from sdtrt.pipeline.guided_rows import check_is_guided, refuse_rows
+from sdtrt.pipeline.request import EngineRequest, first_of, shallow_beside, unet_sizes
 from sdtrt.pipeline.schedulers import keep_on_host, let_go
 from sdtrt.pipeline.watch import refuse_changes
-from sdtrt.specs import AUTO, COMPONENTS, PRECISIONS, BackendName, Component, Group, Precision, check_choice, check_size
+from sdtrt.specs import (
+    AUTO,
+    COMPONENTS,
+    PRECISIONS,
+    BackendName,
+    Component,
+    Group,
+    Precision,
+    Savings,
+    check_choice,
+    check_size,
+)
+from sdtrt.specs.deep_features import SHALLOW, default_depth, whole_group
+from sdtrt.specs.presets import SavingArguments, settle
 
 CONTROLNET: Component = "controlnet"
 PipeT = TypeVar("PipeT")
@@ -62,14 +77,13 @@ def accelerate(
     engine_dir: str | Path | None = None,
     on_miss: OnMiss = "build",
     progress: bool = True,
+    **saved: Unpack[SavingArguments],
 ) -> PipeT:
     """Run the UNet, the text encoders and the VAE of a diffusers pipeline in engines, found or built for its weights.
 
-    Its modules stay diffusers' and transformers' own; what their `forward` (a VAE's `decode` and `encode`) runs is an
-    engine's. Saving and copies are of the modules. A second call adds engines for its size, or replaces them: for
-    another backend or precision, or changed weights. These raise an `EngineError` at the next picture; `inductor` takes
-    them, and adapters. Threads need schedulers and tokenizers of their own. On a GPU, weights that engines have are on
-    the CPU until `restore`, and the scheduler keeps its timesteps there.
+    Its modules stay diffusers' own; what their `forward` runs is an engine's. A second call adds engines for its size,
+    or replaces them: for another backend or precision, or changed weights. These raise an `EngineError` at the next
+    picture; `inductor` takes them. On a GPU, weights that engines have are on the CPU until `restore`.
 
     Args:
         pipe: one of Stable Diffusion 1.x, 2.x or XL; docs/features.md says which, and with what.
@@ -79,13 +93,13 @@ def accelerate(
         backend: `auto`, `tensorrt`, `tensorrt-rtx`, `inductor` or `onnxruntime`; it has to run where the pipeline is.
         precision: `fp32`, `fp16` or `bf16`; None for fp16 on a GPU and fp32 on a CPU.
         components: those that engines run, as `unet`; None for all that the pipeline calls.
-        engine_dir: None for $SDTRT_ENGINE_DIR, `./engines` where it is, or the user's cache.
+        engine_dir, progress: as of `generate`.
         on_miss: at a call that no engine serves, `build` one, have `torch` run the module (changed weights and hooks,
             too, which else are an `EngineError`), or raise an `error`.
-        progress: say on stderr what is built.
+        saved: what calls leave out, as of `sdtrt.specs.presets.SavingArguments`; docs/quality.md has its price.
 
     Raises:
-        UsageError: for a size, precision or component that there is not.
+        UsageError: for a size, precision or component that there is not; for an interval without guidance.
         EngineError: for a pipeline that engines don't serve, by its name; where no backend runs where it is.
         ExportError, BuildError, CacheError: where an engine can't be had. The pipeline is as it was then.
 
@@ -93,9 +107,10 @@ def accelerate(
         >>> pipe = sdtrt.accelerate(pipe, height=512, width=512)
         >>> image = pipe("a lighthouse at dawn").images[0]
     """
-    directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
     parts = None if components is None else tuple(components)
-    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss)
+    savings = settle(**saved, guided=guidance)
+    directory = EngineDirectory(default_directory() if engine_dir is None else Path(engine_dir))
+    choices = _Choices(height, width, batch_size, guidance, backend, precision, parts, directory, on_miss, savings)
     with _CHANGING, quiet_libraries():
         _swap(pipe, _plan(pipe, choices, Console(quiet=not progress)))
     return pipe
@@ -140,6 +155,7 @@ class _Choices:
     components: tuple[Component, ...] | None
     directory: EngineDirectory
     on_miss: OnMiss
+    savings: Savings
 
     def __post_init__(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
@@ -154,6 +170,19 @@ class _Choices:
         if self.components == ():
             raise UsageError("components= names none", hint='name some, as in components=["unet"], or leave it out')
         registry.check_request(self.backend, self.precision)
+        self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        """Refuse an interval of guidance where it could mean nothing."""
+        interval = self.savings.guidance
+        if interval.is_whole:
+            return
+        check_is_guided(interval, guidance=self.guidance)
+        if self.components is not None and "unet" not in self.components:
+            raise UsageError(
+                f"guidance_interval {interval} is about the unet, which is not among components=",
+                hint="add unet to components=, or leave guidance_interval out",
+            )
 
     def request(
         self,
@@ -169,6 +198,22 @@ class _Choices:
         images = self.batch_size
         sizes = unet_sizes(model, images, height, width, guidance=self.guidance)
         return EngineRequest(model, backend, precision, sizes, components, images, device, groups)
+
+    def groups(self, pipe: Any, model: LiveModel) -> tuple[Group, ...]:
+        """The optional groups of inputs and outputs that a pipeline's UNet needs."""
+        return (*_groups(pipe), *self.deep_groups(model))
+
+    def deep_groups(self, model: LiveModel) -> tuple[Group, ...]:
+        """The group of a UNet that gives deep features to be kept."""
+        caching = self.savings.caching
+        if caching.is_off:
+            return ()
+        if "unet" not in (self.components or ("unet",)) or "unet" not in model.modules:
+            raise UsageError(
+                f"cache_interval={caching.interval} needs an engine of the unet, and PyTorch is to run it",
+                hint="leave cache_interval out, or have an engine run the unet, as in components=['unet']",
+            )
+        return (whole_group(caching.depth or default_depth(model.config("unet"))),)
 
     def _size(self, model: LiveModel) -> tuple[int, int]:
         """Height and width of the images in pixels."""
@@ -189,6 +234,38 @@ class _Plan:
     settings: Settings
     staying: Parts
 
+    def ensure_engines(self) -> dict[str, Entry]:
+        """Find or build all engines; those for steps without guidance have `PROMPT_ROWS` behind their names."""
+        settings, request = self.settings, self.request
+        found: dict[str, Entry] = dict(ensure_engines(request, settings.directory, settings.console).items())
+        for name, other in self.others.items():
+            found[name] = ensure_engines(other, settings.directory, settings.console)[CONTROLNET]
+        shallow = request.shallow
+        if shallow is not None:
+            found["unet" + SHALLOW] = ensure_engines(shallow, settings.directory, settings.console)["unet"]
+        if settings.savings.guidance.is_whole or request.sizes.batch == request.images:
+            return found
+        second = for_prompt_rows(request, request.images)
+        requests: dict[str, EngineRequest] = dict.fromkeys(second.components, second)
+        requests |= {name: for_prompt_rows(other, request.images) for name, other in self.others.items()}
+        if shallow is not None:
+            requests["unet" + SHALLOW] = for_prompt_rows(shallow, request.images)
+        return found | ensure_second(requests, found, settings.directory, settings.console)
+
+    def adding(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Of all engines those that take memory which nothing has yet: of parts that come, and second ones of others.
+
+        A shallow one is opened together with the one that it goes on from.
+        """
+
+        def is_new(name: str) -> bool:
+            base = first_of(name)
+            there = self.staying.get(base)
+            with_it = entries.get(name.replace(SHALLOW, ""), entries[base])
+            return there is None or (base != name and all(one.entry.path != with_it.path for one in there.engines))
+
+        return {name: entry for name, entry in entries.items() if is_new(name)}
+
     @property
     def coming(self) -> dict[str, Swapped]:
         """What is to stand in the place of those that run in no engine yet, or in one that does not serve."""
@@ -200,18 +277,12 @@ class _Plan:
         model, component = settings.model, _component_of(name)
         return Swapped(model.modules[part_of(component)], component, settings, _digest(model, component, settings))
 
-    def engines(self) -> dict[str, Entry]:
-        """Find or build all engines."""
-        directory, console = self.settings.directory, self.settings.console
-        found: dict[str, Entry] = dict(ensure_engines(self.request, directory, console).items())
-        for name, request in self.others.items():
-            found[name] = ensure_engines(request, directory, console)[CONTROLNET]
-        return found
-
 
 def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     """Settle everything before anything changes."""
     model = check_pipeline(pipe)
+    if not choices.savings.guidance.is_whole:
+        refuse_rows(pipe)
     device = next(_main_module(model).parameters()).device
     name = _backend(pipe, model, choices, device, console)
     backend = registry.get(name)
@@ -219,10 +290,10 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
     backend.check_precision(precision)
     modules = {part: ref(module) for part, module in model.modules.items()}
     fixed = (name, precision, choices.directory, device, choices.on_miss, console, threading.RLock())
-    settings = Settings(model.spec, model.stored, modules, *fixed)
+    settings = Settings(model.spec, model.stored, modules, *fixed, choices.savings, choices.deep_groups(model))
     there = {part: one for part, one in swapped_of(pipe).items() if _serves(one, part, settings)}
     wanted = _components(pipe, model, choices.components, there)
-    request = choices.request(model, name, precision, wanted, device, _groups(pipe))
+    request = choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
     further = model.others if CONTROLNET in wanted else {}
     others = {part: replace(request, model=one, components=(CONTROLNET,)) for part, one in further.items()}
     for component in wanted:
@@ -258,7 +329,7 @@ def _backend(pipe: Any, model: LiveModel, choices: _Choices, device: torch.devic
     def request_of(name: BackendName) -> EngineRequest:
         precision = choices.precision or registry.get(name).default_precision()
         registry.get(name).check_precision(precision)
-        return choices.request(model, name, precision, wanted, device, _groups(pipe))
+        return choices.request(model, name, precision, wanted, device, choices.groups(pipe, model))
 
     name, reason = faster(usual, request_of, choices.directory)
     console.note(f"backend: {name} ({reason or why})")
@@ -297,11 +368,11 @@ def _swap(pipe: Any, plan: _Plan) -> None:
     new = plan.coming
     with _closed_on_failure(new.values()):
         _park(new.values())
-        entries = plan.engines()
+        entries = plan.ensure_engines()
         for one in leaving:
             one.close()
         _park(new.values())  # what came back with those that left
-        memory.check_memory(plan.request, {name: entry for name, entry in entries.items() if name in new})
+        memory.check_memory(plan.request, plan.adding(entries))
         shared = [one.scratch for one in plan.staying.values()]
         scratch = shared[0] if shared else Scratch(memory.pool_bytes(plan.request, entries))
         _open({**plan.staying, **new}, entries, scratch)
@@ -322,9 +393,10 @@ def _park(parts: Iterable[Swapped]) -> None:
 
 def _open(parts: Parts, entries: Mapping[str, Entry], scratch: Scratch) -> None:
     """Open engines in the parts' places. The parts of a pipeline run one after the other, and so share memory."""
-    for name in memory.by_scratch(entries):
-        with parts[name].settings.lock:
-            parts[name].open(entries[name], scratch)
+    for name in memory.by_scratch({name: one for name, one in entries.items() if SHALLOW not in name}):
+        part = parts[first_of(name)]
+        with part.settings.lock:
+            part.open(entries[name], scratch, shallow_beside(name, entries))
 
 
 def _digest(model: LiveModel, component: Component, settings: Settings) -> str:

@@ -68,6 +68,7 @@ class Bound:
         self._absent: list[tuple[Mapping[str, Any], str]] = []  # biases that layers are without
         self._steps = Steps()
         self._merging = Merging()
+        self.changes = 0  # of adapters, as far as calls have met them
 
     def following(
         self, session: Following, module: Callable[[], torch.nn.Module | None], call: Callable[..., Any]
@@ -92,8 +93,9 @@ class Bound:
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
             self._merging.scale, kwargs = _without_scale(kwargs)
             if (owner := module()) is not None:
-                is_due = self._steps.is_due(states)
-                if is_due or self._merging.is_changed(owner):
+                is_due, is_changed = self._steps.is_due(states), self._merging.is_changed(owner)
+                self.changes += is_changed
+                if is_due or is_changed:
                     self.copy(owner)
                 if is_due:
                     self._steps.seen(states)

@@ -10,16 +10,17 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 
 from sdtrt.backends import registry
-from sdtrt.backends.open import open_session
+from sdtrt.backends.open import compute_with, open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
+from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, UnservedCallError
 from sdtrt.engines.directory import EngineDirectory
@@ -35,10 +36,12 @@ from sdtrt.models.live import LiveModel, component_tensors, controlnets_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import tiles
 from sdtrt.pipeline.control_forward import ControlNetForward
+from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
 from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.facades import VaeFacade
 from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
 from sdtrt.pipeline.free_u import FreeU
+from sdtrt.pipeline.guided_rows import GuidedRows
 from sdtrt.pipeline.image_prompts import ImagePrompts
 from sdtrt.pipeline.parked import Parked
 from sdtrt.pipeline.request import EngineRequest
@@ -49,10 +52,12 @@ from sdtrt.specs import (
     SIZE_MULTIPLE,
     BackendName,
     Component,
+    DeepCaching,
     Group,
     ModelSpec,
     Precision,
     Profile,
+    Savings,
     Sizes,
 )
 
@@ -86,6 +91,8 @@ class Settings:
         precision: that is asked for; a component may have another (`Backend.precision_of`).
         on_miss: what happens at a call that no engine has the size of.
         lock: the parts' engines share memory, and run one at a time.
+        savings: what of a run's work is left out.
+        deep_groups: of the UNet's engine, where a deep feature is kept.
     """
 
     spec: ModelSpec
@@ -98,6 +105,8 @@ class Settings:
     on_miss: OnMiss
     console: Console
     lock: threading.RLock
+    savings: Savings = field(default_factory=Savings)
+    deep_groups: tuple[Group, ...] = ()
 
     @property
     def model(self) -> LiveModel:
@@ -119,11 +128,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine that is open, and what it does as the module's method."""
+    """An engine that is open, and what it does as the module's method; `shallow` runs the steps beside a UNet's own."""
 
     entry: Entry
     session: Session[torch.Tensor]
     call: Callable[..., Any]
+    shallow: Session[torch.Tensor] | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -161,7 +171,9 @@ class Swapped:
         self._said: set[str] = set()
         self.scratch = Scratch()
         self._steps = Steps()
+        self.rows = GuidedRows()
         self.left = Left(self._may_leave)
+        self.cache = _deep_cache(ref(self), self.bound, settings.console)
         own = getattr(type(module), self.method)
         functools.update_wrapper(self, own)
         parameters = list(inspect.signature(own).parameters.values())[1:]
@@ -201,6 +213,8 @@ class Swapped:
         A GPU computes on when its work is launched: what may take time comes after that.
         """
         is_first, looks = self._steps.is_first(states), self._steps.is_due(states)
+        if self.component in STEPPING:
+            sizes = replace(sizes, batch=self.rows.look(self.settings.savings.guidance, args, kwargs))
         self.find_left(looks=looks)
         if is_first and states is not None and not self.left:
             self.watch.settle(self.module)  # what came of the picture before, where nothing decoded that
@@ -216,7 +230,7 @@ class Swapped:
             if looks:
                 self._look()
         if opened is None or self.left:
-            result = self.in_pytorch(*args, **kwargs)
+            result = self.rows.run(self.in_pytorch, *args, **kwargs)
         if looks:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
@@ -228,7 +242,8 @@ class Swapped:
         """The optional groups of inputs that a call needs, and its arguments as an engine with them takes them."""
         pictures, args, kwargs = self.prompts.take(args, kwargs)
         freed, args, kwargs = self.free_u.take(args, kwargs) if self.component == "unet" else ((), args, kwargs)
-        return (*_groups_of_call(self.component, args, kwargs), *freed, *pictures), args, kwargs
+        deep = self.settings.deep_groups if self.component == "unet" else ()
+        return (*_groups_of_call(self.component, args, kwargs), *freed, *pictures, *deep), args, kwargs
 
     def find_left(self, *, looks: bool) -> None:
         """Find why no engine may run the component, if so. Raise that, but for `on_miss="torch"`.
@@ -321,13 +336,11 @@ class Swapped:
                 hint="sdtrt.accelerate(pipe, height=..., width=..., batch_size=...) opens one for another size;"
                 ' on_miss="build" builds it at the call, on_miss="torch" runs PyTorch',
             )
-        settings = self.settings
-        with torch.inference_mode(False), torch.no_grad():
-            request = settings.request(sizes, self.component, groups)
-            registry.get(settings.backend).check_groups(groups)
-            entries = ensure_engines(request, settings.directory, settings.console)
-        self.open(entries[self.component])
-        return self.engines[-1]
+        for rows in self.rows.counts or (sizes.batch,):  # with guidance in a part of a run it needs two
+            if self.fitting(one := replace(sizes, batch=rows), groups) is None:
+                entry, shallow = _ensure(self, one, groups)
+                self.open(entry, shallow=shallow)
+        return self.fitting(sizes, groups)
 
     def fitting(self, sizes: Sizes, groups: tuple[Group, ...] = ()) -> Opened | None:
         """The open engine that fits a size of the component's own call best, with inputs for all that it gives."""
@@ -357,11 +370,12 @@ class Swapped:
             self.settings.console.note(text)
         self._said.add(text)
 
-    def open(self, entry: Entry, scratch: Scratch | None = None) -> None:
+    def open(self, entry: Entry, scratch: Scratch | None = None, shallow: Entry | None = None) -> None:
         """Open an engine, unless it is open, on the memory of the last one. Raises as of `open_session`.
 
         Args:
             scratch: what the pipeline's engines share from now on.
+            shallow: of the UNet's steps that go on from the deep feature that the engine gives.
         """
         _take_image_prompts(self)
         self.scratch = scratch or self.scratch
@@ -369,14 +383,10 @@ class Swapped:
             return
         session = open_session(entry, self.settings.device, self.scratch)
         self.engines.append(Opened(entry, session, _call_of(self, session, entry.engine_key.profiles)))
+        if shallow is not None:
+            self.engines[-1] = _with_shallow(self, self.engines[-1], shallow)
         if self.bound is not None:
-            self._follow(self.engines[-1])
-
-    def _follow(self, opened: Opened) -> None:
-        """Have an engine that holds no weights compute with the module's."""
-        assert self.bound is not None
-        session: Any = opened.session
-        self.engines[-1] = replace(opened, call=self.bound.following(session, self._module, opened.call))
+            self.engines[-1] = _followed(self.bound, self.engines[-1], self._module)
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
@@ -441,6 +451,34 @@ class Swapped:
         return getattr, (self.module, self.method)  # what is read has the class's own by then
 
 
+def _deep_cache(swapped: ref[Swapped], bound: Bound | None, console: Console) -> DeepCache:
+    """What decides which of a UNet's programs runs a step, as its settings are now; it keeps none of them alive."""
+
+    def caching() -> DeepCaching:
+        found = swapped()
+        return DeepCaching() if found is None else found.settings.savings.caching
+
+    return DeepCache(caching, console, lambda: 0 if bound is None else bound.changes)
+
+
+def _with_shallow(swapped: Swapped, opened: Opened, entry: Entry) -> Opened:
+    """A UNet's engine with that of its shallow steps beside it, between which each step chooses."""
+    second = open_session(entry, swapped.settings.device, swapped.scratch)
+    forward = CachedForward(opened.session, second, swapped.settings.device, swapped.cache, IN_PYTORCH)
+    return replace(opened, call=functools.partial(swapped.rows.run, forward), shallow=second)
+
+
+def _followed(bound: Bound, opened: Opened, module: ref[torch.nn.Module]) -> Opened:
+    """An engine that holds no weights, computing with the module's; one of shallow steps reads them where it does."""
+    session: Any = opened.session
+    found = replace(opened, call=bound.following(session, module, opened.call))
+    if (second := opened.shallow) is not None:
+        compute_with(second, session)
+        own, views = cast(Any, second).weight_views(), session.weight_views()
+        assert all(same_memory(one, views[name]) for name, one in own.items()), "weights would not be followed"
+    return found
+
+
 def swapped_of(pipe: Any) -> dict[str, Swapped]:
     """What engines run of a pipeline's modules, whichever pipeline they were accelerated through: by their components,
     further ControlNets as `controlnet_2`, ….
@@ -474,6 +512,18 @@ def _take_image_prompts(swapped: Swapped) -> None:
     swapped.watch = _watch_over(swapped.module, swapped.component, swapped.bound, swapped.settings)
 
 
+def _ensure(swapped: Swapped, sizes: Sizes, groups: tuple[Group, ...]) -> tuple[Entry, Entry | None]:
+    """Find or build the engine of a size, and of groups of inputs; with it that of its shallow steps, if any."""
+    settings, component = swapped.settings, swapped.component
+    with torch.inference_mode(False), torch.no_grad():
+        request = settings.request(sizes, component, groups)
+        registry.get(settings.backend).check_groups(groups)
+        entry = ensure_engines(request, settings.directory, settings.console)[component]
+        if (shallow := request.shallow) is None:
+            return entry, None
+        return entry, ensure_engines(shallow, settings.directory, settings.console)[component]
+
+
 def _tile(swapped: Swapped, tile: torch.Tensor) -> torch.Tensor:
     """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
     sizes = _sizes_of_call(swapped.component, tile, None)
@@ -502,9 +552,9 @@ def _call_of(swapped: Swapped, session: Session[torch.Tensor], profiles: Sequenc
     """A module's method, by a session."""
     component, device, module = swapped.component, swapped.settings.device, swapped.module
     if component == "unet":
-        return UNetForward(session, session.contract, device, IN_PYTORCH)
+        return functools.partial(swapped.rows.run, UNetForward(session, session.contract, device, IN_PYTORCH))
     if component == "controlnet":
-        return ControlNetForward(session, device, IN_PYTORCH)
+        return functools.partial(swapped.rows.run, ControlNetForward(session, device, IN_PYTORCH))
     if component in TEXT_ENCODERS:
         return encodes(session, device, ref(module), profiles, IN_PYTORCH)
     config: Any = module.config
@@ -556,4 +606,6 @@ def _close(engines: list[Opened]) -> None:
     """Close all, and empty the list."""
     for one in engines:
         one.session.close()
+        if one.shallow is not None:
+            one.shallow.close()
     engines.clear()

@@ -26,6 +26,7 @@ from sdtrt.specs import (
     check_choice,
 )
 from sdtrt.specs.contract import Contract, overflows_in_fp16, text_encoder_contract, unet_contract, vae_contract
+from sdtrt.specs.deep_features import with_deep_features
 from sdtrt.specs.groups import controlnet_contract, with_groups
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def contract_of(
     """
     config = model.config(part_of(component))
     if component == "unet":
-        return with_groups(unet_contract(config, precision, model.pooled_width), config, groups)
+        contract = with_groups(unet_contract(config, precision, model.pooled_width), config, groups)
+        return with_deep_features(contract, config, groups)
     if component == "controlnet":
         return controlnet_contract(config, precision, model.pooled_width)
     if component in TEXT_ENCODERS:

@@ -18,9 +18,10 @@ from sdtrt.pipeline import pixels
 from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.masks import Box
 from sdtrt.pipeline.open import OpenPipeline
-from sdtrt.pipeline.previews import Preview
 from sdtrt.pipeline.text_states import states_of
 from sdtrt.specs import DEFAULT_IMAGE_GUIDANCE_SCALE, SizeConditioning, Sizes
+
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]  # diffusers' `callback_on_step_end`
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class PipelineCall:
         controls: one for each ControlNet of the pipeline.
         adapters: one for each T2I-Adapter of the pipeline: its picture, in the images' size, and its scale.
         image_guidance_scale: how closely an edit keeps to `start`.
+        negative_prompts: one for each image, where they have not all the same; all of them say something, or none.
     """
 
     prompts: tuple[str, ...]
@@ -83,6 +85,7 @@ class PipelineCall:
     controls: tuple[Control, ...] = ()
     adapters: tuple[tuple[Image.Image, float], ...] = ()
     image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
+    negative_prompts: tuple[str, ...] = ()
 
     def count_unet_calls(self, opened: OpenPipeline) -> int:
         """How often it runs the UNet: PNDM has one timestep more than steps, Heun nearly twice as many."""
@@ -103,7 +106,7 @@ class PipelineCall:
         *,
         output_type: Literal["np", "pil", "latent"] = "np",
         advance: Callable[[], object] | None = None,
-        preview: Preview | None = None,
+        preview: StepEnd | None = None,
     ) -> Any:
         """Make the images.
 
@@ -196,13 +199,13 @@ class PipelineCall:
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""
         plan = opened.spec.text
+        negatives = list(self.negative_prompts) or [self.negative_prompt] * len(self.prompts)
         if plan.is_own:
             guided = self.guidance_scale > 1 and not opened.spec.model.embeds_guidance
-            return states_of(opened.pipe, plan, self.prompts, self.negative_prompt, guided)
+            return states_of(opened.pipe, plan, self.prompts, negatives, guided)
         if type(opened.pipe).__name__ in LCM_PIPELINES:  # it takes no negative prompt
             return {"prompt": list(self.prompts)}
-        negative = [self.negative_prompt] * len(self.prompts) if self.negative_prompt else None
-        return {"prompt": list(self.prompts), "negative_prompt": negative}
+        return {"prompt": list(self.prompts), "negative_prompt": negatives if any(negatives) else None}
 
 
 def _scales_timesteps(pipe: Any) -> bool:
@@ -226,7 +229,7 @@ def timesteps_until(timesteps: torch.Tensor, end: float, trained: int) -> int:
     return int((timesteps >= round(trained - end * trained)).sum())
 
 
-def _watching(pipe: Any, advance: Callable[[], object], preview: Preview | None) -> dict[str, Any]:
+def _watching(pipe: Any, advance: Callable[[], object], preview: StepEnd | None) -> dict[str, Any]:
     """The argument by which a pipeline's call says that a step was done; XL's for edits has the older one alone."""
     on_step_end = _calling(advance, preview)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
@@ -238,7 +241,7 @@ def _watching(pipe: Any, advance: Callable[[], object], preview: Preview | None)
     return {"callback": callback}
 
 
-def _calling(advance: Callable[[], object], preview: Preview | None) -> Callable[..., dict[str, Any]]:
+def _calling(advance: Callable[[], object], preview: StepEnd | None) -> Callable[..., dict[str, Any]]:
     """What diffusers calls after a step, and which changes none of its tensors."""
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

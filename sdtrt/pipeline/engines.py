@@ -17,6 +17,7 @@ from sdtrt.models.components import contract_of, part_of, unet_batch
 from sdtrt.pipeline import preloaded
 from sdtrt.pipeline.request import EngineRequest
 from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
+from sdtrt.specs.deep_features import DEEP_IN, DEEP_OUT, depth_of
 
 
 def ensure_engines(
@@ -158,6 +159,8 @@ def build_command(request: EngineRequest, directory: EngineDirectory, further: S
     words += [word for name in controlnets for word in ("--controlnet", name)]
     words += [word for name in model.ip_adapters for word in ("--ip-adapter", name)]
     words += ["--t2i-adapter", model.t2i_adapter] if model.t2i_adapter is not None else []
+    depth = depth_of(request.groups, DEEP_OUT) or depth_of(request.groups, DEEP_IN)
+    words += [] if depth is None else ["--cache-interval", "3", "--cache-depth", str(depth)]  # any interval
     words += ["--offline"] if model.offline else []
     return command_line(*words, "--engine-dir", str(directory.path))
 

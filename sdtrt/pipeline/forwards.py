@@ -108,9 +108,19 @@ class UNetForward:
         added = dict(added_cond_kwargs or {})
         more = {**residuals, **self._guidance(timestep_cond, sample), **self._free_u(added.pop(FREE_U, None), sample)}
         feeds = self.feeds(sample, timestep, encoder_hidden_states, added, more)
-        output = self.session.run(feeds)
-        noise = output[self.contract.outputs[0].name].to(sample.dtype)
+        noise = self.evaluate(feeds, timestep, encoder_hidden_states).to(sample.dtype)
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+
+    def evaluate(
+        self, feeds: dict[str, torch.Tensor], timestep: torch.Tensor | float, states: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise `[B,C,H,W]` in the engine's dtype.
+
+        Args:
+            feeds: the engine's inputs.
+            timestep, states: of the call, as its pipeline passes them: they tell one run's steps from another's.
+        """
+        return self.session.run(feeds)[self.contract.outputs[0].name]
 
     def _unusable(self, down: tuple[torch.Tensor, ...] | None, middle: torch.Tensor | None) -> dict[str, object]:
         """The residuals of a call, by diffusers' names, where the engine has no inputs for them or half is missing."""

@@ -26,8 +26,10 @@ from sdtrt.specs import (
     NoiseSpec,
     Precision,
     PromptSyntax,
+    QualityName,
     Recipe,
     RefinerSpec,
+    Savings,
     SchedulerName,
     SizeConditioning,
     UpscaleSpec,
@@ -82,6 +84,8 @@ class GenerateOptions(TypedDict, total=False):
     recipe: Recipe | None
     controls: tuple[ControlSpec, ...]
     adapters: tuple[AdapterSpec, ...]
+    savings: Savings
+    quality: QualityName | None
 
 
 def generate(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -28,13 +28,14 @@ from sdtrt.pipeline.call import Control, PipelineCall, generators_of
 from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.fastest import resolve_fastest
 from sdtrt.pipeline.finite import Finite
-from sdtrt.pipeline.jobs import Job, Jobs, batch_name
+from sdtrt.pipeline.jobs import Job, JobList, Jobs, batch_name
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
 from sdtrt.pipeline.refining import Refiner, open_refiner, plan_refiner
 from sdtrt.pipeline.request import PipelineSpec, check_modes
 from sdtrt.pipeline.settings import adapter_facts, metadata_of, refiner_facts, settings_of, upscale_facts
+from sdtrt.pipeline.slow_cpu import note_slow_cpu
 from sdtrt.pipeline.upscaling import Upscaler, load_upscaler, open_upscaler, plan_upscale, without
 from sdtrt.specs import GenerateSpec
 
@@ -119,7 +120,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         plan = _plan(spec, directory, console, read)
-        start = _started(plan.spec, plan.first, read.init, read.mask)
+        start = started(plan.spec, plan.first, read.init, read.mask)
         fitted = _fitted(read.controls, plan.first, start, console)
         larger = _fitted(read.controls, plan.larger, None) if plan.larger is not None else ()
         adapted = _adapted(read.adapters, plan.first, console)
@@ -136,7 +137,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
             with _previewing(spec, stages.first, tiny, output, console) as preview:
                 shown = tuple(one.pixels for one in read.pictures)
                 given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger, adapted)
-                run = _Run(*given)
+                run = Run(*given)
                 load_seconds = time.perf_counter() - began
                 made = run.make_all(jobs)
     return GenerateReport(tuple(made), run.settings, stages.engine_facts(), load_seconds)
@@ -209,6 +210,7 @@ def _plan(
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
     maps = [*(one.picture for one in read.controls), *(one.picture for one in read.adapters)]
     first = resolve_fastest(spec, model, directory, console, read.init, maps)
+    note_slow_cpu(first, console)
     check_modes(spec.controls, (first.model, *first.others.values()))
     refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
     if spec.upscale is not None and spec.upscale.is_latent:
@@ -217,7 +219,7 @@ def _plan(
 
 
 @dataclass(frozen=True)
-class _Stages:
+class Stages:
     """A request's open pipelines."""
 
     first: OpenPipeline
@@ -262,7 +264,7 @@ class _Stages:
 
 
 @contextmanager
-def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[_Stages]:
+def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[Stages]:
     """Open a request's pipelines, one after the other."""
     build = plan.spec.allow_build
     with (
@@ -270,7 +272,7 @@ def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterat
         open_refiner(plan.spec, plan.refiner, directory, console) as refiner,
         open_upscaler(plan.spec, plan.larger, plan.enlarger, first, directory, console) as upscaler,
     ):
-        yield _Stages(first, refiner, upscaler)
+        yield Stages(first, refiner, upscaler)
 
 
 @contextmanager
@@ -285,7 +287,7 @@ def _previewing(
         yield load_preview(tiny, opened, lambda _step, pictures: file.show(pictures), spec.preview_every)
 
 
-def _started(
+def started(
     spec: GenerateSpec, pipeline_spec: PipelineSpec, init: images.InitImage | None, mask: masks.Mask | None
 ) -> Image.Image | masks.Inpainting | None:
     """What the images start from, in the size that the pipeline works at; None for text alone."""
@@ -323,18 +325,26 @@ def _adapted(
     )
 
 
+class Sink(Protocol):
+    """Where pictures go: a `saving.OutputPlan`, or what hands them on."""
+
+    def save(self, image: Image.Image, metadata: images.Metadata, *, prompt: str, seed: int) -> Path:
+        """Take one picture with the text that it carries, and say what it is called."""
+
+
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """One request on its open pipelines.
 
     Args:
+        output: where each picture goes as soon as it is made.
         controls: what ControlNets go by; in a second pass `larger`, at its size.
         adapters: what T2I-Adapters go by, and how much each counts.
     """
 
     spec: GenerateSpec
-    stages: _Stages
-    output: saving.OutputPlan
+    stages: Stages
+    output: Sink
     start: Image.Image | masks.Inpainting | None
     controls: tuple[Control, ...]
     console: Console
@@ -344,7 +354,7 @@ class _Run:
     larger: tuple[Control, ...] = ()
     adapters: tuple[tuple[Image.Image, float], ...] = ()
 
-    def make_all(self, jobs: Jobs) -> list[GeneratedImage]:
+    def make_all(self, jobs: JobList) -> list[GeneratedImage]:
         """Make all images; where the memory is too small for as many at once as were asked for, go on with fewer."""
         made: list[GeneratedImage] = []
         size = self.stages.first.spec.images
@@ -358,7 +368,7 @@ class _Run:
             memory.release()  # here the failed call's tensors are gone: the exception had them
         return made
 
-    def make(self, jobs: Jobs, first: int, size: int) -> list[GeneratedImage]:
+    def make(self, jobs: JobList, first: int, size: int) -> list[GeneratedImage]:
         """Make the batch of `size` images that starts at the job `first`, and save its images."""
         start = time.perf_counter()
         batch = jobs.batch(first, size)
@@ -366,14 +376,14 @@ class _Run:
         self.stages.check_weights()
         found = []
         for number, (job, image) in enumerate(zip(batch, made, strict=True), first + 1):
-            metadata = metadata_of(self.spec, self.stages.first, self.settings, job, size)
+            own = replace(self.spec, negative_prompt=self._negative(job))
+            metadata = metadata_of(own, self.stages.first, self.settings, job, size)
             path = self.output.save(image, metadata, prompt=job.prompt, seed=job.seed)
             self.console.note(f"{batch_name([job], number, len(jobs))}: {path}")
             found.append((path, job, image))
         seconds = (time.perf_counter() - start) / len(batch)
-        negative = self.spec.negative_prompt
         return [
-            GeneratedImage(path, job.seed, job.prompt, negative, image.width, image.height, seconds)
+            GeneratedImage(path, job.seed, job.prompt, self._negative(job), image.width, image.height, seconds)
             for path, job, image in found
         ]
 
@@ -441,7 +451,11 @@ class _Run:
             controls=self.controls,
             adapters=self.adapters,
             image_guidance_scale=spec.image_guidance_scale,
+            negative_prompts=tuple(map(self._negative, batch)),
         )
+
+    def _negative(self, job: Job) -> str:
+        return self.spec.negative_prompt if job.negative_prompt is None else job.negative_prompt
 
     def _check_finite(self, bad: str | None, steps: int, opened: OpenPipeline) -> None:
         """Refuse an image that would come out black."""
@@ -466,6 +480,6 @@ def _takes(opened: OpenPipeline, count: int) -> bool:
     spec = opened.spec
     fewer = replace(spec, images=count, sizes=replace(spec.sizes, batch=spec.sizes.batch // spec.images * count))
     return all(
-        find.slack(entry.engine_key.profiles, fewer.engines.sizes_of(entry.engine_key.component)) is not None
-        for entry in opened.entries.values()
+        find.slack(entry.engine_key.profiles, fewer.sizes_of(name, entry.engine_key.component)) is not None
+        for name, entry in opened.entries.items()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from sdtrt.specs import GenerateSpec
 
@@ -13,10 +14,35 @@ RANDOM_SEEDS = 2**32
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be made."""
+    """One image to be made; its negative prompt is its request's, where it has none of its own."""
 
     prompt: str
     seed: int
+    negative_prompt: str | None = None
+
+
+class JobList(Protocol):
+    """Images to be made, one after the other."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def batch(self, first: int, size: int) -> list[Job]:
+        """The jobs from the number `first` on: `size`, or as many as there are."""
+
+
+@dataclass(frozen=True)
+class ChosenJobs:
+    """Images that have nothing in common but the call that makes them: each has its own prompt and seed."""
+
+    jobs: tuple[Job, ...]
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def batch(self, first: int, size: int) -> list[Job]:
+        """The jobs from the number `first` on: `size`, or as many as there are."""
+        return list(self.jobs[first : first + size])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.components import (
     sizes_of,
 )
+from sdtrt.pipeline.request import first_of
 from sdtrt.specs import (
     COMPONENTS,
     SIZE_MULTIPLE,
@@ -83,6 +84,8 @@ class Demand:
 def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand:
     """What the sessions of a pipeline's engines take. Engines that don't say it (older ones) are left out.
 
+    A second engine that holds no weights has the first one's.
+
     Args:
         sizes: of the UNet's call.
         images: made at once.
@@ -92,8 +95,10 @@ def demand_of(entries: Mapping[str, Entry], sizes: Sizes, images: int) -> Demand
     for name, entry in entries.items():
         weights, work = _figure(entry, "plan_bytes"), _figure(entry, "scratch_bytes")
         if weights is not None and work is not None:
-            asks = registry.get(entry.engine_key.backend).asks_for_scratch
-            fixed += math.ceil(weights * PADDING) if asks else weights
+            backend = registry.get(entry.engine_key.backend)
+            asks = backend.asks_for_scratch
+            if backend.weights_inside or first_of(name) == name:
+                fixed += math.ceil(weights * PADDING) if asks else weights
             component = cast(Component, name) if name in COMPONENTS else entry.engine_key.component
             own = work * _share(entry, sizes_of(component, sizes, images))
             wanted = max(wanted, own)

@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 from sdtrt.backends import registry
-from sdtrt.backends.open import open_session
+from sdtrt.backends.open import open_beside, open_session
 from sdtrt.backends.scratch import Scratch
 from sdtrt.backends.session import Session
 from sdtrt.common.console import Console
@@ -33,12 +33,16 @@ from sdtrt.models.resolve import Model
 from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.models.weights import WEIGHT_NAMES
 from sdtrt.pipeline import memory, pixels, preloaded, schedulers
+from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.control_facade import ControlNetFacade, together
-from sdtrt.pipeline.engines import ensure_engines
+from sdtrt.pipeline.control_forward import ControlNetForward
+from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
 from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
+from sdtrt.pipeline.forwards import UNetForward
+from sdtrt.pipeline.guided_rows import GuidedForward
 from sdtrt.pipeline.memory import check_memory
 from sdtrt.pipeline.refusals import refuse_as_a_whole
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.request import PROMPT_ROWS, PipelineSpec, first_of, shallow_beside
 from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
 
 
@@ -91,6 +95,7 @@ def open_pipeline(
                 parts |= _load_parts(spec, running)
                 _check_weights(spec, running, directory, given=unet_engine)
             parts |= _facades(spec, running, parts.get("vae"))
+            _choose_programs(spec, parts, running, DeepCache(lambda: spec.savings.caching, console))
             _give_image_prompts(spec, parts)
         # No name for the pipeline here: whoever drops it ends this generator, which closes the engines.
         yield OpenPipeline(_assemble(spec, parts, running), spec, running.entries, files)
@@ -174,20 +179,21 @@ def _open_engines(
         preloaded.let_go()
         yield _Running()
         return
-    own = ensure_engines(spec.engines, directory, console, allow_build=allow_build, unet_engine=unet_engine)
-    entries: dict[str, Entry] = dict(own.items())
-    for name, request in spec.other_engines.items():
-        entries |= {name: ensure_engines(request, directory, console, allow_build=allow_build)["controlnet"]}
+    entries = ensure_all(spec, directory, console, allow_build=allow_build, unet_engine=unet_engine)
     scratch = Scratch(memory.pool_bytes(spec, entries))  # the parts of a pipeline run one after the other
     with ExitStack() as stack:
         with preloaded.taken(entries.values()) as loaded:
             check_memory(spec, entries, loaded)
             held = registry.get(spec.backend).weights_inside
             files = None if held else Sight(spec.model, map(part_of, spec.in_engines))
-            sessions = {
-                name: stack.enter_context(_open(spec, spec.source_of(name), entries[name], scratch))
-                for name in memory.by_scratch(entries)
-            }
+            sessions: dict[str, Session[torch.Tensor]] = {}
+            for name in sorted(memory.by_scratch(entries), key=_is_second):
+                first = sessions[first_of(name)] if _is_second(name) else None
+                sessions[name] = stack.enter_context(
+                    _open(spec, spec.source_of(name), entries[name], scratch)
+                    if first is None
+                    else open_beside(entries[name], spec.device, scratch, first)
+                )
         yield _Running(entries, sessions, files)
 
 
@@ -196,6 +202,11 @@ def _open(spec: PipelineSpec, model: Model, entry: Entry, scratch: Scratch) -> S
     if registry.get(spec.backend).weights_inside:
         return open_session(entry, spec.device, scratch)
     return open_session(entry, spec.device, scratch, model)
+
+
+def _is_second(name: str) -> bool:
+    """Whether an engine's name says that it serves fewer rows, or shallow steps, beside another one."""
+    return first_of(name) != name
 
 
 def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
@@ -232,6 +243,8 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
     """What stands in for the parts that engines run; `vae` is PyTorch's, where a half of it has no engine."""
     facades: dict[str, torch.nn.Module] = {}
     for name, session in running.sessions.items():
+        if _is_second(name):
+            continue
         component = session.contract.component
         config = spec.source_of(name).config(part_of(component))
         if name == "unet":
@@ -244,6 +257,32 @@ def _facades(spec: PipelineSpec, running: _Running, vae: Any) -> dict[str, torch
             decoder, encoder = (running.sessions.get(half) for half in VAE_HALVES)
             facades["vae"] = VaeFacade(config, spec.device, decoder=decoder, encoder=encoder, rest=vae)
     return facades
+
+
+def _choose_programs(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running, cache: DeepCache) -> None:
+    """Have the UNet, and the ControlNets that engines run, compute each step by the engine that it is for.
+
+    In steps without guidance they compute the prompt's rows alone; other ControlNets are computed whole.
+    """
+    if "unet" in running.sessions:
+        parts["unet"].forward = _forward_of("unet", spec, running, cache)
+    if spec.prompt_rows is None:
+        return
+    for name in ("unet", *(name for name in (PART, *spec.others) if name in running.sessions)):
+        module, second = parts[name], name + PROMPT_ROWS
+        part = _forward_of(second, spec, running, cache) if second in running.sessions else None
+        module.forward = GuidedForward(spec.savings.guidance, module.forward, part, spec.prompt_rows)
+
+
+def _forward_of(name: str, spec: PipelineSpec, running: _Running, cache: DeepCache) -> UNetForward | ControlNetForward:
+    """The forward of a facade, by an engine of its component."""
+    session = running.sessions[name]
+    if session.contract.component == PART:
+        return ControlNetForward(session, spec.device, "use --backend torch")
+    shallow = shallow_beside(name, running.sessions)
+    if shallow is not None:
+        return CachedForward(session, shallow, spec.device, cache)
+    return UNetForward(session, session.contract, spec.device)
 
 
 def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
@@ -281,7 +320,7 @@ def _assemble(spec: PipelineSpec, parts: Mapping[str, Any], running: _Running) -
         pipe.vae.enable_tiling()
     put_into(pipe, spec.text.embeddings)
     if running.sessions:
-        refuse_as_a_whole(pipe, [one.contract.component for one in running.sessions.values()])
+        refuse_as_a_whole(pipe, dict.fromkeys(one.contract.component for one in running.sessions.values()))
         if spec.device.type == "cuda":
             pixels.round_on_device(pipe.image_processor)
     return pipe

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 from sdtrt.common.console import Console, quiet_libraries
 from sdtrt.common.errors import EngineError
@@ -17,6 +17,7 @@ from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
 from sdtrt.pipeline.fastest import resolve_fastest
+from sdtrt.pipeline.guided_rows import check_is_guided
 from sdtrt.pipeline.open import open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import (
@@ -29,9 +30,11 @@ from sdtrt.specs import (
     ImagePromptSpec,
     ModelSpec,
     Precision,
+    Savings,
     SchedulerName,
     check_choice,
 )
+from sdtrt.specs.presets import SavingArguments, settle
 
 ATTRIBUTE = "_sdtrt_open"
 Task = Literal["txt2img", "img2img", "inpaint", "pix2pix"]
@@ -70,11 +73,12 @@ def load(
     controlnet: str | Iterable[str] = (),
     engine_dir: str | Path | None = None,
     progress: bool = True,
+    **saved: Unpack[SavingArguments],
 ) -> Any:
     """Open a diffusers pipeline without PyTorch's copy of the weights that engines have, as the commands do.
 
-    It stays open until it is dropped or `pipe.close()`d, as `with contextlib.closing(sdtrt.load(...)) as pipe` does. It
-    can't be saved, take a LoRA or go back to PyTorch: use `from_pretrained` and `accelerate` for that.
+    It stays open until it is dropped or closed: `with contextlib.closing(sdtrt.load(...)) as pipe`, or `pipe.close()`.
+    It is where its backend runs. It can't be saved, take a LoRA or go back to PyTorch: `accelerate` is for that.
 
     Args:
         model: `tiny`, a diffusers folder, a hub id or a `.safetensors` file; a `ModelSpec` for a variant or a revision.
@@ -83,7 +87,7 @@ def load(
         task: `img2img` and `inpaint` open an image or an inpainting pipeline, with an engine for the VAE's encoder;
             `pix2pix` one that edits images as a text says.
         guidance: whether calls have a guidance scale above 1, for which the UNet runs two rows an image.
-        backend, precision, components, engine_dir, progress: as of `accelerate`; here the backend decides the device.
+        backend, precision, components, engine_dir, progress, saved: as of `accelerate`.
         scheduler: `euler`, `dpm++`, …; None for the model's own.
         controlnet: a folder, a hub id or a file of a ControlNet, or several: each has an engine, and calls bring maps.
 
@@ -99,21 +103,27 @@ def load(
         >>> image = pipe("a red circle").images[0]
     """
     console = Console(quiet=not progress)
-    named = model if isinstance(model, ModelSpec) else ModelSpec(model)
-    spec = _spec(named, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    spec = replace(spec, controls=_controls([controlnet] if isinstance(controlnet, str) else controlnet))
+    spec = _spec(model, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
+    spec = replace(spec, controls=_controls(controlnet), savings=_savings(saved, guidance))
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
 
 
-def _controls(names: Iterable[str]) -> tuple[ControlSpec, ...]:
+def _controls(names: str | Iterable[str]) -> tuple[ControlSpec, ...]:
     """ControlNets whose maps come with the calls."""
-    return tuple(ControlSpec(name, Path("image")) for name in names)
+    return tuple(ControlSpec(name, Path("image")) for name in ([names] if isinstance(names, str) else names))
+
+
+def _savings(saved: SavingArguments, guidance: bool) -> Savings:
+    """What calls leave out. Raises `UsageError` for a part of a run that is guided, where none is."""
+    savings = settle(**saved, guided=guidance)
+    check_is_guided(savings.guidance, guidance=guidance)
+    return savings
 
 
 def _spec(
-    model: ModelSpec,
+    model: str | ModelSpec,
     task: Task,
     height: int | None,
     width: int | None,
@@ -126,6 +136,7 @@ def _spec(
 ) -> GenerateSpec:
     """The request of a call that makes as many images as the pipeline is for; the calls bring the task's."""
     check_choice("task", task, get_args(Task))
+    model = model if isinstance(model, ModelSpec) else ModelSpec(model)
     return GenerateSpec(
         prompts=("",),
         model=model,

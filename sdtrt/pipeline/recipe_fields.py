@@ -19,7 +19,7 @@ from sdtrt.pipeline.images import Parameters, parse_parameters
 from sdtrt.pipeline.recipe_controls import UNIT, controls_of_web_ui
 from sdtrt.pipeline.recipe_files import WEIGHTS, Finder
 from sdtrt.pipeline.recipe_samplers import scheduler_options
-from sdtrt.specs import EMBEDDING_SUFFIXES, EmbeddingSpec, LoraSpec, Recipe
+from sdtrt.specs import EMBEDDING_SUFFIXES, EmbeddingSpec, GuidanceInterval, LoraSpec, Recipe
 
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^:>]+)((?::[^:>]*)*)>")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -202,6 +202,17 @@ def _edit(reading: _Reading, name: str) -> None:
     reading.options["edit"] = True
 
 
+def _interval(reading: _Reading, name: str) -> None:
+    """Our own: web UIs have no such field."""
+    text = reading.text.fields[name].strip()
+    try:
+        GuidanceInterval.parse(text)
+    except UsageError:
+        reading.left.append(f"{name}: {text}")
+    else:
+        reading.options["guidance_interval"] = text
+
+
 def _eta(reading: _Reading, name: str) -> None:
     """DDIM's and TCD's alone: what web UIs' other samplers take under that name, diffusers' schedulers don't."""
     if (name, reading.value("Sampler")) in (("Eta DDIM", "DDIM"), ("Eta", "TCD")):
@@ -257,6 +268,15 @@ def _noise_schedule(reading: _Reading, name: str) -> None:
         reading.left.append(f"{name}: {reading.text.fields[name]}")
 
 
+def _word(option: str) -> Callable[[_Reading, str], None]:
+    """A reader of our own fields that are words."""
+
+    def read(reading: _Reading, name: str) -> None:
+        reading.options[option] = reading.text.fields[name].strip()
+
+    return read
+
+
 def _nothing(reading: _Reading, name: str) -> None:
     """Another function has it."""
 
@@ -264,6 +284,7 @@ def _nothing(reading: _Reading, name: str) -> None:
 _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "Steps": _number("steps", int),
     "CFG scale": _number("guidance_scale", float),
+    "Guidance interval": _interval,
     "Seed": _number("seed", int),
     "Denoising strength": _strength,
     "Hires upscale": _number("upscale", float),
@@ -282,6 +303,10 @@ _READERS: dict[str, Callable[[_Reading, str], None]] = {
     "TI hashes": _embeddings,
     "Inpaint area": _area,
     "Noise Schedule": _noise_schedule,
+    "Cache interval": _number("cache_interval", int),
+    "Cache depth": _number("cache_depth", int),
+    "Cache schedule": _word("cache_schedule"),
+    "Quality preset": _word("quality"),
     "Sampler": _nothing,
     "RNG": _nothing,
 }

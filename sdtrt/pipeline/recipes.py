@@ -61,6 +61,10 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "upscale_steps": (("upscale", "steps"), (int,)),
     "upscale_strength": (("upscale", "strength"), (int, float)),
     "vae_tiling": (("vae_tiling",), (bool,)),
+    "quality": (("quality",), (str,)),
+    "cache_interval": (("deep_caching", "interval"), (int,)),
+    "cache_depth": (("deep_caching", "depth"), (int,)),
+    "cache_schedule": (("deep_caching", "schedule"), (str,)),
     "refiner": (("refiner", "name"), (str,)),
     "refiner_start": (("refiner", "start"), (int, float)),
 }
@@ -68,7 +72,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
 _TOLD = {
     *("prompt", "seed", "width", "height", "images", "model", "backend", "device", "precision", "scheduler", "noise"),
     *("init_image", "mask", "batch_size", "tokens", "embeddings", "versions", "engine", "engines", "seconds"),
-    *("original_size", "crop", "target_size", "controlnets", "ip_adapters", "t2i_adapters"),
+    *("original_size", "crop", "target_size", "controlnets", "ip_adapters", "t2i_adapters", "guidance_interval"),
 }
 
 
@@ -155,7 +159,7 @@ def _of_ours(path: Path, details: Mapping[str, Any]) -> Recipe:
     files = Finder(path)
     options = {name: value for name, where in _FIELDS.items() if (value := _at(details, *where)) is not None}
     left = [f"{name} {_at(details, keys, (object,))!r}" for name, (keys, _) in _FIELDS.items() if _odd(details, name)]
-    options |= _images(path, details) | _pairs(details)
+    options |= _images(path, details) | _pairs(details) | _interval(details)
     options |= {"lora": loras} if (loras := files.loras_of_ours(_at(details, ("model", "loras"), (list,), []))) else {}
     embeddings = files.embeddings_of_ours(_at(details, ("embeddings",), (list,), []))
     options |= {"embedding": embeddings} if embeddings else {}
@@ -207,6 +211,13 @@ def _pairs(details: Mapping[str, Any]) -> dict[str, str]:
         if len(pair) == 2 and all(isinstance(one, int) for one in pair):
             found[name] = f"{pair[0]}{mark}{pair[1]}"
     return found
+
+
+def _interval(details: Mapping[str, Any]) -> dict[str, str]:
+    """The part of the run that was guided."""
+    ends = _at(details, ("guidance_interval",), (list,), [])
+    fits = len(ends) == 2 and all(isinstance(one, int | float) for one in ends)
+    return {"guidance_interval": f"{ends[0]!r}:{ends[1]!r}"} if fits else {}
 
 
 def _machine(details: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

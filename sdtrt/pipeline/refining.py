@@ -19,7 +19,7 @@ from sdtrt.models.loading import check_loras
 from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec, check_spec, unet_sizes
 from sdtrt.pipeline.text_states import plan_texts
-from sdtrt.specs import GenerateSpec
+from sdtrt.specs import DeepCaching, GenerateSpec
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def plan_refiner(spec: GenerateSpec, base: PipelineSpec, console: Console) -> Pi
         text=text,
         others={},
         adapters=(),
+        savings=replace(base.savings, caching=DeepCaching()),  # its few steps are the picture's details
     )
     check_spec(planned)
     checked_scheduler(planned)

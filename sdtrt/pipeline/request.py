@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -40,12 +41,34 @@ from sdtrt.specs import (
     Group,
     NoiseSpec,
     Precision,
+    Savings,
     SchedulerName,
     Sizes,
 )
 from sdtrt.specs.contract import DTYPES, embeds_guidance
+from sdtrt.specs.deep_features import SHALLOW, default_depth, shallow_groups, whole_group
+from sdtrt.specs.presets import told
+from sdtrt.specs.savings import few_steps
 
+T = TypeVar("T")
+PROMPT_ROWS = "_prompt_rows"  # behind the name of an engine: a second one, for steps without guidance
 LARGE_AREA = 4  # times the model's own number of pixels: above, a model repeats itself and runs long
+
+
+def first_of(name: str) -> str:
+    """The name of the engine beside which one serves fewer rows, or shallow steps; its own for a first one."""
+    return name.removesuffix(PROMPT_ROWS).removesuffix(SHALLOW)
+
+
+def shallow_beside(name: str, found: Mapping[str, T]) -> T | None:
+    """Of a pipeline's engines, by their names, the one of the shallow steps beside one of the UNet's.
+
+    Where it takes fewer rows as well, there is no other for them.
+    """
+    if first_of(name) != "unet":
+        return None
+    usual = "unet" + SHALLOW
+    return found.get(usual + PROMPT_ROWS if name.endswith(PROMPT_ROWS) else usual, found.get(usual))
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,12 @@ class EngineRequest:
         """The precision of a component's engine."""
         return registry.get(self.backend).precision_of(self.model, component, self.precision)
 
+    @property
+    def shallow(self) -> EngineRequest | None:
+        """The engine of the UNet's shallow steps; None where no deep feature is given."""
+        groups = shallow_groups(self.groups)
+        return replace(self, components=("unet",), groups=groups) if groups and "unet" in self.components else None
+
     def groups_of(self, component: Component) -> tuple[Group, ...]:
         """The optional groups of a component's inputs."""
         return self.groups if component == "unet" else ()
@@ -104,6 +133,7 @@ class PipelineSpec:
         others: the model with each further ControlNet in the place of its first one, by the names that their engines
             have among the pipeline's: `controlnet_2`, …
         adapters: the model with each further T2I-Adapter in the place of its first one.
+        savings: what of a run's work is left out.
     """
 
     model: Model
@@ -125,6 +155,7 @@ class PipelineSpec:
     vae_tiling: bool = False
     others: Mapping[str, Model] = field(default_factory=dict)
     adapters: tuple[Model, ...] = ()
+    savings: Savings = field(default_factory=Savings)
 
     @property
     def has_engines(self) -> bool:
@@ -159,18 +190,39 @@ class PipelineSpec:
             self.in_engines,
             self.images,
             self.device,
-            (*groups_of(self.model), *self.model.groups),
+            (*groups_of(self.model), *self.model.groups, *self._deep_groups),
         )
 
     @property
+    def _deep_groups(self) -> tuple[Group, ...]:
+        """The group of the UNet's engine that gives a deep feature, where such are kept."""
+        caching = self.savings.caching
+        if caching.is_off or "unet" not in self.in_engines:
+            return ()
+        return (whole_group(caching.depth or default_depth(self.model.config("unet"))),)
+
+    @property
     def other_engines(self) -> dict[str, EngineRequest]:
-        """The engines of further ControlNets, by their names among the pipeline's."""
+        """The engines of further ControlNets and of the UNet's shallow steps, by their names among the pipeline's."""
         wanted = self.has_engines and (self.components is None or "controlnet" in self.components)
-        return {
+        found = {
             name: replace(self.engines, model=model, components=("controlnet",))
             for name, model in self.others.items()
             if wanted and "controlnet" in components_of(model)
         }
+        shallow = self.engines.shallow
+        return found if shallow is None else {**found, "unet" + SHALLOW: shallow}
+
+    @property
+    def prompt_rows(self) -> int | None:
+        """The rows of a UNet call in a step without guidance; None where all steps are guided, or none is."""
+        saves = not self.savings.guidance.is_whole and self.sizes.batch > self.images
+        return self.images if saves else None
+
+    def sizes_of(self, name: str, component: Component) -> Sizes:
+        """The sizes of one call of the engine of a name."""
+        sizes = self.engines.sizes_of(component)
+        return replace(sizes, batch=self.images) if name.endswith(PROMPT_ROWS) else sizes
 
     @property
     def is_union(self) -> bool:
@@ -179,7 +231,7 @@ class PipelineSpec:
 
     def source_of(self, name: str) -> Model:
         """The model that has what is called so among the pipeline's engines."""
-        return self.others.get(name, self.model)
+        return self.others.get(name.removesuffix(PROMPT_ROWS), self.model)
 
     @property
     def device(self) -> torch.device:
@@ -218,6 +270,8 @@ def resolve_request(
         EngineError, ModelError, UsageError: for what can't run.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
+    if spec.quality is not None:
+        console.note(told(spec.quality, spec.savings))
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
@@ -225,7 +279,7 @@ def resolve_request(
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
-    pipeline_spec = PipelineSpec(
+    planned = PipelineSpec(
         model,
         backend,
         spec.precision or registry.get(backend).default_precision(),
@@ -245,10 +299,17 @@ def resolve_request(
         vae_tiling=spec.vae_tiling,
         others=others,
         adapters=adapters,
+        savings=spec.savings,
     )
-    check_spec(pipeline_spec)
-    _note(pipeline_spec, console)
-    return pipeline_spec
+    return _settled(planned, console)
+
+
+def _settled(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A request with what deep caching comes to in so many steps, checked; what is to be said of it is said."""
+    found = _cached(spec, console)
+    check_spec(found)
+    _note(found, console)
+    return found
 
 
 def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
@@ -393,6 +454,16 @@ def note_noise(asked: NoiseSpec, model: Model, console: Console) -> None:
         console.note(f"noise: {said}")
 
 
+def warn_of_interval(spec: PipelineSpec, console: Console) -> None:
+    """Say where guidance in a part of the steps means nothing, as there is none or the UNet does it by itself."""
+    if spec.savings.guidance.is_whole or spec.prompt_rows is not None:
+        return
+    why = "guidance scales up to 1 are no guidance"
+    if "unet" in spec.model.parts and embeds_guidance(spec.model.config("unet")):
+        why = f"the unet of {spec.model.name} takes the guidance scale, and has one row an image in all steps"
+    console.warn(f"--guidance-interval {spec.savings.guidance} has no effect: {why}")
+
+
 def note_tiles(spec: PipelineSpec, console: Console) -> None:
     """Say what `--vae-tiling` comes to."""
     if spec.tile is not None:
@@ -403,9 +474,26 @@ def note_tiles(spec: PipelineSpec, console: Console) -> None:
         console.note(f"vae: {size} is no larger than one of its tiles: --vae-tiling changes nothing")
 
 
+def _cached(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A request with what deep caching comes to in a run of so many steps. Raises as of `check_spec`."""
+    caching = spec.savings.caching
+    if caching.is_off:
+        return spec
+    _check_cached(spec)
+    steps = spec.steps if spec.edit else int(spec.steps * spec.strength)
+    left = caching.over(steps)
+    depth = caching.depth or default_depth(spec.model.config("unet"))
+    if left.is_off:
+        console.note(few_steps(steps))
+    else:
+        console.note(f"deep caching: {caching.describe(depth)}")
+    return replace(spec, savings=replace(spec.savings, caching=left))
+
+
 def _note(spec: PipelineSpec, console: Console) -> None:
     """Say where the scheduler does not go by the model's configuration, and what PyTorch runs beside engines."""
     note_noise(spec.noise, spec.model, console)
+    warn_of_interval(spec, console)
     note_tiles(spec, console)
     if spec.text.in_pytorch and spec.has_engines:
         console.note(f"{', '.join(text_encoders_of(spec.model))}: in PyTorch, in fp32, for {spec.text.reasons}")
@@ -467,6 +555,18 @@ def _image_size(
     return height, width
 
 
+def _check_cached(spec: PipelineSpec) -> None:
+    """Refuse deep caching where no engine runs the UNet."""
+    caching = spec.savings.caching
+    if caching.is_off or "unet" in spec.in_engines:
+        return
+    why = "has no engines" if not spec.has_engines else "runs the unet in PyTorch, by --component"
+    raise UsageError(
+        f"--cache-interval {caching.interval} needs engines of the unet, and {spec.backend} {why}",
+        hint="leave --cache-interval out, or use --backend auto with an engine of the unet",
+    )
+
+
 def check_spec(spec: PipelineSpec) -> None:
     """Refuse what no engine can run, before anything is exported.
 
@@ -481,6 +581,7 @@ def check_spec(spec: PipelineSpec) -> None:
             f"{spec.backend} needs an NVIDIA GPU and a CUDA build of PyTorch",
             hint="run: sdtrt doctor; or --backend auto",
         )
+    _check_cached(spec)
     if not spec.has_engines:
         return
     for component in spec.in_engines:

@@ -31,6 +31,7 @@ from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.pipeline.sampler_names import eta_field, noise_schedule, sampler_name, schedule_type
 from sdtrt.pipeline.upscaling import title_of
 from sdtrt.specs import LANCZOS, LATENT, GenerateSpec, NoiseSpec
+from sdtrt.specs.deep_features import DEEP_OUT, depth_of
 
 
 def settings_of(
@@ -53,6 +54,7 @@ def settings_of(
         "steps": spec.steps,
         "guidance_scale": spec.guidance_scale,
         **({} if spec.eta is None else {"eta": spec.eta}),
+        **_savings_facts(spec),
         "strength": spec.strength if init is not None and not spec.edit else None,
         "init_image": None if init is None else {"name": init.path.name, "sha256": init.sha256},
         **({} if mask is None else _mask_facts(spec, mask)),
@@ -63,10 +65,25 @@ def settings_of(
         **_text_facts(opened, directory),
         **_noise_facts(spec),
         **({"vae_tiling": True} if spec.vae_tiling else {}),
+        **caching_facts(pipeline_spec),
         **{name: list(pair) for name, pair in spec.conditioning.given.items()},
         **({"components": list(spec.components)} if spec.components else {}),
         "versions": {"sdtrt": __version__, **host.library_versions()},
     }
+
+
+def caching_facts(spec: PipelineSpec) -> dict[str, Any]:
+    """How deep features were kept. Other images say nothing of it."""
+    caching, depth = spec.savings.caching, depth_of(spec.engines.groups, DEEP_OUT)
+    if depth is None:
+        return {}
+    return {"deep_caching": {"interval": caching.interval, "depth": depth, "schedule": caching.schedule}}
+
+
+def _caching_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, a field each: no web UI has words for it."""
+    facts = settings.get("deep_caching", {})
+    return {f"Cache {name}": value for name, value in facts.items()}
 
 
 def refiner_facts(spec: GenerateSpec, refiner: PipelineSpec | None, directory: EngineDirectory) -> dict[str, Any]:
@@ -114,6 +131,12 @@ def _noise_facts(spec: GenerateSpec) -> dict[str, Any]:
     names = [one.name for one in fields(NoiseSpec) if one.name != "sources"]
     asked = {name: value for name in names if (value := getattr(spec.noise, name)) is not None}
     return {"noise": asked} if asked else {}
+
+
+def _savings_facts(spec: GenerateSpec) -> dict[str, Any]:
+    """What of a run's work was left out; empty for nothing."""
+    interval, named = spec.savings.guidance, {} if spec.quality is None else {"quality": spec.quality}
+    return named if interval.is_whole else {**named, "guidance_interval": [interval.start, interval.stop]}
 
 
 def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
@@ -325,6 +348,8 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         "Sampler": sampler_name(scheduler),
         "Schedule type": schedule_type(scheduler, spec.noise.sigmas),
         "CFG scale": float(spec.guidance_scale),
+        "Quality preset": spec.quality,
+        "Guidance interval": ":".join(map(repr, _savings_facts(spec).get("guidance_interval", ()))) or None,
         "Seed": job.seed,
         "Size": f"{sizes.width}x{sizes.height}",
         "Model hash": settings["model"]["sha256"][:10] if "sha256" in settings["model"] else None,
@@ -347,6 +372,7 @@ def _fields(spec: GenerateSpec, opened: OpenPipeline, settings: Mapping[str, Any
         **_control_fields(settings),
         **_adapter_fields(settings),
         **_image_prompt_fields(settings),
+        **_caching_fields(settings),
         "RNG": "CPU",  # web UIs take a GPU's otherwise: other noise
         "Noise Schedule": noise_schedule(scheduler),
         eta_field(scheduler): None if spec.eta is None else float(spec.eta),

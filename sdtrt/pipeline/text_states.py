@@ -92,7 +92,9 @@ def _check_encoders(spec: GenerateSpec, model: Model, encoders: Sequence[str]) -
         )
 
 
-def states_of(pipe: Any, plan: TextPlan, prompts: Sequence[str], negative: str, guidance: bool) -> dict[str, Any]:
+def states_of(
+    pipe: Any, plan: TextPlan, prompts: Sequence[str], negatives: Sequence[str], guidance: bool
+) -> dict[str, Any]:
     """The arguments of a pipeline's call in the place of its prompts.
 
     Layers are skipped for prompts alone, as diffusers does; in web UIs' syntax for negative prompts as well, as web UIs
@@ -105,11 +107,11 @@ def states_of(pipe: Any, plan: TextPlan, prompts: Sequence[str], negative: str, 
         states, pooled = _encode(pipe, plan, prompts, plan.clip_skip)
         given = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
         if guidance:
-            if not negative and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+            if not any(negatives) and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
                 nothing = torch.zeros_like(states), pooled if pooled is None else torch.zeros_like(pooled)
             else:
                 skip = plan.clip_skip if plan.syntax == "webui" else 0
-                nothing = _encode(pipe, plan, [negative] * len(prompts), skip)
+                nothing = _encode(pipe, plan, negatives, skip)
             given |= dict(zip(("negative_prompt_embeds", "negative_pooled_prompt_embeds"), nothing, strict=True))
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 

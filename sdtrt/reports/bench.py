@@ -28,9 +28,9 @@ from sdtrt.models import resolve
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
+from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.call import Control, PipelineCall
 from sdtrt.pipeline.control_images import ControlImage, read_control_images
-from sdtrt.pipeline.engines import ensure_engines
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
 from sdtrt.pipeline.request import (
@@ -43,6 +43,7 @@ from sdtrt.pipeline.request import (
     named_others,
     note_noise,
     unet_sizes,
+    warn_of_interval,
 )
 from sdtrt.pipeline.settings import device_name
 from sdtrt.reports import meters
@@ -51,7 +52,7 @@ from sdtrt.reports.bench_parts import parts_of, time_component
 from sdtrt.reports.bench_report import BenchReport, Measured, Row, Runner
 from sdtrt.reports.energy import EnergyMeter
 from sdtrt.reports.meters import MemoryMeter, tf32, time_calls
-from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, BenchTask, Precision
+from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, BenchTask, Precision, Savings
 
 FILES = ("bench.json", "bench.md", "bench.png")
 
@@ -123,7 +124,13 @@ def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     precision = spec.precision or registry.get(backend).default_precision()
     same = {("fp32", NATIVE): BASELINES["torch-fp32"], ("fp16", NATIVE): BASELINES["torch-fp16"]}
     own = same.get((precision, backend))
-    asked = Runner(backend, precision, None if own is None else own.variant, own, asked=True)
+    interval, caching = spec.savings.guidance, spec.savings.caching
+    words = (
+        own.variant if own is not None else None,
+        None if interval.is_whole else f"guidance in {interval}",
+        None if caching.is_off else f"1 step in {caching.interval} whole ({caching.schedule})",
+    )
+    asked = Runner(backend, precision, ", ".join(filter(None, words)) or None, own, asked=True)
     return [asked, *(_baseline_runner(found) for found in _baselines(spec, console) if found != own)]
 
 
@@ -211,6 +218,7 @@ class _Bench:
     def row(self, task: BenchTask, runner: Runner, batch: int) -> Row:
         """Measure one row, or say why it can't be."""
         pipeline_spec = self._pipeline_spec(task, runner, batch)
+        warn_of_interval(pipeline_spec, self.console)
         sizes = pipeline_spec.sizes
         all_run = self.model.is_lcm and self.spec.scheduler in (None, "lcm")  # whatever the strength
         steps = self.spec.steps if all_run else self.spec.steps_run(task)
@@ -245,14 +253,14 @@ class _Bench:
             noise=spec.noise,
             strength=spec.strength if task == "img2img" else 1.0,
             others=self.others,
+            savings=spec.savings if runner.asked else Savings(),
         )
 
     def _measure(self, runner: Runner, pipeline_spec: PipelineSpec) -> Measured:
         """Open the pipeline, warm it up, time it, then its parts."""
         check_spec(pipeline_spec)
         # Before memory is watched: a build is no part of generating.
-        for request in (pipeline_spec.engines, *pipeline_spec.other_engines.values()):
-            ensure_engines(request, self.directory, self.console, allow_build=self.spec.allow_build)
+        ensure_all(pipeline_spec, self.directory, self.console, allow_build=self.spec.allow_build)
         device = pipeline_spec.device
         meter = MemoryMeter(device)
         pipeline_call = self._call(pipeline_spec)

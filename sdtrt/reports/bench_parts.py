@@ -14,7 +14,7 @@ from sdtrt.exports.tracing import ControlNetCall, unet_call
 from sdtrt.models.components import contract_of
 from sdtrt.models.controlnets import PART
 from sdtrt.pipeline.open import OpenPipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.request import PROMPT_ROWS, PipelineSpec
 from sdtrt.reports.meters import Timing, synchronize, time_queued_calls
 from sdtrt.specs import SAMPLE_PROMPT
 from sdtrt.specs.contract import Contract
@@ -30,6 +30,7 @@ def parts_of(opened: OpenPipeline) -> dict[str, Callable[[], object]]:
     contract = contract_of(spec.model, "unet", spec.precision, spec.engines.groups_of("unet"))
     feeds = _feeds(contract, spec)
     unet, latents = unet_call(pipe.unet, contract), feeds["sample"][:batch]
+    fewer = {name: tensor[: spec.prompt_rows] for name, tensor in feeds.items()}
     image = torch.rand(batch, 3, spec.sizes.height, spec.sizes.width, device=spec.device, dtype=spec.parts_dtype)
     guided = spec.sizes.batch > batch
 
@@ -53,6 +54,7 @@ def parts_of(opened: OpenPipeline) -> dict[str, Callable[[], object]]:
         **_controlnets(opened),
         "vae_decoder": decode,
     }
+    parts |= {} if spec.prompt_rows is None else {f"unet{PROMPT_ROWS}": lambda: unet(*fewer.values())}
     return parts | ({"vae_encoder": encode} if spec.img2img else {})
 
 

@@ -12,6 +12,7 @@ from sdtrt.backends import registry
 from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
+from sdtrt.pipeline.request import PROMPT_ROWS
 from sdtrt.reports import charts
 from sdtrt.reports.bench_baselines import Baseline, code_of
 from sdtrt.reports.energy import POWER
@@ -57,7 +58,8 @@ class Measured:
 
     Args:
         latency: seconds of a whole pipeline call, from the prompt to the PIL images.
-        components: seconds of one call of each part; the UNet's is one denoising step with guidance.
+        components: seconds of one call of each part; the UNet's is one denoising step with guidance, that of its
+            `PROMPT_ROWS` one without.
         unet_calls: of one pipeline call: PNDM has one more than steps, Heun nearly twice as many.
         memory: peaks in bytes while generating; `peak_bytes` is that of the device that computes.
         energy_joules: of one pipeline call, all of the GPU; None where nobody counts.
@@ -105,8 +107,11 @@ class Row:
 
     @property
     def component_share(self) -> float | None:
-        """How much of the call its components' own times make up: 1 would be no time between them."""
-        if self.measured is None:
+        """How much of the call its components' own times make up: 1 would be no time between them.
+
+        None where steps take different times.
+        """
+        if self.measured is None or f"unet{PROMPT_ROWS}" in self.measured.components:
             return None
         parts = {name: timing.median for name, timing in self.measured.components.items()}
         steps = sum(median for name, median in parts.items() if name == "unet" or name.startswith("controlnet"))

@@ -17,9 +17,13 @@ from sdtrt.common.errors import SdtrtError, command_line
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.trust import mend_of
 from sdtrt.models.resolve import TINY
-from sdtrt.specs import GIB, BackendName
+from sdtrt.specs import GIB, QUANTISED, BackendName
+
+VNNI = {"avx512_vnni", "amx_tile"}  # instructions for products of int8
 
 State = Literal["ok", "optional", "missing"]
+
+BASE = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript")  # what every installation has
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,14 @@ class Diagnosis:
 
 def diagnose(directory: EngineDirectory) -> Diagnosis:
     """Look at this machine and at the engine directory; changes nothing."""
-    backends = (*_gpu_backends(), _automatic(), _pycuda())
+    backends = (*_backends(), _automatic(), _quantised(), _pycuda())
     findings = (*_libraries(), _bytecode(), _gpu(), *backends, _directory(directory), _tiny())
     return Diagnosis(findings, tuple(backend.name for backend in registry.running_here()))
 
 
 def _libraries() -> Iterable[Finding]:
     """What the base installation brings."""
-    for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript"):
+    for name in BASE:
         version = host.library_version(name)
         if version is None:
             yield Finding(name, "missing", "not installed", f"pip install {name}")
@@ -107,9 +111,11 @@ def _gpu() -> Finding:
     return Finding("GPU", "ok", detail)
 
 
-def _gpu_backends() -> Iterable[Finding]:
-    """What builds engines for GPUs: installed or not, whole or not, and whether it serves this GPU."""
-    for backend in registry.with_engines_on_gpu():
+def _backends() -> Iterable[Finding]:
+    """What builds engines beside the base installation: there or not, whole or not, and whether it serves this GPU."""
+    for backend in registry.with_engines():
+        if backend.name in BASE:
+            continue
         try:
             version = backend.version()
         except SdtrtError as error:
@@ -126,6 +132,25 @@ def _automatic() -> Finding:
     """What `--backend auto` has built here, and why."""
     name, reason = registry.expected()
     return Finding("auto", "ok", f"{name} where no engines are there: {reason}")
+
+
+def _quantised() -> Finding:
+    """Which precisions of 8 bits engines can compute in here."""
+    backend = registry.get("inductor")
+    if problem := backend.why_not():
+        return Finding("8 bits", "optional", f"no engines in {' or '.join(QUANTISED)}: {problem.message}", problem.hint)
+    lacking = {}
+    for precision in QUANTISED:
+        try:
+            backend.check_precision(precision)
+        except SdtrtError as error:
+            lacking[precision] = error
+    words = [*(one for one in QUANTISED if one not in lacking), *(error.message for error in lacking.values())]
+    if backend.device() == "cpu":
+        fast = "int8" if VNNI & set(host.instruction_sets()) else "neither"
+        words.append(f"of these the processor has instructions for {fast}; sdtrt build says what is gained")
+    hint = next((error.hint for error in lacking.values()), "")
+    return Finding("8 bits", "optional" if lacking else "ok", "; ".join(words), hint)
 
 
 def _pycuda() -> Finding:

@@ -144,6 +144,7 @@ class EngineReport:
     Args:
         profiles: the sizes that it takes; empty where it takes any.
         host: what it is bound to: the GPU, or the processor.
+        kept: of an engine in 8 bits, the layers that are in 16, as patterns of their names.
     """
 
     name: str
@@ -159,6 +160,7 @@ class EngineReport:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
     files: Mapping[str, int]
+    kept: tuple[str, ...] = ()
 
     @property
     def contract(self) -> Contract:
@@ -178,6 +180,8 @@ class EngineReport:
         if self.backend is not None:
             host = ", ".join(f"{name} {_short(value)}" for name, value in self.host.items())
             print(f"{self.backend} {self.backend_version or ''} on {host}")
+        if self.kept:
+            print(f"in 16 bits: {', '.join(self.kept)}, and all that is no linear layer of a transformer")
         print(f"{human_bytes(sum(self.files.values()))} in {self.path}\n")
         rows = [("input", spec) for spec in self.inputs] + [("output", spec) for spec in self.outputs]
         cells = [(way, spec.name, spec.dtype, ", ".join(map(str, spec.dims))) for way, spec in rows]
@@ -289,7 +293,16 @@ def inspect_engine(entry: Entry) -> EngineReport:
         outputs=contract.outputs,
         profiles=profiles,
         files=entry.files,
+        kept=_kept(entry),
     )
+
+
+def _kept(entry: Entry) -> tuple[str, ...]:
+    """The layers that an engine in 8 bits has in 16; none for others, and where the key is not as it should be."""
+    options: Any = entry.key.get("options")
+    recipe: Any = options.get("recipe") if isinstance(options, dict) else None
+    kept = recipe.get("kept") if isinstance(recipe, dict) else None
+    return tuple(map(str, kept)) if isinstance(kept, list) else ()
 
 
 def human_bytes(size: int | None) -> str:

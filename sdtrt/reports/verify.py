@@ -23,22 +23,26 @@ from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
+from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.control_images import read_control_images
-from sdtrt.pipeline.engines import build_command, ensure_engines
+from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.images import InitImage, read_init_image
+from sdtrt.pipeline.images import read_init_image
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, check_modes, resolve_request
-from sdtrt.reports.verify_pictures import comparison, error_plot, gradient
+from sdtrt.pipeline.settings import caching_facts
+from sdtrt.reports.verify_pictures import comparison, error_plot
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
 from sdtrt.reports.verify_runs import (
     Array,
     RecordedCall,
     Shown,
+    asked_of,
     run_candidate,
     run_noise_floor,
     run_reference,
     seed_of,
+    start_of,
     strength_of,
 )
 from sdtrt.specs import ExportSpec, GenerateSpec, VerifySpec
@@ -52,7 +56,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
         UsageError, OutputError: for a wrong request, before any heavy work.
         SdtrtError: where scikit-image or matplotlib is missing, or the engine can't be had or run.
     """
-    _require_extras()
+    require_extras()
     output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,16 +76,15 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     image = compare_images(pixels, reference.pixels)
     files = _draw(output.folder, errors, pixels, reference.pixels, pipeline_spec)
     settings = _settings(spec, pipeline_spec)
-    failures = judge(spec.thresholds, errors, image)
+    thresholds = spec.thresholds_of(pipeline_spec.precision)
+    failures = judge(thresholds, errors, image)
     facts = {name: engine_facts(one) for name, one in found.items()}
     rebuild = _rebuild(pipeline_spec, found, directory)
     removal = entry.removal if entry is not None else ""
-    return VerifyReport(
-        settings, spec.thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal
-    )
+    return VerifyReport(settings, thresholds, errors, image, failures, files, facts, same_weights, rebuild, removal)
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     """Say early what is missing: a run takes minutes."""
     require_ssim()
     try:
@@ -101,39 +104,21 @@ def _subject(
     spec: VerifySpec, model: Model, shown: Shown, directory: EngineDirectory, console: Console
 ) -> tuple[PipelineSpec, Mapping[str, Entry]]:
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
-    image = _asked(spec.image, model)
-    start = _start(image, model) if image.init_image is not None else None
+    image = asked_of(spec.image, model)
+    start = start_of(image, model)
     maps = [one.picture for one in shown.controls]
     if spec.engine is not None:
         entry = directory.named(spec.engine)
         pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start, maps)
         _check_fits(entry, pipeline_spec)
+        _check_takes_all(entry, pipeline_spec)
     else:
         entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start, maps)
     check_modes(image.controls, (pipeline_spec.model, *pipeline_spec.others.values()))
     # All that the image needs, before the long part begins.
-    build = spec.image.allow_build
-    own = ensure_engines(pipeline_spec.engines, directory, console, allow_build=build, unet_engine=entry)
-    found: dict[str, Entry] = dict(own.items())
-    for name, request in pipeline_spec.other_engines.items():
-        found |= {name: ensure_engines(request, directory, console, allow_build=build)["controlnet"]}
-    return pipeline_spec, found
-
-
-def _asked(image: GenerateSpec, model: Model) -> GenerateSpec:
-    """The image that a model makes: SDXL's refiner, and models for inpainting and edits, start from a picture."""
-    if model.is_editing:
-        return replace(image, init_image=Path("gradient"), edit=True)
-    if not model.is_refiner and not model.is_inpainting:
-        return image
-    mask = Path("half") if model.is_inpainting else None
-    return replace(image, init_image=Path("gradient"), mask=mask, strength=strength_of(image))
-
-
-def _start(image: GenerateSpec, model: Model) -> InitImage:
-    """What a model starts from that makes no image from text alone: always the same picture."""
-    own_height, own_width = model.default_size()
-    return InitImage(Path("gradient"), "", gradient(image.height or own_height, image.width or own_width))
+    return pipeline_spec, ensure_all(
+        pipeline_spec, directory, console, allow_build=spec.image.allow_build, unet_engine=entry
+    )
 
 
 def _rebuild(spec: PipelineSpec, entries: Mapping[str, Entry], directory: EngineDirectory) -> str:
@@ -181,12 +166,22 @@ def _check_fits(entry: Entry, spec: PipelineSpec) -> None:
         )
 
 
+def _check_takes_all(entry: Entry, spec: PipelineSpec) -> None:
+    """Refuse an engine that alone does not serve a run with steps without guidance."""
+    rows = spec.prompt_rows
+    if rows is not None and find.slack(entry.engine_key.profiles, replace(spec.sizes, batch=rows)) is None:
+        raise EngineError(
+            f"{entry.name} takes no call of {rows} row{'s' * (rows > 1)}, which steps without guidance are",
+            hint="leave --guidance-interval or --engine out",
+        )
+
+
 def _same_weights(model: Model, entry: Entry | None, directory: EngineDirectory) -> bool | None:
     """Whether an engine was built from the model's own weights and configuration, or serves any of its architecture."""
     if entry is None:
         return None
     key = entry.engine_key
-    export = ExportSpec(model.spec, "unet", key.precision)
+    export = ExportSpec(model.spec, "unet", key.precision, groups=key.export.groups)
     own = source_key(model, export, directory.file_digest, weights=registry.get(key.backend).weights_inside)
     return key.export.fingerprint == own.fingerprint
 
@@ -213,6 +208,8 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         "seed": seed_of(image),
         "steps": image.steps,
         "guidance_scale": image.guidance_scale,
+        **({} if image.savings.guidance.is_whole else {"guidance_interval": str(image.savings.guidance)}),
+        **caching_facts(pipeline_spec),
         "scheduler": image.scheduler,
         "noise": pipeline_spec.noise.over(pipeline_spec.model.stated).describe(),
         "height": pipeline_spec.sizes.height,

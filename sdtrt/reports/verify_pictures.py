@@ -35,26 +35,36 @@ def half(height: int, width: int) -> Image.Image:
 
 def comparison(actual: Array, expected: Array, label: str) -> bytes:
     """A PNG: the reference, the engine's image, and their difference, made large enough to be seen, side by side."""
-    difference = np.nan_to_num(np.abs(np.nan_to_num(actual) - expected), posinf=1)
-    largest = float(difference.max())
+    return differences([(expected, actual)], "PyTorch fp32", label)
+
+
+def differences(pairs: Sequence[tuple[Array, Array]], expected_label: str, label: str) -> bytes:
+    """A PNG: a line for each pair of a reference and an image, and their difference, enlarged alike in all lines."""
+    lines = [(expected, np.nan_to_num(actual)) for expected, actual in pairs]
+    found = [np.nan_to_num(np.abs(np.nan_to_num(actual) - expected), posinf=1) for expected, actual in pairs]
+    largest = max(float(difference.max()) for difference in found)
     gain = min(MAX_GAIN, max(1, int(1 / largest))) if largest > 0 else 1
-    panels = (
-        ("PyTorch fp32", expected),
-        (label, np.nan_to_num(actual)),
-        (f"difference × {gain}", difference * gain),
-    )
-    height, width = expected.shape[:2]
+    rows = [(*line, difference * gain) for line, difference in zip(lines, found, strict=True)]
+    return sheet(rows, (expected_label, label, f"difference × {gain}"))
+
+
+def sheet(rows: Sequence[Sequence[Array]], captions: Sequence[str]) -> bytes:
+    """A PNG of pictures `[H,W,3]` of one size, in rows, with a caption above each column."""
+    height, width = rows[0][0].shape[:2]
     factor = max(1, -(-PANEL_PIXELS // width))
-    sheet = Image.new("RGB", (3 * width * factor, height * factor + CAPTION_PIXELS), "white")
-    draw = ImageDraw.Draw(sheet)
-    text, font = legible(SEPARATOR.join(caption for caption, _ in panels), CAPTION_SIZE)
-    for number, (caption, (_, pixels)) in enumerate(zip(text.split(SEPARATOR), panels, strict=True)):
-        eight_bits = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-        enlarged = Image.fromarray(eight_bits).resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (number * width * factor, CAPTION_PIXELS))
-        draw.text((number * width * factor + 4, CAPTION_PIXELS / 2), caption, fill="black", font=font, anchor="lm")
+    size = (len(captions) * width * factor, len(rows) * height * factor + CAPTION_PIXELS)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    text, font = legible(SEPARATOR.join(captions), CAPTION_SIZE)
+    for column, caption in enumerate(text.split(SEPARATOR)):
+        draw.text((column * width * factor + 4, CAPTION_PIXELS / 2), caption, fill="black", font=font, anchor="lm")
+    for line, row in enumerate(rows):
+        for column, pixels in enumerate(row):
+            eight_bits = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+            enlarged = Image.fromarray(eight_bits).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            picture.paste(enlarged, (column * width * factor, line * height * factor + CAPTION_PIXELS))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -185,9 +185,14 @@ def compare_call(timestep: float, actual: Array, expected: Array, floor: Array) 
 
 def compare_images(actual: Array, expected: Array) -> ImageError:
     """PSNR and SSIM of two images of 0 to 1."""
+    return ImageError(picture_psnr(actual, expected), ssim(actual, expected, data_range=1.0))
+
+
+def picture_psnr(actual: Array, expected: Array) -> float:
+    """PSNR in dB of two images of 0 to 1, at most `MAX_PSNR_DB`; NaN for pixels that are not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
         ratio = psnr(actual, expected, data_range=1.0)
-    return ImageError(ratio if math.isnan(ratio) else min(ratio, MAX_PSNR_DB), ssim(actual, expected, data_range=1.0))
+    return ratio if math.isnan(ratio) else min(ratio, MAX_PSNR_DB)
 
 
 def judge(thresholds: Thresholds, errors: Sequence[TimestepError], image: ImageError) -> tuple[str, ...]:

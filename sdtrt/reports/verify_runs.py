@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,19 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
 from sdtrt.models.image_prompts import attentions_of
+from sdtrt.models.resolve import Model
 from sdtrt.pipeline.call import Control, PipelineCall
 from sdtrt.pipeline.control_images import ControlImage
+from sdtrt.pipeline.guided_rows import computed_rows
 from sdtrt.pipeline.hooks import hooked
+from sdtrt.pipeline.images import InitImage
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import gradient, half
 from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, VerifySpec
+from sdtrt.specs.contract import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -40,6 +45,8 @@ Array = npt.NDArray[Any]
 @dataclass(frozen=True)
 class RecordedCall:
     """One call of the UNet in the fp32 run, on the CPU: its inputs and its output `[B,C,H,W]`.
+
+    In a step without guidance they are those of the rows that are computed.
 
     Args:
         more: its other arguments by diffusers' names: the text's states, added conditioning, a guidance embedding, the
@@ -99,9 +106,14 @@ class _Recorder:
     def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one call of a diffusers pipeline: `unet(sample, timestep, encoder_hidden_states=…)`."""
         if self.count in self.wanted:
-            more = {name: _mapped(value, _on_the_cpu) for name, value in kwargs.items() if name != "return_dict"}
+            rows = computed_rows(unet)
+            more = {
+                name: _mapped(value, lambda one: rows(one).cpu())
+                for name, value in kwargs.items()
+                if name != "return_dict"
+            }
             timestep = torch.as_tensor(args[1]).cpu()
-            self.calls.append(RecordedCall(args[0].cpu(), timestep, more, _numpy(output[0])))
+            self.calls.append(RecordedCall(rows(args[0]).cpu(), timestep, more, _numpy(rows(output[0]))))
         self.count += 1
 
 
@@ -131,8 +143,8 @@ def run_reference(
 
 
 def run_noise_floor(spec: PipelineSpec, reference: Reference, shown: Shown, console: Console) -> list[Array]:
-    """PyTorch's own UNet in half precision (bf16 for an engine in bf16, else fp16) on the recorded inputs."""
-    precision: Precision = "bf16" if spec.precision == "bf16" else "fp16"
+    """PyTorch's own UNet in half precision (bf16 for an engine that takes it, else fp16) on the recorded inputs."""
+    precision: Precision = "bf16" if DTYPES[spec.precision] == DTYPES["bf16"] else "fp16"
     own = replace(spec, backend=NATIVE, precision=precision)
     try:
         unet = loading.load_unet(own.model, own.parts_dtype).to(own.device)
@@ -191,10 +203,22 @@ def _image(call: PipelineCall, shown: Shown, opened: OpenPipeline, name: str, co
 
 
 def _call(image: GenerateSpec, spec: PipelineSpec, shown: Shown) -> PipelineCall:
-    """The call of a pipeline that makes the image, from noise or from a picture that is always the same."""
+    """The call of a pipeline that makes the image."""
+    return call_of(image, spec, image.prompts[:1], (seed_of(image),), shown)
+
+
+def call_of(
+    image: GenerateSpec,
+    spec: PipelineSpec,
+    prompts: tuple[str, ...],
+    seeds: tuple[int, ...],
+    shown: Shown | None = None,
+) -> PipelineCall:
+    """The call of a pipeline that makes pictures, from noise or from a picture that is always the same."""
+    shown = shown or Shown()
     return PipelineCall(
-        prompts=image.prompts[:1],
-        seeds=(seed_of(image),),
+        prompts=prompts,
+        seeds=seeds,
         guidance_scale=image.guidance_scale,
         negative_prompt=image.negative_prompt,
         start=gradient(spec.sizes.height, spec.sizes.width) if spec.img2img else None,
@@ -203,6 +227,24 @@ def _call(image: GenerateSpec, spec: PipelineSpec, shown: Shown) -> PipelineCall
         pictures=shown.pictures,
         controls=tuple(Control.of(one, spec.sizes) for one in shown.controls),
     )
+
+
+def asked_of(image: GenerateSpec, model: Model) -> GenerateSpec:
+    """The image that a model makes: SDXL's refiner, and models for inpainting and edits, start from a picture."""
+    if model.is_editing:
+        return replace(image, init_image=Path("gradient"), edit=True)
+    if not model.is_refiner and not model.is_inpainting:
+        return image
+    mask = Path("half") if model.is_inpainting else None
+    return replace(image, init_image=Path("gradient"), mask=mask, strength=strength_of(image))
+
+
+def start_of(image: GenerateSpec, model: Model) -> InitImage | None:
+    """What a model starts from that makes no image from text alone: always the same picture; None for the others."""
+    if image.init_image is None:
+        return None
+    own_height, own_width = model.default_size()
+    return InitImage(Path("gradient"), "", gradient(image.height or own_height, image.width or own_width))
 
 
 def seed_of(image: GenerateSpec) -> int:

@@ -23,6 +23,7 @@ from sdtrt.specs.choices import (
     check_group,
     check_output,
 )
+from sdtrt.specs.savings import DeepCaching
 from sdtrt.specs.sizes import Profile, ProfileRequest
 
 # The opset that each exporter writes by default. 17 is the newest that TensorRT 8.6 reads, and the first with layer
@@ -223,10 +224,12 @@ class ExportRequest:
     Args:
         common: what is asked of each; its component, and where that would overflow its precision, are each one's own.
         components: none for all that the model's pipeline needs.
+        caching: what the UNet's two programs are for, which stand in the place of one; off for that one.
     """
 
     common: ExportSpec
     components: tuple[Component, ...] = ()
+    caching: DeepCaching = DeepCaching()
 
     def __post_init__(self) -> None:
         for name in self.components:
@@ -248,9 +251,11 @@ class BuildRequest:
         components: none for all that the model's pipeline needs.
         precision: None for the backend's default.
         sizes: what the engines are to accept.
+        caching: as of `ExportRequest`.
     """
 
     common: BuildSpec
     components: tuple[Component, ...] = ()
     precision: Precision | None = None
     sizes: ProfileRequest = field(default_factory=ProfileRequest)
+    caching: DeepCaching = DeepCaching()

@@ -10,7 +10,7 @@ from sdtrt.common.errors import UsageError
 
 Component = Literal["text_encoder", "text_encoder_2", "controlnet", "unet", "vae_decoder", "vae_encoder"]
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 Group = str  # of a UNet's inputs, beside those that each has: one of `GROUPS`, and what it is of (`ip_adapter:4`)
 
@@ -42,7 +42,11 @@ COMPONENTS: tuple[str, ...] = get_args(Component)
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "free_u", "ip_adapter")
+WHOLE: tuple[Precision, ...] = ("fp32", "fp16", "bf16")  # those that all products are computed in
+
+QUANTISED: tuple[Precision, ...] = ("int8", "fp8")  # products of 8 bits inside; the rest, inputs and outputs in bf16
+
+GROUPS: tuple[str, ...] = ("controlnet", "t2i_adapter", "free_u", "ip_adapter", "deep_out", "deep_in")
 
 
 EXPORTERS: tuple[str, ...] = get_args(Exporter)
@@ -95,6 +99,8 @@ DEFAULT_VERIFY_SEED = 0
 
 MAX_DIGITS = 9  # of a number that is typed: more fit nothing here
 
+FEWEST_CACHED_STEPS = 10  # with fewer, neighbours are too far apart for deep features to be kept
+
 MOST_IMAGE_TOKENS = 4096  # of one IP-Adapter: those of some pictures; more is a typo
 
 GIB = 2**30
@@ -120,6 +126,8 @@ def check_group(name: Group) -> None:
         raise UsageError(
             f"the group {name} doesn't say how many image tokens each adapter has", hint="as in ip_adapter:4+16"
         )
+    if kind in ("deep_out", "deep_in") and not (tokens.isdecimal() and int(tokens[:MAX_DIGITS]) > 0):
+        raise UsageError(f"the group {name} doesn't say how deep it is", hint=f"as in {kind}:1")
 
 
 def check_output(output: Path | None) -> None:

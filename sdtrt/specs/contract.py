@@ -29,7 +29,14 @@ ADDED_CONDITIONING = ("text_embeds", "time_ids")  # in `added_cond_kwargs`
 GUIDANCE_EMBEDDING = "timestep_cond"  # of a guidance scale, which consistency models take in the place of two rows
 CONDITIONING = ("encoder_hidden_states", *ADDED_CONDITIONING, GUIDANCE_EMBEDDING)
 
-DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Of a component's inputs and outputs, and of weights as an engine takes them.
+DTYPES: dict[Precision, str] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "bfloat16",
+    "fp8": "bfloat16",
+}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ from sdtrt.specs.choices import (
 )
 from sdtrt.specs.control import ControlSpec
 from sdtrt.specs.image_prompts import ImagePromptSpec
+from sdtrt.specs.presets import QualityName, preset
 from sdtrt.specs.recipe import Recipe
+from sdtrt.specs.savings import Savings
 from sdtrt.specs.schedulers import SIGMAS, SchedulerName, Sigmas, find_scheduler
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.stages import RefinerSpec, SizeConditioning, UpscaleSpec
@@ -152,6 +154,8 @@ class GenerateSpec:
         recipe: of the file whose picture is made anew, to tell what was taken of it, and what differs.
         controls: ControlNets, each with the picture that it goes by.
         adapters: T2I-Adapters, each with the picture that it goes by; for images from text alone.
+        savings: what of a run's work is left out: guidance in a part of the steps, deep features that are kept.
+        quality: the preset that the savings are of. Where they save nothing they become that preset's; others win.
     """
 
     prompts: tuple[str, ...]
@@ -193,10 +197,14 @@ class GenerateSpec:
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     controls: tuple[ControlSpec, ...] = ()
     adapters: tuple[AdapterSpec, ...] = ()
+    savings: Savings = Savings()
+    quality: QualityName | None = None
 
     def __post_init__(self) -> None:
         if self.seed == RANDOM_SEED:
             object.__setattr__(self, "seed", None)
+        if self.quality is not None and self.savings == Savings():
+            object.__setattr__(self, "savings", preset(self.quality).savings)
         for component in self.components:
             check_choice("component", component, COMPONENTS)
         if self.precision is not None:

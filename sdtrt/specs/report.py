@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdtrt.common.errors import UsageError
@@ -26,6 +27,7 @@ from sdtrt.specs.choices import (
 )
 from sdtrt.specs.control import ControlSpec
 from sdtrt.specs.generate import GenerateSpec, NoiseSpec, settle_scheduler
+from sdtrt.specs.savings import Savings
 from sdtrt.specs.schedulers import SchedulerName
 
 
@@ -45,6 +47,7 @@ class BenchSpec:
         output: a folder for the report as JSON and Markdown, and a chart.
         overwrite: replace such files of an earlier run.
         noise, controls: as of `GenerateSpec`.
+        savings: of the backend that is asked for; baselines save nothing.
     """
 
     model: ModelSpec = ModelSpec()
@@ -66,6 +69,7 @@ class BenchSpec:
     overwrite: bool = False
     noise: NoiseSpec = NoiseSpec()
     controls: tuple[ControlSpec, ...] = ()
+    savings: Savings = Savings()
 
     def __post_init__(self) -> None:
         check_output(self.output)
@@ -101,6 +105,7 @@ class BenchSpec:
             strength=self.strength,
             noise=self.noise,
             controls=self.controls,
+            savings=self.savings,
         )
 
     def steps_run(self, task: BenchTask) -> int:
@@ -144,6 +149,14 @@ class Thresholds:
                 )
 
 
+# What 8 bits are held to: a wrong engine is far beyond, the built-in model's right ones keep within. A cosine of
+# four nines is not theirs: they are off by 0.01 to 0.04 (int8) and by 0.03 to 0.13 (fp8), most in the last steps.
+THRESHOLDS: Mapping[Precision, Thresholds] = {
+    "int8": Thresholds(min_cosine=0.998, max_noise_ratio=3.0, min_psnr_db=30.0),
+    "fp8": Thresholds(min_cosine=0.98, max_noise_ratio=8.0, min_psnr_db=25.0),
+}
+
+
 @dataclass(frozen=True)
 class VerifySpec:
     """An engine to be held against the fp32 model, over the denoising of one image.
@@ -153,17 +166,21 @@ class VerifySpec:
         engine: an engine of the engine directory by name, whatever weights it was built from; it decides backend and
             precision. None for the one that would make the image.
         timesteps: how many of the run's timesteps are compared, spread evenly; None for all.
+        thresholds: None for those of the engine's precision (`THRESHOLDS`).
         output: the folder that the two pictures go into; None for the current one.
+        limits: some fields of `Thresholds` that are to be otherwise.
     """
 
     image: GenerateSpec
     engine: str | None = None
     timesteps: int | None = None
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds | None = None
     output: Path | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_output(self.output)
+        self.thresholds_of("fp32")  # whatever the engine's precision is, limits that mean nothing are refused
         if self.image.init_image is not None or self.image.num_images * len(self.image.prompts) != 1:
             raise UsageError("verify makes one image from one prompt", hint="give --prompt once")
         if self.timesteps is not None and self.timesteps < 1:
@@ -175,6 +192,10 @@ class VerifySpec:
                     f"verify needs a {name} of at least {MIN_SSIM_PIXELS}, got {pixels}",
                     hint=f"use --{name} {MIN_SSIM_PIXELS}",
                 )
+
+    def thresholds_of(self, precision: Precision) -> Thresholds:
+        """What an engine in a precision is held to."""
+        return replace(self.thresholds or THRESHOLDS.get(precision, Thresholds()), **self.limits)
 
 
 @dataclass(frozen=True)

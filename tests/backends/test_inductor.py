@@ -241,6 +241,21 @@ def test_weights_stay_where_they_are_and_their_parts_are_views():
     assert weights.size_bytes == sum(tensor.nbytes for tensor in tensors().values())
 
 
+def test_what_is_shared_before_it_was_asked_for_takes_no_memory(monkeypatch):
+    first, made, new = Weights(constants(), tensors(), CPU), [], Constant.new
+    first.fill(of_model())
+    monkeypatch.setattr(Constant, "new", lambda one, device: made.append(one.name) or new(one, device))
+    otherwise = [replace(one, strides=(1, 12)) if one.name == "attn.to_qkv.weight" else one for one in constants()]
+    second = Weights(otherwise, tensors(), CPU)
+    second.share(first)
+    assert sorted(made) == ["attn.to_qkv.weight", "mask"]  # what lies otherwise, and the engine's own
+    assert torch.equal(second.tensors["mask"], tensors()["mask"])
+    second.follow(first.views())
+    assert torch.equal(second.tensors["attn.to_qkv.weight"], first.tensors["attn.to_qkv.weight"])
+    first.views()["conv.weight"].fill_(7)
+    assert torch.equal(second.views()["conv.weight"], torch.full_like(first.views()["conv.weight"], 7.0))
+
+
 def test_weights_in_another_precision_are_cast_and_looked_at_where_the_engine_has_them():
     """A mask, which is the engine's own, may well be infinite."""
     half = tuple(replace(one, dtype="float16") for one in constants())
@@ -569,5 +584,7 @@ def test_the_recipe_of_the_key_is_the_recipe(models):
         recipe = registry.get("inductor").options_key(spec)["recipe"]
         assert recipe == build.recipe_of(spec.export)
         own = build.VAE_RECIPE if component.startswith("vae") else {}
-        assert asdict(Recipe(**recipe)) == {**build.RECIPE, **own, "stream_scale": scale}
+        nothing = {"quantised": "", "kept": ()}
+        assert asdict(Recipe(**recipe)) == {**build.RECIPE, **own, "stream_scale": scale, **nothing}
+        assert not recipe.keys() & nothing.keys()
         assert ("stream_scale" in recipe) == (scale != 1)

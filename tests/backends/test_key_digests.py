@@ -26,6 +26,7 @@ def model(monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: (host.Gpu("NVIDIA H200", (9, 0), 2**37),))
     monkeypatch.setattr(host, "processor_name", lambda: "A processor")
     monkeypatch.setattr(host, "instruction_sets", lambda: ("avx2", "fma"))
+    monkeypatch.setattr(host, "processor_flags", lambda: frozenset({"avx2", "fma", "avx512_bf16"}))
     monkeypatch.setattr(host, "library_version", lambda name: "1.20.0")
     return resolve_model(ModelSpec("tiny"))
 
@@ -77,6 +78,8 @@ def test_exports_are_found_under_the_keys_that_they_always_had(
         ("tensorrt_rtx 1.7.1.116", "unet", "fp16", {"profiles": FIXED}, "b30851a04481bda2"),
         ("onnxruntime 1.20.0", "unet", "fp32", {}, "bc281ccb9d066f51"),
         ("onnxruntime 1.20.0", "vae_decoder", "fp16", {}, "04643e453b5f6fdc"),
+        ("openvino 1.20.0", "unet", "fp32", {"profiles": FIXED}, "b77d0889a14dd804"),
+        ("openvino 1.20.0", "unet", "bf16", {"profiles": WIDE}, "1c0568a7c3e4221c"),
     ],
 )
 def test_engines_are_found_under_the_keys_that_they_always_had(
@@ -88,7 +91,7 @@ def test_engines_are_found_under_the_keys_that_they_always_had(
 def check_engine_key(model, directory, monkeypatch, label, component, precision, options, digest):
     """An engine's key has this digest, and is read back as it was written."""
     backend = label.split()[0].replace("_", "-")
-    if backend != "onnxruntime":
+    if backend not in ("onnxruntime", "openvino"):
         on(monkeypatch, label)
     spec = BuildSpec(ExportSpec(model.spec, component, precision), backend, **options)
     key = engine_build.engine_key(model, spec, directory)

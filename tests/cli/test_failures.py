@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -216,6 +217,12 @@ def short_of_gpu_memory():
     return (*PAINT, "--component", "unet")
 
 
+def taken_port():
+    listening = socket.create_server(("127.0.0.1", 0))
+    held.append(listening)
+    return "serve", "--port", f"{listening.getsockname()[1]}"
+
+
 held: list[object] = []
 
 MAKERS = {
@@ -230,13 +237,21 @@ MAKERS = {
     "number of images": (*PAINT, "--num-images", "0"),
     "number of images beyond all": (*PAINT, "--num-images", "9" * 12),
     "guidance scale": (*PAINT, "--cfg-scale", "nan"),
+    "preset": (*PAINT, "--quality", "hihg"),
+    "guidance interval": (*PAINT, "--guidance-interval", "0.7:0.1"),
+    "guidance interval that is none": (*PAINT, "--guidance-interval", "0.7"),
     "seed": (*PAINT, "--seed", "-2"),
     "scheduler": (*PAINT, "--scheduler", "eulr"),
     "sigmas of a scheduler": (*PAINT, "--scheduler", "DDIM Karras"),
     "eta of a scheduler": (*PAINT, "--scheduler", "euler", "--eta", "0.5"),
+    "cache interval": (*PAINT, "--cache-interval", "0"),
+    "cache depth of a unet": (*PAINT, "--steps", "12", "--cache-interval", "3", "--cache-depth", "9"),
+    "deep caching in PyTorch": (*PAINT, "--backend", "torch", "--cache-interval", "3"),
     "preview by a full VAE": (*PAINT, "--preview", "model"),
     "backend": (*PAINT, "--backend", "tensort"),
     "precision of a backend": (*PAINT, "--precision", "bf16"),
+    "precision of one backend": (*PAINT, "--precision", "fp8"),
+    "precision of no graph": ("export", *MODEL, "--precision", "int8"),
     "backend without a GPU": (*PAINT, "--backend", "tensorrt"),
     "prompt that is no text": ("txt2img", "-p", "\udcff"),
     "strength": ("img2img", *PAINT[1:], "-i", "init.png", "--strength", "0"),
@@ -325,6 +340,11 @@ MAKERS = {
     "weights of another shape": other_shapes,
     "weights that are not finite": not_finite,
     "profile": (*BUILD, "-b", "tensorrt-rtx", "--profile", "depth=3"),
+    "server for others without a key": ("serve", "--host", "0.0.0.0"),
+    "server's key": ("serve", "--api-key", "short"),
+    "server's port": taken_port,
+    "server's sizes": ("serve", "--warm", "big"),
+    "server's models of one name": ("serve", *MODEL, *MODEL),
     "range": (*BUILD, "-b", "tensorrt-rtx", "--height", "1:2"),
     "range upside down": (*BUILD, "-b", "tensorrt-rtx", "--height", "512:256:128"),
     "compute capability": (*BUILD, "-b", "tensorrt-rtx", "--compute-capability", "x"),

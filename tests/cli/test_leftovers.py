@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TELLING = ("onnxruntime", "diffusers", "transformers", "huggingface_hub")  # the last three may import the first
+TELLING = ("onnxruntime", "openvino", "diffusers", "transformers", "huggingface_hub")  # some import the first
 
 COMMANDS = [
     "txt2img -p x --steps 2 -o x.png -b torch",  # diffusers imports ONNX Runtime
@@ -21,6 +21,7 @@ COMMANDS = [
     pytest.param("export --component vae_decoder --output x.onnx", marks=pytest.mark.slow),
     pytest.param("export --component vae_decoder --exporter dynamo --output x.onnx", marks=pytest.mark.slow),
     pytest.param("build -b onnxruntime", marks=pytest.mark.slow),
+    pytest.param("txt2img -p x --steps 2 -o x.png -b openvino", marks=pytest.mark.slow),
     pytest.param("verify -b onnxruntime --steps 2 -o report", marks=pytest.mark.slow),
     pytest.param("bench -b onnxruntime --steps 2 --warmups 1 --repeats 1", marks=pytest.mark.slow),
     pytest.param("inspect", marks=pytest.mark.slow),

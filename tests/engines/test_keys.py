@@ -362,9 +362,9 @@ def test_weights_that_are_written_in_place_while_a_pipeline_runs_are_an_error(
         changing.replace("unet") if how == "replaced" else shutil.copyfile(source, target)
         return real(self, *args)
 
-    real = generate._Run._denoise
+    real = generate.Run._denoise
     before = changing.model.fingerprint("unet", factories.sha256_of)
-    monkeypatch.setattr(generate._Run, "_denoise", denoise)
+    monkeypatch.setattr(generate.Run, "_denoise", denoise)
     request_of_one = replace(request_of_one, backend="torch", components=())
     if how == "replaced":
         facts = generate.generate(request_of_one, directory, QUIET).to_json()

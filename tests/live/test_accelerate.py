@@ -481,7 +481,7 @@ def test_a_unet_with_a_forward_of_its_own_is_refused(make, accelerate):
     [
         {"height": 65},
         {"batch_size": 0},
-        {"precision": "fp8"},
+        {"precision": "fp4"},
         {"components": ["tokenizer"]},
         {"on_miss": "wait"},
         {"backend": "torch"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import factories
 import pytest
 import test_controlnet
+import test_deep_cache
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -14,14 +15,16 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from test_guidance_interval import by_hand
 
 import sdtrt
 from sdtrt.backends import registry
+from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
 from sdtrt.models.resolve import resolve_model
-from sdtrt.specs import ModelSpec, Sizes
+from sdtrt.specs import GuidanceInterval, ModelSpec, Sizes
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,6 +85,29 @@ def differ(found, expected):
 
 def names(directory):
     return {entry.name for entry in directory.entries("engine")}
+
+
+@pytest.mark.feature("Deep caching (`cache_interval`, `--cache-interval`)", "sd1", "inductor")
+def test_deep_caching_runs_two_packages_over_one_copy_of_the_weights(make, accelerate, directory):
+    """Held against diffusers' modules, one layer of which takes what an earlier step gave it."""
+    plain, pipe = make(), accelerate(make(), components=("unet",), cache_interval=3)
+    built = names(directory)
+    (opened,) = swapped_of(pipe)["unet"].engines
+    views = opened.session.weight_views()
+    assert all(same_memory(tensor, views[name]) for name, tensor in opened.shallow.weight_views().items())
+    assert opened.shallow.weights_bytes < opened.session.weights_bytes / 2
+    given = {"num_inference_steps": 12, "guidance_scale": 2.0}
+    for scale in (1.0, 1.5):
+        for one in (pipe, plain):
+            with torch.no_grad():
+                one.unet.up_blocks[-1].resnets[-1].conv1.weight.mul_(scale)
+                one.unet.mid_block.resnets[0].conv1.weight.mul_(scale)
+        reference = test_deep_cache.Reference(plain.unet)
+        expected = latents(plain, **given)
+        reference.remove()
+        assert test_deep_cache.differ(latents(pipe, **given), expected) <= TOLERANCE
+    accelerate(pipe, components=("unet",), cache_interval=5, cache_schedule="middle")
+    assert names(directory) == built
 
 
 @pytest.mark.feature("Text to image", "sd1", "inductor")
@@ -282,6 +308,30 @@ def test_without_guidance_the_unet_has_an_engine_for_one_row(make, accelerate, d
     for scale in (0.0, 1.0):
         assert differ(latents(pipe, guidance_scale=scale), latents(plain, guidance_scale=scale)) <= TOLERANCE
     assert names(directory) == built
+
+
+def test_guidance_in_a_part_of_a_run_has_two_engines_and_one_copy_of_the_weights(make, accelerate, directory, tmp_path):
+    for guidance in (True, False):
+        accelerate(make(), components=("unet",), guidance=guidance)
+    interval, built, plain = GuidanceInterval(0.25, 0.75), names(directory), make()
+    pipe = accelerate(make(), components=("unet",), guidance_interval=interval)
+    views = [one.session.weight_views() for one in swapped_of(pipe)["unet"].engines]
+    make().save_pretrained(tmp_path / "model")
+    given = {"height": 64, "width": 64, "components": ("unet",), "engine_dir": directory.path, "progress": False}
+    loaded = sdtrt.load(str(tmp_path / "model"), backend="inductor", guidance_interval=interval, **given)
+    assert names(directory) == built
+    assert all(views[0][name].data_ptr() == view.data_ptr() for name, view in views[1].items())
+    by_hand(plain, {1, 2})
+    expected = latents(plain, num_inference_steps=4)
+    for one in (pipe, loaded):
+        assert differ(latents(one, num_inference_steps=4), expected) <= TOLERANCE
+    assert differ(latents(loaded, guidance_scale=1.0), latents(make(), guidance_scale=1.0)) <= TOLERANCE
+    with torch.no_grad():
+        for module in (plain.unet, pipe.unet):
+            module.conv_out.weight.mul_(1.5)
+    by_hand(plain, {1, 2})
+    assert differ(latents(pipe, num_inference_steps=4), latents(plain, num_inference_steps=4)) <= TOLERANCE
+    loaded.close()
 
 
 def test_other_layers_are_refused(pipe):

@@ -157,7 +157,7 @@ def test_engines_share_the_largest_scratch_memory():
 def test_a_pipelines_sessions_share_one_scratch_and_the_largest_comes_first(model, monkeypatch):
     found, opened = entries(), []
     found["vae_decoder"].info["scratch_bytes"] = 5 * GIB
-    monkeypatch.setattr(pipeline_open, "ensure_engines", lambda *_, **__: found)
+    monkeypatch.setattr(pipeline_open, "ensure_all", lambda *_, **__: found)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     monkeypatch.setattr(pipeline_open, "open_session", lambda *given: opened.append(given) or nullcontext(given))
     spec = request.PipelineSpec(model, "tensorrt", "fp16", SQUARE, steps=2)

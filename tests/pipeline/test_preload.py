@@ -415,7 +415,7 @@ def test_what_is_not_used_is_freed_before_memory_is_judged(directory, loaded, mo
     engines = {path: weakref.ref(plans_in(loaded)[0]) for path, (loaded, _) in preloaded._KEPT.items()}
     assert len(engines) == 2
     spec = request.PipelineSpec(resolve_model(ModelSpec("tiny")), "tensorrt", "fp16", Sizes(2, 128, 128), steps=2)
-    monkeypatch.setattr(pipeline_open, "ensure_engines", lambda *_, **__: {"unet": unet})
+    monkeypatch.setattr(pipeline_open, "ensure_all", lambda *_, **__: {"unet": unet})
     free = []
 
     def judged(device):

@@ -44,6 +44,10 @@ class TorchSession(Session[torch.Tensor]):
         tensors = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
         self.weights.fill(own_tensors(tensors), other_names(self.contract.component))
 
+    def take_stored(self, tensors):
+        self.weights.fill(own_tensors(tensors), other_names(self.contract.component), casts=True)
+        return self.weights.are_finite()
+
     def follow(self, tensors, *, known=False):
         self.weights.follow(tensors, known=known)
 

@@ -29,7 +29,7 @@ def test_a_cpu_alone_is_healthy(directory, monkeypatch):
     monkeypatch.setattr(host, "gpus", lambda: ())
     diagnosis = doctor.diagnose(directory)
     assert diagnosis.healthy
-    assert set(diagnosis.backends) - {"inductor"} == {"onnxruntime", "torch"}, "that one needs a C++ compiler"
+    assert set(diagnosis.backends) - {"inductor", "openvino"} == {"onnxruntime", "torch"}, "a compiler, an extra"
     assert finding(diagnosis, "GPU").state == "optional"
     assert not directory.path.exists(), "looking makes nothing"
 
@@ -41,6 +41,13 @@ def test_a_missing_library_is_named_with_its_install(directory, monkeypatch):
     assert not diagnosis.healthy
     assert finding(diagnosis, "onnxruntime").mend == "pip install onnxruntime"
     assert "onnxruntime" not in diagnosis.backends
+
+
+def test_an_extra_that_is_missing_is_named_with_its_install(directory, monkeypatch):
+    real = host.library_version
+    monkeypatch.setattr(host, "library_version", lambda name: None if name == "openvino" else real(name))
+    found = finding(doctor.diagnose(directory), "openvino")
+    assert (found.state, found.mend) == ("optional", "pip install 'sdtrt[openvino]'")
 
 
 def test_libraries_that_are_compiled_at_each_start_are_named(directory, monkeypatch, tmp_path):

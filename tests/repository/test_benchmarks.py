@@ -190,3 +190,32 @@ def test_a_request_that_no_engine_runs_has_no_timeline(startup, tmp_path, monkey
     assert not report.exists()
     with pytest.raises(RuntimeError, match="name a --backend other than torch"):
         startup.command_timeline([{"spans": [{"name": "import torch", "begin": 0.1, "end": 1.2}]}])
+
+
+# --- 8 bits ----------------------------------------------------------------------------------------------------------
+
+quantised_layers, quantised_step = map(module, ("quantised_layers", "quantised_step"))
+
+
+def test_a_layers_kind_is_its_name_within_its_block(quantised_layers):
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert quantised_layers.kind_of(f"{block}.attn2.to_kv") == "attn2.to_kv"
+    assert quantised_layers.kind_of("mid_block.attentions.0.proj_in") == "proj_in"
+
+
+@pytest.mark.parametrize(
+    ("int8", "fp8", "words"),
+    [
+        ((5.0, 0.01), (4.0, 0.04), "2 rows: take fp8 kept: default, 2.50 times as fast as bf16, error 0.040"),
+        ((5.0, 0.01), (4.0, 0.06), "2 rows: take int8 kept: default, 2.00 times as fast as bf16, error 0.010"),
+        ((12.0, 0.01), (11.0, 0.04), "2 rows: stay in 16 bits (fp8 kept: default, 0.91 times as fast"),
+        ((5.0, 0.2), (4.0, 0.2), "2 rows: nothing to choose from"),
+    ],
+)
+def test_the_fastest_list_within_the_error_is_taken(quantised_step, int8, fp8, words):
+    def row(title, step, error):
+        return {"rows": 2, "title": title, "precision": title[:4].strip(), "step_ms": step, "relative_l2": error}
+
+    rows = [row("bf16", 10.0, 0.005), row("fp16", 10.5, 0.001), {"rows": 2, "title": "fp8 kept: none", "error": "no"}]
+    rows += [row("int8 kept: default", *int8), row("fp8 kept: default", *fp8)]
+    assert quantised_step.choices(rows, 0.05)[0].startswith(words)

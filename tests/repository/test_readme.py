@@ -19,7 +19,7 @@ from sdtrt.cli.commands import app
 BLOCKS = list(pages.blocks())
 OPENED = "open_pipeline("  # the program that has a test of its own
 RUN = [block for block in BLOCKS if block.excuse is None and OPENED not in block.text]
-SLOW = ("speed-1-sh", "verify-2-sh")  # other tests of `bench` and `verify` are fast
+SLOW = ("speed-1-sh", "verify-2-sh", "quality-1-sh", "quality-3-sh")  # other tests of `bench` and `verify` are fast
 PARSED = [block for block in BLOCKS if block.excuse is not None]
 SEPARATORS = ("&&", "||", ";", "|")
 

@@ -1,9 +1,12 @@
 """What a request saves, as words say it."""
 
+import itertools
+import math
+
 import pytest
 
 from sdtrt.common.errors import UsageError
-from sdtrt.specs.savings import DeepCaching, GuidanceInterval
+from sdtrt.specs.savings import CACHE_SCHEDULES, DeepCaching, GuidanceInterval
 
 
 def test_the_guided_steps_are_those_of_diffusers_guiders():
@@ -36,3 +39,25 @@ def test_what_is_no_caching_is_refused_with_a_mend(numbers, hint):
         DeepCaching(**numbers)
     assert hint in error.value.hint
     assert DeepCaching().is_off
+
+
+def test_the_first_step_is_whole_and_the_others_lie_as_the_schedule_says():
+    assert sorted(DeepCaching(3).whole_steps(10)) == [0, 3, 6, 9]
+    assert sorted(DeepCaching().whole_steps(4)) == [0, 1, 2, 3]
+    middle = sorted(DeepCaching(5, None, "middle").whole_steps(250))
+    gaps = [after - before for before, after in itertools.pairwise(middle)]
+    assert middle[0] == 0
+    assert max(gaps[len(gaps) // 2 - 3 : len(gaps) // 2 + 3]) <= 4 < 6 == gaps[2]
+
+
+@pytest.mark.parametrize("schedule", CACHE_SCHEDULES)
+@pytest.mark.parametrize(("interval", "steps"), [(2, 10), (3, 50), (7, 51), (999, 20)])
+def test_any_schedule_begins_whole_and_has_no_more_whole_steps_than_the_interval_says(schedule, interval, steps):
+    whole = DeepCaching(interval, None, schedule).whole_steps(steps)
+    assert 0 in whole <= set(range(steps))
+    assert steps / interval - 2 <= len(whole) <= math.ceil(steps / interval)
+
+
+def test_a_run_of_few_steps_keeps_nothing():
+    assert DeepCaching(3).over(9).is_off
+    assert DeepCaching(3, 2, "middle").over(10) == DeepCaching(3, 2, "middle")

@@ -192,7 +192,7 @@ def test_build_refuses(wrong):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"component": "vea"}, {"precision": "fp8"}, {"exporter": "x"}, {"opset": 9}, {"exporter": "dynamo", "opset": 17}],
+    [{"component": "vea"}, {"precision": "fp4"}, {"exporter": "x"}, {"opset": 9}, {"exporter": "dynamo", "opset": 17}],
 )
 def test_export_refuses(wrong):
     with pytest.raises(UsageError):

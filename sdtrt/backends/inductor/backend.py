@@ -10,14 +10,17 @@ from sdtrt.backends.backend import Backend, BuildJob, Device, Source
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
+from sdtrt.models.components import STEPPING
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import BuildSpec, Component, Precision
+from sdtrt.specs import QUANTISED, BuildSpec, Component, Precision
 
 if TYPE_CHECKING:
     import torch
 
     from sdtrt.backends.scratch import Scratch
     from sdtrt.backends.session import Session
+
+GPUS_WITH = {"int8": (8, 0), "fp8": (8, 9)}  # the compute capability that has products of 8 bits, and bf16 beside them
 
 
 class Inductor(Backend):
@@ -60,11 +63,33 @@ class Inductor(Backend):
     def default_precision(self) -> Precision:
         return "fp16" if self.device() == "cuda" else "fp32"
 
+    def check_precision(self, precision: str) -> None:
+        """Raise `UsageError` for products of 8 bits that this machine's GPU does not have."""
+        since = GPUS_WITH.get(precision)
+        if since is None or self.device() == "cpu":  # every processor has them, if only one number after the other
+            return
+        gpu = host.gpus()[0]
+        if gpu.compute_capability < since:
+            raise UsageError(
+                f"{precision} needs a GPU of compute capability {_dotted(since)} or later,"
+                f" and the {gpu.name} has {_dotted(gpu.compute_capability)}",
+                hint="use --precision fp16" if precision == "int8" else "use --precision int8 or fp16",
+            )
+
     def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
-        return precision  # a VAE's engines in fp16 keep within it (`exports.scaled_vae`)
+        """What runs once an image gains nothing by 8 bits, and keeps what it computes in by default.
+
+        A VAE's engines in fp16 keep within it (`exports.scaled_vae`).
+        """
+        return self.default_precision() if precision in QUANTISED and component not in STEPPING else precision
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
+        if spec.export.precision in QUANTISED and spec.export.component not in STEPPING:
+            raise UsageError(
+                f"the {spec.export.component} has no engine in {spec.export.precision}: it runs once an image",
+                hint=f"build it with --precision {self.default_precision()}, which runs beside a quantised UNet",
+            )
         limited = spec.optimization_level is not None or spec.workspace_bytes is not None
         in_pieces = bool(spec.split_attention) or spec.channels_last
         if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
@@ -119,6 +144,11 @@ class Inductor(Backend):
         fixed = read_fixed(package.with_name(FIXED_FILE), constants)
         (profile,) = entry.engine_key.profiles
         return InductorSession(package, constants, fixed, contract, profile, device=device, scratch=scratch)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    """(8, 9) → `8.9`."""
+    return ".".join(map(str, capability))
 
 
 def _triton_version() -> str | None:

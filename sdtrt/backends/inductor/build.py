@@ -23,7 +23,7 @@ from sdtrt.common.errors import BuildError, SdtrtError
 from sdtrt.common.files import private_folder
 from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import VAE_HALVES
-from sdtrt.specs import ExportSpec, Profile
+from sdtrt.specs import QUANTISED, ExportSpec, Profile
 from sdtrt.specs.contract import Contract
 
 LOG_FILE = "build.log"
@@ -46,12 +46,19 @@ VAE_RECIPE = {"split_norms": True}
 # Of a VAE's halves in fp16, which SDXL's leaves, what their residual stream is divided by (`exports.scaled_vae`). All
 # have it: one engine serves the VAEs of Stable Diffusion 1.x and of XL, which differ in their weights alone.
 STREAM_SCALE = 64
+# Of a quantised UNet's or ControlNet's linear layers those that stay in 16 bits, by patterns of their names. What
+# self-attention gives costs the most error for its work, and keys and values of a text are of too few rows to gain
+# (benchmarks/quantised-layers-cpu.json; `benchmarks/quantised_layers.py` measures a model).
+_KEPT = ("*.attn1.to_out.0", "*.attn2.to_kv")
+KEPT: dict[str, tuple[str, ...]] = {"int8": _KEPT, "fp8": _KEPT}
 # What a user's environment would change of it, unseen by the key.
 _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITON_")
 
 
 def recipe_of(export: ExportSpec) -> dict[str, Any]:
     """The recipe of a component's engines in a precision."""
+    if export.precision in QUANTISED:
+        return {**RECIPE, "quantised": export.precision, "kept": list(KEPT[export.precision])}
     if export.component not in VAE_HALVES:
         return dict(RECIPE)
     return {**RECIPE, **VAE_RECIPE, **({"stream_scale": STREAM_SCALE} if export.precision == "fp16" else {})}

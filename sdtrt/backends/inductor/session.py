@@ -20,6 +20,7 @@ from sdtrt.common.errors import EngineError
 from sdtrt.models.tensor_names import other_names, own_tensors
 from sdtrt.specs import Profile
 from sdtrt.specs.contract import Contract
+from sdtrt.specs.deep_features import taken_feature
 
 Given = torch.nn.Module | Mapping[str, torch.Tensor]  # what weights may come as
 
@@ -52,8 +53,9 @@ class InductorSession(Session[torch.Tensor]):
     """Runs a package that PyTorch's Inductor has compiled.
 
     It owns its weights, which it has to be given once before it runs (`set_weights`), and may be given anew at any time
-    between two runs. On a GPU the work is put on the caller's current stream, and nothing waits for the GPU; a shape's
-    second run is captured into a CUDA graph (`CudaGraphs`), which goes on with new weights. Outputs are new tensors.
+    between two runs. They take memory then, unless another session's are shared (`share_weights`). On a GPU the work is
+    put on the caller's current stream, and nothing waits for the GPU; a shape's second run is captured into a CUDA
+    graph (`CudaGraphs`), which goes on with new weights. Outputs are new tensors.
 
     Args:
         package: the file.
@@ -67,7 +69,6 @@ class InductorSession(Session[torch.Tensor]):
 
     Raises:
         EngineError: where the package can't be loaded here, or takes other tensors than those listed.
-        MemoryShortage: where the GPU has too little memory.
     """
 
     def __init__(
@@ -84,15 +85,12 @@ class InductorSession(Session[torch.Tensor]):
     ) -> None:
         self.contract, self._profile, self._file = contract, profile, package
         self._device = device = _with_index(device)
-        self._has_weights = False
+        self._has_weights = self._is_bound = False
         self._gpu = _Gpu(contract, profile, device, graphs, scratch or Scratch()) if device.type == "cuda" else None
         loaded = Package(package, device)
         try:
             _check_names(package, loaded, constants)
-            with memory_errors(package):
-                self._weights = Weights(constants, fixed, device)
-            self._weights.check()
-            loaded.bind(self._weights.tensors)
+            self._weights = Weights(constants, fixed, device)
         except BaseException:
             loaded.close()
             raise
@@ -126,8 +124,10 @@ class InductorSession(Session[torch.Tensor]):
         return self._weights.are_finite()
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], *, casts: bool = False) -> None:
-        self._opened()
+        self._bind()
         own, ignored = own_tensors(tensors), other_names(self.contract.component)
+        if taken_feature(self.contract) is not None:
+            ignored = ("",)  # of its component's layers it has some
         if self._gpu is None:
             self._weights.fill(own, ignored, casts=casts)
         else:
@@ -148,7 +148,7 @@ class InductorSession(Session[torch.Tensor]):
         Raises:
             EngineError: as of `set_weights`.
         """
-        self._opened()
+        self._bind()
         if self._gpu is None:
             self._weights.follow(tensors, known=known)
         else:
@@ -158,14 +158,25 @@ class InductorSession(Session[torch.Tensor]):
 
     def share_weights(self, other: InductorSession) -> None:
         """Compute with the weights of another session of the same model, before the first run."""
+        self._opened()
+        with memory_errors(self._file):
+            self._weights.share(other._weights)
+        self._is_bound = False
+        self._bind()
+
+    def _bind(self) -> None:
+        """Take memory for the weights, where none is shared, and give the package their addresses; once."""
         package = self._opened()
-        self._weights.share(other._weights)
-        self._weights.check()
+        if self._is_bound:
+            return
+        with memory_errors(self._file):
+            self._weights.check()
         package.bind(self._weights.tensors)
+        self._is_bound = True
 
     def weight_views(self) -> Mapping[str, torch.Tensor]:
         """By its own name, where each tensor of the model lies; the next run computes with what is written there."""
-        self._opened()
+        self._bind()
         return self._weights.views()
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

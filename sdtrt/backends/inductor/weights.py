@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ import torch
 from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.errors import MALFORMED, EngineError, SdtrtError
 from sdtrt.common.files import read_small_file
+from sdtrt.exports.quantised import quantised_rows
 from sdtrt.models.weights import read_tensors
 
 PACKAGE_FILE = "engine.pt2"
@@ -39,6 +40,9 @@ class Constant:
         device: its type, `cuda` or `cpu`.
         sources: the tensors of the model's part that it is joined from along its first axis; none for what is no
             weight of a model, and lies in the entry.
+        given: the dtype of those tensors, where the constant is made of them otherwise than by a copy: it is their rows
+            in 8 bits, or what these are multiples of (`exports.quantised.quantised_rows`).
+        scales: whether it is the latter.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Constant:
     strides: tuple[int, ...]
     device: str
     sources: tuple[str, ...] = ()
+    given: str = ""
+    scales: bool = False
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor, sources: Sequence[str] = ()) -> Self:
@@ -54,9 +60,17 @@ class Constant:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(name, tuple(tensor.shape), dtype, tuple(tensor.stride()), tensor.device.type, tuple(sources))
 
+    def made_of(self, given: str, *, scales: bool) -> Self:
+        """The same, made of rows of a dtype."""
+        return replace(self, given=given, scales=scales)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what is of quantised weights alone is left out of others."""
+        return {name: value for name, value in asdict(self).items() if self.given or name not in ("given", "scales")}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `to_json`."""
         tuples = {name: tuple(data[name]) for name in ("shape", "strides", "sources")}
         return cls(**{**data, **tuples})
 
@@ -91,7 +105,7 @@ class Constant:
 
 def write_constants(folder: Path, constants: Iterable[Constant]) -> None:
     """Write the list of a package's constants."""
-    (folder / CONSTANTS_FILE).write_text(json.dumps([asdict(one) for one in constants], indent=0) + "\n")
+    (folder / CONSTANTS_FILE).write_text(json.dumps([one.to_json() for one in constants], indent=0) + "\n")
 
 
 def read_constants(path: Path) -> tuple[Constant, ...]:
@@ -163,9 +177,11 @@ def check_sources(
 def _wanted(constants: Iterable[Constant]) -> Iterable[tuple[str, tuple[tuple[int, ...], str]]]:
     """Shape and dtype of each tensor of a model that constants are made of."""
     for one in constants:
+        if one.scales:  # of what its rows tell already
+            continue
         count = len(one.sources)
         shape = (one.shape[0] // count, *one.shape[1:]) if count > 1 else one.shape
-        yield from ((name, (shape, one.dtype)) for name in one.sources)
+        yield from ((name, (shape, one.given or one.dtype)) for name in one.sources)
 
 
 def _refuse(what: str, names: Sequence[str]) -> None:
@@ -181,6 +197,8 @@ def _refuse(what: str, names: Sequence[str]) -> None:
 class Weights:
     """The weights of one session: tensors that stay where they are, while what is in them may change.
 
+    They take memory when they are first asked for: what is shared with another session by then takes none.
+
     Args:
         constants: what the package takes.
         fixed: the tensors that are no weights of a model, by name.
@@ -188,19 +206,31 @@ class Weights:
     """
 
     def __init__(self, constants: Sequence[Constant], fixed: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        self._constants = tuple(constants)
-        with torch.inference_mode(False):  # made in that mode, they could be written to in that mode alone
-            self.tensors = {one.name: one.new(device) for one in constants}
-            for one in constants:
-                if not one.sources:
-                    self._copy_fixed(one, fixed)
-            self._views = self._all_views()
+        self._constants, self._device = tuple(constants), device
+        own = [one.name for one in constants if not one.sources]
+        if lost := [name for name in own if name not in fixed]:
+            raise EngineError(f"the engine's own tensor {lost[0]} is missing from its entry", hint=REBUILD)
+        self._fixed = {name: fixed[name] for name in own}
+        self._tensors: dict[str, torch.Tensor] | None = None
+        self._views: dict[str, torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor] = {}
+        self._given = {name: getattr(torch, one.given) for one in constants if one.scales for name in one.sources}
 
-    def _copy_fixed(self, one: Constant, fixed: Mapping[str, torch.Tensor]) -> None:
-        """Fill what is no weight of a model."""
-        if one.name not in fixed:
-            raise EngineError(f"the engine's own tensor {one.name} is missing from its entry", hint=REBUILD)
-        self.tensors[one.name].copy_(fixed[one.name])
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Each of them, by the package's names."""
+        return self._taken({}) if self._tensors is None else self._tensors
+
+    def _taken(self, there: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Take memory for all but those that are there already."""
+        with torch.inference_mode(False):  # made in that mode, they could be written to in that mode alone
+            own = {one.name: one.new(self._device) for one in self._constants if one.name not in there}
+            for name in own.keys() & self._fixed.keys():
+                own[name].copy_(self._fixed[name])
+            self._tensors = {**own, **there}
+            self._views = self._parts_of(self._tensors, scales=False)
+            self._scales = self._parts_of(self._tensors, scales=True)  # of the rows in 8 bits
+        return self._tensors
 
     @property
     def size_bytes(self) -> int:
@@ -208,15 +238,38 @@ class Weights:
         return sum(one.size_bytes for one in self._constants)
 
     def views(self) -> Mapping[str, torch.Tensor]:
-        """By its own name, where each tensor of the model lies: what is written there, the engine computes with."""
-        return self._views
+        """By its own name, where each tensor of the model lies: what is written there, the engine computes with.
 
-    def _all_views(self) -> dict[str, torch.Tensor]:
+        Of one in 8 bits it is the rounded rows, whose scales lie elsewhere: it is changed by `fill` and `follow` alone.
+        """
+        return self._views if self.tensors else {}
+
+    def _parts_of(self, tensors: Mapping[str, torch.Tensor], *, scales: bool) -> dict[str, torch.Tensor]:
         return {
             name: part
             for one in self._constants
-            for name, part in zip(one.sources, one.parts(self.tensors[one.name]), strict=bool(one.sources))
+            if one.scales == scales
+            for name, part in zip(one.sources, one.parts(tensors[one.name]), strict=bool(one.sources))
         }
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor of the model to where it belongs; round its rows, where they are in 8 bits.
+
+        What is rounded is the engine's 16 bits, whichever the model has: a file and a live module give the same then.
+        """
+        if tensor.element_size() == 1:  # such rows mean nothing without their scales
+            raise EngineError(
+                f"{name} lies in 8 bits in the one engine, and not in this one that computes with its weights",
+                hint="build both anew, for the same precision: sdtrt build --force",
+            )
+        place = self._views[name]
+        if name not in self._scales:
+            place.copy_(tensor, non_blocking=True)
+            return
+        there = tensor.to(place.device, non_blocking=True).to(self._given[name])
+        rows, scales = quantised_rows(there, place.dtype)
+        place.copy_(rows)
+        self._scales[name].copy_(scales)
 
     @torch.no_grad()
     def fill(self, given: Mapping[str, torch.Tensor], ignored: tuple[str, ...] = (), *, casts: bool = False) -> None:
@@ -234,12 +287,13 @@ class Weights:
             tensor = given[name]
             if tensor.dtype != place.dtype:  # else PyTorch casts it on the CPU
                 tensor = tensor.to(place.device, non_blocking=True)
-            place.copy_(tensor, non_blocking=True)
+            self._write(name, tensor)
 
     @torch.no_grad()
     def are_finite(self) -> bool:
         """Whether no number that a model gave is NaN or infinite; waits for the device."""
-        given = (self.tensors[one.name] for one in self._constants if one.sources)
+        # Rows in 8 bits can't tell; their scales can.
+        given = (self.tensors[one.name] for one in self._constants if one.sources and one.scales == bool(one.given))
         ends = [torch.stack(torch.aminmax(one)).float() for one in given if one.is_floating_point() and one.numel()]
         return not ends or bool(torch.isfinite(torch.cat(ends)).all())
 
@@ -258,13 +312,13 @@ class Weights:
         views = self.views()
         for name, tensor in given.items():
             if not same_memory(views[name], tensor):
-                views[name].copy_(tensor, non_blocking=True)
+                self._write(name, tensor)
 
     def share(self, other: Weights) -> None:
         """Take another's tensors in the place of those that lie in the same way: there is one copy then."""
         theirs = {one: other.tensors[one.name] for one in other._constants if one.sources}
-        self.tensors |= {one.name: theirs[one] for one in self._constants if one in theirs}
-        self._views = self._all_views()
+        shared = {one.name: theirs[one] for one in self._constants if one in theirs}
+        self._taken({**(self._tensors or {}), **shared})
 
     def check(self) -> None:
         """Hold the tensors against what the package takes. Raises `EngineError`."""

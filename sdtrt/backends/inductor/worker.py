@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,15 +21,17 @@ from sdtrt.common.errors import BuildError, BuildMemoryShortage, first_line
 from sdtrt.exports.computed import computed
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.program import Program, Recipe, export_program
+from sdtrt.exports.tracing import reference
 from sdtrt.models.architecture import SEED
 from sdtrt.models.components import load_component
 from sdtrt.models.image_prompts import complete
 from sdtrt.models.resolve import resolve_model
-from sdtrt.specs import Profile, Sizes
+from sdtrt.specs import QUANTISED, Profile, Sizes
 
 # What an engine may differ from the component in fp32 by, as relative L2 error: a wrong engine is far beyond, rounding
 # far below. fp16: 0.001 was measured for Stable Diffusion 1.5's UNet.
-TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1, "fp8": 0.2}
+OWN_RUNS = 3  # of PyTorch itself, which a quantised engine is timed beside
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -127,13 +130,21 @@ def _list_constants(program: Program, request: Request) -> tuple[Constant, ...]:
             f"the engine takes {min(odd)}, which is no tensor of the program", hint="use another --backend"
         )
     constants = tuple(
-        Constant.of(name, tensor, program.sources.get(name, ()))
+        _constant(program, request, name, tensor)
         for name, tensor in sorted((program.weights | dict(program.fixed)).items())
         if name in names
     )
     write_constants(request.folder, constants)
     write_fixed(request.folder, {name: program.fixed[name] for name in names & program.fixed.keys()})
     return constants
+
+
+def _constant(program: Program, request: Request, name: str, tensor: torch.Tensor) -> Constant:
+    """What the package takes under a name."""
+    one = Constant.of(name, tensor, program.sources.get(name, ()))
+    if name not in program.rows | program.scales:
+        return one
+    return one.made_of(request.contract.outputs[0].dtype, scales=name in program.scales)
 
 
 def _check(request: Request, constants: tuple[Constant, ...], fixed: Tensors) -> dict[str, Any]:
@@ -149,11 +160,12 @@ def _check(request: Request, constants: tuple[Constant, ...], fixed: Tensors) ->
             hint="use --precision fp32, and report the model and the version of PyTorch",
         )
         memory = _measure_memory(session, request)
+        own = _measure_own(module, request)
         step = checking.measure_step(request.contract, session, request.profile.optimum)
         parity = [
             checking.run_once(request.contract, session, sizes, wanted) for sizes in _sizes_to_check(request.profile)
         ]
-        return {"parity": parity, "plan_bytes": session.weights_bytes, **step, **memory}
+        return {"parity": parity, "plan_bytes": session.weights_bytes, **step, **memory, **own}
 
 
 def _sizes_to_check(profile: Profile) -> list[Sizes]:
@@ -168,6 +180,24 @@ def _reference(module: torch.nn.Module, request: Request) -> checking.Compute:
         return computed(torch.nn.Module.to(module, request.device, torch.float32), request.contract, feeds)
 
     return compute
+
+
+def _measure_own(module: torch.nn.Module, request: Request) -> dict[str, float]:
+    """Beside a quantised engine: how long PyTorch itself takes for a step in its 16 bits, not compiled."""
+    if request.contract.precision not in QUANTISED:
+        return {}
+    module.to(request.device)
+    call = reference(module, request.contract)
+    feeds = [one.to(request.device) for one in seeded_feeds(request.contract, request.profile.optimum).values()]
+    times = []
+    with torch.inference_mode():
+        for _ in range(OWN_RUNS + 1):
+            start = time.perf_counter()
+            call(*feeds)
+            if request.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return {"torch_step_ms": round(1000 * statistics.median(times[1:]), 4)}
 
 
 def _measure_memory(session: InductorSession, request: Request) -> dict[str, int]:

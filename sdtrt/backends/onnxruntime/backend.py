@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Source
+from sdtrt.backends.backend import Backend, BuildJob, Device, Source, refuse_quantised
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
@@ -48,6 +48,7 @@ class OnnxRuntime(Backend):
             raise UsageError(
                 "ONNX Runtime's CPU provider does not compute in bf16", hint="use --precision fp32 with this backend"
             )
+        refuse_quantised(self.title, precision)
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Loader, Source
+from sdtrt.backends.backend import Backend, BuildJob, Device, Loader, Source, refuse_quantised
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, SdtrtError, UsageError
@@ -50,6 +50,9 @@ class TensorRT(Backend):
 
     def default_precision(self) -> Precision:
         return "fp16"
+
+    def check_precision(self, precision: str) -> None:
+        refuse_quantised(self.title, precision)
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)

@@ -1,0 +1,240 @@
+"""A server under load: many clients by all interfaces, some broken, some leaving early; with and without batches.
+
+    python benchmarks/serve_load.py --requests 2000 --clients 64 --output benchmarks/serve-load-cpu.json
+    python benchmarks/serve_load.py --model FOLDER --sizes 512x512 --steps 20 --requests 200 --output load-gpu.json
+
+It starts `sdtrt serve` with engines for its sizes, then another one with `--max-batch 1`, and sends both the same.
+Every accepted request must get a picture that carries its own prompt, seed and size, or an error with a hint. The
+report has times from the request to its picture, batch sizes, pictures a second, and each server's memory over time.
+`--requests 40 --clients 8` tries it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import random
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdtrt.common import host
+
+PROMPTS = ("a red circle", "a blue star on a black background", "a small green square", "a cyan ring")
+LEAVES_AFTER_S = 0.05
+SHARES = (30, 30, 30, 5, 5)  # of a hundred requests: native, OpenAI, web UI, broken, leaving
+SAMPLES = 20  # of the memory
+
+
+@dataclass
+class Load:
+    """What is sent to one server, and what came of it."""
+
+    port: int
+    sizes: Sequence[tuple[int, int]]
+    steps: int
+    seconds: list[float] = field(default_factory=list)
+    ends: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def send(self, number: int) -> None:
+        """Send one request, of a kind that its number says."""
+        draw = random.Random(number)
+        kind = draw.choices(("native", "openai", "webui", "broken", "leaving"), SHARES)[0]
+        began = time.perf_counter()
+        try:
+            end = getattr(self, f"_{kind}")(draw)
+        except Exception as error:
+            end = f"{type(error).__name__}: {error}"
+        with self.lock:
+            self.ends[f"{kind}: {end}"] += 1
+            if end == "made":
+                self.seconds.append(time.perf_counter() - began)
+            elif kind not in ("broken", "leaving"):
+                self.wrong.append(end)
+
+    def _ask(self, path: str, body: dict[str, Any], timeout: float = 600) -> dict[str, Any]:
+        """The answer; where there is no room, that of another try."""
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+            try:
+                connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                status, data = answer.status, json.loads(answer.read())
+            finally:
+                connection.close()
+            if status != 429:
+                return {"status": status, **data}
+            time.sleep(0.2)
+
+    def _get(self, path: str) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        connection.request("GET", path)
+        data = connection.getresponse().read()
+        connection.close()
+        return data
+
+    def _judge(self, data: bytes, prompt: str, seed: int, size: tuple[int, int]) -> str:
+        """Whether a picture is of its request, by what it carries and its size."""
+        with Image.open(io.BytesIO(data)) as image:
+            told = json.loads(image.info["sdtrt"])
+            same = (told["prompt"], told["seed"], image.size) == (prompt, seed, size)
+        return "made" if same else f"another's picture: {told['prompt']}, {told['seed']}, {image.size}"
+
+    def _native(self, draw: random.Random) -> str:
+        prompt, seed, size = draw.choice(PROMPTS), draw.randrange(2**32), draw.choice(self.sizes)
+        body = {"prompt": prompt, "seed": seed, "width": size[0], "height": size[1], "steps": self.steps}
+        told = self._ask("/api/v1/jobs", body)
+        self._get(f"/api/v1/jobs/{told['id']}/events")
+        told = json.loads(self._get(f"/api/v1/jobs/{told['id']}"))
+        return self._judge(self._get(told["images"][0]["url"]), prompt, seed, size)
+
+    def _openai(self, draw: random.Random) -> str:
+        prompt, seed, size = draw.choice(PROMPTS), draw.randrange(2**32), draw.choice(self.sizes)
+        body = {"prompt": prompt, "seed": seed, "size": f"{size[0]}x{size[1]}", "num_inference_steps": self.steps}
+        told = self._ask("/v1/images/generations", body)
+        return self._judge(base64.b64decode(told["data"][0]["b64_json"]), prompt, seed, size)
+
+    def _webui(self, draw: random.Random) -> str:
+        prompt, seed, size = draw.choice(PROMPTS), draw.randrange(2**32), draw.choice(self.sizes)
+        body = {"prompt": prompt, "seed": seed, "width": size[0], "height": size[1], "steps": self.steps}
+        told = self._ask("/sdapi/v1/txt2img", {**body, "cfg_scale": 7.5})
+        return self._judge(base64.b64decode(told["images"][0]), prompt, seed, size)
+
+    def _broken(self, draw: random.Random) -> str:
+        broken: dict[str, Any] = draw.choice(
+            [{"steps": 0}, {"width": 65}, {"prompt": 7}, {"model": "x"}, {"mask": "aGk="}, {"x": 1}]
+        )
+        told = self._ask("/api/v1/jobs", {"prompt": "x", **broken})
+        return "refused" if told["status"] in (400, 422) and told["error"]["hint"] else f"not refused: {told}"
+
+    def _leaving(self, draw: random.Random) -> str:
+        size = draw.choice(self.sizes)
+        body = {"prompt": "left alone", "n": 2, "size": f"{size[0]}x{size[1]}", "num_inference_steps": self.steps}
+        with suppress(TimeoutError):
+            self._ask("/v1/images/generations", body, LEAVES_AFTER_S)
+        return "left"
+
+
+@contextmanager
+def serving(options: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server that is ready, and its port."""
+    words = [sys.executable, "-m", "sdtrt", "serve", "--port", "0", "--model", options.model, "--warm", options.sizes]
+    words += ["--backend", options.backend, "--engine-dir", str(options.engine_dir or folder / "engines"), *more]
+    with (folder / "log").open("a") as log:
+        server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline().strip().rpartition(":")[2])
+            while not _is_ready(port):
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+            yield server, port
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(120)
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/readyz")
+    return connection.getresponse().status == 200
+
+
+def memory_bytes(pid: int) -> int:
+    """What a process and its children have in the machine's memory."""
+    total, todo = 0, [pid]
+    while todo:
+        one = todo.pop()
+        with suppress(OSError):
+            status = Path(f"/proc/{one}/status").read_text()
+            total += next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+            todo += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+    return total
+
+
+def numbers_of(port: int) -> dict[str, float]:
+    """The server's metrics without labels."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    pairs = (line.split() for line in lines if not line.startswith("#") and "{" not in line)
+    return {name: float(value) for name, value in pairs}
+
+
+def measure(options: argparse.Namespace, folder: Path, *more: str) -> dict[str, Any]:
+    """Load one server, and say what came of it."""
+    sizes = [(int(one.split("x")[0]), int(one.split("x")[1])) for one in options.sizes.split(",")]
+    with serving(options, folder, *more) as (server, port):
+        load, memory, every = Load(port, sizes, options.steps), [memory_bytes(server.pid)], options.requests / SAMPLES
+        before, began = numbers_of(port), time.perf_counter()
+        with ThreadPoolExecutor(options.clients) as pool:
+            for number, _ in enumerate(pool.map(load.send, range(options.requests)), 1):
+                if number >= len(memory) * every:
+                    memory.append(memory_bytes(server.pid))
+        seconds, after = time.perf_counter() - began, numbers_of(port)
+    batches, pictures = (
+        after[f"sdtrt_batch_pictures_{name}"] - before[f"sdtrt_batch_pictures_{name}"] for name in ("count", "sum")
+    )
+    cuts = statistics.quantiles(load.seconds, n=100)
+    return {
+        "options": list(more),
+        "ends": dict(load.ends),
+        "wrong": load.wrong,
+        "pictures_per_s": round(len(load.seconds) / seconds, 3),
+        "request_s": {"p50": round(cuts[49], 3), "p90": round(cuts[89], 3), "p99": round(cuts[98], 3)},
+        "pictures_per_batch": round(pictures / batches, 2),
+        "workers_that_ended": after["sdtrt_worker_ends_total"],
+        "memory_mib": [round(count / 2**20) for count in memory],
+    }
+
+
+def main() -> None:
+    """Measure, show, and write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--engine-dir", type=Path)
+    parser.add_argument("--sizes", default="64x64,96x64")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        batched = measure(options, Path(folder))
+        alone = measure(options, Path(folder), "--max-batch", "1")
+    report = {
+        "command": shlex.join(["python", "benchmarks/serve_load.py", *sys.argv[1:]]),
+        "host": host.facts(),
+        "batched": batched,
+        "alone": alone,
+        "times_as_many_pictures": round(batched["pictures_per_s"] / alone["pictures_per_s"], 2),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text + "\n")
+    sys.exit(1 if batched["wrong"] or alone["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What OpenVINO gives as a backend: engines compiled for one processor. Its library is imported in functions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sdtrt.backends.backend import Backend, BuildJob, Device, Source, refuse_quantised
+from sdtrt.common import host
+from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
+from sdtrt.engines.entry import Entry, stored_contract
+from sdtrt.models.components import STEPPING
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import BuildSpec, Component, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdtrt.backends.scratch import Scratch
+    from sdtrt.backends.session import Session
+
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})  # of processors that multiply in bf16; others would emulate it
+
+
+class OpenVino(Backend):
+    """Engines for one range of sizes, on the processor that they were compiled for."""
+
+    title: ClassVar[str] = "OpenVINO"
+    format: ClassVar[int] = 1
+    source: ClassVar[Source | None] = "onnx"
+    devices: ClassVar[tuple[Device, ...]] = ("cpu",)
+
+    def is_automatic(self, device: str) -> bool:
+        return False
+
+    def why_not(self) -> SdtrtError | None:
+        try:
+            self.version()
+        except SdtrtError as error:
+            return error
+        return None
+
+    def version(self) -> str:
+        version = host.library_version("openvino")
+        if version is None:
+            raise BuildError("OpenVINO is not installed", hint="pip install 'sdtrt[openvino]'")
+        return version
+
+    def default_precision(self) -> Precision:
+        return "fp32"
+
+    def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
+        """fp32 for what runs once an image: there bf16 wins little time, and a picture has as many bits as bf16."""
+        return precision if component in STEPPING else "fp32"
+
+    def check_precision(self, precision: str) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise UsageError(
+                f"OpenVINO computes in fp32 or bf16 on a CPU, not in {precision}", hint="use --precision fp32 or bf16"
+            )
+        if precision == "bf16" and not host.processor_flags() & BF16_FLAGS:
+            raise UsageError(
+                f"{host.processor_name()} has no instructions for bf16 ({' or '.join(sorted(BF16_FLAGS))})",
+                hint="use --precision fp32",
+            )
+        refuse_quantised(self.title, precision)
+
+    def check(self, spec: BuildSpec) -> None:
+        super().check(spec)
+        limited = spec.optimization_level is not None or spec.workspace_bytes is not None
+        in_pieces = bool(spec.split_attention) or spec.channels_last
+        if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
+            raise UsageError(
+                "OpenVINO has no optimization level, workspace, version compatibility, plugins or pieces",
+                hint="leave those options out, or use --backend tensorrt",
+            )
+        if len(spec.profiles) != 1:
+            raise UsageError(
+                f"OpenVINO builds an engine for one profile, got {len(spec.profiles)}",
+                hint="build one engine after the other, or one for a range: --height 512:512:768",
+            )
+
+    def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The processor, which decides a compiled model's layouts and kernels."""
+        bf16 = sorted(host.processor_flags() & BF16_FLAGS)
+        return {
+            "processor": host.processor_name(),
+            "instructions": list(host.instruction_sets()),
+            "bf16_instructions": bf16,
+        }
+
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        from sdtrt.backends.openvino.build import build
+
+        (profile,) = job.spec.profiles
+        return build(job.onnx, job.folder, job.contract, profile, job.console)
+
+    def open(self, entry: Entry, device: torch.device, scratch: Scratch | None) -> Session[torch.Tensor]:
+        from sdtrt.backends.openvino.session import OPENVINO_FILE, OpenVinoSession
+
+        model = entry.verified(OPENVINO_FILE)
+        if not self.runs_here()(entry.engine_key):  # OpenVINO itself may take it, and crash
+            raise EngineError(
+                f"{entry.name} was compiled for another processor or version of OpenVINO than this one",
+                hint=f"build it here: sdtrt build --backend {self.name}; {entry.removal} drops that one",
+            )
+        return OpenVinoSession(model, stored_contract(entry))

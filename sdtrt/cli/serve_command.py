@@ -1,0 +1,161 @@
+"""`sdtrt serve`: its options, and what is missing where the extra is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, cast
+
+from typer import Option
+
+from sdtrt.cli.options import BackendOptions, DirectoryOptions
+from sdtrt.common.errors import UsageError
+from sdtrt.engines.directory import in_home
+from sdtrt.specs import DEFAULT_MODEL, LoraSpec, ModelSpec, Precision
+from sdtrt.specs.serve import DEFAULT_PORT, MIB, OWN_VAE, Limits, ServeSpec, parse_warm
+
+PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+PACKAGES |= {"python_multipart": "python-multipart"}
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """These options bound what one request may ask for."""
+
+    max_body_mib: Annotated[int, Option(help="MiB of a request's body")] = Limits.body_bytes // MIB
+    body_seconds: Annotated[float, Option(help="seconds in which a body must be there")] = Limits.body_s
+    max_pixels: Annotated[int, Option(help="pixels of a picture")] = Limits.pixels
+    max_steps: Annotated[int, Option(help="denoising steps")] = Limits.steps
+    max_images: Annotated[int, Option(help="pictures of one request")] = Limits.images
+    max_prompt: Annotated[int, Option(help="characters of a prompt")] = Limits.prompt
+    max_waiting: Annotated[int, Option(help="pictures in the queue; further ones are refused with 429")] = (
+        Limits.waiting
+    )
+    keep_mib: Annotated[int, Option(help="MiB of finished pictures that are kept to be fetched")] = (
+        Limits.kept_bytes // MIB
+    )
+
+    def limits(self) -> Limits:
+        """The limits."""
+        return Limits(
+            self.max_body_mib * MIB,
+            self.body_seconds,
+            self.max_pixels,
+            self.max_steps,
+            self.max_images,
+            self.max_prompt,
+            self.max_waiting,
+            self.keep_mib * MIB,
+        )
+
+
+@dataclass(frozen=True)
+class AccessOptions:
+    """These options say who may ask."""
+
+    host: Annotated[str, Option(help="where it listens; another one than this machine's own wants a key")] = "127.0.0.1"
+    port: Annotated[int, Option(help="0 for any that is free")] = DEFAULT_PORT
+    api_key: Annotated[
+        str | None,
+        Option(
+            envvar="SDTRT_API_KEY", show_envvar=True, help="the key that each request must have (16 characters or more)"
+        ),
+    ] = None
+    allow_host: Annotated[
+        list[str] | None, Option(metavar="NAME", help="a name that requests may call this server; again for more")
+    ] = None
+    cors: Annotated[
+        list[str] | None, Option(metavar="ORIGIN", help="pages that may use it, as https://example.org; again for more")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """These options say what is served, and how."""
+
+    model: Annotated[
+        list[str] | None,
+        Option("--model", "-m", help="as of txt2img; again for more: requests may name these and no other"),
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        Option("--lora", metavar="FILE|FOLDER|ID", help="a LoRA that requests may name; again for more"),
+    ] = None
+    variant: Annotated[str | None, Option(help="weight variant, such as fp16")] = None
+    vae: Annotated[str | None, Option(metavar="FILE|FOLDER|ID", help="a VAE in the place of the models' own")] = None
+    offline: Annotated[bool, Option("--offline", help="never ask the hub")] = False
+    warm: Annotated[
+        str | None, Option(metavar="WxH,...", help="sizes to make ready before it says that it is, as 512x512,768x512")
+    ] = None
+    no_build: Annotated[
+        bool, Option("--no-build", help="refuse what has no engine, rather than build it meanwhile")
+    ] = False
+    batch_wait_ms: Annotated[float, Option(help="how long a picture waits for others that can share its call")] = 20.0
+    max_batch: Annotated[int, Option(help="pictures of one call at most")] = 8
+    keep: Annotated[int, Option(help="pipelines that stay open at once")] = 3
+    preview: Annotated[
+        str | None,
+        Option(
+            metavar=f"{OWN_VAE}|FILE|FOLDER|ID", help="a tiny VAE that shows pictures meanwhile; own: the model's VAE"
+        ),
+    ] = None
+    gpus: Annotated[str | None, Option(metavar="N,...", help="GPUs, each with a process of its own")] = None
+    grace: Annotated[float, Option(help="seconds, from SIGTERM on, to finish what was accepted")] = 30.0
+    quiet: Annotated[bool, Option("--quiet", "-q", help="log warnings and errors alone")] = False
+
+    def spec(
+        self, access: AccessOptions, limits: LimitOptions, backend: BackendOptions, directory: DirectoryOptions
+    ) -> ServeSpec:
+        """The server that is asked for."""
+        backend.check()
+        named = ModelSpec(
+            variant=self.variant, offline=self.offline, vae=None if self.vae is None else _whole(self.vae)
+        )
+        return ServeSpec(
+            models=tuple(replace(named, name=_whole(one)) for one in self.model or [DEFAULT_MODEL]),
+            loras=tuple(_whole(LoraSpec(one).name) for one in self.lora or ()),
+            host=access.host,
+            port=access.port,
+            api_key=access.api_key,
+            backend=backend.backend,
+            precision=cast("Precision | None", backend.precision),
+            batch_wait_ms=self.batch_wait_ms,
+            max_batch=self.max_batch,
+            warm=parse_warm(self.warm),
+            allow_build=not self.no_build,
+            preview=self.preview if self.preview in (None, OWN_VAE) else _whole(self.preview),
+            hosts=tuple(access.allow_host or ()),
+            origins=tuple(access.cors or ()),
+            open_models=self.keep,
+            grace_s=self.grace,
+            devices=_devices(self.gpus),
+            engine_dir=str(directory.directory().path.absolute()),
+            trust_engine_dir=directory.trust_engine_dir,
+            limits=limits.limits(),
+        )
+
+
+def _whole(name: str) -> str:
+    """A name that means the same in the folders where workers work."""
+    if name == DEFAULT_MODEL:
+        return name
+    path = in_home(Path(name))
+    return str(path.absolute()) if path.exists() else name
+
+
+def _devices(text: str | None) -> tuple[int, ...]:
+    parts = [one.strip() for one in (text or "").split(",")] if text else []
+    if not all(one.isdecimal() and len(one) <= 4 for one in parts):
+        raise UsageError(f"--gpus takes numbers, got {text!r}", hint="as in --gpus 0,1")
+    return tuple(map(int, parts))
+
+
+def check_packages() -> None:
+    """Raise `UsageError` where the extra is not installed."""
+    lacking = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UsageError(
+            f"sdtrt serve needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed",
+            hint=f'pip install "sdtrt[serve]", or pip install {" ".join(lacking)}',
+        )
