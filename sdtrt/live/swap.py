@@ -221,7 +221,7 @@ class Swapped:
         opened, result, cut, named = None, None, args, kwargs
         groups: tuple[Group, ...] = ()
         with self.left.where_refused(UnservedCallError):
-            groups, cut, named = self._taken(args, kwargs)
+            groups, cut, named = _taken(self, args, kwargs)
         if not self.left:
             opened = self._opened_for(sizes, groups)
         if opened is not None:
@@ -235,15 +235,6 @@ class Swapped:
             self._steps.seen(states)
         self._read(begins=is_first and opened is not None)
         return result
-
-    def _taken(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Group, ...], tuple[Any, ...], dict[str, Any]]:
-        """The optional groups of inputs that a call needs, and its arguments as an engine with them takes them."""
-        pictures, args, kwargs = self.prompts.take(args, kwargs)
-        freed, args, kwargs = self.free_u.take(args, kwargs) if self.component == "unet" else ((), args, kwargs)
-        deep = self.settings.deep_groups if self.component == "unet" else ()
-        return (*_groups_of_call(self.component, args, kwargs), *freed, *pictures, *deep), args, kwargs
 
     def find_left(self, *, looks: bool) -> None:
         """Find why no engine may run the component, if so. Raise that, but for `on_miss="torch"`.
@@ -590,6 +581,15 @@ def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tens
         tokens = DEFAULT_TOKENS if states is None else states.shape[1]
         return Sizes(first.shape[0], height, width, tokens)
     return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
+
+
+def _taken(
+    swapped: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Group, ...], tuple[Any, ...], dict[str, Any]]:
+    """The optional groups of inputs that a call needs, and its arguments as an engine with them takes them."""
+    pictures, args, kwargs = swapped.prompts.take(args, kwargs)
+    freed, args, kwargs = swapped.free_u.take(args, kwargs) if swapped.component == "unet" else ((), args, kwargs)
+    return (*_groups_of_call(swapped.component, args, kwargs), *freed, *pictures), args, kwargs
 
 
 def _groups_of_call(component: Component, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Group, ...]:

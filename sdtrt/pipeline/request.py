@@ -270,8 +270,7 @@ def resolve_request(
         EngineError, ModelError, UsageError: for what can't run.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
-    if spec.quality is not None:
-        console.note(told(spec.quality, spec.savings))
+    _tell_quality(spec, console)
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
@@ -310,6 +309,12 @@ def _settled(spec: PipelineSpec, console: Console) -> PipelineSpec:
     check_spec(found)
     _note(found, console)
     return found
+
+
+def _tell_quality(spec: GenerateSpec, console: Console) -> None:
+    """Say what a name for how much is saved comes to."""
+    if spec.quality is not None:
+        console.note(told(spec.quality, spec.savings))
 
 
 def _check_model(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:

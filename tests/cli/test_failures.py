@@ -20,6 +20,7 @@ import ip_adapters
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel, T2IAdapter
 from factories import sd1_folder, small_unet, unet_engine
 from fault_server import UNET
 from PIL import Image
@@ -36,6 +37,8 @@ from sdtrt.specs import ModelSpec, Sizes
 TABLE = Path(__file__).resolve().parents[2] / "SECURITY.md"
 ROW = re.compile(r"\| (?P<name>[^|]+) \| (?P<code>\d+) \| `(?P<message>.+?)` \| `(?P<hint>.+?)` \|")
 MODEL = ("--model", "model")
+NET = ("--controlnet", "net", "--control-image", "edges.png")
+T2I = ("--t2i-adapter", "t2i", "--t2i-image", "init.png")
 PAINT = ("txt2img", "-p", "x", *MODEL, "--steps", "1", "-H", "64", "-W", "64", "--quiet", "-b", "onnxruntime")
 BUILD = ("build", *MODEL)
 
@@ -47,6 +50,17 @@ def _ip_adapters(folder):
     save_file({"ip_adapter.1.to_k_ip.weight": torch.zeros(4, 2048)}, folder / "xl.safetensors")
     unet = small_unet("sd1", cross_attention_dim=32, **UNET)
     save_file(ip_adapters.tensors(unet, width=1024), folder / "wide.safetensors")
+
+
+def _beside(place):
+    """A ControlNet and a T2I-Adapter for the model, a T2I-Adapter for another one, and a map of edges."""
+    own = {name: value for name, value in UNET.items() if name not in ("up_block_types", "mid_block_type")}
+    ControlNetModel(**own, cross_attention_dim=32).save_pretrained(place / "net")
+    for name, width in (("t2i", 8), ("wide", 16)):
+        T2IAdapter(channels=[width], num_res_blocks=1).save_pretrained(place / name)
+    edges = Image.new("L", (64, 64))
+    edges.paste(255, (16, 16, 48, 18))
+    edges.save(place / "edges.png")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +77,7 @@ def made(tmp_path_factory):
         tensors |= {f"{layer}.lora_B.weight": torch.zeros(32, 4)} if name == "layers" else {}
         save_file(tensors, place / f"{name}.safetensors")
     _ip_adapters(place / "ip")
+    _beside(place)
     save_file({"emb_params": torch.ones(2, 768)}, place / "wide.safetensors")
     save_file({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 32)}, place / "clip.safetensors")
     for name in ("file", "weights.ckpt", "exists.onnx"):
@@ -283,6 +298,37 @@ MAKERS = {
     "missing picture": (*PAINT, "--ip-adapter", "ip/wide.safetensors", "--ip-image", "missing.png:0.6"),
     "IP-Adapter for another kind of model": (*PAINT, "--ip-adapter", "ip/xl.safetensors", "--ip-image", "init.png"),
     "IP-Adapter of another width": (*PAINT, "--ip-adapter", "ip/wide.safetensors", "--ip-image", "init.png"),
+    "ControlNet without a map": (*PAINT, "--controlnet", "net"),
+    "map without a ControlNet": (*PAINT, "--control-image", "init.png"),
+    "missing ControlNet": (*PAINT, "--controlnet", "missing", "--control-image", "edges.png"),
+    "map of one colour": (*PAINT, "--controlnet", "net", "--control-image", "init.png"),
+    "ControlNet's start and end": (*PAINT, *NET, "--control-start", "0.9", "--control-end", "0.1"),
+    "numbers of no ControlNet": (*PAINT, "--control-end", "0.5"),
+    "mode of no union": (*PAINT, *NET, "--control-mode", "1"),
+    "missing T2I-Adapter": (*PAINT, "--t2i-adapter", "missing", "--t2i-image", "init.png"),
+    "T2I-Adapter without a picture": (*PAINT, "--t2i-adapter", "t2i"),
+    "file of a T2I-Adapter": (*PAINT, "--t2i-adapter", "xl.safetensors", "--t2i-image", "init.png"),
+    "T2I-Adapter for another kind of model": (*PAINT, "--t2i-adapter", "wide", "--t2i-image", "init.png"),
+    "T2I-Adapter and a second pass": (*PAINT, *T2I, "--upscale", "2"),
+    "T2I-Adapter and an embedding": (*PAINT, *T2I, "--embedding", "wide.safetensors:<cat>"),
+    "second pass and a refiner": (*PAINT, "--upscale", "2", "--refiner", "model"),
+    "refiner behind a ControlNet and an image": (
+        *("img2img", *PAINT[1:], "-i", "init.png", *NET, "--steps", "4"),
+        *("--refiner", "model"),
+    ),
+    "edit by another kind of model": ("img2img", *PAINT[1:], "-i", "init.png", "--edit"),
+    "edit with a ControlNet": ("img2img", *PAINT[1:], "-i", "init.png", "--edit", *NET),
+    "image guidance without an edit": (
+        "img2img",
+        *PAINT[1:],
+        "-i",
+        "init.png",
+        "--steps",
+        "2",
+        "--image-cfg-scale",
+        "2",
+    ),
+    "strength of a second pass": (*PAINT, "--upscale", "2", "--upscale-strength", "0"),
     "missing embedding": (*PAINT, "--embedding", "missing.pt"),
     "embedding of another width": (*PAINT, "--embedding", "wide.safetensors:<cat>"),
     "embedding for another kind of model": (*PAINT, "--embedding", "clip.safetensors"),
