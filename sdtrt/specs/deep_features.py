@@ -13,13 +13,14 @@ from typing import Any
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.specs.choices import Group
 from sdtrt.specs.contract import BATCH, LATENT_HEIGHT, LATENT_WIDTH, Contract, TensorSpec, scaled
-from sdtrt.specs.groups import residual_names, residual_shapes
+from sdtrt.specs.groups import FREE_U, residual_names, residual_shapes
 from sdtrt.specs.image_prompts import image_prompt_names
 
 DEEP_OUT, DEEP_IN = "deep_out", "deep_in"  # the groups, `deep_out:1`: a number is of the depth
 DEEP_FEATURE = "deep_feature_"  # and the depth: nothing else of a contract tells it
 SHALLOW = "_shallow"  # behind the name of a UNet's engine: the shallow program's
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+_CHANGING = {"t2i_adapter": "a T2I-Adapter", FREE_U: "FreeU"}  # groups of inputs that change the deep layers
 _USUAL_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3  # what diffusers' class takes
 
 
@@ -87,17 +88,18 @@ def with_deep_features(contract: Contract, config: Mapping[str, Any], groups: Se
 
     Raises:
         ModelError: for a UNet of other blocks.
-        UsageError: for a depth that the UNet has not, and beside a T2I-Adapter, whose tensors change the deep layers.
+        UsageError: for a depth that the UNet has not, and beside what changes the deep layers: a T2I-Adapter, FreeU.
     """
     out, into = depth_of(groups, DEEP_OUT), depth_of(groups, DEEP_IN)
     depth = out if into is None else into
     if depth is None:
         return contract
-    if "t2i_adapter" in groups:
-        raise UsageError(
-            "deep caching and a T2I-Adapter don't go together",
-            hint="leave cache_interval out, or the adapter; ControlNets go with it",
-        )
+    for group, name in _CHANGING.items():
+        if group in groups:
+            raise UsageError(
+                f"deep caching and {name} don't go together",
+                hint=f"leave cache_interval out, or {name}; ControlNets go with it",
+            )
     feature = _feature(contract, config, depth)
     if into is None:
         return replace(contract, outputs=(*contract.outputs, feature))

@@ -294,5 +294,5 @@ def test_what_does_not_go_together_is_refused_by_name(make, accelerate):
     assert "leave cache_interval out" in caught.value.hint
     pipe = accelerate(make())
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    with pytest.raises(EngineError, match="the unet has FreeU"):
+    with pytest.raises(UsageError, match="deep caching and FreeU don't go together"):
         run(pipe)
