@@ -28,7 +28,7 @@ from test_guidance_interval import by_hand, rows_of
 
 import sdtrt
 from sdtrt.backends.unchanged import same_memory
-from sdtrt.common.errors import EngineError, UsageError
+from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
 from sdtrt.specs import DeepCaching, GuidanceInterval
