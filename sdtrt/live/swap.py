@@ -588,14 +588,15 @@ def _taken(
 ) -> tuple[tuple[Group, ...], tuple[Any, ...], dict[str, Any]]:
     """The optional groups of inputs that a call needs, and its arguments as an engine with them takes them."""
     pictures, args, kwargs = swapped.prompts.take(args, kwargs)
-    freed, args, kwargs = swapped.free_u.take(args, kwargs) if swapped.component == "unet" else ((), args, kwargs)
-    return (*_groups_of_call(swapped.component, args, kwargs), *freed, *pictures), args, kwargs
+    if swapped.component != "unet":
+        return pictures, args, kwargs
+    freed, args, kwargs = swapped.free_u.take(args, kwargs)
+    own = (*_groups_of_call(args, kwargs), *freed, *pictures, *swapped.settings.deep_groups)
+    return own, args, kwargs
 
 
-def _groups_of_call(component: Component, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Group, ...]:
-    """The optional groups of inputs that a call gives: diffusers passes them by these names."""
-    if component != "unet":
-        return ()
+def _groups_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The optional groups of inputs that a UNet's call gives: diffusers passes them by these names."""
     given = [kwargs.get(name) for name in RESIDUALS] + list(args[AFTER_USUAL:AFTER_RESIDUALS])
     groups: tuple[Group, ...] = ("controlnet",) if sum(one is not None for one in given) == len(RESIDUALS) else ()
     adapter = args[AFTER_RESIDUALS] if len(args) > AFTER_RESIDUALS else kwargs.get(ADAPTER)

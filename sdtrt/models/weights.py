@@ -193,6 +193,25 @@ def read_tensors(path: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
         raise ModelError(f"can't read {path}: {error}", hint="download or copy the file again") from error
 
 
+def read_tensor_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of tensors by name, as PyTorch saves them; none of its code runs.
+
+    Raises:
+        ModelError: if it can't be read, or holds anything else.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ModelError(f"can't read {path}: {first_line(error)}", hint="download or copy the file again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
+        raise ModelError(f"{path} holds no tensors by name", hint="download or copy the file again")
+    return tensors
+
+
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """Read a pickle checkpoint that the user trusts; tries without running its code first.
 

@@ -9,7 +9,6 @@ another one.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import conv2d
 
 from sdtrt.common.errors import ModelError, SdtrtError, first_line
+from sdtrt.models.weights import read_header, read_tensor_pickle, read_tensors
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file, by the name that PyTorch's cache has for it
 ADDRESS = f"https://download.pytorch.org/models/{ALEXNET}"
@@ -118,11 +116,8 @@ def _layer_weights() -> list[torch.Tensor]:
 
 
 def _read(path: Path) -> Mapping[str, torch.Tensor]:
-    """Tensors by name; no code of a file runs."""
+    """Tensors by name; no code of a file runs. Raises `ModelError` for what holds none."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ModelError(f"can't read {path}: {first_line(error)}", hint=WEIGHTS_HINT) from error
-    return tensors
+        return read_tensors(path, read_header(path)) if path.suffix == ".safetensors" else read_tensor_pickle(path)
+    except ModelError as error:
+        raise ModelError(error.message, hint=WEIGHTS_HINT) from error

@@ -54,6 +54,7 @@ class OpenVino(Backend):
         return precision if component in STEPPING else "fp32"
 
     def check_precision(self, precision: str) -> None:
+        refuse_quantised(self.title, precision)
         if precision not in ("fp32", "bf16"):
             raise UsageError(
                 f"OpenVINO computes in fp32 or bf16 on a CPU, not in {precision}", hint="use --precision fp32 or bf16"
@@ -63,7 +64,6 @@ class OpenVino(Backend):
                 f"{host.processor_name()} has no instructions for bf16 ({' or '.join(sorted(BF16_FLAGS))})",
                 hint="use --precision fp32",
             )
-        refuse_quantised(self.title, precision)
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
