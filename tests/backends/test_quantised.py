@@ -157,6 +157,17 @@ def test_sessions_of_one_model_share_them():
     assert torch.equal(one.tensors["a.to_qkv.weight_scale"], other.tensors["a.to_qkv.weight_scale"])
 
 
+@BOTH
+def test_rows_in_8_bits_are_no_weights_of_an_engine_in_16(dtype):
+    """They would be taken for whole numbers up to 127, without a word: their scales lie elsewhere."""
+    eight = Weights(constants(dtype), {}, CPU)
+    eight.fill(given())
+    sixteen = Weights(tuple(Constant.of(name, tensor, (name,)) for name, tensor in given().items()), {}, CPU)
+    with pytest.raises(EngineError, match="lies in 8 bits in the one engine") as caught:
+        sixteen.follow(eight.views())
+    assert "--force" in caught.value.hint
+
+
 def test_a_list_of_constants_says_which_are_rounded_and_others_are_written_as_ever(tmp_path):
     write_constants(tmp_path, constants(torch.int8))
     assert read_constants(tmp_path / CONSTANTS_FILE) == constants(torch.int8)

@@ -256,8 +256,11 @@ class Weights:
         """Copy a tensor of the model to where it belongs; round its rows, where they are in 8 bits.
 
         What is rounded is the engine's 16 bits, whichever the model has: a file and a live module give the same then.
+
+        Raises:
+            EngineError: for another engine's rows in 8 bits.
         """
-        if tensor.element_size() == 1:  # such rows mean nothing without their scales
+        if tensor.element_size() == 1:  # they mean nothing without their scales
             raise EngineError(
                 f"{name} lies in 8 bits in the one engine, and not in this one that computes with its weights",
                 hint="build both anew, for the same precision: sdtrt build --force",
