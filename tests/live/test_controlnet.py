@@ -233,7 +233,7 @@ IMAGES = {"image": PICTURE, "control_image": MAP, "strength": 0.9}
         (StableDiffusionControlNetInpaintPipeline, "sd1", {**IMAGES, "mask_image": MASK}),
         (StableDiffusionControlNetPipeline, "sd2", {}),
         (StableDiffusionXLControlNetPipeline, "sdxl", {}),
-        (StableDiffusionXLControlNetImg2ImgPipeline, "sdxl", IMAGES),
+        pytest.param(StableDiffusionXLControlNetImg2ImgPipeline, "sdxl", IMAGES, marks=pytest.mark.slow),
         (StableDiffusionXLControlNetInpaintPipeline, "sdxl", {**IMAGES, "mask_image": MASK}),
     ],
 )
@@ -378,7 +378,10 @@ def test_residuals_that_do_not_fit_are_refused_by_name(make, accelerate):
             pipe.unet(*call, **part)
 
 
-@pytest.mark.parametrize(("kind", "cls"), PIPELINES.items())
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [pytest.param(*one, marks=pytest.mark.slow if one[0] == "sdxl" else ()) for one in PIPELINES.items()],
+)
 def test_a_controlnet_runs_in_an_engine_of_its_own(make, accelerate, directory, kind, cls):
     plain, pipe = make(cls, kind), accelerate(make(cls, kind), components=("unet", "controlnet"))
     built = names(directory)

@@ -303,7 +303,8 @@ def test_an_engine_of_another_part_is_refused_with_where_to_look(spec, directory
     assert f"sdtrt engines list --engine-dir {directory.path} shows" in caught.value.hint
 
 
-@pytest.mark.parametrize("kind", [pytest.param("noise", marks=pytest.mark.slow), "nan"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noise", "nan"])
 def test_an_image_that_the_vaes_engine_spoils_is_not_blamed_on_the_unets(spec, directory, tmp_path, run, kind):
     """The command says so, and what it hints at makes the engine right again."""
 
