@@ -123,6 +123,15 @@ SMALLEST: dict[Kind, dict[str, Any]] = {
         "transformer_layers_per_block": [1, 2],
     },
 }
+ONE_LEVEL: dict[str, Any] = {  # of SD 1.x, and nothing below it: compilers take half the time
+    **SMALLEST["sd1"],
+    "block_out_channels": (32,),
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "norm_num_groups": 8,
+}
 
 
 def checked_spec(*arguments: Any, **options: Any) -> BuildSpec:

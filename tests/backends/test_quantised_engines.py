@@ -38,15 +38,6 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 SIZES = Sizes(2, 64, 64)
-ARCHITECTURE = {  # one level and nothing below it: compilers take half the time
-    **factories.SMALLEST["sd1"],
-    "block_out_channels": (32,),
-    "attention_head_dim": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "mid_block_type": None,
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "norm_num_groups": 8,
-}
 ERRORS = {"int8": (0.002, 0.03), "fp8": (0.005, 0.1)}  # against fp32: no less than 8 bits cost, and no more
 BOTH = pytest.mark.parametrize("precision", ["int8", "fp8"])
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -56,7 +47,7 @@ PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_che
 def models(tmp_path_factory):
     """Two checkpoints of one architecture."""
     folder = tmp_path_factory.mktemp("models")
-    folders = [factories.sd1_folder(folder / str(seed), seed=seed, **ARCHITECTURE) for seed in (0, 1)]
+    folders = [factories.sd1_folder(folder / str(seed), seed=seed, **factories.ONE_LEVEL) for seed in (0, 1)]
     return [resolve_model(ModelSpec(str(path))) for path in folders]
 
 
@@ -172,7 +163,7 @@ def test_verify_holds_it_to_thresholds_of_its_own(models, shared, tmp_path, prec
 def test_a_live_pipeline_keeps_its_16_bits_and_every_change_is_rounded_anew(models, shared, tokenizer):
     """In place, by `.data`, and back; the module itself is nobody's copy."""
     built = engine(models[0], shared, "int8").created
-    unet = factories.small_unet("sd1", **ARCHITECTURE)
+    unet = factories.small_unet("sd1", **factories.ONE_LEVEL)
     parts = {"unet": unet, "vae": factories.small_tiny_vae(), "tokenizer": tokenizer}
     pipe = StableDiffusionPipeline(
         **parts, text_encoder=factories.small_text_encoder(), scheduler=DDIMScheduler(), **PARTS

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from benchmark_scripts import module, run, run_python
-from factories import SMALLEST, sd1_folder
+from factories import ONE_LEVEL, sd1_folder
 from onnx import TensorProto, helper
 
 from sdtrt.backends import registry
@@ -123,7 +123,7 @@ def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path):
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
 def test_an_inductor_engine_is_measured_with_all_its_promises(tmp_path):
     """Two engines are compiled: this takes minutes."""
-    model = sd1_folder(tmp_path / "model", **{**SMALLEST["sd1"], "norm_num_groups": 8})
+    model = sd1_folder(tmp_path / "model", **ONE_LEVEL)
     report = tmp_path / "report.json"
     sizes = ("--height", "64", "--width", "64", "--profile", "batch=2:2:4")
     run("packages.py", "--model", model, *sizes, "--changes", "20", "--output", report, timeout_s=1700)
