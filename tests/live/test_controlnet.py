@@ -172,10 +172,11 @@ MAPS = {"image": [MAP, OTHER_MAP, PICTURE]}
 
 @pytest.mark.parametrize("backend", ["inductor", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 @pytest.mark.feature("ControlNet, several", "sd1", "onnxruntime inductor")
-def test_each_of_several_controlnets_runs_in_an_engine(make, accelerate, directory, monkeypatch, backend):
+def test_each_of_several_controlnets_runs_in_an_engine(make, accelerate, directory, monkeypatch, tmp_path, backend):
     if backend == "inductor":
         torch_engines.instead_of_inductor(monkeypatch)
-    chosen = {"components": ("unet", "controlnet"), "backend": backend}
+        directory = EngineDirectory(tmp_path / "stand-ins")  # which no other test can open
+    chosen = {"components": ("unet", "controlnet"), "backend": backend, "engine_dir": directory.path}
     plain, pipe = make(control=several), accelerate(make(control=several), **chosen)
     before = swapped_of(pipe)
     built, one = names(directory), sdtrt.status(pipe)["controlnet"]
