@@ -17,9 +17,9 @@ from sdtrt.common.errors import ModelError, UsageError, quote
 from sdtrt.models.checkpoints import describe
 from sdtrt.models.hub import Repo, is_repo_id, refuse_address
 from sdtrt.models.loras import kind_of_width
-from sdtrt.models.named_parts import NamedPart
+from sdtrt.models.named_parts import NamedPart, with_weights
 from sdtrt.models.origins import Origin, has_weight_suffix, local_path, read_checkpoint_infos
-from sdtrt.models.weights import TensorInfo, check_headers
+from sdtrt.models.weights import TensorInfo
 from sdtrt.specs import ModelSpec
 from sdtrt.specs.groups import control_facts
 
@@ -84,12 +84,7 @@ def find_controlnet(spec: ModelSpec, unet: Mapping[str, Any], console: Console) 
     assert spec.controlnet is not None
     found = _find(replace(spec, name=spec.controlnet, revision=None), spec.name, unet, console)
     _check_fit(found.config(), found.spec.name, spec.name, unet)
-    if found.repo is None:
-        check_headers(found.files())
-    if spec.variant is None or found.file is not None or found.has(spec.variant) is not False:
-        return found
-    console.note(f"{found.spec.name}: no {spec.variant} weights, the plain ones are taken")
-    return found.as_variant(None)
+    return with_weights(found, console)
 
 
 def _find(spec: ModelSpec, model: str, unet: Mapping[str, Any], console: Console) -> Origin:

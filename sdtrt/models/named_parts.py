@@ -1,4 +1,6 @@
-"""What a VAE, a ControlNet and a T2I-Adapter that a user names have in common: the folder of one. Reads no tensor."""
+"""What a VAE, a ControlNet and a T2I-Adapter that a user names have in common: the folder of one, and which weights of it
+are taken. Reads no tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, quote
 from sdtrt.models.hub import Repo
 from sdtrt.models.origins import Origin
-from sdtrt.models.weights import read_json
+from sdtrt.models.weights import check_headers, read_json
 from sdtrt.specs import ModelSpec
 
 
@@ -53,3 +56,18 @@ class NamedPart:
         if files and self.takes_files:
             hint = f"pass the file, as in --{self.part} {quote(str(Path(spec.name) / files[0]))}"
         raise ModelError(f"{spec.name} is no {self.what}'s folder: it has no config.json", hint=hint)
+
+
+def with_weights(found: Origin, console: Console) -> Origin:
+    """A part whose local weights can be read, with the plain ones where its variant has none, which is said.
+
+    Raises:
+        ModelError: for a file on this machine that can't be read.
+    """
+    if found.repo is None:
+        check_headers(found.files())
+    variant = found.spec.variant
+    if variant is None or found.file is not None or found.has(variant) is not False:
+        return found
+    console.note(f"{found.spec.name}: no {variant} weights, the plain ones are taken")
+    return found.as_variant(None)

@@ -12,9 +12,8 @@ from typing import Any
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError
 from sdtrt.models.hub import Repo, is_repo_id, refuse_address
-from sdtrt.models.named_parts import NamedPart
+from sdtrt.models.named_parts import NamedPart, with_weights
 from sdtrt.models.origins import Origin, local_path
-from sdtrt.models.weights import check_headers
 from sdtrt.specs import ModelSpec
 from sdtrt.specs.groups import adapter_mismatch
 
@@ -44,12 +43,7 @@ def find_t2i_adapter(spec: ModelSpec, unet: Mapping[str, Any], console: Console)
             f" unet takes {wanted}",
             hint=FITTING,
         )
-    if found.repo is None:
-        check_headers(found.files())
-    if spec.variant is None or found.has(spec.variant) is not False:
-        return found
-    console.note(f"{found.spec.name}: no {spec.variant} weights, the plain ones are taken")
-    return found.as_variant(None)
+    return with_weights(found, console)
 
 
 def _find(spec: ModelSpec, console: Console) -> Origin:
