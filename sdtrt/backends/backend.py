@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from sdtrt.common import host
 from sdtrt.common.console import Console
-from sdtrt.common.errors import SdtrtError, UsageError
+from sdtrt.common.errors import BuildError, SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
@@ -106,9 +107,13 @@ class Backend(ABC):
         """Whether `auto` has its engines built on a device where no engines are there yet."""
         return device in self.devices
 
-    @abstractmethod
     def why_not(self) -> SdtrtError | None:
-        """Why it can't build and run engines on this machine; None if it can."""
+        """Why it can't build and run engines on this machine; None if it can: it is installed, if it says no more."""
+        try:
+            self.version()
+        except SdtrtError as error:
+            return error
+        return None
 
     @abstractmethod
     def version(self) -> str:
@@ -205,6 +210,34 @@ def refuse_quantised(title: str, precision: str) -> None:
         raise UsageError(
             f"{title} has no engines in {precision}", hint=f"use --backend inductor --precision {precision}"
         )
+
+
+def refuse_tensorrt_options(who: str, spec: BuildSpec) -> None:
+    """Raise `UsageError` for build options that TensorRT alone knows; `who` begins what is said, `OpenVINO has`."""
+    limited = spec.optimization_level is not None or spec.workspace_bytes is not None
+    in_pieces = bool(spec.split_attention) or spec.channels_last
+    if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
+        raise UsageError(
+            f"{who} no optimization level, workspace, version compatibility, plugins or pieces",
+            hint="leave those options out, or use --backend tensorrt",
+        )
+
+
+def require_one_profile(title: str, spec: BuildSpec) -> None:
+    """Raise `UsageError` for several profiles in one engine."""
+    if len(spec.profiles) != 1:
+        raise UsageError(
+            f"{title} builds an engine for one profile, got {len(spec.profiles)}",
+            hint="build one engine after the other, or one for a range: --height 512:512:768",
+        )
+
+
+def installed_version(title: str, package: str, install: str) -> str:
+    """The version of a library. Raises `BuildError` with the command that installs it, where it is missing."""
+    version = host.library_version(package)
+    if version is None:
+        raise BuildError(f"{title} is not installed", hint=f"pip install {install}")
+    return version
 
 
 def _runs_in(version: str, key: EngineKey) -> bool:

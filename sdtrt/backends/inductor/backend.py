@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Source
+from sdtrt.backends.backend import (
+    Backend,
+    BuildJob,
+    Device,
+    Source,
+    installed_version,
+    refuse_tensorrt_options,
+    require_one_profile,
+)
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
@@ -55,10 +63,7 @@ class Inductor(Backend):
         return None
 
     def version(self) -> str:
-        version = host.library_version("torch")
-        if version is None:
-            raise BuildError("PyTorch is not installed", hint="pip install torch")
-        return version
+        return installed_version("PyTorch", "torch", "torch")
 
     def default_precision(self) -> Precision:
         return "fp16" if self.device() == "cuda" else "fp32"
@@ -90,18 +95,8 @@ class Inductor(Backend):
                 f"the {spec.export.component} has no engine in {spec.export.precision}: it runs once an image",
                 hint=f"build it with --precision {self.default_precision()}, which runs beside a quantised UNet",
             )
-        limited = spec.optimization_level is not None or spec.workspace_bytes is not None
-        in_pieces = bool(spec.split_attention) or spec.channels_last
-        if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
-            raise UsageError(
-                f"{self.title} has no optimization level, workspace, version compatibility, plugins or pieces",
-                hint="leave those options out, or use --backend tensorrt",
-            )
-        if len(spec.profiles) != 1:
-            raise UsageError(
-                f"{self.title} builds an engine for one profile, got {len(spec.profiles)}",
-                hint="build one engine after the other, or one for a range: --height 512:512:768",
-            )
+        refuse_tensorrt_options(f"{self.title} has", spec)
+        require_one_profile(self.title, spec)
 
     def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
         """The processor, and the GPU where there is one, with what compiles for it."""

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Source, refuse_quantised
+from sdtrt.backends.backend import (
+    Backend,
+    BuildJob,
+    Device,
+    Source,
+    installed_version,
+    refuse_quantised,
+    refuse_tensorrt_options,
+)
 from sdtrt.common import host
-from sdtrt.common.errors import BuildError, SdtrtError, UsageError
+from sdtrt.common.errors import UsageError
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.specs import BuildSpec, Precision
 
@@ -27,18 +35,8 @@ class OnnxRuntime(Backend):
     devices: ClassVar[tuple[Device, ...]] = ("cpu",)
     takes_any_size: ClassVar[bool] = True
 
-    def why_not(self) -> SdtrtError | None:
-        try:
-            self.version()
-        except SdtrtError as error:
-            return error
-        return None
-
     def version(self) -> str:
-        version = host.library_version("onnxruntime")
-        if version is None:
-            raise BuildError("ONNX Runtime is not installed", hint="pip install onnxruntime")
-        return version
+        return installed_version(self.title, "onnxruntime", "onnxruntime")
 
     def default_precision(self) -> Precision:
         return "fp32"
@@ -52,13 +50,7 @@ class OnnxRuntime(Backend):
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
-        limited = spec.optimization_level is not None or spec.workspace_bytes is not None
-        in_pieces = bool(spec.split_attention) or spec.channels_last
-        if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
-            raise UsageError(
-                "ONNX Runtime engines have no optimization level, workspace, version compatibility, plugins or pieces",
-                hint="leave those options out, or use --backend tensorrt",
-            )
+        refuse_tensorrt_options(f"{self.title} engines have", spec)
 
     def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
         """The processor, which decides an optimised model's layouts."""

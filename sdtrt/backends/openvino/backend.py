@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Source, refuse_quantised
+from sdtrt.backends.backend import (
+    Backend,
+    BuildJob,
+    Device,
+    Source,
+    installed_version,
+    refuse_quantised,
+    refuse_tensorrt_options,
+    require_one_profile,
+)
 from sdtrt.common import host
-from sdtrt.common.errors import BuildError, EngineError, SdtrtError, UsageError
+from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.models.components import STEPPING
 from sdtrt.models.source import ModelSource
@@ -33,18 +42,8 @@ class OpenVino(Backend):
     def is_automatic(self, device: str) -> bool:
         return False
 
-    def why_not(self) -> SdtrtError | None:
-        try:
-            self.version()
-        except SdtrtError as error:
-            return error
-        return None
-
     def version(self) -> str:
-        version = host.library_version("openvino")
-        if version is None:
-            raise BuildError("OpenVINO is not installed", hint="pip install 'sdtrt[openvino]'")
-        return version
+        return installed_version(self.title, "openvino", "'sdtrt[openvino]'")
 
     def default_precision(self) -> Precision:
         return "fp32"
@@ -67,18 +66,8 @@ class OpenVino(Backend):
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
-        limited = spec.optimization_level is not None or spec.workspace_bytes is not None
-        in_pieces = bool(spec.split_attention) or spec.channels_last
-        if limited or spec.version_compatible or not spec.norm_plugins or in_pieces:
-            raise UsageError(
-                "OpenVINO has no optimization level, workspace, version compatibility, plugins or pieces",
-                hint="leave those options out, or use --backend tensorrt",
-            )
-        if len(spec.profiles) != 1:
-            raise UsageError(
-                f"OpenVINO builds an engine for one profile, got {len(spec.profiles)}",
-                hint="build one engine after the other, or one for a range: --height 512:512:768",
-            )
+        refuse_tensorrt_options(f"{self.title} has", spec)
+        require_one_profile(self.title, spec)
 
     def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
         """The processor, which decides a compiled model's layouts and kernels."""
