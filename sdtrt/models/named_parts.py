@@ -1,5 +1,6 @@
-"""What a VAE, a ControlNet and a T2I-Adapter that a user names have in common: the folder of one, and which weights of it
-are taken. Reads no tensor.
+"""What a VAE, a ControlNet and a T2I-Adapter that a user names have in common: the folder of one, and its weights.
+
+Reads no tensor.
 """
 
 from __future__ import annotations
