@@ -177,22 +177,7 @@ class VerifyOptions:
             raise UsageError(
                 f"verify takes no random seed, got {self.seed}", hint=f"use --seed {DEFAULT_VERIFY_SEED}, or another"
             )
-        return GenerateSpec(
-            prompts=tuple(self.prompt or (SAMPLE_PROMPT,)),
-            model=model,
-            backend=backend.backend,
-            precision=cast("Precision | None", backend.precision),
-            negative_prompt=self.negative_prompt,
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            height=self.height,
-            width=self.width,
-            seed=self.seed,
-            scheduler=cast("SchedulerName | None", self.scheduler),
-            allow_build=not self.no_build,
-            noise=noise,
-            **image,
-        )
+        return _picture(self, model, backend, noise, {"seed": self.seed, **image})
 
 
 @dataclass(frozen=True)
@@ -260,22 +245,8 @@ class BenchOptions:
             raise UsageError(
                 f"--quality takes one batch size, got {self.batch_size}", hint=f"use --batch-size {batches[0]}"
             )
-        image = GenerateSpec(
-            prompts=tuple(self.prompt or (SAMPLE_PROMPT,)),
-            model=model,
-            backend=backend.backend,
-            precision=cast("Precision | None", backend.precision),
-            negative_prompt=self.negative_prompt,
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            height=self.height,
-            width=self.width,
-            seed=self.seed or DEFAULT_VERIFY_SEED,
-            batch_size=batches[0],
-            scheduler=cast("SchedulerName | None", self.scheduler),
-            allow_build=not self.no_build,
-            noise=noise,
-        )
+        own = {"seed": self.seed or DEFAULT_VERIFY_SEED, "batch_size": batches[0]}
+        image = _picture(self, model, backend, noise, own)
         choices = parse_choices(self.quality)
         return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)
 
@@ -323,6 +294,31 @@ class BenchOptions:
         if named is None:
             named = tuple(dict.fromkeys(self.baselines.replace(" ", "").split(",")))
         return cast("tuple[BaselineName, ...]", named)
+
+
+def _picture(
+    options: VerifyOptions | BenchOptions,
+    model: ModelSpec,
+    backend: BackendOptions,
+    noise: NoiseSpec,
+    more: Mapping[str, Any],
+) -> GenerateSpec:
+    """The picture that a report is about; `more` is what its options have of their own, of `GenerateSpec`."""
+    return GenerateSpec(
+        prompts=tuple(options.prompt or (SAMPLE_PROMPT,)),
+        model=model,
+        backend=backend.backend,
+        precision=cast("Precision | None", backend.precision),
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        height=options.height,
+        width=options.width,
+        scheduler=cast("SchedulerName | None", options.scheduler),
+        allow_build=not options.no_build,
+        noise=noise,
+        **more,
+    )
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
