@@ -1,0 +1,1 @@
+"""What a request gives: prompts and pictures, read and checked before there is a pipeline."""

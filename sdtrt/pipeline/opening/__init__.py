@@ -1,0 +1,1 @@
+"""From a request to an open pipeline: how it runs, the engines that serve it, and the memory that they take."""
