@@ -30,7 +30,8 @@ from sdtrt.live.accepted import (
     vae_in_pytorch,
 )
 from sdtrt.live.controlnets import groups_of, refuse_wanted
-from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
+from sdtrt.live.settings import ON_MISS, OnMiss, Settings
+from sdtrt.live.swap import Swapped, swapped_of
 from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel

@@ -7,62 +7,44 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 
 from sdtrt.backends import registry
-from sdtrt.backends.open import compute_with, open_session
+from sdtrt.backends.open import open_session
 from sdtrt.backends.scratch import Scratch
-from sdtrt.backends.session import Session
-from sdtrt.backends.unchanged import same_memory
 from sdtrt.common.console import Console
 from sdtrt.common.errors import EngineError, UnservedCallError
-from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.engines.find import slack
 from sdtrt.live.bound import Bound, Followed
 from sdtrt.live.left import Left
-from sdtrt.live.live_text import LiveText, encodes, least_rows
+from sdtrt.live.live_text import LiveText
+from sdtrt.live.served import IN_PYTORCH, Opened, call_of, close, fitting, followed, groups_of_call, sizes_of_call
+from sdtrt.live.settings import Settings
 from sdtrt.live.steps import Steps
 from sdtrt.live.token_table import TokenTable
-from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of, sizes_of
-from sdtrt.models.live import LiveModel, component_tensors, controlnets_of
-from sdtrt.models.resolve import Model
+from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of
+from sdtrt.models.live import component_tensors, controlnets_of
 from sdtrt.pipeline.opening.engines import ensure_engines
-from sdtrt.pipeline.opening.request import EngineRequest
 from sdtrt.pipeline.parts import tiles
-from sdtrt.pipeline.parts.control_forward import ControlNetForward
 from sdtrt.pipeline.parts.deep_cache import CachedForward, DeepCache
-from sdtrt.pipeline.parts.facades import VaeFacade
-from sdtrt.pipeline.parts.forwards import ADAPTER, EncodedText, UNetForward
+from sdtrt.pipeline.parts.forwards import EncodedText
 from sdtrt.pipeline.parts.free_u import FreeU
 from sdtrt.pipeline.parts.guided_rows import GuidedRows
 from sdtrt.pipeline.parts.image_prompts import ImagePrompts
 from sdtrt.pipeline.parts.parked import Parked
 from sdtrt.pipeline.parts.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import (
-    COMPONENTS,
-    DEFAULT_TOKENS,
-    SIZE_MULTIPLE,
-    BackendName,
     Component,
     DeepCaching,
     Group,
-    ModelSpec,
-    Precision,
-    Profile,
-    Savings,
     Sizes,
 )
 
-OnMiss = Literal["build", "torch", "error"]
-ON_MISS: tuple[str, ...] = ("build", "torch", "error")
 METHODS: dict[Component, str] = {
     "unet": "forward",
     "controlnet": "forward",
@@ -72,73 +54,9 @@ METHODS: dict[Component, str] = {
     "vae_encoder": "encode",
 }
 FIRST = ("sample", "input_ids", "z", "x")  # the names that the methods' first arguments have
-RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
-AFTER_USUAL, AFTER_RESIDUALS = 8, 10  # their places among a UNet's arguments
 _OTHER_TOKENS = "its token table is another one (textual inversion)"
-IN_PYTORCH = "call sdtrt.accelerate with components= without it, or sdtrt.restore(pipe),"
 
 _SWAPPED: WeakKeyDictionary[torch.nn.Module, dict[Component, Swapped]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the parts of an accelerated pipeline have in common.
-
-    Args:
-        spec: of the model: its name.
-        stored: the model in files that the pipeline was loaded from, where it lies on this machine.
-        modules: the pipeline's, which are not kept alive.
-        precision: that is asked for; a component may have another (`Backend.precision_of`).
-        on_miss: what happens at a call that no engine has the size of.
-        lock: the parts' engines share memory, and run one at a time.
-        savings: what of a run's work is left out.
-        deep_groups: of the UNet's engine, where a deep feature is kept.
-    """
-
-    spec: ModelSpec
-    stored: Model | None
-    modules: Mapping[str, ref[torch.nn.Module]]
-    backend: BackendName
-    precision: Precision
-    directory: EngineDirectory
-    device: torch.device
-    on_miss: OnMiss
-    console: Console
-    lock: threading.RLock
-    savings: Savings = field(default_factory=Savings)
-    deep_groups: tuple[Group, ...] = ()
-
-    @property
-    def model(self) -> LiveModel:
-        """The model as the pipeline has it now."""
-        modules = {name: module for name, one in self.modules.items() if (module := one()) is not None}
-        return LiveModel(self.spec, modules, self.stored)
-
-    def of(self, name: str) -> Settings:
-        """Those of one part: of a further ControlNet (`controlnet_2`) they have it in the place of the first one."""
-        if name in COMPONENTS:
-            return self
-        return replace(self, modules={**self.modules, "controlnet": self.modules[name]})
-
-    def request(self, sizes: Sizes, component: Component, groups: tuple[Group, ...]) -> EngineRequest:
-        """The engine for a call of one component; `sizes` are that call's."""
-        images = sizes.batch
-        return EngineRequest(self.model, self.backend, self.precision, sizes, (component,), images, self.device, groups)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An engine that is open, and what it does as the module's method; `shallow` runs the steps beside a UNet's own."""
-
-    entry: Entry
-    session: Session[torch.Tensor]
-    call: Callable[..., Any]
-    shallow: Session[torch.Tensor] | None = None
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The optional groups of inputs that it has."""
-        return self.entry.engine_key.export.groups
 
 
 class Swapped:
@@ -158,7 +76,7 @@ class Swapped:
         self.component, self.settings = component, settings
         self.method = METHODS[component]
         self.engines: list[Opened] = []
-        finalize(self, _close, self.engines).atexit = False
+        finalize(self, close, self.engines).atexit = False
         self.parked = Parked(self._wanted)
         self.is_open = True
         self.bound = None if registry.get(settings.backend).weights_inside else Bound(component)
@@ -202,7 +120,7 @@ class Swapped:
             states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None) if steps else None
             if self.component in VAE_HALVES and tiles.cuts(self.module, first.shape[0]):
                 return tiles.in_tiles(self.module, self.component, functools.partial(_tile, self), *args, **kwargs)
-            result = self._run(_sizes_of_call(self.component, first, states), states, args, kwargs)
+            result = self._run(sizes_of_call(self.component, first, states), states, args, kwargs)
         if isinstance(result, EncodedText):
             return LiveText(result, functools.partial(self._rest_of_text, *args, **kwargs))
         return result
@@ -335,16 +253,7 @@ class Swapped:
 
     def fitting(self, sizes: Sizes, groups: tuple[Group, ...] = ()) -> Opened | None:
         """The open engine that fits a size of the component's own call best, with inputs for all that it gives."""
-        own = sizes_of(self.component, sizes, sizes.batch)
-        fits = []
-        for one in self.engines:
-            if not set(groups) <= set(one.groups):
-                continue
-            profiles = one.entry.engine_key.profiles
-            rows = least_rows(profiles, own.batch) if self.component in TEXT_ENCODERS else own.batch
-            if (loose := slack(profiles, replace(own, batch=rows))) is not None:
-                fits.append((rows, len(one.groups), loose, one))
-        return min(fits, key=lambda fit: fit[:3])[3] if fits else None
+        return fitting(self.engines, self.component, sizes, groups)
 
     def _describe(self, sizes: Sizes) -> str:
         return self.engines[0].session.contract.describe(sizes) if self.engines else str(sizes)
@@ -373,11 +282,13 @@ class Swapped:
         if any(one.entry.path == entry.path for one in self.engines):
             return
         session = open_session(entry, self.settings.device, self.scratch)
-        self.engines.append(Opened(entry, session, _call_of(self, session, entry.engine_key.profiles)))
+        call = call_of(entry, session, self.module, self.settings.device)
+        rowed = functools.partial(self.rows.run, call) if self.component in STEPPING else call
+        self.engines.append(Opened(entry, session, rowed))
         if shallow is not None:
             self.engines[-1] = _with_shallow(self, self.engines[-1], shallow)
         if self.bound is not None:
-            self.engines[-1] = _followed(self.bound, self.engines[-1], self._module)
+            self.engines[-1] = followed(self.bound, self.engines[-1], self._module)
 
     # --- the weights' place ---------------------------------------------------------------------------------------
 
@@ -428,7 +339,7 @@ class Swapped:
             self.is_open = False
             if self.bound is not None:
                 self.bound.release(module)
-            _close(self.engines)
+            close(self.engines)
 
     def __copy__(self) -> Swapped:
         return self
@@ -459,17 +370,6 @@ def _with_shallow(swapped: Swapped, opened: Opened, entry: Entry) -> Opened:
     return replace(opened, call=functools.partial(swapped.rows.run, forward), shallow=second)
 
 
-def _followed(bound: Bound, opened: Opened, module: ref[torch.nn.Module]) -> Opened:
-    """An engine that holds no weights, computing with the module's; one of shallow steps reads them where it does."""
-    session: Any = opened.session
-    found = replace(opened, call=bound.following(session, module, opened.call))
-    if (second := opened.shallow) is not None:
-        compute_with(second, session)
-        own, views = cast(Any, second).weight_views(), session.weight_views()
-        assert all(same_memory(one, views[name]) for name, one in own.items()), "weights would not be followed"
-    return found
-
-
 def swapped_of(pipe: Any) -> dict[str, Swapped]:
     """What engines run of a pipeline's modules, whichever pipeline they were accelerated through: by their components,
     further ControlNets as `controlnet_2`, ….
@@ -498,7 +398,7 @@ def _take_image_prompts(swapped: Swapped) -> None:
         swapped.bring_back()
         if swapped.bound is not None:
             swapped.bound.release(swapped.module)
-        _close(swapped.engines)
+        close(swapped.engines)
     swapped.watch.stop()
     swapped.watch = _watch_over(swapped.module, swapped.component, swapped.bound, swapped.settings)
 
@@ -517,7 +417,7 @@ def _ensure(swapped: Swapped, sizes: Sizes, groups: tuple[Group, ...]) -> tuple[
 
 def _tile(swapped: Swapped, tile: torch.Tensor) -> torch.Tensor:
     """One tile, by the engine of its size; PyTorch has those at the edges that none fits: they are of any size."""
-    sizes = _sizes_of_call(swapped.component, tile, None)
+    sizes = sizes_of_call(swapped.component, tile, None)
     chosen, edge = swapped.settings.on_miss, tiles.is_edge(swapped.module, swapped.component, sizes)
     if swapped.fitting(sizes) is None and (chosen == "torch" or (chosen == "build" and edge)):
         swapped._say(f"{swapped.component}: PyTorch runs tiles of {sizes.width}x{sizes.height} pixels")
@@ -539,23 +439,6 @@ def _watch_over(
     return WeightsWatch(module, component, precision, digest or model.digest(component, precision))
 
 
-def _call_of(swapped: Swapped, session: Session[torch.Tensor], profiles: Sequence[Profile]) -> Callable[..., Any]:
-    """A module's method, by a session."""
-    component, device, module = swapped.component, swapped.settings.device, swapped.module
-    if component == "unet":
-        return functools.partial(swapped.rows.run, UNetForward(session, session.contract, device, IN_PYTORCH))
-    if component == "controlnet":
-        return functools.partial(swapped.rows.run, ControlNetForward(session, device, IN_PYTORCH))
-    if component in TEXT_ENCODERS:
-        return encodes(session, device, ref(module), profiles, IN_PYTORCH)
-    config: Any = module.config
-    if component == "vae_decoder":
-        return VaeFacade(config, device, decoder=session).decode
-    facade = VaeFacade(config, device, encoder=session)
-    facade.encode_one_by_one()
-    return facade.encode
-
-
 def _check_place(swapped: Swapped, module: torch.nn.Module) -> None:
     """Raise `EngineError` where a module is no longer where its engine is."""
     component, device = swapped.component, next(module.parameters()).device
@@ -571,18 +454,6 @@ def _check_place(swapped: Swapped, module: torch.nn.Module) -> None:
         )
 
 
-def _sizes_of_call(component: Component, first: torch.Tensor, states: torch.Tensor | None) -> Sizes:
-    """The size of a call: of the UNet's for that, else of images or latents."""
-    if component in TEXT_ENCODERS:
-        return Sizes(first.shape[0], SIZE_MULTIPLE, SIZE_MULTIPLE)
-    factor = 1 if component == "vae_encoder" else SIZE_MULTIPLE
-    height, width = (side * factor for side in first.shape[-2:])
-    if component in STEPPING:
-        tokens = DEFAULT_TOKENS if states is None else states.shape[1]
-        return Sizes(first.shape[0], height, width, tokens)
-    return Sizes(1 if component == "vae_encoder" else first.shape[0], height, width)
-
-
 def _taken(
     swapped: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Group, ...], tuple[Any, ...], dict[str, Any]]:
@@ -591,22 +462,5 @@ def _taken(
     if swapped.component != "unet":
         return pictures, args, kwargs
     freed, args, kwargs = swapped.free_u.take(args, kwargs)
-    own = (*_groups_of_call(args, kwargs), *freed, *pictures, *swapped.settings.deep_groups)
+    own = (*groups_of_call(args, kwargs), *freed, *pictures, *swapped.settings.deep_groups)
     return own, args, kwargs
-
-
-def _groups_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Group, ...]:
-    """The optional groups of inputs that a UNet's call gives: diffusers passes them by these names."""
-    given = [kwargs.get(name) for name in RESIDUALS] + list(args[AFTER_USUAL:AFTER_RESIDUALS])
-    groups: tuple[Group, ...] = ("controlnet",) if sum(one is not None for one in given) == len(RESIDUALS) else ()
-    adapter = args[AFTER_RESIDUALS] if len(args) > AFTER_RESIDUALS else kwargs.get(ADAPTER)
-    return (*groups, "t2i_adapter") if adapter is not None else groups
-
-
-def _close(engines: list[Opened]) -> None:
-    """Close all, and empty the list."""
-    for one in engines:
-        one.session.close()
-        if one.shallow is not None:
-            one.shallow.close()
-    engines.clear()
