@@ -102,7 +102,7 @@ def compile_program(program: Program, request: Request, report: Report) -> tuple
     report({"show": "compiling"})
     path = request.folder / PACKAGE_FILE
     try:
-        aoti_compile_and_package(program.exported, package_path=str(path), inductor_configs=dict(request.options))
+        aoti_compile_and_package(program.exported, package_path=str(path), inductor_configs=_configured(request))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise BuildMemoryShortage(
             f"too little memory to compile the {request.contract.component}: {first_line(error)}",
@@ -114,6 +114,17 @@ def compile_program(program: Program, request: Request, report: Report) -> tuple
             hint="build.log has the compiler's words; try another C++ compiler by CXX, or another --backend",
         ) from error
     return _list_constants(program, request)
+
+
+def _configured(request: Request) -> dict[str, Any]:
+    """The compiler's options, and one that changes no package: PyTorch's headers are not compiled beforehand.
+
+    That takes longer than it saves where one package is compiled with them: they go with the build's folders.
+    """
+    from torch._inductor import config
+
+    knows = hasattr(config.aot_inductor, "precompile_headers")  # of some later version than the oldest that serves
+    return {**request.options, **({"aot_inductor.precompile_headers": False} if knows else {})}
 
 
 def _list_constants(program: Program, request: Request) -> tuple[Constant, ...]:
