@@ -41,6 +41,11 @@ def _stderr_of_each_test():
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """A folder of this test run, the same one for all processes of pytest-xdist."""
+    return of_the_run(tmp_path_factory)
+
+
+def of_the_run(tmp_path_factory):
+    """The same folder, for fixtures that serve files in which `shared` is another."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -81,6 +86,24 @@ def directory(tmp_path):
     from sdtrt.engines.directory import EngineDirectory
 
     return EngineDirectory(tmp_path / "engines")
+
+
+@pytest.fixture
+def probed_once(tmp_path_factory):
+    """What Inductor's builds find out of this processor is found out once in a test run: seconds of each build."""
+    import compiled
+
+    with compiled.probed_once(of_the_run(tmp_path_factory)):
+        yield
+
+
+@pytest.fixture
+def compiled_once(tmp_path_factory):
+    """The same, and of a key Inductor compiles one package in a test run."""
+    import compiled
+
+    with compiled.compiled_once(of_the_run(tmp_path_factory)):
+        yield
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.usefixtures("probed_once"),
     pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler"),
 ]
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Profile,
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.usefixtures("on_the_cpu"),
+    pytest.mark.usefixtures("on_the_cpu", "probed_once"),
     pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler"),
 ]
 CPU = torch.device("cpu")

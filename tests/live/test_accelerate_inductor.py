@@ -29,7 +29,7 @@ from sdtrt.specs import GuidanceInterval, ModelSpec, Sizes
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.usefixtures("on_the_cpu"),
+    pytest.mark.usefixtures("on_the_cpu", "compiled_once"),
     pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler"),
 ]
 PARTS = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -284,7 +284,7 @@ def test_a_consistency_model_and_a_tiny_vae_give_plain_diffusers_pictures(tokeni
     """Four steps, one row of the UNet: the guidance scale is an input, and turning it builds nothing."""
 
     def made():
-        unet = factories.small_unet("sd1", **ARCHITECTURE, time_cond_proj_dim=16)
+        unet = factories.small_unet("sd1", **factories.ONE_LEVEL, time_cond_proj_dim=16)
         scheduler = LCMScheduler(**factories.LCM_SCHEDULE)
         given = {"tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
         return factories.live_pipeline(LatentConsistencyModelPipeline, "sd1", **given)

@@ -106,6 +106,7 @@ def test_several_adapters_are_summed_before_the_engine(make, directory):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
 @pytest.mark.feature("T2I-Adapter", "sd1", "inductor")
+@pytest.mark.usefixtures("probed_once")
 def test_an_inductor_engine_takes_what_an_adapter_gives(make, directory):
     plain, pipe = make(), accelerated(make(), directory, backend="inductor")
     assert differ(latents(pipe), latents(plain)) <= TOLERANCE

@@ -196,6 +196,7 @@ def test_several_controlnets_each_in_an_engine_are_summed(backend, spec, picture
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
 @pytest.mark.feature("ControlNet, several", "sd1", "inductor")
 @pytest.mark.feature("ControlNet, `--controlnet`", "sd1", "inductor")
+@pytest.mark.usefixtures("compiled_once")
 def test_two_controlnets_share_an_inductor_package_each_with_its_weights(spec, pictures, net_of, directory):
     second = ControlSpec(str(net_of("sd1", 1)), pictures / "other.png", 0.5)
     spec = replace(spec, controls=(*spec.controls, second), height=64, width=64)

@@ -116,6 +116,7 @@ def test_a_lora_of_few_steps_gives_plain_diffusers_picture(
     ("cls", "kind"), [(StableDiffusionImg2ImgPipeline, "sd1"), (StableDiffusionXLImg2ImgPipeline, "sdxl")]
 )
 @pytest.mark.feature("Tiny VAEs", "sd1 sdxl", "onnxruntime inductor")
+@pytest.mark.usefixtures("compiled_once")
 def test_both_halves_of_a_live_tiny_vae_run_in_engines(cls, kind, backend, tokenizer, engine_dir):
     if (reason := registry.get(backend).why_not()) is not None:
         pytest.skip(reason.message)

@@ -48,6 +48,8 @@ from sdtrt.specs.image_prompts import cross_attentions, token_counts
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU
 EFFECT = 100 * TOLERANCE  # what another picture changes of latents, at least
+# The UNet of `test_accelerate_inductor`, too: without an adapter they have one package.
+UNETS = {**factories.SMALLEST, "sd1": {**factories.SMALLEST["sd1"], "norm_num_groups": 8}}
 SLOW = [
     pytest.param("onnxruntime", marks=pytest.mark.slow),
     pytest.param(
@@ -80,7 +82,7 @@ def make(tokenizer):
     """Make a pipeline in memory, the same one each time."""
 
     def made(cls=StableDiffusionPipeline, kind="sd1", **parts):
-        unet = factories.small_unet(kind, **factories.SMALLEST[kind])
+        unet = factories.small_unet(kind, **UNETS[kind])
         return factories.live_pipeline(cls, kind, **{"tokenizer": tokenizer, "unet": unet, **parts})
 
     return made
@@ -128,6 +130,7 @@ def names(directory):
 
 @pytest.mark.parametrize("backend", SLOW)
 @pytest.mark.feature("IP-Adapter, on a live pipeline", "sd1", "onnxruntime inductor")
+@pytest.mark.usefixtures("compiled_once")
 def test_an_adapter_has_its_effect_and_nothing_that_is_turned_builds_an_engine(
     make, accelerate, directory, written, backend
 ):
@@ -201,6 +204,7 @@ def test_masks_are_pytorchs_or_an_error_with_the_way_out(make, accelerate, tmp_p
 
 
 @pytest.mark.parametrize("backend", SLOW[1:])
+@pytest.mark.usefixtures("compiled_once")
 def test_another_adapter_needs_no_other_engine_where_weights_are_outside(make, accelerate, directory, written, backend):
     plain, pipe = (ip_adapters.load(make(), written()) for _ in range(2))
     accelerate(pipe, backend=backend)
@@ -222,10 +226,11 @@ def test_another_adapter_needs_no_other_engine_where_weights_are_outside(make, a
 
 @pytest.mark.parametrize("backend", SLOW[1:])
 @pytest.mark.feature("IP-Adapter, `--ip-adapter`", "sd1", "inductor")
+@pytest.mark.usefixtures("compiled_once")
 def test_the_commands_take_the_engine_that_a_live_pipeline_has_built(make, accelerate, written, directory, backend):
     path, model = written(), directory.path.parent / "model"
     accelerate(ip_adapters.load(make(), path), backend=backend)
-    factories.sd1_folder(model, **factories.SMALLEST["sd1"])
+    factories.sd1_folder(model, **UNETS["sd1"])
     PICTURE.save(model / "one.png")
     plain = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
     ip_adapters.load(plain, path, scale=0.8)
@@ -290,6 +295,7 @@ def test_each_of_diffusers_pipelines_gives_its_pictures(make, accelerate, writte
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler")
 @pytest.mark.feature("IP-Adapter, on a live pipeline", "sdxl", "inductor")
+@pytest.mark.usefixtures("probed_once")
 def test_sdxl_in_an_engine_of_inductor(make, accelerate, written):
     plain, pipe = (ip_adapters.load(make(StableDiffusionXLPipeline, "sdxl"), written(unet="sdxl")) for _ in range(2))
     accelerate(pipe, backend="inductor")

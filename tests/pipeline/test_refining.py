@@ -153,6 +153,7 @@ def test_a_mask_and_a_refiner_are_refused(tmp_path):
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
 @pytest.mark.feature("SDXL's refiner, on live pipelines", "sdxl", "onnxruntime inductor")
 @pytest.mark.feature("SDXL's size, crop and score conditioning", "sdxl", "onnxruntime inductor")
+@pytest.mark.usefixtures("probed_once")
 def test_accelerated_pipelines_take_diffusers_own_arguments(base, refiner, tmp_path, backend):
     expected = ensemble(base, refiner, original_size=(32, 48), crops_coords_top_left=(4, 8))
     first = plain(diffusers.StableDiffusionXLPipeline, base)

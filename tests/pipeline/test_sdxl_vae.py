@@ -29,7 +29,7 @@ from sdtrt.specs import GenerateSpec, ModelSpec
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.usefixtures("on_the_cpu"),
+    pytest.mark.usefixtures("on_the_cpu", "compiled_once"),
     pytest.mark.skipif(registry.get("inductor").why_not() is not None, reason="needs a C++ compiler"),
 ]
 FOUR_NINES = 0.9999

@@ -58,6 +58,7 @@ def test_small_vaes_are_cut_as_diffusers_cuts_them():
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
 @pytest.mark.feature("VAE tiling and slicing", "sd1", "onnxruntime inductor")
+@pytest.mark.usefixtures("probed_once")
 def test_tiles_go_through_engines_and_pictures_are_plain_diffusers(folder_of, tmp_path, backend, capsys):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 112, 3), dtype=np.uint8))
     options = {"image": image, "strength": 0.5, "num_inference_steps": 2, "num_images_per_prompt": 2}
