@@ -71,6 +71,7 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     """
     if spec.output is not None:
         saving.check_files(spec.output, FILES, overwrite=spec.overwrite)
+    runners = _runners(spec, console)
     facts = host.facts() | _state()
     maps = read_control_images(spec.request(spec.tasks[0]), None, console)
     with quiet_libraries(), warnings.catch_warnings():
@@ -80,7 +81,6 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
         tasks = _tasks(spec, model, console)
         model, *others = _controlled(spec, tasks, model, console)
         note_noise(spec.noise, model, console)
-        runners = _runners(spec, console)
         bench = _Bench(spec, model, directory, console, maps, named_others(others))
         rows = [
             row
@@ -119,8 +119,8 @@ def _controlled(spec: BenchSpec, tasks: Sequence[BenchTask], model: Model, conso
 
 def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     """The backend that was asked for, then the baselines."""
-    registry.check_request(spec.backend, spec.precision)
     backend = registry.choose_backend(spec.backend, console)
+    registry.check_request(backend, spec.precision)
     precision = spec.precision or registry.get(backend).default_precision()
     same = {("fp32", NATIVE): BASELINES["torch-fp32"], ("fp16", NATIVE): BASELINES["torch-fp16"]}
     own = same.get((precision, backend))
