@@ -22,7 +22,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
 from sdtrt.models.t2i_adapters import PART as ADAPTER
-from sdtrt.pipeline import adapter_images, control_images, images, masks, memory, prompts, recipes, saving
+from sdtrt.pipeline import adapter_images, control_images, images, ip_images, masks, memory, prompts, recipes, saving
 from sdtrt.pipeline.adapter_images import AdapterImage
 from sdtrt.pipeline.call import Control, PipelineCall, generators_of
 from sdtrt.pipeline.control_images import ControlImage
@@ -135,7 +135,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 recipes.tell_differences(spec.recipe, settings, console)
             stages.scale_adapters([one.scale for one in spec.ip_images])
             with _previewing(spec, stages.first, tiny, output, console) as preview:
-                shown = tuple(one.pixels for one in read.pictures)
+                shown = ip_images.shown(read.pictures)
                 given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger, adapted)
                 run = Run(*given)
                 load_seconds = time.perf_counter() - began
@@ -151,7 +151,7 @@ class _Read:
     mask: masks.Mask | None
     controls: tuple[ControlImage, ...]
     adapters: tuple[AdapterImage, ...]
-    pictures: tuple[images.InitImage, ...]
+    pictures: tuple[ip_images.Given, ...]
 
 
 def _read(spec: GenerateSpec, console: Console) -> _Read:
@@ -160,7 +160,7 @@ def _read(spec: GenerateSpec, console: Console) -> _Read:
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
-    pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
+    pictures = ip_images.read_ip_images(spec, console)
     controls = control_images.read_control_images(spec, init, console)
     return _Read(init, mask, controls, adapter_images.read_adapter_images(spec, console), pictures)
 
@@ -205,6 +205,7 @@ def _plan(
 ) -> _Plan:
     """Settle everything before anything heavy is loaded."""
     model = resolve.resolve_model(spec.model, console)
+    ip_images.check_ip_images(model, read.pictures)
     spec = recipes.settle(spec, model)
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
@@ -350,7 +351,7 @@ class Run:
     console: Console
     settings: Mapping[str, Any]
     preview: Preview | None = None
-    pictures: tuple[Image.Image, ...] = ()
+    pictures: tuple[ip_images.Shown, ...] = ()
     larger: tuple[Control, ...] = ()
     adapters: tuple[tuple[Image.Image, float], ...] = ()
 

@@ -292,7 +292,8 @@ def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
     unet = parts["unet"]
     in_engine = isinstance(unet, UNetFacade)
     added, given = loading.load_image_prompts(spec.model, spec.parts_dtype, in_engine=in_engine)
-    added["image_encoder"].to(spec.device)
+    if "image_encoder" in added:
+        added["image_encoder"].to(spec.device)
     parts |= added
     if in_engine:
         unet.take_image_prompts(given.projection.to(spec.device), given.layout)

@@ -27,7 +27,7 @@ from sdtrt.pipeline.all_engines import ensure_all
 from sdtrt.pipeline.control_images import read_control_images
 from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.images import read_init_image
+from sdtrt.pipeline.ip_images import check_ip_images, read_ip_images
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, check_modes, resolve_request
 from sdtrt.pipeline.settings import caching_facts
@@ -96,8 +96,7 @@ def require_extras() -> None:
 def _shown(image: GenerateSpec, console: Console) -> Shown:
     """The pictures that ControlNets and IP-Adapters go by, read as generations read them."""
     controls = read_control_images(image, None, console)
-    pictures = tuple(read_init_image(one.image, console, "ip image").pixels for one in image.ip_images)
-    return Shown(controls, pictures, tuple(one.scale for one in image.ip_images))
+    return Shown(controls, read_ip_images(image, console), tuple(one.scale for one in image.ip_images))
 
 
 def _subject(
@@ -107,6 +106,7 @@ def _subject(
     image = asked_of(spec.image, model)
     start = start_of(image, model)
     maps = [one.picture for one in shown.controls]
+    check_ip_images(model, shown.pictures)
     if spec.engine is not None:
         entry = directory.named(spec.engine)
         pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start, maps)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console
@@ -26,6 +25,7 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
 from sdtrt.models.image_prompts import attentions_of
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline import ip_images
 from sdtrt.pipeline.call import Control, PipelineCall
 from sdtrt.pipeline.control_images import ControlImage
 from sdtrt.pipeline.guided_rows import computed_rows
@@ -87,11 +87,11 @@ class Shown:
 
     Args:
         controls: of ControlNets.
-        pictures: of IP-Adapters, which count as much as `scales` says.
+        pictures: of IP-Adapters, or embeddings of faces, which count as much as `scales` says.
     """
 
     controls: tuple[ControlImage, ...] = ()
-    pictures: tuple[Image.Image, ...] = ()
+    pictures: tuple[ip_images.Given, ...] = ()
     scales: tuple[float, ...] = ()
 
 
@@ -224,7 +224,7 @@ def call_of(
         start=gradient(spec.sizes.height, spec.sizes.width) if spec.img2img else None,
         strength=strength_of(image),
         mask=half(spec.sizes.height, spec.sizes.width) if spec.inpaint else None,
-        pictures=shown.pictures,
+        pictures=ip_images.shown(shown.pictures),
         controls=tuple(Control.of(one, spec.sizes) for one in shown.controls),
     )
 
