@@ -21,7 +21,6 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.pipeline import adapter_images, control_images, images, ip_images, masks, memory, prompts, recipes, saving
 from sdtrt.pipeline.adapter_images import AdapterImage
 from sdtrt.pipeline.call import Control, PipelineCall, generators_of
@@ -123,7 +122,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         start = started(plan.spec, plan.first, read.init, read.mask)
         fitted = _fitted(read.controls, plan.first, start, console)
         larger = _fitted(read.controls, plan.larger, None) if plan.larger is not None else ()
-        adapted = _adapted(read.adapters, plan.first, console)
+        adapted = adapter_images.fitted(read.adapters, plan.first.adapted, plan.first.sizes, console)
         tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
         with _opened(plan, directory, console) as stages:
             if spec.prompt_syntax == "plain":
@@ -312,18 +311,6 @@ def _fitted(
     if box is None:
         control_images.note_sizes(controls, sizes.height, sizes.width, console)
     return tuple(Control.of(one, sizes, box) for one in controls)
-
-
-def _adapted(
-    adapters: Sequence[AdapterImage], pipeline_spec: PipelineSpec, console: Console
-) -> tuple[tuple[Image.Image, float], ...]:
-    """What T2I-Adapters go by, in the size that the pipeline works at, and how much each counts."""
-    sizes, models = pipeline_spec.sizes, (pipeline_spec.model, *pipeline_spec.adapters)
-    control_images.note_sizes(adapters, sizes.height, sizes.width, console, adapter_images.WHAT)
-    return tuple(
-        (one.fitted(sizes.height, sizes.width, model.config(ADAPTER)), one.spec.scale)
-        for one, model in zip(adapters, models, strict=False)
-    )
 
 
 class Sink(Protocol):

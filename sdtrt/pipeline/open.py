@@ -232,8 +232,7 @@ def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
 
 def _adapters(spec: PipelineSpec) -> dict[str, Any]:
     """The T2I-Adapters, several as the one part that diffusers has for them; PyTorch runs them, once a picture."""
-    models = [model for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
-    found = [loading.load_parts(model, (ADAPTER,), spec.parts_dtype)[ADAPTER] for model in models]
+    found = [loading.load_parts(model, (ADAPTER,), spec.parts_dtype)[ADAPTER] for model in spec.adapted]
     if not found:
         return {}
     return {ADAPTER: diffusers.MultiAdapter(found) if len(found) > 1 else found[0]}

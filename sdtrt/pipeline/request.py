@@ -246,6 +246,11 @@ class PipelineSpec:
         return replace(sizes, batch=self.images) if name.endswith(PROMPT_ROWS) else sizes
 
     @property
+    def adapted(self) -> tuple[Model, ...]:
+        """The model with each T2I-Adapter; none without any."""
+        return tuple(model for model in (self.model, *self.adapters) if ADAPTER in model.parts)
+
+    @property
     def is_union(self) -> bool:
         """Whether its ControlNet is a union of several."""
         return CONTROLNET in self.model.parts and self.model.class_name(CONTROLNET) == UNION
@@ -309,7 +314,7 @@ def settle_request(
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
-    model, others, adapters = _with_beside(spec, model, console)
+    model, others, adapters = with_beside(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
@@ -387,7 +392,7 @@ def check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
         )
 
 
-def _with_beside(
+def with_beside(
     spec: GenerateSpec, model: Model, console: Console
 ) -> tuple[Model, dict[str, Model], tuple[Model, ...]]:
     """A model with the first ControlNet and T2I-Adapter of a request; with each further one of the two kinds."""
@@ -418,7 +423,7 @@ def _check_adapters(spec: PipelineSpec) -> None:
     Raises:
         UsageError: naming the adapter.
     """
-    configs = [model.config(ADAPTER) for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
+    configs = [model.config(ADAPTER) for model in spec.adapted]
     counts = [len(config["channels"]) for config in configs]
     if len(set(counts)) > 1:
         raise UsageError(
