@@ -23,6 +23,7 @@ from sdtrt.models.components import components_of
 from sdtrt.pipeline.call import PipelineCall
 from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, is_lcm, load_scheduler, open_pipeline, reassembled
 from sdtrt.pipeline.request import PipelineSpec, check_spec, note_tiles
+from sdtrt.pipeline.spandrel_import import import_spandrel
 from sdtrt.specs import LANCZOS, LATENT, Component, GenerateSpec, UpscaleSpec
 
 _TITLES = {LATENT: "Latent", LANCZOS: "Lanczos"}
@@ -169,8 +170,8 @@ def _load(spec: UpscaleSpec, device: torch.device) -> Any:
         ModelError: where it reads no such model of that file.
     """
     try:
-        import spandrel
-    except ImportError as error:
+        spandrel = import_spandrel()
+    except (ImportError, RuntimeError) as error:  # torchvision's is the latter, where it is of another PyTorch
         raise UsageError(
             f"spandrel can't be imported: {first_line(error)}", hint='pip install "sdtrt[upscale]", and what it needs'
         ) from error
