@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdtrt.common.errors import ModelError, UsageError
-from sdtrt.pipeline import upscaling
-from sdtrt.pipeline.images import parse_parameters
-from sdtrt.pipeline.recipes import read_recipe
+from sdtrt.pipeline.inputs.images import parse_parameters
+from sdtrt.pipeline.recipes.reading import read_recipe
+from sdtrt.pipeline.runs import upscaling
 from sdtrt.pipeline.spandrel_import import import_spandrel
 from sdtrt.specs import GenerateSpec, UpscaleSpec
 from sdtrt.specs.stages import steps_of_pass
