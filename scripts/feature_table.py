@@ -52,6 +52,7 @@ FEATURES = (
     "T2I-Adapter, `--t2i-adapter`",
     "IP-Adapter, on a live pipeline",
     "IP-Adapter, `--ip-adapter`",
+    "IP-Adapter for faces (FaceID), `--ip-embeds`",
     "IP-Adapter, masks (`ip_adapter_masks`)",
     "Edits by instruct-pix2pix models (`--edit`)",
     "LoRA, on a live pipeline",

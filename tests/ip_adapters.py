@@ -8,10 +8,15 @@ import factories
 import safetensors.torch
 import torch
 import transformers
-from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterPlusImageProjection,
+)
 
 IMAGE_SIZE, IMAGE_WIDTH, HIDDEN = 16, 24, 32  # of the image encoder: pixels, the embedding, the states
 SUBFOLDER, TOKENS = "models", {"base": 4, "plus": 6}
+FACE_WIDTH, FACE_RANK = 20, 3  # of the embedding of a face, and of the LoRA that adapters for faces have
 # diffusers' names of a resampler's tensors → the authors': layers.N.0 is the attention, layers.N.1 what comes after it
 _PLUS = (
     (r"\.ln0\.", ".0.norm1."),
@@ -60,6 +65,38 @@ def _plus(text):
         pair = [found.pop(f"layers.{index}.attn.to_{one}.weight") for one in "kv"]
         found[f"layers.{index}.0.to_kv.weight"] = torch.cat(pair)
     return found
+
+
+def face_tensors(unet, seed=0, lora=True):
+    """The tensors of an adapter for faces (FaceID): another projection, and a LoRA of all attentions beside it."""
+    found = {name: one for name, one in tensors(unet, seed=seed).items() if name.startswith("ip_adapter.")}
+    with factories.seeded(seed + 1):
+        made = IPAdapterFaceIDImageProjection(FACE_WIDTH, attentions(unet)[0].to_k.in_features, mult=2, num_tokens=4)
+        for index, name in enumerate(unet.attn_processors if lora else ()):
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            layers = {"q": attention.to_q, "k": attention.to_k, "v": attention.to_v, "out": attention.to_out[0]}
+            for layer, own in layers.items():
+                start = f"ip_adapter.{index}.to_{layer}_lora"
+                found[f"{start}.down.weight"] = torch.randn(FACE_RANK, own.in_features) * 0.2
+                found[f"{start}.up.weight"] = torch.randn(own.out_features, FACE_RANK) * 0.2
+    for name, tensor in made.state_dict().items():
+        found[f"image_proj.{name.replace('ff.net.0.proj', 'proj.0').replace('ff.net.2', 'proj.2')}"] = tensor
+    return found
+
+
+def write_face(path, unet, seed=0, lora=True):
+    """Write an adapter for faces, a `.bin` as its authors have it: two groups, pickled; returns the file."""
+    own = {name: tensor.contiguous() for name, tensor in face_tensors(unet, seed, lora).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(own, path)
+        return path
+    groups = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in own.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    torch.save(groups, path)
+    return path
 
 
 def write(folder, unet, kind="base", seed=0, name=None, **options):

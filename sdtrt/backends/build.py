@@ -210,6 +210,7 @@ def build_all(request: BuildRequest, directory: EngineDirectory, console: Consol
     from sdtrt.exports.request import export_specs
 
     backend = registry.get(registry.choose_backend(request.common.backend, console))
+    _check_early(request, backend)
     if backend.takes_any_size and (given := request.sizes.given()):
         console.note(f"{given}: without effect, as {backend.title} engines take any size")
     model = resolve_model(request.common.export.model, console)
@@ -224,6 +225,15 @@ def build_all(request: BuildRequest, directory: EngineDirectory, console: Consol
     fitting = list(export_specs(model, exports, console, backend.precision_of))
     specs = engine_specs(request.common, fitting, backend, profiles, rows)
     return [build_engine(model, spec, directory, console) for spec in specs]
+
+
+def _check_early(request: BuildRequest, backend: Backend) -> None:
+    """Refuse what a backend builds of no model, before one is looked for; pieces are for some components alone."""
+    common, precision = request.common, request.precision or backend.default_precision()
+    profiles = () if backend.takes_any_size else request.sizes.profiles(Sizes(2, 512, 512))  # any size of a model
+    export = replace(common.export, component="unet", precision=precision)
+    whole = replace(common, backend=backend.name, profiles=profiles, split_attention=None, channels_last=False)
+    backend.check(replace(whole, export=export))
 
 
 def engine_specs(

@@ -271,9 +271,13 @@ def build(
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
-def _refuse_pictures(option: str, model: ModelSpec, control: ControlOptions) -> None:
+def _refuse_pictures(option: str, model: ModelSpec, control: ControlOptions, adapters: AdapterOptions) -> None:
     """Refuse what goes by pictures beside a comparison of savings, which makes its pictures from text alone."""
-    given = {"--controlnet": control.specs(), "--ip-adapter": model.ip_adapters}
+    given = {
+        "--controlnet": control.specs(),
+        "--ip-adapter": model.ip_adapters,
+        "--t2i-adapter": adapters.specs(),
+    }
     for name, found in given.items():
         if found:
             raise UsageError(f"{name} has no effect beside {option} yet", hint=f"leave {name} out, or {option}")
@@ -285,6 +289,7 @@ def verify(
     options: VerifyOptions,
     metrics: MetricsOptions,
     control: ControlOptions,
+    adapters: AdapterOptions,
     pictures: ImagePromptOptions,
     noise: NoiseOptions,
     preset: PresetOptions,
@@ -299,12 +304,10 @@ def verify(
 
     --against exact makes the same pictures with and without what is saved, and says what that loses.
     """
-    named, pictured = (
-        pictures.into(lora.into(model.spec())),
-        {"controls": control.specs(), "ip_images": pictures.specs()},
-    )
+    named = pictures.into(lora.into(model.spec()))
+    pictured = {"controls": control.specs(), "ip_images": pictures.specs(), "adapters": adapters.specs()}
     if options.against != "fp32":
-        _refuse_pictures("--against exact", named, control)
+        _refuse_pictures("--against exact", named, control, adapters)
         judged = metrics.spec(offline=named.offline)
         savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
         with quick_imports():
@@ -331,6 +334,7 @@ def bench(
     options: BenchOptions,
     metrics: MetricsOptions,
     control: ControlOptions,
+    adapters: AdapterOptions,
     noise: NoiseOptions,
     saving: SavingOptions,
     model: ModelOptions,
@@ -345,7 +349,7 @@ def bench(
     """
     named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
     if options.quality is not None:
-        _refuse_pictures("--quality", named, control)
+        _refuse_pictures("--quality", named, control, adapters)
         for option in saving.given:
             raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
         judged = metrics.spec(offline=named.offline)
@@ -359,7 +363,7 @@ def bench(
         return
     for option in metrics.given:
         raise UsageError(f"{option} is about savings", hint="add --quality all")
-    spec = options.spec(named, backend, noise.spec(), saving.spec(), control.specs())
+    spec = options.spec(named, backend, noise.spec(), saving.spec(), control.specs(), adapters.specs())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench
 

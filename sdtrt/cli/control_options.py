@@ -27,7 +27,12 @@ IpAdapter = Annotated[
 ]
 IpImage = Annotated[
     list[str] | None,
-    Option("--ip-image", metavar="FILE[:SCALE]", help="the picture for it, and how much it counts; one for each"),
+    Option(
+        "--ip-image",
+        "--ip-embeds",
+        metavar="FILE[:SCALE]",
+        help="the picture for it, or a face's embedding, and how much it counts; one for each",
+    ),
 ]
 
 

@@ -25,6 +25,7 @@ from sdtrt.specs import (
     SAMPLE_PROMPT,
     THRESHOLDS,
     VERIFY_AGAINST,
+    AdapterSpec,
     BaselineName,
     BenchSpec,
     BenchTask,
@@ -131,7 +132,7 @@ class VerifyOptions:
         """The comparison of an engine that is asked for.
 
         Args:
-            image: of `GenerateSpec`: savings, ControlNets, pictures for IP-Adapters.
+            image: of `GenerateSpec`: savings, ControlNets, T2I-Adapters, pictures for IP-Adapters.
 
         Raises:
             UsageError: for what is about savings alone.
@@ -257,6 +258,7 @@ class BenchOptions:
         noise: NoiseSpec,
         savings: Savings = Savings(),
         controls: tuple[ControlSpec, ...] = (),
+        adapters: tuple[AdapterSpec, ...] = (),
     ) -> BenchSpec:
         """The measurements that are asked for."""
         backend.check()
@@ -284,6 +286,7 @@ class BenchOptions:
             noise=noise,
             savings=savings,
             controls=controls,
+            adapters=adapters,
         )
 
     def _baselines(self) -> tuple[BaselineName, ...] | None:

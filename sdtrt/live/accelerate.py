@@ -33,7 +33,7 @@ from sdtrt.live.controlnets import groups_of, refuse_wanted
 from sdtrt.live.settings import ON_MISS, OnMiss, Settings
 from sdtrt.live.swap import Swapped, swapped_of
 from sdtrt.models import image_prompts
-from sdtrt.models.components import choose_components, contract_of, part_of
+from sdtrt.models.components import choose_components, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.pipeline.opening import memory, opened
 from sdtrt.pipeline.opening.all_engines import ensure_second, for_prompt_rows
@@ -307,10 +307,9 @@ def _plan(pipe: Any, choices: _Choices, console: Console) -> _Plan:
 
 def _check(model: LiveModel, component: Component, request: EngineRequest) -> None:
     """Refuse a component that no engine can be made of, before any is."""
-    backend, groups = registry.get(request.backend), request.groups_of(component)
-    contract_of(model, component, request.precision, groups)
-    backend.check_groups(groups)
-    refuse_changes(model.modules[part_of(component)], component, merges=not backend.weights_inside)
+    replace(request, model=model, components=(component,)).check()
+    merges = not registry.get(request.backend).weights_inside
+    refuse_changes(model.modules[part_of(component)], component, merges=merges)
 
 
 def _main_module(model: LiveModel) -> torch.nn.Module:

@@ -1,6 +1,7 @@
-"""IP-Adapters that a user names: found with their image encoders, and told by their files' headers whether they fit.
+"""IP-Adapters that a user names: found with their image encoders, and told by their tensors' names whether they fit.
 
-Reads no tensor: what does is `ip_loading`. Knows names of tensors, and no module.
+Those for faces (FaceID) have no image encoder: users bring embeddings. Copies no tensor: what does is `ip_loading`.
+Knows names of tensors, and no module.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, quote
+from sdtrt.models import ip_files
 from sdtrt.models.hub import Repo, is_repo_id, refuse_address
-from sdtrt.models.loras import kind_of_width
+from sdtrt.models.loras import kind_of_width, require_peft
 from sdtrt.models.origins import has_weight_suffix, local_path
-from sdtrt.models.weights import TensorInfo, is_pickle, read_header, read_json
+from sdtrt.models.weights import TensorInfo, allows, is_pickle, read_json
 from sdtrt.specs import ModelSpec
 from sdtrt.specs.image_prompts import cross_attentions
 
@@ -37,13 +39,17 @@ class IpAdapter:
 
     Args:
         path: of its file.
-        encoder: the folder of its image encoder.
-        tokens: that it makes of a picture.
+        encoder: the folder of its image encoder; None for one that takes embeddings of faces.
+        tokens: that it makes of a picture, or of a face.
+        width: of the embeddings that it takes.
+        has_lora: whether its file has a LoRA of the UNet besides, as those for faces do.
     """
 
     path: Path
-    encoder: Path
+    encoder: Path | None
     tokens: int
+    width: int
+    has_lora: bool = False
 
     @property
     def name(self) -> str:
@@ -51,9 +57,14 @@ class IpAdapter:
         return self.path.stem
 
     @property
+    def takes_faces(self) -> bool:
+        """Whether it takes embeddings of faces, which no image encoder makes."""
+        return self.encoder is None
+
+    @property
     def encoder_files(self) -> tuple[Path, ...]:
-        """The files that its image encoder is read from."""
-        return self.encoder / "config.json", self.encoder / "model.safetensors"
+        """The files that its image encoder is read from; none for faces."""
+        return () if self.encoder is None else (self.encoder / "config.json", self.encoder / "model.safetensors")
 
 
 def find_ip_adapters(
@@ -69,9 +80,11 @@ def find_ip_adapters(
             its image encoder, or all have not the same one.
     """
     found = tuple(_found(spec, name, unet, is_sdxl, console) for name in spec.ip_adapters)
-    if others := [one for one in found if one.encoder.resolve() != found[0].encoder.resolve()]:
+    encoders = {one.encoder.resolve(): one for one in reversed(found) if one.encoder is not None}
+    if len(encoders) > 1:
+        other, first, *_ = encoders.values()
         raise ModelError(
-            f"{found[0].path} and {others[0].path} have image encoders of their own, and a pipeline has one",
+            f"{first.path} and {other.path} have image encoders of their own, and a pipeline has one",
             hint="use adapters of one folder, or of one kind",
         )
     return found
@@ -79,13 +92,19 @@ def find_ip_adapters(
 
 def _found(spec: ModelSpec, name: str, unet: Mapping[str, Any], is_sdxl: bool, console: Console) -> IpAdapter:
     path, file, fetch = _place(spec, name, is_sdxl, console)
-    if is_pickle(path):
-        raise ModelError(f"{path} is a pickle file, and reading pickle can run any code", hint="use its .safetensors")
-    infos = read_header(path)
+    if is_pickle(path) and not allows(spec, path.name):
+        raise ModelError(
+            f"{path} is a pickle file, and reading pickle can run any code",
+            hint=f"use its .safetensors, or if you trust it: --allow-pickle {quote(path.name)}",
+        )
+    infos = ip_files.infos_of(path)
     _check_kind(path, infos, spec, unet)
-    what, width, tokens = _taken(path, infos)
+    if (face := _face(path, infos)) is not None:
+        width, tokens = face
+        return IpAdapter(path, None, tokens, width, has_lora=any(map(ip_files.is_of_lora, infos)))
+    what, width, wanted = _taken(path, infos)
     encoder, config = _encoder(path, file, what, width, fetch)
-    return IpAdapter(path, encoder, tokens or (config["image_size"] // config["patch_size"]) ** 2 + 1)
+    return IpAdapter(path, encoder, wanted or (config["image_size"] // config["patch_size"]) ** 2 + 1, width)
 
 
 def _check_kind(path: Path, infos: Mapping[str, TensorInfo], spec: ModelSpec, unet: Mapping[str, Any]) -> None:
@@ -100,9 +119,7 @@ def _check_kind(path: Path, infos: Mapping[str, TensorInfo], spec: ModelSpec, un
         raise ModelError(f"{path} is for {kind_of_width(width)}, and {spec.name} is {kind_of_width(text)}", hint=OTHER)
     wanted = cross_attentions(unet)
     names = {f"ip_adapter.{2 * at + 1}.to_{one}_ip.weight" for at in range(wanted) for one in "kv"}
-    own = {name for name in infos if name.startswith("ip_adapter.")}
-    if any(".to_q_lora." in name for name in own):
-        raise _faces(path)
+    own = {name for name in infos if name.startswith("ip_adapter.") and not ip_files.is_of_lora(name)}
     if differing := sorted(own ^ names):
         raise ModelError(
             f"{path} is for another UNet: {len(own) // 2} attentions, and that of {spec.name} has {wanted}"
@@ -111,11 +128,25 @@ def _check_kind(path: Path, infos: Mapping[str, TensorInfo], spec: ModelSpec, un
         )
 
 
-def _faces(path: Path) -> ModelError:
-    return ModelError(
-        f"{path} takes embeddings of faces, which no image encoder makes",
-        hint="in Python, pipe.load_ip_adapter and sdtrt.accelerate take it, with ip_adapter_image_embeds=",
-    )
+def _face(path: Path, infos: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    """How wide the embeddings of faces are that an adapter takes, and how many tokens it makes of one; None for one
+    that takes pictures. By diffusers' rules of which kind a file is."""
+    shapes = {name.removeprefix("image_proj."): one.shape for name, one in infos.items()}
+    if "perceiver_resampler.proj_in.weight" in shapes:
+        raise ModelError(
+            f"{path} takes embeddings of faces together with pictures of them (FaceID Plus)",
+            hint="use a FaceID file; or in Python pipe.load_ip_adapter and sdtrt.accelerate, as diffusers' guide says",
+        )
+    if "norm.weight" not in shapes or {"proj.weight", "proj.3.weight", "latents"} & shapes.keys():
+        return None
+    first, second, norm = (shapes.get(name, ()) for name in ("proj.0.weight", "proj.2.weight", "norm.weight"))
+    if len(first) != 2 or len(second) != 2 or not norm or not all(norm) or second[0] % norm[0]:
+        raise ModelError(
+            f"{path} takes embeddings of faces, and has no projection of them that diffusers reads", hint=HINT
+        )
+    if any(map(ip_files.is_of_lora, infos)):
+        require_peft()
+    return first[1], second[0] // norm[0]
 
 
 def _taken(path: Path, infos: Mapping[str, TensorInfo]) -> tuple[str, int, int | None]:
@@ -126,8 +157,6 @@ def _taken(path: Path, infos: Mapping[str, TensorInfo]) -> tuple[str, int, int |
         return "projection_dim", shapes["proj.weight"][1], BASE_TOKENS
     if "proj.3.weight" in shapes:
         return "hidden_size", shapes["proj.0.weight"][1], None
-    if "perceiver_resampler.proj_in.weight" in shapes or "norm.weight" in shapes:
-        raise _faces(path)
     if "latents" not in shapes or "proj_in.weight" not in shapes:
         raise ModelError(f"{path} has no projection of images that diffusers reads", hint=HINT)
     return "hidden_size", shapes["proj_in.weight"][1], shapes["latents"][1]

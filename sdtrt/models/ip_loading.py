@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrt.common.console import quiet_libraries
 from sdtrt.common.errors import ModelError
+from sdtrt.models import ip_files
 from sdtrt.models.ip_adapters import OTHER, IpAdapter
-from sdtrt.models.weights import read_header, read_tensors
+from sdtrt.models.loras import Lora
+from sdtrt.specs import LoraSpec
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +75,31 @@ def load_parts_for_engine(empty: Any, adapters: Sequence[IpAdapter], dtype: torc
     return ImagePromptParts(projection, empty)
 
 
+def face_loras(unet: Any, adapters: Sequence[IpAdapter]) -> tuple[Lora, ...]:
+    """The LoRAs that adapters for faces have of a UNet, each whole, as diffusers has them.
+
+    Args:
+        unet: gives the attentions their names; on PyTorch's meta device the LoRAs' tensors lie there, too.
+
+    Raises:
+        ModelError: where some of a LoRA is missing, or is not finite.
+    """
+    import torch
+
+    found = []
+    is_empty = next(unet.parameters()).is_meta
+    for one in (own for own in adapters if own.has_lora):
+        state = _empty_state(one) if is_empty else _state(one, torch.float32)
+        with _mapped((one,)):
+            (tensors,) = unet._load_ip_adapter_loras([state]).values()
+        found.append(Lora(LoraSpec(str(one.path)), one.path, ("unet",), tensors))
+    return tuple(found)
+
+
 def load_image_encoder(adapter: IpAdapter, dtype: torch.dtype) -> dict[str, Any]:
-    """The image encoder and what prepares pictures for it, as pipelines' constructors call them."""
+    """The image encoder and what prepares pictures for it, as pipelines' constructors call them; nothing for faces."""
+    if adapter.encoder is None:
+        return {}
     import transformers
 
     with quiet_libraries():
@@ -95,7 +120,7 @@ def _state(adapter: IpAdapter, dtype: torch.dtype) -> State:
     """An adapter's tensors in two groups, as diffusers takes them."""
     import torch
 
-    found = read_tensors(adapter.path, list(read_header(adapter.path)))
+    found = ip_files.tensors_of(adapter.path)
     cast = {name: tensor.to(dtype) for name, tensor in found.items()}
     if bad := [name for name, tensor in cast.items() if not bool(torch.isfinite(tensor).all())]:
         raise ModelError(
@@ -109,7 +134,8 @@ def _empty_state(adapter: IpAdapter) -> State:
     """Tensors of its shapes, without memory."""
     import torch
 
-    return _grouped({name: torch.empty(info.shape, device="meta") for name, info in read_header(adapter.path).items()})
+    infos = ip_files.infos_of(adapter.path)
+    return _grouped({name: torch.empty(info.shape, device="meta") for name, info in infos.items()})
 
 
 def _grouped(tensors: Mapping[str, Any]) -> State:

@@ -20,6 +20,7 @@ from sdtrt.common.files import limit_hint, temporary_folder
 from sdtrt.models import ip_loading, lora_loading
 from sdtrt.models.checkpoints import check_plain, convert, meta_tensors
 from sdtrt.models.configuration import check_kinds, whole_numbers
+from sdtrt.models.loras import Lora
 from sdtrt.models.resolve import UNUSED_PARTS, Model
 from sdtrt.models.weights import (
     WEIGHT_NAMES,
@@ -113,8 +114,14 @@ def check_loras(model: Model) -> None:
         ModelError: naming some of what does not fit.
     """
     for part in WEIGHT_NAMES:
-        if loras := model.loras_of(part):
-            lora_loading.check(empty_part(model, part), part, loras, model.config("unet"))
+        if model.loras_of(part) or model.ip_adapters_of(part):
+            module = empty_part(model, part)
+            lora_loading.check(module, part, _all_loras(model, part, module), model.config("unet"))
+
+
+def _all_loras(model: Model, part: str, module: torch.nn.Module) -> tuple[Lora, ...]:
+    """The LoRAs that are merged into a part: those that the user names, and those that come with IP-Adapters."""
+    return (*model.loras_of(part), *ip_loading.face_loras(module, model.ip_adapters_of(part)))
 
 
 def check_ip_adapters(model: Model) -> None:
@@ -124,12 +131,14 @@ def check_ip_adapters(model: Model) -> None:
 
 
 def load_image_prompts(model: Model, dtype: torch.dtype, *, in_engine: bool) -> tuple[dict[str, Any], Any]:
-    """What a pipeline needs for a model's IP-Adapters: its image encoder, and for an engine's UNet what that lacks.
+    """What a pipeline needs for a model's IP-Adapters: the image encoder, unless all are for faces, and for an engine's
+    UNet what that lacks.
 
     Raises:
         ModelError: where any of it does not fit.
     """
-    parts = ip_loading.load_image_encoder(model.ip_adapters[0], dtype)
+    first = next((one for one in model.ip_adapters if not one.takes_faces), model.ip_adapters[0])
+    parts = ip_loading.load_image_encoder(first, dtype)
     if not in_engine:
         return parts, None
     return parts, ip_loading.load_parts_for_engine(empty_part(model, "unet"), model.ip_adapters, dtype)
@@ -291,7 +300,7 @@ def _load_module(model: Model, part: str, dtype: torch.dtype, empty: torch.nn.Mo
     unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unset, f"{part} has tensors without values: {unset}"
     module.eval().requires_grad_(False)
-    if loras := model.loras_of(part):
+    if loras := _all_loras(model, part, module):
         lora_loading.merge_loras(module, part, loras, model.config("unet"), dtype)
     if adapters := model.ip_adapters_of(part):
         ip_loading.put_on(module, adapters, dtype)

@@ -130,8 +130,9 @@ def _mapped(lora: Lora, part: str) -> Iterator[None]:
 def _read(lora: Lora, unet: Mapping[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     """A LoRA's tensors by diffusers' names, what they are scaled by, and what its file says besides."""
     config = SimpleNamespace(layers_per_block=unet.get("layers_per_block", 2)) if _is_sdxl(unet) else None
+    source = str(lora.path) if lora.tensors is None else dict(lora.tensors)
     read: tuple[dict[str, Any], Any, Any] = _loader(unet).lora_state_dict(
-        str(lora.path), unet_config=config, return_lora_metadata=True, local_files_only=True
+        source, unet_config=config, return_lora_metadata=True, local_files_only=True
     )
     state, alphas, metadata = read
     names = {name: _readable(name) for name in state} if not any("to_out_lora" in name for name in state) else {}

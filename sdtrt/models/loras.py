@@ -10,9 +10,10 @@ import json
 import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from sdtrt.common.console import Console
 from sdtrt.common.errors import ModelError, UsageError, quote
@@ -52,11 +53,13 @@ class Lora:
         spec: its name, and how much it counts.
         path: of its file.
         parts: of the model that it changes.
+        tensors: by diffusers' names, where they are a part of another file; None for what the file has.
     """
 
     spec: LoraSpec
     path: Path
     parts: tuple[str, ...]
+    tensors: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:

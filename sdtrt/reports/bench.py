@@ -27,6 +27,8 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline.inputs import adapter_images
+from sdtrt.pipeline.inputs.adapter_images import AdapterImage, read_adapter_images
 from sdtrt.pipeline.inputs.control_images import ControlImage, read_control_images
 from sdtrt.pipeline.opening.all_engines import ensure_all
 from sdtrt.pipeline.opening.memory import out_of_memory
@@ -37,11 +39,10 @@ from sdtrt.pipeline.opening.request import (
     check_spec,
     check_task,
     check_together,
-    controlled,
-    named_others,
     note_noise,
     unet_sizes,
     warn_of_interval,
+    with_beside,
 )
 from sdtrt.pipeline.runs import saving
 from sdtrt.pipeline.runs.call import Control, PipelineCall
@@ -71,17 +72,18 @@ def run_bench(spec: BenchSpec, directory: EngineDirectory, console: Console, com
     """
     if spec.output is not None:
         saving.check_files(spec.output, FILES, overwrite=spec.overwrite)
+    runners = _runners(spec, console)
     facts = host.facts() | _state()
     maps = read_control_images(spec.request(spec.tasks[0]), None, console)
+    pictures = read_adapter_images(spec.request(spec.tasks[0]), console)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.model, console)
         check_loras(model)
         tasks = _tasks(spec, model, console)
-        model, *others = _controlled(spec, tasks, model, console)
+        model, others, adapters = _beside(spec, tasks, model, console)
         note_noise(spec.noise, model, console)
-        runners = _runners(spec, console)
-        bench = _Bench(spec, model, directory, console, maps, named_others(others))
+        bench = _Bench(spec, model, directory, console, maps, others, pictures, adapters)
         rows = [
             row
             for task in tasks
@@ -107,20 +109,22 @@ def _tasks(spec: BenchSpec, model: Model, console: Console) -> tuple[BenchTask, 
     return tasks
 
 
-def _controlled(spec: BenchSpec, tasks: Sequence[BenchTask], model: Model, console: Console) -> list[Model]:
-    """The model with each ControlNet, which fit it, and which it takes in all tasks."""
+def _beside(
+    spec: BenchSpec, tasks: Sequence[BenchTask], model: Model, console: Console
+) -> tuple[Model, dict[str, Model], tuple[Model, ...]]:
+    """The model with what is beside it (`with_beside`), which fits it, and which it takes in all tasks."""
     for task in tasks:
         check_together(spec.request(task), model, img2img=task == "img2img")
     request = spec.request(spec.tasks[0])
-    models = list(controlled(request, model, console))
-    check_modes(request.controls, models)
-    return models
+    model, others, adapters = with_beside(request, model, console)
+    check_modes(request.controls, (model, *others.values()))
+    return model, others, adapters
 
 
 def _runners(spec: BenchSpec, console: Console) -> list[Runner]:
     """The backend that was asked for, then the baselines."""
-    registry.check_request(spec.backend, spec.precision)
     backend = registry.choose_backend(spec.backend, console)
+    registry.check_request(backend, spec.precision)
     precision = spec.precision or registry.get(backend).default_precision()
     same = {("fp32", NATIVE): BASELINES["torch-fp32"], ("fp16", NATIVE): BASELINES["torch-fp16"]}
     own = same.get((precision, backend))
@@ -206,7 +210,8 @@ def _files(report: BenchReport) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class _Bench:
-    """One run's request, on one model; what its ControlNets go by, and the model with each further one of these."""
+    """One run's request, on one model; what its ControlNets go by, and the model with each further one of these; the
+    same of T2I-Adapters."""
 
     spec: BenchSpec
     model: Model
@@ -214,6 +219,8 @@ class _Bench:
     console: Console
     maps: tuple[ControlImage, ...] = ()
     others: Mapping[str, Model] = field(default_factory=dict)
+    pictures: tuple[AdapterImage, ...] = ()
+    adapters: tuple[Model, ...] = ()
 
     def row(self, task: BenchTask, runner: Runner, batch: int) -> Row:
         """Measure one row, or say why it can't be."""
@@ -253,6 +260,7 @@ class _Bench:
             noise=spec.noise,
             strength=spec.strength if task == "img2img" else 1.0,
             others=self.others,
+            adapters=self.adapters,
             savings=spec.savings if runner.asked else Savings(),
         )
 
@@ -309,4 +317,5 @@ class _Bench:
             start=image,
             strength=spec.strength,
             controls=tuple(Control.of(one, sizes) for one in self.maps),
+            adapters=adapter_images.fitted(self.pictures, pipeline_spec.adapted, sizes),
         )

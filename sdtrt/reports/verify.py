@@ -22,8 +22,9 @@ from sdtrt.engines.keys import Sight, source_key
 from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline.inputs.adapter_images import read_adapter_images
 from sdtrt.pipeline.inputs.control_images import read_control_images
-from sdtrt.pipeline.inputs.images import read_init_image
+from sdtrt.pipeline.inputs.ip_images import check_ip_images, read_ip_images
 from sdtrt.pipeline.opening.all_engines import ensure_all
 from sdtrt.pipeline.opening.engines import build_command
 from sdtrt.pipeline.opening.fastest import resolve_fastest
@@ -94,10 +95,10 @@ def require_extras() -> None:
 
 
 def _shown(image: GenerateSpec, console: Console) -> Shown:
-    """The pictures that ControlNets and IP-Adapters go by, read as generations read them."""
+    """The pictures that ControlNets, IP-Adapters and T2I-Adapters go by, read as generations read them."""
     controls = read_control_images(image, None, console)
-    pictures = tuple(read_init_image(one.image, console, "ip image").pixels for one in image.ip_images)
-    return Shown(controls, pictures, tuple(one.scale for one in image.ip_images))
+    scales = tuple(one.scale for one in image.ip_images)
+    return Shown(controls, read_ip_images(image, console), scales, read_adapter_images(image, console))
 
 
 def _subject(
@@ -106,14 +107,14 @@ def _subject(
     """How the pipeline runs, and its engines: the UNet's that is named, or the one that would make the image."""
     image = asked_of(spec.image, model)
     start = start_of(image, model)
-    maps = [one.picture for one in shown.controls]
+    check_ip_images(model, shown.pictures)
     if spec.engine is not None:
         entry = directory.named(spec.engine)
-        pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start, maps)
+        pipeline_spec = resolve_request(_as_engine(image, entry), model, console, start, shown.maps)
         _check_fits(entry, pipeline_spec)
         _check_takes_all(entry, pipeline_spec)
     else:
-        entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start, maps)
+        entry, pipeline_spec = None, resolve_fastest(image, model, directory, console, start, shown.maps)
     check_modes(image.controls, (pipeline_spec.model, *pipeline_spec.others.values()))
     # All that the image needs, before the long part begins.
     return pipeline_spec, ensure_all(
@@ -218,6 +219,7 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         **({"vae": image.model.vae} if image.model.vae is not None else {}),
         **({"loras": [str(one) for one in image.model.loras]} if image.model.loras else {}),
         **({"controlnets": _controls(image)} if image.controls else {}),
+        **({"t2i_adapters": _t2i_adapters(image)} if image.adapters else {}),
         **({"ip_adapters": _ip_adapters(image)} if image.ip_images else {}),
     }
 
@@ -228,6 +230,11 @@ def _controls(image: GenerateSpec) -> list[dict[str, Any]]:
         {"name": one.name, "image": str(one.image), "scale": one.scale, "start": one.start, "end": one.end}
         for one in image.controls
     ]
+
+
+def _t2i_adapters(image: GenerateSpec) -> list[dict[str, Any]]:
+    """The T2I-Adapters of a run, as plain data."""
+    return [{"name": one.name, "image": str(one.image), "scale": one.scale} for one in image.adapters]
 
 
 def _ip_adapters(image: GenerateSpec) -> list[dict[str, Any]]:

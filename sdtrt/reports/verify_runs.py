@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console
@@ -26,6 +25,8 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
 from sdtrt.models.image_prompts import attentions_of
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline.inputs import adapter_images, ip_images
+from sdtrt.pipeline.inputs.adapter_images import AdapterImage
 from sdtrt.pipeline.inputs.control_images import ControlImage
 from sdtrt.pipeline.inputs.images import InitImage
 from sdtrt.pipeline.opening.memory import out_of_memory
@@ -87,12 +88,19 @@ class Shown:
 
     Args:
         controls: of ControlNets.
-        pictures: of IP-Adapters, which count as much as `scales` says.
+        adapters: of T2I-Adapters.
+        pictures: of IP-Adapters, or embeddings of faces, which count as much as `scales` says.
     """
 
     controls: tuple[ControlImage, ...] = ()
-    pictures: tuple[Image.Image, ...] = ()
+    pictures: tuple[ip_images.Given, ...] = ()
     scales: tuple[float, ...] = ()
+    adapters: tuple[AdapterImage, ...] = ()
+
+    @property
+    def maps(self) -> list[InitImage]:
+        """The pictures that the images' size may follow."""
+        return [*(one.picture for one in self.controls), *(one.picture for one in self.adapters)]
 
 
 class _Recorder:
@@ -102,14 +110,19 @@ class _Recorder:
         self.wanted = frozenset(wanted)
         self.count = 0
         self.calls: list[RecordedCall] = []
+        self._given: Mapping[str, Any] = {}
 
-    def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def before(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note what a call is given: diffusers' UNet takes the list of a T2I-Adapter's tensors apart."""
+        self._given = _mapped(kwargs, lambda tensor: tensor)
+
+    def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], _: Mapping[str, Any], output: Any) -> None:
         """Note one call of a diffusers pipeline: `unet(sample, timestep, encoder_hidden_states=…)`."""
         if self.count in self.wanted:
             rows = computed_rows(unet)
             more = {
                 name: _mapped(value, lambda one: rows(one).cpu())
-                for name, value in kwargs.items()
+                for name, value in self._given.items()
                 if name != "return_dict"
             }
             timestep = torch.as_tensor(args[1]).cpu()
@@ -129,7 +142,7 @@ def run_reference(
     with tf32(False), open_pipeline(pipeline_spec, directory, console) as opened:
         call = _call(spec.image, opened.spec, shown)
         recorder = _Recorder(spread(call.count_unet_calls(opened), spec.timesteps))
-        with hooked(opened.pipe.unet, recorder):
+        with hooked(opened.pipe.unet, recorder, recorder.before):
             pixels = _image(call, shown, opened, "fp32 reference", console)
     del opened  # or its UNet would stay where it is
     release_memory(pipeline_spec.device)
@@ -224,8 +237,9 @@ def call_of(
         start=gradient(spec.sizes.height, spec.sizes.width) if spec.img2img else None,
         strength=strength_of(image),
         mask=half(spec.sizes.height, spec.sizes.width) if spec.inpaint else None,
-        pictures=shown.pictures,
+        pictures=ip_images.shown(shown.pictures),
         controls=tuple(Control.of(one, spec.sizes) for one in shown.controls),
+        adapters=adapter_images.fitted(shown.adapters, spec.adapted, spec.sizes),
     )
 
 

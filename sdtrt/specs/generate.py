@@ -145,7 +145,7 @@ class GenerateSpec:
         clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
         preview: a tiny VAE, which decodes a small picture while the steps run; None for none.
         preview_every: steps from one such picture to the next.
-        ip_images: a picture for each of the model's IP-Adapters, in their order.
+        ip_images: a picture for each of the model's IP-Adapters, or the embedding of a face, in their order.
         prompt_syntax: `webui` reads weights and BREAK, and takes long prompts in chunks; `plain` takes text as it is.
         vae_tiling: decode and encode what is larger than one of the VAE's tiles in tiles: memory stays flat.
         refiner: an SDXL model for the last steps.
@@ -324,7 +324,7 @@ class GenerateSpec:
             raise UsageError(
                 f"{adapters} IP-Adapter{'s' * (adapters != 1)} and {pictures} picture{'s' * (pictures != 1)} for them"
                 " were given",
-                hint="give an --ip-image FILE[:SCALE] for each --ip-adapter, in their order (one may come again)",
+                hint="give an --ip-image FILE[:SCALE], or --ip-embeds, for each --ip-adapter, in their order",
             )
 
     def _check_upscale(self) -> None:

@@ -17,15 +17,16 @@ from sdtrt.specs.contract import BATCH, Contract, TensorSpec
 
 IP_ADAPTER = "ip_adapter"
 IMAGE_TOKENS, SCALE = "image_tokens_", "ip_adapter_scale"
+EMBEDDING_FILES = (".safetensors", ".npy", ".pt", ".ipadpt")  # of faces; diffusers' guide uses the last
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn")
 
 
 @dataclass(frozen=True)
 class ImagePromptSpec:
-    """A picture for an IP-Adapter, and how much it counts.
+    """A picture for an IP-Adapter, or the embedding of a face, and how much it counts.
 
     Args:
-        image: its file.
+        image: its file; one of `EMBEDDING_FILES` holds an embedding.
         scale: 1 for as much as the text, 0 for nothing.
     """
 
@@ -35,6 +36,11 @@ class ImagePromptSpec:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise UsageError(f"the scale of {self.image} must be a number, got {self.scale}", hint="use 0.6, or 1")
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its file holds an embedding."""
+        return self.image.suffix.lower() in EMBEDDING_FILES
 
     @classmethod
     def parse(cls, text: str) -> Self:

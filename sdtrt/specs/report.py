@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdtrt.common.errors import UsageError
+from sdtrt.specs.adapters import AdapterSpec
 from sdtrt.specs.build import ModelSpec
 from sdtrt.specs.choices import (
     AUTO,
@@ -46,7 +47,7 @@ class BenchSpec:
         allow_build: export and build a missing engine on the spot (not timed).
         output: a folder for the report as JSON and Markdown, and a chart.
         overwrite: replace such files of an earlier run.
-        noise, controls: as of `GenerateSpec`.
+        noise, controls, adapters: as of `GenerateSpec`.
         savings: of the backend that is asked for; baselines save nothing.
     """
 
@@ -70,6 +71,7 @@ class BenchSpec:
     noise: NoiseSpec = NoiseSpec()
     controls: tuple[ControlSpec, ...] = ()
     savings: Savings = Savings()
+    adapters: tuple[AdapterSpec, ...] = ()
 
     def __post_init__(self) -> None:
         check_output(self.output)
@@ -86,6 +88,11 @@ class BenchSpec:
             raise UsageError(f"warmups must be at least 1, got {self.warmups}", hint="use --warmups 1")
         if self.model.ip_adapters:
             raise UsageError("bench times no IP-Adapters", hint="benchmarks/ip_adapter_step.py does")
+        if self.adapters and "img2img" in self.tasks:
+            raise UsageError(
+                "T2I-Adapters are for images from text alone: diffusers has no pipeline for them from an image",
+                hint="use --task txt2img",
+            )
         for task in self.tasks:
             self.request(task)  # what a generation would refuse, a benchmark refuses
 
@@ -106,6 +113,7 @@ class BenchSpec:
             noise=self.noise,
             controls=self.controls,
             savings=self.savings,
+            adapters=self.adapters,
         )
 
     def steps_run(self, task: BenchTask) -> int:

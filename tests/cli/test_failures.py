@@ -50,6 +50,7 @@ def _ip_adapters(folder):
     save_file({"ip_adapter.1.to_k_ip.weight": torch.zeros(4, 2048)}, folder / "xl.safetensors")
     unet = small_unet("sd1", cross_attention_dim=32, **UNET)
     save_file(ip_adapters.tensors(unet, width=1024), folder / "wide.safetensors")
+    ip_adapters.write_face(folder / "face.safetensors", unet, lora=False)
 
 
 def _beside(place):
@@ -296,6 +297,8 @@ MAKERS = {
     "missing IP-Adapter": (*PAINT, "--ip-adapter", "missing.safetensors", "--ip-image", "init.png"),
     "IP-Adapter without a picture": (*PAINT, "--ip-adapter", "ip/wide.safetensors"),
     "missing picture": (*PAINT, "--ip-adapter", "ip/wide.safetensors", "--ip-image", "missing.png:0.6"),
+    "picture for an adapter of faces": (*PAINT, "--ip-adapter", "ip/face.safetensors", "--ip-image", "init.png"),
+    "embedding of a face that is none": (*PAINT, "--ip-adapter", "ip/face.safetensors", "--ip-embeds", "missing.npy"),
     "IP-Adapter for another kind of model": (*PAINT, "--ip-adapter", "ip/xl.safetensors", "--ip-image", "init.png"),
     "IP-Adapter of another width": (*PAINT, "--ip-adapter", "ip/wide.safetensors", "--ip-image", "init.png"),
     "ControlNet without a map": (*PAINT, "--controlnet", "net"),

@@ -180,3 +180,30 @@ def test_a_size_that_an_adapter_does_not_divide_is_refused(paint):
     error, hint = paint(*pair("xl", "one"), "--width", "72", model="sdxl")
     assert "width must be a multiple of 16 for xl, got 72" in error
     assert "use --width 64" in hint
+
+
+@SLOW
+def test_verify_and_bench_take_adapters(run, made, tmp_path, engine_dir, monkeypatch):
+    """Of an engine that lacked what an adapter gives, or of inputs that lacked it, errors would be some tenths."""
+    monkeypatch.chdir(made)
+    given = ["--model", "sd1", "--backend", "onnxruntime", "--precision", "fp32", "--engine-dir", str(engine_dir)]
+    given += [*pair("a:0.7", "one"), "--steps", "2", "--output", str(tmp_path), "--json"]
+    code, out, err = run("verify", *given)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["t2i_adapters"] == [{"name": "a", "image": "one.png", "scale": 0.7}]
+    assert (report["height"], report["width"]) == (64, 80), "as the picture's"
+    for error in report["timesteps"]:
+        assert error["relative_l2"] < 1e-5
+        assert 1e-5 < error["reference_relative_l2"] < 1e-2
+    size = ["--height", "64", "--width", "80", "--repeats", "1", "--warmups", "1", "--baselines", "torch-fp32"]
+    code, out, err = run("bench", *given, *size, "--task", "txt2img")
+    assert code == 0, err
+    assert [row["error"] for row in json.loads(out)["rows"]] == [None, None]
+
+
+def test_bench_times_adapters_with_images_from_text_alone(run, made, monkeypatch):
+    monkeypatch.chdir(made)
+    code, _, err = run("bench", "--model", "sd1", *pair("a", "one"))
+    assert code == 2
+    assert "hint: use --task txt2img" in err

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.pipeline.inputs.images import parse_parameters
 from sdtrt.pipeline.recipes.reading import read_recipe
 from sdtrt.pipeline.runs import upscaling
+from sdtrt.pipeline.spandrel_import import import_spandrel
 from sdtrt.specs import GenerateSpec, UpscaleSpec
 from sdtrt.specs.stages import steps_of_pass
 
@@ -40,7 +45,7 @@ def plain(cls, folder):
     return pipe
 
 
-def two_passes(folder, kind: str, upscaler: str, many: int = MANY, strength: float = 0.6) -> np.ndarray:
+def two_passes(folder, kind: str, upscaler, many: int = MANY, strength: float = 0.6) -> np.ndarray:
     """What diffusers alone makes of it, as web UIs do: the same seed for the noise of both passes."""
     first = plain(getattr(diffusers, f"{kind}Pipeline"), folder)
     second = plain(getattr(diffusers, f"{kind}Img2ImgPipeline"), folder)
@@ -53,7 +58,8 @@ def two_passes(folder, kind: str, upscaler: str, many: int = MANY, strength: flo
     if upscaler == "latent":
         start = torch.nn.functional.interpolate(made, (12, 15), mode="bilinear")
     else:
-        start = made[0].resize((120, 96), Image.Resampling.LANCZOS)
+        start = made[0] if upscaler == "lanczos" else upscaler(made[0])
+        start = start.resize((120, 96), Image.Resampling.LANCZOS)
     options = {"num_inference_steps": many, "strength": strength, "generator": torch.Generator().manual_seed(5)}
     return np.asarray(second("red", image=start, **common, **options).images[0]).astype(int)
 
@@ -106,7 +112,7 @@ def test_engines_of_both_sizes_are_found_or_built_once(upscaler, smallest, run, 
 
 @pytest.mark.slow
 def test_a_model_enlarges_pixels(smallest, run, folder, monkeypatch):
-    """By spandrel where it is here; else by what stands for its model, which has its call alone."""
+    """By what stands for a model, which has its call alone."""
     Path("times4.safetensors").touch()
     monkeypatch.setattr(upscaling, "find_spec", lambda _: object())
     seen = []
@@ -124,20 +130,47 @@ def test_a_model_enlarges_pixels(smallest, run, folder, monkeypatch):
     assert "Hires upscaler: times4" in Image.open("a.png").text["parameters"]
 
 
-@pytest.mark.slow
-def test_spandrel_reads_models(folder):
-    spandrel = pytest.importorskip("spandrel", exc_type=ImportError)  # it wants torchvision
-    from safetensors.torch import save_file
-    from spandrel.architectures.ESRGAN import RRDBNet
+@pytest.fixture
+def esrgan(folder):
+    """A small ESRGAN, in a file as people have them, and the network itself."""
+    if find_spec("spandrel") is None:
+        pytest.skip("needs spandrel")
+    import_spandrel()
+    from spandrel.architectures.ESRGAN import ESRGAN
 
-    net = RRDBNet(num_filters=8, num_blocks=1, scale=4)
+    with factories.seeded(3):
+        net = ESRGAN(num_filters=8, num_blocks=1, scale=4).eval().requires_grad_(False)
     save_file({key: one.contiguous() for key, one in net.state_dict().items()}, "x4.safetensors")
-    model = upscaling._load(UpscaleSpec(2, "x4.safetensors"), torch.device("cpu"))
-    assert isinstance(model, spandrel.ImageModelDescriptor)
-    assert upscaling._by_model(model, Image.new("RGB", (16, 8)), torch.device("cpu")).size == (64, 32)
+    torch.save(net.state_dict(), "x4.pth")
+    return net
+
+
+@pytest.mark.slow
+def test_a_real_model_makes_the_start_of_the_second_pass(smallest, run, folder, esrgan):
+    """Its pixels are those of its own network, which diffusers alone goes on with."""
+
+    def enlarged(picture):
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+        made = esrgan(pixels)[0].clamp(0, 1).permute(1, 2, 0).mul(255).round()
+        return Image.fromarray(made.numpy().astype(np.uint8))
+
+    expected = two_passes(smallest, "StableDiffusion", enlarged)
+    for name, trust in (("x4.safetensors", ()), ("x4.pth", ("--allow-pickle", "x4.pth"))):
+        words = ("-m", str(smallest), "--backend", "torch", "--upscaler", name, *trust)
+        code, _, err = run("txt2img", *WORDS, *LARGE, *words, "-o", f"{name}.png")
+        assert code == 0, err
+        assert np.abs(np.asarray(Image.open(f"{name}.png")).astype(int) - expected).max() <= LEVELS
+    assert "Hires upscaler: x4" in Image.open(f"{name}.png").text["parameters"]
+    assert np.abs(two_passes(smallest, "StableDiffusion", "lanczos") - expected).max() > 5 * LEVELS
+
+
+@pytest.mark.slow
+def test_files_of_no_such_model_are_refused(folder, esrgan):
     Path("bad.safetensors").write_bytes(b"bad")
-    with pytest.raises(ModelError, match="can't be read"):
-        upscaling._load(UpscaleSpec(2, "bad.safetensors"), torch.device("cpu"))
+    save_file({"conv.weight": torch.ones(1)}, "other.safetensors")
+    for name in ("bad.safetensors", "other.safetensors"):
+        with pytest.raises(ModelError, match="can't be read"):
+            upscaling._load(UpscaleSpec(2, name), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(1, 0.01), (20, 0.7), (3, 1.0), (50, 0.35), (7, 0.29)])
@@ -190,3 +223,21 @@ def test_an_upscale_is_for_text_alone(tmp_path):
     spec = GenerateSpec(("x",), upscale=UpscaleSpec(2))
     with pytest.raises(UsageError, match="from text alone"):
         replace(spec, init_image=tmp_path / "x.png")
+
+
+@pytest.mark.slow
+def test_without_torchvision_spandrel_is_imported_all_the_same(monkeypatch):
+    """In a process of its own: the modules that stand in are gone afterwards, so that nothing takes them for it."""
+    if find_spec("spandrel") is None or find_spec("torchvision") is not None:
+        pytest.skip("needs spandrel, and no torchvision")
+    code = """
+import sys, torch
+from sdtrt.pipeline.spandrel_import import _normalize, import_spandrel
+spandrel = import_spandrel()
+assert not [name for name in sys.modules if name.startswith("torchvision")]
+pixels = torch.rand(2, 3, 4, 4)
+assert torch.equal(_normalize(pixels, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]), (pixels - 0.5) / 0.5)
+import transformers
+assert not transformers.utils.is_torchvision_available()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

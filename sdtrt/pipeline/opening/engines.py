@@ -16,7 +16,7 @@ from sdtrt.engines.keys import Sight, steadily
 from sdtrt.models.components import contract_of, part_of, unet_batch
 from sdtrt.pipeline.opening import preloaded
 from sdtrt.pipeline.opening.request import EngineRequest
-from sdtrt.specs import BuildSpec, Component, ExportSpec, Precision, Profile
+from sdtrt.specs import Component, Precision
 from sdtrt.specs.deep_features import DEEP_IN, DEEP_OUT, depth_of
 
 
@@ -60,6 +60,8 @@ def _ensure(
         directory.warn_of_unsafe(console)
     if missing and not allow_build:
         raise _none_fits(replace(request, components=tuple(missing)), directory)
+    for name in missing:
+        registry.get(request.backend).check(request.build_of(name))  # of all, before the first is built
     if missing:
         preloaded.let_go()  # builders get the GPU's memory to themselves
     entries = {}
@@ -125,9 +127,7 @@ def _build_missing(request: EngineRequest, component: Component, directory: Engi
     name = " with inputs for ".join((component, *groups))
     console.note(f"no {request.backend} {precision} engine of the {name} for {words} yet: building it (once)")
     _note_loras(request, component, directory, console)
-    profiles = () if registry.get(request.backend).takes_any_size else (Profile.of(sizes),)
-    build = BuildSpec(ExportSpec(model.spec, component, precision, groups=groups), request.backend, profiles)
-    return build_engine(model, build, directory, console)
+    return build_engine(model, request.build_of(component), directory, console)
 
 
 def _note_loras(request: EngineRequest, component: Component, directory: EngineDirectory, console: Console) -> None:

@@ -17,7 +17,14 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.inputs.images import InitImage
 from sdtrt.pipeline.opening.engines import find_engines
-from sdtrt.pipeline.opening.request import EngineRequest, PipelineSpec, check_spec, resolve_request
+from sdtrt.pipeline.opening.request import (
+    EngineRequest,
+    PipelineSpec,
+    accepted,
+    check_spec,
+    resolve_request,
+    settle_request,
+)
 from sdtrt.specs import AUTO, BackendName, Component, GenerateSpec
 
 Found = Mapping[Component, Entry]
@@ -43,18 +50,18 @@ def resolve_fastest(
     if spec.backend != AUTO:
         return resolve_request(spec, model, console, init, maps)
     usual, why = registry.expected(console)
-    settled = resolve_request(spec, model, console, init, maps, backend=usual)
+    settled = settle_request(spec, model, console, init, maps, backend=usual)
 
     def on(name: BackendName) -> PipelineSpec:
         precision = spec.precision or registry.get(name).default_precision()
-        registry.get(name).check_precision(precision)
         found = replace(settled, backend=name, precision=precision)
+        registry.check_request(name, precision)
         check_spec(found)
         return found
 
     name, reason = faster(usual, lambda name: on(name).engines, directory)
     console.note(f"backend: {name} ({reason or why})")
-    return settled if name == settled.backend else on(name)
+    return accepted(settled if name == usual else on(name), console)
 
 
 def faster(usual: BackendName, request_of: RequestOf, directory: EngineDirectory) -> tuple[BackendName, str]:

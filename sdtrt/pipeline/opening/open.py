@@ -233,8 +233,7 @@ def _load_parts(spec: PipelineSpec, running: _Running) -> dict[str, Any]:
 
 def _adapters(spec: PipelineSpec) -> dict[str, Any]:
     """The T2I-Adapters, several as the one part that diffusers has for them; PyTorch runs them, once a picture."""
-    models = [model for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
-    found = [loading.load_parts(model, (ADAPTER,), spec.parts_dtype)[ADAPTER] for model in models]
+    found = [loading.load_parts(model, (ADAPTER,), spec.parts_dtype)[ADAPTER] for model in spec.adapted]
     if not found:
         return {}
     return {ADAPTER: diffusers.MultiAdapter(found) if len(found) > 1 else found[0]}
@@ -293,7 +292,8 @@ def _give_image_prompts(spec: PipelineSpec, parts: dict[str, Any]) -> None:
     unet = parts["unet"]
     in_engine = isinstance(unet, UNetFacade)
     added, given = loading.load_image_prompts(spec.model, spec.parts_dtype, in_engine=in_engine)
-    added["image_encoder"].to(spec.device)
+    if "image_encoder" in added:
+        added["image_encoder"].to(spec.device)
     parts |= added
     if in_engine:
         unet.take_image_prompts(given.projection.to(spec.device), given.layout)

@@ -35,12 +35,15 @@ from sdtrt.specs import (
     DEFAULT_TOKENS,
     SIZE_MULTIPLE,
     BackendName,
+    BuildSpec,
     Component,
     ControlSpec,
+    ExportSpec,
     GenerateSpec,
     Group,
     NoiseSpec,
     Precision,
+    Profile,
     Savings,
     SchedulerName,
     Sizes,
@@ -109,6 +112,24 @@ class EngineRequest:
     def groups_of(self, component: Component) -> tuple[Group, ...]:
         """The optional groups of a component's inputs."""
         return self.groups if component == "unet" else ()
+
+    def build_of(self, component: Component) -> BuildSpec:
+        """What builds a component's engine, for exactly one size."""
+        any_size = registry.get(self.backend).takes_any_size
+        profiles = () if any_size else (Profile.of(self.sizes_of(component)),)
+        export = ExportSpec(self.model.spec, component, self.precision_of(component), groups=self.groups_of(component))
+        return BuildSpec(export, self.backend, profiles)
+
+    def check(self) -> None:
+        """Refuse what no engine can be made of, or what the backend builds none for, before anything is exported.
+
+        Raises:
+            ModelError: for a part that no engine is made of.
+            UsageError: for what the backend refuses.
+        """
+        for component in self.components:
+            contract_of(self.model, component, self.precision, self.groups_of(component))
+            registry.get(self.backend).check(self.build_of(component))
 
 
 @dataclass(frozen=True)
@@ -225,6 +246,11 @@ class PipelineSpec:
         return replace(sizes, batch=self.images) if name.endswith(PROMPT_ROWS) else sizes
 
     @property
+    def adapted(self) -> tuple[Model, ...]:
+        """The model with each T2I-Adapter; none without any."""
+        return tuple(model for model in (self.model, *self.adapters) if ADAPTER in model.parts)
+
+    @property
     def is_union(self) -> bool:
         """Whether its ControlNet is a union of several."""
         return CONTROLNET in self.model.parts and self.model.class_name(CONTROLNET) == UNION
@@ -257,24 +283,38 @@ def resolve_request(
     console: Console,
     init: images.InitImage | None = None,
     maps: Sequence[images.InitImage] = (),
-    *,
-    backend: BackendName | None = None,
 ) -> PipelineSpec:
     """How a request runs: backend, precision and size; no batch is larger than there are images to make.
 
     Args:
         maps: what ControlNets go by.
-        backend: what `auto` has come to mean; None for the machine to say.
 
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
+    """
+    return accepted(settle_request(spec, model, console, init, maps), console)
+
+
+def settle_request(
+    spec: GenerateSpec,
+    model: Model,
+    console: Console,
+    init: images.InitImage | None = None,
+    maps: Sequence[images.InitImage] = (),
+    *,
+    backend: BackendName | None = None,
+) -> PipelineSpec:
+    """How a request would run, as of `resolve_request`; whether its backend takes it, `accepted` says.
+
+    Args:
+        backend: what `auto` has come to mean; None for the machine to say.
     """
     registry.check_request(spec.backend, spec.precision, spec.components)
     _tell_quality(spec, console)
     img2img, inpaint = spec.init_image is not None or init is not None, spec.mask is not None
     check_task(model, img2img=img2img, inpaint=inpaint, edit=spec.edit)
     _check_model(spec, model, img2img=img2img)
-    model, others, adapters = _with_beside(spec, model, console)
+    model, others, adapters = with_beside(spec, model, console)
     backend = backend or registry.choose_backend(spec.backend, console)
     count, text = spec.images_at_once, plan_texts(spec, model)
     sizes = unet_sizes(model, count, *_image_size(spec, model, init, maps, console), guidance=spec.uses_guidance)
@@ -300,15 +340,18 @@ def resolve_request(
         adapters=adapters,
         savings=spec.savings,
     )
-    return _settled(planned, console)
+    return _cached(planned, console)
 
 
-def _settled(spec: PipelineSpec, console: Console) -> PipelineSpec:
-    """A request with what deep caching comes to in so many steps, checked; what is to be said of it is said."""
-    found = _cached(spec, console)
-    check_spec(found)
-    _note(found, console)
-    return found
+def accepted(spec: PipelineSpec, console: Console) -> PipelineSpec:
+    """A settled request that its backend takes; what is to be said of it is said.
+
+    Raises as of `registry.check_request` and `check_spec`.
+    """
+    registry.check_request(spec.backend, spec.precision, spec.components or ())
+    check_spec(spec)
+    _note(spec, console)
+    return spec
 
 
 def _tell_quality(spec: GenerateSpec, console: Console) -> None:
@@ -349,7 +392,7 @@ def check_together(spec: GenerateSpec, model: Model, *, img2img: bool) -> None:
         )
 
 
-def _with_beside(
+def with_beside(
     spec: GenerateSpec, model: Model, console: Console
 ) -> tuple[Model, dict[str, Model], tuple[Model, ...]]:
     """A model with the first ControlNet and T2I-Adapter of a request; with each further one of the two kinds."""
@@ -380,7 +423,7 @@ def _check_adapters(spec: PipelineSpec) -> None:
     Raises:
         UsageError: naming the adapter.
     """
-    configs = [model.config(ADAPTER) for model in (spec.model, *spec.adapters) if ADAPTER in model.parts]
+    configs = [model.config(ADAPTER) for model in spec.adapted]
     counts = [len(config["channels"]) for config in configs]
     if len(set(counts)) > 1:
         raise UsageError(
@@ -578,7 +621,7 @@ def check_spec(spec: PipelineSpec) -> None:
     Raises:
         EngineError: where the backend needs a GPU that PyTorch can't use.
         ModelError: for a model that engines don't serve.
-        UsageError: for a size that a T2I-Adapter does not take.
+        UsageError: for a size that a T2I-Adapter does not take, and for what the backend builds no engine for.
     """
     _check_adapters(spec)
     if spec.device.type == "cuda" and not torch.cuda.is_available():
@@ -589,10 +632,8 @@ def check_spec(spec: PipelineSpec) -> None:
     _check_cached(spec)
     if not spec.has_engines:
         return
-    for component in spec.in_engines:
-        groups = spec.engines.groups_of(component)
-        contract_of(spec.model, component, spec.precision, groups)
-        registry.get(spec.backend).check_groups(groups)
+    for request in (spec.engines, *spec.other_engines.values()):
+        request.check()
     if spec.model.vae_scale_factor != SIZE_MULTIPLE:
         raise ModelError(
             f"engines need a VAE of factor {SIZE_MULTIPLE}, that of {spec.model.spec.name} has"

@@ -30,12 +30,21 @@ class _Hook:
 
 
 @contextmanager
-def hooked(module: torch.nn.Module, hook: Hook) -> Iterator[None]:
-    """Call `hook` after each forward of a module, with its arguments and its output, for the time of a `with`."""
-    attached = _Hook(module, hook)
-    handle = module.register_forward_hook(attached, with_kwargs=True)
+def hooked(module: torch.nn.Module, hook: Hook, before: Hook | None = None) -> Iterator[None]:
+    """Call `hook` after each forward of a module, with its arguments and its output, for the time of a `with`.
+
+    Args:
+        before: is called before each forward, with its arguments alone: a forward may take their lists apart.
+    """
+    first, attached = _Hook(module, before), _Hook(module, hook)
+    handles = [
+        module.register_forward_pre_hook(first, with_kwargs=True),
+        module.register_forward_hook(attached, with_kwargs=True),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+        first.end()
         attached.end()

@@ -17,6 +17,9 @@ KEPT_LAYERS = ("final_layer_norm",)  # pipelines call it themselves, for `clip_s
 class Parked:
     """The parameters of a module that left the GPU.
 
+    Layers that are made of those meanwhile lie beside them: projections that diffusers fuses, adapters of peft. They go
+    to the GPU when the others come back.
+
     The module's first one stays, as it says where the module is, and so do layers that pipelines call by themselves.
     Whoever calls any other layer by itself (the decoder of a VAE) calls `wanted` first, which is to bring them back.
 
@@ -27,6 +30,7 @@ class Parked:
     def __init__(self, wanted: Callable[[], None]) -> None:
         self._wanted = WeakMethod(wanted)  # its object has this one
         self._tensors: list[ref[torch.nn.Parameter]] = []
+        self._there: dict[int, ref[torch.nn.Parameter]] = {}  # all that the module had
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __bool__(self) -> bool:
@@ -35,6 +39,8 @@ class Parked:
     def park(self, module: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> bool:
         """Let those of a module's tensors, given by name, leave the GPU that need not be there; whether any did."""
         first, leaving = next(module.parameters()), set()
+        if not self._tensors:
+            self._there = {id(one): ref(one) for one in module.parameters()}
         for name, tensor in tensors:
             kept = tensor is first or any(word in name for word in KEPT_LAYERS)
             if not kept and isinstance(tensor, torch.nn.Parameter) and is_on_gpu(tensor):
@@ -49,10 +55,16 @@ class Parked:
     def bring_back(self, module: torch.nn.Module) -> None:
         """Bring them back to where the module is by now."""
         device = next(module.parameters()).device
-        for one in self._tensors:
-            if (tensor := one()) is not None:
-                tensor.data = to_device(tensor.data, device)
+        parked = [tensor for one in self._tensors if (tensor := one()) is not None]
+        made = [one for one in module.parameters() if not self._had(one) and not is_on_gpu(one)]
+        for tensor in (*parked, *made):
+            tensor.data = to_device(tensor.data, device)
         self.forget()
+
+    def _had(self, tensor: torch.nn.Parameter) -> bool:
+        """Whether a parameter was the module's when its weights left."""
+        known = self._there.get(id(tensor))
+        return known is not None and known() is tensor
 
     def forget(self) -> None:
         """Leave the tensors where they are, and their layers without hooks."""
@@ -60,6 +72,7 @@ class Parked:
             handle.remove()
         self._handles.clear()
         self._tensors.clear()
+        self._there.clear()
 
 
 class ComesBack:

@@ -37,7 +37,7 @@ def image_prompts_of_ours(facts: Sequence[object], files: Finder) -> dict[str, A
     """The options for what a JSON of ours says of IP-Adapters."""
     known = [one for one in facts if isinstance(one, dict) and _are_numbers(one, "scale")]
     files.missing += [f"IP-Adapter {one!r}: not understood" for one in facts if one not in known]
-    named = [(files.named("IP-Adapter", one, WEIGHTS, "--ip-adapter ID"), one) for one in known]
+    named = [(files.named("IP-Adapter", one, (*WEIGHTS, ".bin"), "--ip-adapter ID"), one) for one in known]
     rows = [(name, one, files.picture("ip_image", one.get("image"))) for name, one in named if name]
     options: dict[str, Any] = {"ip_adapter": [name for name, *_ in rows]} if rows else {}
     if rows and all(picture for *_, picture in rows):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdtrt.models.resolve import LCM_PIPELINES
 from sdtrt.pipeline.inputs.control_images import ControlImage
+from sdtrt.pipeline.inputs.ip_images import Shown, arguments_of
 from sdtrt.pipeline.inputs.masks import Box
 from sdtrt.pipeline.inputs.text_states import states_of
 from sdtrt.pipeline.opening.open import OpenPipeline
@@ -59,7 +60,7 @@ class PipelineCall:
             images from text alone.
         strength: how much of `start` is replaced.
         mask: what of `start` is made anew, in white, in the same size; None for all of it.
-        pictures: one for each IP-Adapter of the model.
+        pictures: one for each IP-Adapter of the model, for those of faces an embedding.
         conditioning: what SDXL is told of the picture's size.
         until: the share of the noise schedule after which it ends, and a refiner takes over; None for all of it.
         after: the share of the noise schedule that is done when it takes over; `start` is latents then.
@@ -77,7 +78,7 @@ class PipelineCall:
     start: Image.Image | list[Image.Image] | torch.Tensor | None = None
     strength: float = 1.0
     mask: Image.Image | None = None
-    pictures: tuple[Image.Image, ...] = ()
+    pictures: tuple[Shown, ...] = ()
     conditioning: SizeConditioning = field(default_factory=SizeConditioning)
     until: float | None = None
     after: float | None = None
@@ -140,7 +141,8 @@ class PipelineCall:
             **self._shares(),
             **_of_size(self.conditioning),
         }
-        common |= {"ip_adapter_image": list(self.pictures)} if self.pictures else {}
+        guided = self._is_guided(opened) and (not spec.edit or self.image_guidance_scale >= 1)
+        common |= arguments_of(self.pictures, opened.pipe, guided=guided, editing=spec.edit)
         size = {"height": spec.sizes.height, "width": spec.sizes.width}
         if self.start is None:
             return {**common, **size}
@@ -196,13 +198,16 @@ class PipelineCall:
             "adapter_conditioning_scale": scales if several else scales[0],
         }
 
+    def _is_guided(self, opened: OpenPipeline) -> bool:
+        """Whether the UNet has rows without the prompt."""
+        return self.guidance_scale > 1 and not opened.spec.model.embeds_guidance
+
     def _texts(self, opened: OpenPipeline) -> dict[str, Any]:
         """The prompts, or the states that are made of them here."""
         plan = opened.spec.text
         negatives = list(self.negative_prompts) or [self.negative_prompt] * len(self.prompts)
         if plan.is_own:
-            guided = self.guidance_scale > 1 and not opened.spec.model.embeds_guidance
-            return states_of(opened.pipe, plan, self.prompts, negatives, guided)
+            return states_of(opened.pipe, plan, self.prompts, negatives, self._is_guided(opened))
         if type(opened.pipe).__name__ in LCM_PIPELINES:  # it takes no negative prompt
             return {"prompt": list(self.prompts)}
         return {"prompt": list(self.prompts), "negative_prompt": negatives if any(negatives) else None}

@@ -21,8 +21,7 @@ from sdtrt.engines import find
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.models.t2i_adapters import PART as ADAPTER
-from sdtrt.pipeline.inputs import adapter_images, control_images, images, masks, prompts
+from sdtrt.pipeline.inputs import adapter_images, control_images, images, ip_images, masks, prompts
 from sdtrt.pipeline.inputs.adapter_images import AdapterImage
 from sdtrt.pipeline.inputs.control_images import ControlImage
 from sdtrt.pipeline.opening import memory
@@ -126,7 +125,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
         start = started(plan.spec, plan.first, read.init, read.mask)
         fitted = _fitted(read.controls, plan.first, start, console)
         larger = _fitted(read.controls, plan.larger, None) if plan.larger is not None else ()
-        adapted = _adapted(read.adapters, plan.first, console)
+        adapted = adapter_images.fitted(read.adapters, plan.first.adapted, plan.first.sizes, console)
         tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
         with _opened(plan, directory, console) as stages:
             if spec.prompt_syntax == "plain":
@@ -138,7 +137,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
                 recipes.tell_differences(spec.recipe, settings, console)
             stages.scale_adapters([one.scale for one in spec.ip_images])
             with _previewing(spec, stages.first, tiny, output, console) as preview:
-                shown = tuple(one.pixels for one in read.pictures)
+                shown = ip_images.shown(read.pictures)
                 given = (plan.spec, stages, output, start, fitted, console, settings, preview, shown, larger, adapted)
                 run = Run(*given)
                 load_seconds = time.perf_counter() - began
@@ -154,7 +153,7 @@ class _Read:
     mask: masks.Mask | None
     controls: tuple[ControlImage, ...]
     adapters: tuple[AdapterImage, ...]
-    pictures: tuple[images.InitImage, ...]
+    pictures: tuple[ip_images.Given, ...]
 
 
 def _read(spec: GenerateSpec, console: Console) -> _Read:
@@ -163,7 +162,7 @@ def _read(spec: GenerateSpec, console: Console) -> _Read:
     mask = None
     if spec.mask is not None and init is not None:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
-    pictures = tuple(images.read_init_image(one.image, console, "ip image") for one in spec.ip_images)
+    pictures = ip_images.read_ip_images(spec, console)
     controls = control_images.read_control_images(spec, init, console)
     return _Read(init, mask, controls, adapter_images.read_adapter_images(spec, console), pictures)
 
@@ -208,6 +207,7 @@ def _plan(
 ) -> _Plan:
     """Settle everything before anything heavy is loaded."""
     model = resolve.resolve_model(spec.model, console)
+    ip_images.check_ip_images(model, read.pictures)
     spec = recipes.settle(spec, model)
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
@@ -316,18 +316,6 @@ def _fitted(
     return tuple(Control.of(one, sizes, box) for one in controls)
 
 
-def _adapted(
-    adapters: Sequence[AdapterImage], pipeline_spec: PipelineSpec, console: Console
-) -> tuple[tuple[Image.Image, float], ...]:
-    """What T2I-Adapters go by, in the size that the pipeline works at, and how much each counts."""
-    sizes, models = pipeline_spec.sizes, (pipeline_spec.model, *pipeline_spec.adapters)
-    control_images.note_sizes(adapters, sizes.height, sizes.width, console, adapter_images.WHAT)
-    return tuple(
-        (one.fitted(sizes.height, sizes.width, model.config(ADAPTER)), one.spec.scale)
-        for one, model in zip(adapters, models, strict=False)
-    )
-
-
 class Sink(Protocol):
     """Where pictures go: a `saving.OutputPlan`, or what hands them on."""
 
@@ -353,7 +341,7 @@ class Run:
     console: Console
     settings: Mapping[str, Any]
     preview: Preview | None = None
-    pictures: tuple[Image.Image, ...] = ()
+    pictures: tuple[ip_images.Shown, ...] = ()
     larger: tuple[Control, ...] = ()
     adapters: tuple[tuple[Image.Image, float], ...] = ()
 

@@ -24,6 +24,7 @@ from sdtrt.models.t2i_adapters import PART as ADAPTER
 from sdtrt.pipeline.inputs import images
 from sdtrt.pipeline.inputs.adapter_images import AdapterImage
 from sdtrt.pipeline.inputs.control_images import CANNY_HIGH, CANNY_LOW, ControlImage
+from sdtrt.pipeline.inputs.ip_images import Given
 from sdtrt.pipeline.inputs.masks import Mask
 from sdtrt.pipeline.opening.open import OpenPipeline
 from sdtrt.pipeline.opening.request import PipelineSpec
@@ -41,7 +42,7 @@ def settings_of(
     mask: Mask | None,
     controls: Sequence[ControlImage],
     directory: EngineDirectory,
-    pictures: Sequence[images.InitImage] = (),
+    pictures: Sequence[Given] = (),
 ) -> dict[str, Any]:
     """What all images of a request have in common, as plain data; `pictures` are those for IP-Adapters."""
     pipeline_spec, scheduler = opened.spec, opened.pipe.scheduler
@@ -146,7 +147,7 @@ def _mask_facts(spec: GenerateSpec, mask: Mask) -> dict[str, Any]:
 
 
 def _image_prompt_facts(
-    spec: GenerateSpec, model: Model, directory: EngineDirectory, pictures: Sequence[images.InitImage]
+    spec: GenerateSpec, model: Model, directory: EngineDirectory, pictures: Sequence[Given]
 ) -> dict[str, Any]:
     """Which IP-Adapters there were, and which picture each got. Other images say nothing of them."""
     facts = [
@@ -154,7 +155,7 @@ def _image_prompt_facts(
             "name": adapter.name,
             "file": given,
             "sha256": directory.file_digest(adapter.path),
-            "image_encoder": directory.file_digest(adapter.encoder_files[1]),
+            **({} if adapter.takes_faces else {"image_encoder": directory.file_digest(adapter.encoder_files[1])}),
             "scale": asked.scale,
             "image": {"name": picture.path.name, "sha256": picture.sha256},
         }

@@ -30,6 +30,7 @@ from sdtrt.pipeline.opening.open import (
 )
 from sdtrt.pipeline.opening.request import PipelineSpec, check_spec, note_tiles
 from sdtrt.pipeline.runs.call import PipelineCall
+from sdtrt.pipeline.spandrel_import import import_spandrel
 from sdtrt.specs import LANCZOS, LATENT, Component, GenerateSpec, UpscaleSpec
 
 _TITLES = {LATENT: "Latent", LANCZOS: "Lanczos"}
@@ -176,8 +177,8 @@ def _load(spec: UpscaleSpec, device: torch.device) -> Any:
         ModelError: where it reads no such model of that file.
     """
     try:
-        import spandrel
-    except ImportError as error:
+        spandrel = import_spandrel()
+    except (ImportError, RuntimeError) as error:  # torchvision's is the latter, where it is of another PyTorch
         raise UsageError(
             f"spandrel can't be imported: {first_line(error)}", hint='pip install "sdtrt[upscale]", and what it needs'
         ) from error
