@@ -34,7 +34,7 @@ from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, DoctorOptions, VerifyOptions
 from sdtrt.cli.saving_options import PresetOptions, SavingOptions
-from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ServeOptions, check_packages
+from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ListOptions, ServeOptions, check_packages
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -380,6 +380,7 @@ def bench(
 @grouped
 def serve(
     options: ServeOptions,
+    lists: ListOptions,
     access: AccessOptions,
     limits: LimitOptions,
     backend: BackendOptions,
@@ -387,7 +388,7 @@ def serve(
 ) -> None:
     """Serve warm engines over HTTP: OpenAI's interface, the web UIs', and jobs. Stdout gets the address."""
     check_packages()
-    spec = options.spec(access, limits, backend, directory)
+    spec = options.spec(lists, access, limits, backend, directory)
     from sdtrt.serve.server import run
 
     run(spec, quiet=options.quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, cast
@@ -12,8 +13,8 @@ from typer import Option
 from sdtrt.cli.options import BackendOptions, DirectoryOptions
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import in_home
-from sdtrt.specs import DEFAULT_MODEL, LoraSpec, ModelSpec, Precision
-from sdtrt.specs.serve import DEFAULT_PORT, MIB, OWN_VAE, Limits, ServeSpec, parse_warm
+from sdtrt.specs import DEFAULT_MODEL, ModelSpec, Precision
+from sdtrt.specs.serve import DEFAULT_PORT, MIB, OWN_VAE, Limits, Listed, ServeSpec, parse_warm, split_name
 
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 PACKAGES |= {"python_multipart": "python-multipart"}
@@ -71,6 +72,48 @@ class AccessOptions:
 
 
 @dataclass(frozen=True)
+class ListOptions:
+    """These options list what else requests may name, by the names given here or those of the files."""
+
+    controlnet: Annotated[
+        list[str] | None,
+        Option(
+            "--controlnet", metavar="[NAME=]ID|FOLDER|FILE", help="a ControlNet that requests may name; again for more"
+        ),
+    ] = None
+    ip_adapter: Annotated[
+        list[str] | None, Option("--ip-adapter", metavar="[NAME=]FILE|FOLDER|ID", help="an IP-Adapter; again for more")
+    ] = None
+    t2i_adapter: Annotated[
+        list[str] | None, Option("--t2i-adapter", metavar="[NAME=]ID|FOLDER", help="a T2I-Adapter; again for more")
+    ] = None
+    embedding: Annotated[
+        list[str] | None,
+        Option(
+            "--embedding", metavar="[WORD=]FILE", help="a textual inversion, and its word in prompts; again for more"
+        ),
+    ] = None
+    refiner: Annotated[
+        list[str] | None, Option("--refiner", metavar="[NAME=]ID|FOLDER|FILE", help="a refiner of SDXL; again for more")
+    ] = None
+    upscaler: Annotated[
+        list[str] | None,
+        Option("--upscaler", metavar="[NAME=]FILE", help="a model that enlarges pictures (spandrel); again for more"),
+    ] = None
+
+    def listed(self) -> Listed:
+        """The lists, whose paths mean the same in the folders where workers work."""
+        return Listed(
+            controlnets=_named(self.controlnet),
+            ip_adapters=_named(self.ip_adapter),
+            t2i_adapters=_named(self.t2i_adapter),
+            embeddings=_named(self.embedding),
+            refiners=_named(self.refiner),
+            upscalers=_named(self.upscaler),
+        )
+
+
+@dataclass(frozen=True)
 class ServeOptions:
     """These options say what is served, and how."""
 
@@ -80,7 +123,7 @@ class ServeOptions:
     ] = None
     lora: Annotated[
         list[str] | None,
-        Option("--lora", metavar="FILE|FOLDER|ID", help="a LoRA that requests may name; again for more"),
+        Option("--lora", metavar="[NAME=]FILE|FOLDER|ID", help="a LoRA that requests may name; again for more"),
     ] = None
     variant: Annotated[str | None, Option(help="weight variant, such as fp16")] = None
     vae: Annotated[str | None, Option(metavar="FILE|FOLDER|ID", help="a VAE in the place of the models' own")] = None
@@ -105,7 +148,12 @@ class ServeOptions:
     quiet: Annotated[bool, Option("--quiet", "-q", help="log warnings and errors alone")] = False
 
     def spec(
-        self, access: AccessOptions, limits: LimitOptions, backend: BackendOptions, directory: DirectoryOptions
+        self,
+        lists: ListOptions,
+        access: AccessOptions,
+        limits: LimitOptions,
+        backend: BackendOptions,
+        directory: DirectoryOptions,
     ) -> ServeSpec:
         """The server that is asked for."""
         backend.check()
@@ -114,7 +162,8 @@ class ServeOptions:
         )
         return ServeSpec(
             models=tuple(replace(named, name=_whole(one)) for one in self.model or [DEFAULT_MODEL]),
-            loras=tuple(_whole(LoraSpec(one).name) for one in self.lora or ()),
+            loras=_named(self.lora),
+            listed=lists.listed(),
             host=access.host,
             port=access.port,
             api_key=access.api_key,
@@ -142,6 +191,12 @@ def _whole(name: str) -> str:
         return name
     path = in_home(Path(name))
     return str(path.absolute()) if path.exists() else name
+
+
+def _named(given: Sequence[str] | None) -> tuple[str, ...]:
+    """What was listed, with paths that mean the same in the folders where workers work."""
+    pairs = map(split_name, given or ())
+    return tuple(_whole(path) if name is None else f"{name}={_whole(path)}" for name, path in pairs)
 
 
 def _devices(text: str | None) -> tuple[int, ...]:

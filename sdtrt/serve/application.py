@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from sdtrt.common.errors import SdtrtError
 from sdtrt.common.version import __version__
-from sdtrt.serve import native, openai_api, webui_api
+from sdtrt.serve import native, openai_api, webui_api, webui_units
 from sdtrt.serve.answers import Answer, Refusal, bug
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import ClientLeft
@@ -45,6 +45,7 @@ def build(dispatcher: Dispatcher) -> ASGIApp:
     app = FastAPI(title="sdtrt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     for module in (native, openai_api, webui_api):
         app.include_router(module.routes(dispatcher))
+    app.include_router(webui_units.routes(dispatcher.catalog))
     _add_operations(app, dispatcher)
     _add_page_of_api(app)
     app.add_exception_handler(Refusal, _refused)

@@ -1,4 +1,5 @@
-"""What requests may name: the models and LoRAs that a server was started with, by short names. No path goes in or out.
+"""What requests may name: the models, LoRAs, ControlNets and the like that a server was started with, by short names.
+No path goes in or out.
 
 Knows names alone; whether there is such a model is for a worker to say.
 """
@@ -6,13 +7,14 @@ Knows names alone; whether there is such a model is for a worker to say.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
 from sdtrt.common.errors import UsageError
-from sdtrt.specs import LoraSpec, ModelSpec, check_choice
-from sdtrt.specs.serve import ServeSpec
+from sdtrt.specs import EmbeddingSpec, LoraSpec, ModelSpec, check_choice
+from sdtrt.specs.serve import ServeSpec, split_name
 
 NamedT = TypeVar("NamedT")
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;:()]+[/\\])+([^\s/\\'\"`,;:()]*)")
@@ -20,16 +22,27 @@ _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;:()]+[/\
 
 @dataclass(frozen=True)
 class Catalog:
-    """The models and LoRAs of a server by the names that clients know; the first model is the default."""
+    """What a server has, by the names that clients know; the first model is the default.
+
+    Args:
+        listed: paths by names, for each kind: `controlnet`, `ip_adapter`, …
+    """
 
     models: dict[str, ModelSpec]
     loras: dict[str, str]
+    listed: dict[str, dict[str, str]]
 
     @classmethod
     def of(cls, spec: ServeSpec) -> Self:
-        """Raises `UsageError` where two would have one name."""
-        models = _by_name("model", [(one.name, one) for one in spec.models])
-        return cls(models, _by_name("LoRA", [(one, one) for one in spec.loras]))
+        """Raises `UsageError` where two of a kind would have one name, and for a word that no prompt can have."""
+        models = _by_name("model", [(short_name(one.name), one) for one in spec.models])
+        listed = {
+            kind.name.removesuffix("s"): _by_name(kind.name.removesuffix("s"), _named(getattr(spec.listed, kind.name)))
+            for kind in fields(spec.listed)
+        }
+        for name, path in listed["embedding"].items():
+            EmbeddingSpec(path, name)
+        return cls(models, _by_name("LoRA", _named(spec.loras)), listed)
 
     @property
     def default(self) -> str:
@@ -40,20 +53,38 @@ class Catalog:
         """The model of a name, with LoRAs by theirs. Raises `UsageError` for any other name."""
         name = name or self.default
         check_choice("model", name, tuple(self.models))
-        for one in loras:
-            if not self.loras:
-                raise UsageError(f"unknown lora: {one.name!r}", hint="this server was started without --lora")
-            check_choice("lora", one.name, tuple(self.loras))
-        return replace(self.models[name], loras=tuple(LoraSpec(self.loras[one.name], one.weight) for one in loras))
+        found = tuple(LoraSpec(_listed("lora", one.name, self.loras), one.weight) for one in loras)
+        return replace(self.models[name], loras=found)
+
+    def path(self, kind: str, name: str) -> str:
+        """What the server has by the name of a kind. Raises `UsageError` for a name that is not listed."""
+        return _listed(kind, name, self.listed[kind])
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What clients call each path that is listed, by the path."""
+        return {path: name for listed in (self.loras, *self.listed.values()) for name, path in listed.items()}
+
+
+def _listed(kind: str, name: str, listed: dict[str, str]) -> str:
+    if not listed:
+        option = f"--{kind.replace('_', '-')}"
+        raise UsageError(f"unknown {kind}: {name!r}", hint=f"this server was started without {option}")
+    check_choice(kind, name, tuple(listed))
+    return listed[name]
+
+
+def _named(given: Iterable[str]) -> list[tuple[str, str]]:
+    """Names and paths of what was listed as `PATH` or `NAME=PATH`."""
+    return [(name or short_name(path), path) for name, path in map(split_name, given)]
 
 
 def _by_name(what: str, given: list[tuple[str, NamedT]]) -> dict[str, NamedT]:
     found: dict[str, NamedT] = {}
     for name, one in given:
-        short = short_name(name)
-        if short in found:
-            raise UsageError(f"two {what}s are called {short}", hint="rename one of them: requests name them so")
-        found[short] = one
+        if name in found:
+            raise UsageError(f"two {what}s are called {name}", hint="rename one of them: requests name them so")
+        found[name] = one
     return found
 
 

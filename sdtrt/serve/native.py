@@ -5,85 +5,36 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdtrt.common.version import __version__
-from sdtrt.serve import uploads
 from sdtrt.serve.answers import Answer, Refusal
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import client_of, submit
 from sdtrt.serve.jobs import Job, Picture
-from sdtrt.serve.requests import INIT, MASK, MOST_LORAS, PictureRequest, usual_steps
+from sdtrt.serve.native_body import JobBody
 from sdtrt.serve.worker_process import WorkerGone
 from sdtrt.specs import (
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_IMAGE_GUIDANCE_SCALE,
-    DEFAULT_STEPS,
-    DEFAULT_STRENGTH,
-    MAX_SEED,
+    LANCZOS,
+    LATENT,
+    PREDICTION_TYPES,
+    PREPROCESSORS,
     PROMPT_SYNTAXES,
+    QUALITIES,
     SCHEDULERS,
     SIGMAS,
-    LoraSpec,
+    TIMESTEP_SPACINGS,
 )
-from sdtrt.specs.serve import Limits
+from sdtrt.specs.savings import CACHE_SCHEDULES
 
 KEEP_ALIVE_S = 15.0  # between two signs of life on a stream of events
 INTERFACE = "native"
 MOST_TEXTS = 32  # of one count of tokens
 MOST_LISTED = 200  # jobs
-
-
-class LoraBody(BaseModel):
-    """A LoRA of the server's list."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: str = Field(min_length=1, max_length=256)
-    weight: float = Field(1.0, ge=-100, le=100)
-
-
-class JobBody(BaseModel):
-    """What pictures are to be like. Pictures come as base64, with or without `data:image/png;base64,`."""
-
-    model_config = ConfigDict(extra="forbid")
-    prompt: str
-    model: str | None = None
-    negative_prompt: str = ""
-    width: int | None = Field(None, description="pixels, a multiple of 8; by default the model's, or the image's")
-    height: int | None = None
-    steps: int | None = Field(None, description=f"by default {DEFAULT_STEPS}, or as many as are allowed")
-    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
-    seed: int | None = Field(None, le=MAX_SEED, description="of the first picture; by default, or at -1, random")
-    count: int = Field(1, description="pictures, whose seeds count up")
-    scheduler: str | None = None
-    sigmas: str | None = None
-    strength: float = DEFAULT_STRENGTH
-    init_image: str | None = None
-    mask: str | None = Field(None, description="what is white in it is made anew")
-    mask_blur: int = 0
-    padding_crop: int | None = None
-    edit: bool = False
-    image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
-    clip_skip: int = 0
-    prompt_syntax: Literal["plain", "webui"] = "plain"
-    eta: float | None = None
-    vae_tiling: bool = False
-    quality: Literal["exact", "high", "balanced", "fast"] | None = Field(
-        None, description="a preset of what a run leaves out; by default nothing"
-    )
-    loras: list[LoraBody] = Field(default_factory=list, max_length=MOST_LORAS)
-
-    def request(self, limits: Limits) -> PictureRequest:
-        """The request. Raises `UsageError` for pictures that can't be read, or are too large."""
-        own = self.model_dump(exclude={"init_image", "mask", "loras"}) | {"steps": usual_steps(self.steps, limits)}
-        given = {INIT: self.init_image, MASK: self.mask}
-        files = {name: uploads.decode(text, name, limits.pixels) for name, text in given.items() if text is not None}
-        loras = tuple(LoraSpec(one.name, one.weight) for one in self.loras)
-        return PictureRequest(**own, loras=loras, uploads=files)
 
 
 class TokensBody(BaseModel):
@@ -150,7 +101,7 @@ def _add_facts(router: APIRouter, dispatcher: Dispatcher) -> None:
 
     @router.get("/capabilities")
     async def capabilities() -> Answer:
-        """Say what there is: models, LoRAs, schedulers, limits."""
+        """Say what there is: models, LoRAs, ControlNets, adapters, schedulers, limits."""
         return Answer(_capabilities(dispatcher))
 
     @router.post("/tokens")
@@ -219,7 +170,7 @@ def _event(job: Job, event: str, data: Mapping[str, Any]) -> str:
 
 def _capabilities(dispatcher: Dispatcher) -> dict[str, Any]:
     spec, limits = dispatcher.spec, dispatcher.spec.limits
-    facts = {one["name"]: one for one in dispatcher.models}
+    facts, listed = {one["name"]: one for one in dispatcher.models}, dispatcher.catalog.listed
     return {
         "version": __version__,
         "models": [
@@ -228,9 +179,20 @@ def _capabilities(dispatcher: Dispatcher) -> dict[str, Any]:
         ],
         "default_model": dispatcher.catalog.default,
         "loras": list(dispatcher.catalog.loras),
+        "controlnets": list(listed["controlnet"]),
+        "ip_adapters": list(listed["ip_adapter"]),
+        "t2i_adapters": list(listed["t2i_adapter"]),
+        "embeddings": list(listed["embedding"]),
+        "refiners": list(listed["refiner"]),
+        "upscalers": [LATENT, LANCZOS, *listed["upscaler"]],
         "schedulers": list(SCHEDULERS),
         "sigmas": list(SIGMAS),
+        "timestep_spacings": list(TIMESTEP_SPACINGS),
+        "prediction_types": list(PREDICTION_TYPES),
         "prompt_syntaxes": list(PROMPT_SYNTAXES),
+        "preprocessors": list(PREPROCESSORS),
+        "qualities": list(QUALITIES),
+        "cache_schedules": list(CACHE_SCHEDULES),
         "previews": spec.preview is not None,
         "builds": spec.allow_build,
         "max_batch": spec.max_batch,

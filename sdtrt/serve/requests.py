@@ -14,15 +14,20 @@ from typing import Any, Self
 
 from sdtrt.common.errors import UsageError
 from sdtrt.pipeline.runs.jobs import Job as Drawn
+from sdtrt.serve.beside import Beside
 from sdtrt.serve.catalog import Catalog
 from sdtrt.specs import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_IMAGE_GUIDANCE_SCALE,
     DEFAULT_STEPS,
     DEFAULT_STRENGTH,
+    DeepCaching,
     GenerateSpec,
+    GuidanceInterval,
     LoraSpec,
     NoiseSpec,
+    Savings,
+    SizeConditioning,
     find_sigmas,
 )
 from sdtrt.specs.serve import Limits, ServeSpec
@@ -43,7 +48,11 @@ class PictureRequest:
         loras: names of the catalog, and how much each counts.
         edit: change the init image as the prompt says, by a model for that.
         quality: a preset of what a run leaves out (`exact`, `high`, `balanced`, `fast`); None for nothing.
-        uploads: the init image and the mask, as files.
+        savings: what is left out; the preset's, where it says nothing.
+        timestep_spacing, prediction_type, zero_snr: as of `NoiseSpec`.
+        conditioning: what SDXL is told of the picture's size.
+        beside: ControlNets, adapters, a refiner, a second pass.
+        uploads: the init image, the mask, and what ControlNets and adapters go by, as files.
     """
 
     prompt: str
@@ -67,7 +76,13 @@ class PictureRequest:
     edit: bool = False
     image_guidance_scale: float = DEFAULT_IMAGE_GUIDANCE_SCALE
     quality: str | None = None
+    savings: Savings = Savings()
+    timestep_spacing: str | None = None
+    prediction_type: str | None = None
+    zero_snr: bool | None = None
+    conditioning: SizeConditioning = field(default_factory=SizeConditioning)
     loras: tuple[LoraSpec, ...] = ()
+    beside: Beside = field(default_factory=Beside)
     uploads: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     def check(self, limits: Limits, catalog: Catalog, serve: ServeSpec) -> None:
@@ -87,13 +102,15 @@ class PictureRequest:
             raise UsageError(f"at most {MOST_LORAS} LoRAs are merged at once, got {len(self.loras)}", hint="use fewer")
         if "\0" in self.prompt + self.negative_prompt:
             raise UsageError("a prompt has a character of code 0", hint="take it out")
+        self.beside.check(limits, self.height, self.width, self.uploads)
         self.spec(catalog, serve)
 
     def spec(self, catalog: Catalog, serve: ServeSpec, jobs: tuple[Drawn, ...] = (), batch: int = 1) -> GenerateSpec:
         """The request that the commands would make of it; uploads are files of their names in the working folder."""
+        model = self.beside.into(catalog.model(self.model, self.loras), catalog)
         return GenerateSpec(
             prompts=tuple(job.prompt for job in jobs) or (self.prompt,),
-            model=catalog.model(self.model, self.loras),
+            model=model,
             backend=serve.backend,
             precision=serve.precision,
             negative_prompt=self.negative_prompt,
@@ -105,7 +122,7 @@ class PictureRequest:
             num_images=1 if jobs else self.count,
             batch_size=batch,
             scheduler=self.scheduler,  # type: ignore[arg-type]  # any name: the spec looks for it
-            noise=NoiseSpec(sigmas=find_sigmas(self.sigmas) if self.sigmas else None),
+            noise=self._noise(),
             init_image=Path(INIT) if INIT in self.uploads else None,
             mask=Path(MASK) if MASK in self.uploads else None,
             strength=self.strength,
@@ -118,6 +135,18 @@ class PictureRequest:
             edit=self.edit,
             image_guidance_scale=self.image_guidance_scale,
             quality=self.quality,  # type: ignore[arg-type]  # it is checked there
+            savings=self.savings,
+            conditioning=self.conditioning,
+            **self.beside.fields(model, catalog),
+        )
+
+    def _noise(self) -> NoiseSpec:
+        """What the scheduler is told; a web UI's schedule type may be no more than timesteps."""
+        return NoiseSpec(
+            prediction_type=self.prediction_type,  # type: ignore[arg-type]  # it is checked there
+            timestep_spacing=self.timestep_spacing,  # type: ignore[arg-type]  # it is checked there
+            zero_snr=self.zero_snr,
+            sigmas=find_sigmas(self.sigmas) if self.sigmas else None,
         )
 
     @property
@@ -138,8 +167,15 @@ class PictureRequest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], uploads: Mapping[str, bytes]) -> Self:
         """The inverse of `to_json`."""
-        loras = tuple(LoraSpec(**one) for one in data["loras"])
-        return cls(**{**data, "loras": loras, "uploads": uploads})
+        saved, told = data["savings"], data["conditioning"]
+        read: dict[str, Any] = {
+            "loras": tuple(LoraSpec(**one) for one in data["loras"]),
+            "savings": Savings(GuidanceInterval(**saved["guidance"]), DeepCaching(**saved["caching"])),
+            "conditioning": SizeConditioning(**{name: pair and tuple(pair) for name, pair in told.items()}),
+            "beside": Beside.from_json(data["beside"]),
+            "uploads": uploads,
+        }
+        return cls(**{**data, **read})
 
 
 def usual_steps(asked: int | None, limits: Limits) -> int:

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sdtrt.common import interrupts
 from sdtrt.common.errors import UsageError
 from sdtrt.serve import application
+from sdtrt.serve.at_start import check_there
 from sdtrt.serve.catalog import Catalog
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.log import Log
@@ -74,8 +75,14 @@ class _Graceful(uvicorn.Server):
 
 
 def run(spec: ServeSpec, *, quiet: bool = False) -> None:
-    """Serve until a signal ends the process. Raises `UsageError` where the port can't be had."""
+    """Serve until a signal ends the process.
+
+    Raises:
+        UsageError, ModelError: where a model that requests may name is not there, before anything is loaded.
+        UsageError: where the port can't be had.
+    """
     catalog, log = Catalog.of(spec), Log(quiet=quiet)
+    check_there(catalog, spec)
     listening = _listen(spec)
     with tempfile.TemporaryDirectory(prefix="sdtrt-serve-") as folder, listening:
         dispatcher = Dispatcher(spec, catalog, Path(folder), log)

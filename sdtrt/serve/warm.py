@@ -1,4 +1,4 @@
-"""Pipelines that stay open between requests, and the batches that they make. Builds nothing unless it is asked to.
+"""The batches that a worker makes, on pipelines that stay open between them. Builds nothing unless it is asked to.
 
 Knows the rooms below as the commands do, and makes pictures by the same functions. Knows neither HTTP nor jobs.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,40 +15,45 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from sdtrt.backends import registry
 from sdtrt.common.console import Console
-from sdtrt.common.errors import EngineError, MemoryShortage, ModelChangedError
+from sdtrt.common.errors import ModelChangedError
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
-from sdtrt.models.components import part_of, text_encoders_of
+from sdtrt.models.components import text_encoders_of
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.models.weights import WEIGHT_NAMES
-from sdtrt.pipeline.inputs import images, masks
 from sdtrt.pipeline.inputs.text_states import plan_texts
-from sdtrt.pipeline.opening import memory
+from sdtrt.pipeline.inputs import adapter_images
 from sdtrt.pipeline.opening.all_engines import ensure_all
-from sdtrt.pipeline.opening.fastest import resolve_fastest
-from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, is_lcm, open_pipeline
+from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, reassembled
 from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.pipeline.parts import schedulers
-from sdtrt.pipeline.runs.generate import Run, Sink, Stages, started
+from sdtrt.pipeline.runs.generate import (
+    Pictures,
+    Plan,
+    Run,
+    Sink,
+    Stages,
+    fitted_maps,
+    plan_stages,
+    read_pictures,
+    settings_of_all,
+    started,
+)
 from sdtrt.pipeline.runs.jobs import ChosenJobs
 from sdtrt.pipeline.runs.jobs import Job as Drawn
 from sdtrt.pipeline.runs.previews import Preview, find_preview_vae, load_preview
-from sdtrt.pipeline.runs.settings import settings_of
+from sdtrt.pipeline.runs.refining import Refiner
+from sdtrt.pipeline.runs.upscaling import Upscaler, load_upscaler
+from sdtrt.serve.beside import check_enlarged
 from sdtrt.serve.catalog import Catalog, short_name
-from sdtrt.serve.host_memory import check_host_memory
-from sdtrt.serve.requests import INIT, MASK, PictureRequest
-from sdtrt.specs import GenerateSpec, ModelSpec, Savings
+from sdtrt.serve.open_pipelines import FIRST, OpenPipelines, Ready, Warm
+from sdtrt.serve.requests import PictureRequest
+from sdtrt.specs import GenerateSpec, ModelSpec
 from sdtrt.specs.serve import OWN_VAE, ServeSpec
 
 PREVIEW_EVERY = 2  # steps
-Found = Mapping[str, Entry]
-
-
-class MissingEngines(Exception):  # noqa: N818 (no failure: what is missing is built, and the request comes again)
-    """No engine serves a request yet, not even for one picture."""
+MOST_MODELS = 64  # that are remembered, each with its own LoRAs and adapters
+REFINER, LARGER = "refiner", "larger"  # a request's pipelines beside the first one
 
 
 @dataclass(frozen=True)
@@ -69,25 +74,31 @@ class Watcher(Sink, Protocol):
         """See what they look like after a step."""
 
 
-@dataclass
-class _Warm:
-    """A pipeline that is open, what closes it, and the VAE of its previews."""
+@dataclass(frozen=True)
+class _Asked:
+    """Pictures that one call can make: their request, how one of them runs, and what they go by."""
 
-    opened: OpenPipeline
-    stack: ExitStack
-    preview_vae: Any = None
+    spec: GenerateSpec
+    single: Plan
+    read: Pictures
+
+    @property
+    def pipelines(self) -> dict[str, PipelineSpec]:
+        """The pipelines that are opened for one picture; a second pass without engines has the first one's modules."""
+        plan = self.single
+        larger = plan.larger if plan.larger is not None and plan.larger.has_engines else None
+        named = {FIRST: plan.first, REFINER: plan.refiner, LARGER: larger}
+        return {name: one for name, one in named.items() if one is not None}
 
 
 class WarmPipelines:
-    """Opens pipelines when they are first asked for, and closes the one that was used last long ago for another.
-
-    One thread at a time uses it.
-    """
+    """Makes the pictures of batches. One thread at a time uses it."""
 
     def __init__(self, serve: ServeSpec, catalog: Catalog, directory: EngineDirectory, console: Console) -> None:
         self._serve, self._catalog, self._directory, self._console = serve, catalog, directory, console
-        self._models: dict[ModelSpec, Model] = {}
-        self._open: OrderedDict[object, _Warm] = OrderedDict()
+        self._models: OrderedDict[ModelSpec, Model] = OrderedDict()
+        self._pipelines = OpenPipelines(serve, directory, console)
+        self._enlarger: tuple[str, Any] = ("", None)  # the model that enlarged pictures last, by its path
 
     def make(self, batch: Batch, watcher: Watcher) -> None:
         """Make the pictures of a batch, which `watcher` gets one after the other.
@@ -104,14 +115,13 @@ class WarmPipelines:
 
     def build(self, batch: Batch) -> None:
         """Build the engines that one picture of a batch needs. Raises `SdtrtError` where they can't be built."""
-        _, spec = self._resolve(batch.request, batch.jobs[:1], *self._read(batch.request))
-        ensure_all(spec, self._directory, self._console)
+        for one in self._resolve(batch.request, batch.jobs[:1]).pipelines.values():
+            ensure_all(one, self._directory, self._console)
 
     def close(self) -> None:
         """Close all pipelines."""
         self._models.clear()
-        while self._open:
-            self._close_oldest()
+        self._pipelines.close()
 
     def facts(self, name: str) -> dict[str, Any]:
         """What clients want to know of a model. Raises `SdtrtError` where it can't be used."""
@@ -132,19 +142,8 @@ class WarmPipelines:
     # --- a batch -----------------------------------------------------------------------------------------------------
 
     def _make(self, batch: Batch, watcher: Watcher) -> None:
-        init, mask = self._read(batch.request)
         for jobs in self._of_one_length(batch):
-            spec, single = self._resolve(batch.request, jobs, init, mask)
-            self._make_alike(spec, single, jobs, (init, mask), watcher)
-
-    def _read(self, request: PictureRequest) -> tuple[images.InitImage | None, masks.Mask | None]:
-        """The pictures that were uploaded, from the working folder."""
-        if INIT not in request.uploads:
-            return None, None
-        init = images.read_init_image(Path(INIT), self._console)
-        if MASK not in request.uploads:
-            return init, None
-        return init, masks.read_mask(Path(MASK), init, request.mask_blur, self._console)
+            self._make_alike(self._resolve(batch.request, jobs), jobs, watcher)
 
     def _of_one_length(self, batch: Batch) -> Iterator[tuple[Drawn, ...]]:
         """The jobs whose texts take as many chunks of tokens: padded to more, a picture would be another one."""
@@ -157,60 +156,67 @@ class WarmPipelines:
             lengths.setdefault(plan_texts(spec, self._model(spec.model)).chunks, []).append(job)
         yield from map(tuple, lengths.values())
 
-    def _resolve(
-        self,
-        request: PictureRequest,
-        jobs: Sequence[Drawn],
-        init: images.InitImage | None,
-        mask: masks.Mask | None,
-    ) -> tuple[GenerateSpec, PipelineSpec]:
-        """The request of some jobs, and how one picture of it runs."""
+    def _resolve(self, request: PictureRequest, jobs: Sequence[Drawn]) -> _Asked:
+        """What some jobs ask for. Their pictures are in the working folder."""
         spec = _of(request, jobs[0]).spec(self._catalog, self._serve, tuple(jobs), batch=len(jobs))
-        alone = replace(spec, batch_size=1)
-        resolved = resolve_fastest(alone, self._model(spec.model), self._directory, self._console, init)
-        return spec, resolved
+        read, alone = read_pictures(spec, self._console), replace(spec, batch_size=1)
+        single = plan_stages(alone, self._model(spec.model), self._directory, self._console, read)
+        if single.larger is not None:
+            check_enlarged((single.larger.sizes.height, single.larger.sizes.width), self._serve.limits)
+        return _Asked(spec, single, read)
 
-    def _make_alike(
-        self,
-        spec: GenerateSpec,
-        single: PipelineSpec,
-        jobs: tuple[Drawn, ...],
-        given: tuple[images.InitImage | None, masks.Mask | None],
-        watcher: Watcher,
-    ) -> None:
-        """Make pictures that one pipeline makes, as many at once as there are engines and memory for."""
+    def _make_alike(self, asked: _Asked, jobs: tuple[Drawn, ...], watcher: Watcher) -> None:
+        """Make pictures that the same pipelines make, as many at once as there are engines and memory for."""
         done = 0
         while done < len(jobs):
-            size, warm, resolved = self._opened(single, len(jobs) - done)
-            some = ChosenJobs(jobs[done : done + size])
-            self._run(replace(spec, batch_size=size), resolved, warm, some, given, watcher)
-            done += size
+            ready = self._pipelines.ready(asked.pipelines, len(jobs) - done)
+            with self._stages(asked, ready) as stages:
+                self._run(asked, ready, stages, ChosenJobs(jobs[done : done + ready.size]), watcher)
+            done += ready.size
 
-    def _run(
-        self,
-        spec: GenerateSpec,
-        resolved: PipelineSpec,
-        warm: _Warm,
-        jobs: ChosenJobs,
-        given: tuple[images.InitImage | None, masks.Mask | None],
-        watcher: Watcher,
-    ) -> None:
-        """One call of an open pipeline, with a scheduler of its own as every command has it."""
-        opened, (init, mask) = replace(warm.opened, spec=resolved), given
-        scheduler = checked_scheduler(resolved)
-        if resolved.has_engines:
-            schedulers.keep_on_host(scheduler)
-        opened.pipe.scheduler = scheduler
-        _check_words(opened, jobs.jobs)
-        stages = Stages(opened)
-        settings = nameless(settings_of(spec, opened, init, mask, (), self._directory))
+    def _run(self, asked: _Asked, ready: Ready, stages: Stages, jobs: ChosenJobs, watcher: Watcher) -> None:
+        """One call of the open pipelines."""
+        spec, read, opened = replace(asked.spec, batch_size=ready.size), asked.read, stages.first
+        for one in stages.named.values():
+            _check_words(one, jobs.jobs)
+        plan = replace(asked.single, spec=spec, first=opened.spec)
+        settings = self._nameless(settings_of_all(plan, opened, read, self._directory))
         stages.check_files()
-        preview = self._preview(warm, opened, watcher)
-        start = started(spec, resolved, init, mask)
+        stages.scale_adapters([one.scale for one in spec.ip_images])
+        start = started(spec, opened.spec, read.init, read.mask)
+        maps = fitted_maps(read.controls, opened.spec, start)
+        larger = () if plan.larger is None else fitted_maps(read.controls, plan.larger, None)
+        adapted = adapter_images.fitted(read.adapters, opened.spec.adapted, opened.spec.sizes, self._console)
+        shown, preview = tuple(one.pixels for one in read.pictures), self._preview(ready.warm[FIRST], opened, watcher)
         watcher.begin(jobs.jobs)
-        Run(spec, stages, watcher, start, (), self._console, settings, preview).make_all(jobs)
+        run = Run(spec, stages, watcher, start, maps, self._console, settings, preview, shown, larger, adapted)
+        run.make_all(jobs)
 
-    def _preview(self, warm: _Warm, opened: OpenPipeline, watcher: Watcher) -> Preview | None:
+    @contextmanager
+    def _stages(self, asked: _Asked, ready: Ready) -> Iterator[Stages]:
+        """The open pipelines of a call, each with a scheduler of its own, as every command has it."""
+        spec, larger = asked.spec, asked.single.larger
+        opened = {name: _with_scheduler(ready.warm[name], ready.specs[name]) for name in ready.warm}
+        first, refiner, upscaler = opened[FIRST], None, None
+        if spec.refiner is not None:
+            refiner = Refiner(opened[REFINER], spec.refiner.start)
+        if spec.upscale is not None and larger is not None:
+            second = opened.get(LARGER) or reassembled(first, _of_size(larger, first.spec))
+            upscaler = Upscaler(second, spec.upscale, self._enlarger_of(spec, larger))
+        try:
+            yield Stages(first, refiner, upscaler)
+        finally:
+            if LARGER not in opened and larger is not None and first.spec.tile is None:
+                first.pipe.vae.disable_tiling()  # the second pass had the same module
+
+    def _enlarger_of(self, spec: GenerateSpec, larger: PipelineSpec) -> Any:
+        """The model that enlarges pictures, read once; None where none does."""
+        name = spec.upscale.upscaler if spec.upscale is not None else ""
+        if self._enlarger[0] != name:
+            self._enlarger = (name, load_upscaler(spec, larger))
+        return self._enlarger[1]
+
+    def _preview(self, warm: Warm, opened: OpenPipeline, watcher: Watcher) -> Preview | None:
         if self._serve.preview is None:
             return None
         if warm.preview_vae is None:
@@ -223,109 +229,30 @@ class WarmPipelines:
         found = find_preview_vae(name, opened.spec.model, self._console)
         return load_preview(found, opened, lambda *_: None, PREVIEW_EVERY).vae
 
-    # --- what is open ------------------------------------------------------------------------------------------------
-
     def _model(self, spec: ModelSpec) -> Model:
         if spec not in self._models:
             self._models[spec] = resolve_model(spec, self._console)
+            if len(self._models) > MOST_MODELS:
+                self._models.popitem(last=False)
         return self._models[spec]
 
-    def _opened(self, single: PipelineSpec, count: int) -> tuple[int, _Warm, PipelineSpec]:
-        """An open pipeline for so many pictures at once, or as many as engines and memory do; and how it runs them."""
-        shortage: MemoryShortage | None = None
-        for size in self._sizes(single, count):
-            resolved = _at(single, size)
-            found = self._find(resolved)
-            if found is None or (shortage is not None and size >= count):
-                continue
-            try:
-                return min(size, count), self._open_with(resolved, found), resolved
-            except MemoryShortage as error:
-                shortage = error
-        if shortage is not None:
-            raise shortage
-        if not self._serve.allow_build:
-            ensure_all(single, self._directory, self._console, allow_build=False)
-        raise MissingEngines
-
-    def _sizes(self, single: PipelineSpec, count: int) -> Iterator[int]:
-        """Batches to look for: the smallest that holds all, then the larger ones, then those that hold fewer."""
-        most = min(count, self._serve.max_batch)
-        if (not single.in_engines or registry.get(single.backend).takes_any_size) and single.savings == Savings():
-            yield most
-            yield from (size for size in _ladder(most) if size < most)
-            return
-        ladder = _ladder(self._serve.max_batch)
-        yield from sorted(size for size in ladder if size >= most)
-        yield from (size for size in ladder if size < most)
-
-    def _find(self, resolved: PipelineSpec) -> Found | None:
-        """The engines that it needs; None where any is missing."""
-        try:
-            return ensure_all(resolved, self._directory, self._console, allow_build=False)
-        except EngineError:
-            return None
-
-    def _open_with(self, resolved: PipelineSpec, found: Found) -> _Warm:
-        """The open pipeline of these engines, or a new one: others are closed where memory or their number asks so."""
-        key = _key(resolved, found)
-        if key in self._open:
-            self._open.move_to_end(key)
-            return self._open[key]
-        while len(self._open) >= self._serve.open_models:
-            self._close_oldest()
-        while True:
-            try:
-                self._open[key] = self._open_new(resolved, found)
-                return self._open[key]
-            except MemoryShortage:
-                if not self._open:
-                    raise
-                self._close_oldest()
-
-    def _open_new(self, resolved: PipelineSpec, found: Found) -> _Warm:
-        check_host_memory(resolved, _bytes_of(resolved, found))
-        with ExitStack() as stack:
-            pipeline = open_pipeline(resolved, self._directory, self._console, allow_build=False)
-            return _Warm(stack.enter_context(pipeline), stack.pop_all())
-
-    def _close_oldest(self) -> None:
-        _, warm = self._open.popitem(last=False)
-        warm.stack.close()
-        del warm
-        memory.release()
+    def _nameless(self, settings: Mapping[str, Any]) -> Any:
+        """What a picture says of itself, with the server's names in the place of paths of this machine's disk."""
+        return nameless(settings, self._catalog.names)
 
 
-def _ladder(most: int) -> list[int]:
-    """8, 4, 2, 1: the powers of two up to a number, the largest first."""
-    return [2**power for power in range(most.bit_length() - 1, -1, -1)]
+def _with_scheduler(warm: Warm, resolved: PipelineSpec) -> OpenPipeline:
+    """An open pipeline that runs as a request says."""
+    opened, scheduler = replace(warm.opened, spec=resolved), checked_scheduler(resolved)
+    if resolved.has_engines:
+        schedulers.keep_on_host(scheduler)
+    opened.pipe.scheduler = scheduler
+    return opened
 
 
-def _at(single: PipelineSpec, size: int) -> PipelineSpec:
-    """How so many pictures run at once, where one runs so."""
-    return replace(single, images=size, sizes=replace(single.sizes, batch=single.sizes.batch * size))
-
-
-def _key(resolved: PipelineSpec, found: Found) -> object:
-    """What two requests have in common that one open pipeline serves: steps, scheduler and texts may differ."""
-    backend = registry.get(resolved.backend)
-    own = replace(resolved, steps=1, texts=(), strength=1.0, eta=None, scheduler=None, images=1)
-    asks = backend.source is not None and backend.asks_for_scratch
-    sizes = resolved.sizes if asks else None
-    saved = resolved.savings, resolved.prompt_rows
-    task = (own.img2img, own.inpaint, own.edit, own.text.in_pytorch, own.text.clip_skip, own.tile)
-    lcm = own.model.is_lcm and is_lcm(resolved, checked_scheduler(resolved))
-    engines = tuple(sorted((name, entry.name) for name, entry in found.items()))
-    return own.model.spec, own.backend, own.precision, task, saved, lcm, engines, sizes
-
-
-def _bytes_of(resolved: PipelineSpec, found: Found) -> int:
-    """The bytes of what is read to open a pipeline: its engines' files, and the weights of PyTorch's parts."""
-    engines = sum(size for entry in found.values() for size in entry.files.values())
-    covered = {part_of(entry.engine_key.component) for entry in found.values()}
-    parts = (name for name in WEIGHT_NAMES if name in resolved.model.parts and name not in covered)
-    files = (path for name in parts for path in resolved.model.stored_weight_files(name))
-    return engines + sum(path.stat().st_size for path in files)
+def _of_size(larger: PipelineSpec, first: PipelineSpec) -> PipelineSpec:
+    """A second pass over as many pictures as the first one makes."""
+    return replace(larger, images=first.images, sizes=replace(larger.sizes, batch=first.sizes.batch))
 
 
 def _of(request: PictureRequest, job: Drawn) -> PictureRequest:
@@ -340,14 +267,16 @@ def _check_words(opened: OpenPipeline, jobs: Sequence[Drawn]) -> None:
     for encoder in text_encoders_of(model):
         tokenizer = getattr(opened.pipe, encoder.replace("text_encoder", "tokenizer"))
         vocabulary = model.config(encoder).get("vocab_size", loading.CLIP_VOCABULARY)
+        vocabulary += sum(len(one.words(encoder)) for one in opened.spec.text.embeddings)
         loading.check_words(tokenizer, texts, vocabulary)
 
 
-def nameless(settings: Any) -> Any:
-    """What a picture says of itself, with short names in the place of paths of this machine's disk."""
+def nameless(settings: Any, names: Mapping[str, str]) -> Any:
+    """Plain data with short names in the place of paths: those that are known, else a path's last part."""
     if isinstance(settings, Mapping):
-        return {name: nameless(value) for name, value in settings.items()}
+        return {name: nameless(value, names) for name, value in settings.items()}
     if isinstance(settings, list):
-        return [nameless(value) for value in settings]
-    is_path = isinstance(settings, str) and Path(settings).is_absolute()
-    return short_name(settings) if is_path else settings
+        return [nameless(value, names) for value in settings]
+    if not isinstance(settings, str):
+        return settings
+    return names.get(settings) or (short_name(settings) if Path(settings).is_absolute() else settings)

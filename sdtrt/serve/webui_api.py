@@ -11,6 +11,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdtrt.common.errors import UsageError
 from sdtrt.pipeline.inputs import images
-from sdtrt.serve import uploads
+from sdtrt.serve import uploads, webui_units
 from sdtrt.serve.answers import Answer
+from sdtrt.serve.catalog import Catalog
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import client_of, finish, submit
 from sdtrt.serve.jobs import Job
 from sdtrt.serve.requests import INIT, MASK, PictureRequest, usual_steps
-from sdtrt.specs import SCHEDULERS, SIGMAS, LoraSpec, check_choice, find_scheduler
+from sdtrt.specs import (
+    LANCZOS,
+    LATENT,
+    SCHEDULERS,
+    SIGMAS,
+    LoraSpec,
+    UpscaleSpec,
+    check_choice,
+    find_scheduler,
+)
 from sdtrt.specs.serve import Limits
 
 INTERFACE = "webui"
@@ -35,12 +46,10 @@ WITH_ETA = ("ddim", "tcd")  # samplers that have one here
 USUAL_ETA = (None, 0, 1)  # of the others, which clients send along
 # What changes a picture there, by its field and the values that mean nothing.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "enable_hr": (None, False),
     "restore_faces": (None, False),
     "tiling": (None, False),
     "styles": (None, []),
     "script_name": (None, ""),
-    "refiner_checkpoint": (None, "", "None"),
     "subseed_strength": (None, 0),
     "seed_resize_from_h": (None, 0, -1),
     "seed_resize_from_w": (None, 0, -1),
@@ -51,6 +60,18 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "initial_noise_multiplier": (None, 1),
     "latent_mask": (None,),
 }
+# The same of hires fix, where it is asked for.
+REFUSED_OF_HIRES: Mapping[str, tuple[Any, ...]] = {
+    "hr_resize_x": (None, 0),
+    "hr_resize_y": (None, 0),
+    "hr_checkpoint_name": (None, "", "Use same checkpoint"),
+    "hr_sampler_name": (None, "", "Use same sampler"),
+    "hr_scheduler": (None, "", "Use same scheduler"),
+    "hr_prompt": (None, ""),
+    "hr_negative_prompt": (None, ""),
+    "hr_cfg": (None, 0),
+}
+UPSCALERS: Mapping[str, str] = {LATENT: "Latent", LANCZOS: "Lanczos"}  # by our names
 OPTIONS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "samples_format", "save_images_add_number")
 
 
@@ -82,10 +103,12 @@ class WebUiBody(BaseModel):
     override_settings: dict[str, Any] | None = None
     alwayson_scripts: dict[str, Any] | None = None
     send_images: bool = True
+    refiner_checkpoint: str | None = None
+    refiner_switch_at: float | None = None
     lora: list[LoraField] = Field(default_factory=list, max_length=MOST_LORAS)
 
-    def fields(self, model: str, limits: Limits) -> dict[str, Any]:
-        """The request's fields, but for pictures. Raises `UsageError` for what can't be had here."""
+    def fields(self, model: str, limits: Limits, catalog: Catalog) -> dict[str, Any]:
+        """The request's fields, but for its own pictures. Raises `UsageError` for what can't be had here."""
         self._refuse()
         settings = self.override_settings or {}
         for name in settings:
@@ -93,6 +116,7 @@ class WebUiBody(BaseModel):
         called = self.sampler_name or self.sampler_index
         sampler, sigmas = find_scheduler(called) if called else (None, None)
         schedule = None if self.scheduler in (None, "") else self.scheduler
+        units = webui_units.read(self.units(), catalog, self.width, self.height, limits.pixels)
         return {
             "prompt": self.prompt,
             "model": _model_of(settings.get("sd_model_checkpoint"), model),
@@ -109,7 +133,16 @@ class WebUiBody(BaseModel):
             "prompt_syntax": "webui",
             "eta": self._eta(sampler),
             "loras": tuple(LoraSpec(one.name or one.path, one.multiplier) for one in self.lora),
+            "beside": replace(units.beside, **self._refiner()),
+            "uploads": units.uploads,
         }
+
+    def _refiner(self) -> dict[str, Any]:
+        """The refiner, which web UIs call by its title; none of it where it takes over at 0 or 1, as there."""
+        title, start = self.refiner_checkpoint, 0.8 if self.refiner_switch_at is None else self.refiner_switch_at
+        if title in (None, "", "None") or start in (0, 1):
+            return {}
+        return {"refiner": (title or "").partition(" [")[0], "refiner_start": start}
 
     def _refuse(self) -> None:
         said = {**(self.model_extra or {})}
@@ -118,8 +151,17 @@ class WebUiBody(BaseModel):
                 raise UsageError(f"{name} can't be had here, got {said[name]!r:.60}", hint=f"leave {name} out")
         for name, script in (self.alwayson_scripts or {}).items():
             arguments = script.get("args") if isinstance(script, dict) else script
-            if arguments not in ([], [False], None):
+            if name.lower() != webui_units.SCRIPT and arguments not in ([], [False], None):
                 raise UsageError(f"the script {name!r} can't be had here", hint="leave alwayson_scripts out")
+
+    def units(self) -> list[Any]:
+        """The units of the ControlNet extension."""
+        scripts = {name.lower(): script for name, script in (self.alwayson_scripts or {}).items()}
+        script = scripts.get(webui_units.SCRIPT)
+        units = script.get("args") if isinstance(script, dict) else script
+        if units is not None and not isinstance(units, list):
+            raise UsageError(f"ControlNet's args must be a list, got {units!r:.60}", hint="send a list of its units")
+        return units or []
 
     def _eta(self, sampler: str | None) -> float | None:
         if sampler in WITH_ETA:
@@ -130,6 +172,36 @@ class WebUiBody(BaseModel):
                 f"eta of {sampler or 'this sampler'} can't be changed, got {self.eta}", hint="leave eta out"
             )
         return None
+
+
+class Txt2ImgBody(WebUiBody):
+    """What txt2img takes besides: hires fix."""
+
+    enable_hr: bool | None = False
+    denoising_strength: float | None = None
+    hr_scale: float | None = 2.0
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = 0
+
+    def request(self, model: str, limits: Limits, catalog: Catalog) -> PictureRequest:
+        """The request. Raises `UsageError`."""
+        fields = self.fields(model, limits, catalog)
+        if self.enable_hr:
+            fields["beside"] = replace(fields["beside"], upscale=self._upscale(catalog))
+        return PictureRequest(**fields)
+
+    def _upscale(self, catalog: Catalog) -> UpscaleSpec:
+        """The second pass, whose upscaler has its title there."""
+        said = self.model_extra or {}
+        for name, nothing in REFUSED_OF_HIRES.items():
+            if said.get(name) not in nothing:
+                raise UsageError(f"{name} can't be had here, got {said[name]!r:.60}", hint=f"leave {name} out")
+        title = self.hr_upscaler or UPSCALERS[LATENT]
+        named = {shown: name for name, shown in UPSCALERS.items()}
+        check_choice("hr_upscaler", title, (*named, *catalog.listed["upscaler"]))
+        strength = 0.75 if self.denoising_strength is None else self.denoising_strength
+        factor = 2.0 if self.hr_scale is None else self.hr_scale
+        return UpscaleSpec(factor, named.get(title, title), self.hr_second_pass_steps or None, strength)
 
 
 class Img2ImgBody(WebUiBody):
@@ -145,16 +217,16 @@ class Img2ImgBody(WebUiBody):
     inpaint_full_res_padding: int | None = 0
     inpainting_mask_invert: int | bool | None = 0
 
-    def request(self, model: str, limits: Limits) -> PictureRequest:
+    def request(self, model: str, limits: Limits, catalog: Catalog) -> PictureRequest:
         """The request. Raises `UsageError`."""
         if len(self.init_images) != 1:
             raise UsageError(f"one picture is changed at a time, got {len(self.init_images)}", hint="send one")
         if self.resize_mode != 0:
             raise UsageError(f"resize_mode {self.resize_mode} can't be had here", hint="use 0, which just resizes")
-        files = {INIT: uploads.decode(self.init_images[0], "init_images", limits.pixels)}
-        fields = self.fields(model, limits) | {
+        fields = self.fields(model, limits, catalog) | {
             "strength": 0.75 if self.denoising_strength is None else self.denoising_strength
         }
+        files = fields.pop("uploads") | {INIT: uploads.decode(self.init_images[0], "init_images", limits.pixels)}
         if self.mask is not None:
             files[MASK] = uploads.decode(self.mask, "mask", limits.pixels)
             files[MASK] = _inverted(files[MASK]) if self.inpainting_mask_invert else files[MASK]
@@ -181,20 +253,22 @@ def routes(dispatcher: Dispatcher) -> APIRouter:
 
 
 def _add_making(router: APIRouter, dispatcher: Dispatcher, chosen: dict[str, str]) -> None:
-    limits = dispatcher.spec.limits
+    limits, catalog = dispatcher.spec.limits, dispatcher.catalog
 
     @router.post("/txt2img")
-    async def txt2img(body: WebUiBody, request: Request) -> Answer:
+    async def txt2img(body: Txt2ImgBody, request: Request) -> Answer:
         """Make pictures from text."""
         job = await submit(
-            dispatcher, lambda: PictureRequest(**body.fields(chosen["model"], limits)), client_of(request), INTERFACE
+            dispatcher, lambda: body.request(chosen["model"], limits, catalog), client_of(request), INTERFACE
         )
         return Answer(_made(await finish(request, dispatcher, job), body))
 
     @router.post("/img2img")
     async def img2img(body: Img2ImgBody, request: Request) -> Answer:
         """Make pictures from a picture and text, or what a mask covers of it."""
-        job = await submit(dispatcher, lambda: body.request(chosen["model"], limits), client_of(request), INTERFACE)
+        job = await submit(
+            dispatcher, lambda: body.request(chosen["model"], limits, catalog), client_of(request), INTERFACE
+        )
         return Answer(_made(await finish(request, dispatcher, job), body))
 
 
@@ -221,10 +295,27 @@ def _add_lists(router: APIRouter, dispatcher: Dispatcher) -> None:
         """List the LoRAs, which the field `lora` names."""
         return Answer([{"name": one, "alias": one, "path": one, "metadata": {}} for one in dispatcher.catalog.loras])
 
+    @router.get("/refiners")
+    async def refiners() -> Answer:
+        """List the refiners, which `refiner_checkpoint` names."""
+        return Answer([{"title": name, "model_name": name} for name in dispatcher.catalog.listed["refiner"]])
+
+    @router.get("/upscalers")
+    async def upscalers() -> Answer:
+        """List the upscalers of a second pass, but for that of latents."""
+        names = (UPSCALERS[LANCZOS], *dispatcher.catalog.listed["upscaler"])
+        return Answer([{"name": name, "model_name": None, "model_path": None, "scale": 1} for name in names])
+
+    @router.get("/latent-upscale-modes")
+    async def latent_upscale_modes() -> Answer:
+        """List how latents are enlarged before a second pass."""
+        return Answer([{"name": UPSCALERS[LATENT]}])
+
     @router.get("/scripts")
     async def scripts() -> Answer:
-        """List the scripts: there are none."""
-        return Answer({"txt2img": [], "img2img": []})
+        """List the scripts: ControlNet's, where there is a model for it."""
+        names = [webui_units.SCRIPT] if webui_units.titles(dispatcher.catalog) else []
+        return Answer({"txt2img": names, "img2img": names})
 
 
 def _add_options(router: APIRouter, dispatcher: Dispatcher, chosen: dict[str, str]) -> None:
@@ -305,11 +396,12 @@ def _inverted(data: bytes) -> bytes:
 def _made(job: Job, body: WebUiBody) -> dict[str, Any]:
     """The answer: pictures, what was asked for, and what was made of it."""
     files = [base64.b64encode(one.data).decode() for one in job.pictures] if body.send_images else []
-    asked = body.model_dump(exclude={"init_images", "mask"})
+    asked = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"})
     texts = [_text_in(one.data) for one in job.pictures]
     first = job.pictures[0]
     fills = isinstance(body, Img2ImgBody) and body.mask is not None and body.inpainting_fill != 1
     notes = ["inpainting_fill is 1 here, the original, whatever is asked for"] if fills else []
+    notes += webui_units.notes(body.units())
     info = {
         "prompt": body.prompt,
         "all_prompts": [body.prompt] * len(job.pictures),

@@ -174,7 +174,7 @@ class Worker:
     @contextmanager
     def _telling(self, batch: int, frame: Frame) -> Iterator[None]:
         """Say what went wrong, in words; a bug with its traceback, for the log."""
-        from sdtrt.serve.warm import MissingEngines
+        from sdtrt.serve.open_pipelines import MissingEngines
 
         try:
             yield

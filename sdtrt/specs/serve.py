@@ -6,6 +6,7 @@ import ipaddress
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from sdtrt.common.errors import UsageError
@@ -54,12 +55,38 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """What requests may name beside models and LoRAs: files, folders or hub ids, as `PATH` or `NAME=PATH`.
+
+    Args:
+        embeddings: textual inversions, whose names are their words in prompts.
+        refiners: of SDXL, for the last steps.
+        upscalers: files of models that enlarge pictures before a second pass.
+    """
+
+    controlnets: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
+    t2i_adapters: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    refiners: tuple[str, ...] = ()
+    upscalers: tuple[str, ...] = ()
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """Read `NAME=PATH`, or a path alone, whose name is None. A path that is there may have a `=` of its own."""
+    name, equals, path = text.partition("=")
+    named = equals and name.strip() and path.strip() and not {"/", "\\"} & {*name} and not Path(text).exists()
+    return (name.strip(), path.strip()) if named else (None, text)
+
+
+@dataclass(frozen=True)
 class ServeSpec:
     """A server.
 
     Args:
         models: that requests may name; the first one is the default.
-        loras: that requests may name: files, folders or hub ids.
+        loras: that requests may name: files, folders or hub ids, as `PATH` or `NAME=PATH`.
+        listed: what else they may name.
         host, port: where it listens. Another host than this machine's own loopback wants an `api_key`.
         api_key: that each request must have.
         batch_wait_ms: how long a picture waits at most for others that can share its call.
@@ -77,6 +104,7 @@ class ServeSpec:
 
     models: tuple[ModelSpec, ...] = (ModelSpec(),)
     loras: tuple[str, ...] = ()
+    listed: Listed = Listed()
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     api_key: str | None = None
@@ -164,7 +192,8 @@ class ServeSpec:
         }
         models = tuple(map(ModelSpec.from_json, data["models"]))
         warm = tuple((width, height) for width, height in data["warm"])
-        fields |= {"models": models, "warm": warm, "limits": Limits(**data["limits"])}
+        listed = Listed(**{name: tuple(value) for name, value in data["listed"].items()})
+        fields |= {"models": models, "warm": warm, "limits": Limits(**data["limits"]), "listed": listed}
         return cls(**fields)
 
 

@@ -183,8 +183,10 @@ def test_a_web_uis_client_makes_and_changes_pictures(serving, tmp_path):
     assert client.get_options()["sd_model_checkpoint"] == "tiny"
     assert client.get_progress()["progress"] == 0
     assert client.interrupt() == {}
-    with pytest.raises(RuntimeError, match="enable_hr can"):
-        client.txt2img(prompt="a star", enable_hr=True, **SIZE)
+    with pytest.raises(RuntimeError, match="restore_faces can"):
+        client.txt2img(prompt="a star", restore_faces=True, **SIZE)
+    with pytest.raises(RuntimeError, match=r"unknown hr_upscaler: .*LDSR"):
+        client.txt2img(prompt="a star", enable_hr=True, hr_upscaler=webuiapi.HiResUpscaler.LDSR, **SIZE)
 
 
 def test_a_job_is_cancelled_between_two_steps_and_its_neighbour_stays(serving):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import struct
 import subprocess
 import sys
@@ -14,15 +15,26 @@ import pytest
 from PIL import Image
 
 from sdtrt.cli import serve_command
-from sdtrt.common.errors import UsageError
-from sdtrt.serve import uploads
+from sdtrt.common.errors import SdtrtError, UsageError
+from sdtrt.serve import server, uploads, webui_units
+from sdtrt.serve.at_start import check_there
+from sdtrt.serve.beside import Beside, Control, Scaled
 from sdtrt.serve.catalog import Catalog, without_paths
 from sdtrt.serve.fair_queue import FairQueue, QueueFull
 from sdtrt.serve.frames import Frame, Pipe, read_frame
 from sdtrt.serve.jobs import Failure, Job, JobStore
+from sdtrt.serve.native_body import JobBody
 from sdtrt.serve.requests import PictureRequest
-from sdtrt.specs import LoraSpec, ModelSpec
-from sdtrt.specs.serve import Limits, ServeSpec, parse_warm
+from sdtrt.specs import (
+    DeepCaching,
+    GuidanceInterval,
+    LoraSpec,
+    ModelSpec,
+    Savings,
+    SizeConditioning,
+    UpscaleSpec,
+)
+from sdtrt.specs.serve import Limits, Listed, ServeSpec, parse_warm
 
 SERVE = ServeSpec()
 CATALOG = Catalog.of(SERVE)
@@ -121,6 +133,85 @@ def test_models_have_short_names_and_no_two_the_same(tmp_path):
         Catalog.of(ServeSpec(models=tuple(ModelSpec(str(tmp_path / name / "sd")) for name in ("one", "two"))))
 
 
+def test_what_is_listed_has_the_name_that_is_given_or_that_of_its_file(tmp_path):
+    (tmp_path / "a=b.safetensors").touch()
+    listed = Listed(controlnets=(str(tmp_path / "a=b.safetensors"), "edges=owner/canny", "owner/depth"))
+    catalog = Catalog.of(ServeSpec(listed=listed, loras=("style=/srv/loras/x.safetensors",)))
+    assert list(catalog.listed["controlnet"]) == ["a=b", "edges", "owner/depth"]
+    assert catalog.path("controlnet", "edges") == "owner/canny"
+    assert catalog.model(None, (LoraSpec("style", 0.5),)).loras == (LoraSpec("/srv/loras/x.safetensors", 0.5),)
+    assert catalog.names["owner/canny"] == "edges"
+    with pytest.raises(UsageError, match="unknown refiner: 'x'") as caught:
+        catalog.path("refiner", "x")
+    assert caught.value.hint == "this server was started without --refiner"
+    with pytest.raises(UsageError, match="two controlnets are called x"):
+        Catalog.of(ServeSpec(listed=Listed(controlnets=("x=a/b", "x=a/c"))))
+    with pytest.raises(UsageError, match="a token must be one word, got 'two words'"):
+        Catalog.of(ServeSpec(listed=Listed(embeddings=("two words=a.pt",))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": (ModelSpec(), ModelSpec("nowhere"))}, "unknown model: 'nowhere'"),
+        ({"models": (ModelSpec("no/such/model"), ModelSpec())}, "there is no model at no/such/model"),
+        ({"loras": ("style",)}, "--lora style: there is no such file or folder"),
+        ({"listed": Listed(controlnets=("edges=/no/net",))}, "--controlnet /no/net: there is no such file or folder"),
+        ({"listed": Listed(embeddings=("owner/name",))}, "--embedding owner/name: there is no such file"),
+        ({"listed": Listed(refiners=("nobody",))}, "unknown model: 'nobody'"),
+    ],
+)
+def test_a_server_without_one_of_its_models_does_not_start(options, message):
+    """Nor does it listen, or start a worker: the port is looked for after that."""
+    spec = ServeSpec(port=0, **options)
+    with pytest.raises(SdtrtError, match=message) as caught:
+        server.run(spec, quiet=True)
+    assert caught.value.hint
+
+
+def test_a_hubs_models_are_left_until_they_are_named():
+    spec = ServeSpec(listed=Listed(controlnets=("owner/canny",), ip_adapters=("owner/name/models/face.safetensors",)))
+    check_there(Catalog.of(spec), spec)
+
+
+def test_a_unit_that_is_off_is_none_and_what_is_not_as_asked_is_noted():
+    off = [False, {"enabled": False, "model": "x"}, {"model": "None"}]
+    assert webui_units.read(off, CATALOG, 64, 64, 100).beside == Beside()
+    with pytest.raises(UsageError, match="unknown model of ControlNet: 'x'"):
+        webui_units.read([{"model": "x", "image": "aGk="}], CATALOG, 64, 64, 100)
+    canny = {"model": "x", "module": "canny", "pixel_perfect": True, "threshold_a": 100, "threshold_b": -1}
+    assert webui_units.notes([canny]) == []
+    assert len(webui_units.notes([{**canny, "threshold_a": 64}])) == 1
+    assert len(webui_units.notes([{**canny, "pixel_perfect": False}])) == 1
+
+
+def test_single_savings_win_over_their_presets():
+    body = JobBody(prompt="x", quality="balanced", cache_interval=2, cache_schedule="middle")
+    request = body.request(Limits())
+    assert request.savings == Savings(GuidanceInterval(0.0, 0.5), DeepCaching(2, schedule="middle"))
+    assert request.quality == "balanced"
+    assert request.spec(CATALOG, SERVE).savings == request.savings
+    off = JobBody(prompt="x", quality="balanced", cache_interval=1, guidance_interval=(0, 1)).request(Limits())
+    assert (off.quality, off.spec(CATALOG, SERVE).savings) == ("exact", Savings())
+
+
+def test_a_request_with_everything_comes_through_a_pipe_as_it_was():
+    beside = Beside(
+        (Control("a", 0.5, mode=2),),
+        (Scaled("b"),),
+        (Scaled("c", 2.0),),
+        ("word",),
+        "fine",
+        0.7,
+        UpscaleSpec(2.0, "lanczos", 5, 0.5),
+    )
+    savings = Savings(GuidanceInterval(0.1, 0.5), DeepCaching(3, 2))
+    told = SizeConditioning(crop=(1, 2))
+    request = PictureRequest("x", beside=beside, savings=savings, conditioning=told, zero_snr=True)
+    assert PictureRequest.from_json(json.loads(json.dumps(request.to_json())), {}) == request
+    assert request.key != PictureRequest("x").key
+
+
 def test_no_path_of_the_disk_gets_into_a_message():
     text = "model /srv/models/my.safetensors: run: sdtrt build --engine-dir /home/me/.cache/engines, at 1/2 of https://x.y/z"
     told = without_paths(text)
@@ -199,10 +290,12 @@ def test_a_server_that_can_not_be_is_refused(options, message):
 
 
 def test_a_servers_request_for_its_workers_has_no_key():
-    spec = ServeSpec(host="0.0.0.0", api_key="x" * 32, warm=parse_warm("64x64,128x64"), limits=Limits(steps=9))
+    options = {"warm": parse_warm("64x64,128x64"), "limits": Limits(steps=9), "listed": Listed(refiners=("a/b",))}
+    spec = ServeSpec(host="0.0.0.0", api_key="x" * 32, **options)
     data = spec.to_json()
     assert "x" * 32 not in str(data)
     again = ServeSpec.from_json(data)
+    assert again.listed == spec.listed
     assert (again.warm, again.limits.steps, again.models) == (((64, 64), (128, 64)), 9, spec.models)
 
 

@@ -117,21 +117,21 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
     jobs = Jobs.of(spec)
     texts = (prompt + spec.negative_prompt for prompt in spec.prompts)
     output = saving.plan_output(spec.output, count=len(jobs), overwrite=spec.overwrite, texts=texts)
-    read = _read(spec, console)
+    read = read_pictures(spec, console)
     _warn_of_texts(spec, console)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         plan = _plan(spec, directory, console, read)
         start = started(plan.spec, plan.first, read.init, read.mask)
-        fitted = _fitted(read.controls, plan.first, start, console)
-        larger = _fitted(read.controls, plan.larger, None) if plan.larger is not None else ()
+        fitted = fitted_maps(read.controls, plan.first, start, console)
+        larger = fitted_maps(read.controls, plan.larger, None) if plan.larger is not None else ()
         adapted = adapter_images.fitted(read.adapters, plan.first.adapted, plan.first.sizes, console)
         tiny = find_preview_vae(spec.preview, plan.first.model, console) if spec.preview else None
         with _opened(plan, directory, console) as stages:
             if spec.prompt_syntax == "plain":
                 prompts.warn_truncated(stages.first.pipe, spec, console)
             with console.stage("fingerprinting the weights"):  # seconds the first time, nothing later
-                settings = _settings(plan, stages.first, read, directory)
+                settings = settings_of_all(plan, stages.first, read, directory)
                 stages.check_files()  # so that they are of the weights that were loaded
             if spec.recipe is not None:
                 recipes.tell_differences(spec.recipe, settings, console)
@@ -146,7 +146,7 @@ def generate(spec: GenerateSpec, directory: EngineDirectory, console: Console) -
 
 
 @dataclass(frozen=True)
-class _Read:
+class Pictures:
     """The pictures that a request goes by, as they were read; `pictures` are those of IP-Adapters."""
 
     init: images.InitImage | None
@@ -156,7 +156,7 @@ class _Read:
     pictures: tuple[ip_images.Given, ...]
 
 
-def _read(spec: GenerateSpec, console: Console) -> _Read:
+def read_pictures(spec: GenerateSpec, console: Console) -> Pictures:
     """Read all pictures of a request. Raises `UsageError` for what is none, or does not fit."""
     init = images.read_init_image(spec.init_image, console) if spec.init_image is not None else None
     mask = None
@@ -164,10 +164,10 @@ def _read(spec: GenerateSpec, console: Console) -> _Read:
         mask = masks.read_mask(spec.mask, init, spec.mask_blur, console)
     pictures = ip_images.read_ip_images(spec, console)
     controls = control_images.read_control_images(spec, init, console)
-    return _Read(init, mask, controls, adapter_images.read_adapter_images(spec, console), pictures)
+    return Pictures(init, mask, controls, adapter_images.read_adapter_images(spec, console), pictures)
 
 
-def _settings(plan: _Plan, opened: OpenPipeline, read: _Read, directory: EngineDirectory) -> dict[str, Any]:
+def settings_of_all(plan: Plan, opened: OpenPipeline, read: Pictures, directory: EngineDirectory) -> dict[str, Any]:
     """What all images have in common, as plain data."""
     settings = settings_of(plan.spec, opened, read.init, read.mask, read.controls, directory, read.pictures)
     return settings | {**adapter_facts(opened, read.adapters, directory), **plan.facts(directory)}
@@ -184,14 +184,14 @@ def _warn_of_texts(spec: GenerateSpec, console: Console) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How a request's pipelines run: the first one, and those that go on with what it makes; what enlarges that."""
 
     spec: GenerateSpec
     first: PipelineSpec
     refiner: PipelineSpec | None
     larger: PipelineSpec | None
-    enlarger: Any
+    enlarger: Any = None
 
     def facts(self, directory: EngineDirectory) -> dict[str, Any]:
         """What is told of those that go on, as plain data."""
@@ -203,22 +203,27 @@ def _plan(
     spec: GenerateSpec,
     directory: EngineDirectory,
     console: Console,
-    read: _Read,
-) -> _Plan:
+    read: Pictures,
+) -> Plan:
     """Settle everything before anything heavy is loaded."""
     model = resolve.resolve_model(spec.model, console)
+    plan = plan_stages(recipes.settle(spec, model), model, directory, console, read)
+    note_slow_cpu(plan.first, console)
+    first, enlarger = plan.first, load_upscaler(spec, plan.larger)
+    if spec.upscale is not None and spec.upscale.is_latent:
+        first = replace(first, components=without(first, "vae_decoder"))
+    return replace(plan, first=first, enlarger=enlarger)
+
+
+def plan_stages(spec: GenerateSpec, model: Model, directory: EngineDirectory, console: Console, read: Pictures) -> Plan:
+    """How the pipelines of a request for a model run, which a recipe's settings are settled for."""
     ip_images.check_ip_images(model, read.pictures)
-    spec = recipes.settle(spec, model)
     if model.embeds_guidance and spec.negative_prompt:
         console.warn(f"{model.name} takes no negative prompt: its unet has the guidance scale as an input")
     maps = [*(one.picture for one in read.controls), *(one.picture for one in read.adapters)]
     first = resolve_fastest(spec, model, directory, console, read.init, maps)
-    note_slow_cpu(first, console)
     check_modes(spec.controls, (first.model, *first.others.values()))
-    refiner, larger = plan_refiner(spec, first, console), plan_upscale(spec, first, console)
-    if spec.upscale is not None and spec.upscale.is_latent:
-        first = replace(first, components=without(first, "vae_decoder"))
-    return _Plan(spec, first, refiner, larger, load_upscaler(spec, larger))
+    return Plan(spec, first, plan_refiner(spec, first, console), plan_upscale(spec, first, console))
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,7 @@ class Stages:
 
 
 @contextmanager
-def _opened(plan: _Plan, directory: EngineDirectory, console: Console) -> Iterator[Stages]:
+def _opened(plan: Plan, directory: EngineDirectory, console: Console) -> Iterator[Stages]:
     """Open a request's pipelines, one after the other."""
     build = plan.spec.allow_build
     with (
@@ -303,7 +308,7 @@ def started(
     return masks.fit(init, mask, (sizes.height, sizes.width), spec.padding_crop, latent)
 
 
-def _fitted(
+def fitted_maps(
     controls: Sequence[ControlImage],
     pipeline_spec: PipelineSpec,
     start: Image.Image | masks.Inpainting | None,
