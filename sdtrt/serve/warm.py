@@ -21,8 +21,8 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading
 from sdtrt.models.components import text_encoders_of
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.pipeline.inputs.text_states import plan_texts
 from sdtrt.pipeline.inputs import adapter_images
+from sdtrt.pipeline.inputs.text_states import plan_texts
 from sdtrt.pipeline.opening.all_engines import ensure_all
 from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, reassembled
 from sdtrt.pipeline.opening.request import PipelineSpec
