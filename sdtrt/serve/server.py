@@ -6,6 +6,8 @@ import asyncio
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +21,7 @@ from sdtrt.serve import application
 from sdtrt.serve.catalog import Catalog
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.log import Log
+from sdtrt.serve.maker import Place
 from sdtrt.specs.serve import ServeSpec
 
 MOST_CONNECTIONS = 512
@@ -75,10 +78,10 @@ class _Graceful(uvicorn.Server):
 
 def run(spec: ServeSpec, *, quiet: bool = False) -> None:
     """Serve until a signal ends the process. Raises `UsageError` where the port can't be had."""
-    catalog, log = Catalog.of(spec), Log(quiet=quiet)
+    catalog, log, stdout = Catalog.of(spec), Log(quiet=quiet), sys.stdout
     listening = _listen(spec)
-    with tempfile.TemporaryDirectory(prefix="sdtrt-serve-") as folder, listening:
-        dispatcher = Dispatcher(spec, catalog, Path(folder), log)
+    with tempfile.TemporaryDirectory(prefix="sdtrt-serve-") as folder, listening, _places(spec, log) as places:
+        dispatcher = Dispatcher(spec, catalog, Path(folder), log, places)
         config = uvicorn.Config(
             application.build(dispatcher),
             http=_Timed,
@@ -97,9 +100,21 @@ def run(spec: ServeSpec, *, quiet: bool = False) -> None:
         host, port = listening.getsockname()[:2]
         name = f"[{host}]" if ":" in host else host
         log.info("listening", url=f"http://{name}:{port}", models=list(catalog.models), docs="/docs")
-        print(f"http://{name}:{port}", flush=True)
+        print(f"http://{name}:{port}", file=stdout, flush=True)
         _Graceful(config, dispatcher).run([listening])
     sys.stdout.flush()
+
+
+@contextmanager
+def _places(spec: ServeSpec, log: Log) -> Iterator[Sequence[Place]]:
+    """Where pictures are made: on Ray's replicas where they are asked for, else as the dispatcher has it."""
+    if spec.ray is None:
+        yield ()
+        return
+    from sdtrt.serve import ray_cluster
+
+    with ray_cluster.replicas(spec, spec.ray, log) as places:
+        yield places
 
 
 def _listen(spec: ServeSpec) -> socket.socket:
