@@ -17,7 +17,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from sdtrt.specs.serve import MIB, ServeSpec
 
 APPLICATION, DEPLOYMENT = "sdtrt", "Pictures"
 OBJECT_STORE_BYTES = 256 * MIB  # for pictures and uploads on their way
-LONGEST_FOLDER = 33  # characters; Ray's sockets in it have names of 74 more, and a socket's name 107 at most
+LONGEST_FOLDER = 40  # characters; Ray's sockets in it have names of 66 more, and a socket's name 107 at most
 GONE_S = 10.0  # from the end of Ray's processes to that of theirs
 HEALTH_S = 2.0  # between two looks at a replica
 SHUTDOWN_S = 10.0  # that a replica has to end its batch when it is one too many
@@ -108,7 +108,7 @@ def _own(most: int | None) -> Iterator[None]:
     """A cluster on this machine, with room for so many replicas; it ends with the block, its folder too."""
     folder = Path(tempfile.mkdtemp(prefix="sdtrt-"))  # nobody else reads it, though Ray opens its own folders to all
     private = {**PRIVATE, "RAY_AUTH_TOKEN": secrets.token_hex(32), "TMPDIR": str(folder)}
-    with _environment(private), interrupts.undoing(partial(shutil.rmtree, folder, ignore_errors=True)):
+    with _environment(private), interrupts.undoing(partial(_remove, folder)):
         try:
             if len(str(folder)) > LONGEST_FOLDER:
                 hint = "use a shorter one: TMPDIR=/tmp"
@@ -190,8 +190,25 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove the cluster's folder, which processes that are ending may still write to."""
+    """End what is left of the cluster, and remove its folder.
+
+    Ray's own processes end first, those that they started a little later; a signal that was sent to all of them at once
+    has Ray start some anew, which nobody ends.
+    """
     until = time.monotonic() + GONE_S
-    while folder.exists() and time.monotonic() < until:
+    while ((left := _users_of(folder)) or folder.exists()) and time.monotonic() < until:
+        for pid in left:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05)
+
+
+def _users_of(folder: Path) -> list[int]:
+    """The processes that have files in a folder open; those of other users are not seen."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(one.readlink().is_relative_to(folder) for one in (process / "fd").iterdir()):
+                found.append(int(process.name))
+    return [pid for pid in found if pid != os.getpid()]

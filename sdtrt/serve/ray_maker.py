@@ -23,13 +23,19 @@ LOOK_AGAIN_S = 0.2  # whether a replica is up
 
 
 class Idlest(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is not read for types
-    """Routes a batch to the replica that has least to do: Ray's own router looks at two of them alone."""
+    """Routes a batch to a replica that has nothing to do, if there is one.
+
+    Ray's own router looks at two of them alone, and takes one that is busy before one that it knows nothing of.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Let Ray choose among all."""
-        return [candidate_replicas]
+        """Those that are idle, or that nothing is known of; if none takes it, the others."""
+        known = self.replica_queue_len_cache
+        idle = [one for one in candidate_replicas if not known.get(one.replica_id)]
+        busy = [one for one in candidate_replicas if known.get(one.replica_id)]
+        return [group for group in (idle, busy) if group]
 
 
 class ReplicaMaker:
@@ -87,7 +93,9 @@ class ReplicaMaker:
             yield frame
 
     async def _of_all(self, method: str, patience_s: float, *given: object) -> list[Frame]:
-        """Call all replicas, also those that make a batch, and get the answer of the one that did best.
+        """Call all replicas, also those that make a batch, and get the answer of one that failed in nothing.
+
+        It has what the others logged, too.
 
         Raises:
             WorkerGone: where none answered.
@@ -99,7 +107,8 @@ class ReplicaMaker:
         answers = [one for one in said if not isinstance(one, BaseException)]
         if not answers:
             raise WorkerGone(_words(said[0]) if said else "no replica is up")
-        return min(answers, key=_failures)
+        best = min(answers, key=_failures)
+        return [frame for one in answers for frame in one if one is best or frame.kind == "log"]
 
 
 def _failures(frames: Sequence[Frame]) -> int:
