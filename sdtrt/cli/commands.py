@@ -34,7 +34,14 @@ from sdtrt.cli.quality_options import MetricsOptions
 from sdtrt.cli.render import document, render, show
 from sdtrt.cli.report_options import BenchOptions, DoctorOptions, VerifyOptions
 from sdtrt.cli.saving_options import PresetOptions, SavingOptions
-from sdtrt.cli.serve_command import AccessOptions, LimitOptions, ListOptions, ServeOptions, check_packages
+from sdtrt.cli.serve_command import (
+    AccessOptions,
+    LimitOptions,
+    ListOptions,
+    RayOptions,
+    ServeOptions,
+    check_packages,
+)
 from sdtrt.common import host
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import UsageError, command_line
@@ -383,12 +390,13 @@ def serve(
     lists: ListOptions,
     access: AccessOptions,
     limits: LimitOptions,
+    ray: RayOptions,
     backend: BackendOptions,
     directory: DirectoryOptions,
 ) -> None:
     """Serve warm engines over HTTP: OpenAI's interface, the web UIs', and jobs. Stdout gets the address."""
-    check_packages()
-    spec = options.spec(lists, access, limits, backend, directory)
+    check_packages(ray=ray.ray)
+    spec = options.spec(lists, access, limits, ray, backend, directory)
     from sdtrt.serve.server import run
 
     run(spec, quiet=options.quiet)

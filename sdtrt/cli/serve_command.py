@@ -14,6 +14,7 @@ from sdtrt.cli.options import BackendOptions, DirectoryOptions
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import in_home
 from sdtrt.specs import DEFAULT_MODEL, ModelSpec, Precision
+from sdtrt.specs.replicas import RaySpec
 from sdtrt.specs.serve import DEFAULT_PORT, MIB, OWN_VAE, Limits, Listed, ServeSpec, parse_warm, split_name
 
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
@@ -114,6 +115,34 @@ class ListOptions:
 
 
 @dataclass(frozen=True)
+class RayOptions:
+    """These options say that Ray's replicas make the pictures, and how many there are."""
+
+    ray: Annotated[
+        bool, Option("--ray", help="a replica on each GPU, by Ray: on this machine, or on all hosts of a cluster")
+    ] = False
+    ray_address: Annotated[
+        str | None,
+        Option(metavar="auto|HOST:PORT", help="a Ray cluster that runs already; else the server has one of its own"),
+    ] = None
+    replicas: Annotated[
+        str | None, Option(metavar="N|MIN-MAX", help="Ray's replicas; as many as there are GPUs, without this")
+    ] = None
+
+    def spec(self, gpus: str | None) -> RaySpec | None:
+        """The replicas that are asked for. Raises `UsageError` for options that exclude each other."""
+        if self.ray:
+            if gpus is not None:
+                hint = "leave --gpus out: Ray gives each replica a GPU; CUDA_VISIBLE_DEVICES says which it may give"
+                raise UsageError("--gpus is of a server without --ray", hint=hint)
+            return RaySpec.of(self.ray_address, self.replicas)
+        for name, value in (("--ray-address", self.ray_address), ("--replicas", self.replicas)):
+            if value is not None:
+                raise UsageError(f"{name} is of a server with --ray", hint=f"add --ray, or leave {name} out")
+        return None
+
+
+@dataclass(frozen=True)
 class ServeOptions:
     """These options say what is served, and how."""
 
@@ -152,6 +181,7 @@ class ServeOptions:
         lists: ListOptions,
         access: AccessOptions,
         limits: LimitOptions,
+        ray: RayOptions,
         backend: BackendOptions,
         directory: DirectoryOptions,
     ) -> ServeSpec:
@@ -179,6 +209,7 @@ class ServeOptions:
             open_models=self.keep,
             grace_s=self.grace,
             devices=_devices(self.gpus),
+            ray=ray.spec(self.gpus),
             engine_dir=str(directory.directory().path.absolute()),
             trust_engine_dir=directory.trust_engine_dir,
             limits=limits.limits(),
@@ -206,8 +237,13 @@ def _devices(text: str | None) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def check_packages() -> None:
-    """Raise `UsageError` where the extra is not installed."""
+def check_packages(*, ray: bool = False) -> None:
+    """Raise `UsageError` where the extra is not installed, or Ray where it is asked for."""
+    if ray and importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "sdtrt serve --ray needs ray, which is not installed",
+            hint='pip install "sdtrt[serve,ray]", or pip install "ray[serve]"; --gpus 0,1 takes two GPUs without it',
+        )
     lacking = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
     if lacking:
         raise UsageError(

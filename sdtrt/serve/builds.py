@@ -11,10 +11,10 @@ from dataclasses import astuple
 
 from sdtrt.serve.jobs import Failure, Picture
 from sdtrt.serve.log import Log
+from sdtrt.serve.maker import Maker, Place
 from sdtrt.serve.metrics import Metrics
-from sdtrt.serve.worker_process import PATIENCE_S, WorkerGone, WorkerProcess, failure_of, plain
+from sdtrt.serve.worker_process import BUILD_PATIENCE_S, PATIENCE_S, WorkerGone, failure_of, plain
 
-BUILD_PATIENCE_S = 3600.0  # for a word of a build
 IN_VAIN = Failure("EngineError", "its engines were built, and none fits", "the server's log says which were built")
 
 Built = Callable[[Sequence[Picture], Failure | None], object]
@@ -24,11 +24,11 @@ class Builds:
     """The builds that are asked for, one after the other.
 
     Args:
-        worker: makes a worker that is not started.
+        worker: gives one that is not started.
         built: gets the pictures that waited, and why there are no engines, where there are none.
     """
 
-    def __init__(self, worker: Callable[[], WorkerProcess], log: Log, metrics: Metrics, built: Built) -> None:
+    def __init__(self, worker: Place, log: Log, metrics: Metrics, built: Built) -> None:
         self._worker, self._log, self._metrics, self._built = worker, log, metrics, built
         self._waiting: dict[str, list[Picture]] = {}
         self._asked = asyncio.Event()
@@ -70,7 +70,7 @@ class Builds:
         finally:
             await worker.end()
 
-    async def _built_by(self, worker: WorkerProcess, picture: Picture) -> Failure | None:
+    async def _built_by(self, worker: Maker, picture: Picture) -> Failure | None:
         """Follow a build. Raises `WorkerGone`."""
         request, failure = picture.job.request, None
         data = {**plain(request), "units": [], "jobs": [astuple(picture.drawn)]}

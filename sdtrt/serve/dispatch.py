@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sdtrt.serve.fair_queue import FairQueue
 from sdtrt.serve.frames import Frame
 from sdtrt.serve.jobs import Failure, Job, JobStore, Picture
 from sdtrt.serve.log import Log
+from sdtrt.serve.maker import Maker, Place
 from sdtrt.serve.metrics import Metrics
 from sdtrt.serve.requests import PictureRequest
 from sdtrt.serve.worker_process import PATIENCE_S, WorkerGone, WorkerProcess, failure_of, plain
@@ -41,9 +43,10 @@ class Dispatcher:
 
     Args:
         folder: where workers have folders of their own.
+        places: that each have a worker at any time; none for a process on each GPU of this machine.
     """
 
-    def __init__(self, spec: ServeSpec, catalog: Catalog, folder: Path, log: Log) -> None:
+    def __init__(self, spec: ServeSpec, catalog: Catalog, folder: Path, log: Log, places: Sequence[Place] = ()) -> None:
         self.spec, self.catalog, self.log = spec, catalog, log
         self.queue = FairQueue(spec.limits.waiting)
         self.store = JobStore(spec.limits.kept_bytes)
@@ -52,10 +55,11 @@ class Dispatcher:
         self.is_ending = False
         self.warmed = asyncio.Event()
         self._folder, self._numbers = folder, itertools.count(1)
-        self._workers: list[WorkerProcess] = []  # those that are ready
-        self._making: dict[str, WorkerProcess] = {}  # by the names of pictures
+        self._places = places or [partial(self._worker, device) for device in spec.devices or (None,)]
+        self._workers: list[Maker] = []  # those that are ready
+        self._making: dict[str, Maker] = {}  # by the names of pictures
         self._tasks: set[asyncio.Task[None]] = set()
-        self.builds = Builds(lambda: self._worker(next(iter(spec.devices), None)), log, self.metrics, self._built)
+        self.builds = Builds(self._places[0], log, self.metrics, self._built)
         self._seconds = 1.0  # that a picture took lately
 
     # --- for the interfaces ------------------------------------------------------------------------------------------
@@ -96,8 +100,7 @@ class Dispatcher:
             raise WorkerGone("no worker is ready")
         name, worker = model or self.catalog.default, self._workers[0]
         answers = await worker.ask("tokens", {"model": name, "texts": list(texts)}, (), PATIENCE_S)
-        frame = await worker.answer(answers.number, PATIENCE_S)
-        worker.forget(answers.number)
+        frame, *_ = [frame async for frame in answers]
         if frame.kind != "tokens":
             raise UsageError(
                 without_paths(frame.data.get("message", "the tokens can't be counted")), hint="see the log"
@@ -108,8 +111,8 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Start the workers; returns before they are ready."""
-        for number, device in enumerate(self.spec.devices or (None,)):
-            self._spawn(self._keep_working(number, device))
+        for number, place in enumerate(self._places):
+            self._spawn(self._keep_working(number, place))
         self._spawn(self.builds.run())
         self._spawn(self._warm_up())
 
@@ -156,11 +159,11 @@ class Dispatcher:
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
-    async def _keep_working(self, number: int, device: int | None) -> None:
+    async def _keep_working(self, number: int, place: Place) -> None:
         """Have one worker at any time."""
         pause = 0.0
         while True:
-            worker, began = self._worker(device), time.monotonic()
+            worker, began = place(), time.monotonic()
             try:
                 await worker.start()
                 await self._work_with(worker)
@@ -178,7 +181,7 @@ class Dispatcher:
             pause = 0.0 if lasted else min(LONGEST_PAUSE_S, 2 * pause + 0.5)
             await asyncio.sleep(pause)
 
-    async def _work_with(self, worker: WorkerProcess) -> None:
+    async def _work_with(self, worker: Maker) -> None:
         """Have a worker make pictures until it is gone. Raises `WorkerGone`."""
         about = await worker.about_itself(PATIENCE_S)
         if about.kind != "ready":
@@ -189,13 +192,13 @@ class Dispatcher:
                 self.log.error("model", name=one["name"], message=one["error"], hint=one["hint"])
         self._workers.append(worker)
         self.metrics.ready.set(len(self._workers))
-        self.log.info("worker ready", pid=worker.pid)
+        self.log.info("worker ready", pid=about.data["pid"])
         while True:
             batch = [one for one in await self._next_or_gone(worker) if not one.is_over]
             if batch:
                 await self._make(worker, batch)
 
-    async def _next_or_gone(self, worker: WorkerProcess) -> list[Picture]:
+    async def _next_or_gone(self, worker: Maker) -> list[Picture]:
         """The next batch. Raises `WorkerGone` where the worker goes before there is one."""
         wait_s = self.spec.batch_wait_ms / 1000
         taking = asyncio.create_task(self.queue.next_batch(self.spec.max_batch, wait_s))
@@ -209,7 +212,7 @@ class Dispatcher:
             taking.cancel()
             going.cancel()
 
-    async def _make(self, worker: WorkerProcess, batch: Sequence[Picture]) -> None:
+    async def _make(self, worker: Maker, batch: Sequence[Picture]) -> None:
         """Have one batch made. Its pictures come again once where the worker goes. Raises `WorkerGone`."""
         began = time.monotonic()
         for picture in batch:
@@ -332,6 +335,6 @@ class _Following:
             picture.job.tell("preview", {"index": picture.index, "step": frame.data["step"]})
 
 
-async def _send_if_there(worker: WorkerProcess, frame: Frame) -> None:
+async def _send_if_there(worker: Maker, frame: Frame) -> None:
     with contextlib.suppress(WorkerGone):
         await worker.send(frame)

@@ -6,6 +6,8 @@ import asyncio
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +22,7 @@ from sdtrt.serve.at_start import check_there
 from sdtrt.serve.catalog import Catalog
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.log import Log
+from sdtrt.serve.maker import Place
 from sdtrt.specs.serve import ServeSpec
 
 MOST_CONNECTIONS = 512
@@ -81,11 +84,11 @@ def run(spec: ServeSpec, *, quiet: bool = False) -> None:
         UsageError, ModelError: where a model that requests may name is not there, before anything is loaded.
         UsageError: where the port can't be had.
     """
-    catalog, log = Catalog.of(spec), Log(quiet=quiet)
+    catalog, log, stdout = Catalog.of(spec), Log(quiet=quiet), sys.stdout
     check_there(catalog, spec)
     listening = _listen(spec)
-    with tempfile.TemporaryDirectory(prefix="sdtrt-serve-") as folder, listening:
-        dispatcher = Dispatcher(spec, catalog, Path(folder), log)
+    with tempfile.TemporaryDirectory(prefix="sdtrt-serve-") as folder, listening, _places(spec, log) as places:
+        dispatcher = Dispatcher(spec, catalog, Path(folder), log, places)
         config = uvicorn.Config(
             application.build(dispatcher),
             http=_Timed,
@@ -104,9 +107,21 @@ def run(spec: ServeSpec, *, quiet: bool = False) -> None:
         host, port = listening.getsockname()[:2]
         name = f"[{host}]" if ":" in host else host
         log.info("listening", url=f"http://{name}:{port}", models=list(catalog.models), docs="/docs")
-        print(f"http://{name}:{port}", flush=True)
+        print(f"http://{name}:{port}", file=stdout, flush=True)
         _Graceful(config, dispatcher).run([listening])
     sys.stdout.flush()
+
+
+@contextmanager
+def _places(spec: ServeSpec, log: Log) -> Iterator[Sequence[Place]]:
+    """Where pictures are made: on Ray's replicas where they are asked for, else as the dispatcher has it."""
+    if spec.ray is None:
+        yield ()
+        return
+    from sdtrt.serve import ray_cluster
+
+    with ray_cluster.replicas(spec, spec.ray, log) as places:
+        yield places
 
 
 def _listen(spec: ServeSpec) -> socket.socket:

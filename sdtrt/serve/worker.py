@@ -167,6 +167,7 @@ class Worker:
             elif frame.kind == "tokens":
                 with self._telling(frame.data["batch"], frame):
                     self._count(frame)
+                self._pipe.write("done", batch=frame.data["batch"])
             else:
                 self._work.put(frame)
         self._server_left()

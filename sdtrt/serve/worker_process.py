@@ -23,6 +23,7 @@ from sdtrt.serve.requests import PictureRequest
 from sdtrt.specs.serve import ServeSpec
 
 PATIENCE_S = 600.0  # for a word of a worker: opening a large model takes a while
+BUILD_PATIENCE_S = 3600.0  # for a word of a build
 BUG = Failure("ServerError", "this picture failed by a fault of the server", "its log says more")
 LAST_S = 5.0  # from its last frame to its end
 CODE = "import sys; sys.path[:] = [p for p in sys.path if p]; from sdtrt.serve.worker import serve; serve()"
@@ -47,12 +48,6 @@ class WorkerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self.gone = asyncio.Event()
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        assert self._process is not None
-        return self._process.pid
 
     async def start(self) -> None:
         """Start the process; what it says about itself comes as the answer to batch 0."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.build import ModelSpec
 from sdtrt.specs.choices import AUTO, MAX_BATCH, MOST_STEPS, PRECISIONS, BackendName, Precision, check_choice
+from sdtrt.specs.replicas import RaySpec
 from sdtrt.specs.sizes import check_size
 from sdtrt.specs.stages import parse_pair
 
@@ -99,6 +100,7 @@ class ServeSpec:
         open_models: pipelines that stay open at once, a model's tasks counted singly.
         grace_s: seconds, from SIGTERM on, in which what was accepted is finished.
         devices: GPUs, by number, each with a process of its own; none for the one that the process sees.
+        ray: the replicas that make the pictures; None for processes on this machine.
         engine_dir: the engine directory, a path.
     """
 
@@ -120,6 +122,7 @@ class ServeSpec:
     open_models: int = 3
     grace_s: float = 30.0
     devices: tuple[int, ...] = ()
+    ray: RaySpec | None = None
     engine_dir: str = ""
     trust_engine_dir: bool = False
     limits: Limits = Limits()
@@ -181,8 +184,8 @@ class ServeSpec:
             return False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a worker, without the key, which it has no use for."""
-        return {**asdict(self), "api_key": None, "host": "127.0.0.1"}
+        """Plain data for a worker, without the key and the cluster, which it has no use for."""
+        return {**asdict(self), "api_key": None, "host": "127.0.0.1", "ray": None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
