@@ -16,7 +16,7 @@ from fastapi.responses import Response
 FOLDER = Path(__file__).parent / "page"
 FIRST = "index.html"
 PARTS = (
-    *("page.css", "icon.svg", "app.js", "dom.js", "gallery.js", "inputs.js"),
+    *("page.css", "icon.svg", "app.js", "beside.js", "dom.js", "gallery.js", "inputs.js"),
     *("jobs.js", "mask.js", "server.js", "settings.js", "stage.js", "store.js"),
 )
 PREFIX = "/page/"

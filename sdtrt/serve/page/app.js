@@ -1,5 +1,6 @@
 // The page as a whole: puts its parts together, and knows the keys.
 
+import * as beside from "./beside.js";
 import { $, Problem, complain, hush, say } from "./dom.js";
 import * as gallery from "./gallery.js";
 import * as inputs from "./inputs.js";
@@ -17,7 +18,8 @@ let there = null; // the server's capabilities
 let maskFile = null;
 
 const init = new inputs.Input("init", initChanged);
-const control = new inputs.Input("control", () => ($("control-value").textContent = control.file ? "set" : ""));
+const places = { init, control: beside.control, ip: beside.ip };
+const details = { init: "start", control: "control", ip: "ip" };
 
 // What is asked for ---------------------------------------------------------------------------------------------------
 
@@ -27,7 +29,7 @@ async function generate() {
     if (!there) throw new Problem("the server is not there yet", "wait a moment");
     const body = settings.body(init.file !== null, maskFile !== null);
     settings.changed();
-    await jobs.submit(body, await pictures());
+    await jobs.submit(body, { ...(await pictures()), ...(await beside.fields(`${body.prompt} ${body.negative_prompt}`)) });
     if (NARROW.matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
@@ -42,14 +44,14 @@ async function pictures() {
   return given;
 }
 
-async function takePicture(input, file) {
+async function takePicture(place, file) {
   hush();
   try {
     const picture = await inputs.fitted(file, there.limits);
-    maskFile = input === init ? null : maskFile;
-    await input.set(picture);
-    if (input === init) settings.sizeFor(picture.width, picture.height);
-    $(input === init ? "start" : "control").open = true;
+    if (place === "init") maskFile = null;
+    await places[place].set(picture);
+    if (place === "init") settings.sizeFor(picture.width, picture.height);
+    $(details[place]).open = true;
   } catch (problem) {
     complain(problem);
   }
@@ -77,7 +79,7 @@ function maskChanged() {
   const words = [init.file ? `${init.width}×${init.height}` : "", maskFile ? "with a mask" : ""];
   $("start-value").textContent = words.filter(Boolean).join(", ");
   $("mask-open").textContent = maskFile ? "Change the mask" : "Paint a mask";
-  $("mask-remove").hidden = $("blur-line").hidden = !maskFile;
+  $("mask-remove").hidden = $("blur-line").hidden = $("closely-line").hidden = !maskFile;
   $("mask-note").textContent = maskFile
     ? "Only what you painted is made anew."
     : "The whole picture changes. With a mask, only what you paint does.";
@@ -109,7 +111,7 @@ const actions = {
     say("The form has this picture's settings, and its seed.");
   },
   async usePicture() {
-    await takePicture(init, await gallery.file(kept()));
+    await takePicture("init", await gallery.file(kept()));
     say("The next picture starts from this one.");
   },
   async useMask() {
@@ -208,6 +210,7 @@ async function learn() {
     if (!("defaults" in told)) throw new Problem("this page is of another version than its server", "load it anew");
     there = told;
     settings.offer(there);
+    beside.offer(there);
   } catch (problem) {
     complain(problem);
   }
@@ -225,14 +228,13 @@ function listen() {
     await navigator.clipboard.writeText($("seed").value);
     say("Seed copied.");
   });
-  init.take = (file) => takePicture(init, file);
-  control.take = (file) => takePicture(control, file);
+  for (const [name, place] of Object.entries(places)) place.take = (file) => takePicture(name, file);
   $("settings-file").addEventListener("change", (event) => {
     const [file] = event.target.files;
     event.target.value = "";
     if (file) takeSettings(file);
   });
-  inputs.listen({ settings: takeSettings, init: init.take, control: control.take });
+  inputs.listen({ settings: takeSettings, init: init.take, control: beside.control.take, ip: beside.ip.take });
   $("mask-open").addEventListener("click", paintMask);
   $("mask-remove").addEventListener("click", () => {
     maskFile = null;

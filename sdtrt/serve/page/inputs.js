@@ -54,7 +54,7 @@ export async function fitted(file, limits) {
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Problem(`${file.name || "this"} is no picture that a browser reads`, "use a PNG, JPEG or WebP file");
+    throw new Problem(`the file ${file.name ?? ""} is no picture that a browser reads`, "use a PNG, JPEG or WebP file");
   }
   const { width, height } = bitmap;
   const room = (limits.body_bytes / 4) * 3 * 0.45; // of base64, with a mask and words beside it

@@ -4,6 +4,7 @@ import { $, Problem, afterQuiet, make } from "./dom.js";
 import { post } from "./server.js";
 
 const DRAFT = "sdtrt.settings";
+const PADDING = 32; // pixels around a mask that is looked at closely
 const RANDOM_SEEDS = 2 ** 32;
 const SLIDES = { steps: "steps-slide", guidance: "guidance-slide", strength: "strength-slide" };
 const LARGE = 512; // from this size on, sizes go by 64
@@ -30,7 +31,7 @@ let there = null; // the server's capabilities
 let kept = {}; // of a picture whose settings were taken: fields that the form has no place for
 
 const usual = { prompt: "", negative_prompt: "", locked: false, seed: "", count: 1, quality: "exact", loras: {} };
-Object.assign(usual, { scheduler: "", sigmas: "", prompt_syntax: "plain", clip_skip: 0, mask_blur: 4 });
+Object.assign(usual, { scheduler: "", sigmas: "", prompt_syntax: "plain", clip_skip: 0, mask_blur: 4, closely: false });
 
 /** Fill the lists of the form with what the server has. */
 export function offer(capabilities) {
@@ -88,6 +89,7 @@ export function read() {
   for (const [name, id] of Object.entries({ ...TEXTS, ...CHOICES })) values[name] = $(id).value;
   for (const [name, id] of Object.entries(NUMBERS)) values[name] = $(id).value === "" ? null : Number($(id).value);
   values.quality = document.querySelector("[name=quality]:checked").value;
+  values.closely = $("closely").checked;
   values.loras = {};
   for (const row of $("loras-list").children) {
     const [box, , weight] = row.children;
@@ -107,6 +109,7 @@ export function write(values) {
   }
   if (values.seed !== undefined) $("seed").value = values.seed;
   if (values.locked !== undefined) lock(values.locked);
+  if (values.closely !== undefined) $("closely").checked = values.closely;
   const quality = document.querySelector(`[name=quality][value="${CSS.escape(values.quality ?? "")}"]`);
   if (quality) quality.checked = true;
   if (values.loras !== undefined) {
@@ -123,6 +126,7 @@ export function write(values) {
 export function take(settings) {
   const loras = Object.fromEntries((settings.loras ?? []).map((one) => [one.name, one.weight]));
   const own = { ...usual, ...defaults(settings.model), ...stripped(settings), loras, count: 1, locked: true };
+  own.closely = (settings.padding_crop ?? null) !== null;
   if (settings.seed !== undefined && !Number.isSafeInteger(settings.seed)) {
     Object.assign(own, { seed: "", locked: false });
   }
@@ -150,15 +154,16 @@ export function body(usesImage, usesMask) {
   for (const [name, weight] of Object.entries(values.loras)) {
     if (!Number.isFinite(weight)) throw new Problem(`the LoRA ${name} has no weight`, "use 1");
   }
-  const { locked, quality, scheduler, sigmas, loras, strength, mask_blur, ...plain } = values;
+  const { locked, quality, scheduler, sigmas, loras, strength, mask_blur, closely, ...plain } = values;
   const own = { ...kept, ...plain, seed: Number(values.seed) };
   own.scheduler = scheduler || null;
   own.sigmas = sigmas || null;
   own.quality = quality === "exact" ? null : quality;
   own.loras = Object.entries(loras).map(([name, weight]) => ({ name, weight }));
   if (usesImage) Object.assign(own, { strength, edit: model(values.model).task === "edit" });
-  else for (const name of ["edit", "padding_crop", "image_guidance_scale"]) delete own[name];
+  else for (const name of ["edit", "image_guidance_scale"]) delete own[name];
   if (usesMask) own.mask_blur = mask_blur;
+  if (usesMask && closely) own.padding_crop ??= PADDING;
   else delete own.padding_crop;
   return own;
 }
