@@ -1,4 +1,4 @@
-"""The application: all routes behind the guard, errors in each interface's shape, health, metrics, the page of the API.
+"""The application: all routes behind the guard, errors in each interface's shape, health, metrics, the page, the API's.
 
 Knows FastAPI. What the interfaces mean is known to each of them.
 """
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from sdtrt.common.errors import SdtrtError
 from sdtrt.common.version import __version__
-from sdtrt.serve import native, openai_api, webui_api, webui_units
+from sdtrt.serve import native, openai_api, page_files, picture_settings, webui_api, webui_units
 from sdtrt.serve.answers import Answer, Refusal, bug
 from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import ClientLeft
@@ -43,9 +43,10 @@ def build(dispatcher: Dispatcher) -> ASGIApp:
             await dispatcher.stop()
 
     app = FastAPI(title="sdtrt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    for module in (native, openai_api, webui_api):
+    for module in (native, picture_settings, openai_api, webui_api):
         app.include_router(module.routes(dispatcher))
     app.include_router(webui_units.routes(dispatcher.catalog))
+    app.include_router(page_files.routes())
     _add_operations(app, dispatcher)
     _add_page_of_api(app)
     app.add_exception_handler(Refusal, _refused)

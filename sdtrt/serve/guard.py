@@ -22,12 +22,14 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sdtrt.serve import page_files
 from sdtrt.serve.answers import Refusal, bug
 from sdtrt.serve.log import Log
 from sdtrt.serve.metrics import Metrics
 from sdtrt.specs.serve import ServeSpec
 
-OPEN_PATHS = ("/healthz", "/readyz")  # that say one word, and that whoever watches over the server has no key for
+# That say one word, and that whoever watches over the server has no key for; and the page, which asks for the key.
+OPEN_PATHS = frozenset(("/healthz", "/readyz", *page_files.PATHS))
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",

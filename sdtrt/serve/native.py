@@ -17,6 +17,7 @@ from sdtrt.serve.dispatch import Dispatcher
 from sdtrt.serve.following import client_of, submit
 from sdtrt.serve.jobs import Job, Picture
 from sdtrt.serve.native_body import JobBody
+from sdtrt.serve.picture_settings import defaults
 from sdtrt.serve.worker_process import WorkerGone
 from sdtrt.specs import (
     LANCZOS,
@@ -196,6 +197,7 @@ def _capabilities(dispatcher: Dispatcher) -> dict[str, Any]:
         "previews": spec.preview is not None,
         "builds": spec.allow_build,
         "max_batch": spec.max_batch,
+        "defaults": defaults(limits),
         "limits": {
             "body_bytes": limits.body_bytes,
             "pixels": limits.pixels,

@@ -1,0 +1,135 @@
+"""Makes the pictures of the page that the documentation shows: a real browser, a real server, the built-in model.
+
+    python scripts/page_pictures.py
+
+It needs Debian's chromium and `pip install playwright`. It writes `docs/pictures/page-*.png`, with few colours, so that
+they are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+PATIENCE_MS = 300_000
+COLOURS = 128
+MOST_BYTES = 150_000
+DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 760}
+# Prompts and seeds that the built-in model draws well.
+SHOWN = (
+    ("a small green square to the left of a large white ring on a black background", 5),
+    ("a red circle on a blue background", 1),
+    ("a large purple triangle on a white background", 3),
+    ("a large yellow star on a purple background", 4),
+)
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """A server in PyTorch, which has nothing to build; its address."""
+    words = ["serve", "--port", "0", "--backend", "torch", "--preview", "own", "--warm", "128x128", "--quiet"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sdtrt", *words, "--engine-dir", folder]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().strip()
+            while not is_ready(url):
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server takes pictures."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=30) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError:
+        return False
+
+
+def opened(browser: Browser, url: str, **options: Any) -> Page:
+    """The page in a profile of its own."""
+    page = browser.new_context(**options).new_page()
+    page.goto(url)
+    page.wait_for_selector("html[data-ready]")
+    return page
+
+
+def make(page: Page, prompt: str, seed: int, steps: int = 50) -> None:
+    """Make one picture."""
+    page.fill("#prompt", prompt)
+    page.fill("#seed", str(seed))
+    page.fill("#steps", str(steps))
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#cancel")).to_be_visible()
+    expect(page.locator("#cancel")).to_be_hidden()
+
+
+def write(page: Page, name: str) -> None:
+    """Keep what is seen, as a small file."""
+    page.evaluate("document.activeElement.blur()")
+    with Image.open(io.BytesIO(page.screenshot())) as image:
+        small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    path = FOLDER / f"page-{name}.png"
+    small.save(path, optimize=True)
+    if path.stat().st_size > MOST_BYTES:
+        raise SystemExit(f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}")
+    print(path)
+
+
+def draw(browser: Browser, url: str) -> None:
+    """All pictures."""
+    page = opened(browser, url, viewport=DESK, color_scheme="light")
+    for prompt, seed in SHOWN:
+        make(page, prompt, seed)
+    write(page, "light")
+    page.emulate_media(color_scheme="dark")
+    write(page, "dark")
+    page.click("#use-mask")
+    page.keyboard.down("Space")
+    for _ in range(9):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.up("Space")
+    write(page, "mask")
+    page = opened(browser, url, viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
+    page.click("#basics > summary")
+    make(page, *SHOWN[-1])
+    page.click("#basics > summary")
+    page.locator("#stage").scroll_into_view_if_needed()
+    write(page, "phone")
+
+
+def main() -> None:
+    """Start the server and the browser, and draw."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    expect.set_options(timeout=PATIENCE_MS)
+    with serving() as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        draw(browser, url)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+// Jobs: submitted, followed to their end, cancelled; taken up again after a reload. Knows the server and the gallery.
+
+import { $, complain, say } from "./dom.js";
+import * as gallery from "./gallery.js";
+import * as server from "./server.js";
+import * as stage from "./stage.js";
+
+const OPEN = "sdtrt.jobs"; // of this tab, over a reload
+
+const running = new Map(); // id → job
+
+/** Submit a job of a body, with its pictures; follow it. Returns when the server has taken it. */
+export async function submit(body, pictures) {
+  const told = await server.post("/api/v1/jobs", { ...body, ...pictures });
+  const settings = { ...body, count: undefined };
+  const job = { id: told.id, settings, seeds: told.images.map((one) => one.seed), created: Date.now() };
+  follow(job);
+}
+
+/** Follow what was being made when the page was left. */
+export function resume() {
+  for (const job of JSON.parse(sessionStorage.getItem(OPEN) ?? "[]")) follow(job);
+}
+
+export const isBusy = () => running.size > 0;
+
+/** Cancel what is shown if it is being made, else the newest of what is. */
+export async function cancel() {
+  const own = [...running.values()].find((job) => stage.current()?.startsWith(`${job.id} `));
+  const job = own ?? [...running.values()].at(-1);
+  if (!job) return;
+  job.isLeaving = true;
+  $("progress-text").textContent = "Cancelling…";
+  try {
+    await server.remove(`/api/v1/jobs/${job.id}`);
+  } catch (problem) {
+    complain(problem);
+  }
+}
+
+const pendingId = (job, index) => `${job.id} ${index}`;
+
+async function follow(job) {
+  running.set(job.id, job);
+  remember();
+  [...job.seeds.entries()].reverse().forEach(([index, seed]) => {
+    const settings = { ...job.settings, seed };
+    gallery.begin({ id: pendingId(job, index), created: job.created, settings });
+  });
+  stage.show(pendingId(job, 0));
+  tell(job, "Waiting for its turn", null);
+  const keeping = [];
+  try {
+    for await (const { name, data } of server.events(job.id)) {
+      if (name === "image") keeping.push(keep(job, data));
+      else happen(job, name, data);
+    }
+    await Promise.all(keeping);
+  } catch (problem) {
+    complain(problem);
+  }
+  end(job);
+}
+
+/** One event of a job that is no picture. */
+function happen(job, name, data) {
+  const id = pendingId(job, data.index ?? 0);
+  if (name === "queued") tell(job, "Waiting for its turn", null);
+  else if (name === "building") tell(job, "Building an engine: this takes a while, and is done once", null);
+  else if (name === "running") tell(job, "Starting", null);
+  else if (name === "step") step(job, id, data);
+  else if (name === "preview") {
+    gallery.progress(id, null, data.image);
+    stage.preview(id, data.image);
+  } else if (name === "error") complain(data);
+  else if (name === "cancelled") say("Cancelled.");
+}
+
+function step(job, id, { step: at, steps, seconds_left: left, index }) {
+  gallery.progress(id, at / steps, null);
+  if (index !== 0 && stage.current() !== id) return;
+  tell(job, `Step ${at} of ${steps}${left === null ? "" : ` · ${spoken(left)} left`}`, at / steps);
+  const quarter = Math.floor((4 * at) / steps);
+  if (quarter > (job.quarter ?? 0) && quarter < 4) {
+    job.quarter = quarter;
+    say(`${25 * quarter} %${left === null ? "" : `, ${spoken(left)} left`}`); // not each step: it is read aloud
+  }
+}
+
+function spoken(seconds) {
+  if (seconds < 1) return "less than a second";
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  return `${Math.round(seconds / 60)} min`;
+}
+
+function tell(job, text, share) {
+  if (job.isLeaving || job !== [...running.values()].at(-1)) return;
+  $("progress-text").textContent = text;
+  if (share === null) $("progress").removeAttribute("value");
+  else $("progress").value = share;
+  busy(true);
+}
+
+function busy(isBusy) {
+  $("progress").hidden = $("cancel").hidden = !isBusy;
+  $("stage").classList.toggle("busy", isBusy);
+  if (!isBusy) $("progress-text").textContent = "";
+}
+
+async function keep(job, { index, id, seed, url, width, height }) {
+  try {
+    const file = await server.file(url);
+    const settings = { ...job.settings, seed, width, height };
+    // Of one job the first picture is the newest, so that it comes first.
+    const facts = { id, created: job.created - index / 1000, settings };
+    await gallery.keep(pendingId(job, index), facts, file);
+    if (stage.current() === pendingId(job, index)) await stage.show(id);
+    job.made = (job.made ?? 0) + 1;
+  } catch (problem) {
+    complain(problem.hint === undefined ? { message: "the picture can't be kept", hint: `${problem}` } : problem);
+  }
+}
+
+function end(job) {
+  running.delete(job.id);
+  remember();
+  for (const index of job.seeds.keys()) gallery.drop(pendingId(job, index));
+  if (stage.current() && !gallery.facts(stage.current())) stage.show(gallery.ids()[0] ?? null);
+  if (job.made) {
+    const seconds = ((Date.now() - job.created) / 1000).toFixed(1);
+    say(`${job.made === 1 ? "The picture is" : `${job.made} pictures are`} there, after ${seconds} s.`);
+  }
+  if (running.size === 0) busy(false);
+}
+
+function remember() {
+  const open = [...running.values()].map(({ id, settings, seeds, created }) => ({ id, settings, seeds, created }));
+  sessionStorage.setItem(OPEN, JSON.stringify(open));
+}
