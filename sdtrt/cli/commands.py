@@ -45,7 +45,6 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
-    ModelSpec,
 )
 
 if TYPE_CHECKING:
@@ -271,14 +270,6 @@ def build(
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
-def _refuse_pictures(option: str, model: ModelSpec, control: ControlOptions) -> None:
-    """Refuse what goes by pictures beside a comparison of savings, which makes its pictures from text alone."""
-    given = {"--controlnet": control.specs(), "--ip-adapter": model.ip_adapters}
-    for name, found in given.items():
-        if found:
-            raise UsageError(f"{name} has no effect beside {option} yet", hint=f"leave {name} out, or {option}")
-
-
 @app.command()
 @grouped
 def verify(
@@ -304,9 +295,8 @@ def verify(
         {"controls": control.specs(), "ip_images": pictures.specs()},
     )
     if options.against != "fp32":
-        _refuse_pictures("--against exact", named, control)
         judged = metrics.spec(offline=named.offline)
-        savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
+        savings = options.quality_spec(named, backend, noise.spec(), judged, {**pictured, **preset.fields(saving)})
         with quick_imports():
             from sdtrt.reports.quality import verify_quality
 
@@ -331,6 +321,7 @@ def bench(
     options: BenchOptions,
     metrics: MetricsOptions,
     control: ControlOptions,
+    pictures: ImagePromptOptions,
     noise: NoiseOptions,
     saving: SavingOptions,
     model: ModelOptions,
@@ -345,11 +336,11 @@ def bench(
     """
     named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
     if options.quality is not None:
-        _refuse_pictures("--quality", named, control)
         for option in saving.given:
             raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
         judged = metrics.spec(offline=named.offline)
-        choices = options.quality_spec(named, backend, noise.spec(), judged)
+        shown = {"controls": control.specs(), "ip_images": pictures.specs()}
+        choices = options.quality_spec(pictures.into(named), backend, noise.spec(), judged, shown)
         with quick_imports():
             from sdtrt.reports.quality_bench import bench_quality
 
@@ -359,6 +350,8 @@ def bench(
         return
     for option in metrics.given:
         raise UsageError(f"{option} is about savings", hint="add --quality all")
+    if pictures.ip_adapter or pictures.ip_image:
+        raise UsageError("--ip-adapter is of pictures that are judged", hint="add --quality all, or leave it out")
     spec = options.spec(named, backend, noise.spec(), saving.spec(), control.specs())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench

@@ -24,10 +24,8 @@ from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline import saving
 from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.control_images import read_control_images
 from sdtrt.pipeline.engines import build_command
 from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.images import read_init_image
 from sdtrt.pipeline.open import engine_facts
 from sdtrt.pipeline.request import PipelineSpec, check_modes, resolve_request
 from sdtrt.pipeline.settings import caching_facts
@@ -38,10 +36,12 @@ from sdtrt.reports.verify_runs import (
     RecordedCall,
     Shown,
     asked_of,
+    read_shown,
     run_candidate,
     run_noise_floor,
     run_reference,
     seed_of,
+    shown_facts,
     start_of,
     strength_of,
 )
@@ -60,7 +60,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shown = _shown(spec.image, console)
+        shown = read_shown(spec.image, console)
         model = resolve.resolve_model(spec.image.model, console)
         pipeline_spec, found = _subject(spec, model, shown, directory, console)
         entry = found.get("unet")
@@ -91,13 +91,6 @@ def require_extras() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SdtrtError("the plot of verify needs matplotlib", hint="pip install matplotlib") from error
-
-
-def _shown(image: GenerateSpec, console: Console) -> Shown:
-    """The pictures that ControlNets and IP-Adapters go by, read as generations read them."""
-    controls = read_control_images(image, None, console)
-    pictures = tuple(read_init_image(one.image, console, "ip image").pixels for one in image.ip_images)
-    return Shown(controls, pictures, tuple(one.scale for one in image.ip_images))
 
 
 def _subject(
@@ -217,23 +210,8 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         **({"strength": strength_of(image)} if pipeline_spec.img2img else {}),
         **({"vae": image.model.vae} if image.model.vae is not None else {}),
         **({"loras": [str(one) for one in image.model.loras]} if image.model.loras else {}),
-        **({"controlnets": _controls(image)} if image.controls else {}),
-        **({"ip_adapters": _ip_adapters(image)} if image.ip_images else {}),
+        **shown_facts(image),
     }
-
-
-def _controls(image: GenerateSpec) -> list[dict[str, Any]]:
-    """The ControlNets of a run, as plain data."""
-    return [
-        {"name": one.name, "image": str(one.image), "scale": one.scale, "start": one.start, "end": one.end}
-        for one in image.controls
-    ]
-
-
-def _ip_adapters(image: GenerateSpec) -> list[dict[str, Any]]:
-    """The IP-Adapters of a run, as plain data."""
-    pairs = zip(image.model.ip_adapters, image.ip_images, strict=True)
-    return [{"name": name, "image": str(one.image), "scale": one.scale} for name, one in pairs]
 
 
 def _draw(

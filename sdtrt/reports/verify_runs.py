@@ -27,10 +27,10 @@ from sdtrt.models import loading
 from sdtrt.models.image_prompts import attentions_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.call import Control, PipelineCall
-from sdtrt.pipeline.control_images import ControlImage
+from sdtrt.pipeline.control_images import ControlImage, read_control_images
 from sdtrt.pipeline.guided_rows import computed_rows
 from sdtrt.pipeline.hooks import hooked
-from sdtrt.pipeline.images import InitImage
+from sdtrt.pipeline.images import InitImage, read_init_image
 from sdtrt.pipeline.memory import out_of_memory
 from sdtrt.pipeline.open import OpenPipeline, open_pipeline
 from sdtrt.pipeline.request import PipelineSpec
@@ -93,6 +93,24 @@ class Shown:
     controls: tuple[ControlImage, ...] = ()
     pictures: tuple[Image.Image, ...] = ()
     scales: tuple[float, ...] = ()
+
+
+def read_shown(image: GenerateSpec, console: Console) -> Shown:
+    """The pictures that ControlNets and IP-Adapters go by, read as generations read them."""
+    controls = read_control_images(image, None, console)
+    pictures = tuple(read_init_image(one.image, console, "ip image").pixels for one in image.ip_images)
+    return Shown(controls, pictures, tuple(one.scale for one in image.ip_images))
+
+
+def shown_facts(image: GenerateSpec) -> dict[str, Any]:
+    """The ControlNets and IP-Adapters of a run, as plain data; nothing of what it has none of."""
+    controls = [
+        {"name": one.name, "image": str(one.image), "scale": one.scale, "start": one.start, "end": one.end}
+        for one in image.controls
+    ]
+    pairs = zip(image.model.ip_adapters, image.ip_images, strict=True)
+    adapters = [{"name": name, "image": str(one.image), "scale": one.scale} for name, one in pairs]
+    return {name: found for name, found in (("controlnets", controls), ("ip_adapters", adapters)) if found}
 
 
 class _Recorder:
@@ -172,7 +190,7 @@ def run_candidate(
     allow_build = spec.image.allow_build
     with open_pipeline(pipeline_spec, directory, console, allow_build=allow_build, unet_engine=entry) as opened:
         name = "engine" if entry is not None else f"{pipeline_spec.backend} {pipeline_spec.precision}"
-        _scale_adapters(opened, shown)
+        scale_adapters(opened, shown)
         outputs = _replay(opened.pipe.unet, reference, pipeline_spec, name, console)
         return outputs, _image(_call(spec.image, opened.spec, shown), shown, opened, f"image with {name}", console)
 
@@ -187,7 +205,7 @@ def _replay(unet: Any, reference: Reference, spec: PipelineSpec, name: str, cons
     return outputs
 
 
-def _scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
+def scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
     """Have IP-Adapters count as much as is asked for."""
     if shown.scales:
         opened.pipe.set_ip_adapter_scale(list(shown.scales))
@@ -195,7 +213,7 @@ def _scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
 
 def _image(call: PipelineCall, shown: Shown, opened: OpenPipeline, name: str, console: Console) -> Array:
     """One call of a pipeline: pixels `[H,W,3]`, finite or not."""
-    _scale_adapters(opened, shown)
+    scale_adapters(opened, shown)
     with console.bar(name, call.count_unet_calls(opened)) as advance, out_of_memory(opened.spec):
         pixels = call.run(opened, advance=advance)
     array: Array = np.asarray(pixels[0])
