@@ -22,6 +22,7 @@ from sdtrt.models.architecture import Blueprint
 from sdtrt.models.components import precision_of
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import QUANTISED, BuildSpec, Component, ExportSpec, Group, Precision
+from sdtrt.specs.calibration import Calibration
 from sdtrt.specs.choices import MAX_DIGITS
 from sdtrt.specs.contract import Contract
 
@@ -143,6 +144,11 @@ class Backend(ABC):
             raise UsageError(
                 f"{self.name} builds for the GPU it runs on, not for a named compute capability",
                 hint="use --backend tensorrt-rtx, or leave --compute-capability out",
+            )
+        if self.source != "onnx" and spec.export.calibration != Calibration():
+            raise UsageError(
+                f"{self.title} scales its inputs while it runs, and is not calibrated",
+                hint="leave --calibration-prompt out",
             )
         self.check_precision(spec.export.precision)
         self.check_groups(spec.export.groups)

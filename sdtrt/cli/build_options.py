@@ -28,6 +28,7 @@ from sdtrt.specs import (
     Range,
     bytes_of,
 )
+from sdtrt.specs.calibration import Calibration
 
 RANGE = "N or MIN:OPT:MAX"
 OPSETS = " or ".join(str(opset) for opset in DEFAULT_OPSETS.values())
@@ -45,6 +46,14 @@ class ExporterOptions:
         int | None, Option(help=f"ONNX opset; by default {OPSETS}, by exporter; below 17 TensorRT 8.6 is slower")
     ] = None
     force: Annotated[bool, Option("--force", help="make it again even if it is there")] = False
+    calibration_prompt: Annotated[
+        list[str] | None,
+        Option(
+            metavar="TEXT",
+            help="in 8 bits on TensorRT: a picture of this says how large numbers get; give it again for more;"
+            " by default four of sdtrt's own",
+        ),
+    ] = None
 
     def request(
         self, model: ModelSpec, precision: str, *, output: Path | None = None, overwrite: bool = False
@@ -58,6 +67,7 @@ class ExporterOptions:
             output=output,
             overwrite=overwrite,
             force=self.force,
+            calibration=Calibration(tuple(self.calibration_prompt)) if self.calibration_prompt else Calibration(),
         )
         return ExportRequest(common, cast("tuple[Component, ...]", tuple(self.component or ())))
 

@@ -52,7 +52,6 @@ from sdtrt.specs import (
     DEFAULT_STRENGTH,
     PRECISIONS,
     GenerateSpec,
-    ModelSpec,
 )
 
 if TYPE_CHECKING:
@@ -278,18 +277,6 @@ def build(
     render([str(entry.path) for entry in entries], document(entries), output)
 
 
-def _refuse_pictures(option: str, model: ModelSpec, control: ControlOptions, adapters: AdapterOptions) -> None:
-    """Refuse what goes by pictures beside a comparison of savings, which makes its pictures from text alone."""
-    given = {
-        "--controlnet": control.specs(),
-        "--ip-adapter": model.ip_adapters,
-        "--t2i-adapter": adapters.specs(),
-    }
-    for name, found in given.items():
-        if found:
-            raise UsageError(f"{name} has no effect beside {option} yet", hint=f"leave {name} out, or {option}")
-
-
 @app.command()
 @grouped
 def verify(
@@ -314,9 +301,8 @@ def verify(
     named = pictures.into(lora.into(model.spec()))
     pictured = {"controls": control.specs(), "ip_images": pictures.specs(), "adapters": adapters.specs()}
     if options.against != "fp32":
-        _refuse_pictures("--against exact", named, control, adapters)
         judged = metrics.spec(offline=named.offline)
-        savings = options.quality_spec(named, backend, noise.spec(), judged, preset.fields(saving))
+        savings = options.quality_spec(named, backend, noise.spec(), judged, {**pictured, **preset.fields(saving)})
         with quick_imports():
             from sdtrt.reports.quality import verify_quality
 
@@ -342,6 +328,7 @@ def bench(
     metrics: MetricsOptions,
     control: ControlOptions,
     adapters: AdapterOptions,
+    pictures: ImagePromptOptions,
     noise: NoiseOptions,
     saving: SavingOptions,
     model: ModelOptions,
@@ -356,11 +343,11 @@ def bench(
     """
     named, command = lora.into(model.spec()), command_line("sdtrt", *sys.argv[1:])
     if options.quality is not None:
-        _refuse_pictures("--quality", named, control, adapters)
         for option in saving.given:
             raise UsageError(f"{option} has no effect beside --quality", hint=f"say it there: --quality {option[2:]}=…")
         judged = metrics.spec(offline=named.offline)
-        choices = options.quality_spec(named, backend, noise.spec(), judged)
+        shown = {"controls": control.specs(), "ip_images": pictures.specs(), "adapters": adapters.specs()}
+        choices = options.quality_spec(pictures.into(named), backend, noise.spec(), judged, shown)
         with quick_imports():
             from sdtrt.reports.quality_bench import bench_quality
 
@@ -370,6 +357,8 @@ def bench(
         return
     for option in metrics.given:
         raise UsageError(f"{option} is about savings", hint="add --quality all")
+    if pictures.ip_adapter or pictures.specs():
+        raise UsageError("--ip-adapter is of pictures that are judged", hint="add --quality all, or leave it out")
     spec = options.spec(named, backend, noise.spec(), saving.spec(), control.specs(), adapters.specs())
     with quick_imports():
         from sdtrt.reports.bench import baselines_code, run_bench

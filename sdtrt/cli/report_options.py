@@ -225,9 +225,18 @@ class BenchOptions:
     seed: Annotated[int | None, Option(help="with --quality: of the first image; else 0")] = None
 
     def quality_spec(
-        self, model: ModelSpec, backend: BackendOptions, noise: NoiseSpec, metrics: MetricsSpec
+        self,
+        model: ModelSpec,
+        backend: BackendOptions,
+        noise: NoiseSpec,
+        metrics: MetricsSpec,
+        shown: Mapping[str, Any],
     ) -> QualityBenchSpec:
-        """The choices that are asked for. Raises `UsageError` for what is about other measurements."""
+        """The choices that are asked for. Raises `UsageError` for what is about other measurements.
+
+        Args:
+            shown: of `GenerateSpec`: ControlNets, pictures for IP-Adapters.
+        """
         backend.check()
         assert self.quality is not None
         for option, given in (
@@ -246,7 +255,7 @@ class BenchOptions:
             raise UsageError(
                 f"--quality takes one batch size, got {self.batch_size}", hint=f"use --batch-size {batches[0]}"
             )
-        own = {"seed": self.seed or DEFAULT_VERIFY_SEED, "batch_size": batches[0]}
+        own = {"seed": self.seed or DEFAULT_VERIFY_SEED, "batch_size": batches[0], **shown}
         image = _picture(self, model, backend, noise, own)
         choices = parse_choices(self.quality)
         return QualityBenchSpec(image, choices, metrics, self.repeats, self.warmups, self.output, self.overwrite)

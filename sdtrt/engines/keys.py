@@ -22,7 +22,8 @@ from sdtrt.models.components import contract_of, part_of
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import Model
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import COMPONENTS, PRECISIONS, Component, ExportSpec, Group, Precision, Profile
+from sdtrt.specs import COMPONENTS, PRECISIONS, QUANTISED, Component, ExportSpec, Group, Precision, Profile
+from sdtrt.specs.calibration import Calibration
 
 FORMAT = 5  # of exports: raise it when `export` writes something else for the same request
 MOST = 2**62  # of a number in a key: more is nobody's size
@@ -39,6 +40,7 @@ class ExportKey:
         format: of exports; another number is another sdtrt's.
         fingerprint: of the configuration and weights (`Model.fingerprint`).
         groups: optional ones of a UNet's inputs; a key without any does not mention them.
+        calibration: of a graph in 8 bits; None for others, whose keys do not mention it.
     """
 
     component: Component
@@ -48,25 +50,36 @@ class ExportKey:
     format: int
     fingerprint: str
     groups: tuple[Group, ...] = ()
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _check_what(self.component, self.precision)
         _check_types((self.exporter, self.fingerprint, *self.groups), (self.opset, self.format))
+        if self.calibration is not None:
+            _check_types((*self.calibration.prompts, *self.calibration.kept), (self.calibration.steps,))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExportKey:
         """Read a key's plain data. Raises one of `MALFORMED` for what no export of this format has."""
-        return cls(**{**data, "groups": tuple(data.get("groups", ()))})
+        calibration = Calibration.from_json(data["calibration"]) if "calibration" in data else None
+        return cls(**{**data, "groups": tuple(data.get("groups", ())), "calibration": calibration})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as they are written on the disk."""
         data = asdict(self)
-        groups = data.pop("groups")
-        return data | ({"groups": list(groups)} if groups else {})
+        groups, calibration = data.pop("groups"), data.pop("calibration")
+        data |= {"groups": list(groups)} if groups else {}
+        return data | ({"calibration": self.calibration.to_json()} if calibration and self.calibration else {})
 
     def has_weights_of(self, other: ExportKey) -> bool:
-        """Whether both are of the same weights: exporter and opset may differ, a user's choice at build time."""
-        return replace(self, exporter=other.exporter, opset=other.opset) == other
+        """Whether both are of the same weights, in 16 bits and in 8.
+
+        Exporter and opset may differ, and the pictures that 8 bits are scaled by: a user's choices at build time.
+        """
+        calibration = self.calibration
+        if calibration is not None and other.calibration is not None:
+            calibration = replace(other.calibration, kept=calibration.kept)
+        return replace(self, exporter=other.exporter, opset=other.opset, calibration=calibration) == other
 
 
 @dataclass(frozen=True)
@@ -178,6 +191,7 @@ def export_key(model: ModelSource, spec: ExportSpec, digest: Callable[[Path], st
         format=FORMAT,
         fingerprint=_fingerprint(model, spec, digest),
         groups=spec.groups,
+        calibration=spec.calibration if spec.precision in QUANTISED else None,
     )
 
 

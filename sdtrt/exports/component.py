@@ -26,14 +26,17 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import Sight, export_key, steadily
 from sdtrt.exports import onnx_file, onnx_simplify
+from sdtrt.exports.calibration import check_calibration, largest_inputs
 from sdtrt.exports.fp16_recipe import WIDE_LAYERS
 from sdtrt.exports.onnx_file import Weights
 from sdtrt.exports.parity import ParityReport, check_onnx
+from sdtrt.exports.quantised import layers_to_quantise
+from sdtrt.exports.quantised_graph import add_pairs
 from sdtrt.exports.tracing import component_call, example_inputs, traceable
 from sdtrt.models.components import contract_of, load_component, part_of
 from sdtrt.models.live import weights_digest
 from sdtrt.models.source import ModelSource
-from sdtrt.specs import SIZE_MULTIPLE, Exporter, ExportSpec
+from sdtrt.specs import QUANTISED, SIZE_MULTIPLE, Exporter, ExportSpec
 from sdtrt.specs.contract import IMAGE_HEIGHT, IMAGE_WIDTH, LATENT_HEIGHT, LATENT_WIDTH, Contract
 
 FILE_NAME = "model.onnx"
@@ -74,12 +77,24 @@ def _make(
     start = time.perf_counter()
     contract = contract_of(model, spec.component, spec.precision, spec.groups)
     path = folder / name
+    if spec.precision in QUANTISED:
+        check_calibration(model, spec.groups, spec.precision)
     with console.stage(f"loading {spec.component}"):
         module = load_component(model, spec.component, getattr(torch, contract.outputs[0].dtype))
-    write_onnx(module, contract, path, exporter=spec.exporter, opset=spec.resolved_opset, console=console)
+    largest = _calibrate(model, spec, module, console)
+    how: dict[str, Any] = {"exporter": spec.exporter, "opset": spec.resolved_opset, "largest": largest}
+    write_onnx(module, contract, path, **how, console=console)
     parity = check_onnx(path, module, contract, console=console)
     digest = {"weights_digest": weights_digest(module, spec.component, spec.precision)}
     return _info(model, contract, path, parity) | digest | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _calibrate(model: ModelSource, spec: ExportSpec, module: torch.nn.Module, console: Console) -> dict[str, float]:
+    """How large the inputs get of those layers that are to compute in 8 bits; of no layer in other precisions."""
+    if spec.precision not in QUANTISED:
+        return {}
+    layers = layers_to_quantise(module, spec.calibration.kept)
+    return largest_inputs(model, module, layers, spec.calibration, console)
 
 
 def _info(model: ModelSource, contract: Contract, path: Path, parity: ParityReport) -> dict[str, Any]:
@@ -100,6 +115,7 @@ def write_onnx(
     exporter: Exporter = "torchscript",
     opset: int = 17,
     wide_layers: int = WIDE_LAYERS,
+    largest: Mapping[str, float] | None = None,
     console: Console = QUIET,
 ) -> None:
     """Write a component as ONNX. The same module gives the same bytes each time.
@@ -109,6 +125,7 @@ def write_onnx(
         contract: names, dtypes and axes of the graph.
         path: the file to write; where protobuf's 2 GiB limit asks for it, also that name + `.data`.
         wide_layers: of how many layers an fp16 UNet's convolutions compute in fp32 (see `fp16_recipe`).
+        largest: by the names of those layers that are to compute in 8 bits: how large their inputs get.
 
     Raises:
         ExportError: the module's weights are not finite, or the exporter fails.
@@ -121,6 +138,8 @@ def write_onnx(
         raw = Path(folder) / FILE_NAME
         model, weights = _trace(module, contract, raw, exporter, opset, wide_layers)
         onnx_simplify.simplify(model, weights)
+        if largest:
+            add_pairs(model, weights, largest, contract.precision)
         onnx_file.apply_contract(model, contract, metadata(contract))
         onnx_file.save(model, weights, path)
 

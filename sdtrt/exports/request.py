@@ -10,11 +10,12 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.models.components import choose_components, groups_of, precision_of
+from sdtrt.models.components import choose_components, graph_precision, groups_of, precision_of
 from sdtrt.models.loading import check_ip_adapters, check_loras
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.source import ModelSource
 from sdtrt.specs import QUANTISED, Component, ExportRequest, ExportSpec, Group, Precision
+from sdtrt.specs.calibration import Calibration
 from sdtrt.specs.deep_features import default_depth, shallow_groups, whole_group
 
 Fitting = Callable[[ModelSource, Component, Precision], Precision]
@@ -60,12 +61,18 @@ def _why_not(asked: Precision) -> str:
     return f"this model's VAE overflows in {asked} (force_upcast)"
 
 
-def _check_onnx(precision: Precision) -> None:
-    """Raise `UsageError` for a precision that no ONNX graph is written in."""
-    if precision in QUANTISED:
+def _check_onnx(request: ExportRequest) -> None:
+    """Raise `UsageError` where no component that is asked for is written in that precision, or by a calibration."""
+    precision, components = request.common.precision, request.components
+    if precision not in QUANTISED and request.common.calibration != Calibration():
         raise UsageError(
-            f"no ONNX graph is written in {precision}",
-            hint=f"export in fp16; sdtrt build --backend inductor --precision {precision} needs no ONNX",
+            f"a graph in {precision} is not calibrated",
+            hint="use --precision int8 or fp8, or leave --calibration-prompt out",
+        )
+    if precision in QUANTISED and components and "unet" not in components:
+        raise UsageError(
+            f"no ONNX graph of the {components[0]} is written in {precision}",
+            hint=f"export it in fp16, which runs beside a UNet in {precision}",
         )
 
 
@@ -73,9 +80,9 @@ def export_all(request: ExportRequest, directory: EngineDirectory, console: Cons
     """Find or make the exports of a request in the engine directory. Raises as `export_component`."""
     from sdtrt.exports.component import export_component
 
-    _check_onnx(request.common.precision)
+    _check_onnx(request)
     model = resolve_model(request.common.model, console)
-    specs = list(export_specs(model, request, console))
+    specs = list(export_specs(model, request, console, graph_precision))
     return [export_component(model, spec, directory, console) for spec in specs]
 
 
@@ -87,7 +94,7 @@ def export_to_file(request: ExportRequest, console: Console = QUIET) -> tuple[Pa
     """
     from sdtrt.exports.to_file import export_file
 
-    _check_onnx(request.common.precision)
+    _check_onnx(request)
     model = resolve_model(request.common.model, console)
-    (spec,) = export_specs(model, request, console)
+    (spec,) = export_specs(model, request, console, graph_precision)
     return export_file(model, spec, console), spec

@@ -16,6 +16,7 @@ from sdtrt.models.source import ModelSource
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_TOKENS,
+    QUANTISED,
     SIZE_MULTIPLE,
     Component,
     Group,
@@ -108,6 +109,11 @@ def precision_of(model: ModelSource, component: Component, precision: Precision)
     """
     upcast = model.is_sdxl and part_of(component) == "vae" and overflows_in_fp16(model.config("vae"))
     return "fp32" if precision == "fp16" and upcast else precision
+
+
+def graph_precision(model: ModelSource, component: Component, precision: Precision) -> Precision:
+    """As `precision_of`, of ONNX graphs: the UNet's alone is written in 8 bits, and what runs beside it in fp16."""
+    return precision_of(model, component, "fp16" if precision in QUANTISED and component != "unet" else precision)
 
 
 def unet_batch(images: int, *, guidance: bool, editing: bool = False) -> int:

@@ -299,9 +299,10 @@ def inspect_engine(entry: Entry) -> EngineReport:
 
 def _kept(entry: Entry) -> tuple[str, ...]:
     """The layers that an engine in 8 bits has in 16; none for others, and where the key is not as it should be."""
-    options: Any = entry.key.get("options")
-    recipe: Any = options.get("recipe") if isinstance(options, dict) else None
-    kept = recipe.get("kept") if isinstance(recipe, dict) else None
+    options, export = entry.key.get("options"), entry.key.get("export", entry.key)
+    places: tuple[Any, Any] = (options, "recipe"), (export, "calibration")
+    found = (place.get(name) for place, name in places if isinstance(place, dict))
+    kept = next((one.get("kept") for one in found if isinstance(one, dict)), None)
     return tuple(map(str, kept)) if isinstance(kept, list) else ()
 
 

@@ -23,7 +23,7 @@ from sdtrt.reports.losses import Judges, Picture, find_judges
 from sdtrt.reports.quality_report import Compared, QualityReport, judge_loss
 from sdtrt.reports.quality_runs import Way, make_pictures, opened_way, settle_way
 from sdtrt.reports.verify_pictures import differences
-from sdtrt.reports.verify_runs import seed_of
+from sdtrt.reports.verify_runs import read_shown, seed_of, shown_facts
 from sdtrt.specs import GenerateSpec, QualitySpec
 from sdtrt.specs.presets import describe
 from sdtrt.specs.quality import exact_of
@@ -42,7 +42,7 @@ def verify_quality(spec: QualitySpec, directory: EngineDirectory, console: Conso
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = resolve.resolve_model(spec.image.model, console)
-        way = settle_way(spec.image, model, directory, console)
+        way = settle_way(spec.image, model, directory, console, read_shown(spec.image, console))
         exact = exact_way(way, model, directory, console)
         exact = exact.in_fp32() if spec.in_fp32 else exact
         judges = find_judges(spec.metrics, (way.spec.sizes.height, way.spec.sizes.width), console)
@@ -65,7 +65,7 @@ def verify_quality(spec: QualitySpec, directory: EngineDirectory, console: Conso
 def exact_way(way: Way, model: Model, directory: EngineDirectory, console: Console) -> Way:
     """The same request without any saving, in the same backend, and in the same precision where that saves nothing."""
     image = exact_of(replace(way.image, backend=way.spec.backend, precision=way.spec.precision))
-    return settle_way(replace(image, init_image=None, mask=None, edit=False), model, directory, console)
+    return settle_way(replace(image, init_image=None, mask=None, edit=False), model, directory, console, way.shown)
 
 
 def exact_pictures(exact: Way, directory: EngineDirectory, console: Console) -> list[Picture]:
@@ -111,6 +111,7 @@ def settings_of(way: Way) -> dict[str, Any]:
         "width": spec.sizes.width,
         "batch_size": spec.images,
         "quality": image.quality,
+        **shown_facts(image),
         "savings": {**asdict(spec.savings), "described": described(way)},
     }
 

@@ -26,6 +26,7 @@ from sdtrt.reports.quality import MOST_ROWS, check_exact, compare, settings_of
 from sdtrt.reports.quality_report import Compared, cells_of, figures_of
 from sdtrt.reports.quality_runs import Way, make_pictures, opened_way, settle_way, time_way
 from sdtrt.reports.verify_pictures import sheet
+from sdtrt.reports.verify_runs import read_shown
 from sdtrt.specs import GenerateSpec, QualityBenchSpec
 from sdtrt.specs.presets import describe
 from sdtrt.specs.savings import Savings
@@ -199,7 +200,7 @@ def bench_quality(
         warnings.simplefilter("ignore")  # diffusers' advice on a model's configuration files
         model = resolve.resolve_model(spec.image.model, console)
         check_loras(model)
-        exact = settle_way(spec.image, model, directory, console)
+        exact = settle_way(spec.image, model, directory, console, read_shown(spec.image, console))
         judges = find_judges(spec.metrics, (exact.spec.sizes.height, exact.spec.sizes.width), console)
         rows, pictures = _Bench(spec, model, directory, console, judges, exact).all()
     versions = {"sdtrt": __version__, **host.library_versions(), **_versions(exact)}
@@ -256,7 +257,8 @@ class _Bench:
     def _tried(self, name: str, image: GenerateSpec, expected: list[Picture]) -> tuple[ChoiceRow, list[Picture]]:
         """Measure one choice, or say why it can't be."""
         try:
-            return self._measured(name, settle_way(image, self.model, self.directory, self.console), expected)
+            way = settle_way(image, self.model, self.directory, self.console, self.exact.shown)
+            return self._measured(name, way, expected)
         except UsageError:
             raise
         except (SdtrtError, MemoryError) as error:

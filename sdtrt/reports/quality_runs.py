@@ -18,13 +18,14 @@ from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline.inputs.ip_images import check_ip_images
 from sdtrt.pipeline.opening.fastest import resolve_fastest
 from sdtrt.pipeline.opening.memory import out_of_memory
 from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
-from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.opening.request import PipelineSpec, check_modes
 from sdtrt.reports.losses import Array, Picture
 from sdtrt.reports.meters import Timing, release_memory, tf32, time_calls
-from sdtrt.reports.verify_runs import asked_of, call_of, seed_of, start_of
+from sdtrt.reports.verify_runs import Shown, asked_of, call_of, scale_adapters, seed_of, start_of
 from sdtrt.specs import GenerateSpec
 
 
@@ -35,20 +36,31 @@ class Way:
     Args:
         image: the request, of which the pictures are made.
         spec: how it runs.
+        shown: the pictures that it goes by.
     """
 
     image: GenerateSpec
     spec: PipelineSpec
+    shown: Shown = Shown()
 
     def in_fp32(self) -> Way:
         """The same in plain PyTorch, without any engine."""
         return replace(self, spec=replace(self.spec, backend=NATIVE, precision="fp32", components=None))
 
 
-def settle_way(image: GenerateSpec, model: Model, directory: EngineDirectory, console: Console) -> Way:
-    """How a request runs. Raises what `resolve_fastest` raises."""
+def settle_way(
+    image: GenerateSpec, model: Model, directory: EngineDirectory, console: Console, shown: Shown = Shown()
+) -> Way:
+    """How a request runs. Raises what `resolve_fastest` raises.
+
+    Args:
+        shown: the pictures that it goes by, as they were read.
+    """
+    check_ip_images(model, shown.pictures)
     asked = asked_of(image, model)
-    return Way(asked, resolve_fastest(asked, model, directory, console, start_of(asked, model)))
+    spec = resolve_fastest(asked, model, directory, console, start_of(asked, model), shown.maps)
+    check_modes(asked.controls, (spec.model, *spec.others.values()))
+    return Way(asked, spec, shown)
 
 
 @contextmanager
@@ -56,6 +68,7 @@ def opened_way(way: Way, directory: EngineDirectory, console: Console) -> Iterat
     """Its pipeline, with TF32 off; nothing of it is left in memory behind the `with`."""
     with tf32(False):
         with open_pipeline(way.spec, directory, console, allow_build=way.image.allow_build) as opened:
+            scale_adapters(opened, way.shown)
             yield opened
         del opened  # or its UNet would stay where it is
         release_memory(way.spec.device)
@@ -68,7 +81,8 @@ def make_pictures(way: Way, opened: OpenPipeline, name: str, console: Console) -
     for first in range(0, len(numbered), way.spec.images):
         batch = numbered[first : first + way.spec.images]
         full = [*batch, *[batch[-1]] * (way.spec.images - len(batch))]  # engines may take full batches alone
-        call = call_of(way.image, way.spec, tuple(text for _, text in full), tuple(seed for seed, _ in full))
+        seeds, texts = (tuple(column) for column in zip(*full, strict=True))
+        call = call_of(way.image, way.spec, texts, seeds, way.shown)
         latents = _Latents()
         bar = f"{name}, {len(made) + 1} to {len(made) + len(batch)} of {len(numbered)}"
         with console.bar(bar, call.count_unet_calls(opened)) as advance, out_of_memory(opened.spec):
@@ -81,7 +95,7 @@ def time_way(way: Way, opened: OpenPipeline, repeats: int, warmups: int) -> Timi
     """Seconds of whole pipeline calls, of a batch of the first prompts, from the texts to PIL's pictures."""
     prompts = (way.image.prompts * way.spec.images)[: way.spec.images]
     seeds = tuple(range(seed_of(way.image), seed_of(way.image) + way.spec.images))
-    call = partial(call_of(way.image, way.spec, prompts, seeds).run, opened, output_type="pil")
+    call = partial(call_of(way.image, way.spec, prompts, seeds, way.shown).run, opened, output_type="pil")
     with out_of_memory(opened.spec):
         for _ in range(warmups):
             call()

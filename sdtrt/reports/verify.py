@@ -22,9 +22,7 @@ from sdtrt.engines.keys import Sight, source_key
 from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline.inputs.adapter_images import read_adapter_images
-from sdtrt.pipeline.inputs.control_images import read_control_images
-from sdtrt.pipeline.inputs.ip_images import check_ip_images, read_ip_images
+from sdtrt.pipeline.inputs.ip_images import check_ip_images
 from sdtrt.pipeline.opening.all_engines import ensure_all
 from sdtrt.pipeline.opening.engines import build_command
 from sdtrt.pipeline.opening.fastest import resolve_fastest
@@ -39,10 +37,12 @@ from sdtrt.reports.verify_runs import (
     RecordedCall,
     Shown,
     asked_of,
+    read_shown,
     run_candidate,
     run_noise_floor,
     run_reference,
     seed_of,
+    shown_facts,
     start_of,
     strength_of,
 )
@@ -61,7 +61,7 @@ def verify(spec: VerifySpec, directory: EngineDirectory, console: Console) -> Ve
     output = saving.plan_output(spec.output, count=2, overwrite=False)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shown = _shown(spec.image, console)
+        shown = read_shown(spec.image, console)
         model = resolve.resolve_model(spec.image.model, console)
         pipeline_spec, found = _subject(spec, model, shown, directory, console)
         entry = found.get("unet")
@@ -92,13 +92,6 @@ def require_extras() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SdtrtError("the plot of verify needs matplotlib", hint="pip install matplotlib") from error
-
-
-def _shown(image: GenerateSpec, console: Console) -> Shown:
-    """The pictures that ControlNets, IP-Adapters and T2I-Adapters go by, read as generations read them."""
-    controls = read_control_images(image, None, console)
-    scales = tuple(one.scale for one in image.ip_images)
-    return Shown(controls, read_ip_images(image, console), scales, read_adapter_images(image, console))
 
 
 def _subject(
@@ -218,29 +211,8 @@ def _settings(spec: VerifySpec, pipeline_spec: PipelineSpec) -> dict[str, Any]:
         **({"strength": strength_of(image)} if pipeline_spec.img2img else {}),
         **({"vae": image.model.vae} if image.model.vae is not None else {}),
         **({"loras": [str(one) for one in image.model.loras]} if image.model.loras else {}),
-        **({"controlnets": _controls(image)} if image.controls else {}),
-        **({"t2i_adapters": _t2i_adapters(image)} if image.adapters else {}),
-        **({"ip_adapters": _ip_adapters(image)} if image.ip_images else {}),
+        **shown_facts(image),
     }
-
-
-def _controls(image: GenerateSpec) -> list[dict[str, Any]]:
-    """The ControlNets of a run, as plain data."""
-    return [
-        {"name": one.name, "image": str(one.image), "scale": one.scale, "start": one.start, "end": one.end}
-        for one in image.controls
-    ]
-
-
-def _t2i_adapters(image: GenerateSpec) -> list[dict[str, Any]]:
-    """The T2I-Adapters of a run, as plain data."""
-    return [{"name": one.name, "image": str(one.image), "scale": one.scale} for one in image.adapters]
-
-
-def _ip_adapters(image: GenerateSpec) -> list[dict[str, Any]]:
-    """The IP-Adapters of a run, as plain data."""
-    pairs = zip(image.model.ip_adapters, image.ip_images, strict=True)
-    return [{"name": name, "image": str(one.image), "scale": one.scale} for name, one in pairs]
 
 
 def _draw(

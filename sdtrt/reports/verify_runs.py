@@ -26,8 +26,8 @@ from sdtrt.models import loading
 from sdtrt.models.image_prompts import attentions_of
 from sdtrt.models.resolve import Model
 from sdtrt.pipeline.inputs import adapter_images, ip_images
-from sdtrt.pipeline.inputs.adapter_images import AdapterImage
-from sdtrt.pipeline.inputs.control_images import ControlImage
+from sdtrt.pipeline.inputs.adapter_images import AdapterImage, read_adapter_images
+from sdtrt.pipeline.inputs.control_images import ControlImage, read_control_images
 from sdtrt.pipeline.inputs.images import InitImage
 from sdtrt.pipeline.opening.memory import out_of_memory
 from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
@@ -101,6 +101,26 @@ class Shown:
     def maps(self) -> list[InitImage]:
         """The pictures that the images' size may follow."""
         return [*(one.picture for one in self.controls), *(one.picture for one in self.adapters)]
+
+
+def read_shown(image: GenerateSpec, console: Console) -> Shown:
+    """The pictures that ControlNets, IP-Adapters and T2I-Adapters go by, read as generations read them."""
+    controls = read_control_images(image, None, console)
+    scales = tuple(one.scale for one in image.ip_images)
+    return Shown(controls, ip_images.read_ip_images(image, console), scales, read_adapter_images(image, console))
+
+
+def shown_facts(image: GenerateSpec) -> dict[str, Any]:
+    """The ControlNets, T2I-Adapters and IP-Adapters of a run, as plain data; nothing of what it has none of."""
+    controls = [
+        {"name": one.name, "image": str(one.image), "scale": one.scale, "start": one.start, "end": one.end}
+        for one in image.controls
+    ]
+    adapters = [{"name": one.name, "image": str(one.image), "scale": one.scale} for one in image.adapters]
+    pairs = zip(image.model.ip_adapters, image.ip_images, strict=True)
+    pictures = [{"name": name, "image": str(one.image), "scale": one.scale} for name, one in pairs]
+    found = {"controlnets": controls, "t2i_adapters": adapters, "ip_adapters": pictures}
+    return {name: facts for name, facts in found.items() if facts}
 
 
 class _Recorder:
@@ -185,7 +205,7 @@ def run_candidate(
     allow_build = spec.image.allow_build
     with open_pipeline(pipeline_spec, directory, console, allow_build=allow_build, unet_engine=entry) as opened:
         name = "engine" if entry is not None else f"{pipeline_spec.backend} {pipeline_spec.precision}"
-        _scale_adapters(opened, shown)
+        scale_adapters(opened, shown)
         outputs = _replay(opened.pipe.unet, reference, pipeline_spec, name, console)
         return outputs, _image(_call(spec.image, opened.spec, shown), shown, opened, f"image with {name}", console)
 
@@ -200,7 +220,7 @@ def _replay(unet: Any, reference: Reference, spec: PipelineSpec, name: str, cons
     return outputs
 
 
-def _scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
+def scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
     """Have IP-Adapters count as much as is asked for."""
     if shown.scales:
         opened.pipe.set_ip_adapter_scale(list(shown.scales))
@@ -208,7 +228,7 @@ def _scale_adapters(opened: OpenPipeline, shown: Shown) -> None:
 
 def _image(call: PipelineCall, shown: Shown, opened: OpenPipeline, name: str, console: Console) -> Array:
     """One call of a pipeline: pixels `[H,W,3]`, finite or not."""
-    _scale_adapters(opened, shown)
+    scale_adapters(opened, shown)
     with console.bar(name, call.count_unet_calls(opened)) as advance, out_of_memory(opened.spec):
         pixels = call.run(opened, advance=advance)
     array: Array = np.asarray(pixels[0])

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdtrt.common.errors import UsageError
+from sdtrt.specs.calibration import Calibration
 from sdtrt.specs.choices import (
     COMPONENTS,
     DEFAULT_MODEL,
     EXPORTERS,
     PRECISIONS,
+    QUANTISED,
     BackendName,
     Component,
     Exporter,
@@ -30,6 +32,7 @@ from sdtrt.specs.sizes import Profile, ProfileRequest
 # normalisation as one operator: spelled out, it costs 8.6 a quarter of a step (benchmarks/tuning.md). The dynamo
 # exporter starts at 18.
 DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
+QUANTISED_OPSET = 19  # the first whose QuantizeLinear has bf16 and fp8
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class ExportSpec:
     Args:
         opset: None for the exporter's default (`DEFAULT_OPSETS`).
         groups: optional groups of inputs that a UNet is to have (`controlnet`, `t2i_adapter`, `ip_adapter:4`).
+        calibration: what a graph in 8 bits is scaled by; means nothing to others.
         output: a `.onnx` file to write instead of an entry in the engine directory.
         force: export again even if the engine directory has it.
     """
@@ -135,6 +139,7 @@ class ExportSpec:
     overwrite: bool = False
     force: bool = False
     groups: tuple[Group, ...] = ()
+    calibration: Calibration = Calibration()
 
     def __post_init__(self) -> None:
         check_choice("component", self.component, COMPONENTS)
@@ -143,6 +148,10 @@ class ExportSpec:
         check_choice("exporter", self.exporter, EXPORTERS)
         check_output(self.output)
         lowest, highest = {"torchscript": (14, 20), "dynamo": (18, 23)}[self.exporter]
+        if self.precision in QUANTISED and self.resolved_opset < QUANTISED_OPSET:
+            raise UsageError(
+                f"opset {self.opset} has no {self.precision} beside bf16", hint=f"use --opset {QUANTISED_OPSET}"
+            )
         if not lowest <= self.resolved_opset <= highest:
             raise UsageError(
                 f"the {self.exporter} exporter writes opsets {lowest} to {highest}, got {self.opset}",
@@ -165,12 +174,14 @@ class ExportSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`, of a spec without output."""
-        return cls(**{**data, "model": ModelSpec.from_json(data["model"]), "groups": tuple(data["groups"])})
+        model, calibration = ModelSpec.from_json(data["model"]), Calibration.from_json(data["calibration"])
+        return cls(**{**data, "model": model, "groups": tuple(data["groups"]), "calibration": calibration})
 
     @property
     def resolved_opset(self) -> int:
         """The opset that is written."""
-        return self.opset if self.opset is not None else DEFAULT_OPSETS[self.exporter]
+        default = QUANTISED_OPSET if self.precision in QUANTISED else DEFAULT_OPSETS[self.exporter]
+        return self.opset if self.opset is not None else default
 
 
 @dataclass(frozen=True)
@@ -234,6 +245,8 @@ class ExportRequest:
     def __post_init__(self) -> None:
         for name in self.components:
             check_choice("component", name, COMPONENTS)
+        if self.components and "unet" not in self.components and self.common.calibration != Calibration():
+            raise UsageError("only the UNet is calibrated", hint="leave --calibration-prompt out")
         if self.common.output is not None and len(self.components) != 1:
             raise UsageError(
                 f"--output takes one component, got {len(self.components) or 'all'}",
@@ -259,3 +272,10 @@ class BuildRequest:
     precision: Precision | None = None
     sizes: ProfileRequest = field(default_factory=ProfileRequest)
     caching: DeepCaching = DeepCaching()
+
+    def __post_init__(self) -> None:
+        if self.precision not in QUANTISED and self.common.export.calibration != Calibration():
+            raise UsageError(
+                f"an engine in {self.precision or 'the default precision'} is not calibrated",
+                hint="use --precision int8 or fp8, or leave --calibration-prompt out",
+            )

@@ -252,7 +252,7 @@ MAKERS = {
     "backend": (*PAINT, "--backend", "tensort"),
     "precision of a backend": (*PAINT, "--precision", "bf16"),
     "precision of one backend": (*PAINT, "--precision", "fp8"),
-    "precision of no graph": ("export", *MODEL, "--precision", "int8"),
+    "precision of no graph": ("export", *MODEL, "--precision", "int8", "--component", "vae_decoder"),
     "backend without a GPU": (*PAINT, "--backend", "tensorrt"),
     "prompt that is no text": ("txt2img", "-p", "\udcff"),
     "strength": ("img2img", *PAINT[1:], "-i", "init.png", "--strength", "0"),

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdtrt.backends.backend import Backend, BuildJob, Device, Loader, Source, refuse_quantised
+from sdtrt.backends.backend import Backend, BuildJob, Device, Loader, Source
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError, SdtrtError, UsageError
 from sdtrt.engines.entry import Entry, stored_contract
 from sdtrt.engines.keys import EngineKey
-from sdtrt.specs import BuildSpec, ExportSpec, Precision
+from sdtrt.models.components import graph_precision
+from sdtrt.models.source import ModelSource
+from sdtrt.specs import QUANTISED, BuildSpec, Component, ExportSpec, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from sdtrt.backends.scratch import Scratch
     from sdtrt.backends.session import Session
 
+FP8_SINCE = (8, 9)  # the compute capability that has products of fp8
 AHEAD_OF_TIME = "tensorrt-rtx"  # finishes its kernels at run time: an engine serves all of one compute capability
 
 
@@ -51,13 +54,31 @@ class TensorRT(Backend):
     def default_precision(self) -> Precision:
         return "fp16"
 
-    def check_precision(self, precision: str) -> None:
-        refuse_quantised(self.title, precision)
+    def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
+        """As of ONNX graphs: the UNet's alone is in 8 bits, and what runs beside it in fp16."""
+        return graph_precision(model, component, precision)
 
     def check(self, spec: BuildSpec) -> None:
         super().check(spec)
+        self._check_quantised(spec)
         if not spec.profiles:
             raise UsageError(f"{self.name} engines need a profile", hint="use --height 512 --width 512")
+
+    def _check_quantised(self, spec: BuildSpec) -> None:
+        """Raise `UsageError` for 8 bits that a component's graph, or the GPU that is built for, does not have."""
+        precision, component = spec.export.precision, spec.export.component
+        if precision in QUANTISED and component != "unet":
+            raise UsageError(
+                f"the {component} has no {self.name} engine in {precision}",
+                hint=f"build it with --precision {self.default_precision()}, which runs beside a UNet in {precision}",
+            )
+        built_for = spec.compute_capability or next((gpu.compute_capability for gpu in host.gpus()), None)
+        if precision == "fp8" and built_for is not None and built_for < FP8_SINCE:
+            raise UsageError(
+                f"fp8 needs a GPU of compute capability {_dotted(FP8_SINCE)} or later, and {_dotted(built_for)} is"
+                " built for",
+                hint="use --precision int8 or fp16",
+            )
 
     def serves(self, option: str, export: ExportSpec) -> bool:
         return option == "compute-capability" and self.name == AHEAD_OF_TIME
@@ -115,3 +136,8 @@ class TensorRT(Backend):
         plan = entry.verified(TENSORRT_FILE, ahead=ahead)
         key = entry.parsed_key
         return plan, isinstance(key, EngineKey) and key.is_version_compatible
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    """(8, 9) → `8.9`."""
+    return ".".join(map(str, capability))

@@ -20,7 +20,7 @@ from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.backends.tensorrt.versions.messages import OUT_OF_MEMORY
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError, SdtrtError
-from sdtrt.specs import BuildSpec, ExportSpec, Profile
+from sdtrt.specs import QUANTISED, BuildSpec, ExportSpec, Profile
 from sdtrt.specs.contract import Contract
 
 LOG_FILE = "build.log"
@@ -118,7 +118,7 @@ def check_request(request: Request) -> None:
     spec = request.spec
     library = libraries.open_library(spec.backend)
     libraries.require_builder(library)
-    if spec.export.precision == "bf16" and not library.has("bfloat16"):
+    if spec.export.precision in ("bf16", *QUANTISED) and not library.has("bfloat16"):
         raise BuildError(f"{library.name} has no bf16", hint="use --precision fp16")
     if not library.has("named compute capability"):
         libraries.require_gpu(library)

@@ -15,6 +15,7 @@ from sdtrt.backends.tensorrt.versions import libraries, running
 from sdtrt.backends.tensorrt.versions.libraries import Library
 from sdtrt.common import host
 from sdtrt.common.errors import BuildError
+from sdtrt.exports.parity import IN_BF16
 from sdtrt.specs import BuildSpec
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def check(
         step = checking.measure_step(request.contract, session, spec.profiles[0].optimum)
         layers = read(library, request, session.information())
         scratch = session.scratch_bytes
-    if spec.export.precision == "bf16":
+    if reference is None:
         report({"warn": "the engine runs, but ONNX Runtime's CPU kernels have no bf16 to compare it with"})
     found = {"layers": layers, "read_from": "inspector"}
     return {"unchecked": None, "parity": parity, "precision": found, "scratch_bytes": scratch, **step}
@@ -124,8 +125,11 @@ def check_precision(library: Library, spec: BuildSpec, layers: Layers) -> None:
 
 
 def reference_of(request: Request) -> Reference | None:
-    """ONNX Runtime on the CPU, with what a request was built from; None for bf16, which its CPU kernels lack."""
-    if request.spec.export.precision == "bf16":
+    """ONNX Runtime on the CPU, with what a request was built from; None for bf16, which its CPU kernels lack.
+
+    An engine in 8 bits has bf16 beside them.
+    """
+    if request.spec.export.precision in IN_BF16:
         return None
     return Reference(
         name="its ONNX",

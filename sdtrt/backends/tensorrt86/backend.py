@@ -30,6 +30,9 @@ class TensorRT86(TensorRT):
         super().check(spec)
         policy.check_pieces(spec)
 
+    def check_precision(self, precision: str) -> None:
+        policy.check_precision(self.name, precision)
+
     def check_groups(self, groups: Sequence[Group]) -> None:
         policy.check_groups(self.name, groups)
 

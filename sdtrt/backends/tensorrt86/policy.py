@@ -8,7 +8,7 @@ from typing import Any
 
 from sdtrt.backends.tensorrt.versions import libraries
 from sdtrt.common.errors import BuildError, UsageError
-from sdtrt.specs import SIZE_MULTIPLE, BackendName, BuildSpec, Component, ExportSpec, Group, Profile, Sizes
+from sdtrt.specs import QUANTISED, SIZE_MULTIPLE, BackendName, BuildSpec, Component, ExportSpec, Group, Profile, Sizes
 
 IN_PIECES: tuple[Component, ...] = ("unet", "vae_decoder", "vae_encoder")  # what 8.6 leaves some of to PyTorch
 
@@ -67,6 +67,18 @@ def check_groups(backend: BackendName, groups: Sequence[Group]) -> None:
         raise UsageError(
             f"{library.name} builds no engine whose unet has inputs for {' and '.join(groups)}",
             hint="use the backend inductor, TensorRT 10 or later, or components= without the unet",
+        )
+
+
+def check_precision(name: BackendName, precision: str) -> None:
+    """Raise `UsageError` for 8 bits where the library is 8.6, `EngineError` where there is none.
+
+    It would take scales of a calibrator of its own, and has no fp8.
+    """
+    if precision in QUANTISED and libraries.open_library(name).has("weak typing"):
+        raise UsageError(
+            f"TensorRT 8.6 has no engines in {precision}",
+            hint=f"use --backend inductor --precision {precision}, or TensorRT 10 or later",
         )
 
 

@@ -12,6 +12,7 @@ from sdtrt.backends.tensorrt.versions.libraries import (
 )
 
 PRECISION_OF_DTYPE: dict[str, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+PRECISION_OF_DTYPE |= {"int8": "int8", "fp8": "fp8"}
 
 
 @dataclass
@@ -31,11 +32,12 @@ def network_inputs(draft: Draft) -> dict[str, str]:
     return {tensor.name: dtype_name(tensor.dtype) for tensor in tensors}
 
 
-# Layers that compute. Others move, store or convert numbers, and tell nothing about precision.
+# Layers that compute. Others move, store or convert numbers, and tell nothing about precision; but for those that round
+# to 8 bits: each stands for the products that take what it gives.
 COMPUTING = frozenset(
     {
         *("ACTIVATION", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION"),
-        *("POOLING", "REDUCE", "SCALE", "SOFTMAX", "UNARY"),
+        *("POOLING", "QUANTIZE", "REDUCE", "SCALE", "SOFTMAX", "UNARY"),
     }
 )
 
