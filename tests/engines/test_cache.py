@@ -201,7 +201,6 @@ def test_a_sidecar_without_digests_is_foreign(directory):
         ("onnxruntime", "engine.onnx", "engine.onnx"),
         ("onnxruntime", "engine.onnx", "engine.onnx.data"),
         ("openvino", "engine.blob", "engine.blob"),
-        ("openvino", "engine.blob", "engine.blob.bin"),
         ("tensorrt", "engine.plan", "engine.plan"),
     ],
 )

@@ -35,7 +35,7 @@ class OpenVino(Backend):
     """Engines for one range of sizes, on the processor that they were compiled for."""
 
     title: ClassVar[str] = "OpenVINO"
-    format: ClassVar[int] = 1
+    format: ClassVar[int] = 2  # since 2 the weights are in the one file
     source: ClassVar[Source | None] = "onnx"
     devices: ClassVar[tuple[Device, ...]] = ("cpu",)
 

@@ -30,7 +30,7 @@ REPORT = "use --backend onnxruntime, and report this model and your openvino ver
 
 
 def build(source: Path, folder: Path, contract: Contract, profile: Profile, console: Console) -> dict[str, Any]:
-    """Write `folder/engine.blob` and its weights, compiled for this machine's processor, and check it.
+    """Write `folder/engine.blob`, compiled for this machine's processor, and check it.
 
     Args:
         source: the exported ONNX model.
@@ -70,17 +70,14 @@ def require_room(file: Path) -> None:
 
 
 def compile_model(source: Path, target: Path, contract: Contract, profile: Profile) -> None:
-    """Compile a model for a range of sizes and save it, its weights in a file beside it.
-
-    Those stay as they are: OpenVINO maps that file when it opens the model. It maps a compiled model's own file as
-    well, but copies what does not lie there as it computes with it, and so would hold most weights twice.
+    """Compile a model for a range of sizes and save it, with its weights, in one file.
 
     Raises:
         BuildError, MemoryError: where it can't be compiled.
     """
     import torch
 
-    settings = library.settings(torch.get_num_threads()) | library.WEIGHTS_APART
+    settings = library.settings(torch.get_num_threads())
     try:
         with tempfile.TemporaryDirectory(prefix=".plain-", dir=target.parent) as place:
             plain = Path(place) / "model.xml"
@@ -89,7 +86,6 @@ def compile_model(source: Path, target: Path, contract: Contract, profile: Profi
             library.load().save_model(model, str(plain), compress_to_fp16=False)
             del model
             compile_to_file(plain, target, library.DEVICE, settings)
-            plain.with_suffix(".bin").rename(library.weights_of(target))
     except OSError:
         raise
     except Exception as error:  # OpenVINO's are RuntimeErrors without a type of their own

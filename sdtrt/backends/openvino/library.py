@@ -19,7 +19,6 @@ from sdtrt.engines.entry import verification_of
 
 TELEMETRY = "openvino_telemetry"
 DEVICE = "CPU"
-WEIGHTS_APART = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # of a compiled model: it says where each is in another file
 # How it says that memory is short, or that there is no thread or file to spare; it has no types of errors for that.
 OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate", "std::length_error", "out of memory")
 OUT_OF_LIMITS = ("Resource temporarily unavailable", "Too many open files", "pthread_create")
@@ -67,11 +66,6 @@ def settings(threads: int) -> dict[str, str]:
         "NUM_STREAMS": "1",
         "ENABLE_CPU_PINNING": "NO",
     }
-
-
-def weights_of(model: Path) -> Path:
-    """The file of a compiled model's weights, which lies beside it."""
-    return model.with_name(f"{model.name}.bin")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from sdtrt.backends.gradients import refuse_gradients
 from sdtrt.backends.openvino import library
+from sdtrt.backends.openvino.mapped import MappedModel
 from sdtrt.backends.session import Session, check_tensors, shapes_of
 from sdtrt.common.errors import EngineError
 from sdtrt.specs.contract import Contract, TensorSpec
@@ -34,7 +35,7 @@ class OpenVinoSession(Session[torch.Tensor]):
         self.contract = contract
         self._model = model
         settings = library.settings(threads or torch.get_num_threads())
-        self._request: Any = _open(model, settings)
+        self._request, self._mapped = _open(model, settings)
         ports = self._request.model_inputs
         self._ports = {spec.name: _port(ports, spec) for spec in contract.inputs}
         self._results = {spec.name: _port(self._request.model_outputs, spec) for spec in contract.outputs}
@@ -92,16 +93,20 @@ class OpenVinoSession(Session[torch.Tensor]):
         """Free the model."""
         self._request = None
         self._ports, self._results = {}, {}
+        self._mapped = None
         self.let_go()
 
 
-def _open(model: Path, settings: Mapping[str, str]) -> Any:
-    """A request of a compiled model. Its weights are mapped, and held once, as OpenVINO lays them out."""
-    openvino = library.load()
+def _open(model: Path, settings: Mapping[str, str]) -> tuple[Any, MappedModel | None]:
+    """A request of a compiled model, and its file, which must stay mapped as long as there is the request.
+
+    Weights are held once, as OpenVINO lays them out.
+    """
     try:
-        compiled_model = openvino.Tensor(np.fromfile(model, dtype=np.uint8))  # some kilobytes
-        given = {**settings, **library.WEIGHTS_APART, "WEIGHTS_PATH": str(library.weights_of(model))}
-        return library.core().import_model(compiled_model, library.DEVICE, given).create_infer_request()
+        mapped = MappedModel(model)
+        with mapped.read_once():
+            compiled = library.core().import_model(mapped.tensor, library.DEVICE, settings)
+            return compiled.create_infer_request(), mapped
     except Exception as error:
         raise library.load_error(error, model) from error
 
