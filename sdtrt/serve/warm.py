@@ -21,7 +21,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading
 from sdtrt.models.components import text_encoders_of
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.pipeline.inputs import adapter_images
+from sdtrt.pipeline.inputs import adapter_images, ip_images
 from sdtrt.pipeline.inputs.text_states import plan_texts
 from sdtrt.pipeline.opening.all_engines import ensure_all
 from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, reassembled
@@ -187,7 +187,7 @@ class WarmPipelines:
         maps = fitted_maps(read.controls, opened.spec, start)
         larger = () if plan.larger is None else fitted_maps(read.controls, plan.larger, None)
         adapted = adapter_images.fitted(read.adapters, opened.spec.adapted, opened.spec.sizes, self._console)
-        shown, preview = tuple(one.pixels for one in read.pictures), self._preview(ready.warm[FIRST], opened, watcher)
+        shown, preview = ip_images.shown(read.pictures), self._preview(ready.warm[FIRST], opened, watcher)
         watcher.begin(jobs.jobs)
         run = Run(spec, stages, watcher, start, maps, self._console, settings, preview, shown, larger, adapted)
         run.make_all(jobs)

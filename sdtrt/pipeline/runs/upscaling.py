@@ -30,7 +30,7 @@ from sdtrt.pipeline.opening.open import (
 )
 from sdtrt.pipeline.opening.request import PipelineSpec, check_spec, note_tiles
 from sdtrt.pipeline.runs.call import PipelineCall
-from sdtrt.pipeline.spandrel_import import import_spandrel
+from sdtrt.pipeline.runs.spandrel_import import import_spandrel
 from sdtrt.specs import LANCZOS, LATENT, Component, GenerateSpec, UpscaleSpec
 
 _TITLES = {LATENT: "Latent", LANCZOS: "Lanczos"}
