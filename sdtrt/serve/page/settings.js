@@ -186,7 +186,7 @@ export function drawn() {
 export function lock(isLocked = $("lock").getAttribute("aria-pressed") !== "true") {
   $("lock").setAttribute("aria-pressed", isLocked);
   $("lock").textContent = isLocked ? "Locked" : "Lock";
-  $("seed-note").textContent = isLocked ? "The same each time." : "New each time.";
+  $("seed-note").textContent = isLocked ? "Kept." : "New each time.";
 }
 
 /** A size of a model's area with other proportions. */
