@@ -26,7 +26,7 @@ const details = { init: "start", control: "control", ip: "ip" };
 async function generate() {
   hush();
   try {
-    if (!there) throw new Problem("the server is not there yet", "wait a moment");
+    known();
     const body = settings.body(init.file !== null, maskFile !== null);
     settings.changed();
     await jobs.submit(body, { ...(await pictures()), ...(await beside.fields(`${body.prompt} ${body.negative_prompt}`)) });
@@ -35,6 +35,12 @@ async function generate() {
     if (!(problem instanceof Problem)) throw problem;
     complain(problem);
   }
+}
+
+/** What the server has. Throws a `Problem` before that is known. */
+function known() {
+  if (!there) throw new Problem("the server is not there yet", "wait a moment");
+  return there;
 }
 
 async function pictures() {
@@ -47,7 +53,7 @@ async function pictures() {
 async function takePicture(place, file) {
   hush();
   try {
-    const picture = await inputs.fitted(file, there.limits);
+    const picture = await inputs.fitted(file, known().limits);
     if (place === "init") maskFile = null;
     await places[place].set(picture);
     if (place === "init") settings.sizeFor(picture.width, picture.height);
@@ -107,8 +113,10 @@ const kept = () => (gallery.facts(stage.current())?.small ? stage.current() : nu
 
 const actions = {
   useSettings() {
-    settings.take(gallery.facts(kept()).settings);
-    say("The form has this picture's settings, and its seed.");
+    const own = gallery.facts(kept()).settings;
+    settings.take(own);
+    const more = own.strength === undefined ? "" : " The picture that it started from is to be given again.";
+    say(`The form has this picture's settings, and its seed.${more}`);
   },
   async usePicture() {
     await takePicture("init", await gallery.file(kept()));
@@ -225,7 +233,11 @@ function listen() {
   });
   $("cancel").addEventListener("click", jobs.cancel);
   $("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText($("seed").value);
+    if (navigator.clipboard) await navigator.clipboard.writeText($("seed").value);
+    else {
+      $("seed").select(); // over plain HTTP from another machine browsers have no clipboard for pages
+      document.execCommand("copy");
+    }
     say("Seed copied.");
   });
   for (const [name, place] of Object.entries(places)) place.take = (file) => takePicture(name, file);
@@ -258,6 +270,9 @@ function listen() {
   $("single-keys").checked = localStorage.getItem(SINGLE_KEYS) !== "off";
   $("single-keys").addEventListener("change", (event) => localStorage.setItem(SINGLE_KEYS, event.target.checked ? "on" : "off"));
   addEventListener("keydown", key);
+  addEventListener("unhandledrejection", (event) => {
+    complain(new Problem(`the page failed: ${event.reason?.message ?? event.reason}`, "load it anew; your pictures stay"));
+  });
 }
 
 async function start() {

@@ -132,11 +132,20 @@ export function take(settings) {
   }
   const placed = new Set([...Object.keys(usual), ...Object.keys(defaults()), "loras"]);
   write(own);
-  kept = Object.fromEntries(Object.entries(settings).filter(([name, value]) => !placed.has(name) && value !== null));
+  keep(Object.fromEntries(Object.entries(settings).filter(([name, value]) => !placed.has(name) && value !== null)));
+}
+
+/** Keep what the form has no place for, and say so. */
+function keep(fields) {
+  kept = fields;
+  const names = Object.keys(fields).filter((name) => !["edit", "padding_crop"].includes(name));
+  $("kept-note").hidden = names.length === 0;
+  const words = names.map((name) => `${name.replaceAll("_", " ")} ${fields[name]}`).join(", ");
+  $("kept-note").textContent = `Of the picture, too: ${words}. “Reset settings” drops that.`;
 }
 
 export function reset() {
-  kept = {};
+  keep({});
   write({ ...usual, ...defaults() });
 }
 
