@@ -3,6 +3,7 @@
 import { $ } from "./dom.js";
 import { Input } from "./inputs.js";
 
+const MAKERS = { canny: "any picture: its edges are found", none: "taken as it is, whatever it looks like" };
 const LISTS = { "control-name": "controlnets", "ip-name": "ip_adapters", refiner: "refiners", upscaler: "upscalers" };
 
 let embeddings = [];
@@ -27,7 +28,7 @@ export function offer(capabilities) {
   $("ip").hidden = $("dropping-ip").hidden = !has("ip_adapters");
   $("refiner-line").hidden = !has("refiners");
   $("upscale-line").hidden = !has("upscalers");
-  const makers = (capabilities.preprocessors ?? []).map((name) => new Option(`any: ${name} makes the map`, name));
+  const makers = (capabilities.preprocessors ?? []).map((name) => new Option(MAKERS[name] ?? `any picture: ${name} makes the map`, name));
   $("preprocessor").replaceChildren($("preprocessor").options[0], ...makers);
   $("preprocessor-line").hidden = makers.length === 0;
   embeddings = capabilities.embeddings ?? [];
