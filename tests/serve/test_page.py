@@ -242,7 +242,9 @@ def test_pictures_last_are_walked_through_compared_and_deleted(page, opened, ser
     page.keyboard.press("Delete")
     expect(pictures).to_have_count(2)
     page.click("#empty")
+    expect(page.locator("#sure")).to_be_visible()
     page.keyboard.press("Enter")  # keeps them
+    expect(page.locator("#sure")).to_be_hidden()
     expect(pictures).to_have_count(2)
     page.click("#empty")
     page.click("#sure button[value=yes]")
@@ -299,6 +301,10 @@ def test_a_picture_is_changed_where_a_mask_was_painted(page):
     found = pixels(downloaded(page)[0])
     assert np.abs(found[:, :70] - np.array([0, 0, 255])).max() <= LEVELS  # as it was
     assert np.abs(found[:, 100:] - np.array([0, 0, 255])).mean() > 20
+    expect(page.locator("#facts")).to_contain_text("a picture and its mask")
+    page.click("#use-settings")
+    expect(page.locator("#said")).to_contain_text("Give again: a picture and its mask.")
+    expect(page.locator("#closely")).to_be_checked()
     page.click("#mask-remove")
     expect(page.locator("#start-value")).to_have_text("128×128")
 

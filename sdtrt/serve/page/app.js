@@ -29,12 +29,19 @@ async function generate() {
     known();
     const body = settings.body(init.file !== null, maskFile !== null);
     settings.changed();
-    await jobs.submit(body, { ...(await pictures()), ...(await beside.fields(`${body.prompt} ${body.negative_prompt}`)) });
+    const more = await beside.fields(`${body.prompt} ${body.negative_prompt}`);
+    await jobs.submit(body, { ...(await pictures()), ...more }, told());
     if (NARROW.matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
     complain(problem);
   }
+}
+
+/** What a picture has beside its settings, in a few words. */
+function told() {
+  const start = init.file ? (maskFile ? "a picture and its mask" : "a picture") : "";
+  return [start, beside.words()].filter(Boolean).join(", ");
 }
 
 /** What the server has. Throws a `Problem` before that is known. */
@@ -115,8 +122,8 @@ const actions = {
   useSettings() {
     const own = gallery.facts(kept()).settings;
     settings.take(own);
-    const more = own.strength === undefined ? "" : " The picture that it started from is to be given again.";
-    say(`The form has this picture's settings, and its seed.${more}`);
+    const { more } = gallery.facts(kept());
+    say(`The form has this picture's settings, and its seed.${more ? ` Give again: ${more}.` : ""}`);
   },
   async usePicture() {
     await takePicture("init", await gallery.file(kept()));
@@ -251,6 +258,10 @@ function listen() {
   $("mask-remove").addEventListener("click", () => {
     maskFile = null;
     maskChanged();
+  });
+  $("reset").addEventListener("click", () => {
+    init.set(null);
+    beside.reset();
   });
   $("use-settings").addEventListener("click", actions.useSettings);
   $("use-picture").addEventListener("click", actions.usePicture);

@@ -49,6 +49,22 @@ export async function fields(words) {
   return own;
 }
 
+/** The same in a few words. */
+export function words() {
+  const own = [];
+  if (control.file) own.push(`${$("control-name").value} ${$("control-scale").value}`);
+  if (ip.file) own.push(`${$("ip-name").value} ${$("ip-scale").value}`);
+  if ($("refiner").value) own.push($("refiner").value);
+  if ($("upscale").value) own.push(`enlarged ${$("upscale").value} ×`);
+  return own.join(", ");
+}
+
+/** Choose nothing of it. */
+export function reset() {
+  for (const id of ["refiner", "upscale", "preprocessor"]) $(id).value = "";
+  for (const input of [control, ip]) input.set(null);
+}
+
 async function scaled(name, input) {
   const scale = $(`${name}-scale`).value;
   return { name: $(`${name}-name`).value, image: await input.text(), scale: scale === "" ? 1 : Number(scale) };

@@ -9,11 +9,11 @@ const OPEN = "sdtrt.jobs"; // of this tab, over a reload
 
 const running = new Map(); // id → job
 
-/** Submit a job of a body, with its pictures; follow it. Returns when the server has taken it. */
-export async function submit(body, pictures) {
+/** Submit a job of a body, with its pictures; follow it. `more` tells of the pictures, in words. Returns when it is taken. */
+export async function submit(body, pictures, more) {
   const told = await server.post("/api/v1/jobs", { ...body, ...pictures });
   const settings = { ...body, count: undefined };
-  const job = { id: told.id, settings, seeds: told.images.map((one) => one.seed), created: Date.now() };
+  const job = { id: told.id, settings, more, seeds: told.images.map((one) => one.seed), created: Date.now() };
   follow(job);
 }
 
@@ -45,7 +45,7 @@ async function follow(job) {
   remember();
   [...job.seeds.entries()].reverse().forEach(([index, seed]) => {
     const settings = { ...job.settings, seed };
-    gallery.begin({ id: pendingId(job, index), created: job.created, settings });
+    gallery.begin({ id: pendingId(job, index), created: job.created, settings, more: job.more });
   });
   stage.show(pendingId(job, 0));
   tell(job, "Waiting for its turn", null);
@@ -110,9 +110,10 @@ function busy(isBusy) {
 async function keep(job, { index, id, seed, url, width, height }) {
   try {
     const file = await server.file(url);
-    const settings = { ...job.settings, seed, width, height };
+    const asked = { width: job.settings.width ?? width, height: job.settings.height ?? height };
+    const settings = { ...job.settings, ...asked, seed };
     // Of one job the first picture is the newest, so that it comes first.
-    const facts = { id, created: job.created - index / 1000, settings };
+    const facts = { id, created: job.created - index / 1000, settings, more: job.more, width, height };
     await gallery.keep(pendingId(job, index), facts, file);
     if (stage.current() === pendingId(job, index)) await stage.show(id);
     job.made = (job.made ?? 0) + 1;
@@ -134,6 +135,6 @@ function end(job) {
 }
 
 function remember() {
-  const open = [...running.values()].map(({ id, settings, seeds, created }) => ({ id, settings, seeds, created }));
+  const open = [...running.values()].map(({ id, settings, more, seeds, created }) => ({ id, settings, more, seeds, created }));
   sessionStorage.setItem(OPEN, JSON.stringify(open));
 }
