@@ -31,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 PATIENCE_MS = 300_000
 COLOURS = 256
 MOST_BYTES = 150_000
-DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 760}
+DESK = {"width": 1280, "height": 800}
 # Prompts and seeds that the built-in model draws well.
 SHOWN = (
     ("a small green square to the left of a large white ring on a black background", 5),
@@ -108,19 +108,12 @@ def draw(browser: Browser, url: str) -> None:
         make(page, prompt, seed)
     write(page, "light")
     page.emulate_media(color_scheme="dark")
-    write(page, "dark")
     page.click("#use-mask")
     page.keyboard.down("Space")
     for _ in range(9):
         page.keyboard.press("ArrowRight")
     page.keyboard.up("Space")
     write(page, "mask")
-    page = opened(browser, url, viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
-    page.click("#basics > summary")
-    make(page, *SHOWN[-1])
-    page.click("#basics > summary")
-    page.locator("#stage").scroll_into_view_if_needed()
-    write(page, "phone")
 
 
 def main() -> None:

@@ -376,6 +376,28 @@ def test_escape_cancels_and_a_reload_does_not(page, server):
     expect(page.locator("#pictures button")).to_have_count(0)
 
 
+def test_more_jobs_than_a_browser_has_connections_leave_one_for_the_rest(page):
+    from playwright.sync_api import expect
+
+    ask(page)
+    for _ in range(8):
+        page.keyboard.press("Control+Enter")
+    expect(page.locator("#gallery-count")).to_have_text("8 pictures")
+    expect(page.locator("#cancel")).to_be_hidden()
+    expect(page.locator("#actions")).to_be_visible()
+    ask(page, steps=100, size=128)
+    for _ in range(8):
+        page.keyboard.press("Control+Enter")
+    expect(page.locator("#progress-text")).to_contain_text(re.compile("Step .* 7 more"))
+    page.fill("#prompt", "other words")
+    expect(page.locator("#prompt-tokens")).to_have_text("9 / 75 tokens", timeout=10_000)
+    pending = page.locator("#pictures .pending")
+    for left in range(7, -1, -1):
+        page.keyboard.press("Escape")
+        expect(pending).to_have_count(left)
+    expect(page.locator("#cancel")).to_be_hidden()
+
+
 def test_a_seed_is_drawn_kept_and_copied(page):
     page.fill("#seed", "7")
     assert page.get_attribute("#lock", "aria-pressed") == "true"

@@ -75,8 +75,8 @@ async function takeSettings(file) {
   hush();
   try {
     const told = await server.post("/api/v1/settings", { image: await inputs.asText(file) });
-    settings.take(told.settings);
-    say(`Settings taken from ${file.name || "the picture"}.${told.left.length ? ` Not taken: ${told.left.join("; ")}.` : ""}`);
+    const left = [...told.left, ...settings.take(told.settings)];
+    say(`Settings taken from ${file.name || "the picture"}.${left.length ? ` Not taken: ${left.join("; ")}.` : ""}`);
   } catch (problem) {
     complain(problem);
   }
@@ -131,7 +131,7 @@ const actions = {
   },
   async useMask() {
     await actions.usePicture();
-    await paintMask();
+    if (init.file) await paintMask();
   },
   compare() {
     const isPicking = stage.pick();

@@ -122,17 +122,20 @@ export function write(values) {
   changed();
 }
 
-/** The settings of a picture, from its facts or from its text; what it does not name gets the usual value. */
+/** The settings of a picture; what it does not name gets the usual value. Returns what of it the form can't have. */
 export function take(settings) {
   const loras = Object.fromEntries((settings.loras ?? []).map((one) => [one.name, one.weight]));
+  const left = [];
   const own = { ...usual, ...defaults(settings.model), ...stripped(settings), loras, count: 1, locked: true };
   own.closely = (settings.padding_crop ?? null) !== null;
   if (settings.seed !== undefined && !Number.isSafeInteger(settings.seed)) {
     Object.assign(own, { seed: "", locked: false });
+    left.push("its seed, which is larger than browsers count");
   }
   const placed = new Set([...Object.keys(usual), ...Object.keys(defaults()), "loras"]);
   write(own);
   keep(Object.fromEntries(Object.entries(settings).filter(([name, value]) => !placed.has(name) && value !== null)));
+  return left;
 }
 
 /** Keep what the form has no place for, and say so. */
