@@ -109,6 +109,7 @@ def draw(browser: Browser, url: str) -> None:
     write(page, "light")
     page.emulate_media(color_scheme="dark")
     page.click("#use-mask")
+    expect(page.locator("#mask-canvas")).to_be_focused()
     page.keyboard.down("Space")
     for _ in range(9):
         page.keyboard.press("ArrowRight")
