@@ -376,6 +376,26 @@ def test_escape_cancels_and_a_reload_does_not(page, server):
     expect(page.locator("#pictures button")).to_have_count(0)
 
 
+def test_a_stream_that_breaks_is_taken_up_again(page):
+    """The first answer ends after its first event, as a proxy's would that gives up."""
+    from playwright.sync_api import expect
+
+    broken = []
+
+    def breaks(route):
+        if broken:
+            route.continue_()
+        else:
+            broken.append(route.request.url)
+            route.fulfill(content_type="text/event-stream", body='event: queued\ndata: {"index": 0}\n\n')
+
+    page.route("**/events", breaks)
+    make(page, count=2)
+    assert len(broken) == 1
+    expect(page.locator("#said")).to_contain_text("2 pictures are there")
+    expect(page.locator("#pictures button")).to_have_count(2)
+
+
 def test_more_jobs_than_a_browser_has_connections_leave_one_for_the_rest(page):
     from playwright.sync_api import expect
 

@@ -131,6 +131,9 @@ function busy(isBusy) {
 }
 
 async function keep(job, { index, id, seed, url, width, height }) {
+  job.made ??= new Set();
+  if (job.made.has(id)) return; // told again, after the connection broke
+  job.made.add(id);
   try {
     const file = await server.file(url);
     const asked = { width: job.settings.width ?? width, height: job.settings.height ?? height };
@@ -142,8 +145,8 @@ async function keep(job, { index, id, seed, url, width, height }) {
       job.shown = id;
       await stage.show(id);
     }
-    job.made = (job.made ?? 0) + 1;
   } catch (problem) {
+    job.made.delete(id);
     complain(problem.hint === undefined ? { message: "the picture can't be kept", hint: `${problem}` } : problem);
   }
 }
@@ -156,9 +159,9 @@ function end(job) {
   const next = foremost();
   if (next && wasSeen) stage.show(pendingId(next, 0));
   else if (stage.current() && !gallery.facts(stage.current())) stage.show(gallery.ids()[0] ?? null);
-  if (job.made) {
+  if (job.made?.size) {
     const seconds = ((Date.now() - job.created) / 1000).toFixed(1);
-    say(`${job.made === 1 ? "The picture is" : `${job.made} pictures are`} there, after ${seconds} s.`);
+    say(`${job.made.size === 1 ? "The picture is" : `${job.made.size} pictures are`} there, after ${seconds} s.`);
   }
   if (running.size === 0) busy(false);
 }
