@@ -18,9 +18,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline import images
-from sdtrt.pipeline.images import Metadata, parse_parameters
-from sdtrt.pipeline.recipe_samplers import scheduler_options
+from sdtrt.pipeline.inputs import images
+from sdtrt.pipeline.inputs.images import Metadata, parse_parameters
+from sdtrt.pipeline.recipes.samplers import scheduler_options
 from sdtrt.serve import uploads
 from sdtrt.serve.answers import Answer
 from sdtrt.serve.catalog import Catalog, without_paths
