@@ -26,15 +26,28 @@ const details = { init: "start", control: "control", ip: "ip" };
 async function generate() {
   hush();
   try {
-    if (!there) throw new Problem("the server is not there yet", "wait a moment");
+    known();
     const body = settings.body(init.file !== null, maskFile !== null);
     settings.changed();
-    await jobs.submit(body, { ...(await pictures()), ...(await beside.fields(`${body.prompt} ${body.negative_prompt}`)) });
+    const more = await beside.fields(`${body.prompt} ${body.negative_prompt}`);
+    await jobs.submit(body, { ...(await pictures()), ...more }, told());
     if (NARROW.matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
     complain(problem);
   }
+}
+
+/** What a picture has beside its settings, in a few words. */
+function told() {
+  const start = init.file ? (maskFile ? "a picture and its mask" : "a picture") : "";
+  return [start, beside.words()].filter(Boolean).join(", ");
+}
+
+/** What the server has. Throws a `Problem` before that is known. */
+function known() {
+  if (!there) throw new Problem("the server is not there yet", "wait a moment");
+  return there;
 }
 
 async function pictures() {
@@ -47,7 +60,7 @@ async function pictures() {
 async function takePicture(place, file) {
   hush();
   try {
-    const picture = await inputs.fitted(file, there.limits);
+    const picture = await inputs.fitted(file, known().limits);
     if (place === "init") maskFile = null;
     await places[place].set(picture);
     if (place === "init") settings.sizeFor(picture.width, picture.height);
@@ -62,8 +75,8 @@ async function takeSettings(file) {
   hush();
   try {
     const told = await server.post("/api/v1/settings", { image: await inputs.asText(file) });
-    settings.take(told.settings);
-    say(`Settings taken from ${file.name || "the picture"}.${told.left.length ? ` Not taken: ${told.left.join("; ")}.` : ""}`);
+    const left = [...told.left, ...settings.take(told.settings)];
+    say(`Settings taken from ${file.name || "the picture"}.${left.length ? ` Not taken: ${left.join("; ")}.` : ""}`);
   } catch (problem) {
     complain(problem);
   }
@@ -107,8 +120,10 @@ const kept = () => (gallery.facts(stage.current())?.small ? stage.current() : nu
 
 const actions = {
   useSettings() {
-    settings.take(gallery.facts(kept()).settings);
-    say("The form has this picture's settings, and its seed.");
+    const own = gallery.facts(kept()).settings;
+    settings.take(own);
+    const { more } = gallery.facts(kept());
+    say(`The form has this picture's settings, and its seed.${more ? ` Give again: ${more}.` : ""}`);
   },
   async usePicture() {
     await takePicture("init", await gallery.file(kept()));
@@ -116,7 +131,7 @@ const actions = {
   },
   async useMask() {
     await actions.usePicture();
-    await paintMask();
+    if (init.file) await paintMask();
   },
   compare() {
     const isPicking = stage.pick();
@@ -225,7 +240,11 @@ function listen() {
   });
   $("cancel").addEventListener("click", jobs.cancel);
   $("copy").addEventListener("click", async () => {
-    await navigator.clipboard.writeText($("seed").value);
+    if (navigator.clipboard) await navigator.clipboard.writeText($("seed").value);
+    else {
+      $("seed").select(); // over plain HTTP from another machine browsers have no clipboard for pages
+      document.execCommand("copy");
+    }
     say("Seed copied.");
   });
   for (const [name, place] of Object.entries(places)) place.take = (file) => takePicture(name, file);
@@ -239,6 +258,10 @@ function listen() {
   $("mask-remove").addEventListener("click", () => {
     maskFile = null;
     maskChanged();
+  });
+  $("reset").addEventListener("click", () => {
+    init.set(null);
+    beside.reset();
   });
   $("use-settings").addEventListener("click", actions.useSettings);
   $("use-picture").addEventListener("click", actions.usePicture);
@@ -258,6 +281,9 @@ function listen() {
   $("single-keys").checked = localStorage.getItem(SINGLE_KEYS) !== "off";
   $("single-keys").addEventListener("change", (event) => localStorage.setItem(SINGLE_KEYS, event.target.checked ? "on" : "off"));
   addEventListener("keydown", key);
+  addEventListener("unhandledrejection", (event) => {
+    complain(new Problem(`the page failed: ${event.reason?.message ?? event.reason}`, "load it anew; your pictures stay"));
+  });
 }
 
 async function start() {

@@ -3,6 +3,7 @@
 import { $ } from "./dom.js";
 import { Input } from "./inputs.js";
 
+const MAKERS = { canny: "any picture: its edges are found", none: "taken as it is, whatever it looks like" };
 const LISTS = { "control-name": "controlnets", "ip-name": "ip_adapters", refiner: "refiners", upscaler: "upscalers" };
 
 let embeddings = [];
@@ -27,7 +28,7 @@ export function offer(capabilities) {
   $("ip").hidden = $("dropping-ip").hidden = !has("ip_adapters");
   $("refiner-line").hidden = !has("refiners");
   $("upscale-line").hidden = !has("upscalers");
-  const makers = (capabilities.preprocessors ?? []).map((name) => new Option(`any: ${name} makes the map`, name));
+  const makers = (capabilities.preprocessors ?? []).map((name) => new Option(MAKERS[name] ?? `any picture: ${name} makes the map`, name));
   $("preprocessor").replaceChildren($("preprocessor").options[0], ...makers);
   $("preprocessor-line").hidden = makers.length === 0;
   embeddings = capabilities.embeddings ?? [];
@@ -46,6 +47,22 @@ export async function fields(words) {
   const used = embeddings.filter((name) => words.includes(name));
   if (used.length) own.embeddings = used;
   return own;
+}
+
+/** The same in a few words. */
+export function words() {
+  const own = [];
+  if (control.file) own.push(`${$("control-name").value} ${$("control-scale").value}`);
+  if (ip.file) own.push(`${$("ip-name").value} ${$("ip-scale").value}`);
+  if ($("refiner").value) own.push($("refiner").value);
+  if ($("upscale").value) own.push(`enlarged ${$("upscale").value} ×`);
+  return own.join(", ");
+}
+
+/** Choose nothing of it. */
+export function reset() {
+  for (const id of ["refiner", "upscale", "preprocessor"]) $(id).value = "";
+  for (const input of [control, ip]) input.set(null);
 }
 
 async function scaled(name, input) {

@@ -13,10 +13,14 @@ let current = null;
 export async function open(onChoose) {
   choose = onChoose;
   if (!(await store.open())) {
-    $("gallery-note").textContent = "This browser keeps no pictures here: they are lost when the tab is closed.";
+    note("This browser keeps no pictures here: they are lost when the tab is closed.");
   }
   await older();
   await tell();
+}
+
+function note(text) {
+  $("gallery-note").textContent = text;
 }
 
 /** List older pictures below. */
@@ -40,6 +44,7 @@ async function tell() {
 
 function entry(facts) {
   const button = make("button", { type: "button", tabIndex: -1, ariaLabel: described(facts) });
+  button.dataset.id = facts.id;
   const one = { facts, button, address: "" };
   listed.set(facts.id, one);
   show(one);
@@ -82,6 +87,7 @@ export function progress(id, share, preview) {
 /** Keep a picture that is done, in the place of the one that was being made. */
 export async function keep(pending, facts, file) {
   const kept = await store.put(facts, file);
+  if (kept.isFleeting) note("This browser has no more room: newer pictures are lost with this tab. Delete some, or download.");
   const before = listed.get(pending)?.button.parentElement;
   const hadFocus = before?.contains(document.activeElement);
   listed.delete(pending);
@@ -117,7 +123,7 @@ export async function clear() {
 
 export const facts = (id) => listed.get(id)?.facts;
 export const file = (id) => store.file(id);
-export const ids = () => [...$("pictures").children].map((li) => [...listed].find(([, one]) => one.button === li.firstChild)[0]);
+export const ids = () => [...$("pictures").children].map((li) => li.firstChild.dataset.id);
 
 /** Mark the picture that is on the stage. */
 export function mark(id, picked = null) {
@@ -147,11 +153,11 @@ function columns() {
 }
 
 function walk(event) {
-  const one = [...listed].find(([, found]) => found.button === document.activeElement);
-  if (!one) return;
+  const { id } = document.activeElement.dataset;
+  if (!listed.has(id)) return;
   const places = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() }[event.key];
   const all = ids();
-  const next = { Home: all[0], End: all.at(-1) }[event.key] ?? (places && neighbour(one[0], places));
+  const next = { Home: all[0], End: all.at(-1) }[event.key] ?? (places && neighbour(id, places));
   if (!next) return;
   event.preventDefault();
   listed.get(next).button.focus();

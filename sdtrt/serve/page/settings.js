@@ -122,21 +122,33 @@ export function write(values) {
   changed();
 }
 
-/** The settings of a picture, from its facts or from its text; what it does not name gets the usual value. */
+/** The settings of a picture; what it does not name gets the usual value. Returns what of it the form can't have. */
 export function take(settings) {
   const loras = Object.fromEntries((settings.loras ?? []).map((one) => [one.name, one.weight]));
+  const left = [];
   const own = { ...usual, ...defaults(settings.model), ...stripped(settings), loras, count: 1, locked: true };
   own.closely = (settings.padding_crop ?? null) !== null;
   if (settings.seed !== undefined && !Number.isSafeInteger(settings.seed)) {
     Object.assign(own, { seed: "", locked: false });
+    left.push("its seed, which is larger than browsers count");
   }
   const placed = new Set([...Object.keys(usual), ...Object.keys(defaults()), "loras"]);
   write(own);
-  kept = Object.fromEntries(Object.entries(settings).filter(([name, value]) => !placed.has(name) && value !== null));
+  keep(Object.fromEntries(Object.entries(settings).filter(([name, value]) => !placed.has(name) && value !== null)));
+  return left;
+}
+
+/** Keep what the form has no place for, and say so. */
+function keep(fields) {
+  kept = fields;
+  const names = Object.keys(fields).filter((name) => !["edit", "padding_crop"].includes(name));
+  $("kept-note").hidden = names.length === 0;
+  const words = names.map((name) => `${name.replaceAll("_", " ")} ${fields[name]}`).join(", ");
+  $("kept-note").textContent = `Of the picture, too: ${words}. “Reset settings” drops that.`;
 }
 
 export function reset() {
-  kept = {};
+  keep({});
   write({ ...usual, ...defaults() });
 }
 
@@ -186,7 +198,7 @@ export function drawn() {
 export function lock(isLocked = $("lock").getAttribute("aria-pressed") !== "true") {
   $("lock").setAttribute("aria-pressed", isLocked);
   $("lock").textContent = isLocked ? "Locked" : "Lock";
-  $("seed-note").textContent = isLocked ? "The same each time." : "New each time.";
+  $("seed-note").textContent = isLocked ? "Kept." : "New each time.";
 }
 
 /** A size of a model's area with other proportions. */

@@ -15,6 +15,7 @@ const FACTS = {
   quality: "quality",
   model: "model",
   loras: "LoRA",
+  more: "with",
   negative_prompt: "without",
   prompt: "prompt",
 };
@@ -70,9 +71,9 @@ function named({ settings }) {
   return `${words.join("-").slice(0, 48)}-${settings.seed}.png`;
 }
 
-function tell({ settings }) {
+function tell(facts) {
   $("facts").hidden = false;
-  const rows = Object.entries(FACTS).map(([name, title]) => [name, title, word(settings, name)]);
+  const rows = Object.entries(FACTS).map(([name, title]) => [name, title, word(facts, name)]);
   $("facts").replaceChildren(
     ...rows
       .filter(([, , value]) => value !== "")
@@ -83,9 +84,9 @@ function tell({ settings }) {
 }
 
 /** A setting as it is read; nothing where it says nothing. */
-function word(settings, name) {
-  const value = settings[name];
-  if (name === "width") return `${settings.width}×${settings.height}`;
+function word({ settings, ...facts }, name) {
+  const value = settings[name] ?? facts[name];
+  if (name === "width") return `${facts.width ?? value}×${facts.height ?? settings.height}`;
   if (name === "loras") return (value ?? []).map((one) => `${one.name} ${one.weight}`).join(", ");
   return value === null || value === undefined ? "" : String(value);
 }
@@ -121,7 +122,7 @@ async function lay() {
     image.src = URL.createObjectURL(await gallery.file(pair[number]));
     image.alt = `The ${side} picture: ${gallery.facts(pair[number]).settings.prompt}`;
   }
-  const [one, other] = pair.map((id) => gallery.facts(id).settings);
+  const [one, other] = pair.map(gallery.facts);
   const rows = Object.entries(FACTS).filter(([name]) => word(one, name) !== word(other, name));
   $("compare-table").hidden = rows.length === 0;
   $("compare-table").tBodies[0].replaceChildren(

@@ -44,20 +44,27 @@ function result(request) {
 /** Keep a picture: its facts (`id`, `created`, `settings`, ...) with a small picture, and apart from them its file. */
 export async function put(facts, file) {
   const kept = { ...facts, bytes: file.size, small: await thumbnail(file) };
-  if (database) {
+  if (database && (await written(kept, file))) return kept;
+  memory.facts.set(facts.id, kept);
+  memory.files.set(facts.id, file);
+  return { ...kept, isFleeting: database !== null };
+}
+
+/** Whether there was room for it. */
+async function written(facts, file) {
+  try {
     const transaction = database.transaction(["facts", "files"], "readwrite");
-    transaction.objectStore("facts").put(kept);
+    transaction.objectStore("facts").put(facts);
     transaction.objectStore("files").put(file, facts.id);
     await done(transaction);
-  } else {
-    memory.facts.set(facts.id, kept);
-    memory.files.set(facts.id, file);
+    return true;
+  } catch {
+    return false;
   }
-  return kept;
 }
 
 export async function file(id) {
-  if (!database) return memory.files.get(id);
+  if (memory.files.has(id) || !database) return memory.files.get(id);
   return result(database.transaction("files").objectStore("files").get(id));
 }
 
@@ -82,7 +89,8 @@ export async function newest(count, before = Infinity) {
 }
 
 export async function count() {
-  return database ? result(database.transaction("facts").objectStore("facts").count()) : memory.facts.size;
+  const lasting = database ? await result(database.transaction("facts").objectStore("facts").count()) : 0;
+  return lasting + memory.facts.size;
 }
 
 export async function remove(id) {
