@@ -14,7 +14,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from sdtrt.common.errors import UsageError
+from sdtrt.common.errors import SdtrtError, UsageError
 from sdtrt.serve.builds import Builds
 from sdtrt.serve.catalog import Catalog, without_paths
 from sdtrt.serve.fair_queue import FairQueue
@@ -54,6 +54,7 @@ class Dispatcher:
         self._folder, self._numbers = folder, itertools.count(1)
         self._workers: list[WorkerProcess] = []  # those that are ready
         self._making: dict[str, WorkerProcess] = {}  # by the names of pictures
+        self._warming: set[tuple[int, str, tuple[int, int]]] = set()  # workers' numbers, models and sizes
         self._tasks: set[asyncio.Task[None]] = set()
         self.builds = Builds(lambda: self._worker(next(iter(spec.devices), None)), log, self.metrics, self._built)
         self._seconds = 1.0  # that a picture took lately
@@ -111,7 +112,6 @@ class Dispatcher:
         for number, device in enumerate(self.spec.devices or (None,)):
             self._spawn(self._keep_working(number, device))
         self._spawn(self.builds.run())
-        self._spawn(self._warm_up())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something meanwhile, until it is done or the server ends."""
@@ -138,17 +138,45 @@ class Dispatcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _warm_up(self) -> None:
-        """Make one picture of each size, so that its engines are there and open."""
+    async def _warm_up(self, worker: WorkerProcess, number: int) -> None:
+        """Have a worker make one picture of each size, so that its pipelines are open before it takes requests.
+
+        What has no engines is built meanwhile, and comes back by the queue. Raises `WorkerGone`.
+        """
+        jobs = []
+        for name, size in itertools.product(self.catalog.models, self.spec.warm):
+            if (number, name, size) in self._warming:
+                continue
+            self._warming.add(
+                (number, name, size)
+            )  # until it is made: what ended a worker is not tried by the one that follows
+            if (job := self._warm_up_job(name, size)) is not None:
+                jobs.append(job)
+                await self._make(worker, job.pictures)
+            self._warming.discard((number, name, size))
+        self._spawn(self._warmed(jobs))
+
+    def _warm_up_job(self, name: str, size: tuple[int, int]) -> Job | None:
+        """One small picture of a size; None for what no request may ask for, which is logged."""
         steps = min(WARM_UP_STEPS, self.spec.limits.steps)
-        for name, (width, height) in itertools.product(self.catalog.models, self.spec.warm):
-            request = PictureRequest("", name, steps=steps, width=width, height=height, seed=0)
-            job = self.submit(request, WARM_UP, WARM_UP)
+        request = PictureRequest("", name, steps=steps, width=size[0], height=size[1], seed=0)
+        try:
+            request.check(self.spec.limits, self.catalog, self.spec)
+            return Job.of(request, request.spec(self.catalog, self.spec), WARM_UP, WARM_UP)
+        except SdtrtError as error:
+            self._tell_cold(request, error.message)
+            return None
+
+    async def _warmed(self, jobs: Sequence[Job]) -> None:
+        """Say that sizes are ready when they are, or why they are not."""
+        for job in jobs:
             await job.finished.wait()
             if job.failure is not None:
-                self.log.warn("not warm", model=name, size=f"{width}x{height}", message=job.failure.message)
-            self.store.forget(job)
+                self._tell_cold(job.request, job.failure.message)
         self.warmed.set()
+
+    def _tell_cold(self, request: PictureRequest, message: str) -> None:
+        self.log.warn("not warm", model=request.model, size=f"{request.width}x{request.height}", message=message)
 
     def _worker(self, device: int | None) -> WorkerProcess:
         """A worker that is not started yet."""
@@ -163,7 +191,7 @@ class Dispatcher:
             worker, began = self._worker(device), time.monotonic()
             try:
                 await worker.start()
-                await self._work_with(worker)
+                await self._work_with(worker, number)
             except WorkerGone as gone:
                 self.metrics.restarts.inc()
                 self.log.error("worker ended", worker=number, reason=str(gone))
@@ -178,7 +206,7 @@ class Dispatcher:
             pause = 0.0 if lasted else min(LONGEST_PAUSE_S, 2 * pause + 0.5)
             await asyncio.sleep(pause)
 
-    async def _work_with(self, worker: WorkerProcess) -> None:
+    async def _work_with(self, worker: WorkerProcess, number: int) -> None:
         """Have a worker make pictures until it is gone. Raises `WorkerGone`."""
         about = await worker.about_itself(PATIENCE_S)
         if about.kind != "ready":
@@ -190,6 +218,7 @@ class Dispatcher:
         self._workers.append(worker)
         self.metrics.ready.set(len(self._workers))
         self.log.info("worker ready", pid=worker.pid)
+        await self._warm_up(worker, number)
         while True:
             batch = [one for one in await self._next_or_gone(worker) if not one.is_over]
             if batch:
@@ -218,7 +247,7 @@ class Dispatcher:
             picture.job.settle(picture, "running")
             self.metrics.wait.observe(began - picture.queued_at)
         self.metrics.batch.observe(len(batch))
-        self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch])
+        self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch], worker=worker.pid)
         request = batch[0].job.request
         data = {**plain(request), "units": [one.id for one in batch]}
         data["jobs"] = [astuple(one.drawn) for one in batch]
