@@ -144,6 +144,8 @@ class Load:
 def serving(options: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server that is ready, and its port."""
     words = [sys.executable, "-m", "sdtrt", "serve", "--port", "0", "--model", options.model, "--warm", options.sizes]
+    words += [] if options.gpus is None else ["--gpus", options.gpus]
+    words += ["--keep-mib", "1"]  # what it keeps for those who come back is soon as much as it ever is
     words += ["--backend", options.backend, "--engine-dir", str(options.engine_dir or folder / "engines"), *more]
     with (folder / "log").open("a") as log:
         server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -174,10 +176,10 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def memory_bytes(pid: int) -> int:
-    """What a process and its children have in the machine's memory."""
+def memory_bytes(pids: Sequence[int]) -> int:
+    """What processes have in the machine's memory."""
     total = 0
-    for one in (pid, *children_of(pid)):
+    for one in pids:
         with suppress(OSError):
             status = Path(f"/proc/{one}/status").read_text()
             total += next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
@@ -216,14 +218,15 @@ def measure(options: argparse.Namespace, requests: int, folder: Path, *more: str
     """Load one server, and say what came of it."""
     sizes = [(int(one.split("x")[0]), int(one.split("x")[1])) for one in options.sizes.split(",")]
     with serving(options, folder, *more) as (server, port):
-        load, memory, every = Load(port, sizes, options.steps), [memory_bytes(server.pid)], requests / SAMPLES
+        load, every = Load(port, sizes, options.steps), requests / SAMPLES
         parts = {"server": [server.pid], "worker": children_of(server.pid)}
+        memory = [{name: memory_bytes(pids) for name, pids in parts.items()}]
         used = {name: processor_s(pids) for name, pids in parts.items()}
         before, began = numbers_of(port), time.perf_counter()
         with ThreadPoolExecutor(options.clients) as pool:
             for number, _ in enumerate(pool.map(load.send, range(requests)), 1):
                 if number >= len(memory) * every:
-                    memory.append(memory_bytes(server.pid))
+                    memory.append({name: memory_bytes(pids) for name, pids in parts.items()})
         seconds, after = time.perf_counter() - began, numbers_of(port)
         used = {name: processor_s(pids) - used[name] for name, pids in parts.items()}
         calls = batch_sizes(port)
@@ -243,8 +246,10 @@ def measure(options: argparse.Namespace, requests: int, folder: Path, *more: str
         "pictures": pictures,
         "processor_ms_per_picture": {name: round(1000 * used[name] / pictures, 2) for name in used},
         "workers_that_ended": after["sdtrt_worker_ends_total"],
-        "memory_mib": [round(count / 2**20) for count in memory],
-        "memory_growth_after_a_tenth": round(max(memory[2:]) / memory[2] - 1, 4),
+        "memory_mib": {name: [round(one[name] / 2**20) for one in memory] for name in parts},
+        "memory_growth_after_a_tenth": {
+            name: round(max(one[name] for one in memory[2:]) / memory[2][name] - 1, 4) for name in parts
+        },
     }
 
 
@@ -259,6 +264,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--engine-dir", type=Path)
+    parser.add_argument("--gpus", help="as of sdtrt serve: a process for each")
     parser.add_argument("--sizes", default="64x64,96x64")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--requests", type=int, default=2000)
