@@ -1,11 +1,12 @@
 """A server under load: many clients by all interfaces, some broken, some leaving early; with and without batches.
 
-    python benchmarks/serve_load.py --requests 2000 --clients 64 --output benchmarks/serve-load-cpu.json
+    python benchmarks/serve_load.py --requests 2000 --clients 64 --alone 500 --output benchmarks/serve-load-cpu.json
     python benchmarks/serve_load.py --model FOLDER --sizes 512x512 --steps 20 --requests 200 --output load-gpu.json
 
-It starts `sdtrt serve` with engines for its sizes, then another one with `--max-batch 1`, and sends both the same.
-Every accepted request must get a picture that carries its own prompt, seed and size, or an error with a hint. The
-report has times from the request to its picture, batch sizes, pictures a second, and each server's memory over time.
+It starts `sdtrt serve` with engines for its sizes, then another one with `--max-batch 1`, and sends both the same (the
+second one the first `--alone` requests of it). Every accepted request must get one picture, which carries its own
+prompt, seed and size, or an error with a hint. The report has times from the request to its picture, batch sizes,
+pictures a second, the processor time of the server and of its worker, and their memory over time.
 `--requests 40 --clients 8` tries it.
 """
 
@@ -16,6 +17,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import random
 import shlex
 import signal
@@ -105,19 +107,23 @@ class Load:
         told = self._ask("/api/v1/jobs", body)
         self._get(f"/api/v1/jobs/{told['id']}/events")
         told = json.loads(self._get(f"/api/v1/jobs/{told['id']}"))
+        if len(told["images"]) != 1:
+            return f"{len(told['images'])} pictures for one"
         return self._judge(self._get(told["images"][0]["url"]), prompt, seed, size)
 
     def _openai(self, draw: random.Random) -> str:
         prompt, seed, size = draw.choice(PROMPTS), draw.randrange(2**32), draw.choice(self.sizes)
         body = {"prompt": prompt, "seed": seed, "size": f"{size[0]}x{size[1]}", "num_inference_steps": self.steps}
         told = self._ask("/v1/images/generations", body)
-        return self._judge(base64.b64decode(told["data"][0]["b64_json"]), prompt, seed, size)
+        (one,) = told["data"]
+        return self._judge(base64.b64decode(one["b64_json"]), prompt, seed, size)
 
     def _webui(self, draw: random.Random) -> str:
         prompt, seed, size = draw.choice(PROMPTS), draw.randrange(2**32), draw.choice(self.sizes)
         body = {"prompt": prompt, "seed": seed, "width": size[0], "height": size[1], "steps": self.steps}
         told = self._ask("/sdapi/v1/txt2img", {**body, "cfg_scale": 7.5})
-        return self._judge(base64.b64decode(told["images"][0]), prompt, seed, size)
+        (one,) = told["images"]
+        return self._judge(base64.b64decode(one), prompt, seed, size)
 
     def _broken(self, draw: random.Random) -> str:
         broken: dict[str, Any] = draw.choice(
@@ -138,6 +144,8 @@ class Load:
 def serving(options: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server that is ready, and its port."""
     words = [sys.executable, "-m", "sdtrt", "serve", "--port", "0", "--model", options.model, "--warm", options.sizes]
+    words += [] if options.gpus is None else ["--gpus", options.gpus]
+    words += ["--keep-mib", "1"]  # what it keeps for those who come back is soon as much as it ever is
     words += ["--backend", options.backend, "--engine-dir", str(options.engine_dir or folder / "engines"), *more]
     with (folder / "log").open("a") as log:
         server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -159,16 +167,42 @@ def _is_ready(port: int) -> bool:
     return connection.getresponse().status == 200
 
 
-def memory_bytes(pid: int) -> int:
-    """What a process and its children have in the machine's memory."""
-    total, todo = 0, [pid]
-    while todo:
-        one = todo.pop()
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [two for one in map(int, task.read_text().split()) for two in (one, *children_of(one))]
+    return found
+
+
+def memory_bytes(pids: Sequence[int]) -> int:
+    """What processes have in the machine's memory."""
+    total = 0
+    for one in pids:
         with suppress(OSError):
             status = Path(f"/proc/{one}/status").read_text()
             total += next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
-            todo += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
     return total
+
+
+def processor_s(pids: Sequence[int]) -> float:
+    """The processor time that processes have taken, in seconds."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def batch_sizes(port: int) -> dict[str, float]:
+    """How many calls made how many pictures at most, by the server's metrics."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    found, below = {}, 0.0
+    for line in lines:
+        if line.startswith('sdtrt_batch_pictures_bucket{le="'):
+            size, count = line.split('"')[1], float(line.split()[-1])
+            found[size], below = count - below, count
+    return {size: count for size, count in found.items() if count}
 
 
 def numbers_of(port: int) -> dict[str, float]:
@@ -180,31 +214,48 @@ def numbers_of(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def measure(options: argparse.Namespace, folder: Path, *more: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace, requests: int, folder: Path, *more: str) -> dict[str, Any]:
     """Load one server, and say what came of it."""
     sizes = [(int(one.split("x")[0]), int(one.split("x")[1])) for one in options.sizes.split(",")]
     with serving(options, folder, *more) as (server, port):
-        load, memory, every = Load(port, sizes, options.steps), [memory_bytes(server.pid)], options.requests / SAMPLES
+        load, every = Load(port, sizes, options.steps), requests / SAMPLES
+        parts = {"server": [server.pid], "worker": children_of(server.pid)}
+        memory = [{name: memory_bytes(pids) for name, pids in parts.items()}]
+        used = {name: processor_s(pids) for name, pids in parts.items()}
         before, began = numbers_of(port), time.perf_counter()
         with ThreadPoolExecutor(options.clients) as pool:
-            for number, _ in enumerate(pool.map(load.send, range(options.requests)), 1):
+            for number, _ in enumerate(pool.map(load.send, range(requests)), 1):
                 if number >= len(memory) * every:
-                    memory.append(memory_bytes(server.pid))
+                    memory.append({name: memory_bytes(pids) for name, pids in parts.items()})
         seconds, after = time.perf_counter() - began, numbers_of(port)
+        used = {name: processor_s(pids) - used[name] for name, pids in parts.items()}
+        calls = batch_sizes(port)
     batches, pictures = (
         after[f"sdtrt_batch_pictures_{name}"] - before[f"sdtrt_batch_pictures_{name}"] for name in ("count", "sum")
     )
     cuts = statistics.quantiles(load.seconds, n=100)
     return {
         "options": list(more),
+        "requests": requests,
         "ends": dict(load.ends),
         "wrong": load.wrong,
         "pictures_per_s": round(len(load.seconds) / seconds, 3),
         "request_s": {"p50": round(cuts[49], 3), "p90": round(cuts[89], 3), "p99": round(cuts[98], 3)},
         "pictures_per_batch": round(pictures / batches, 2),
+        "calls_of_so_many_pictures_at_most": calls,
+        "pictures": pictures,
+        "processor_ms_per_picture": {name: round(1000 * used[name] / pictures, 2) for name in used},
         "workers_that_ended": after["sdtrt_worker_ends_total"],
-        "memory_mib": [round(count / 2**20) for count in memory],
+        "memory_mib": {name: [round(one[name] / 2**20) for one in memory] for name in parts},
+        "memory_growth_after_a_tenth": {
+            name: round(max(one[name] for one in memory[2:]) / memory[2][name] - 1, 4) for name in parts
+        },
     }
+
+
+def _ms(report: dict[str, Any]) -> float:
+    """The processor time of one picture."""
+    return float(sum(report["processor_ms_per_picture"].values()))
 
 
 def main() -> None:
@@ -213,21 +264,25 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--engine-dir", type=Path)
+    parser.add_argument("--gpus", help="as of sdtrt serve: a process for each")
     parser.add_argument("--sizes", default="64x64,96x64")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--alone", type=int, help="of them, to the server without batches; by default all")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        batched = measure(options, Path(folder))
-        alone = measure(options, Path(folder), "--max-batch", "1")
+        batched = measure(options, options.requests, Path(folder))
+        alone = measure(options, options.alone or options.requests, Path(folder), "--max-batch", "1")
     report = {
         "command": shlex.join(["python", "benchmarks/serve_load.py", *sys.argv[1:]]),
         "host": host.facts(),
         "batched": batched,
         "alone": alone,
         "times_as_many_pictures": round(batched["pictures_per_s"] / alone["pictures_per_s"], 2),
+        "processor_time_alone_to_batched": round(_ms(alone) / _ms(batched), 2),
+        "load_average": os.getloadavg(),
     }
     text = json.dumps(report, indent=2)
     print(text)

@@ -6,6 +6,7 @@
 #
 # A model with random weights goes to FOLDER/sd15, engines of 1, 2, 4 and 8 pictures to FOLDER/engines, reports to
 # FOLDER/reports. The last line is the share of bench's pictures a second that the server holds: 0.95 is the goal.
+# GPUS=0,1 loads a server on both, too, and says how many times the pictures of one it makes: 1.9 is the goal.
 # To try it elsewhere: MODEL=tiny SIDE=64 STEPS=4 BATCH=2 REQUESTS=20 CLIENTS=4 BACKEND=onnxruntime.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
@@ -41,4 +42,22 @@ reports = Path(sys.argv[1])
 load = json.loads((reports / "serve-load.json").read_text())
 own, served = row["images_per_s"], load["batched"]["pictures_per_s"]
 print(f"bench {own:.2f}/s, server {served:.2f}/s in batches of {load['batched']['pictures_per_batch']}: {served / own:.3f}")
+PYTHON
+[ -n "${GPUS:-}" ] || exit 0
+for gpus in "${GPUS%%,*}" "$GPUS"; do
+    echo "$(date +%T) load on $gpus"
+    "$python" benchmarks/serve_load.py --model "$model" --backend "$backend" --sizes "${side}x$side" --steps "$steps" \
+        --requests "${REQUESTS:-400}" --alone 20 --clients "${CLIENTS:-64}" --engine-dir "$out/engines" --gpus "$gpus" \
+        --output "$out/reports/serve-load-${gpus//,/-}.json" >/dev/null
+done
+"$python" - "$out/reports" "${GPUS%%,*}" "${GPUS//,/-}" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+one, all_ = (
+    json.loads(Path(sys.argv[1], f"serve-load-{name}.json").read_text())["batched"]["pictures_per_s"]
+    for name in sys.argv[2:]
+)
+print(f"one GPU {one:.2f}/s, all {all_:.2f}/s: {all_ / one:.3f}")
 PYTHON

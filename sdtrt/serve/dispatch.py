@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtrt.common.errors import UsageError
+from sdtrt.common.errors import SdtrtError, UsageError
 from sdtrt.serve.builds import Builds
 from sdtrt.serve.catalog import Catalog, without_paths
 from sdtrt.serve.fair_queue import FairQueue
@@ -58,6 +58,7 @@ class Dispatcher:
         self._places = places or [partial(self._worker, device) for device in spec.devices or (None,)]
         self._workers: list[Maker] = []  # those that are ready
         self._making: dict[str, Maker] = {}  # by the names of pictures
+        self._warming: set[tuple[int, str, tuple[int, int]]] = set()  # workers' numbers, models and sizes
         self._tasks: set[asyncio.Task[None]] = set()
         self.builds = Builds(self._places[0], log, self.metrics, self._built)
         self._seconds = 1.0  # that a picture took lately
@@ -114,7 +115,6 @@ class Dispatcher:
         for number, place in enumerate(self._places):
             self._spawn(self._keep_working(number, place))
         self._spawn(self.builds.run())
-        self._spawn(self._warm_up())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something meanwhile, until it is done or the server ends."""
@@ -141,17 +141,45 @@ class Dispatcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _warm_up(self) -> None:
-        """Make one picture of each size, so that its engines are there and open."""
+    async def _warm_up(self, worker: Maker, number: int) -> None:
+        """Have a worker make one picture of each size, so that its pipelines are open before it takes requests.
+
+        What has no engines is built meanwhile, and comes back by the queue. Raises `WorkerGone`.
+        """
+        jobs = []
+        for name, size in itertools.product(self.catalog.models, self.spec.warm):
+            if (number, name, size) in self._warming:
+                continue
+            self._warming.add(
+                (number, name, size)
+            )  # until it is made: what ended a worker is not tried by the one that follows
+            if (job := self._warm_up_job(name, size)) is not None:
+                jobs.append(job)
+                await self._make(worker, number, job.pictures)
+            self._warming.discard((number, name, size))
+        self._spawn(self._warmed(jobs))
+
+    def _warm_up_job(self, name: str, size: tuple[int, int]) -> Job | None:
+        """One small picture of a size; None for what no request may ask for, which is logged."""
         steps = min(WARM_UP_STEPS, self.spec.limits.steps)
-        for name, (width, height) in itertools.product(self.catalog.models, self.spec.warm):
-            request = PictureRequest("", name, steps=steps, width=width, height=height, seed=0)
-            job = self.submit(request, WARM_UP, WARM_UP)
+        request = PictureRequest("", name, steps=steps, width=size[0], height=size[1], seed=0)
+        try:
+            request.check(self.spec.limits, self.catalog, self.spec)
+            return Job.of(request, request.spec(self.catalog, self.spec), WARM_UP, WARM_UP)
+        except SdtrtError as error:
+            self._tell_cold(request, error.message)
+            return None
+
+    async def _warmed(self, jobs: Sequence[Job]) -> None:
+        """Say that sizes are ready when they are, or why they are not."""
+        for job in jobs:
             await job.finished.wait()
             if job.failure is not None:
-                self.log.warn("not warm", model=name, size=f"{width}x{height}", message=job.failure.message)
-            self.store.forget(job)
+                self._tell_cold(job.request, job.failure.message)
         self.warmed.set()
+
+    def _tell_cold(self, request: PictureRequest, message: str) -> None:
+        self.log.warn("not warm", model=request.model, size=f"{request.width}x{request.height}", message=message)
 
     def _worker(self, device: int | None) -> WorkerProcess:
         """A worker that is not started yet."""
@@ -166,7 +194,7 @@ class Dispatcher:
             worker, began = place(), time.monotonic()
             try:
                 await worker.start()
-                await self._work_with(worker)
+                await self._work_with(worker, number)
             except WorkerGone as gone:
                 self.metrics.restarts.inc()
                 self.log.error("worker ended", worker=number, reason=str(gone))
@@ -181,7 +209,7 @@ class Dispatcher:
             pause = 0.0 if lasted else min(LONGEST_PAUSE_S, 2 * pause + 0.5)
             await asyncio.sleep(pause)
 
-    async def _work_with(self, worker: Maker) -> None:
+    async def _work_with(self, worker: Maker, number: int) -> None:
         """Have a worker make pictures until it is gone. Raises `WorkerGone`."""
         about = await worker.about_itself(PATIENCE_S)
         if about.kind != "ready":
@@ -192,11 +220,12 @@ class Dispatcher:
                 self.log.error("model", name=one["name"], message=one["error"], hint=one["hint"])
         self._workers.append(worker)
         self.metrics.ready.set(len(self._workers))
-        self.log.info("worker ready", pid=about.data["pid"])
+        self.log.info("worker ready", worker=number, pid=about.data["pid"])
+        await self._warm_up(worker, number)
         while True:
             batch = [one for one in await self._next_or_gone(worker) if not one.is_over]
             if batch:
-                await self._make(worker, batch)
+                await self._make(worker, number, batch)
 
     async def _next_or_gone(self, worker: Maker) -> list[Picture]:
         """The next batch. Raises `WorkerGone` where the worker goes before there is one."""
@@ -212,7 +241,7 @@ class Dispatcher:
             taking.cancel()
             going.cancel()
 
-    async def _make(self, worker: Maker, batch: Sequence[Picture]) -> None:
+    async def _make(self, worker: Maker, number: int, batch: Sequence[Picture]) -> None:
         """Have one batch made. Its pictures come again once where the worker goes. Raises `WorkerGone`."""
         began = time.monotonic()
         for picture in batch:
@@ -221,7 +250,7 @@ class Dispatcher:
             picture.job.settle(picture, "running")
             self.metrics.wait.observe(began - picture.queued_at)
         self.metrics.batch.observe(len(batch))
-        self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch])
+        self.log.info("batch", pictures=len(batch), jobs=[one.job.id for one in batch], worker=number)
         request = batch[0].job.request
         data = {**plain(request), "units": [one.id for one in batch]}
         data["jobs"] = [astuple(one.drawn) for one in batch]

@@ -77,7 +77,7 @@ class Serving:
 
     def __enter__(self):
         self.thread.start()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180  # on a busy machine
         while not self.dispatcher.is_ready:
             assert time.monotonic() < until, "the server does not become ready"
             time.sleep(0.02)

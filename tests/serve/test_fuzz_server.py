@@ -33,7 +33,9 @@ def test_nothing_that_comes_in_is_a_fault_of_the_servers(serving):
             return
         with requests.Session() as session:
             session.mount("http://", requests.adapters.HTTPAdapter(max_retries=0))
-            answer = case.call(base_url=serving.url, session=session, timeout=30)
+            answer = case.call(
+                base_url=serving.url, session=session, timeout=180
+            )  # a picture takes long on a busy machine
         assert answer.status_code != 500, case.as_curl_command()
         if answer.status_code >= 400:
             assert json.loads(answer.content)
