@@ -25,7 +25,7 @@ from sdtrt.specs import GenerateSpec
 
 pytest.importorskip("ray", reason="Ray is of Linux alone")
 grpc = pytest.importorskip("grpc")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 KEY = "k" * 32
 LEVELS = 2  # of 255
 PROMPT = "a red circle on a blue background"
@@ -58,7 +58,7 @@ class Server:
         self.log.seek(0)
         return self.log.read()
 
-    def until(self, true, seconds=90):
+    def until(self, true, seconds=240):
         """Wait until something is so."""
         end = time.monotonic() + seconds
         while not true():
@@ -102,6 +102,14 @@ class Server:
         return [sum(child.cpu_times().user for child in one.children()) for one in self.replicas()]
 
 
+def lives(process):
+    """Whether a process runs; one that is over waits for its parent to hear of it, and does nothing."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def how(guidance):
     return {"steps": 20, "guidance_scale": guidance}
 
@@ -139,13 +147,13 @@ def test_replicas_start_without_engines_and_one_of_them_builds_for_both(server, 
 
 def test_both_replicas_make_pictures_which_are_those_that_are_made_alone(server, folder):
     before, made = server.worked_s(), {}
-    places = {guidance: [server.submit(seed=seed, **how(guidance)) for seed in range(4)] for guidance in (6.0, 7.5)}
+    places = {guidance: [server.submit(seed=seed, **how(guidance)) for seed in range(2)] for guidance in (6.0, 7.5)}
     for guidance, some in places.items():
         made[guidance] = [pixels(server.picture(place)) for place in some]
     worked = [late - early for early, late in zip(before, server.worked_s(), strict=True)]
     assert min(worked) > 0.25 * sum(worked), worked
     for guidance, pictures in made.items():
-        options = {"output": folder / f"alone-{guidance:.0f}", "num_images": 4, "seed": 0, "backend": "onnxruntime"}
+        options = {"output": folder / f"alone-{guidance:.0f}", "num_images": 2, "seed": 0, "backend": "onnxruntime"}
         spec = GenerateSpec((PROMPT,), **options, **how(guidance), **SIZE)
         report = sdtrt.generate(spec, engine_dir=folder / "engines", progress=False)
         for picture, alone in zip(pictures, report.images, strict=True):
@@ -225,5 +233,5 @@ def test_it_ends_when_what_it_has_accepted_is_done_and_leaves_nothing(server):
     assert found[0]["state"] == "done"
     assert server.process.wait(30) == 0
     assert server.process.stdout.read() == ""
-    assert [one for one in processes if one.is_running()] == []
+    assert [one for one in processes if lives(one)] == []
     assert list(server.temporary.iterdir()) == []
