@@ -23,7 +23,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def given(model: Any, feeds: Feeds) -> dict[int, Any]:
     return found
 
 
-def quantised(path: Path, samples: list[Feeds]) -> Any:
+def quantised(path: Path, samples: Sequence[Feeds]) -> Any:
     """A model in int8, calibrated on some inputs."""
     import nncf
 
