@@ -104,6 +104,14 @@ class Backend(ABC):
         """Where a pipeline with this backend's engines runs on this machine."""
         return self.devices[0]
 
+    def choose_device(self, name: str) -> None:
+        """Compute on one of its library's own devices from now on. Raises `UsageError` where it has no such choice."""
+        raise UsageError(f"{self.title} has no --device {name}", hint="leave --device out, or use --backend openvino")
+
+    def device_title(self) -> str | None:
+        """What was chosen by `choose_device`, for a picture's text; None where PyTorch's device says it all."""
+        return None
+
     def is_automatic(self, device: str) -> bool:
         """Whether `auto` has its engines built on a device where no engines are there yet."""
         return device in self.devices

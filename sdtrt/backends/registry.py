@@ -88,6 +88,19 @@ def check_request(choice: BackendName, precision: str | None = None, components:
         backend.check_precision(precision)
 
 
+def choose_device(choice: BackendName, device: str) -> None:
+    """Have a backend compute on a device that its library names. Raises `UsageError` where there is none of that name.
+
+    Args:
+        choice: a backend's name; `auto` may come to mean one without such devices.
+        device: in that library's words.
+    """
+    check_choice("backend", choice, names())
+    if choice == AUTO:
+        raise UsageError(f"--device {device} is for one backend, not for auto", hint="add --backend openvino")
+    get(choice).choose_device(device)
+
+
 def choose_backend(choice: BackendName, console: Console = QUIET) -> BackendName:
     """The name of the backend that serves a request; for `auto`, say on stderr which and why.
 

@@ -96,7 +96,12 @@ class BackendOptions:
     precision: Annotated[
         str | None, Option(help=f"one of {', '.join(PRECISIONS)}; by default fp16 on a GPU, fp32 on a CPU")
     ] = None
+    device: Annotated[
+        str | None, Option(metavar="NAME", help="a device of OpenVINO's, with --backend openvino: CPU, GPU.0, NPU")
+    ] = None
 
     def check(self, components: Sequence[str] = ()) -> None:
         """Refuse what no backend does, before anything heavy is loaded."""
+        if self.device is not None:  # first: it decides which precisions there are
+            registry.choose_device(self.backend, self.device)
         registry.check_request(self.backend, self.precision, components)

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import factories
 import numpy as np
@@ -287,6 +288,38 @@ def test_what_it_lacks_is_said_before_anything_is_loaded(monkeypatch, smallest):
         found.check(replace(spec, optimization_level=3))
     monkeypatch.setattr(host, "library_version", lambda name: None)
     assert "sdtrt[openvino]" in found.why_not().hint
+
+
+def test_another_device_is_looked_for_and_is_part_of_the_key(monkeypatch, smallest):
+    """There is none here: its name is all that is taken for true."""
+    found, spec = registry.get("openvino"), spec_of(resolve_model(ModelSpec(str(smallest))), "unet", "fp16")
+    monkeypatch.setenv(library.DEVICE_VARIABLE, "")
+    processor = found.host_key()
+    with pytest.raises(UsageError, match=r"no device GPU\.7 here, only .*CPU") as caught:
+        registry.choose_device("openvino", "GPU.7")
+    assert "--device" in caught.value.hint
+    assert found.device_title() is None
+    registry.choose_device("openvino", "CPU")
+    assert found.host_key() == processor
+    with pytest.raises(UsageError, match="not in fp16"):
+        found.check(spec)
+    monkeypatch.setattr(library, "core", lambda: SimpleNamespace(available_devices=["CPU", "GPU.0"], get_property=told))
+    registry.choose_device("openvino", "GPU.0")
+    assert found.host_key() == {"device": "GPU.0", "device_name": "GPU.0 FULL_DEVICE_NAME"}
+    assert (found.device_title(), found.default_precision()) == ("OpenVINO GPU.0", "fp16")
+    found.check(spec)
+    assert "INFERENCE_NUM_THREADS" not in library.settings(2)
+
+
+def told(device, name):
+    return f"{device} {name}"
+
+
+@pytest.mark.parametrize(("backend", "wrong"), [("onnxruntime", "ONNX Runtime has no"), ("auto", "not for auto")])
+def test_a_device_is_for_openvino_alone(backend, wrong):
+    with pytest.raises(UsageError, match=wrong) as caught:
+        registry.choose_device(backend, "NPU")
+    assert "--backend openvino" in caught.value.hint
 
 
 def test_the_telemetry_package_is_not_even_imported(tmp_path, found, contract):

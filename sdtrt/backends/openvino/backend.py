@@ -32,7 +32,7 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})  # of processors that multip
 
 
 class OpenVino(Backend):
-    """Engines for one range of sizes, on the processor that they were compiled for."""
+    """Engines for one range of sizes, on the processor (or OpenVINO's other device) that they were compiled for."""
 
     title: ClassVar[str] = "OpenVINO"
     format: ClassVar[int] = 2  # since 2 the weights are in the one file
@@ -46,14 +46,30 @@ class OpenVino(Backend):
         return installed_version(self.title, "openvino", "'sdtrt[openvino]'")
 
     def default_precision(self) -> Precision:
-        return "fp32"
+        return "fp32" if _on_cpu() else "fp16"
+
+    def choose_device(self, name: str) -> None:
+        """Compute on one of OpenVINO's devices: `CPU`, `GPU`, `GPU.1`, `NPU`."""
+        from sdtrt.backends.openvino import library
+
+        self.version()
+        library.choose_device(name)
+
+    def device_title(self) -> str | None:
+        from sdtrt.backends.openvino import library
+
+        return None if _on_cpu() else f"OpenVINO {library.device()}"
 
     def precision_of(self, model: ModelSource, component: Component, precision: Precision) -> Precision:
         """fp32 for what runs once an image: there bf16 wins little time, and a picture has as many bits as bf16."""
+        if not _on_cpu():
+            return super().precision_of(model, component, precision)
         return precision if component in STEPPING else "fp32"
 
     def check_precision(self, precision: str) -> None:
         refuse_quantised(self.title, precision)
+        if not _on_cpu():
+            return
         if precision not in ("fp32", "bf16"):
             raise UsageError(
                 f"OpenVINO computes in fp32 or bf16 on a CPU, not in {precision}", hint="use --precision fp32 or bf16"
@@ -70,7 +86,11 @@ class OpenVino(Backend):
         require_one_profile(self.title, spec)
 
     def host_key(self, compute_capability: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The processor, which decides a compiled model's layouts and kernels."""
+        """The processor, which decides a compiled model's layouts and kernels; or another device, by its full name."""
+        from sdtrt.backends.openvino import library
+
+        if not _on_cpu():
+            return {"device": library.device(), "device_name": library.full_name()}
         bf16 = sorted(host.processor_flags() & BF16_FLAGS)
         return {
             "processor": host.processor_name(),
@@ -94,3 +114,10 @@ class OpenVino(Backend):
                 hint=f"build it here: sdtrt build --backend {self.name}; {entry.removal} drops that one",
             )
         return OpenVinoSession(model, stored_contract(entry))
+
+
+def _on_cpu() -> bool:
+    """Whether OpenVINO computes on the processor."""
+    from sdtrt.backends.openvino import library
+
+    return library.device() == library.CPU

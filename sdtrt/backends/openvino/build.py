@@ -23,8 +23,8 @@ from sdtrt.specs.contract import Contract
 if TYPE_CHECKING:
     import torch
 
-# Largest relative L2 error against the ONNX in fp32: fused sums are added in another order, and bf16 has eight bits.
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2}
+# Largest relative L2 error against the ONNX in fp32: sums are added in another order, fp16 has 11 bits, bf16 8.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 MARGIN_BYTES = 2**20  # where not even so much can be written, the disk is taken to be full
 REPORT = "use --backend onnxruntime, and report this model and your openvino version"
 
@@ -85,7 +85,7 @@ def compile_model(source: Path, target: Path, contract: Contract, profile: Profi
             model.reshape(_shapes(model, contract, profile))
             library.load().save_model(model, str(plain), compress_to_fp16=False)
             del model
-            compile_to_file(plain, target, library.DEVICE, settings)
+            compile_to_file(plain, target, library.device(), settings)
     except OSError:
         raise
     except Exception as error:  # OpenVINO's are RuntimeErrors without a type of their own

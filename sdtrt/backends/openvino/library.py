@@ -6,6 +6,7 @@ cache folder is set.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdtrt.common.errors import EngineError
+from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.common.files import RAISE_LIMITS
 from sdtrt.engines.entry import verification_of
 
 TELEMETRY = "openvino_telemetry"
-DEVICE = "CPU"
+CPU = "CPU"
+DEVICE_VARIABLE = "SDTRT_OPENVINO_DEVICE"  # an environment variable, so that a server's workers have it, too
 # How it says that memory is short, or that there is no thread or file to spare; it has no types of errors for that.
 OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate", "std::length_error", "out of memory")
 OUT_OF_LIMITS = ("Resource temporarily unavailable", "Too many open files", "pthread_create")
@@ -51,6 +53,31 @@ def core() -> Any:
     return load().Core()
 
 
+def device() -> str:
+    """What OpenVINO is to compute on: `CPU`, unless `choose_device` or the environment says another one."""
+    return os.environ.get(DEVICE_VARIABLE) or CPU
+
+
+def choose_device(name: str) -> None:
+    """Compute on a device from now on, in this process and those that it starts.
+
+    Raises:
+        UsageError: where OpenVINO finds no such device.
+    """
+    there = core().available_devices
+    if name not in {*there, *(one.partition(".")[0] for one in there)}:  # `GPU` is the first of GPU.0 and GPU.1
+        raise UsageError(
+            f"OpenVINO finds no device {name} here, only {', '.join(there)}",
+            hint=f"use --device {there[0]}" if there else "install the driver of that device",
+        )
+    os.environ[DEVICE_VARIABLE] = name
+
+
+def full_name() -> str:
+    """What the chosen device calls itself."""
+    return str(core().get_property(device(), "FULL_DEVICE_NAME"))
+
+
 def settings(threads: int) -> dict[str, str]:
     """What a model is compiled and opened with: a compiled model does not keep it.
 
@@ -58,8 +85,11 @@ def settings(threads: int) -> dict[str, str]:
     Diffusion 1.5's size that has an error of 0.040, where an ONNX in bf16 has 0.012, as PyTorch has (`docs/cpu.md`).
 
     One stream, as a pipeline runs one call after the other. Threads are not pinned to cores: PyTorch computes on the
-    same ones between two runs, and other processes do, too.
+    same ones between two runs, and other processes do, too. Devices other than the CPU have neither setting, and what
+    they compute in is theirs to say: a build compares it with the ONNX.
     """
+    if device() != CPU:
+        return {"NUM_STREAMS": "1"}
     return {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": str(threads),

@@ -105,7 +105,7 @@ def _open(model: Path, settings: Mapping[str, str]) -> tuple[Any, MappedModel | 
     try:
         mapped = MappedModel(model)
         with mapped.read_once():
-            compiled = library.core().import_model(mapped.tensor, library.DEVICE, settings)
+            compiled = library.core().import_model(mapped.tensor, library.device(), settings)
             return compiled.create_infer_request(), mapped
     except Exception as error:
         raise library.load_error(error, model) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sdtrt.backends import registry
 from sdtrt.common import host
 from sdtrt.common.version import __version__
 from sdtrt.engines.directory import EngineDirectory
@@ -49,7 +50,7 @@ def settings_of(
     return {
         "model": _model_facts(pipeline_spec.model, directory),
         "backend": pipeline_spec.backend,
-        "device": device_name(pipeline_spec.device),
+        "device": registry.get(pipeline_spec.backend).device_title() or device_name(pipeline_spec.device),
         "precision": pipeline_spec.precision,
         "scheduler": {"name": spec.scheduler, **_scheduler_facts(scheduler)},
         "steps": spec.steps,
