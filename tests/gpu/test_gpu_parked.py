@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from gpu_engines import NEEDS_GPU
 
-from sdtrt.pipeline.parked import Parked
+from sdtrt.pipeline.parts.parked import Parked
 
 pytestmark = [*NEEDS_GPU, pytest.mark.timeout(300)]
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from sdtrt.pipeline import parked
-from sdtrt.pipeline.parked import Parked
+from sdtrt.pipeline.parts import parked
+from sdtrt.pipeline.parts.parked import Parked
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

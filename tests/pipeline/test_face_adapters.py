@@ -19,7 +19,7 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.models.loading import check_ip_adapters, check_loras, load_unet
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.ip_images import check_ip_images, read_ip_images
+from sdtrt.pipeline.inputs.ip_images import check_ip_images, read_ip_images
 from sdtrt.specs import GenerateSpec, ImagePromptSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

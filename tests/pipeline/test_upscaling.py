@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdtrt.common.errors import ModelError, UsageError
-from sdtrt.pipeline import upscaling
-from sdtrt.pipeline.images import parse_parameters
-from sdtrt.pipeline.recipes import read_recipe
-from sdtrt.pipeline.spandrel_import import import_spandrel
+from sdtrt.pipeline.inputs.images import parse_parameters
+from sdtrt.pipeline.recipes.reading import read_recipe
+from sdtrt.pipeline.runs import upscaling
+from sdtrt.pipeline.runs.spandrel_import import import_spandrel
 from sdtrt.specs import GenerateSpec, UpscaleSpec
 from sdtrt.specs.stages import steps_of_pass
 
@@ -232,7 +232,7 @@ def test_without_torchvision_spandrel_is_imported_all_the_same(monkeypatch):
         pytest.skip("needs spandrel, and no torchvision")
     code = """
 import sys, torch
-from sdtrt.pipeline.spandrel_import import _normalize, import_spandrel
+from sdtrt.pipeline.runs.spandrel_import import _normalize, import_spandrel
 spandrel = import_spandrel()
 assert not [name for name in sys.modules if name.startswith("torchvision")]
 pixels = torch.rand(2, 3, 4, 4)
