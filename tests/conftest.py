@@ -72,6 +72,21 @@ def engine_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("shared") / "engines"
 
 
+@pytest.fixture(scope="session")
+def tiny_engines(shared):
+    """An engine directory with all that the built-in model has in ONNX Runtime, built once in a test run: to be copied.
+
+    They are built as a user does it, by the command, and serve any size.
+    """
+    from benchmark_scripts import run_python
+    from exports import made_once
+
+    def build(draft):
+        run_python("-m", "sdtrt", "build", "--quiet", "--backend", "onnxruntime", "--engine-dir", draft)
+
+    return made_once(shared / "tiny-engines", build)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """A small CLIP tokenizer for the pipelines that a file's tests make in memory."""

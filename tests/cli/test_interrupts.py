@@ -155,15 +155,6 @@ def test_a_shell_sees_which_signal_it_was(number, tmp_path):
 # ------------------------------------------------------------------------------------------------- at random moments
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """An engine directory with all that the built-in model has."""
-    directory = tmp_path_factory.mktemp("built") / "engines"
-    command = [sys.executable, "-m", "sdtrt", "build", "-q", "-b", "onnxruntime", "--engine-dir", str(directory)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL)
-    return directory
-
-
 COMMANDS = {
     "txt2img": "txt2img -p x --steps 500 --num-images 9 -o out",
     "txt2img, building": "txt2img -p x --steps 500 -o out --engine-dir new",
@@ -271,12 +262,12 @@ class Struck:
 @pytest.mark.slow
 @pytest.mark.timeout(60 + 15 * COUNT)
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-def test_a_signal_at_any_moment_ends_every_command_and_leaves_nothing(built):
+def test_a_signal_at_any_moment_ends_every_command_and_leaves_nothing(tiny_engines):
     """Before sdtrt/__main__.py runs, Python itself answers."""
     dice, ends, wrong = random.Random(SEED), Counter(), []
     for _ in range(COUNT):
         name, number, seconds = dice.choice(list(COMMANDS)), dice.choice(NUMBERS), dice.uniform(0.05, 4)
-        struck = Struck(built, COMMANDS[name], number, seconds)
+        struck = Struck(tiny_engines, COMMANDS[name], number, seconds)
         ends[struck.end] += 1
         said = [f"{name}, {number.name} after {seconds:.3f} s: {text}" for text in struck.wrong]
         for text in said:

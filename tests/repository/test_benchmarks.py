@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -89,11 +90,12 @@ def test_what_opset_17_cannot_say_is_not_lowered(more, attributes, words, loweri
 
 
 @pytest.mark.slow
-def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path):
+def test_start_up_is_of_whole_processes_with_engines_that_are_there(tmp_path, tiny_engines):
     report, directory = tmp_path / "report.json", {"SDTRT_ENGINE_DIR": str(tmp_path / "engines")}
+    shutil.copytree(tiny_engines, tmp_path / "engines")
     size = (*SIZE, "--backend", "onnxruntime")
     first = ("txt2img", *size, "--prompt", "a red circle", "--steps", "1", "--output", tmp_path / "first.png")
-    run_python("-m", "sdtrt", *first, **directory)
+    run_python("-m", "sdtrt", *first, "--no-build", **directory)
     run("startup.py", *size, "--repeats", "1", "--output", report, **directory)
     found = json.loads(report.read_text())
     assert len(found["seconds"]["samples"]) == 1
