@@ -104,7 +104,9 @@ def load(
     """
     console = Console(quiet=not progress)
     spec = _spec(model, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    spec = replace(spec, controls=_controls(controlnet), savings=_savings(saved, guidance))
+    savings = _savings(saved, guidance)
+    named = None if savings == Savings() else saved.get("quality")  # or the preset would bring its own
+    spec = replace(spec, controls=_controls(controlnet), savings=savings, quality=named)
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
