@@ -14,8 +14,9 @@ from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.request import SHALLOW, PipelineSpec
+from sdtrt.pipeline.request import PipelineSpec
 from sdtrt.specs import QUANTISED, GenerateSpec
+from sdtrt.specs.deep_features import SHALLOW
 from sdtrt.specs.presets import PRESETS
 
 Steps = tuple[tuple[str, ...], float]  # the sizes that steps were measured at, and how long they take, in ms
