@@ -13,8 +13,8 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.specs import QUANTISED, GenerateSpec
 from sdtrt.specs.deep_features import SHALLOW
 from sdtrt.specs.presets import PRESETS

@@ -29,8 +29,8 @@ from sdtrt.exports.quantised import layers_to_quantise, quantise
 from sdtrt.exports.tracing import reference
 from sdtrt.models.components import load_component
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.images import read_metadata
+from sdtrt.pipeline.inputs.images import read_metadata
+from sdtrt.pipeline.opening.fastest import resolve_fastest
 from sdtrt.reports.verify import verify
 from sdtrt.specs import (
     BuildSpec,

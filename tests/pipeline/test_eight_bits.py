@@ -10,7 +10,7 @@ from sdtrt.backends import registry
 from sdtrt.backends.build import engine_key
 from sdtrt.common.console import QUIET, Console
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.fastest import resolve_fastest
+from sdtrt.pipeline.opening.fastest import resolve_fastest
 from sdtrt.specs import PRESETS, BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.deep_features import default_depth, shallow_groups, whole_group
 from sdtrt.specs.quality import Choice
