@@ -247,7 +247,7 @@ class _Bench:
         """The rows, and the pixels of those that ran, by their choices."""
         first, expected = self._measured(EXACT, self.exact, None)
         rows, pictures = [first], {EXACT: [one.pixels for one in expected]}
-        base = replace(self.spec.image, backend=self.exact.spec.backend, precision=self.exact.spec.precision)
+        base = replace(self.spec.image, backend=self.exact.spec.backend)  # a preset may have a precision of its own
         for choice in self.spec.choices:
             row, made = self._tried(choice.text, choice.of(base), expected)
             rows.append(row)

@@ -13,7 +13,7 @@ from typing import Literal, Self, cast, get_args
 from sdtrt.common.errors import UsageError
 from sdtrt.specs.choices import MAX_DIGITS, MIN_SSIM_PIXELS, PRECISIONS, Precision, check_choice, check_output
 from sdtrt.specs.generate import GenerateSpec
-from sdtrt.specs.presets import QUALITIES, settle
+from sdtrt.specs.presets import QUALITIES, QualityName, settle
 from sdtrt.specs.savings import CacheSchedule, GuidanceInterval, Savings
 
 MetricName = Literal["latents", "psnr", "ssim", "lpips", "clip"]
@@ -95,6 +95,7 @@ class Choice:
         return replace(
             exact,
             savings=self.savings(),
+            quality=cast("QualityName | None", self.quality),
             precision=exact.precision if precision is None else cast("Precision", precision),
             steps=exact.steps if steps is None else steps,
         )

@@ -5,16 +5,18 @@ Nothing stands in for anything here. There is one engine of each precision, of t
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import factories
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
 
 import sdtrt
 from sdtrt.backends import registry
-from sdtrt.backends.build import build_engine
+from sdtrt.backends.build import build_engine, engine_key
 from sdtrt.backends.inductor.build import KEPT
 from sdtrt.backends.inductor.weights import CONSTANTS_FILE, PACKAGE_FILE, read_constants
 from sdtrt.backends.open import open_session
@@ -27,8 +29,20 @@ from sdtrt.exports.quantised import layers_to_quantise, quantise
 from sdtrt.exports.tracing import reference
 from sdtrt.models.components import load_component
 from sdtrt.models.resolve import resolve_model
+from sdtrt.pipeline.inputs.images import read_metadata
+from sdtrt.pipeline.opening.fastest import resolve_fastest
 from sdtrt.reports.verify import verify
-from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Profile, Sizes, VerifySpec
+from sdtrt.specs import (
+    BuildSpec,
+    DeepCaching,
+    ExportSpec,
+    GenerateSpec,
+    ModelSpec,
+    Profile,
+    Savings,
+    Sizes,
+    VerifySpec,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -197,5 +211,69 @@ def test_a_live_pipeline_keeps_its_16_bits_and_every_change_is_rounded_anew(mode
     unet.load_state_dict(state)
     assert torch.equal(latents(), first)
     assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+    follow_loras(pipe, latents, first)
     sdtrt.restore(pipe)
     assert torch.equal(latents(), plain)
+
+
+def follow_loras(pipe, latents, first):
+    """A LoRA is in the rounded weights of the next picture, as much as is asked for, and gone in another."""
+    before = copy.deepcopy(pipe.unet.state_dict())
+    made = {}
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        pipe.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v", "net.2"]), name)
+    for names, weights in ((("one",), (2.0,)), (("other",), (2.0,)), (("one", "other"), (1.0, 0.5))):
+        pipe.set_adapters(list(names), list(weights))
+        made[names] = latents()
+        plain = merged(pipe, latents)
+        assert error(made[names], first) > 0.1, "a LoRA that nobody would see proves nothing"
+        assert error(made[names], plain) < 0.1
+    pipe.set_adapters(["one"], [2.0])
+    assert torch.equal(latents(), made["one",])
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(), first)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def merged(pipe, latents):
+    """What PyTorch makes in fp32 with the adapters as they are."""
+    forward = pipe.unet.forward
+    try:
+        pipe.unet.forward = type(pipe.unet).forward.__get__(pipe.unet)
+        return latents()
+    finally:
+        pipe.unet.forward = forward
+
+
+@pytest.mark.parametrize(("times", "taken"), [(2.0, "int8"), (0.5, "fp32")])
+def test_the_preset_fast_runs_in_an_engine_that_was_measured_to_be_faster(
+    models, shared, directory, tmp_path, times, taken
+):
+    """The engine in 8 bits and its time are real; beside it stands what a build in fp32 would have measured."""
+    built = engine(models[0], shared, "int8")
+    directory.path.mkdir(mode=0o700)
+    shutil.copytree(built.path, directory.path / built.name)
+    usual = BuildSpec(ExportSpec(models[0].spec, "unet", "fp32"), "inductor", (Profile.of(SIZES),))
+    facts = {"step_ms": times * built.info["step_ms"], "step_sizes": built.step_sizes}
+    directory.obtain("engine", engine_key(models[0], usual, directory).to_json(), lambda folder: facts)
+    spec = GenerateSpec(
+        ("a red circle", "a star"),
+        models[0].spec,
+        "inductor",
+        steps=2,
+        batch_size=2,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        quality="fast",
+        savings=Savings(caching=DeepCaching(5)),
+        components=("unet",),
+        output=tmp_path / "out",
+        allow_build=False,
+    )
+    assert resolve_fastest(spec, models[0], directory, QUIET).precision == taken
+    if taken == "int8":
+        report = sdtrt.generate(spec, engine_dir=directory.path, progress=False)
+        settings = read_metadata(report.images[0].path).details
+        assert (settings["precision"], settings["quality"]) == ("int8", "fast")

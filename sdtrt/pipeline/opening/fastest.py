@@ -15,6 +15,7 @@ from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import Model
+from sdtrt.pipeline.eight_bits import in_measured_precision
 from sdtrt.pipeline.inputs.images import InitImage
 from sdtrt.pipeline.opening.engines import find_engines
 from sdtrt.pipeline.opening.request import (
@@ -42,11 +43,24 @@ def resolve_fastest(
     maps: Sequence[InitImage] = (),
 ) -> PipelineSpec:
     """How a request runs (`resolve_request`). For `auto`: in the fastest engines that are there, which it says; where
-    none are, in those of the backend that is expected to be the fastest, and why.
+    none are, in those of the backend that is expected to be the fastest, and why. A preset may take engines in 8 bits.
 
     Raises:
         EngineError, ModelError, UsageError: for what can't run.
     """
+    found = _resolved(spec, model, directory, console, init, maps)
+    return in_measured_precision(spec, found, directory, console)
+
+
+def _resolved(
+    spec: GenerateSpec,
+    model: Model,
+    directory: EngineDirectory,
+    console: Console,
+    init: InitImage | None,
+    maps: Sequence[InitImage],
+) -> PipelineSpec:
+    """`resolve_fastest`, in the precision that is asked for, or is usual."""
     if spec.backend != AUTO:
         return resolve_request(spec, model, console, init, maps)
     usual, why = registry.expected(console)

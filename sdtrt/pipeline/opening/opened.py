@@ -104,7 +104,7 @@ def load(
     """
     console = Console(quiet=not progress)
     spec = _spec(model, task, height, width, batch_size, guidance, backend, precision, components, scheduler)
-    spec = replace(spec, controls=_controls(controlnet), savings=_savings(saved, guidance))
+    spec = replace(_saving(spec, saved, guidance), controls=_controls(controlnet))
     with quiet_libraries():
         directory = EngineDirectory(Path(engine_dir) if engine_dir is not None else default_directory())
         return _open(_request(spec, directory, console), directory, console)
@@ -113,6 +113,13 @@ def load(
 def _controls(names: str | Iterable[str]) -> tuple[ControlSpec, ...]:
     """ControlNets whose maps come with the calls."""
     return tuple(ControlSpec(name, Path("image")) for name in ([names] if isinstance(names, str) else names))
+
+
+def _saving(spec: GenerateSpec, saved: SavingArguments, guidance: bool) -> GenerateSpec:
+    """The request with what its calls leave out."""
+    savings = _savings(saved, guidance)
+    named = None if savings == Savings() else saved.get("quality")  # or the preset would bring its own
+    return replace(spec, savings=savings, quality=named)
 
 
 def _savings(saved: SavingArguments, guidance: bool) -> Savings:
