@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -223,14 +224,15 @@ def test_a_replica_that_is_killed_leaves_no_request_alone_and_another_one_comes(
 
 
 def test_it_ends_when_what_it_has_accepted_is_done_and_leaves_nothing(server):
-    place = server.submit(steps=40, seed=1)
-    processes = server.processes()
-    found = []
-    asking = threading.Thread(target=lambda: found.append(server.over(place)))
+    processes, batches, found = server.processes(), server.text().count('"event": "batch"'), []
+    body = {"prompt": PROMPT, "size": "128x128", "num_inference_steps": 60}
+    asked = partial(server.session.post, f"{server.url}/v1/images/generations", json=body, timeout=120)
+    asking = threading.Thread(target=lambda: found.append(asked()))
     asking.start()
+    server.until(lambda: server.text().count('"event": "batch"') > batches)
     server.process.send_signal(signal.SIGTERM)
-    asking.join(60)
-    assert found[0]["state"] == "done"
+    asking.join(120)
+    assert found[0].status_code == 200
     assert server.process.wait(30) == 0
     assert server.process.stdout.read() == ""
     assert [one for one in processes if lives(one)] == []
