@@ -24,17 +24,19 @@ from sdtrt.models import loading
 from sdtrt.models.components import part_of, text_encoders_of
 from sdtrt.models.resolve import Model, resolve_model
 from sdtrt.models.weights import WEIGHT_NAMES
-from sdtrt.pipeline import images, masks, memory, schedulers
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.generate import Run, Sink, Stages, started
-from sdtrt.pipeline.jobs import ChosenJobs
-from sdtrt.pipeline.jobs import Job as Drawn
-from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, is_lcm, open_pipeline
-from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
-from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.settings import settings_of
-from sdtrt.pipeline.text_states import plan_texts
+from sdtrt.pipeline.inputs import images, masks
+from sdtrt.pipeline.inputs.text_states import plan_texts
+from sdtrt.pipeline.opening import memory
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.fastest import resolve_fastest
+from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, is_lcm, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts import schedulers
+from sdtrt.pipeline.runs.generate import Run, Sink, Stages, started
+from sdtrt.pipeline.runs.jobs import ChosenJobs
+from sdtrt.pipeline.runs.jobs import Job as Drawn
+from sdtrt.pipeline.runs.previews import Preview, find_preview_vae, load_preview
+from sdtrt.pipeline.runs.settings import settings_of
 from sdtrt.serve.catalog import Catalog, short_name
 from sdtrt.serve.host_memory import check_host_memory
 from sdtrt.serve.requests import INIT, MASK, PictureRequest
