@@ -41,10 +41,10 @@ from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.pipeline import pixels
-from sdtrt.pipeline.call import PipelineCall
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec, unet_sizes
+from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec, unet_sizes
+from sdtrt.pipeline.parts import pixels
+from sdtrt.pipeline.runs.call import PipelineCall
 from sdtrt.reports.meters import synchronize, time_calls
 from sdtrt.specs import ModelSpec
 

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdtrt.common import host
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import component_call
-from sdtrt.pipeline.opened import entries
+from sdtrt.pipeline.opening.opened import entries
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import Contract, unet_contract
 from sdtrt.specs.deep_features import shallow_groups, whole_group, with_deep_features

@@ -35,7 +35,7 @@ from diffusers import DiffusionPipeline
 from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.pipeline.schedulers import with_noise
+from sdtrt.pipeline.parts.schedulers import with_noise
 from sdtrt.reports.bench import run_bench
 from sdtrt.reports.meters import synchronize, time_calls
 from sdtrt.specs import SAMPLE_PROMPT, BenchSpec, ModelSpec, NoiseSpec

@@ -28,8 +28,8 @@ from sdtrt.engines.directory import EngineDirectory, default_directory
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import UNetCall
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.reports.meters import Timing, driver_version, time_calls, time_queued_calls
 from sdtrt.specs import BackendName, ModelSpec, Precision, Sizes
 from sdtrt.specs.contract import unet_contract

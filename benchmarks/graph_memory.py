@@ -1,4 +1,4 @@
-"""What a pipeline's engines take of a GPU's memory, beside what the check before opening counts (`pipeline.memory`).
+"""What a pipeline's engines take of a GPU's memory, beside what the check before opening counts (`pipeline.opening.memory`).
 
     python benchmarks/graph_memory.py --model sd15 --backend inductor --height 512 --width 512 --output memory.json
 
@@ -28,8 +28,8 @@ import torch
 import sdtrt
 from sdtrt.backends.inductor.backend import Inductor
 from sdtrt.common import host
-from sdtrt.pipeline import opened
-from sdtrt.pipeline.memory import demand_of
+from sdtrt.pipeline.opening import opened
+from sdtrt.pipeline.opening.memory import demand_of
 from sdtrt.specs import Sizes
 
 

@@ -35,7 +35,7 @@ from sdtrt.exports.program import fuse_projections
 from sdtrt.exports.quantised import layers_to_quantise, quantise
 from sdtrt.models.components import load_component
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.opening.request import resolve_request
 from sdtrt.reports.meters import tf32
 from sdtrt.reports.verify_runs import RecordedCall, Shown, run_reference
 from sdtrt.specs import QUANTISED, SAMPLE_PROMPT, GenerateSpec, ModelSpec, VerifySpec

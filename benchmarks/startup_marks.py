@@ -30,7 +30,7 @@ CUDA_SUCCESS = 0
 IMPORTS = (
     "sdtrt.cli.commands",
     "torch",
-    "sdtrt.pipeline.generate",
+    "sdtrt.pipeline.runs.generate",
     "onnx",
     "diffusers",
     "transformers",
@@ -257,7 +257,7 @@ def wraps_of_files(marks: Marks) -> Wraps:
         },
         "sdtrt.common.files": {"sha256_file": every_call(marks, lambda path: f"hash {file(path)}")},
         "sdtrt.engines.digests": {"digest_of": every_call(marks, digested)},
-        "sdtrt.pipeline.engines": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
+        "sdtrt.pipeline.opening.engines": {"ensure_engines": every_call(marks, lambda *_: "engines are found")},
         "sdtrt.models.resolve": {"resolve_model": every_call(marks, lambda *_: "the model is read")},
         "sdtrt.models.loading": {
             "load_parts": every_call(marks, lambda _model, names, *_: f"load {', '.join(names) or 'nothing'}"),
@@ -275,8 +275,8 @@ def wraps_of_engines(marks: Marks) -> Wraps:
         },
         "sdtrt.cli.prewarm": {"_compute_on": every_call(marks, lambda *_: "cuBLAS and cuDNN are loaded")},
         "sdtrt.cli.weights_ahead": {"read_file": every_call(marks, lambda path: f"read {file(path)}")},
-        "sdtrt.pipeline.settings": {"settings_of": every_call(marks, lambda *_: "the weights are fingerprinted")},
-        "sdtrt.pipeline.memory": {"check_memory": every_call(marks, lambda *_: "the memory is checked")},
+        "sdtrt.pipeline.runs.settings": {"settings_of": every_call(marks, lambda *_: "the weights are fingerprinted")},
+        "sdtrt.pipeline.opening.memory": {"check_memory": every_call(marks, lambda *_: "the memory is checked")},
         "sdtrt.backends.inductor.package": {
             "Package.__init__": every_call(marks, lambda _self, path, *_: f"open package {file(path)}"),
         },
@@ -290,7 +290,9 @@ def wraps_of_engines(marks: Marks) -> Wraps:
             "CudaGraphs._capture": every_call(marks, lambda *_: "a CUDA graph is captured", synchronize)
         },
         "sdtrt.cli.likely_engines": {"load_ahead": every_call(marks, lambda *_: "engines are loaded ahead")},
-        "sdtrt.pipeline.preloaded": {"_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")},
+        "sdtrt.pipeline.opening.preloaded": {
+            "_settle": every_call(marks, lambda *_: "what is loaded ahead is waited for")
+        },
         "sdtrt.exports.onnx_run": {"open_model": every_call(marks, lambda path: f"deserialise {file(path)}")},
         "sdtrt.backends.open": {
             "open_session": every_call(marks, lambda entry, *_: f"open {entry.key.get('component')}")
@@ -301,13 +303,15 @@ def wraps_of_engines(marks: Marks) -> Wraps:
 def wraps_of_the_picture(marks: Marks) -> Wraps:
     """What runs in an open pipeline."""
     return {
-        "sdtrt.pipeline.open": {"open_pipeline": opened(marks)},
-        "sdtrt.pipeline.forwards": {
+        "sdtrt.pipeline.opening.open": {"open_pipeline": opened(marks)},
+        "sdtrt.pipeline.parts.forwards": {
             "TextForward.__call__": first_call(marks, "the first call of the text encoder", synchronize),
             "UNetForward.__call__": first_call(marks, "the first call of the UNet", synchronize),
         },
-        "sdtrt.pipeline.facades": {"VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize)},
-        "sdtrt.pipeline.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
+        "sdtrt.pipeline.parts.facades": {
+            "VaeFacade.decode": first_call(marks, "the first call of the VAE", synchronize)
+        },
+        "sdtrt.pipeline.runs.saving": {"OutputPlan.save": first_call(marks, "the image is written")},
     }
 
 

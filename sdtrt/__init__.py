@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from sdtrt.live.accelerate import accelerate, restore
     from sdtrt.live.status import status
     from sdtrt.pipeline.front import build, export, generate, open_session
-    from sdtrt.pipeline.opened import load
-    from sdtrt.pipeline.previews import preview
+    from sdtrt.pipeline.opening.opened import load
+    from sdtrt.pipeline.runs.previews import preview
     from sdtrt.specs import Profile, Sizes
 
 __all__ = [
@@ -75,9 +75,9 @@ _MODULES = {
     "build": "sdtrt.pipeline.front",
     "export": "sdtrt.pipeline.front",
     "generate": "sdtrt.pipeline.front",
-    "load": "sdtrt.pipeline.opened",
+    "load": "sdtrt.pipeline.opening.opened",
     "open_session": "sdtrt.pipeline.front",
-    "preview": "sdtrt.pipeline.previews",
+    "preview": "sdtrt.pipeline.runs.previews",
     "restore": "sdtrt.live.accelerate",
     "status": "sdtrt.live.status",
 }

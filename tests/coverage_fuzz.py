@@ -28,7 +28,7 @@ with atheris.instrument_imports(include=["sdtrt"]):
     from sdtrt.engines import upkeep
     from sdtrt.engines.entry import SIDECAR, Entry
     from sdtrt.models import checkpoints, weights
-    from sdtrt.pipeline import images
+    from sdtrt.pipeline.inputs import images
     from sdtrt.specs import PruneSpec
 
 PLACE = Path(tempfile.mkdtemp(prefix="sdtrt-fuzz-"))

@@ -44,8 +44,8 @@ from sdtrt.engines.entry import Entry
 from sdtrt.engines.find import best_fit
 from sdtrt.engines.keys import EngineKey, ExportKey
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import engines
-from sdtrt.pipeline.request import EngineRequest
+from sdtrt.pipeline.opening import engines
+from sdtrt.pipeline.opening.request import EngineRequest
 from sdtrt.specs import BackendName, BuildSpec, Component, Precision, Sizes
 
 Kind = Literal["sd1", "sd2", "sdxl"]

@@ -50,7 +50,7 @@ from sdtrt.exports import component as component_export
 from sdtrt.exports import to_file
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import generate
+from sdtrt.pipeline.runs import generate
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Sizes
 
 UNET = {

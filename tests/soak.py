@@ -16,7 +16,7 @@ from fault_server import UNET
 
 from sdtrt.common.console import QUIET
 from sdtrt.engines.directory import EngineDirectory
-from sdtrt.pipeline.generate import generate
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.specs import GenerateSpec, ModelSpec
 
 WARM = 100  # generations after which memory has settled: libraries are loaded, allocators have what they need

@@ -21,7 +21,7 @@ from sdtrt.specs import AUTO, BackendName, check_choice
 # In the order in which `auto` takes them where no engines are there: what was measured comes first. On one H200 a step
 # of Stable Diffusion 1.5 takes Inductor's engines 5.96 ms and those of TensorRT 8.6 7.68; they are built in 125 s and
 # 587 s. SDXL's UNet takes 29.9 ms in a package of Inductor, and 36.96 in an engine of TensorRT 8.6. Of TensorRT 10
-# and later nothing is measured yet. Where engines are there, their own times decide (`pipeline.fastest`).
+# and later nothing is measured yet. Where engines are there, their own times decide (`pipeline.opening.fastest`).
 _BACKENDS: tuple[Backend, ...] = (
     Inductor("inductor"),
     TensorRT86("tensorrt"),
@@ -91,7 +91,7 @@ def check_request(choice: BackendName, precision: str | None = None, components:
 def choose_backend(choice: BackendName, console: Console = QUIET) -> BackendName:
     """The name of the backend that serves a request; for `auto`, say on stderr which and why.
 
-    Knows no engines: where some are there, `pipeline.fastest` may take another one.
+    Knows no engines: where some are there, `pipeline.opening.fastest` may take another one.
     """
     if choice != AUTO:
         return get(choice).name

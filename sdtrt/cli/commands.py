@@ -205,7 +205,7 @@ def _generate(spec: GenerateSpec, directory: DirectoryOptions, output: OutputOpt
             from sdtrt.cli.prewarm import start_gpu
 
             start_gpu(spec, engines)
-        from sdtrt.pipeline.generate import generate
+        from sdtrt.pipeline.runs.generate import generate
 
     report = generate(spec, engines, output.console())
     render([str(image.path) for image in report.images], report.to_json(), output)

@@ -1,6 +1,6 @@
 """`--from FILE`: what a picture's file says stands in for the options that nobody typed.
 
-How files are read is not known here (`pipeline.recipes`, which is loaded when a file is named).
+How files are read is not known here (`pipeline.recipes.reading`, which is loaded when a file is named).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 def _read(text: str) -> Recipe:
     """The recipe in a file."""
-    from sdtrt.pipeline.recipes import read_recipe
+    from sdtrt.pipeline.recipes.reading import read_recipe
 
     return read_recipe(Path(text).expanduser())
 

@@ -15,8 +15,8 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.engines.keys import EngineKey
 from sdtrt.models.components import TEXT_ENCODERS, VAE_HALVES, sizes_of
-from sdtrt.pipeline import preloaded
-from sdtrt.pipeline.fastest import fastest_of
+from sdtrt.pipeline.opening import preloaded
+from sdtrt.pipeline.opening.fastest import fastest_of
 from sdtrt.specs import AUTO, Component, GenerateSpec, Precision, Profile, Sizes
 
 

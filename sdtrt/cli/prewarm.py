@@ -40,7 +40,7 @@ def start_gpu(spec: GenerateSpec, directory: EngineDirectory) -> None:
     if reads_weights(spec, engines):
         start_libraries(gpu)
     from sdtrt.cli import likely_engines
-    from sdtrt.pipeline import preloaded
+    from sdtrt.pipeline.opening import preloaded
 
     preloaded.expect()
     atexit.register(preloaded.let_go)  # engines are freed before Python takes its modules apart

@@ -34,14 +34,15 @@ from sdtrt.live.swap import ON_MISS, OnMiss, Settings, Swapped, swapped_of
 from sdtrt.models import image_prompts
 from sdtrt.models.components import choose_components, contract_of, part_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline import free_u, memory, opened, pixels
-from sdtrt.pipeline.all_engines import ensure_second, for_prompt_rows
-from sdtrt.pipeline.engines import ensure_engines
-from sdtrt.pipeline.fastest import faster
-from sdtrt.pipeline.guided_rows import check_is_guided, refuse_rows
-from sdtrt.pipeline.request import EngineRequest, first_of, shallow_beside, unet_sizes
-from sdtrt.pipeline.schedulers import keep_on_host, let_go
-from sdtrt.pipeline.watch import refuse_changes
+from sdtrt.pipeline.opening import memory, opened
+from sdtrt.pipeline.opening.all_engines import ensure_second, for_prompt_rows
+from sdtrt.pipeline.opening.engines import ensure_engines
+from sdtrt.pipeline.opening.fastest import faster
+from sdtrt.pipeline.opening.request import EngineRequest, first_of, shallow_beside, unet_sizes
+from sdtrt.pipeline.parts import free_u, pixels
+from sdtrt.pipeline.parts.guided_rows import check_is_guided, refuse_rows
+from sdtrt.pipeline.parts.schedulers import keep_on_host, let_go
+from sdtrt.pipeline.parts.watch import refuse_changes
 from sdtrt.specs import (
     AUTO,
     COMPONENTS,

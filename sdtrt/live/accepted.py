@@ -18,8 +18,8 @@ from sdtrt.live.t2i_adapters import adapters_of, check_adapters
 from sdtrt.models.components import TEXT_ENCODERS, part_of
 from sdtrt.models.image_prompts import projection_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline.facades import Facade
-from sdtrt.pipeline.watch import moved_by
+from sdtrt.pipeline.parts.facades import Facade
+from sdtrt.pipeline.parts.watch import moved_by
 from sdtrt.specs import AUTO, SIZE_MULTIPLE, BackendName, Component
 from sdtrt.specs.contract import VAE_CLASSES, editing_channels, inpainting_channels
 

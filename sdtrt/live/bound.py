@@ -20,7 +20,7 @@ from sdtrt.live.merging import Merging
 from sdtrt.live.steps import Steps
 from sdtrt.models.adapters import layers_of
 from sdtrt.models.live import component_tensors
-from sdtrt.pipeline.watch import WAY_OUT, structure_of
+from sdtrt.pipeline.parts.watch import WAY_OUT, structure_of
 from sdtrt.specs import Component
 
 

@@ -14,7 +14,7 @@ import torch
 
 from sdtrt.backends.session import Session
 from sdtrt.common.errors import NotInEngineError
-from sdtrt.pipeline.forwards import EncodedText, TextForward
+from sdtrt.pipeline.parts.forwards import EncodedText, TextForward
 from sdtrt.specs import Profile
 
 

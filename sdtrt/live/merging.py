@@ -26,7 +26,7 @@ from sdtrt.models.adapters import (
     wrapped_layers,
 )
 from sdtrt.models.tensor_names import own_name
-from sdtrt.pipeline.watch import Place, place_of, some_of
+from sdtrt.pipeline.parts.watch import Place, place_of, some_of
 
 Take = Callable[[Mapping[str, torch.Tensor]], None]
 Key = tuple[object, ...]

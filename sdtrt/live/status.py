@@ -18,8 +18,8 @@ from sdtrt.live.controlnets import IN_PYTORCH, PART
 from sdtrt.live.swap import METHODS, Swapped, swapped_of
 from sdtrt.models.components import VAE_HALVES, part_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline import opened
-from sdtrt.pipeline.tiles import tile_pixels
+from sdtrt.pipeline.opening import opened
+from sdtrt.pipeline.parts.tiles import tile_pixels
 from sdtrt.specs import Component
 
 PYTORCH = "PyTorch"

@@ -34,18 +34,18 @@ from sdtrt.live.token_table import TokenTable
 from sdtrt.models.components import STEPPING, TEXT_ENCODERS, VAE_HALVES, part_of, sizes_of
 from sdtrt.models.live import LiveModel, component_tensors, controlnets_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import tiles
-from sdtrt.pipeline.control_forward import ControlNetForward
-from sdtrt.pipeline.deep_cache import CachedForward, DeepCache
-from sdtrt.pipeline.engines import ensure_engines
-from sdtrt.pipeline.facades import VaeFacade
-from sdtrt.pipeline.forwards import ADAPTER, EncodedText, UNetForward
-from sdtrt.pipeline.free_u import FreeU
-from sdtrt.pipeline.guided_rows import GuidedRows
-from sdtrt.pipeline.image_prompts import ImagePrompts
-from sdtrt.pipeline.parked import Parked
-from sdtrt.pipeline.request import EngineRequest
-from sdtrt.pipeline.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
+from sdtrt.pipeline.opening.engines import ensure_engines
+from sdtrt.pipeline.opening.request import EngineRequest
+from sdtrt.pipeline.parts import tiles
+from sdtrt.pipeline.parts.control_forward import ControlNetForward
+from sdtrt.pipeline.parts.deep_cache import CachedForward, DeepCache
+from sdtrt.pipeline.parts.facades import VaeFacade
+from sdtrt.pipeline.parts.forwards import ADAPTER, EncodedText, UNetForward
+from sdtrt.pipeline.parts.free_u import FreeU
+from sdtrt.pipeline.parts.guided_rows import GuidedRows
+from sdtrt.pipeline.parts.image_prompts import ImagePrompts
+from sdtrt.pipeline.parts.parked import Parked
+from sdtrt.pipeline.parts.watch import WAY_OUT, WeightsWatch, moved_by, refuse_changes, refuse_training
 from sdtrt.specs import (
     COMPONENTS,
     DEFAULT_TOKENS,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from sdtrt.backends.session import Session
     from sdtrt.engines.entry import Entry
-    from sdtrt.pipeline.generate import GenerateReport
+    from sdtrt.pipeline.runs.generate import GenerateReport
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -116,7 +116,7 @@ def generate(
         >>> report.images[0].seed
         1
     """
-    from sdtrt.pipeline.generate import generate as make
+    from sdtrt.pipeline.runs.generate import generate as make
 
     return make(_spec_of(prompt, options), _directory(engine_dir), Console(quiet=not progress))
 

@@ -27,13 +27,11 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import saving
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.call import Control, PipelineCall
-from sdtrt.pipeline.control_images import ControlImage, read_control_images
-from sdtrt.pipeline.memory import out_of_memory
-from sdtrt.pipeline.open import OpenPipeline, engine_facts, open_pipeline
-from sdtrt.pipeline.request import (
+from sdtrt.pipeline.inputs.control_images import ControlImage, read_control_images
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.memory import out_of_memory
+from sdtrt.pipeline.opening.open import OpenPipeline, engine_facts, open_pipeline
+from sdtrt.pipeline.opening.request import (
     PipelineSpec,
     check_modes,
     check_spec,
@@ -45,7 +43,9 @@ from sdtrt.pipeline.request import (
     unet_sizes,
     warn_of_interval,
 )
-from sdtrt.pipeline.settings import device_name
+from sdtrt.pipeline.runs import saving
+from sdtrt.pipeline.runs.call import Control, PipelineCall
+from sdtrt.pipeline.runs.settings import device_name
 from sdtrt.reports import meters
 from sdtrt.reports.bench_baselines import BASELINES, CUDA_PROVIDER, Baseline, has_provider, open_baseline
 from sdtrt.reports.bench_parts import parts_of, time_component

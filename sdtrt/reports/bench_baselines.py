@@ -26,9 +26,9 @@ from sdtrt.engines.entry import Entry
 from sdtrt.exports.component import FILE_NAME, export_component
 from sdtrt.exports.onnx_run import LOG_SEVERITY
 from sdtrt.models.components import contract_of
-from sdtrt.pipeline.facades import UNetFacade
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts.facades import UNetFacade
 from sdtrt.reports import bench_compile
 from sdtrt.reports.bench_compile import FORMS, compile_pipeline
 from sdtrt.reports.meters import tf32

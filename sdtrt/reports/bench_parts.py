@@ -13,8 +13,8 @@ from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import ControlNetCall, unet_call
 from sdtrt.models.components import contract_of
 from sdtrt.models.controlnets import PART
-from sdtrt.pipeline.open import OpenPipeline
-from sdtrt.pipeline.request import PROMPT_ROWS, PipelineSpec
+from sdtrt.pipeline.opening.open import OpenPipeline
+from sdtrt.pipeline.opening.request import PROMPT_ROWS, PipelineSpec
 from sdtrt.reports.meters import Timing, synchronize, time_queued_calls
 from sdtrt.specs import SAMPLE_PROMPT
 from sdtrt.specs.contract import Contract

@@ -12,7 +12,7 @@ from sdtrt.backends import registry
 from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import print_table
 from sdtrt.common.errors import EngineError
-from sdtrt.pipeline.request import PROMPT_ROWS
+from sdtrt.pipeline.opening.request import PROMPT_ROWS
 from sdtrt.reports import charts
 from sdtrt.reports.bench_baselines import Baseline, code_of
 from sdtrt.reports.energy import POWER

@@ -16,9 +16,9 @@ from sdtrt.common.metrics import count_non_finite
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import saving
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.open import engine_facts
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.open import engine_facts
+from sdtrt.pipeline.runs import saving
 from sdtrt.reports.losses import Judges, Picture, find_judges
 from sdtrt.reports.quality_report import Compared, QualityReport, judge_loss
 from sdtrt.reports.quality_runs import Way, make_pictures, opened_way, settle_way

@@ -17,8 +17,8 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import resolve
 from sdtrt.models.loading import check_loras
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import saving
-from sdtrt.pipeline.open import engine_facts
+from sdtrt.pipeline.opening.open import engine_facts
+from sdtrt.pipeline.runs import saving
 from sdtrt.reports import meters
 from sdtrt.reports.losses import Array, Judges, Loss, Picture, find_judges, mean_loss
 from sdtrt.reports.meters import Timing

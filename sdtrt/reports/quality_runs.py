@@ -18,10 +18,10 @@ from sdtrt.backends.native import NATIVE
 from sdtrt.common.console import Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.memory import out_of_memory
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.fastest import resolve_fastest
+from sdtrt.pipeline.opening.memory import out_of_memory
+from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.reports.losses import Array, Picture
 from sdtrt.reports.meters import Timing, release_memory, tf32, time_calls
 from sdtrt.reports.verify_runs import asked_of, call_of, seed_of, start_of

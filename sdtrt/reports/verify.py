@@ -22,15 +22,15 @@ from sdtrt.engines.keys import Sight, source_key
 from sdtrt.models import resolve
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline import saving
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.control_images import read_control_images
-from sdtrt.pipeline.engines import build_command
-from sdtrt.pipeline.fastest import resolve_fastest
-from sdtrt.pipeline.images import read_init_image
-from sdtrt.pipeline.open import engine_facts
-from sdtrt.pipeline.request import PipelineSpec, check_modes, resolve_request
-from sdtrt.pipeline.settings import caching_facts
+from sdtrt.pipeline.inputs.control_images import read_control_images
+from sdtrt.pipeline.inputs.images import read_init_image
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.engines import build_command
+from sdtrt.pipeline.opening.fastest import resolve_fastest
+from sdtrt.pipeline.opening.open import engine_facts
+from sdtrt.pipeline.opening.request import PipelineSpec, check_modes, resolve_request
+from sdtrt.pipeline.runs import saving
+from sdtrt.pipeline.runs.settings import caching_facts
 from sdtrt.reports.verify_pictures import comparison, error_plot
 from sdtrt.reports.verify_report import TimestepError, VerifyReport, compare_call, compare_images, judge
 from sdtrt.reports.verify_runs import (

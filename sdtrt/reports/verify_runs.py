@@ -26,14 +26,14 @@ from sdtrt.engines.entry import Entry
 from sdtrt.models import loading
 from sdtrt.models.image_prompts import attentions_of
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline.call import Control, PipelineCall
-from sdtrt.pipeline.control_images import ControlImage
-from sdtrt.pipeline.guided_rows import computed_rows
-from sdtrt.pipeline.hooks import hooked
-from sdtrt.pipeline.images import InitImage
-from sdtrt.pipeline.memory import out_of_memory
-from sdtrt.pipeline.open import OpenPipeline, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.inputs.control_images import ControlImage
+from sdtrt.pipeline.inputs.images import InitImage
+from sdtrt.pipeline.opening.memory import out_of_memory
+from sdtrt.pipeline.opening.open import OpenPipeline, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts.guided_rows import computed_rows
+from sdtrt.pipeline.parts.hooks import hooked
+from sdtrt.pipeline.runs.call import Control, PipelineCall
 from sdtrt.reports.meters import release_memory, tf32
 from sdtrt.reports.verify_pictures import gradient, half
 from sdtrt.specs import DEFAULT_VERIFY_SEED, GenerateSpec, Precision, VerifySpec

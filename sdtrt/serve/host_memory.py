@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdtrt.common.errors import MemoryShortage
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.specs import GIB
 
 _FACTS = Path("/proc/meminfo")

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sdtrt.pipeline.jobs import Job as Drawn
-from sdtrt.pipeline.jobs import Jobs
+from sdtrt.pipeline.runs.jobs import Job as Drawn
+from sdtrt.pipeline.runs.jobs import Jobs
 from sdtrt.serve.requests import PictureRequest
 from sdtrt.specs import GenerateSpec
 

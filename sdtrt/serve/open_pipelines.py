@@ -18,10 +18,10 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.components import part_of
 from sdtrt.models.weights import WEIGHT_NAMES
-from sdtrt.pipeline import memory
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, is_lcm, open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening import memory
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, is_lcm, open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.serve.host_memory import check_host_memory
 from sdtrt.specs import Savings
 from sdtrt.specs.serve import ServeSpec

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.jobs import Job as Drawn
+from sdtrt.pipeline.runs.jobs import Job as Drawn
 from sdtrt.serve.beside import Beside
 from sdtrt.serve.catalog import Catalog
 from sdtrt.specs import (

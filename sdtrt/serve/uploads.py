@@ -13,7 +13,7 @@ import warnings
 from PIL import Image, UnidentifiedImageError
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.images import INIT_FORMATS, MAX_PROPORTION
+from sdtrt.pipeline.inputs.images import INIT_FORMATS, MAX_PROPORTION
 
 
 def decode(text: str, what: str, pixels: int) -> bytes:

@@ -21,9 +21,12 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading
 from sdtrt.models.components import text_encoders_of
 from sdtrt.models.resolve import Model, resolve_model
-from sdtrt.pipeline import schedulers
-from sdtrt.pipeline.all_engines import ensure_all
-from sdtrt.pipeline.generate import (
+from sdtrt.pipeline.inputs.text_states import plan_texts
+from sdtrt.pipeline.opening.all_engines import ensure_all
+from sdtrt.pipeline.opening.open import OpenPipeline, checked_scheduler, reassembled
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts import schedulers
+from sdtrt.pipeline.runs.generate import (
     Pictures,
     Plan,
     Run,
@@ -36,14 +39,11 @@ from sdtrt.pipeline.generate import (
     settings_of_all,
     started,
 )
-from sdtrt.pipeline.jobs import ChosenJobs
-from sdtrt.pipeline.jobs import Job as Drawn
-from sdtrt.pipeline.open import OpenPipeline, checked_scheduler, reassembled
-from sdtrt.pipeline.previews import Preview, find_preview_vae, load_preview
-from sdtrt.pipeline.refining import Refiner
-from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.text_states import plan_texts
-from sdtrt.pipeline.upscaling import Upscaler, load_upscaler
+from sdtrt.pipeline.runs.jobs import ChosenJobs
+from sdtrt.pipeline.runs.jobs import Job as Drawn
+from sdtrt.pipeline.runs.previews import Preview, find_preview_vae, load_preview
+from sdtrt.pipeline.runs.refining import Refiner
+from sdtrt.pipeline.runs.upscaling import Upscaler, load_upscaler
 from sdtrt.serve.beside import check_enlarged
 from sdtrt.serve.catalog import Catalog, short_name
 from sdtrt.serve.open_pipelines import FIRST, OpenPipelines, Ready, Warm

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline import images
+from sdtrt.pipeline.inputs import images
 from sdtrt.serve import uploads, webui_units
 from sdtrt.serve.answers import Answer
 from sdtrt.serve.catalog import Catalog

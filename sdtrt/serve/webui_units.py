@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.control_images import CANNY_HIGH, CANNY_LOW
+from sdtrt.pipeline.inputs.control_images import CANNY_HIGH, CANNY_LOW
 from sdtrt.serve import uploads
 from sdtrt.serve.answers import Answer
 from sdtrt.serve.beside import CONTROL, IP_IMAGE, T2I_IMAGE, Beside, Control, Scaled

@@ -29,8 +29,8 @@ from sdtrt.specs.serve import ServeSpec
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdtrt.pipeline.images import Metadata
-    from sdtrt.pipeline.jobs import Job as Drawn
+    from sdtrt.pipeline.inputs.images import Metadata
+    from sdtrt.pipeline.runs.jobs import Job as Drawn
     from sdtrt.serve.warm import Batch, WarmPipelines
 
 
@@ -100,7 +100,7 @@ class _Watching:
 
     def save(self, image: Image.Image, metadata: Metadata, *, prompt: str, seed: int) -> Path:
         """Send a picture as the file that the commands write."""
-        from sdtrt.pipeline.images import encode_image
+        from sdtrt.pipeline.inputs.images import encode_image
 
         name = next((name for name in self._current if name in self._left), "")
         if self._left.pop(name, None) is not None and name not in self._cancelled:
@@ -220,7 +220,7 @@ class Worker:
 
 def _batch(frame: Frame) -> Batch:
     """The pictures that a frame asks for; what was uploaded is put into the working folder."""
-    from sdtrt.pipeline.jobs import Job as Drawn
+    from sdtrt.pipeline.runs.jobs import Job as Drawn
     from sdtrt.serve.warm import Batch
 
     uploads = dict(zip(frame.data["uploads"], frame.blobs, strict=True))

@@ -1,6 +1,6 @@
 """What schedulers are called: by sdtrt, diffusers, and web UIs. Case, spaces and dashes don't count.
 
-Knows names alone; `pipeline.schedulers` makes what they stand for.
+Knows names alone; `pipeline.parts.schedulers` makes what they stand for.
 """
 
 from __future__ import annotations

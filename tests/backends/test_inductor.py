@@ -44,7 +44,7 @@ from sdtrt.models.components import VAE_HALVES, contract_of, load_component, pro
 from sdtrt.models.live import LiveModel
 from sdtrt.models.resolve import resolve_model
 from sdtrt.models.tensor_names import other_names, own_tensors
-from sdtrt.pipeline.engines import ensure_engines
+from sdtrt.pipeline.opening.engines import ensure_engines
 from sdtrt.reports import doctor
 from sdtrt.specs import BuildRequest, BuildSpec, ExportSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.groups import controlnet_contract

@@ -216,7 +216,7 @@ def test_a_failing_run_names_the_cause(cuda, plan):
 
 
 def test_a_build_notes_what_a_session_takes(cuda, plan, tmp_path, monkeypatch):
-    """`sdtrt.pipeline.memory` reads it before sessions are opened."""
+    """`sdtrt.pipeline.opening.memory` reads it before sessions are opened."""
     profile = Profile(Range(1, 2, 4), Range(96, 128, 192), Range(96, 128, 192))
     spec = BuildSpec(ExportSpec(precision="fp16"), "tensorrt", (profile,))
     request = Request(tmp_path / "model.onnx", tmp_path, CONTRACT, spec, None, False)

@@ -31,7 +31,7 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import SIDECAR
 from sdtrt.engines.publish import seal
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory
+from sdtrt.pipeline.opening import memory
 from sdtrt.specs import ModelSpec, Sizes
 
 TABLE = Path(__file__).resolve().parents[2] / "SECURITY.md"

@@ -39,9 +39,9 @@ from sdtrt.engines.entry import SIDECAR, entry_name, seal_of
 from sdtrt.engines.publish import seal
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import images
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.scheduler_checks import check_steps
+from sdtrt.pipeline.inputs import images
+from sdtrt.pipeline.parts.scheduler_checks import check_steps
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.reports.inspection import inspect_engine
 from sdtrt.specs import GenerateSpec, ModelSpec, PruneSpec, Sizes, bytes_of
 

@@ -22,9 +22,9 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import SIDECAR
 from sdtrt.exports import to_file
 from sdtrt.models.weights import read_header, read_json
-from sdtrt.pipeline import images
-from sdtrt.pipeline.images import Metadata, read_init_image
-from sdtrt.pipeline.saving import plan_output
+from sdtrt.pipeline.inputs import images
+from sdtrt.pipeline.inputs.images import Metadata, read_init_image
+from sdtrt.pipeline.runs.saving import plan_output
 from sdtrt.specs import GenerateSpec, PruneSpec
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sdtrt"

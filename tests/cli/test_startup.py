@@ -70,8 +70,8 @@ def imported(name, found):
 
 def test_what_makes_images_names_no_exporter_at_its_beginning():
     found = set()
-    imported("sdtrt.pipeline.generate", found)
-    assert found > {"sdtrt", "sdtrt.pipeline.open", "sdtrt.engines.directory", "sdtrt.specs"}
+    imported("sdtrt.pipeline.runs.generate", found)
+    assert found > {"sdtrt", "sdtrt.pipeline.opening.open", "sdtrt.engines.directory", "sdtrt.specs"}
     assert not EXPORTING & found
     imported("sdtrt.exports.to_file", found)
     assert found > EXPORTING, "the search finds what is there"
@@ -79,6 +79,6 @@ def test_what_makes_images_names_no_exporter_at_its_beginning():
 
 @pytest.mark.slow
 def test_what_makes_images_imports_no_exporter():
-    script = f"import sys, sdtrt.pipeline.generate; print(sorted({EXPORTING} & set(sys.modules)))"
+    script = f"import sys, sdtrt.pipeline.runs.generate; print(sorted({EXPORTING} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

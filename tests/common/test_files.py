@@ -10,7 +10,7 @@ import pytest
 
 from sdtrt.common.files import make_folders, open_regular, read_small_file
 from sdtrt.exports.to_file import _draft_folder
-from sdtrt.pipeline.saving import write_files
+from sdtrt.pipeline.runs.saving import write_files
 
 
 def test_a_small_file_is_read_up_to_the_limit_and_no_larger_one(tmp_path):

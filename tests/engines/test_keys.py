@@ -24,8 +24,9 @@ from sdtrt.exports.component import export_component
 from sdtrt.exports.to_file import export_file
 from sdtrt.models import components, loading
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import engines, generate
-from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline.opening import engines
+from sdtrt.pipeline.opening import open as pipeline_open
+from sdtrt.pipeline.runs import generate
 from sdtrt.reports import verify
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Sizes, VerifySpec
 

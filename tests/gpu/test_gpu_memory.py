@@ -14,11 +14,11 @@ from PIL import Image
 import sdtrt
 from sdtrt.common.console import QUIET
 from sdtrt.common.errors import MemoryShortage
-from sdtrt.pipeline import open as pipeline_open
-from sdtrt.pipeline import opened
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_metadata
-from sdtrt.pipeline.memory import ALLOWANCE_BYTES, demand_of, free_bytes
+from sdtrt.pipeline.inputs.images import read_metadata
+from sdtrt.pipeline.opening import open as pipeline_open
+from sdtrt.pipeline.opening import opened
+from sdtrt.pipeline.opening.memory import ALLOWANCE_BYTES, demand_of, free_bytes
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.specs import GenerateSpec, Sizes
 
 pytestmark = [*NEEDS_GPU, pytest.mark.timeout(1200)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from gpu_engines import NEEDS_GPU
 
-from sdtrt.pipeline.reading import Reading, block_sums
+from sdtrt.pipeline.parts.reading import Reading, block_sums
 
 pytestmark = [*NEEDS_GPU]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from soak import resident_bytes
 
 from sdtrt.common.console import QUIET
-from sdtrt.pipeline.generate import generate
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.specs import GenerateSpec
 
 pytestmark = [*NEEDS_GPU, NEEDS_TENSORRT, pytest.mark.timeout(1200)]

@@ -515,7 +515,7 @@ def right_share(report):
 
 def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
     """The miniature draws what its prompts say, with the engine in place of its UNet."""
-    from sdtrt.pipeline.generate import generate
+    from sdtrt.pipeline.runs.generate import generate
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1, "allow_build": False}
@@ -535,7 +535,7 @@ def test_txt2img_and_img2img(entry, directory, tmp_path, no_torch_unet):
 @pytest.mark.feature("Image to image", "sd1", "tensorrt86")
 def test_the_whole_pipeline_in_engines(entry, directory, tmp_path, monkeypatch):
     """Nothing of the miniature is left to PyTorch, and it draws what its prompts say."""
-    from sdtrt.pipeline.generate import generate
+    from sdtrt.pipeline.runs.generate import generate
 
     prompts = tuple(SCENES)
     options = {"backend": "tensorrt", "height": 128, "width": 128, "seed": 1}

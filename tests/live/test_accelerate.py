@@ -34,10 +34,10 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live import accelerate as accelerating
 from sdtrt.live import swap
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import parked, reading
-from sdtrt.pipeline.pixels import round_on_device
-from sdtrt.pipeline.reading import Reading, block_sums
-from sdtrt.pipeline.schedulers import keep_on_host
+from sdtrt.pipeline.parts import parked, reading
+from sdtrt.pipeline.parts.pixels import round_on_device
+from sdtrt.pipeline.parts.reading import Reading, block_sums
+from sdtrt.pipeline.parts.schedulers import keep_on_host
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

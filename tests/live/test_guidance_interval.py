@@ -36,7 +36,7 @@ import sdtrt
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
-from sdtrt.pipeline import memory
+from sdtrt.pipeline.opening import memory
 from sdtrt.specs import GuidanceInterval
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -21,7 +21,7 @@ from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.exports.tracing import component_call
-from sdtrt.pipeline.residuals import adapter_feeds
+from sdtrt.pipeline.parts.residuals import adapter_feeds
 from sdtrt.specs import Sizes
 from sdtrt.specs.contract import unet_contract
 from sdtrt.specs.groups import adapter_shapes, with_groups

@@ -14,7 +14,7 @@ from test_lora import random_adapter
 
 import sdtrt
 from sdtrt.common.errors import EngineError
-from sdtrt.pipeline import parked
+from sdtrt.pipeline.parts import parked
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TOLERANCE = 1e-4  # of latents in fp32 on the CPU

@@ -22,7 +22,7 @@ from sdtrt.common.files import sha256_file
 from sdtrt.models import loading, weights
 from sdtrt.models.loading import check_part, load_parts, load_unet
 from sdtrt.models.resolve import SD_PARTS, SDXL_PARTS, resolve_model
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.opening.request import resolve_request
 from sdtrt.reports.inspection import inspect_model
 from sdtrt.specs import GenerateSpec, ModelSpec
 

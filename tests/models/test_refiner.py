@@ -18,7 +18,7 @@ from sdtrt.exports.feeds import AESTHETIC_SCORE, seeded_feeds
 from sdtrt.models.components import components_of, contract_of
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.opening.request import resolve_request
 from sdtrt.specs import GenerateSpec, ModelSpec, Sizes
 
 SMALL = {**factories.SMALLEST["sdxl"], "sample_size": 8, "transformer_layers_per_block": 1}

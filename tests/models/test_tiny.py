@@ -23,8 +23,8 @@ from tiny_score import STEPS, held_out_prompts, rates, same_layout, score_prompt
 
 from sdtrt.common.console import QUIET
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.open import open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
 from sdtrt.specs import ModelSpec, Sizes
 
 TINY = Path(__file__).resolve().parents[2] / "sdtrt" / "models" / "tiny"

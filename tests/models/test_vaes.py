@@ -25,7 +25,7 @@ from sdtrt.exports.parity import check_onnx
 from sdtrt.models.components import contract_of, precision_of
 from sdtrt.models.loading import check_part, load_parts
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.facades import VaeFacade
+from sdtrt.pipeline.parts.facades import VaeFacade
 from sdtrt.specs import ModelSpec, Sizes
 from sdtrt.specs.contract import vae_contract
 

@@ -24,9 +24,9 @@ from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.loading import load_parts
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import control_images
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_init_image, read_metadata, read_parameters
+from sdtrt.pipeline.inputs import control_images
+from sdtrt.pipeline.inputs.images import read_init_image, read_metadata, read_parameters
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.specs import ControlSpec, ExportRequest, ExportSpec, GenerateSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

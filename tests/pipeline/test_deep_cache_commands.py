@@ -20,9 +20,9 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.images import read_metadata
-from sdtrt.pipeline.recipes import read_recipe
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.inputs.images import read_metadata
+from sdtrt.pipeline.opening.request import resolve_request
+from sdtrt.pipeline.recipes.reading import read_recipe
 from sdtrt.specs import DeepCaching, GenerateSpec, ModelSpec, Savings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def test_a_pipeline_that_load_opened_keeps_features_in_onnx_runtime(tmp_path, ki
     made = []
     for interval in (1, 3):
         with closing(sdtrt.load(str(folder), cache_interval=interval, **given)) as pipe:
-            assert ("unet_shallow" in sdtrt.pipeline.opened.entries(pipe)) == (interval > 1)
+            assert ("unet_shallow" in sdtrt.pipeline.opening.opened.entries(pipe)) == (interval > 1)
             made.append(
                 [
                     pipe(

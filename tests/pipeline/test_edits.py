@@ -18,10 +18,10 @@ from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import components
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.engines import build_command
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_metadata, read_parameters
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.inputs.images import read_metadata, read_parameters
+from sdtrt.pipeline.opening.engines import build_command
+from sdtrt.pipeline.opening.request import resolve_request
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.reports.verify import verify
 from sdtrt.specs import GenerateSpec, ModelSpec, Profile, Sizes, VerifySpec
 

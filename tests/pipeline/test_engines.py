@@ -33,7 +33,7 @@ from sdtrt.live import accepted
 from sdtrt.models import components
 from sdtrt.models.loading import load_unet
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import engines
+from sdtrt.pipeline.opening import engines
 from sdtrt.specs import BuildSpec, ExportSpec, ModelSpec, Profile, Range, Sizes
 from sdtrt.specs.contract import Contract
 

@@ -25,12 +25,12 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline.finite import Finite
-from sdtrt.pipeline.hooks import hooked
-from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.refusals import AS_A_WHOLE, refuse_as_a_whole
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.open import open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts.facades import TextEncoderFacade, VaeFacade
+from sdtrt.pipeline.parts.finite import Finite
+from sdtrt.pipeline.parts.hooks import hooked
+from sdtrt.pipeline.parts.refusals import AS_A_WHOLE, refuse_as_a_whole
 from sdtrt.specs import ModelSpec, Sizes
 from sdtrt.specs.contract import text_encoder_contract, vae_contract
 

@@ -13,7 +13,7 @@ from sdtrt.common.errors import EngineError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import components_of, profile_of
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.fastest import resolve_fastest
+from sdtrt.pipeline.opening.fastest import resolve_fastest
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

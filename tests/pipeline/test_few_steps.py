@@ -24,7 +24,7 @@ import sdtrt
 from sdtrt.backends import registry
 from sdtrt.common.console import QUIET
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.opening.request import resolve_request
 from sdtrt.specs import GenerateSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -27,11 +27,12 @@ from sdtrt.engines.keys import EngineKey, parse_key
 from sdtrt.models import loading, resolve
 from sdtrt.models.components import sizes_of
 from sdtrt.models.weights import read_tensors
-from sdtrt.pipeline import engines, saving, settings
-from sdtrt.pipeline import prompts as prompt_checks
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_metadata, read_parameters
-from sdtrt.pipeline.jobs import Job, Jobs
+from sdtrt.pipeline.inputs import prompts as prompt_checks
+from sdtrt.pipeline.inputs.images import read_metadata, read_parameters
+from sdtrt.pipeline.opening import engines
+from sdtrt.pipeline.runs import saving, settings
+from sdtrt.pipeline.runs.generate import generate
+from sdtrt.pipeline.runs.jobs import Job, Jobs
 from sdtrt.specs import SCHEDULERS, GenerateSpec, ModelSpec, NoiseSpec, Profile, Range, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

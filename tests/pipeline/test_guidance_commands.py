@@ -24,11 +24,11 @@ from sdtrt.common.console import QUIET, Console
 from sdtrt.common.errors import EngineError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import all_engines, memory
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_metadata, read_parameters
-from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.request import resolve_request
+from sdtrt.pipeline.inputs.images import read_metadata, read_parameters
+from sdtrt.pipeline.opening import all_engines, memory
+from sdtrt.pipeline.opening.open import open_pipeline
+from sdtrt.pipeline.opening.request import resolve_request
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.reports.verify import verify
 from sdtrt.specs import (
     ControlSpec,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.images import is_heic, read_init_image
+from sdtrt.pipeline.inputs.images import is_heic, read_init_image
 
 HEADER = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"
 

@@ -24,8 +24,8 @@ from PIL import Image, ImageCms
 
 from sdtrt.common.console import Console
 from sdtrt.common.errors import OutputError, UsageError
-from sdtrt.pipeline import images, saving
-from sdtrt.pipeline.images import (
+from sdtrt.pipeline.inputs import images
+from sdtrt.pipeline.inputs.images import (
     Metadata,
     encode_image,
     format_parameters,
@@ -34,7 +34,8 @@ from sdtrt.pipeline.images import (
     read_metadata,
     read_parameters,
 )
-from sdtrt.pipeline.saving import plan_output, slug
+from sdtrt.pipeline.runs import saving
+from sdtrt.pipeline.runs.saving import plan_output, slug
 
 FIELDS = {"Steps": 50, "Sampler": "PLMS", "CFG scale": 7.5, "Seed": 42, "Size": "128x96", "Version": "sdtrt 0.1.0"}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8)

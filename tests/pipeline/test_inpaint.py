@@ -16,9 +16,9 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import EngineError, ModelError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import masks
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_init_image, read_metadata, read_parameters
+from sdtrt.pipeline.inputs import masks
+from sdtrt.pipeline.inputs.images import read_init_image, read_metadata, read_parameters
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.reports.verify import verify
 from sdtrt.specs import BuildSpec, ExportSpec, GenerateSpec, ModelSpec, VerifySpec
 

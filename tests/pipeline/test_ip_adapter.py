@@ -40,7 +40,7 @@ from sdtrt.exports.tracing import component_call, reference, traceable
 from sdtrt.models.components import contract_of
 from sdtrt.models.image_prompts import add_layers, attentions_of, groups_of
 from sdtrt.models.live import LiveModel
-from sdtrt.pipeline.image_prompts import ImagePrompts, width_of
+from sdtrt.pipeline.parts.image_prompts import ImagePrompts, width_of
 from sdtrt.specs import ExportSpec, Profile, Sizes
 from sdtrt.specs.groups import with_groups
 from sdtrt.specs.image_prompts import cross_attentions, token_counts

@@ -29,7 +29,7 @@ from sdtrt.models.components import contract_of, load_component
 from sdtrt.models.live import component_tensors
 from sdtrt.models.loading import check_ip_adapters
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.images import read_metadata, read_parameters
+from sdtrt.pipeline.inputs.images import read_metadata, read_parameters
 from sdtrt.specs import GenerateSpec, ImagePromptSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

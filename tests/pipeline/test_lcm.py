@@ -24,7 +24,7 @@ import sdtrt
 from sdtrt.common.console import QUIET, Console
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.live.swap import swapped_of
-from sdtrt.pipeline.generate import generate
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.specs import GenerateSpec, ModelSpec
 from sdtrt.specs.contract import unet_contract
 

@@ -29,7 +29,7 @@ from sdtrt.exports.request import export_specs
 from sdtrt.models import loading, lora_loading, loras
 from sdtrt.models.components import contract_of
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import settings
+from sdtrt.pipeline.runs import settings
 from sdtrt.specs import ExportRequest, ExportSpec, LoraSpec, ModelSpec, Profile, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

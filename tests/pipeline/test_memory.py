@@ -15,9 +15,9 @@ from sdtrt.backends.scratch import Scratch
 from sdtrt.common.errors import EngineError, MemoryShortage
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory, request
-from sdtrt.pipeline import open as pipeline_open
-from sdtrt.pipeline.memory import ALLOWANCE_BYTES, PADDING, by_scratch, demand_of, fitting, free_bytes
+from sdtrt.pipeline.opening import memory, request
+from sdtrt.pipeline.opening import open as pipeline_open
+from sdtrt.pipeline.opening.memory import ALLOWANCE_BYTES, PADDING, by_scratch, demand_of, fitting, free_bytes
 from sdtrt.specs import ModelSpec, Profile, Range, Sizes
 
 GIB = 2**30

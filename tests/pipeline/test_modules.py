@@ -18,8 +18,8 @@ from sdtrt.backends.onnxruntime.session import OnnxRuntimeSession
 from sdtrt.backends.session import Session, check_feeds
 from sdtrt.common.errors import EngineError
 from sdtrt.exports.component import write_onnx
-from sdtrt.pipeline import forwards
-from sdtrt.pipeline.facades import TextEncoderFacade, UNetFacade, VaeFacade
+from sdtrt.pipeline.parts import forwards
+from sdtrt.pipeline.parts.facades import TextEncoderFacade, UNetFacade, VaeFacade
 from sdtrt.specs.contract import CONDITIONING, text_encoder_contract, unet_contract, vae_contract
 
 CPU = torch.device("cpu")

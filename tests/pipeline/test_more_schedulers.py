@@ -13,9 +13,9 @@ from PIL import Image
 from test_schedulers import SD1, PointScore, denoise
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.sampler_names import eta_field, sampler_name, schedule_type
-from sdtrt.pipeline.scheduler_checks import check_eta, check_steps
-from sdtrt.pipeline.schedulers import keep_on_host, make_scheduler, with_noise
+from sdtrt.pipeline.parts.scheduler_checks import check_eta, check_steps
+from sdtrt.pipeline.parts.schedulers import keep_on_host, make_scheduler, with_noise
+from sdtrt.pipeline.runs.sampler_names import eta_field, sampler_name, schedule_type
 from sdtrt.specs import SCHEDULERS, BenchSpec, GenerateSpec, NoiseSpec, find_scheduler, find_sigmas
 
 HAS_TORCHSDE = importlib.util.find_spec("torchsde") is not None

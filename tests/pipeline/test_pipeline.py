@@ -10,9 +10,9 @@ import pytest
 from sdtrt.common.console import QUIET
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.facades import TextEncoderFacade, VaeFacade
-from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.open import open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts.facades import TextEncoderFacade, VaeFacade
 from sdtrt.specs import ModelSpec, Sizes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

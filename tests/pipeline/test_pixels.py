@@ -15,10 +15,10 @@ from PIL import Image
 from sdtrt.common.console import QUIET
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import pixels
-from sdtrt.pipeline.call import PipelineCall
-from sdtrt.pipeline.open import open_pipeline
-from sdtrt.pipeline.request import PipelineSpec
+from sdtrt.pipeline.opening.open import open_pipeline
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.parts import pixels
+from sdtrt.pipeline.runs.call import PipelineCall
 from sdtrt.specs import ModelSpec, Sizes
 
 CPU = torch.device("cpu")

@@ -29,8 +29,8 @@ from sdtrt.common.errors import CacheError, EngineError, EntryInUseError, Memory
 from sdtrt.common.files import sha256_file
 from sdtrt.engines import digests
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import memory, preloaded, request
-from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline.opening import memory, preloaded, request
+from sdtrt.pipeline.opening import open as pipeline_open
 from sdtrt.specs import ControlSpec, GenerateSpec, ImagePromptSpec, LoraSpec, ModelSpec, Profile, Range, Sizes
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -462,7 +462,7 @@ def test_what_is_just_being_loaded_and_not_used_is_waited_for_then_freed(directo
 
 ENDS = """
 import sys, threading, time, types
-from sdtrt.pipeline import preloaded
+from sdtrt.pipeline.opening import preloaded
 
 class Entry:
     path, engine_key = "entry", types.SimpleNamespace(backend="tensorrt")
@@ -499,8 +499,8 @@ def test_a_process_that_ends_waits_for_one_load_and_begins_no_other():
 
 
 def test_builders_get_the_gpus_memory(directory, monkeypatch):
-    from sdtrt.pipeline import engines as engines_module
-    from sdtrt.pipeline.engines import ensure_engines
+    from sdtrt.pipeline.opening import engines as engines_module
+    from sdtrt.pipeline.opening.engines import ensure_engines
 
     publish(directory)
     in_background(SPEC, directory)

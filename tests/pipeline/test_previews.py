@@ -11,8 +11,8 @@ from PIL import Image
 
 import sdtrt
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.previews import Preview, variance_factor
-from sdtrt.pipeline.saving import PreviewFile
+from sdtrt.pipeline.runs.previews import Preview, variance_factor
+from sdtrt.pipeline.runs.saving import PreviewFile
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

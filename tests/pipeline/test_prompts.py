@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sdtrt.pipeline.prompts import SHOWN, web_ui_syntax
+from sdtrt.pipeline.inputs.prompts import SHOWN, web_ui_syntax
 
 
 @pytest.mark.parametrize(

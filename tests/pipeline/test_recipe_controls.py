@@ -12,8 +12,8 @@ from PIL import Image
 from test_controlnet import small_controlnet
 from test_edits import editing_folder
 
-from sdtrt.pipeline.images import Metadata, encode_image
-from sdtrt.pipeline.recipes import read_recipe
+from sdtrt.pipeline.inputs.images import Metadata, encode_image
+from sdtrt.pipeline.recipes.reading import read_recipe
 from sdtrt.specs import ControlSpec, ImagePromptSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

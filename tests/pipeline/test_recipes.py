@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.images import Metadata, encode_image
-from sdtrt.pipeline.recipe_samplers import scheduler_options
-from sdtrt.pipeline.recipes import read_recipe, settle
+from sdtrt.pipeline.inputs.images import Metadata, encode_image
+from sdtrt.pipeline.recipes.reading import read_recipe, settle
+from sdtrt.pipeline.recipes.samplers import scheduler_options
 from sdtrt.specs import GenerateSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

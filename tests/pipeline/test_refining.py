@@ -14,7 +14,7 @@ from PIL import Image
 
 import sdtrt
 from sdtrt.common.errors import UsageError
-from sdtrt.pipeline.recipes import read_recipe
+from sdtrt.pipeline.recipes.reading import read_recipe
 from sdtrt.specs import GenerateSpec, ModelSpec, RefinerSpec, SizeConditioning
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -10,11 +10,11 @@ import torch
 from diffusers import PNDMScheduler
 
 from sdtrt.common.errors import EngineError
-from sdtrt.pipeline import guided_rows
-from sdtrt.pipeline.calling import calling_pipeline
-from sdtrt.pipeline.guided_rows import GuidedForward
-from sdtrt.pipeline.run_steps import RunSteps
-from sdtrt.pipeline.schedulers import Settings, make_scheduler
+from sdtrt.pipeline.parts import guided_rows
+from sdtrt.pipeline.parts.calling import calling_pipeline
+from sdtrt.pipeline.parts.guided_rows import GuidedForward
+from sdtrt.pipeline.parts.run_steps import RunSteps
+from sdtrt.pipeline.parts.schedulers import Settings, make_scheduler
 from sdtrt.specs import SCHEDULERS, GuidanceInterval
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

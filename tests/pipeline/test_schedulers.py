@@ -12,9 +12,9 @@ import torch
 from factories import small_unet
 
 from sdtrt.common.errors import ModelError, UsageError
-from sdtrt.pipeline.sampler_names import noise_schedule, sampler_name, schedule_type
-from sdtrt.pipeline.scheduler_checks import check_steps
-from sdtrt.pipeline.schedulers import Settings, keep_on_host, let_go, make_scheduler, with_noise
+from sdtrt.pipeline.parts.scheduler_checks import check_steps
+from sdtrt.pipeline.parts.schedulers import Settings, keep_on_host, let_go, make_scheduler, with_noise
+from sdtrt.pipeline.runs.sampler_names import noise_schedule, sampler_name, schedule_type
 from sdtrt.specs import NoiseSpec
 
 STORED = {

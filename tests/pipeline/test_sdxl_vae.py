@@ -23,7 +23,7 @@ from sdtrt.common.errors import EngineError
 from sdtrt.common.metrics import cosine, psnr
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models.components import VAE_HALVES
-from sdtrt.pipeline.generate import generate
+from sdtrt.pipeline.runs.generate import generate
 from sdtrt.specs import GenerateSpec, ModelSpec
 
 pytestmark = [

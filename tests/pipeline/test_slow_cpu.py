@@ -12,8 +12,8 @@ from sdtrt.common import host
 from sdtrt.common.console import Console
 from sdtrt.common.errors import BuildError
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.request import PipelineSpec
-from sdtrt.pipeline.slow_cpu import note_slow_cpu
+from sdtrt.pipeline.opening.request import PipelineSpec
+from sdtrt.pipeline.opening.slow_cpu import note_slow_cpu
 from sdtrt.specs import ModelSpec, Sizes
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_t2i_adapter import KINDS, small_adapter
 
-from sdtrt.pipeline.images import read_metadata, read_parameters
+from sdtrt.pipeline.inputs.images import read_metadata, read_parameters
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 SLOW = pytest.mark.slow

@@ -19,9 +19,9 @@ from test_textual_inversion import vectors
 import sdtrt
 from sdtrt.common.errors import ModelError, UsageError
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline.images import read_metadata, read_parameters
-from sdtrt.pipeline.text_states import plan_texts
-from sdtrt.pipeline.weighted_prompts import check_syntax, chunks_of, sections
+from sdtrt.pipeline.inputs.images import read_metadata, read_parameters
+from sdtrt.pipeline.inputs.text_states import plan_texts
+from sdtrt.pipeline.inputs.weighted_prompts import check_syntax, chunks_of, sections
 from sdtrt.specs import EmbeddingSpec, GenerateSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sdtrt
 from sdtrt.live import swap
-from sdtrt.pipeline import tiles
+from sdtrt.pipeline.parts import tiles
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LEVELS = 2  # of 255

@@ -27,9 +27,9 @@ from sdtrt.common.console import QUIET
 from sdtrt.common.errors import UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading
-from sdtrt.pipeline.generate import generate
-from sdtrt.pipeline.images import read_parameters
-from sdtrt.pipeline.saving import PreviewFile
+from sdtrt.pipeline.inputs.images import read_parameters
+from sdtrt.pipeline.runs.generate import generate
+from sdtrt.pipeline.runs.saving import PreviewFile
 from sdtrt.specs import (
     ControlSpec,
     EmbeddingSpec,

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from sdtrt.common.errors import ModelError, UsageError
-from sdtrt.pipeline import upscaling
-from sdtrt.pipeline.images import parse_parameters
-from sdtrt.pipeline.recipes import read_recipe
+from sdtrt.pipeline.inputs.images import parse_parameters
+from sdtrt.pipeline.recipes.reading import read_recipe
+from sdtrt.pipeline.runs import upscaling
 from sdtrt.specs import GenerateSpec, UpscaleSpec
 from sdtrt.specs.stages import steps_of_pass
 

@@ -36,9 +36,9 @@ from sdtrt.engines.directory import EngineDirectory
 from sdtrt.exports.component import FILE_NAME, export_component
 from sdtrt.exports.feeds import seeded_feeds
 from sdtrt.models.resolve import resolve_model
-from sdtrt.pipeline import engines, request
-from sdtrt.pipeline import open as pipeline_open
-from sdtrt.pipeline.facades import UNetFacade
+from sdtrt.pipeline.opening import engines, request
+from sdtrt.pipeline.opening import open as pipeline_open
+from sdtrt.pipeline.parts.facades import UNetFacade
 from sdtrt.reports import bench_baselines, bench_compile, bench_parts, meters
 from sdtrt.reports.bench import FILES, run_bench
 from sdtrt.reports.bench_baselines import BASELINES, BoundSession, GraphedForward

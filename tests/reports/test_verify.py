@@ -34,8 +34,8 @@ from sdtrt.common.errors import CacheError, EngineError, SdtrtError, UsageError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.models import loading
 from sdtrt.models.resolve import TINY, resolve_model
-from sdtrt.pipeline import engines
-from sdtrt.pipeline import open as pipeline_open
+from sdtrt.pipeline.opening import engines
+from sdtrt.pipeline.opening import open as pipeline_open
 from sdtrt.reports.verify import verify
 from sdtrt.reports.verify_report import ImageError, TimestepError, compare_call, judge
 from sdtrt.reports.verify_runs import spread

@@ -13,7 +13,8 @@ import pytest
 
 import sdtrt
 from sdtrt.common import errors
-from sdtrt.pipeline import front, opened
+from sdtrt.pipeline import front
+from sdtrt.pipeline.opening import opened
 from sdtrt.specs import GenerateSpec
 
 PACKAGE = Path(sdtrt.__file__).parent
