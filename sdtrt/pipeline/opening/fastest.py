@@ -15,8 +15,8 @@ from sdtrt.common.errors import SdtrtError
 from sdtrt.engines.directory import EngineDirectory
 from sdtrt.engines.entry import Entry
 from sdtrt.models.resolve import Model
-from sdtrt.pipeline.eight_bits import in_measured_precision
 from sdtrt.pipeline.inputs.images import InitImage
+from sdtrt.pipeline.opening.eight_bits import in_measured_precision
 from sdtrt.pipeline.opening.engines import find_engines
 from sdtrt.pipeline.opening.request import (
     EngineRequest,
