@@ -289,13 +289,16 @@ def quality_of(report: Mapping[str, Any]) -> str:
     scores = [name for name in known if any(row["scores_lost"][name] for row in rows)]
     by_cpu = not report["host"].get("gpus") and "cpu_speedup" in rows[0]
     speed = "speed-up, in CPU seconds" if by_cpu else "speed-up"
-    head = ["choice", speed, *(title for _, title, _ in figures)]
+    timed = "latency_s" in rows[0] and not by_cpu  # where others ran, too, the time of a call says nothing
+    call = ["call, s"] if timed else []
+    head = ["choice", *call, speed, *(title for _, title, _ in figures)]
     lines = [[*head, *(f"{name.replace('_', ' ').replace('all right', 'all')}, points lost" for name in scores)]]
     for row in rows:
         lost = [f"{row['scores_lost'][name]:.1f}" for name in scores]
         faster = number(row["cpu_speedup" if by_cpu else "speedup"], ".2f")
         losses = [number(row["mean"][key], form) for key, _, form in figures]
-        lines.append([f"`{row['choice']}`", faster, *losses, *lost])
+        time = [number((row["latency_s"] or {}).get("median"), ".3f") for _ in call]
+        lines.append([f"`{row['choice']}`", *time, faster, *losses, *lost])
     size = f"{report['width']}×{report['height']}"
     what = f"{report['model']}, {report['backend']} {report['precision']}, {size}, {report['steps']} steps"
     count = report["prompts"] if known else len(rows[0]["prompts"])
@@ -303,7 +306,7 @@ def quality_of(report: Mapping[str, Any]) -> str:
     said = f" Right in the exact pictures, in percent: {exact}." if exact else ""
     kept = [name.replace("_", " ") for name in known if name not in scores]
     said += f" No choice lost anything of {', '.join(kept)}." if kept else ""
-    return f"{markdown(lines)}\n{what}, {count} prompts.{said}\n"
+    return f"{markdown(lines)}\n{what}, {count} prompt{'s' * (count != 1)}.{said}\n"
 
 
 def presets_listed() -> str:

@@ -241,3 +241,15 @@ def test_a_table_of_losses_has_what_was_computed(project):
     said = "Right in the exact pictures, in percent: kind 98, all right 96. No choice lost anything of all right."
     assert f"128×128, 50 steps, 100 prompts. {said}" in page
     assert "| `exact` | nothing |" in page
+
+
+def test_a_table_of_losses_has_the_time_of_a_call_where_it_was_measured_alone(project):
+    mean = {"relative_l2": 0.25, "psnr_db": None, "ssim": None, "lpips": None, "clip_loss": None}
+    row = {"choice": "high", "speedup": 1.3, "mean": mean, "latency_s": {"median": 0.2812}, "prompts": ["a star"]}
+    same = {"model": "tiny", "backend": "inductor", "precision": "fp16", "width": 128, "height": 128, "steps": 50}
+    write(project, {**report(row), **same}, "curve")
+    (project / "README.md").write_text("<!-- quality: curve -->\n<!-- /table -->\n")
+    assert run(project).returncode == 0
+    assert "| choice | call, s | speed-up | latents' rel. L2 |" in readme(project)
+    assert "| `high` | 0.281 | 1.30 | 0.250 |" in readme(project)
+    assert "128×128, 50 steps, 1 prompt.\n" in readme(project)
