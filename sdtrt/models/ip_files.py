@@ -5,14 +5,13 @@ Knows names and shapes of tensors. Who may have a pickle file read is `ip_adapte
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdtrt.common.errors import ModelError, first_line
-from sdtrt.models.weights import MAX_TENSORS, TensorInfo, is_pickle, read_header, read_tensors
+from sdtrt.common.errors import ModelError
+from sdtrt.models.weights import MAX_TENSORS, TensorInfo, is_pickle, read_header, read_saved, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +48,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file in two groups, as the authors save it."""
     import torch
 
-    try:
-        data = _load(path)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ModelError(f"can't read {path}: {first_line(error)}", hint="download or copy the file again") from error
+    data = read_saved(path)
     groups = {name: data.get(name) for name in GROUPS} if isinstance(data, Mapping) else {}
     found = {
         f"{group}.{name}": one for group, own in groups.items() if isinstance(own, Mapping) for name, one in own.items()
@@ -62,13 +58,3 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is no IP-Adapter: it has no tensors in {' and '.join(GROUPS)}", hint="download it again"
         )
     return found
-
-
-def _load(path: Path) -> Any:
-    """What PyTorch saved, mapped into memory; files of old versions can't be, and are read."""
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:
-        return torch.load(path, map_location="cpu", weights_only=True)

@@ -6,6 +6,7 @@ Format: 8 bytes of little-endian header size, that many bytes of JSON (name → 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -199,17 +200,36 @@ def read_tensor_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: if it can't be read, or holds anything else.
     """
+    import torch
+
+    tensors = read_saved(path)
+    if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
+        raise ModelError(f"{path} holds no tensors by name", hint="download or copy the file again")
+    return tensors
+
+
+def read_saved(path: Path, data: bytes | None = None) -> Any:
+    """What PyTorch saved, on the CPU; none of its code runs. A file is mapped into memory where its version allows it.
+
+    Args:
+        data: the file's bytes, where they have been read already.
+
+    Raises:
+        ModelError: if it can't be read.
+    """
     import pickle
 
     import torch
 
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if data is not None:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # of old versions of PyTorch
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ModelError(f"can't read {path}: {first_line(error)}", hint="download or copy the file again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
-        raise ModelError(f"{path} holds no tensors by name", hint="download or copy the file again")
-    return tensors
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -105,6 +105,7 @@ def test_so_are_those_of_sdxl_and_the_program_computes_the_same(sdxl, component)
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)
 
 
+@pytest.mark.slow
 def test_projections_are_fused_and_convolutions_lie_channels_last(models):
     program, _ = program_of(models[0], "unet")
     joined = {name: sources for name, sources in program.sources.items() if len(sources) > 1}

@@ -135,6 +135,7 @@ def plain_image(refiner: Path) -> np.ndarray:
     return np.asarray(result.images[0]).astype(int)
 
 
+@pytest.mark.slow
 def test_images_are_diffusers_own_with_engines_and_without(refiner, run, folder):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save("init.png")
     common = ("img2img", "--init-image", "init.png", "--seed", "1", "--steps", "2", "--prompt", "a red circle")

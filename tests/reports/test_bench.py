@@ -489,6 +489,7 @@ def test_a_graph_refuses_what_it_did_not_capture():
 # ONNX Runtime's IO binding (its CUDA provider is the baseline; the CPU's takes the same path)
 
 
+@pytest.mark.slow
 def test_a_bound_session_computes_what_a_plain_one_does(small, directory):
     model = resolve_model(ModelSpec(str(small)))
     entry = export_component(model, ExportSpec(model.spec, precision="fp32"), directory, QUIET)
@@ -717,6 +718,7 @@ def run(run, folder):
 FAST = ("--steps", "2", "--repeats", "1", "--height", "64", "--width", "64", "--quiet")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(run):
     code, out, err = run(*FAST, "--task", "txt2img")
     assert (code, err) == (0, "")

@@ -255,6 +255,7 @@ def test_an_engine_of_weights_perturbed_by_one_percent_fails(spec, wrong, tmp_pa
     assert "--model" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_model_with_the_same_shapes_fails(spec, smallest, wrong, tmp_path):
     other = resolve_model(ModelSpec(str(sd1_folder(tmp_path / "other", seed=1, **SMALLEST["sd1"]))))
     entry = unet_engine(other, "onnxruntime", "fp32", Sizes(2, 64, 64), wrong)
@@ -463,6 +464,7 @@ def test_timesteps_are_spread_evenly_with_both_ends():
     assert spread(5, 1) == [0]
 
 
+@pytest.mark.slow
 def test_no_build_builds_none_of_the_other_components_either(spec, directory, tmp_path):
     only = EngineDirectory(tmp_path / "only")
     image = spec.image

@@ -21,6 +21,7 @@ from sdtrt.common.console import Console
 from sdtrt.common.errors import UsageError, first_line
 from sdtrt.common.files import read_small_file
 from sdtrt.models.resolve import Model
+from sdtrt.models.weights import read_saved
 from sdtrt.pipeline.inputs.images import InitImage, read_init_image
 from sdtrt.specs import GenerateSpec
 
@@ -147,7 +148,7 @@ def _tensor_in(path: Path, data: bytes) -> torch.Tensor:
     elif suffix == ".safetensors":
         found = list(safetensors.torch.load(data).values())
     else:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        found = read_saved(path, data)
     if isinstance(found, list) and len(found) == 1:  # of a file of one tensor; and as diffusers' guide saves it
         (found,) = found
     if not isinstance(found, torch.Tensor):
