@@ -123,6 +123,7 @@ def test_the_other_components_build(component, precision, tmp_path):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_build_in_a_child_process(tiny_onnx, tmp_path, capfd):
     """The whole way: warned that nothing ran, the log beside the plan, timings kept, progress shown."""
     path, contract = tiny_onnx
@@ -191,6 +192,7 @@ def test_attention_that_overflows_builds_with_fp32_inside(tmp_path):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_fp32_computes_in_fp32(tmp_path):
     path, contract = export_to(
         tmp_path,
@@ -220,6 +222,7 @@ def test_other_inputs_than_the_contract_are_refused(tmp_path, tiny_onnx):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_a_damaged_timing_cache_is_replaced(tmp_path, tiny_onnx):
     file = tmp_path / "t.cache"
     file.write_bytes(b"not a timing cache")
@@ -239,6 +242,7 @@ def test_an_impossible_profile_is_the_builders_error(tmp_path, tiny_onnx):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_without_a_gpu_the_plan_cannot_be_opened(tmp_path, tiny_onnx):
     if host.has_gpu():
         pytest.skip("there is a GPU")
@@ -272,6 +276,7 @@ def test_what_a_library_cannot_build_is_said_at_once(label, precision, message, 
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_ctrl_c_ends_the_build_at_once(tiny_onnx, tmp_path, monkeypatch):
     children = []
 
@@ -294,6 +299,7 @@ def test_ctrl_c_ends_the_build_at_once(tiny_onnx, tmp_path, monkeypatch):
 
 @needs_rtx
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.slow
 def test_the_build_ends_with_its_parent(tiny_onnx, tmp_path):
     """However that ends: here it is killed while it waits for the build."""
     script = tmp_path / "parent.py"
@@ -351,6 +357,7 @@ def test_a_builder_that_died_before_its_request_is_no_broken_pipe(tmp_path, tiny
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_errors_and_bugs_of_the_child_come_back(tiny_onnx, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     odd = replace(request_for(tiny_onnx, tmp_path), onnx=save_graph(tmp_path / "odd.onnx", "Frobnicate"))

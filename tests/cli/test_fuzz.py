@@ -324,6 +324,7 @@ def command_lines(draw):
 
 
 @fuzz(examples=150, words=command_lines())
+@pytest.mark.slow
 def test_option_values(place, words):
     here = Path.cwd()
     work = place / "work"

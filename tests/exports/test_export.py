@@ -60,6 +60,7 @@ def test_fp16_graph_computes_what_pytorch_does(exported, kind, exporter):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_other_precisions(exported, precision):
     it = exported("sd1", precision)
     report = check_onnx(it.path, it.unet, it.contract, FEW_SIZES)
@@ -342,6 +343,7 @@ def test_export_leaves_attention_as_it_was(tmp_path):
     assert processors == {"AttnProcessor2_0"}
 
 
+@pytest.mark.slow
 def test_attention_is_upcast_only_where_the_model_asks_for_it_in_half_precision(tmp_path):
     def operators_of(precision, **asked):
         write_onnx(*module_of("sd2", precision, **asked, **SMALLEST), tmp_path / "narrow.onnx", wide_layers=0)

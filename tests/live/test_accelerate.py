@@ -120,6 +120,7 @@ def modules_of(pipe):
 
 @pytest.mark.feature("Image to image", "sd1", "onnxruntime")
 @pytest.mark.feature("Inpainting", "sd1", "onnxruntime")
+@pytest.mark.slow
 def test_image_and_inpainting_pipelines_encode_in_an_engine(make, accelerate):
     pipe = make(StableDiffusionImg2ImgPipeline, vae=factories.small_vae())
     inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe)
@@ -692,6 +693,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.usefixtures("parking")
+@pytest.mark.slow
 def test_a_layer_that_is_called_by_itself_has_its_weights_back(make, accelerate, directory, layer, capsys):
     pipe = make(StableDiffusionImg2ImgPipeline, vae=factories.small_vae())
     call = LAYERS[layer]

@@ -153,6 +153,7 @@ def test_it_is_opened_for_images(refiner):
     pipe.close()
 
 
+@pytest.mark.slow
 def test_it_is_verified_from_a_picture_and_shown(refiner, run, folder):
     """With a tiny VAE, whose engines are soon built; the others are those of the test before, where that ran."""
     pytest.importorskip("skimage")

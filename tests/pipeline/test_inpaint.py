@@ -113,6 +113,7 @@ def test_it_is_the_picture_of_diffusers_own_pipeline(kind, channels, strength, m
 @pytest.mark.parametrize(("kind", "channels"), MODELS)
 @pytest.mark.feature("Inpainting", "sd1 sd2 sdxl", "onnxruntime")
 @pytest.mark.feature("Inpainting models (9 channels)", "sd1 sd2 sdxl", "onnxruntime")
+@pytest.mark.slow
 def test_engines_give_the_latents_and_the_picture_of_diffusers_own_pipeline(
     kind, channels, model_of, files, spec, engine_dir
 ):

@@ -129,6 +129,7 @@ def test_without_guidance_the_batch_is_one(unets, tokenizer):
     assert {tuple(feeds["sample"].shape) for feeds in facade.session.fed} == {(1, 4, 9, 11)}
 
 
+@pytest.mark.slow
 def test_an_onnx_runtime_session_gives_the_same_picture(unets, tokenizer, tmp_path):
     unet, path = unets["sd1"], tmp_path / "unet.onnx"
     contract = unet_contract(unet.config, "fp32")

@@ -119,6 +119,7 @@ def test_a_controlnet_is_timed_with_the_pipeline_and_by_itself(small, tmp_path, 
     assert (code, "1 ControlNet and 0 control images were given" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_rows_have_figures_of_the_backend_and_of_pytorch(spec, directory):
     report = run_bench(replace(spec, batch_sizes=(1, 2)), directory, QUIET, "sdtrt bench")
     data = json.loads(json.dumps(report.to_json()))

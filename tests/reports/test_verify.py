@@ -92,6 +92,7 @@ def changed_tiny(folder, change):
 @pytest.mark.parametrize(
     ("name", "precision"), [("smallest", "fp16"), *(pytest.param("tiny", one, marks=SLOW) for one in ("fp16", "fp32"))]
 )
+@pytest.mark.slow
 def test_a_models_own_engine_is_faithful_at_every_timestep(spec, directory, smallest, name, precision):
     side, model = (128, name) if name == "tiny" else (64, str(smallest))
     image = replace(spec.image, model=ModelSpec(model), precision=precision, steps=6, height=side, width=side)
@@ -487,6 +488,7 @@ def run(run, folder):
 QUICK = ("--steps", "2", "--timesteps", "2", "--height", "64", "--width", "64", "-q", "--backend", "onnxruntime")
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_document_of_the_promised_form(run):
     code, out, err = run("verify", *QUICK, "--json")
     assert (code, err) == (0, "")
