@@ -16,14 +16,8 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,8 +27,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import sdtrt
 from sdtrt.serve import page_files
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from served import serving
+
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-LIMIT_S = 300
 PROMPT = "a red circle on a blue background"
 PAINTED = """() => new Promise((resolve) => {
     const look = () => {
@@ -59,34 +56,6 @@ MADE = """() => new Promise((resolve) => {
 })"""
 
 
-@contextmanager
-def serving(engines: str) -> Iterator[str]:
-    """A server with the built-in model at its usual size, warm; its address."""
-    words = ["serve", "--port", "0", "--backend", "onnxruntime", "--engine-dir", engines, "--warm", "128x128"]
-    process = subprocess.Popen([sys.executable, "-m", "sdtrt", *words, "--quiet"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        url = process.stdout.readline().strip()
-        until = time.monotonic() + LIMIT_S
-        while not is_ready(url):
-            if time.monotonic() > until:
-                raise SystemExit("the server does not become ready")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def is_ready(url: str) -> bool:
-    """Whether a server takes pictures."""
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=30) as answer:
-            return bool(answer.status == 200)
-    except urllib.error.HTTPError:
-        return False
-
-
 def painted(browser: Browser, url: str, *, is_page: bool = True) -> dict[str, float]:
     """One first visit: when something was painted, and when the page was ready, in ms."""
     context = browser.new_context(viewport={"width": 1400, "height": 900})
@@ -109,7 +78,8 @@ def pictures(page: Page, steps: int, repeats: int) -> list[float]:
 
 def measure(arguments: argparse.Namespace, engines: str) -> dict[str, Any]:
     """All figures."""
-    with serving(engines) as url, sync_playwright() as playwright:
+    words = ("--backend", "onnxruntime", "--engine-dir", engines, "--warm", "128x128", "--quiet")
+    with serving(*words) as (_, url), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         painted(browser, url)
         visits = [painted(browser, url) for _ in range(arguments.repeats)]

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +37,10 @@ from typing import Any
 from PIL import Image
 
 from sdtrt.common import host
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from served import serving
 
 PROMPTS = ("a red circle", "a blue star on a black background", "a small green square", "a cyan ring")
 LEAVES_AFTER_S = 0.05
@@ -141,30 +144,34 @@ class Load:
 
 
 @contextmanager
-def serving(options: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server that is ready, and its port."""
-    words = [sys.executable, "-m", "sdtrt", "serve", "--port", "0", "--model", options.model, "--warm", options.sizes]
-    words += [] if options.gpus is None else ["--gpus", options.gpus]
+def loaded(options: argparse.Namespace, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server that is ready, and its port; its log goes into the folder."""
+    words = ["--model", options.model, "--warm", options.sizes, "--backend", options.backend]
     words += ["--keep-mib", "1"]  # what it keeps for those who come back is soon as much as it ever is
-    words += ["--backend", options.backend, "--engine-dir", str(options.engine_dir or folder / "engines"), *more]
-    with (folder / "log").open("a") as log:
-        server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            assert server.stdout is not None
-            port = int(server.stdout.readline().strip().rpartition(":")[2])
-            while not _is_ready(port):
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.2)
-            yield server, port
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(120)
+    words += ["--engine-dir", str(options.engine_dir or folder / "engines"), *more]
+    with (folder / "log").open("a") as log, serving(*words, log=log) as (server, url):
+        yield server, int(url.rpartition(":")[2])
 
 
-def _is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", "/readyz")
-    return connection.getresponse().status == 200
+def sizes_of(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """The pictures' sizes, (width, height)."""
+    return [(int(one.split("x")[0]), int(one.split("x")[1])) for one in options.sizes.split(",")]
+
+
+def made_between(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float]:
+    """The batches and the pictures that were made between two readings of the metrics."""
+    count, total = (
+        after[f"sdtrt_batch_pictures_{name}"] - before[f"sdtrt_batch_pictures_{name}"] for name in ("count", "sum")
+    )
+    return count, total
+
+
+def tell(report: Mapping[str, Any], output: Path | None) -> None:
+    """Print a report, and write it where that is asked for."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n")
 
 
 def children_of(pid: int) -> list[int]:
@@ -216,9 +223,9 @@ def numbers_of(port: int) -> dict[str, float]:
 
 def measure(options: argparse.Namespace, requests: int, folder: Path, *more: str) -> dict[str, Any]:
     """Load one server, and say what came of it."""
-    sizes = [(int(one.split("x")[0]), int(one.split("x")[1])) for one in options.sizes.split(",")]
-    with serving(options, folder, *more) as (server, port):
-        load, every = Load(port, sizes, options.steps), requests / SAMPLES
+    own = () if options.gpus is None else ("--gpus", options.gpus)
+    with loaded(options, folder, *own, *more) as (server, port):
+        load, every = Load(port, sizes_of(options), options.steps), requests / SAMPLES
         parts = {"server": [server.pid], "worker": children_of(server.pid)}
         memory = [{name: memory_bytes(pids) for name, pids in parts.items()}]
         used = {name: processor_s(pids) for name, pids in parts.items()}
@@ -230,9 +237,7 @@ def measure(options: argparse.Namespace, requests: int, folder: Path, *more: str
         seconds, after = time.perf_counter() - began, numbers_of(port)
         used = {name: processor_s(pids) - used[name] for name, pids in parts.items()}
         calls = batch_sizes(port)
-    batches, pictures = (
-        after[f"sdtrt_batch_pictures_{name}"] - before[f"sdtrt_batch_pictures_{name}"] for name in ("count", "sum")
-    )
+    batches, pictures = made_between(before, after)
     cuts = statistics.quantiles(load.seconds, n=100)
     return {
         "options": list(more),
@@ -284,10 +289,7 @@ def main() -> None:
         "processor_time_alone_to_batched": round(_ms(alone) / _ms(batched), 2),
         "load_average": os.getloadavg(),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
+    tell(report, options.output)
     sys.exit(1 if batched["wrong"] or alone["wrong"] else 0)
 
 

@@ -12,7 +12,6 @@ goal is that two have 1.9 times the pictures of one. `--requests 24 --clients 8 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from serve_load import Load, numbers_of, serving
+from serve_load import Load, loaded, made_between, numbers_of, sizes_of, tell
 
 from sdtrt.common import host
 
@@ -33,15 +32,13 @@ WORKERS = {
 
 def measure(options: argparse.Namespace, folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
     """Load one server twice, and say what came of it the second time."""
-    sizes = [(int(one.split("x")[0]), int(one.split("x")[1])) for one in options.sizes.split(",")]
-    with serving(options, folder, *words) as (_, port):
+    sizes = sizes_of(options)
+    with loaded(options, folder, *words) as (_, port):
         send_all(Load(port, sizes, options.steps), options)
         load, before = Load(port, sizes, options.steps), numbers_of(port)
         seconds = send_all(load, options)
         after = numbers_of(port)
-    batches, pictures = (
-        after[f"sdtrt_batch_pictures_{name}"] - before[f"sdtrt_batch_pictures_{name}"] for name in ("count", "sum")
-    )
+    batches, pictures = made_between(before, after)
     return {
         "options": list(words),
         "ends": dict(load.ends),
@@ -81,10 +78,7 @@ def main() -> None:
         "two": two,
         "times_as_many_pictures": round(two["pictures_per_s"] / one["pictures_per_s"], 2),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
+    tell(report, options.output)
     sys.exit(1 if one["wrong"] or two["wrong"] else 0)
 
 

@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from served import serving
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -39,35 +32,6 @@ SHOWN = (
     ("a large purple triangle on a white background", 3),
     ("a large yellow star on a purple background", 4),
 )
-
-
-@contextmanager
-def serving() -> Iterator[str]:
-    """A server in PyTorch, which has nothing to build; its address."""
-    words = ["serve", "--port", "0", "--backend", "torch", "--preview", "own", "--warm", "128x128", "--quiet"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sdtrt", *words, "--engine-dir", folder]
-        # One thread: more wait for each other where the cores have other work.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout is not None
-        try:
-            url = process.stdout.readline().strip()
-            while not is_ready(url):
-                time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def is_ready(url: str) -> bool:
-    """Whether a server takes pictures."""
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=30) as answer:
-            return bool(answer.status == 200)
-    except urllib.error.HTTPError:
-        return False
 
 
 def opened(browser: Browser, url: str, **options: Any) -> Page:
@@ -122,7 +86,13 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FOLDER.mkdir(exist_ok=True)
     expect.set_options(timeout=PATIENCE_MS)
-    with serving() as url, sync_playwright() as playwright:
+    words = ("--backend", "torch", "--preview", "own", "--warm", "128x128", "--quiet")  # nothing is to be built
+    one_thread = {"OMP_NUM_THREADS": "1"}  # more wait for each other where the cores have other work
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(*words, "--engine-dir", folder, environment=one_thread) as (_, url),
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         draw(browser, url)
         browser.close()

@@ -32,7 +32,7 @@ GUIDANCE_SCALE = 7.5
 def check_calibration(model: ModelSource, groups: Sequence[Group], precision: str) -> None:
     """Raise `UsageError` for a model whose UNet text alone makes no picture of, so that nothing can be gathered."""
     config = model.config("unet")
-    stored = model.stored if isinstance(model, LiveModel) else model
+    stored = _stored(model)
     reasons = {
         "its UNet takes images beside the latents": config["in_channels"] != PLAIN_CHANNELS,
         "its UNet takes a guidance scale": config.get("time_cond_proj_dim") is not None,
@@ -46,6 +46,11 @@ def check_calibration(model: ModelSource, groups: Sequence[Group], precision: st
             f" {reason}",
             hint=f"use --backend inductor --precision {precision}, which scales its inputs while it runs",
         )
+
+
+def _stored(model: ModelSource) -> ModelSource | None:
+    """A model as it lies on the disk; None where it does not."""
+    return model.stored if isinstance(model, LiveModel) else model
 
 
 def largest_inputs(
@@ -101,7 +106,7 @@ def _on_device(unet: torch.nn.Module) -> Iterator[torch.device]:
 
 def _pipeline(model: ModelSource, unet: torch.nn.Module, device: torch.device) -> Any:
     """diffusers' own pipeline around a UNet, without a VAE; text and scheduler are of the model as it is stored."""
-    stored = model.stored if isinstance(model, LiveModel) else model
+    stored = _stored(model)
     assert isinstance(stored, Model)
     encoders = text_encoders_of(stored)
     names = [*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders), "scheduler"]

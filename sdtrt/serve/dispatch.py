@@ -150,9 +150,8 @@ class Dispatcher:
         for name, size in itertools.product(self.catalog.models, self.spec.warm):
             if (number, name, size) in self._warming:
                 continue
-            self._warming.add(
-                (number, name, size)
-            )  # until it is made: what ended a worker is not tried by the one that follows
+            # Until it is made: what ended a worker is not tried by the one that follows.
+            self._warming.add((number, name, size))
             if (job := self._warm_up_job(name, size)) is not None:
                 jobs.append(job)
                 await self._make(worker, number, job.pictures)

@@ -53,7 +53,7 @@ OURS: Mapping[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "vae_tiling": (("vae_tiling",), (bool,)),
     "quality": (("quality",), (str,)),
 }
-# What changes a picture, and no request to a server can name yet.
+# What changes a picture, and goes by pictures and files that no text holds: it is to be given again.
 LEFT = ("controlnets", "ip_adapters", "t2i_adapters", "embeddings", "upscale", "refiner", "init_image", "mask")
 # Of web UIs' text: name → field and type.
 THEIRS: Mapping[str, tuple[str, type]] = {

@@ -104,9 +104,7 @@ def read(given: Sequence[Any], catalog: Catalog, width: int | None, height: int 
 def notes(given: Sequence[Any]) -> list[str]:
     """What of units is not as they ask for."""
     found = [one for one in _enabled(given) if one.kind == "canny"]
-    asked = [
-        value for one in found for value in (one.threshold_a, one.threshold_b) if value not in (None, -1, 100, 200)
-    ]
+    asked = [value for one in found for value in (one.threshold_a, one.threshold_b) if value not in USUAL_THRESHOLDS]
     text = f"canny looks for edges at the picture's size, with the thresholds {CANNY_LOW} and {CANNY_HIGH}"
     return [text] if asked or any(not one.pixel_perfect for one in found) else []
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+from asked import job_over, pixels
 from conftest import in_thread
 from PIL import Image
 from safetensors.torch import save_file
@@ -88,17 +89,9 @@ def server(tmp_path_factory, things):
         yield running
 
 
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-
-
 def made(server, **body):
     """The file that the server makes, by its own interface."""
-    answer = requests.post(f"{server.url}/api/v1/jobs", json={"prompt": "red on blue", **COMMON, **body}, timeout=30)
-    assert answer.status_code == 202, answer.text
-    with requests.get(server.url + answer.headers["location"] + "/events", stream=True, timeout=60) as stream:
-        list(stream.iter_lines())
-    told = requests.get(server.url + answer.headers["location"], timeout=30).json()
+    told = job_over(server, {"prompt": "red on blue", **COMMON, **body}, seconds=60)
     assert told["state"] == "done", told["error"]
     return requests.get(server.url + told["images"][0]["url"], timeout=30).content
 

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import requests
+from asked import pixels
 from PIL import Image
 
 import sdtrt
@@ -18,10 +19,6 @@ SIZE = {"width": 64, "height": 64}
 QUICK = {"steps": 2, **SIZE}
 LEVELS = 2  # of 255
 SLOW = pytest.mark.slow
-
-
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
 def png(color="red", size=(64, 64), mode="RGB"):

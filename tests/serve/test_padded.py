@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import requests
+from asked import job_over, pixels
 from conftest import in_thread
 from PIL import Image
 
@@ -44,17 +45,9 @@ def server(alone, smallest):
         yield running
 
 
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-
-
 def over(server, **body):
     """A job that is over."""
-    answer = requests.post(f"{server.url}/api/v1/jobs", json={**BODY, **body}, timeout=30)
-    assert answer.status_code == 202, answer.text
-    with requests.get(server.url + answer.headers["location"] + "/events", stream=True, timeout=120) as stream:
-        list(stream.iter_lines())
-    return requests.get(server.url + answer.headers["location"], timeout=30).json()
+    return job_over(server, {**BODY, **body})
 
 
 def check(server, told, expected):

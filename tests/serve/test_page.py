@@ -18,6 +18,7 @@ import time
 import numpy as np
 import pytest
 import requests
+from asked import pixels
 from PIL import Image
 from pixel_checker import Scene, Shape, judge
 
@@ -140,10 +141,6 @@ def downloaded(page):
     with page.expect_download() as waiting:
         page.click("#download")
     return waiting.value.path().read_bytes(), waiting.value.suggested_filename
-
-
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
 def png(colour, size=(64, 64)):

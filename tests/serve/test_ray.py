@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from PIL import Image
+from asked import pixels
 from pixel_checker import Scene, Shape, judge
 
 import sdtrt
@@ -115,10 +114,6 @@ def how(guidance):
     return {"steps": 20, "guidance_scale": guidance}
 
 
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ray")
@@ -158,9 +153,9 @@ def test_both_replicas_make_pictures_which_are_those_that_are_made_alone(server,
         spec = GenerateSpec((PROMPT,), **options, **how(guidance), **SIZE)
         report = sdtrt.generate(spec, engine_dir=folder / "engines", progress=False)
         for picture, alone in zip(pictures, report.images, strict=True):
-            difference = picture.astype(int) - pixels(alone.path.read_bytes())
+            difference = picture - pixels(alone.path.read_bytes())
             assert np.abs(difference).max() <= LEVELS
-            assert judge(picture, SCENE).all_right
+            assert judge(picture.astype(np.uint8), SCENE).all_right
 
 
 def test_the_key_and_the_limits_hold(server):

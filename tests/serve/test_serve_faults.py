@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from asked import job_over, pixels
 from PIL import Image
 
 import sdtrt
@@ -33,15 +34,7 @@ SLOW = pytest.mark.slow
 
 def over(server, **body):
     """A job that is over."""
-    answer = requests.post(f"{server.url}/api/v1/jobs", json={**BODY, **body}, timeout=30)
-    assert answer.status_code == 202, answer.text
-    with requests.get(server.url + answer.headers["location"] + "/events", stream=True, timeout=60) as stream:
-        list(stream.iter_lines())
-    return requests.get(server.url + answer.headers["location"], timeout=30).json()
-
-
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return job_over(server, {**BODY, **body}, seconds=60)
 
 
 @SLOW

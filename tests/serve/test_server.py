@@ -15,10 +15,12 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import requests
+from asked import pixels
 from PIL import Image
 
 import sdtrt
@@ -77,27 +79,10 @@ class Server:
         return told
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("server")
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    """A server whose first size is built and warm."""
-    server = Server(
-        folder,
-        "--warm",
-        "64x64",
-        "--max-steps",
-        "20",
-        "--max-pixels",
-        "16384",
-        "--max-waiting",
-        "64",
-        "--body-seconds",
-        "5",
-    )
+@contextmanager
+def serving(folder, *options):
+    """A server that is ready; it is killed afterwards."""
+    server = Server(folder, *options)
     try:
         server.wait_until_ready()
         yield server
@@ -106,8 +91,17 @@ def server(folder):
         server.process.wait()
 
 
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """A server whose first size is built and warm."""
+    limits = ("--max-steps", "20", "--max-pixels", "16384", "--max-waiting", "64", "--body-seconds", "5")
+    with serving(folder, "--warm", "64x64", *limits) as server:
+        yield server
 
 
 def made(folder, size):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import requests
-from test_server import PROMPTS, QUICK, Server, metrics
+from test_server import PROMPTS, QUICK, metrics, serving
 
 pytestmark = pytest.mark.slow
 JOBS = 12
@@ -16,13 +16,8 @@ JOBS = 12
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("two"), "--gpus", "0,1", "--warm", "64x64", "--max-batch", "2")
-    try:
-        server.wait_until_ready()
+    with serving(tmp_path_factory.mktemp("two"), "--gpus", "0,1", "--warm", "64x64", "--max-batch", "2") as server:
         yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
 
 
 def batches(server):
